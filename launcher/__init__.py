@@ -1,0 +1,1 @@
+"""What a person types, and Ray: the `mhe` command, job submission, Ray Train workers."""

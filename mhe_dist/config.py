@@ -1,0 +1,337 @@
+"""Models of the YAML that describes a run: every key, its default, its meaning, its limits.
+
+Free of torch, so that the command line answers at once. `config_load.py` reads files and
+overrides into these models and words the mistakes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A block of keys; a key that is not named here is a mistake, not an extension."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class RunConfig(Section):
+    """What the run is called and where its results go."""
+
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run; the same name continues the same run.",
+    )
+    dir: str = Field("runs", description="Folder or fsspec URL that holds the runs.")
+    seed: int = Field(0, ge=0, description="The seed of everything that is drawn.")
+
+    @property
+    def path(self) -> str:
+        """Folder or URL of this run: `dir/name`."""
+        return f"{self.dir.rstrip('/')}/{self.name}"
+
+
+class GlyphsConfig(Section):
+    """Makes the glyph data set when `data.shards` does not exist yet."""
+
+    fonts: str = Field("", description="Folder of font files; empty: those that matplotlib ships.")
+    heldout_fonts: list[str] = Field(
+        ["STIXGeneral.ttf"], description="Font files kept for the evaluation alone."
+    )
+    heldout_classes: PositiveInt = Field(500, description="Classes kept for the evaluation alone.")
+    min_fonts: PositiveInt = Field(6, description="A class needs a glyph in this many typefaces.")
+    image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image; each draw is keyed by (seed, epoch, sample)."""
+
+    flip: Fraction = Field(0.0, description="Probability of a horizontal flip.")
+    crop: Fraction = Field(0.0, description="Largest share of the side that a random crop removes.")
+    rotate: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
+    brightness: Fraction = Field(0.0, description="Largest relative change of brightness.")
+    contrast: Fraction = Field(0.0, description="Largest relative change of contrast.")
+    saturation: Fraction = Field(0.0, description="Largest relative change of saturation.")
+    blur: Fraction = Field(0.0, description="Probability of a Gaussian blur.")
+    low_resolution: Fraction = Field(0.0, description="Probability of down- and upscaling.")
+    erase: Fraction = Field(0.0, description="Probability of erasing a random rectangle.")
+    fill: int = Field(0, ge=0, le=255, description="Grey value shown where no image is.")
+
+
+class DataConfig(Section):
+    """Where the images are, in which order they come and how they are prepared."""
+
+    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    glyphs: GlyphsConfig | None = Field(
+        None, description="If set, make the glyph data set there when it is missing."
+    )
+    image_size: PositiveInt = Field(112, description="Side of the training images in pixels.")
+    streams: PositiveInt = Field(64, description="S: parallel sample sequences, fixed for the run.")
+    shuffle_window: PositiveInt = Field(
+        1024, description="Consecutive samples of a stream that are permuted together."
+    )
+    loader_workers: int = Field(1, ge=0, description="Loader processes per rank; 0: in the rank.")
+    prefetch: PositiveInt = Field(2, description="Micro-batches that each loader process keeps ready.")
+    on_bad_sample: Literal["skip", "fail"] = Field(
+        "skip", description="What to do with a sample that cannot be read."
+    )
+    max_bad_fraction: Fraction = Field(
+        0.001, description="With skip: share of bad samples that ends the run."
+    )
+    augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of the images.")
+
+
+class ModelConfig(Section):
+    """The backbone: a timm model whose classifier is the embedding layer."""
+
+    name: str = Field("resnet18", description="Name of a timm model.")
+    kwargs: dict[str, Any] = Field({}, description="Further arguments of timm.create_model.")
+    embedding_dim: PositiveInt = Field(512, description="D: width of the embedding.")
+    neck: Literal["none", "batchnorm"] = Field(
+        "batchnorm", description="What follows the embedding layer; folded into it on export."
+    )
+
+
+class MarginConfig(Section):
+    """What the head does to the logits before the softmax."""
+
+    kind: Literal["none", "softmax", "arcface", "cosface", "combined", "adaface"] = Field(
+        "cosface", description="none: inner product and bias; softmax: scaled cosine, no margin."
+    )
+    scale: PositiveFloat = Field(64.0, description="s: what cosines are multiplied with.")
+    m: float = Field(0.4, ge=0, lt=1.6, description="The margin of arcface, cosface and adaface.")
+    m1: PositiveFloat = Field(1.0, description="combined: cos(m1 * theta + m2) - m3.")
+    m2: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
+    m3: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
+    h: PositiveFloat = Field(0.333, description="adaface: concentration of the norms.")
+    ema: Fraction = Field(0.01, description="adaface: weight of a new batch in the running norms.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the margin grows from 0.")
+    filter: float = Field(
+        0.0, ge=0, le=1, description="Drop negatives whose cosine exceeds this; 0: keep all."
+    )
+
+
+class BankConfig(Section):
+    """How a rank stores the class centres of its partition."""
+
+    memory: Literal["device", "host", "file"] = Field("device", description="Where rows are kept.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Stored type of rows; bfloat16 is rounded stochastically."
+    )
+    path: str = Field("", description="file: folder for the row files; empty: inside the run.")
+
+
+class HeadOptimConfig(Section):
+    """The optimizer of the rows; its learning rate follows the backbone's schedule."""
+
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="Row-sparse optimizer.")
+    lr_scale: PositiveFloat = Field(1.0, description="Rows learn at optim.lr times this.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw: decay of both moments.")
+    eps: PositiveFloat = Field(1e-8, description="adamw: added to the root.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay of the touched rows.")
+
+
+class MhsConfig(Section):
+    """Multi-Head Sampling."""
+
+    length: PositiveInt = Field(100, description="L: classes in a head.")
+    extra_heads: int = Field(
+        8, ge=0, description="m: extra heads per group (route) or in all (gather)."
+    )
+    groups: PositiveInt = Field(
+        8, description="G: fixed groups of heads, at least as many as workers; a rank owns whole ones."
+    )
+    exchange: Literal["route", "gather"] = Field(
+        "route", description="route: samples travel to their heads; gather: every rank sees all."
+    )
+    negatives: Literal["own", "own_plus", "batch"] = Field(
+        "own_plus", description="The softmax's classes: own head, own + m, or the batch's heads + m."
+    )
+    correction: bool = Field(False, description="Add log(1/q) to sampled negatives' logits.")
+    repartition_every: int = Field(
+        0, ge=0, description="Epochs after which classes move to other heads; 0: never."
+    )
+
+
+class PartialFcConfig(Section):
+    """PartialFC: positives of the batch and a random share of the other classes."""
+
+    rate: float = Field(0.1, gt=0, le=1, description="Share of a rank's classes in each step.")
+
+
+class MhpConfig(Section):
+    """Multi-Head Product."""
+
+    lengths: list[PositiveInt] = Field(
+        [], description="Classes per head, most significant first; empty: two near the root of C."
+    )
+
+
+class MhcConfig(Section):
+    """Multi-Head Cascade."""
+
+    lengths: list[PositiveInt] = Field(
+        [], description="Classes per level, most significant first; empty: two near the root of C."
+    )
+    candidates: PositiveInt = Field(8, description="k: candidates that a level hands to the next.")
+    multi_label: bool = Field(False, description="Binary cross-entropy on each level.")
+
+
+class HeadConfig(Section):
+    """The classifier over all classes; thrown away after pretraining."""
+
+    kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
+        "mhs", description="Which head; the block of the same name configures it."
+    )
+    margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
+    bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
+    optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
+    on_bad_label: Literal["fail", "ignore"] = Field(
+        "fail", description="What to do with a label outside [0, C)."
+    )
+    mhs: MhsConfig = Field(MhsConfig(), description="Multi-Head Sampling.")
+    partial_fc: PartialFcConfig = Field(PartialFcConfig(), description="PartialFC.")
+    mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
+    mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
+
+
+class OptimConfig(Section):
+    """The optimizer and schedule of the backbone."""
+
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="Optimizer of the backbone.")
+    lr: PositiveFloat = Field(0.1, description="Peak learning rate.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd: momentum.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw: decay of both moments.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay.")
+    schedule: Literal["constant", "cosine", "polynomial"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from 0.")
+    final_lr: float = Field(0.0, ge=0, description="Learning rate of the last step.")
+    power: PositiveFloat = Field(2.0, description="polynomial: the exponent.")
+    clip_norm: float = Field(
+        0.0, ge=0, description="Largest gradient norm of the backbone; 0: no clipping."
+    )
+
+
+class TrainConfig(Section):
+    """How long and in which pieces."""
+
+    epochs: PositiveFloat = Field(20.0, description="Passes over the data.")
+    max_steps: int = Field(0, ge=0, description="Stop the schedule at this step; 0: by epochs.")
+    global_batch: PositiveInt = Field(512, description="Images per optimizer step, over all ranks.")
+    micro_batch: PositiveInt = Field(
+        128, description="B: images per forward pass on one rank, whatever the number of ranks."
+    )
+    precision: Literal["bf16", "float32"] = Field(
+        "bf16", description="bf16: autocast of the backbone; fp16 is not offered."
+    )
+    log_every: PositiveInt = Field(10, description="Steps between two records of the metrics.")
+
+    @property
+    def micro_batches(self) -> int:
+        """n: micro-batches of a step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+
+class ScaleConfig(Section):
+    """The workers and what each one gets."""
+
+    workers: PositiveInt = Field(1, description="W: number of workers (ranks).")
+    gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
+    cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
+    max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
+    timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation of the embedding."""
+
+    shards: str = Field("", description="Folder or URL of held-out shards; empty: no evaluation.")
+    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: at the end only.")
+    pairs: PositiveInt = Field(6000, description="Pairs drawn for 1:1 verification, half of them same.")
+    flip: bool = Field(False, description="Add the embedding of the mirrored image.")
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: at the end only.")
+    keep_last: PositiveInt = Field(2, description="Newest complete checkpoints that are kept.")
+
+
+class TrackingConfig(Section):
+    """Where the metrics go, beside metrics.jsonl in the run's folder."""
+
+    mlflow: bool = Field(True, description="Log to MLflow.")
+    uri: str = Field("", description="MLflow server; empty: MLFLOW_TRACKING_URI, or SQLite in run.dir.")
+    experiment: str = Field("mhe", description="MLflow experiment.")
+
+
+class ExportConfig(Section):
+    """What is written when the training ends."""
+
+    formats: list[Literal["timm", "onnx"]] = Field(
+        ["timm", "onnx"], description="Formats of the exported backbone."
+    )
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = Field(RunConfig(), description="Name and place of the run.")
+    data: DataConfig = Field(..., description="The images.")
+    model: ModelConfig = Field(ModelConfig(), description="The backbone.")
+    head: HeadConfig = Field(HeadConfig(), description="The classifier.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer of the backbone.")
+    train: TrainConfig = Field(TrainConfig(), description="Length and batches.")
+    scale: ScaleConfig = Field(ScaleConfig(), description="Workers.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
+    export: ExportConfig = Field(ExportConfig(), description="Exported backbone.")
+
+    @model_validator(mode="after")
+    def _pieces_fit(self) -> Config:
+        """Micro-batches, workers and streams must divide one another (DESIGN section 5)."""
+        wrong = list(misfits(self))
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+def misfits(config: Config) -> list[str]:
+    """Say which sizes do not divide one another, one sentence each."""
+    train, data, workers = config.train, config.data, config.scale.workers
+    wrong = []
+    if train.global_batch % train.micro_batch:
+        wrong.append(
+            f"train.global_batch={train.global_batch} is not a multiple of "
+            f"train.micro_batch={train.micro_batch}"
+        )
+    elif train.micro_batches % workers:
+        wrong.append(
+            f"scale.workers={workers} does not divide the {train.micro_batches} micro-batches of a "
+            f"step (train.global_batch / train.micro_batch)"
+        )
+    elif data.streams % train.micro_batches:
+        wrong.append(
+            f"data.streams={data.streams} is not a multiple of the {train.micro_batches} "
+            f"micro-batches of a step"
+        )
+    if train.global_batch % data.streams:
+        wrong.append(
+            f"train.global_batch={train.global_batch} is not a multiple of data.streams={data.streams}"
+        )
+    if config.head.kind == "mhs" and config.head.mhs.groups < workers:
+        wrong.append(f"head.mhs.groups={config.head.mhs.groups} is less than scale.workers={workers}")
+    return wrong

@@ -1,0 +1,1 @@
+"""The classifiers over all classes, behind one contract."""

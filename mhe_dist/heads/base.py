@@ -1,0 +1,90 @@
+"""The contract of a head, so that the loop never asks which one it has.
+
+Scale of the gradient: the engine divides the loss by the number `k` of micro-batches that a rank
+accumulates and averages the backbone's gradients over the `W` ranks. A head therefore returns, for
+each micro-batch, `W * k / N` times the sum of the losses of the samples that this rank scores,
+where `N` is the number of samples of the step. Whatever is sharded, the backbone then receives the
+gradient of the mean loss over the global batch. The rows receive that same gradient, undoing the
+engine's `1 / k`; no caller rescales anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class HeadOutput(NamedTuple):
+    """What a head says of one micro-batch.
+
+    Attributes:
+        loss: scalar on the device; see the module for its scale.
+        metrics: name -> scalar on the device, already an average over this rank's samples.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Prediction(NamedTuple):
+    """Top-k classes of a batch: `classes` int64 `[B, k]`, `scores` `[B, k]`, best first."""
+
+    classes: Tensor
+    scores: Tensor
+
+
+class Head(ABC):
+    """A classifier over all classes, sharded over the ranks.
+
+    A step is `plan`, then one call per micro-batch of this rank, then `step`.
+    """
+
+    @abstractmethod
+    def plan(self, step: int, labels: Tensor) -> None:
+        """Prepare a step: draw negatives, compute split sizes, prefetch rows.
+
+        Args:
+            step: number of the step; every draw is keyed by it.
+            labels: int64 `[n, B]` on the host, the labels of the *global* batch by canonical
+                micro-batch; -1 where a micro-batch is short. Rank r computes the micro-batches
+                `[r * n / W, (r + 1) * n / W)`.
+        """
+
+    @abstractmethod
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
+        """Loss of the next planned micro-batch of this rank.
+
+        Args:
+            embeddings: `[B, D]` on the device; gradients flow back to it.
+            labels: int64 `[B]` on the host, as planned.
+        """
+
+    @abstractmethod
+    def step(self, lr: float) -> None:
+        """Update the rows touched since the last call; accumulated micro-batches sum."""
+
+    @abstractmethod
+    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+        """Top-k over all classes; `embeddings` `[B, D]` are this rank's, all ranks must call."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Named tensors of this rank for the checkpoint.
+
+        The names do not depend on W: rows are named by canonical group, `rows/<group>/<field>`,
+        and a group lies on one rank as a whole. Anything else is replicated.
+        """
+
+    @abstractmethod
+    def wants(self, name: str) -> bool:
+        """Whether this rank loads the tensor of that name (see `state`)."""
+
+    @abstractmethod
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore from the tensors that `wants` selected, saved on any number of ranks."""
+
+    @abstractmethod
+    def row_ranges(self) -> dict[str, tuple[int, int]]:
+        """Global row range `[start, stop)` of every `rows/<group>` prefix, for all groups."""

@@ -1,0 +1,83 @@
+"""Who is where: ranks, devices, process groups. The only file that creates process groups."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place.
+
+    Attributes:
+        rank, world_size: this process among W.
+        device: where this rank computes.
+        device_group: collectives on device tensors (NCCL or gloo); None alone.
+        host_group: collectives on host tensors (gloo), which never wait for the device.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    device_group: Group = None
+    host_group: Group = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for the run."""
+        return self.rank == 0
+
+    def share(self, pieces: int) -> range:
+        """The contiguous, balanced range of `pieces` (groups, micro-batches) that is this rank's."""
+        return share(pieces, self.rank, self.world_size)
+
+    def barrier(self) -> None:
+        """Meet all ranks on the host."""
+        if self.world_size > 1:
+            dist.barrier(group=self.host_group)
+
+
+def share(pieces: int, rank: int, world_size: int) -> range:
+    """Pieces of `rank` when `pieces` are cut into `world_size` contiguous, balanced ranges."""
+    return range(pieces * rank // world_size, pieces * (rank + 1) // world_size)
+
+
+def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Topology:
+    """Join the process group of the environment (Ray Train, torchrun), or stand alone.
+
+    Args:
+        timeout_s: seconds after which a collective that one rank does not join ends.
+        device: where to compute; by default this rank's GPU, or the CPU where there is none.
+    """
+    device = device or default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group(backend, timeout=timeout)
+    host_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+    return Topology(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
+
+
+def default_device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def disconnect() -> None:
+    """Leave in order, on success only: a failed rank must not enter another collective."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""Data in, models out: assembles runs from the training library and the data pipeline."""
