@@ -231,8 +231,10 @@ class TrainConfig(Section):
     micro_batch: PositiveInt = Field(
         128, description="B: images per forward pass on one rank, whatever the number of ranks."
     )
-    precision: Literal["bf16", "float32"] = Field(
-        "bf16", description="bf16: autocast of the backbone; fp16 is not offered."
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        "auto",
+        description="bf16: autocast of the backbone; auto: bf16 where the hardware multiplies it, "
+        "else float32; fp16 is not offered.",
     )
     log_every: PositiveInt = Field(10, description="Steps between two records of the metrics.")
 
