@@ -1,0 +1,134 @@
+"""Draws are functions of (seed, purpose, ids): stable, independent and of the right law."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mhe_dist import seeds
+
+
+def test_derive_is_the_same_for_ever() -> None:
+    assert seeds.derive(0, "dropout") == 6289530383798674994
+    assert seeds.derive(7, "extra heads", 3, 10**9) == 6102632844045027356
+
+
+def test_derive_tells_every_part_apart_and_fits_63_bits() -> None:
+    parts = [(0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1), (0, "a", 0, 1), (0, "a", 1, 0)]
+    keys = [seeds.derive(*part) for part in parts]  # type: ignore[arg-type]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= key < 2**63 for key in keys)
+
+
+def test_derive_takes_numpy_integers_for_what_they_are() -> None:
+    assert seeds.derive(1, "a", np.int64(5)) == seeds.derive(1, "a", 5)  # type: ignore[arg-type]
+
+
+def test_generator_repeats_and_differs_by_id() -> None:
+    first, again, other = (seeds.generator(1, "order", i).random(8) for i in (3, 3, 4))
+    assert (first == again).all()
+    assert not np.isin(first, other).any()
+
+
+def test_seed_torch_repeats_whatever_was_drawn_before() -> None:
+    seeds.seed_torch(1, "dropout", 5)
+    first = torch.rand(4)
+    torch.rand(100)
+    seeds.seed_torch(1, "dropout", 5)
+    assert torch.equal(torch.rand(4), first)
+
+
+@pytest.mark.parametrize("population, count", [(0, 0), (5, 0), (5, 5), (10, 3), (1000, 400)])
+def test_a_sample_is_sorted_distinct_and_inside(population: int, count: int) -> None:
+    for draw in range(20):
+        got = seeds.sample_without_replacement(population, count, seeds.generator(0, "t", draw))
+        assert got.dtype == np.int64
+        assert got.shape == (count,)
+        assert (np.diff(got) > 0).all()
+        assert ((got >= 0) & (got < population)).all()
+
+
+def test_a_small_sample_of_a_huge_population_costs_little() -> None:
+    got = seeds.sample_without_replacement(10**15, 1000, seeds.generator(0, "t"))
+    assert len(np.unique(got)) == 1000
+    assert got.max() > 9 * 10**14
+
+
+@pytest.mark.parametrize("population, count", [(5, 2), (10, 2)])
+def test_every_subset_is_equally_likely(population: int, count: int) -> None:
+    rng = seeds.generator(0, "subsets")
+    draws = [
+        tuple(seeds.sample_without_replacement(population, count, rng).tolist())
+        for _ in range(4000)
+    ]
+    found = np.unique(np.array(draws), axis=0, return_counts=True)[1]
+    assert len(found) == math.comb(population, count)
+    assert stats.chisquare(found).pvalue > 1e-4
+
+
+def test_more_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match="6 of 5"):
+        seeds.sample_without_replacement(5, 6, seeds.generator(0, "t"))
+
+
+def test_rows_follow_the_normal_law() -> None:
+    noise = seeds.normal_rows(3, torch.arange(8000), 256).double().flatten()
+    count = len(noise)
+    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)]:
+        error = (noise**power).mean() - moment
+        assert abs(error) < 4.5 * math.sqrt(variance / count), power
+    assert stats.kstest(noise[::10].numpy(), "norm").pvalue > 1e-4
+    beyond_four = (noise.abs() > 4).sum().item()
+    assert stats.binomtest(beyond_four, count, 2 * stats.norm.sf(4)).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("first", [0, 10**9 - 4000, -(2**63)])
+def test_classes_and_columns_are_independent(first: int) -> None:
+    classes, width = 4000, 64
+    noise = seeds.normal_rows(3, torch.arange(classes) + first, width).double()
+    limit = 5.0
+    columns = (noise.T @ noise)[~torch.eye(width, dtype=torch.bool)] / math.sqrt(classes)
+    assert columns.abs().max() < limit
+    squares = noise**2 - 1
+    columns = (squares.T @ squares)[~torch.eye(width, dtype=torch.bool)] / 2 / math.sqrt(classes)
+    assert columns.abs().max() < limit
+    for lag in (1, 2, 64):
+        rows = (noise[lag:] * noise[:-lag]).sum() / math.sqrt((classes - lag) * width)
+        assert abs(rows) < limit, lag
+
+
+def test_seeds_are_independent() -> None:
+    classes = torch.arange(4000)
+    one, two = (seeds.normal_rows(seed, classes, 64) for seed in (0, 1))
+    assert abs((one * two).sum()) / math.sqrt(one.numel()) < 5
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 64])
+def test_a_row_does_not_depend_on_its_company(width: int) -> None:
+    classes = torch.tensor([0, 10**9, 5, 2**40, 5, 17] * 3000)
+    noise = seeds.normal_rows(11, classes, width)
+    assert noise.shape == (len(classes), width)
+    assert torch.equal(noise[2], noise[4])
+    for chosen in ([3], [5, 1], [0, 1, 2], list(range(1, 17001))):
+        assert torch.equal(seeds.normal_rows(11, classes[chosen], width), noise[chosen])
+
+
+def test_rows_are_the_same_for_ever() -> None:
+    noise = seeds.normal_rows(1, torch.tensor([0, 10**9]), 3)
+    expected = [
+        [0.9804427027702332, -0.4734806716442108, 0.2951640784740448],
+        [0.43236109614372253, 0.885744035243988, 0.367664098739624],
+    ]
+    assert torch.equal(noise, torch.tensor(expected))
+
+
+def test_rows_come_in_the_type_that_is_asked_for() -> None:
+    classes = torch.arange(5)
+    exact = seeds.normal_rows(1, classes, 4)
+    assert exact.dtype == torch.float32
+    assert torch.equal(seeds.normal_rows(1, classes, 4, torch.bfloat16), exact.bfloat16())
+    assert seeds.normal_rows(1, classes[:0], 4, torch.float64).shape == (0, 4)
