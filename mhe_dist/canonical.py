@@ -1,0 +1,80 @@
+"""BatchNorm's running statistics as a function of the step, not of the number of ranks.
+
+Every micro-batch of a step updates the statistics once, from the values at the step's start; the
+step's result is the mean over its micro-batches (DESIGN section 5). A rank takes the mean over its
+own ones; the mean over the ranks is linear and waits until somebody reads the statistics.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhe_dist.topology import Topology
+
+
+class RunningStatistics:
+    """The BatchNorm buffers of a model, brought through the micro-batches of a step.
+
+    Call `begin` before and `end` after each training forward, `finish` once per step.
+    `num_batches_tracked` then counts steps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.values: list[Tensor] = [
+            b for m in norms for b in (m.running_mean, m.running_var) if b is not None
+        ]
+        self._counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._start = [torch.empty_like(b) for b in self.values]
+        self._start_counts = [torch.empty_like(b) for b in self._counts]
+        self._sums = [torch.empty_like(b) for b in self.values]
+        self._seen = 0
+        self.synchronised = True
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before a training forward: back to the values at the step's start."""
+        if not self.values:
+            return
+        if self._seen == 0:
+            torch._foreach_copy_(self._start, self.values)
+            torch._foreach_copy_(self._start_counts, self._counts)
+        else:
+            torch._foreach_copy_(self.values, self._start)
+            torch._foreach_copy_(self._counts, self._start_counts)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After a training forward: remember what it made of the statistics."""
+        if not self.values:
+            return
+        if self._seen == 0:
+            torch._foreach_copy_(self._sums, self.values)
+        else:
+            torch._foreach_add_(self._sums, self.values)
+        self._seen += 1
+        self.synchronised = False
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """At the end of a step: the mean over the micro-batches of this rank."""
+        if self._seen > 1:
+            torch._foreach_copy_(self.values, self._sums)
+            torch._foreach_div_(self.values, float(self._seen))
+        self._seen = 0
+
+    @torch.no_grad()
+    def synchronise(self, topology: Topology) -> None:
+        """Take the mean over the ranks; all ranks must call, between two steps."""
+        if self.values and not self.synchronised and topology.world_size > 1:
+            flat = torch.cat([b.flatten() for b in self.values])
+            dist.all_reduce(flat, group=topology.device_group)
+            flat /= topology.world_size
+            pieces = flat.split([b.numel() for b in self.values])
+            torch._foreach_copy_(
+                self.values, [p.view_as(b) for p, b in zip(pieces, self.values, strict=True)]
+            )
+        self.synchronised = True
