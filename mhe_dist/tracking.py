@@ -1,0 +1,272 @@
+"""Where the record of a run goes: one small protocol, and trackers that can be combined.
+
+`metrics.jsonl` in the run's folder is the record that everything else can be rebuilt from; MLflow
+(`tracking_mlflow.py`) shows the same to people. Neither holds up a step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol, runtime_checkable
+
+from mhe_dist.config import Config
+from mhe_dist.errors import RunError, UserError
+
+Status = Literal["finished", "failed", "killed"]
+Metrics = Mapping[str, float]
+_VERSIONED = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "mhe")
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What keeps the record of a run."""
+
+    @property
+    def run_id(self) -> str | None:
+        """What names the run, to go on with it after a restart; None where nothing does."""
+        ...
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Begin the record, or go on with it.
+
+        Args:
+            config: the whole config as nested plain values; secrets are masked here.
+            tags: facts about the run that are not config (versions, data digest).
+            step: first step that this process records; what was recorded from there on by a
+                process that went further than its last checkpoint is superseded.
+        """
+        ...
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record values of a step; returns at once."""
+        ...
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Keep a copy of a file or of a folder, under `folder`; it must not change afterwards."""
+        ...
+
+    def close(self, status: Status = "finished") -> None:
+        """Say how the run ended and see the record safely stored."""
+        ...
+
+
+class NullTracker:
+    """Keeps nothing: for all ranks but the first, and for tests."""
+
+    run_id: str | None = None
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Keep nothing."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Keep nothing."""
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Keep nothing."""
+
+    def close(self, status: Status = "finished") -> None:
+        """Keep nothing."""
+
+
+class JsonlTracker:
+    """One JSON line for each `log`: `{"step": 10, "time": <Unix seconds>, "loss": 4.2}`.
+
+    Every line is handed to the operating system before `log` returns, so it outlives the process.
+    Floats keep all their digits; what is not finite is written as `"nan"`, `"inf"`, `"-inf"`.
+    """
+
+    run_id: str | None = None
+
+    def __init__(self, path: str) -> None:
+        """Args: path: the file; its folder is made when it is missing."""
+        self._path = Path(path)
+        self._file: IO[str] | None = None
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Drop the lines of steps >= `step` and open the file; config and tags are not its."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_records(self._path) if r["step"] < step]
+        _replace(self._path, "".join(map(_line, kept)))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line.
+
+        Raises:
+            RunError: the file cannot be written, for instance because the disk is full.
+        """
+        if self._file is None:
+            raise RunError(f"{self._path}: log() before start()")
+        try:
+            self._file.write(_line({"step": step, "time": round(time.time(), 3), **metrics}))
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self._path}: cannot write the record of the run: {error}") from error
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Nothing: the run's folder holds its files already."""
+
+    def close(self, status: Status = "finished") -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Trackers:
+    """Several trackers as one. All are closed, even when one of them fails to."""
+
+    def __init__(self, trackers: Iterable[Tracker]) -> None:
+        """Args: trackers: called in this order."""
+        self._trackers = list(trackers)
+
+    @property
+    def run_id(self) -> str | None:
+        """The first run id that one of the trackers has."""
+        ids = (tracker.run_id for tracker in self._trackers)
+        return next((run_id for run_id in ids if run_id), None)
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Start each."""
+        for tracker in self._trackers:
+            tracker.start(config, tags, step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log to each."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Hand the file or folder to each."""
+        for tracker in self._trackers:
+            tracker.artifact(path, folder)
+
+    def close(self, status: Status = "finished") -> None:
+        """Close each, in order; the first failure is raised when all have been asked."""
+        with ExitStack() as stack:
+            for tracker in reversed(self._trackers):
+                stack.callback(tracker.close, status)
+
+
+def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> Tracker:
+    """The trackers that a config asks for; on all ranks but the first one that keeps nothing.
+
+    Args:
+        config: of the run.
+        is_first: whether this rank speaks for the run.
+        run_id: MLflow run to go on with; None: a new one.
+
+    Raises:
+        UserError: the tracking URI cannot be used, or none is given and `run.dir` is a URL.
+    """
+    if not is_first:
+        return NullTracker()
+    trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
+    if config.tracking.mlflow:
+        from mhe_dist.tracking_mlflow import MlflowTracker
+
+        trackers.append(
+            MlflowTracker(
+                uri=mlflow_uri(config),
+                experiment=config.tracking.experiment,
+                run_name=config.run.name,
+                run_id=run_id,
+                artifacts="" if "://" in config.run.dir else f"{config.run.dir}/mlartifacts",
+            )
+        )
+    return Trackers(trackers)
+
+
+def mlflow_uri(config: Config) -> str:
+    """`tracking.uri`, or `MLFLOW_TRACKING_URI`, or SQLite in `run.dir`, in that order.
+
+    Raises:
+        UserError: neither is set and `run.dir` is a URL, where SQLite cannot live.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri:
+        return uri
+    if "://" in config.run.dir:
+        raise UserError(
+            f"run.dir={config.run.dir!r} is a URL, where MLflow cannot keep its SQLite file: set "
+            "tracking.uri or MLFLOW_TRACKING_URI to an MLflow server, or tracking.mlflow=false"
+        )
+    folder = Path(config.run.dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def environment_tags() -> dict[str, str]:
+    """Versions of the libraries, and the git commit of this code where it runs from a checkout."""
+    tags = {}
+    for package in _VERSIONED:
+        try:
+            tags[f"version.{package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "HEAD") if _git("ls-files", Path(__file__).name) else ""
+    if commit:
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        tags["git_commit"] = f"{commit}-dirty" if changed else commit
+    return tags
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl` in their order; none where there is no file.
+
+    A last line that a killed process left unfinished is ignored.
+
+    Raises:
+        UserError: a line that is not the last is no record.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _record(path: str | Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        values = {k: float(v) if isinstance(v, str) else v for k, v in record.items()}
+        return values | {"step": int(record["step"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}:{number}: not a record ({error}): move the file away, or remove the line"
+        ) from error
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: float) -> float | int | str:
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the whole file so that a crash leaves either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _git(*arguments: str) -> str:
+    """What git says in this file's folder; empty where there is no git or no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,70 @@
+"""Secrets do not leave the process."""
+
+import pytest
+
+from mhe_dist.redact import flat, is_secret_name, masked, scrub
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["password", "db_password", "HF_TOKEN", "apiKey", "AWS_SECRET_ACCESS_KEY", "client-secret"],
+)
+def test_secret_names(name):
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "key", "monkey", "name", "tokenizer", "keep_last"])
+def test_innocent_names(name):
+    assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("http://me:pw@host:5000/x", "http://***@host:5000/x"),
+        ("postgresql+psycopg://u:p%40w@db/mlflow", "postgresql+psycopg://***@db/mlflow"),
+        ("s3://bucket/a?X-Amz-Signature=abc&b=1", "s3://bucket/a?X-Amz-Signature=***&b=1"),
+        ("https://h/p?sig=abc and more", "https://h/p?sig=*** and more"),
+        ("s3://bucket/shards", "s3://bucket/shards"),
+        ("someone@example.org", "someone@example.org"),
+    ],
+)
+def test_urls(text, clean):
+    assert scrub(text) == clean
+
+
+def test_values_of_secret_environment_variables(monkeypatch):
+    monkeypatch.setenv("PLANTED_TOKEN", "s3cr3t-value")
+    monkeypatch.setenv("SHORT_SECRET", "1")
+    assert scrub("failed with s3cr3t-value at 1") == "failed with *** at 1"
+
+
+def test_masked_keeps_the_shape_and_what_is_no_secret():
+    tree = {
+        "uri": "http://a:b@h",
+        "model": {"class_token": True, "token": "abc", "api_key": ["x", "y"], "password": 7},
+        "empty_secret": "",
+        "lr": 0.1,
+        "list": ["http://a:b@h", 3],
+    }
+    assert masked(tree) == {
+        "uri": "http://***@h",
+        "model": {
+            "class_token": True,
+            "token": "***",
+            "api_key": ["***", "***"],
+            "password": "***",
+        },
+        "empty_secret": "",
+        "lr": 0.1,
+        "list": ["http://***@h", 3],
+    }
+
+
+def test_flat():
+    assert flat({"a": {"b": 1, "c": {"d": [2]}, "e": {}}, "f": None}) == {
+        "a.b": 1,
+        "a.c.d": [2],
+        "a.e": {},
+        "f": None,
+    }
