@@ -13,7 +13,38 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from mhe_dist.errors import RunError
+
+
+NO_SAMPLE = torch.iinfo(torch.int64).min
+
+
+class LabelError(RunError):
+    """A label outside `[0, C)`.
+
+    Attributes:
+        micro_batch, position: canonical place of the sample in the step.
+    """
+
+    def __init__(self, label: int, num_classes: int, micro_batch: int, position: int) -> None:
+        self.label, self.num_classes = label, num_classes
+        self.micro_batch, self.position = micro_batch, position
+        super().__init__(self._message(f"{position} of micro-batch {micro_batch}"))
+
+    def of_sample(self, key: str | None) -> LabelError:
+        """The same error, naming the sample's key where it is known."""
+        if key is not None:
+            self.args = (self._message(f"'{key}'"),)
+        return self
+
+    def _message(self, sample: str) -> str:
+        return (
+            f"label {self.label} of sample {sample} is outside [0, {self.num_classes}): "
+            "run `mhe data verify` on the shards, or set head.on_bad_label=ignore"
+        )
 
 
 class HeadOutput(NamedTuple):
@@ -26,6 +57,20 @@ class HeadOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
+    """`labels` `[n, B]` with -1 for places without a sample and, if allowed, for bad labels.
+
+    Raises:
+        LabelError: a label is outside `[0, C)` and `on_bad` is not "ignore".
+    """
+    empty = labels == NO_SAMPLE
+    bad = ((labels < 0) | (labels >= num_classes)) & ~empty
+    if on_bad != "ignore" and bad.any():
+        micro_batch, position = bad.nonzero()[0].tolist()
+        raise LabelError(int(labels[micro_batch, position]), num_classes, micro_batch, position)
+    return labels.masked_fill(empty | bad, -1)
 
 
 class Prediction(NamedTuple):
@@ -48,8 +93,11 @@ class Head(ABC):
         Args:
             step: number of the step; every draw is keyed by it.
             labels: int64 `[n, B]` on the host, the labels of the *global* batch by canonical
-                micro-batch; -1 where a micro-batch is short. Rank r computes the micro-batches
-                `[r * n / W, (r + 1) * n / W)`.
+                micro-batch; `NO_SAMPLE` where a micro-batch is short. Rank r computes the
+                micro-batches `[r * n / W, (r + 1) * n / W)`.
+
+        Raises:
+            LabelError: a label is outside `[0, C)` and the config does not ignore that.
         """
 
     @abstractmethod

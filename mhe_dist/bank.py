@@ -1,0 +1,190 @@
+"""The store of class centres of one partition, with the optimizer state of each row.
+
+A bank holds *units* of L consecutive rows: the heads of Multi-Head Sampling, single rows
+elsewhere. A unit is initialised when it is first touched, from a function of its number alone, so
+that it does not matter when, where or by whom. Memory is asked of the system page by page, as
+units are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+
+Memory = Literal["device", "host", "file"]
+Initial = Callable[[Tensor], Tensor]
+
+
+class Bank:
+    """Rows `[units, L, D]` and per-row state of one rank.
+
+    Args:
+        units: global numbers of the units of this partition.
+        length: L, rows of a unit.
+        width: D, columns of a row.
+        initial: int64 unit numbers `[U]` on the compute device -> first rows `[U, L, D]` there.
+        fields: the optimizer's row state, which starts at zero: name -> float32 columns, or None
+            for a state of D columns in the type of the rows.
+        dtype: type of the stored rows and state; bfloat16 is rounded stochastically.
+        compute_dtype: type of what is read.
+        memory: `device` keeps rows where they are used, `host` in RAM, `file` in sparse files.
+        device: where rows are used.
+        folder: where `file` puts its files.
+        seed: keys the stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        units: range,
+        length: int,
+        width: int,
+        initial: Initial,
+        fields: Mapping[str, int | None] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
+        memory: Memory = "device",
+        device: torch.device = torch.device("cpu"),
+        folder: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.units, self.length, self.width = units, length, width
+        columns = {"weight": None, **(fields or {})}
+        self.fields = tuple(columns)
+        self.compute_dtype, self.device, self.seed = compute_dtype, device, seed
+        self._initial = initial
+        self._touched = np.zeros(len(units), dtype=bool)
+        self._store = {
+            name: _allocate(
+                name,
+                (len(units), length, width if own is None else own),
+                dtype if own is None else torch.promote_types(dtype, torch.float32),
+                memory,
+                device,
+                folder,
+            )
+            for name, own in columns.items()
+        }
+
+    @property
+    def touched(self) -> Tensor:
+        """Global numbers of the units that were touched, ascending, int64 on the host."""
+        return torch.from_numpy(np.flatnonzero(self._touched) + self.units.start)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows and their state, touched or not."""
+        return sum(store.numel() * store.element_size() for store in self._store.values())
+
+    def touch(self, units: Tensor) -> None:
+        """Initialise those of `units` (global numbers `[U]`, host) that never were."""
+        local = units.numpy() - self.units.start
+        fresh = np.unique(local[~self._touched[local]])
+        chunk = max(1, (1 << 22) // (self.length * self.width))
+        for start in range(0, len(fresh), chunk):
+            numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
+            self._put("weight", numbers, self._initial(numbers.to(self.device)), step=0)
+        self._touched[fresh] = True
+
+    def read(self, units: Tensor, field: str = "weight") -> Tensor:
+        """Rows `[U, L, D]` of `units` (global numbers `[U]`, host) in the compute type.
+
+        Rows of units that were never touched are made on the way and not kept.
+        """
+        rows = self._get(field, units)
+        if field == "weight":
+            fresh = ~self._touched[units.numpy() - self.units.start]
+            if fresh.any():
+                where = torch.from_numpy(np.flatnonzero(fresh))
+                rows[where.to(rows.device)] = self._initial(units[where].to(self.device)).to(rows)
+        return rows
+
+    def write(self, units: Tensor, values: dict[str, Tensor], step: int) -> None:
+        """Store fields `[U, L, D]` of touched, distinct `units`; `step` keys the rounding."""
+        for field, rows in values.items():
+            self._put(field, units, rows, step)
+
+    def load(self, units: Tensor, values: dict[str, Tensor]) -> None:
+        """Store fields as they were saved, bit for bit, and mark `units` as touched."""
+        local = units - self.units.start
+        for field, rows in values.items():
+            store = self._store[field]
+            store.index_copy_(0, local.to(store.device), rows.to(store))
+        self._touched[local.numpy()] = True
+
+    def saved(self, units: Tensor) -> dict[str, Tensor]:
+        """All fields of `units` in the stored type, on the host: what `load` takes."""
+        local = units - self.units.start
+        return {
+            name: store.index_select(0, local.to(store.device)).cpu()
+            for name, store in self._store.items()
+        }
+
+    def forget(self) -> None:
+        """Mark every unit as never touched and clear the optimizer state."""
+        self._touched[:] = False
+        for name in self.fields[1:]:
+            self._store[name].zero_()
+
+    def _get(self, field: str, units: Tensor) -> Tensor:
+        store = self._store[field]
+        local = (units - self.units.start).to(store.device, non_blocking=True)
+        rows = store.index_select(0, local)
+        return rows.to(self.device, self.compute_dtype, non_blocking=True)
+
+    def _put(self, field: str, units: Tensor, rows: Tensor, step: int) -> None:
+        store = self._store[field]
+        local = (units - self.units.start).to(store.device, non_blocking=True)
+        if store.dtype == torch.bfloat16:
+            noise_key = seeds.derive(self.seed, f"rounding of {field}", step)
+            rows = round_stochastically(rows, units.to(rows.device, non_blocking=True), noise_key)
+        store.index_copy_(0, local, rows.to(store.device, store.dtype))
+
+
+def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
+    """Round float32 `[U, L, D]` to bfloat16, up with the probability that keeps the mean.
+
+    The noise is a hash of (key, unit, place in the unit), the same on any rank and device.
+    """
+    places = torch.arange(rows[0].numel(), dtype=torch.int32, device=rows.device)
+    noise = places.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
+    noise = (noise ^ (noise >> 15)) * -2048144789
+    noise = ((noise ^ (noise >> 13)) * -1028477379) >> 16 & 0xFFFF
+    bits = rows.float().contiguous().view(torch.int32) + noise.view(rows.shape)
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def _as_int32(key: int) -> int:
+    return (key & 0xFFFFFFFF) - (1 << 32 if key & 0x80000000 else 0)
+
+
+def _allocate(
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    memory: Memory,
+    device: torch.device,
+    folder: str | Path | None,
+) -> Tensor:
+    """Zeroed storage whose pages come into being when they are touched, where the system can."""
+    if memory == "file":
+        if folder is None:
+            raise ValueError("a bank in file memory needs a folder")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(folder) / f"{name}.rows"
+        path.unlink(missing_ok=True)
+        size = int(np.prod(shape))
+        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
+    if memory == "host" and device.type == "cuda":
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+    if memory == "host" or device.type == "cpu":
+        bytes_of = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(bytes_of).view(dtype).view(shape)
+    return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,0 +1,189 @@
+"""Multi-Head Sampling by `route`: each embedding travels to the rank that owns its head.
+
+Cost of a step: `B * (1 + m) * L * D` multiply-adds and the traffic of the touched rows; nothing is
+proportional to C or to W. The loss and its gradient are formed in closed form while a chunk of
+rows is in cache, so that a step reads each touched row once in the forward pass and reads and
+writes it once in the update; no gradient of the size of the rows is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+from mhe_dist.collectives import all_to_all
+from mhe_dist.heads.base import HeadOutput, check_labels
+from mhe_dist.heads.routing import Chunk, Round, chunks_by_head, plan_round
+from mhe_dist.heads.rows import HeadSpec, RowHead
+from mhe_dist.heads.softmax import ExtraScores, OwnScores, Scoring, score_round
+from mhe_dist.labels import LabelLayout
+from mhe_dist.sparse_optim import Dense, LowRank
+from mhe_dist.topology import Topology
+
+# Rows scored together: small enough for a core's share of the cache, large enough for a device.
+HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
+
+
+class MhsRoute(RowHead):
+    """Own head and m extra heads of its group for every sample; see `RowHead` for the arguments."""
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        config = spec.config.mhs
+        key = seeds.derive(spec.seed, "class permutation", 0)
+        layout = LabelLayout(spec.num_classes, config.length, config.groups, key)
+        super().__init__(spec, layout, topology)
+        self.extra_heads = config.extra_heads if config.negatives != "own" else 0
+        budget = DEVICE_CHUNK_BYTES if topology.device.type == "cuda" else HOST_CHUNK_BYTES
+        row_bytes = config.length * self.width * spec.dtype.itemsize
+        self.chunk_heads = max(1, budget // row_bytes)
+        self._rounds: list[Round] = []
+        self._chunks: list[list[Chunk]] = []
+        self._extra: dict[int, Tensor] = {}
+        self._own: list[OwnScores] = []
+        self._sums: dict[int, ExtraScores] = {}
+        self._next, self._samples = 0, 0
+
+    def draw(self, step: int, group: int) -> Tensor:
+        """The extra heads of a group in a step, ascending global numbers, int64 on the host."""
+        heads = self.layout.group_heads(group)
+        rng = seeds.generator(self.spec.seed, "extra heads", step, group)
+        count = min(self.extra_heads, len(heads))
+        drawn = seeds.sample_without_replacement(len(heads), count, rng)
+        return torch.from_numpy(drawn) + heads.start
+
+    def plan(self, step: int, labels: Tensor) -> None:
+        """Draw the extra heads and find out which sample goes where; see `Head`."""
+        self.step_number, self._next = step, 0
+        labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
+        self._samples = int((labels >= 0).sum())
+        self._extra = {group: self.draw(step, group) for group in self.groups}
+        by_rank = labels.view(self.topology.world_size, self.rounds, -1)
+        rank = self.topology.rank
+        self._rounds = [
+            plan_round(self.layout, by_rank[:, turn], self._extra, rank)
+            for turn in range(self.rounds)
+        ]
+        self._chunks = [
+            chunks_by_head(turn.heads[turn.own], self.chunk_heads) for turn in self._rounds
+        ]
+        self._own, self._sums = [], {}
+        own = [turn.heads[turn.own] for turn in self._rounds]
+        self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
+
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
+        """Loss of the next planned micro-batch; see `Head`."""
+        turn, chunks = self._rounds[self._next], self._chunks[self._next]
+        self._next += 1
+        features, norms = self._exchange(embeddings, turn)
+        weight = self.topology.world_size * self.rounds / max(1, self._samples)
+        loss, accuracy = _RouteLoss.apply(features, norms, self, turn, chunks, weight)
+        seen = torch.full_like(accuracy, self._classes_seen(turn) * weight)
+        return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
+
+    def _exchange(self, embeddings: Tensor, turn: Round) -> tuple[Tensor, Tensor | None]:
+        """Features, and norms if the margin needs them, of the samples whose heads are here."""
+        device = self.topology.device
+        payload = self.features(embeddings)
+        if self.margin.needs_norms:
+            norms = embeddings.detach().norm(dim=1, keepdim=True).to(payload)
+            payload = torch.cat([payload, norms], dim=1)
+        payload = payload[turn.send_order.to(device, non_blocking=True)]
+        arrived = all_to_all(payload, turn.send, turn.receive, self.topology)
+        arrived = arrived[turn.order.to(device, non_blocking=True)]
+        if self.margin.needs_norms:
+            return arrived[:, :-1], arrived[:, -1].detach()
+        return arrived, None
+
+    def _classes_seen(self, turn: Round) -> int:
+        """Sum over the samples of a round of the classes in their softmax."""
+        own = int(self._classes_in(turn.heads[turn.own]).sum())
+        extra = {group: int(self._classes_in(heads).sum()) for group, heads in self._extra.items()}
+        sizes = {part.group: part.samples.stop - part.samples.start for part in turn.groups}
+        return own + sum(extra[group] * size for group, size in sizes.items())
+
+    def _classes_in(self, heads: Tensor) -> Tensor:
+        """Classes of each head, fewer in the last one."""
+        length = self.layout.length
+        return (self.spec.num_classes - heads * length).clamp(max=length)
+
+    def score(
+        self,
+        features: Tensor,
+        norms: Tensor | None,
+        turn: Round,
+        chunks: list[Chunk],
+        keep: bool,
+    ) -> Scoring:
+        """Losses of a round, and the gradient of their sum; keeps the rows' gradient if asked."""
+        share = 1 / max(1, self._samples)
+        scoring = score_round(self, features, norms, turn, chunks, self._extra, share)
+        if keep:
+            self._own.append(scoring.own)
+            for group, scores in scoring.extra.items():
+                self._sums[group] = self._sums[group] + scores if group in self._sums else scores
+        return scoring
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the rows touched since `plan`; see `Head`."""
+        lr *= self.spec.config.optim.lr_scale
+        for group, scores in self._sums.items():
+            heads, shape = self._extra[group], (-1, self.layout.length, self.width)
+            gradient = Dense(scores.rows.view(shape), self._along(scores.along.view(shape[:2])))
+            self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
+        if self._own:
+            own, heads = OwnScores.join(self._own), self._own_heads()
+            chunks = (
+                self._chunks[0] if self.rounds == 1 else chunks_by_head(heads, self.chunk_heads)
+            )
+            for chunk in chunks:
+                self.optimizer.update(
+                    self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
+                )
+        self._own, self._sums = [], {}
+
+    def _own_heads(self) -> Tensor:
+        return torch.cat([turn.heads[turn.own] for turn in self._rounds])
+
+    def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
+        index = chunk.index.to(self.topology.device, non_blocking=True)
+        a, e, along = own.weights[index], own.features[index], own.along[index]
+        if chunk.padding is not None:
+            padding = chunk.padding.to(a.device, non_blocking=True).unsqueeze(-1)
+            a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
+        return LowRank(a, e, self._along(along.sum(1)))
+
+    def _along(self, along: Tensor) -> Tensor | None:
+        return along if self.margin.normalised else None
+
+
+class _RouteLoss(torch.autograd.Function):
+    """Closed-form loss of a round, so that the rows are not read again in the backward pass.
+
+    The rows' gradient is formed in the forward pass with the final scale (`1 / N` per sample), and
+    the backward pass scales the embeddings' gradient by what arrives.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        norms: Tensor | None,
+        head: MhsRoute,
+        turn: Round,
+        chunks: list[Chunk],
+        weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        scoring = head.score(features, norms, turn, chunks, keep=ctx.needs_input_grad[0])
+        ctx.save_for_backward(scoring.gradient.mul_(weight))
+        accuracy = scoring.correct.sum() * weight
+        ctx.mark_non_differentiable(accuracy)
+        return scoring.losses.sum() * weight, accuracy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None, None, None, None

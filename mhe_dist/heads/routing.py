@@ -1,0 +1,172 @@
+"""Which sample meets which head, for the `route` exchange: index arithmetic on the host.
+
+Every rank knows the labels of the whole step, so both sides of each exchange compute their split
+sizes and the order of what they send and receive; neither sizes nor labels travel, and the device
+is never waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhe_dist.labels import LabelLayout
+from mhe_dist.topology import share
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Heads that are scored together, each against the samples that belong to it.
+
+    Attributes:
+        heads: global numbers `[T]`, host.
+        index: `[T, c]`, the samples of each head; padded with its first one.
+        padding: `[T, c]`, True where `index` is padding; None if nothing is.
+    """
+
+    heads: Tensor
+    index: Tensor
+    padding: Tensor | None
+
+
+@dataclass(frozen=True)
+class GroupPart:
+    """The samples of one canonical group in a round, a slice of the round's sorted order.
+
+    Attributes:
+        group: number of the group.
+        samples: the slice.
+        inside: positions in the slice of samples whose own head is one of the extra heads.
+        column: for each of these, the column of its class among the extra heads' rows.
+    """
+
+    group: int
+    samples: slice
+    inside: Tensor
+    column: Tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one rank sends, receives and scores in one micro-batch.
+
+    Attributes:
+        send_order: positions in the rank's micro-batch, grouped by the rank that owns their head.
+        send, receive: samples to and from each rank.
+        order: sorts what arrived by group, and in a group puts samples with a chunk first.
+        heads, slots: own head (global) and slot of each sample in sorted order.
+        groups: the parts of the sorted order.
+        own: sorted positions of the samples whose own head is not among the extra heads.
+    """
+
+    send_order: Tensor
+    send: list[int]
+    receive: list[int]
+    order: Tensor
+    heads: Tensor
+    slots: Tensor
+    groups: list[GroupPart]
+    own: Tensor
+
+
+def plan_round(
+    layout: LabelLayout,
+    labels: Tensor,
+    extra: dict[int, Tensor],
+    rank: int,
+) -> Round:
+    """Plan one micro-batch of every rank, seen from `rank`.
+
+    Args:
+        layout: where classes live.
+        labels: int64 `[W, B]`, the micro-batch of each rank; anything outside `[0, C)` stays out.
+        extra: extra heads (ascending, global) of each group of this rank.
+        rank: whose plan.
+    """
+    world_size = labels.shape[0]
+    heads, slots = layout.locate(labels)
+    groups = layout.group_of(heads)
+    owner = _owner(groups, layout.groups, world_size)
+    mine = torch.argsort(owner[rank], stable=True)
+    send = torch.bincount(owner[rank] + 1, minlength=world_size + 1)
+    arriving = owner == rank
+    head, slot, group = heads[arriving], slots[arriving], groups[arriving]
+    column = _columns(head, slot, group, extra, layout.length)
+    order = torch.from_numpy(np.lexsort((column.numpy() >= 0, group.numpy())))
+    column, group = column[order], group[order]
+    return Round(
+        send_order=mine[int(send[0]) :],
+        send=send[1:].tolist(),
+        receive=arriving.sum(1).tolist(),
+        order=order,
+        heads=head[order],
+        slots=slot[order],
+        groups=_parts(group, column, list(extra)),
+        own=torch.nonzero(column < 0).squeeze(1),
+    )
+
+
+def _owner(groups: Tensor, total: int, world_size: int) -> Tensor:
+    """Rank of each group under `topology.share`; -1 stays -1."""
+    bounds = torch.tensor([share(total, r, world_size).stop for r in range(world_size)])
+    owner = torch.searchsorted(bounds, groups, right=True)
+    return torch.where(groups < 0, -1, owner)
+
+
+def _columns(
+    head: Tensor, slot: Tensor, group: Tensor, extra: dict[int, Tensor], length: int
+) -> Tensor:
+    """Column of each sample's class among its group's extra rows, -1 if it is not there."""
+    column = torch.full_like(head, -1)
+    for number, heads in extra.items():
+        if len(heads):
+            place = torch.searchsorted(heads, head).clamp_(max=len(heads) - 1)
+            found = (group == number) & (heads[place] == head)
+            column[found] = (place * length + slot)[found]
+    return column
+
+
+def _parts(group: Tensor, column: Tensor, groups: list[int]) -> list[GroupPart]:
+    bounds = torch.searchsorted(group, torch.tensor([*groups, groups[-1] + 1] if groups else []))
+    parts = []
+    for number, start, stop in zip(groups, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        own_column = column[start:stop]
+        inside = torch.nonzero(own_column >= 0).squeeze(1)
+        parts.append(GroupPart(number, slice(start, stop), inside, own_column[inside]))
+    return parts
+
+
+def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
+    """Group samples by head, heads with like many samples together.
+
+    Args:
+        heads: head of each sample `[n]`.
+        most_heads: heads in a chunk at most.
+
+    Returns:
+        Chunks that cover each head once; a chunk wastes less than half of its places on padding.
+    """
+    unique, inverse, counts = np.unique(heads.numpy(), return_inverse=True, return_counts=True)
+    samples = np.argsort(inverse, kind="stable")
+    starts = np.cumsum(counts) - counts
+    by_count = np.argsort(-counts, kind="stable")
+    chunks, at = [], 0
+    while at < len(unique):
+        most = int(counts[by_count[at]])
+        alike = np.searchsorted(-counts[by_count], -((most + 1) // 2), side="right")
+        picked = by_count[at : min(at + most_heads, int(alike))]
+        place = np.arange(most)[None, :]
+        padding = place >= counts[picked][:, None]
+        index = samples[starts[picked][:, None] + np.where(padding, 0, place)]
+        chunks.append(
+            Chunk(
+                torch.from_numpy(unique[picked]),
+                torch.from_numpy(index),
+                torch.from_numpy(padding) if padding.any() else None,
+            )
+        )
+        at += len(picked)
+    return chunks

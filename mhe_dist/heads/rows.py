@@ -1,0 +1,194 @@
+"""What every head over a bank of class centres shares: rows, their state, prediction."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhe_dist import seeds, sparse_optim
+from mhe_dist.bank import Bank
+from mhe_dist.collectives import gather_rows
+from mhe_dist.config import HeadConfig
+from mhe_dist.heads.base import Head, Prediction
+from mhe_dist.labels import LabelLayout
+from mhe_dist.margins import Margin
+from mhe_dist.topology import Topology
+
+INITIAL_STD = 0.01
+PREDICT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is built from.
+
+    Attributes:
+        config: the head's block of the config.
+        num_classes: C.
+        width: D of the embeddings.
+        seed: of the run.
+        micro_batches: n of a step, over all ranks.
+        dtype: type in which the head computes (float64 in proofs).
+        folder: where `file` memory puts the rows.
+    """
+
+    config: HeadConfig
+    num_classes: int
+    width: int
+    seed: int
+    micro_batches: int
+    dtype: torch.dtype = torch.float32
+    folder: str | Path | None = None
+
+
+class RowHead(Head):
+    """A head whose classes are rows of a bank, cut into canonical groups.
+
+    Args:
+        spec: what to build.
+        layout: where each class lives.
+        topology: this rank's place; it owns whole groups.
+    """
+
+    def __init__(self, spec: HeadSpec, layout: LabelLayout, topology: Topology) -> None:
+        self.spec, self.layout, self.topology = spec, layout, topology
+        self.margin = Margin(spec.config.margin)
+        self.optimizer = sparse_optim.build(spec.config.optim)
+        self.groups = topology.share(layout.groups)
+        self.rounds = spec.micro_batches // topology.world_size
+        self.bank = self._make_bank()
+        self.step_number = 0
+
+    @property
+    def width(self) -> int:
+        """Columns of a row: D, and one for the bias where rows are not normalised."""
+        return self.spec.width + (0 if self.margin.normalised else 1)
+
+    def _make_bank(self) -> Bank:
+        config, heads = self.spec.config.bank, self._heads_of(self.groups)
+        stored = getattr(torch, config.dtype)
+        return Bank(
+            heads,
+            self.layout.length,
+            self.width,
+            self.initial_rows,
+            self.optimizer.fields,
+            dtype=self.spec.dtype if config.dtype == "float32" else stored,
+            compute_dtype=self.spec.dtype,
+            memory=config.memory,
+            device=self.topology.device,
+            folder=self.spec.folder and Path(self.spec.folder) / f"groups_{self.groups.start:05d}",
+            seed=self.spec.seed,
+        )
+
+    def _heads_of(self, groups: range) -> range:
+        if not groups:
+            return range(0)
+        first, last = groups[0], groups[-1]
+        return range(self.layout.group_heads(first).start, self.layout.group_heads(last).stop)
+
+    def initial_rows(self, heads: Tensor) -> Tensor:
+        """Rows `[U, L, width]` as they are before any step: noise keyed by (seed, class)."""
+        slots = torch.arange(self.layout.length, device=heads.device)
+        classes = self.layout.classes(heads[:, None], slots[None, :])
+        key = seeds.derive(self.spec.seed, "class centres")
+        rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
+        rows = rows.mul_(INITIAL_STD).masked_fill_(classes.view(-1, 1) < 0, 0.0)
+        rows = F.pad(rows, (0, self.width - self.spec.width))
+        return rows.view(*classes.shape, self.width).to(self.spec.dtype)
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """What rows are multiplied with `[B, width]`: unit embeddings, or embeddings and a 1."""
+        embeddings = embeddings.to(self.spec.dtype)
+        if self.margin.normalised:
+            return F.normalize(embeddings, dim=1)
+        return F.pad(embeddings, (0, 1), value=1.0)
+
+    def inverse_norms(self, rows: Tensor) -> Tensor:
+        """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""
+        if not self.margin.normalised:
+            return rows.new_ones(rows.shape[:-1])
+        return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
+
+    def padding(self, heads: Tensor) -> Tensor | None:
+        """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""
+        last = self.layout.heads - 1
+        if self.layout.num_classes % self.layout.length == 0 or not (heads == last).any():
+            return None
+        slots = torch.arange(self.layout.length)
+        position = heads[:, None] * self.layout.length + slots
+        return (position >= self.layout.num_classes).to(self.topology.device)
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+        """Top-k over all classes; see `Head`. Scores are logits without a margin."""
+        features = gather_rows(self.features(embeddings), self.topology)
+        local = self._best_of_partition(features, k)
+        scores = gather_rows(local.scores, self.topology)
+        classes = gather_rows(local.classes, self.topology)
+        world_size, mine = self.topology.world_size, len(embeddings)
+        rows = slice(self.topology.rank * mine, (self.topology.rank + 1) * mine)
+        scores = scores.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
+        classes = classes.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
+        best, where = scores.topk(k, dim=1)
+        return Prediction(classes.gather(1, where), best)
+
+    def _best_of_partition(self, features: Tensor, k: int) -> Prediction:
+        """Top-k of this rank's classes, padded with class -1 and score -inf."""
+        layout, device = self.layout, self.topology.device
+        scores = features.new_full((len(features), k), float("-inf"))
+        classes = torch.full((len(features), k), -1, device=device)
+        row_bytes = layout.length * (self.width + len(features)) * features.element_size()
+        for heads in torch.tensor(list(self.bank.units)).split(max(1, PREDICT_BYTES // row_bytes)):
+            rows = self.bank.read(heads)
+            logits = features @ rows.flatten(0, 1).T
+            logits *= self.inverse_norms(rows).view(1, -1) * self.margin.scale
+            slots = torch.arange(layout.length, device=device)
+            ids = layout.classes(heads.to(device)[:, None], slots[None, :]).view(-1)
+            logits.masked_fill_(ids < 0, float("-inf"))
+            scores, where = torch.cat([scores, logits], dim=1).topk(k, dim=1)
+            ids = torch.cat([classes, ids.expand(len(features), -1)], dim=1)
+            classes = ids.gather(1, where)
+        return Prediction(classes, scores)
+
+    def state(self) -> dict[str, Tensor]:
+        """Touched units of each group: `rows/<group>/units` and a tensor for each field."""
+        tensors: dict[str, Tensor] = {}
+        touched = self.bank.touched
+        for group in self.groups:
+            heads = self.layout.group_heads(group)
+            units = touched[(touched >= heads.start) & (touched < heads.stop)]
+            tensors[f"rows/{group:05d}/units"] = units
+            for field, rows in self.bank.saved(units).items():
+                tensors[f"rows/{group:05d}/{field}"] = rows
+        return tensors
+
+    def wants(self, name: str) -> bool:
+        """Whether `name` is a tensor of one of this rank's groups."""
+        parts = name.split("/")
+        return parts[0] == "rows" and int(parts[1]) in self.groups
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the rows of this rank's groups."""
+        self.bank.forget()
+        for group in self.groups:
+            prefix = f"rows/{group:05d}/"
+            fields = {field: tensors[prefix + field] for field in self.bank.fields}
+            self.bank.load(tensors[prefix + "units"], fields)
+
+    def row_ranges(self) -> dict[str, tuple[int, int]]:
+        """Global row range of each group; see `Head`."""
+        length, ranges = self.layout.length, {}
+        for group in range(self.layout.groups):
+            heads = self.layout.group_heads(group)
+            ranges[f"rows/{group:05d}"] = (heads.start * length, heads.stop * length)
+        return ranges
+
+    @abstractmethod
+    def plan(self, step: int, labels: Tensor) -> None:
+        """Prepare a step; see `Head`."""

@@ -1,0 +1,276 @@
+"""Softmax cross-entropy of routed samples over their own head and their group's extra heads.
+
+All in closed form: with `z = s * cos` (the margin applied to the target), `p = softmax(z)` and
+`dcos = s * (p - onehot) * dphi` at the target, the gradient of a unit embedding is
+`sum_j dcos_j w_j / |w_j|`, and that of a row is `a^T e + b * w` with `a = dcos / |w|` and
+`b = -sum dcos * cos / |w|^2` (the normalisation's projection).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mhe_dist.heads.routing import Chunk, GroupPart, Round
+    from mhe_dist.heads.rows import RowHead
+
+# Extra logits of a rank that are kept between the two passes over them; beyond, they are remade.
+LOGITS_BYTES = 1 << 28
+
+
+class OwnScores(NamedTuple):
+    """The rows' gradient from own heads, by sample, scaled.
+
+    Attributes:
+        features: `[n, D]`.
+        weights: `a` of each sample against its own head `[n, L]`.
+        along: `b` of each sample `[n, L]`.
+    """
+
+    features: Tensor
+    weights: Tensor
+    along: Tensor
+
+    @staticmethod
+    def join(rounds: list[OwnScores]) -> OwnScores:
+        """The samples of several rounds, one after the other."""
+        return rounds[0] if len(rounds) == 1 else OwnScores(*map(torch.cat, zip(*rounds)))
+
+
+@dataclass
+class ExtraScores:
+    """The rows' gradient from extra heads, summed over samples, scaled.
+
+    Attributes:
+        rows: `a^T e` `[m * L, D]`.
+        along: `b` `[m * L]`.
+    """
+
+    rows: Tensor
+    along: Tensor
+
+    def __add__(self, other: ExtraScores) -> ExtraScores:
+        return ExtraScores(self.rows.add_(other.rows), self.along.add_(other.along))
+
+
+class Scoring(NamedTuple):
+    """What a round says.
+
+    Attributes:
+        losses: `[n]` of the samples in sorted order.
+        gradient: of the sum of the losses with respect to the features `[n, D]`.
+        correct: `[n]`, 1 where no class seen has a higher cosine than the target.
+        own, extra: the rows' gradient, `extra` by group.
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    correct: Tensor
+    own: OwnScores
+    extra: dict[int, ExtraScores]
+
+
+@dataclass
+class _Samples:
+    """What is gathered about the samples of a round, in sorted order, while rows pass by."""
+
+    features: Tensor
+    norms: Tensor | None
+    losses: Tensor
+    gradient: Tensor
+    log_sum: Tensor
+    target: Tensor
+    highest: Tensor
+
+    @staticmethod
+    def of(features: Tensor, norms: Tensor | None) -> _Samples:
+        lowest = features.new_full((len(features),), float("-inf"))
+        zero = torch.zeros_like(lowest)
+        return _Samples(
+            features,
+            norms,
+            zero,
+            torch.zeros_like(features),
+            lowest,
+            lowest.clone(),
+            lowest.clone(),
+        )
+
+    def norms_of(self, index: Tensor) -> Tensor | None:
+        return None if self.norms is None else self.norms[index]
+
+
+def score_round(
+    head: RowHead,
+    features: Tensor,
+    norms: Tensor | None,
+    turn: Round,
+    chunks: list[Chunk],
+    extra: dict[int, Tensor],
+    share: float,
+) -> Scoring:
+    """Score one round on the rank that owns the heads.
+
+    Args:
+        head: whose rows, margin and layout.
+        features: `[n, D]` in the round's sorted order.
+        norms: of the embeddings `[n]`, for margins that depend on them.
+        turn, chunks, extra: the plan.
+        share: scale of the rows' gradient, `1 / N`.
+    """
+    samples = _Samples.of(features, norms)
+    parts = [
+        _ExtraPart(head, samples, part, extra[part.group])
+        for part in turn.groups
+        if len(extra[part.group]) and part.samples.stop > part.samples.start
+    ]
+    for part in parts:
+        part.normalise()
+    own = _score_own(head, samples, turn, chunks, share)
+    sums = {part.group: part.finish(share) for part in parts}
+    correct = (samples.target >= samples.highest).to(features.dtype)
+    return Scoring(samples.losses, samples.gradient, correct, own, sums)
+
+
+def _score_own(
+    head: RowHead, samples: _Samples, turn: Round, chunks: list[Chunk], share: float
+) -> OwnScores:
+    """Samples against their own heads, chunk by chunk, each row read once."""
+    device, length = samples.features.device, head.layout.length
+    own, slots = (t.to(device, non_blocking=True) for t in (turn.own, turn.slots))
+    weights = samples.features.new_empty(len(turn.own), length)
+    along = torch.empty_like(weights)
+    for chunk in chunks:
+        place = chunk.index.to(device, non_blocking=True)
+        index = own[place]
+        rows = head.bank.read(chunk.heads)
+        inverse = head.inverse_norms(rows).unsqueeze(1)
+        cosine = torch.bmm(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
+        slot = slots[index].unsqueeze(-1)
+        target = cosine.gather(-1, slot).squeeze(-1)
+        phi, slope = head.margin.target(target, samples.norms_of(index))
+        logits = _logits(head, cosine, head.padding(chunk.heads))
+        logits.scatter_(-1, slot, phi.unsqueeze(-1) * head.margin.scale)
+        log_sum = torch.logaddexp(logits.logsumexp(-1), samples.log_sum[index])
+        highest = _visible(cosine, head.padding(chunk.heads)).amax(-1)
+        p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
+        at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
+        weight = p.scatter_(-1, slot, at_target).mul_(inverse * head.margin.scale)
+        samples.losses[index] = log_sum - phi * head.margin.scale
+        samples.log_sum[index], samples.target[index] = log_sum, target
+        samples.highest[index] = torch.maximum(samples.highest[index], highest)
+        samples.gradient[index] = torch.bmm(weight, rows)
+        weights[place] = weight.mul_(share)
+        along[place] = cosine.mul_(weight).mul_(inverse).neg_()
+    return OwnScores(samples.features[own], weights, along)
+
+
+class _ExtraPart:
+    """The samples of one group against the group's extra heads, in two passes.
+
+    The first finds each sample's normaliser over the extra heads, the second, when the own heads
+    are known too, forms the gradients.
+    """
+
+    def __init__(self, head: RowHead, samples: _Samples, part: GroupPart, heads: Tensor) -> None:
+        self.head, self.samples, self.part, self.group = head, samples, part, part.group
+        rows = head.bank.read(heads)
+        self.count = len(heads)
+        self.inverse = head.inverse_norms(rows).view(-1)
+        padding = head.padding(heads)
+        self.padding = None if padding is None else padding.view(-1)
+        self.rows = rows.flatten(0, 1)
+        row_bytes = len(self.rows) * rows.element_size()
+        self.slice = max(1, LOGITS_BYTES // (4 * row_bytes))
+        kept = (part.samples.stop - part.samples.start) * row_bytes <= LOGITS_BYTES
+        self.kept: dict[int, Tensor] | None = {} if kept else None
+
+    def normalise(self) -> None:
+        """First pass: log-sum-exp and highest cosine over the extra heads."""
+        samples = self.samples
+        for where, inside, column in self._slices():
+            cosine = self._cosine(where)
+            logits, target, phi, _ = self._with_margin(cosine, where, inside, column)
+            samples.log_sum[where] = logits.logsumexp(-1)
+            samples.highest[where] = _visible(cosine, self.padding).amax(-1)
+            targets = inside + where.start
+            samples.target[targets] = target
+            scaled = phi * self.head.margin.scale
+            samples.losses[targets] = samples.log_sum[targets] - scaled
+            if self.kept is not None:
+                self.kept[where.start] = cosine
+
+    def finish(self, share: float) -> ExtraScores:
+        """Second pass: gradients of the samples and of the extra rows."""
+        samples, scale = self.samples, self.head.margin.scale
+        rows_gradient = torch.zeros_like(self.rows)
+        along = torch.zeros_like(self.inverse)
+        for where, inside, column in self._slices():
+            cosine = self._cosine(where) if self.kept is None else self.kept.pop(where.start)
+            logits, _, _, slope = self._with_margin(cosine, where, inside, column)
+            p = logits.sub_(samples.log_sum[where].unsqueeze(-1)).exp_()
+            p[inside, column] = (p[inside, column] - 1) * slope
+            weight = p.mul_(self.inverse * scale)
+            samples.gradient[where].addmm_(weight, self.rows)
+            rows_gradient.addmm_(weight.T, samples.features[where], alpha=share)
+            along.sub_(cosine.mul_(weight).sum(0).mul_(self.inverse), alpha=share)
+        return ExtraScores(rows_gradient, along)
+
+    def _slices(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """Slices of the samples, with who has its own head among the extra ones, and where."""
+        part, device = self.part, self.rows.device
+        slices = []
+        for start in range(part.samples.start, part.samples.stop, self.slice):
+            stop = min(start + self.slice, part.samples.stop)
+            inside = part.inside + part.samples.start
+            held = (inside >= start) & (inside < stop)
+            indices = (inside[held] - start, part.column[held])
+            slices.append((slice(start, stop), *(i.to(device, non_blocking=True) for i in indices)))
+        return slices
+
+    def _cosine(self, where: slice) -> Tensor:
+        return (self.samples.features[where] @ self.rows.T).mul_(self.inverse)
+
+    def _with_margin(
+        self, cosine: Tensor, where: slice, inside: Tensor, column: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits `[n, m * L]`, and cosine, margin'd cosine and slope of the targets inside."""
+        head, target = self.head, cosine[inside, column]
+        phi, slope = head.margin.target(target, self.samples.norms_of(inside + where.start))
+        logits = _logits(head, cosine, self.padding)
+        if head.spec.config.mhs.correction:
+            self._correct(logits, inside, column)
+        logits[inside, column] = phi * head.margin.scale
+        return logits, target, phi, slope
+
+    def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
+        """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""
+        others = self.head.layout.heads - 1
+        by_head = logits.view(len(logits), self.count, -1)
+        by_head += torch.tensor(max(1, others) / self.count).log()
+        if self.count > 1:
+            by_head[inside] += torch.tensor(self.count / (self.count - 1)).log()
+        own = column // self.head.layout.length
+        seen = max(1, self.count - 1)
+        by_head[inside, own] -= torch.tensor(max(1, others) / seen).log()
+
+
+def _logits(head: RowHead, cosine: Tensor, padding: Tensor | None) -> Tensor:
+    """Scaled cosines `[..., L]`; padding and, if asked, suspiciously close negatives at -inf."""
+    logits = cosine * head.margin.scale
+    if head.spec.config.margin.filter:
+        logits.masked_fill_(cosine > head.spec.config.margin.filter, float("-inf"))
+    return _visible(logits, padding, in_place=True)
+
+
+def _visible(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
+    """`values` `[..., L]` with -inf at padding slots `[L]` or `[T, L]` (of `[T, c, L]`)."""
+    if padding is None:
+        return values
+    mask = padding if padding.dim() == 1 else padding.unsqueeze(1)
+    fill = values.masked_fill_ if in_place else values.masked_fill
+    return fill(mask, float("-inf"))

@@ -1,0 +1,138 @@
+"""The loop: one optimizer step per global batch, over any batches, engine and head.
+
+It yields a `StepInfo` per step and has no side effect of its own: records, evaluations and
+checkpoints are the caller's, between two steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mhe_dist.batch import MicroBatch, StepBatch
+from mhe_dist.collectives import gather_rows
+from mhe_dist.heads.base import NO_SAMPLE, Head, LabelError
+from mhe_dist.timing import Stopwatch
+from mhe_dist.topology import Topology
+
+
+class Trainable(Protocol):
+    """What the loop needs of `engine.Engine`."""
+
+    def forward(self, images: Tensor, step: int, micro_batch: int) -> Tensor:
+        """uint8 images `[B, 3, H, W]` -> embeddings `[B, D]`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch."""
+
+    def step(self, lr: float) -> None:
+        """Apply them."""
+
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradient."""
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in one step, as one rank saw it.
+
+    Attributes:
+        step: its number, from 0.
+        lr: learning rate of the backbone.
+        metrics: name -> device scalar whose mean over ranks is that over the global batch.
+        samples: digest of the keys of the global batch, the same for any W.
+        images: images of the global batch.
+        wait_s: seconds this rank waited for data.
+    """
+
+    step: int
+    lr: float
+    metrics: dict[str, Tensor]
+    samples: str
+    images: int
+    wait_s: float
+
+
+@dataclass
+class Loop:
+    """The parts of a step.
+
+    Attributes:
+        engine: the backbone.
+        head: the classifier.
+        topology: this rank's place.
+        micro_batch: B.
+        rate: step -> learning rate.
+        head_time: what the head takes of a step.
+    """
+
+    engine: Trainable
+    head: Head
+    topology: Topology
+    micro_batch: int
+    rate: Callable[[int], float]
+    head_time: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.head_time = Stopwatch(self.topology.device)
+
+    def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
+        """Train on `batches`, one step each."""
+        for batch in batches:
+            labels, samples = self._meet(batch)
+            self._plan(batch, labels)
+            outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
+            lr = self.rate(batch.step)
+            self.engine.step(lr)
+            with self.head_time.running():
+                self.head.step(lr)
+            metrics = _mean(outputs)
+            if (norm := self.engine.grad_norm()) is not None:
+                metrics["grad_norm"] = norm.detach()
+            images = int((labels != NO_SAMPLE).sum())
+            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s)
+
+    def _micro_batch(self, step: int, part: MicroBatch) -> dict[str, Tensor]:
+        embeddings = self.engine.forward(part.images, step, part.index)
+        with self.head_time.running():
+            output = self.head(embeddings, part.labels)
+        self.engine.backward(output.loss)
+        return {"loss": output.loss.detach(), **output.metrics}
+
+    def _meet(self, batch: StepBatch) -> tuple[Tensor, str]:
+        """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys."""
+        rows = torch.full((len(batch.micro_batches), self.micro_batch + 1), NO_SAMPLE)
+        for row, part in zip(rows, batch.micro_batches, strict=True):
+            row[0] = _digest(part.keys)
+            row[1 : len(part.labels) + 1] = part.labels
+        rows = gather_rows(rows, self.topology)
+        return rows[:, 1:], hashlib.blake2b(rows[:, 0].numpy().tobytes(), digest_size=8).hexdigest()
+
+    def _plan(self, batch: StepBatch, labels: Tensor) -> None:
+        with self.head_time.running():
+            try:
+                self.head.plan(batch.step, labels)
+            except LabelError as error:
+                raise error.of_sample(_key_of(batch, error)) from None
+
+
+def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
+
+
+def _digest(keys: list[str]) -> int:
+    digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _key_of(batch: StepBatch, error: LabelError) -> str | None:
+    """Key of the sample that `error` means, if it is on this rank."""
+    for part in batch.micro_batches:
+        if part.index == error.micro_batch:
+            return part.keys[error.position]
+    return None
