@@ -27,41 +27,47 @@ INITIAL_NORMS: Final = (20.0, 100.0)  # AdaFace's running mean and deviation bef
 
 @dataclass(frozen=True)
 class Margin:
-    """The margin of one step.
+    """A configured margin, grown to a part of itself.
 
     Attributes:
-        scale: s, what target and other cosines are multiplied with; 1 without normalisation.
-        normalised: whether rows and embeddings are normalised; otherwise the logit is their inner
-            product plus a bias.
-        m1, m2, m3: of `cos(m1 * theta + m2) - m3`.
-        m: AdaFace's margin, None for every other kind.
-        h: AdaFace's concentration.
+        config: kind and sizes.
+        growth: the part of the margin that applies, in [0, 1].
     """
 
-    scale: float = 1.0
-    normalised: bool = True
-    m1: float = 1.0
-    m2: float = 0.0
-    m3: float = 0.0
-    m: float | None = None
-    h: float = 0.333
+    config: MarginConfig
+    growth: float = 1.0
 
-    @classmethod
-    def at(cls, config: MarginConfig, step: int) -> Margin:
-        """The margin at a step: it grows linearly from none to all of it over `warmup_steps`."""
-        grown = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-        if config.kind == "none":
-            return cls(normalised=False)
-        if config.kind == "softmax":
-            return cls(config.scale)
+    def at(self, step: int) -> Margin:
+        """The margin of a step: it grows linearly from 0 to all over `warmup_steps`."""
+        steps = self.config.warmup_steps
+        return Margin(self.config, min(1.0, step / steps) if steps else 1.0)
+
+    @property
+    def normalised(self) -> bool:
+        """Whether logits are cosines; otherwise they are inner products plus a bias."""
+        return self.config.kind != "none"
+
+    @property
+    def scale(self) -> float:
+        """s, what cosines are multiplied with; 1 without normalisation."""
+        return self.config.scale if self.normalised else 1.0
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether `target` needs the norms of the embeddings (AdaFace)."""
+        return self.config.kind == "adaface"
+
+    @property
+    def parts(self) -> tuple[float, float, float]:
+        """m1, m2 and m3 of the kinds that are the same for every sample."""
+        config, growth = self.config, self.growth
         if config.kind == "arcface":
-            return cls(config.scale, m2=grown * config.m)
+            return 1.0, growth * config.m, 0.0
         if config.kind == "cosface":
-            return cls(config.scale, m3=grown * config.m)
-        if config.kind == "adaface":
-            return cls(config.scale, m=grown * config.m, h=config.h)
-        m1 = 1 + grown * (config.m1 - 1)
-        return cls(config.scale, m1=m1, m2=grown * config.m2, m3=grown * config.m3)
+            return 1.0, 0.0, growth * config.m
+        if config.kind == "combined":
+            return 1 + growth * (config.m1 - 1), growth * config.m2, growth * config.m3
+        return 1.0, 0.0, 0.0
 
     def target(
         self,
@@ -79,14 +85,19 @@ class Margin:
 
         Returns:
             `phi` and `dphi`, `[B]` each, in the type of `cosine`, finite everywhere.
+
+        Raises:
+            ValueError: AdaFace without norms.
         """
-        if self.m is not None:
+        if self.needs_norms:
             if norms is None:
                 raise ValueError("AdaFace needs the norms of the embeddings")
-            return _adaptive(cosine, self.m, _quality(norms, mean, std, self.h).to(cosine.dtype))
-        if self.m1 == 1 and self.m2 == 0:
-            return cosine - self.m3, torch.ones_like(cosine)
-        return _angular(cosine, self.m1, self.m2, self.m3)
+            quality = _quality(norms, mean, std, self.config.h).to(cosine.dtype)
+            return _adaptive(cosine, self.growth * self.config.m, quality)
+        m1, m2, m3 = self.parts
+        if m1 == 1 and m2 == 0:
+            return cosine - m3, torch.ones_like(cosine)
+        return _angular(cosine, m1, m2, m3)
 
 
 def keep_negatives(cosine: Tensor, threshold: float) -> Tensor:
