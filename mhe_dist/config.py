@@ -43,10 +43,10 @@ class GlyphsConfig(Section):
 
     fonts: str = Field("", description="Folder of font files; empty: those that matplotlib ships.")
     heldout_fonts: list[str] = Field(
-        ["STIXGeneral.ttf"], description="Font files kept for the evaluation alone."
+        ["STIXGeneral*"], description="Names (* and ?) of font files kept for the evaluation."
     )
     heldout_classes: PositiveInt = Field(500, description="Classes kept for the evaluation alone.")
-    min_fonts: PositiveInt = Field(6, description="A class needs a glyph in this many typefaces.")
+    min_fonts: PositiveInt = Field(4, description="A class needs a glyph in this many typefaces.")
     image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
 
 
@@ -78,7 +78,9 @@ class DataConfig(Section):
         1024, description="Consecutive samples of a stream that are permuted together."
     )
     loader_workers: int = Field(1, ge=0, description="Loader processes per rank; 0: in the rank.")
-    prefetch: PositiveInt = Field(2, description="Micro-batches that each loader process keeps ready.")
+    prefetch: PositiveInt = Field(
+        2, description="Micro-batches that each loader process keeps ready."
+    )
     on_bad_sample: Literal["skip", "fail"] = Field(
         "skip", description="What to do with a sample that cannot be read."
     )
@@ -108,7 +110,7 @@ class MarginConfig(Section):
     scale: PositiveFloat = Field(64.0, description="s: what cosines are multiplied with.")
     m: float = Field(0.4, ge=0, lt=1.6, description="The margin of arcface, cosface and adaface.")
     m1: PositiveFloat = Field(1.0, description="combined: cos(m1 * theta + m2) - m3.")
-    m2: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
+    m2: float = Field(0.0, ge=0, lt=1.6, description="combined: cos(m1 * theta + m2) - m3.")
     m3: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
     h: PositiveFloat = Field(0.333, description="adaface: concentration of the norms.")
     ema: Fraction = Field(0.01, description="adaface: weight of a new batch in the running norms.")
@@ -147,13 +149,15 @@ class MhsConfig(Section):
         8, ge=0, description="m: extra heads per group (route) or in all (gather)."
     )
     groups: PositiveInt = Field(
-        8, description="G: fixed groups of heads, at least as many as workers; a rank owns whole ones."
+        8,
+        description="G: fixed groups of heads, at least as many as workers; a rank owns whole ones.",
     )
     exchange: Literal["route", "gather"] = Field(
         "route", description="route: samples travel to their heads; gather: every rank sees all."
     )
     negatives: Literal["own", "own_plus", "batch"] = Field(
-        "own_plus", description="The softmax's classes: own head, own + m, or the batch's heads + m."
+        "own_plus",
+        description="The softmax's classes: own head, own + m, or the batch's heads + m.",
     )
     correction: bool = Field(False, description="Add log(1/q) to sampled negatives' logits.")
     repartition_every: int = Field(
@@ -260,7 +264,9 @@ class EvaluateConfig(Section):
 
     shards: str = Field("", description="Folder or URL of held-out shards; empty: no evaluation.")
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: at the end only.")
-    pairs: PositiveInt = Field(6000, description="Pairs drawn for 1:1 verification, half of them same.")
+    pairs: PositiveInt = Field(
+        6000, description="Pairs drawn for 1:1 verification, half of them same."
+    )
     flip: bool = Field(False, description="Add the embedding of the mirrored image.")
 
 
@@ -275,7 +281,9 @@ class TrackingConfig(Section):
     """Where the metrics go, beside metrics.jsonl in the run's folder."""
 
     mlflow: bool = Field(True, description="Log to MLflow.")
-    uri: str = Field("", description="MLflow server; empty: MLFLOW_TRACKING_URI, or SQLite in run.dir.")
+    uri: str = Field(
+        "", description="MLflow server; empty: MLFLOW_TRACKING_URI, or SQLite in run.dir."
+    )
     experiment: str = Field("mhe", description="MLflow experiment.")
 
 
@@ -335,5 +343,7 @@ def misfits(config: Config) -> list[str]:
             f"train.global_batch={train.global_batch} is not a multiple of data.streams={data.streams}"
         )
     if config.head.kind == "mhs" and config.head.mhs.groups < workers:
-        wrong.append(f"head.mhs.groups={config.head.mhs.groups} is less than scale.workers={workers}")
+        wrong.append(
+            f"head.mhs.groups={config.head.mhs.groups} is less than scale.workers={workers}"
+        )
     return wrong

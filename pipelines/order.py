@@ -1,0 +1,159 @@
+"""Which sample comes when: a pure function of (seed, shard sizes, step).
+
+Nothing here knows of ranks, loader processes or files, so neither can change the order.
+
+An *epoch* is the concatenation of all shards in a shuffled order. *Stream* s of S owns the samples
+`[s * N // S, (s + 1) * N // S)` of every epoch, so all streams are equal to one sample; a stream
+may begin inside a shard. The epochs of a stream follow one another in one endless sequence:
+position p is offset `p % L` of its epoch `p // L`, with L its constant length. Within an epoch the
+samples of a stream are permuted inside *windows* of consecutive ones. A step takes the next
+`global_batch / S` positions of every stream, in the order of the streams.
+
+So no batch is short, a sample comes exactly once in an epoch of its stream, and the step alone says
+what is next. Streams whose lengths differ by one drift apart by one sample per epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.errors import UserError
+from mhe_dist.seeds import generator
+
+Ints = npt.NDArray[np.int64]
+
+
+class Piece(NamedTuple):
+    """Consecutive samples `[start, stop)` of one shard, by its number in the index."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class Window(NamedTuple):
+    """Samples of a stream that are permuted together.
+
+    Attributes:
+        stream, epoch, number: what keys the permutation.
+        start: offset of the first one in this epoch of the stream.
+        size: how many.
+    """
+
+    stream: int
+    epoch: int
+    number: int
+    start: int
+    size: int
+
+
+class Draw(NamedTuple):
+    """Consecutive places `[start, stop)` of a permuted window."""
+
+    window: Window
+    start: int
+    stop: int
+
+
+def permutation(count: int, rng: np.random.Generator) -> Ints:
+    """A random permutation of `[0, count)` that no version of NumPy draws differently.
+
+    `Generator.permutation` may change between versions; the raw bits of a bit generator may not.
+    """
+    return np.argsort(rng.bit_generator.random_raw(count), kind="stable").astype(np.int64)
+
+
+class Order:
+    """The order of the samples of a data set."""
+
+    def __init__(self, shard_samples: Sequence[int], streams: int, window: int, seed: int) -> None:
+        """Describe the data set.
+
+        Args:
+            shard_samples: number of samples of each shard, by the index.
+            streams: S.
+            window: most samples that are permuted together.
+            seed: of the run.
+
+        Raises:
+            UserError: there are fewer samples than streams.
+        """
+        self.shard_samples = np.asarray(shard_samples, np.int64)
+        self.samples = int(self.shard_samples.sum())
+        self.streams, self.window, self.seed = streams, window, seed
+        if self.samples < streams:
+            raise UserError(
+                f"data.streams={streams}: the shards hold {self.samples} samples only; give at "
+                f"most that many streams"
+            )
+        self._layouts: dict[int, tuple[Ints, Ints]] = {}
+
+    def bounds(self, stream: int) -> tuple[int, int]:
+        """First and last + 1 place of a stream in the concatenation of an epoch."""
+        return (
+            stream * self.samples // self.streams,
+            (stream + 1) * self.samples // self.streams,
+        )
+
+    def length(self, stream: int) -> int:
+        """L: samples of a stream per epoch."""
+        start, stop = self.bounds(stream)
+        return stop - start
+
+    def draws(self, stream: int, start: int, stop: int) -> Iterator[Draw]:
+        """The windows, and the places in them, of the positions `[start, stop)` of a stream."""
+        while start < stop:
+            window, place = self.find(stream, start)
+            taken = min(window.size - place, stop - start)
+            yield Draw(window, place, place + taken)
+            start += taken
+
+    def find(self, stream: int, position: int) -> tuple[Window, int]:
+        """The window that holds a position of a stream, and the place there.
+
+        The first window of an epoch is shorter in later streams. Without that all streams would
+        come to the end of a window, and have to read the next, in the same step.
+        """
+        length = self.length(stream)
+        epoch, offset = divmod(position, length)
+        lead = stream * self.window // self.streams
+        number = (offset + lead) // self.window
+        start = max(0, number * self.window - lead)
+        stop = min(length, (number + 1) * self.window - lead)
+        return Window(stream, epoch, number, start, stop - start), offset - start
+
+    def shuffled(self, window: Window) -> Ints:
+        """int64 `[size]`: which of the window's samples, in reading order, comes at each place."""
+        keys = (window.epoch, window.stream, window.number)
+        return permutation(window.size, generator(self.seed, "order/window", *keys))
+
+    def pieces(self, window: Window) -> list[Piece]:
+        """Where the samples of a window lie, in reading order."""
+        shards, starts = self._layout(window.epoch)
+        first = self.bounds(window.stream)[0] + window.start
+        last = first + window.size
+        pieces = []
+        at = int(np.searchsorted(starts, first, side="right")) - 1
+        while first < last:
+            stop = min(last, int(starts[at + 1]))
+            if stop > first:  # a shard may be empty
+                begin = int(starts[at])
+                pieces.append(Piece(int(shards[at]), first - begin, stop - begin))
+            first, at = stop, at + 1
+        return pieces
+
+    def _layout(self, epoch: int) -> tuple[Ints, Ints]:
+        """The shards of an epoch in its order, and where each begins in the concatenation."""
+        if epoch not in self._layouts:
+            # Streams are at most a sample per epoch apart, so few epochs are in use at a time.
+            for old in list(self._layouts)[:-3]:
+                del self._layouts[old]
+            rng = generator(self.seed, "order/shards", epoch)
+            shards = permutation(len(self.shard_samples), rng)
+            starts = np.cumsum(np.append(0, self.shard_samples[shards]), dtype=np.int64)
+            self._layouts[epoch] = shards, starts
+        return self._layouts[epoch]
