@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -190,15 +191,15 @@ class Engine:
         self.synchronise_buffers()
         tensors = {}
         for name, parameter in self._names.items():
-            tensors[f"model.{name}"] = self._get(parameter, None)
+            tensors[f"model.{name}"] = _on_host(self._get(parameter, None))
             for moment in self._moments:
-                tensors[f"optim.{name}.{moment}"] = self._get(parameter, moment)
+                tensors[f"optim.{name}.{moment}"] = _on_host(self._get(parameter, moment))
         with self._whole_frozen():
-            plain = self._frozen | self._buffers()
-            tensors |= {f"model.{name}": tensor for name, tensor in plain.items()}
+            for name, tensor in (self._frozen | self._buffers()).items():
+                tensors[f"model.{name}"] = _on_host(tensor)
         if self._optim.kind == "adamw":
-            tensors["optim.step"] = next(self._counters()).reshape(())
-        return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            tensors["optim.step"] = _on_host(next(self._counters()))
+        return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -326,6 +327,10 @@ class Engine:
             yield
 
 
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """What `train.precision` comes to: "bf16" or "float32".
 
@@ -395,6 +400,8 @@ def import_deepspeed(device: torch.device) -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("ERROR")
+    # Its calls of torch functions that were renamed would warn on every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
 
 
