@@ -56,10 +56,12 @@ class MhsRoute(RowHead):
 
     def plan(self, step: int, labels: Tensor) -> None:
         """Draw the extra heads and find out which sample goes where; see `Head`."""
-        self.step_number, self._next = step, 0
+        self.begin(step)
+        self._next = 0
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         self._samples = int((labels >= 0).sum())
-        self._extra = {group: self.draw(step, group) for group in self.groups}
+        met = set(self.layout.group_of(self.layout.locate(labels)[0]).unique().tolist())
+        self._extra = {group: self.draw(step, group) for group in self.groups if group in met}
         by_rank = labels.view(self.topology.world_size, self.rounds, -1)
         rank = self.topology.rank
         self._rounds = [
@@ -87,13 +89,14 @@ class MhsRoute(RowHead):
         """Features, and norms if the margin needs them, of the samples whose heads are here."""
         device = self.topology.device
         payload = self.features(embeddings)
-        if self.margin.needs_norms:
+        if self.norms.needed:
             norms = embeddings.detach().norm(dim=1, keepdim=True).to(payload)
             payload = torch.cat([payload, norms], dim=1)
+            self.norms.add(norms)
         payload = payload[turn.send_order.to(device, non_blocking=True)]
         arrived = all_to_all(payload, turn.send, turn.receive, self.topology)
         arrived = arrived[turn.order.to(device, non_blocking=True)]
-        if self.margin.needs_norms:
+        if self.norms.needed:
             return arrived[:, :-1], arrived[:, -1].detach()
         return arrived, None
 
@@ -144,6 +147,7 @@ class MhsRoute(RowHead):
                     self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
                 )
         self._own, self._sums = [], {}
+        self.norms.step()
 
     def _own_heads(self) -> Tensor:
         return torch.cat([turn.heads[turn.own] for turn in self._rounds])

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from mhe_dist import seeds, sparse_optim
 from mhe_dist.bank import Bank
-from mhe_dist.collectives import gather_rows
+from mhe_dist.collectives import all_reduce, gather_rows
 from mhe_dist.config import HeadConfig
 from mhe_dist.heads.base import Head, Prediction
 from mhe_dist.labels import LabelLayout
-from mhe_dist.margins import Margin
+from mhe_dist.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
 from mhe_dist.topology import Topology
 
 INITIAL_STD = 0.01
@@ -46,6 +46,32 @@ class HeadSpec:
     folder: str | Path | None = None
 
 
+class NormTracker:
+    """AdaFace's running mean and deviation of the embeddings' norms, the same on every rank.
+
+    All micro-batches of a step use the statistics from before it, and the step's norms enter
+    together, so that neither depends on W.
+    """
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        self.needed = spec.config.margin.kind == "adaface"
+        self._ema, self._topology = spec.config.margin.ema, topology
+        start = torch.tensor(INITIAL_NORMS, dtype=torch.float64, device=topology.device)
+        self.running = start
+        self._sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+
+    def add(self, norms: Tensor) -> None:
+        """Count the norms `[B]` of a micro-batch."""
+        self._sums += norm_statistics(norms)
+
+    def step(self) -> None:
+        """Let the step's norms enter; all ranks must call."""
+        if self.needed:
+            sums = all_reduce(self._sums, self._topology)
+            self.running = torch.stack(running_norms(*self.running, sums, self._ema))
+            self._sums = torch.zeros_like(sums)
+
+
 class RowHead(Head):
     """A head whose classes are rows of a bank, cut into canonical groups.
 
@@ -57,12 +83,22 @@ class RowHead(Head):
 
     def __init__(self, spec: HeadSpec, layout: LabelLayout, topology: Topology) -> None:
         self.spec, self.layout, self.topology = spec, layout, topology
-        self.margin = Margin(spec.config.margin)
+        self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = sparse_optim.build(spec.config.optim)
         self.groups = topology.share(layout.groups)
         self.rounds = spec.micro_batches // topology.world_size
         self.bank = self._make_bank()
+        self.norms = NormTracker(spec, topology)
         self.step_number = 0
+
+    def begin(self, step: int) -> None:
+        """Set what depends on the number of the step."""
+        self.step_number = step
+        self.margin = self.margin.at(step)
+
+    def with_margin(self, cosine: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Target cosines with their margin, and the derivative; see `Margin.target`."""
+        return self.margin.target(cosine, norms, *self.norms.running)
 
     @property
     def width(self) -> int:
@@ -166,12 +202,14 @@ class RowHead(Head):
             tensors[f"rows/{group:05d}/units"] = units
             for field, rows in self.bank.saved(units).items():
                 tensors[f"rows/{group:05d}/{field}"] = rows
+        if self.norms.needed:
+            tensors["norms"] = self.norms.running.cpu()
         return tensors
 
     def wants(self, name: str) -> bool:
-        """Whether `name` is a tensor of one of this rank's groups."""
+        """Whether `name` is replicated or a tensor of one of this rank's groups."""
         parts = name.split("/")
-        return parts[0] == "rows" and int(parts[1]) in self.groups
+        return parts[0] != "rows" or int(parts[1]) in self.groups
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore the rows of this rank's groups."""
@@ -180,6 +218,8 @@ class RowHead(Head):
             prefix = f"rows/{group:05d}/"
             fields = {field: tensors[prefix + field] for field in self.bank.fields}
             self.bank.load(tensors[prefix + "units"], fields)
+        if self.norms.needed:
+            self.norms.running = tensors["norms"].to(self.topology.device)
 
     def row_ranges(self) -> dict[str, tuple[int, int]]:
         """Global row range of each group; see `Head`."""

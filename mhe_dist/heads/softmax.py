@@ -38,7 +38,9 @@ class OwnScores(NamedTuple):
     @staticmethod
     def join(rounds: list[OwnScores]) -> OwnScores:
         """The samples of several rounds, one after the other."""
-        return rounds[0] if len(rounds) == 1 else OwnScores(*map(torch.cat, zip(*rounds)))
+        return (
+            rounds[0] if len(rounds) == 1 else OwnScores(*map(torch.cat, zip(*rounds, strict=True)))
+        )
 
 
 @dataclass
@@ -152,7 +154,7 @@ def _score_own(
         cosine = torch.bmm(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
         slot = slots[index].unsqueeze(-1)
         target = cosine.gather(-1, slot).squeeze(-1)
-        phi, slope = head.margin.target(target, samples.norms_of(index))
+        phi, slope = head.with_margin(target, samples.norms_of(index))
         logits = _logits(head, cosine, head.padding(chunk.heads))
         logits.scatter_(-1, slot, phi.unsqueeze(-1) * head.margin.scale)
         log_sum = torch.logaddexp(logits.logsumexp(-1), samples.log_sum[index])
@@ -240,7 +242,7 @@ class _ExtraPart:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Logits `[n, m * L]`, and cosine, margin'd cosine and slope of the targets inside."""
         head, target = self.head, cosine[inside, column]
-        phi, slope = head.margin.target(target, self.samples.norms_of(inside + where.start))
+        phi, slope = head.with_margin(target, self.samples.norms_of(inside + where.start))
         logits = _logits(head, cosine, self.padding)
         if head.spec.config.mhs.correction:
             self._correct(logits, inside, column)
