@@ -1,0 +1,48 @@
+# The two commands of a user (train, test) and those of a developer. `make help` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+EXTRAS ?= dev,s3,k8s
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check format install constraints clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation, export
+	@$(BIN)/mhe train configs/quickstart.yaml
+
+test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## Format, lint and types, without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Format the code and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(INSTALLED)  ## The environment alone, in .venv
+
+constraints: $(INSTALLED)  ## Write constraints.txt from what .venv holds (see CONTRIBUTING.md)
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(BIN)/python -m pip list --format=freeze --exclude-editable \
+	   | grep -v -E '^(pip|wheel)=='; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove the environment and caches; data and runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 with its venv module" \
+	  "(Debian, Ubuntu: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
+	@echo "Installing the pinned dependencies in $(VENV): a few minutes, 7 GB."
+	$(BIN)/python -m pip install --disable-pip-version-check \
+	  -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
