@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -20,6 +20,15 @@ class Section(BaseModel):
     """A block of keys; a key that is not named here is a mistake, not an extension."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation in (int, float):
+            raise ValueError("is not a number")
+        return value
 
 
 class RunConfig(Section):
@@ -332,7 +341,8 @@ def misfits(config: Config) -> list[str]:
             f"train.micro_batch={train.micro_batch}"
         )
     else:
-        step = f"{train.micro_batches} micro-batches of a step (train.global_batch / train.micro_batch)"
+        sizes = "train.global_batch / train.micro_batch"
+        step = f"{train.micro_batches} micro-batches of a step ({sizes})"
         if train.micro_batches % workers:
             wrong.append(f"scale.workers={workers} does not divide the {step}")
         if data.streams % train.micro_batches:
