@@ -1,0 +1,101 @@
+"""The end of a run: the last evaluation, the exported backbone, pictures and the summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+from torch import Tensor
+
+from mhe_dist import backbone, export
+from mhe_dist.backbone import Backbone
+from mhe_dist.config import Config
+from mhe_dist.tracking import mlflow_uri
+from pipelines import report
+from pipelines.evaluate.heldout import Evaluation
+from pipelines.stream import read_in_order
+
+if TYPE_CHECKING:
+    from pipelines.pretrain import Run
+
+PARITY_IMAGES = 64
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
+    run.recorder.flush()
+    evaluation = run.evaluate()
+    tensors = run.engine.state()
+    exports: dict[str, dict[str, Any]] = {}
+    if run.place.is_first:
+        with run.recorder.phase("export"):
+            exports = _export(run, tensors)
+        with run.recorder.phase("report"):
+            _draw(run, evaluation)
+    run.place.barrier()
+    summary = _summary(run, evaluation.metrics, exports)
+    if run.place.is_first:
+        with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
+            json.dump(summary, file, indent=2)
+        run.recorder.event("end", summary=summary)
+    return summary
+
+
+def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    config = run.config
+    model = backbone.rebuild(config.model, config.data.image_size, tensors)
+    images, *_ = read_in_order(
+        run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
+    )
+    exports = {}
+    for name in config.export.formats:
+        path, difference = _write(name, model, config, images)
+        exports[name] = {"path": path, "max_difference": difference}
+        run.recorder.event("export", format=name, path=path, max_difference=difference)
+    return exports
+
+
+def _write(name: str, model: Backbone, config: Config, images: Tensor) -> tuple[str, float]:
+    folder = f"{config.run.path}/export"
+    if name == "timm":
+        return f"{folder}/timm", export.export_timm(model, config, f"{folder}/timm", images)
+    path = f"{folder}/backbone.onnx"
+    return path, export.export_onnx(model, config, path, images)
+
+
+def _draw(run: Run, evaluation: Evaluation) -> None:
+    """Pictures in `<run>/plots`, and what is worth keeping beside them, to MLflow too."""
+    folder = Path(run.config.run.path)
+    if evaluation.details:
+        evaluation.save(folder / "evaluation.npz")
+    report.draw(str(folder), run.config)
+    run.tracker.artifact(str(folder / "plots"))
+    run.tracker.artifact(str(folder / "config.yaml"))
+
+
+def _summary(
+    run: Run, results: dict[str, float], exports: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Figures of the whole run, and where everything is."""
+    recorder, progress, config = run.recorder, run.progress, run.config
+    seconds = recorder.phases["train"]
+    return {
+        "run": config.run.path,
+        "steps": run.total_steps,
+        "classes": run.index.num_classes,
+        "samples": run.index.samples,
+        "world_size": run.place.world_size,
+        "precision": run.engine.precision,
+        "resumed_from": progress.resumed_from,
+        "images_per_s": recorder.images / seconds if seconds else 0.0,
+        "phases": {name: round(value, 2) for name, value in recorder.phases.items()},
+        "training": recorder.last,
+        "heldout": results,
+        "exports": exports,
+        "checkpoints": f"{config.run.path}/checkpoints",
+        "mlflow": {"uri": mlflow_uri(config), "run_id": run.tracker.run_id}
+        if config.tracking.mlflow
+        else None,
+    }

@@ -1,0 +1,219 @@
+"""One rank of a pretraining run: config -> data, model, head, engine, records; then the loop.
+
+Runs alike under Ray Train (launcher/worker.py), under `torchrun -m pipelines.pretrain CONFIG` and
+in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mhe_dist import backbone, config_load, heads, schedule, topology, tracking
+from mhe_dist.checkpoint import Checkpoint, CheckpointStore
+from mhe_dist.config import Config
+from mhe_dist.engine import Engine
+from mhe_dist.errors import UserError
+from mhe_dist.heads import Head, HeadSpec
+from mhe_dist.seeds import seed_torch
+from mhe_dist.topology import Topology
+from mhe_dist.tracking import Tracker
+from mhe_dist.train import Loop
+from pipelines import finish
+from pipelines.evaluate import heldout
+from pipelines.evaluate.heldout import Evaluation
+from pipelines.recorder import Recorder, Report, ignore
+from pipelines.shards import ShardIndex
+from pipelines.stream import Loader
+
+HEAD = "head/"
+
+
+def main(config: Config, report: Report = ignore) -> dict[str, Any]:
+    """Train, evaluate and export; go on where the newest complete checkpoint ends.
+
+    Args:
+        config: the whole config.
+        report: called on rank 0 with events, plain dicts (see `Recorder.event`).
+
+    Returns:
+        The summary of the run, which rank 0 writes to `summary.json` last of all.
+    """
+    place = topology.connect(config.scale.timeout_s)
+    run = Run(config, place, report)
+    try:
+        run.train()
+        summary = finish.finish(run)
+    except BaseException:
+        run.tracker.close("failed")
+        raise
+    run.tracker.close("finished")
+    return summary
+
+
+@dataclass
+class Progress:
+    """How far a run is: completed steps, and the seconds and images of earlier processes."""
+
+    step: int = 0
+    seconds: float = 0.0
+    images: int = 0
+    resumed_from: str | None = None
+
+
+class Run:
+    """The parts of a run on one rank, put together."""
+
+    def __init__(self, config: Config, place: Topology, report: Report) -> None:
+        self.began = time.time()
+        self.config, self.place = config, place
+        self.index = ShardIndex.load(config.data.shards)
+        self.total_steps = schedule.total_steps(config, self.index.samples)
+        self.engine = Engine(_initial_model(config), config, place)
+        self.head = _make_head(config, self.index, place)
+        self.store = CheckpointStore(
+            f"{config.run.path}/checkpoints", place, config.checkpoint.keep_last
+        )
+        self.loop = Loop(
+            self.engine,
+            self.head,
+            place,
+            config.train.micro_batch,
+            lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
+        )
+        self.progress, run_id = self._restore()
+        self.tracker = self._open_tracker(run_id)
+        self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+
+    def train(self) -> None:
+        """The remaining steps, with records, evaluations and checkpoints between them."""
+        self.recorder.event(
+            "start",
+            run=self.config.run.path,
+            step=self.progress.step,
+            steps=self.total_steps,
+            resumed_from=self.progress.resumed_from,
+            classes=self.index.num_classes,
+            samples=self.index.samples,
+            precision=self.engine.precision,
+        )
+        for info in self.loop.steps(self._loader()):
+            self.recorder.add(info)
+            self.progress.step = info.step + 1
+            self._after_step()
+        self.store.wait()
+
+    def evaluate(self) -> Evaluation:
+        """Held-out results of the model as it is now; the metrics are the same on all ranks."""
+        if not self.config.evaluate.shards:
+            return Evaluation({}, {})
+        with self.recorder.phase("evaluate"):
+            self.engine.synchronise_buffers()
+            evaluation = heldout.run(self.engine.embed, self.config, self.place)
+        self.recorder.results(self.progress.step, evaluation.metrics)
+        return evaluation
+
+    def save(self) -> None:
+        """Checkpoint what a resumed run needs; written while training goes on."""
+        with self.recorder.phase("checkpoint"):
+            begin = time.perf_counter()
+            rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
+            owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
+            self.store.save(
+                self.progress.step, self.engine.state() | rows, owned, self._description()
+            )
+        self.recorder.event(
+            "checkpoint",
+            step=self.progress.step,
+            path=f"{self.config.run.path}/checkpoints",
+            seconds=time.perf_counter() - begin,
+        )
+
+    def _after_step(self) -> None:
+        done, config = self.progress.step, self.config
+        last = done == self.total_steps
+        if done % config.train.log_every == 0 or last:
+            self.recorder.flush()
+        if _due(done, config.evaluate.every_steps) and not last:
+            self.evaluate()
+        if _due(done, config.checkpoint.every_steps) or last:
+            self.save()
+
+    def _loader(self) -> Loader:
+        mine = self.place.share(self.config.train.micro_batches)
+        return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "seconds": self.progress.seconds + time.time() - self.began,
+            "images": self.progress.images + self.recorder.images,
+            "config": self.config.model_dump(mode="json"),
+            "data_digest": self.index.digest,
+            "row_ranges": self.head.row_ranges(),
+            "run_id": self.tracker.run_id,
+            "versions": tracking.environment_tags(),
+        }
+
+    def _restore(self) -> tuple[Progress, str | None]:
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            return Progress(), None
+        found = checkpoint.run
+        if found["data_digest"] != self.index.digest:
+            raise UserError(
+                f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
+                f"the run's checkpoint, {found['data_digest']}: train on the same shards, or give "
+                "the run another name (run.name)"
+            )
+        self._load(checkpoint)
+        progress = Progress(found["step"], found["seconds"], found["images"], checkpoint.path)
+        return progress, found["run_id"]
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
+        rows = checkpoint.load(
+            lambda name: name.startswith(HEAD) and self.head.wants(name.removeprefix(HEAD))
+        )
+        self.head.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+
+    def _open_tracker(self, run_id: str | None) -> Tracker:
+        tracker = tracking.open_tracker(self.config, self.place.is_first, run_id)
+        tags = tracking.environment_tags() | {
+            "data_digest": self.index.digest,
+            "world_size": str(self.place.world_size),
+            "precision": self.engine.precision,
+        }
+        tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
+        return tracker
+
+
+def _initial_model(config: Config) -> torch.nn.Module:
+    seed_torch(config.run.seed, "backbone")
+    return backbone.build(config.model, config.data.image_size)
+
+
+def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
+    folder = config.head.bank.path or f"{config.run.path}/bank"
+    spec = HeadSpec(
+        config.head,
+        index.num_classes,
+        config.model.embedding_dim,
+        config.run.seed,
+        config.train.micro_batches,
+        folder=folder,
+    )
+    return heads.build(spec, place)
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+if __name__ == "__main__":
+    main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    topology.disconnect()
