@@ -1,0 +1,131 @@
+"""1:1 verification as FORMATS.md words it: ten folds, accuracy, TAR at FAR."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+FOLDS: Final = 10
+
+
+class Accuracy(NamedTuple):
+    """Ten-fold accuracy.
+
+    Attributes:
+        mean, std: over the folds; the standard deviation is the population's.
+        thresholds: `[10]`, the one that was best on the other nine folds.
+        folds: `[10]`, the accuracy of each fold at its threshold.
+    """
+
+    mean: float
+    std: float
+    thresholds: Floats
+    folds: Floats
+
+
+class TarAtFar(NamedTuple):
+    """True accept rate at a false accept rate, over ten folds.
+
+    Attributes:
+        tar, std, far: mean TAR, its population standard deviation and the mean FAR of the folds,
+            each at the threshold that the other nine chose.
+        thresholds: `[10]`.
+    """
+
+    tar: float
+    std: float
+    far: float
+    thresholds: Floats
+
+
+def accuracy(distances: Floats, same: Bools) -> Accuracy:
+    """Accuracy of "same iff distance < t", t of 0, 0.01, ... below 4.
+
+    Args:
+        distances: squared L2 distances between embeddings of length 1, `[P]`.
+        same: whether a pair is of one class, `[P]`.
+
+    Raises:
+        UserError: fewer pairs than folds.
+    """
+    thresholds = np.arange(0, 4, 0.01)
+    accepted, size = _accepted(distances, same, thresholds)
+    correct = accepted[0] + (size[1, :, None] - accepted[1])
+    # The first best: argmax of whole numbers takes the first of equal ones.
+    best = np.argmax(correct.sum(axis=0) - correct, axis=1)
+    folds = correct[np.arange(FOLDS), best] / size.sum(axis=0)
+    return Accuracy(float(folds.mean()), float(folds.std()), thresholds[best], folds)
+
+
+def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
+    """TAR at a target FAR, thresholds of 0, 0.001, ... below 4.
+
+    On the nine training folds FAR is a function of the threshold; the threshold where it meets the
+    target is interpolated linearly between the last one below the target and the first one that
+    reaches it. Where none reaches it the threshold is 0, which accepts nothing.
+
+    Raises:
+        UserError: fewer pairs than folds, or a fold without same or without different pairs.
+    """
+    grid = np.arange(0, 4, 0.001)
+    accepted, size = _accepted(distances, same, grid)
+    if not size.all():
+        raise UserError("TAR@FAR: a fold has no same or no different pairs; mix the pairs' order")
+    rest = accepted[1].sum(axis=0) - accepted[1]
+    far_train = rest / (size[1].sum() - size[1])[:, None]
+    thresholds = np.array([_where_reached(curve, grid, far) for curve in far_train])
+    tar, far_test = np.empty(FOLDS), np.empty(FOLDS)
+    for fold, part in enumerate(fold_slices(len(same))):
+        accept = distances[part] < thresholds[fold]
+        tar[fold] = accept[same[part]].sum() / size[0, fold]
+        far_test[fold] = accept[~same[part]].sum() / size[1, fold]
+    return TarAtFar(float(tar.mean()), float(tar.std()), float(far_test.mean()), thresholds)
+
+
+def fold_slices(pairs: int) -> list[slice]:
+    """Ten contiguous folds; the first `pairs % 10` of them are one longer.
+
+    Raises:
+        UserError: fewer pairs than folds.
+    """
+    if pairs < FOLDS:
+        raise UserError(f"verification: {pairs} pairs are too few for {FOLDS} folds")
+    sizes = [pairs // FOLDS + (fold < pairs % FOLDS) for fold in range(FOLDS)]
+    ends = np.cumsum(sizes)
+    return [slice(int(end - size), int(end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _accepted(
+    distances: Floats, same: Bools, thresholds: Floats
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pairs of each fold below each threshold, `[2, 10, T]`, and pairs in all, `[2, 10]`.
+
+    The first axis is same, different.
+    """
+    accepted = np.empty((2, FOLDS, len(thresholds)), np.int64)
+    size = np.empty((2, FOLDS), np.int64)
+    for fold, part in enumerate(fold_slices(len(same))):
+        for kind, chosen in enumerate((same[part], ~same[part])):
+            ordered = np.sort(distances[part][chosen])
+            accepted[kind, fold] = np.searchsorted(ordered, thresholds, side="left")
+            size[kind, fold] = len(ordered)
+    return accepted, size
+
+
+def _where_reached(rising: Floats, grid: Floats, target: float) -> float:
+    """Where a curve that never falls reaches the target, interpolated; 0 where it does not."""
+    after = int(np.searchsorted(rising, target, side="left"))
+    if after == len(rising):
+        return 0.0
+    if after == 0:
+        return float(grid[0])
+    low, high = rising[after - 1], rising[after]
+    share = (target - low) / (high - low)
+    return float(grid[after - 1] + share * (grid[after] - grid[after - 1]))

@@ -1,0 +1,127 @@
+"""Rank-k and TAR at FAR over all pairs, against small cases by hand and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mhe_dist.errors import UserError
+from pipelines.evaluate import identification
+from pipelines.evaluate.identification import compare
+
+EXACT = 1e-12
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def plain_rank(probe, label, gallery, names):
+    best = {}
+    for row, name in zip(gallery, names, strict=True):
+        best[name] = max(best.get(name, -2.0), float(probe @ row))
+    if label not in best:
+        return 0
+    return sum(score >= best[label] - 1e-13 for score in best.values())
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+    names = np.concatenate([rng.permutation(40), rng.integers(0, 40, 25)])  # some twice
+    centres = rng.standard_normal((45, 12))
+    labels = rng.integers(0, 45, 150)  # 40 to 44 are not enrolled
+    gallery = unit(centres[names] + 0.6 * rng.standard_normal((65, 12)))
+    probes = unit(centres[labels] + 0.9 * rng.standard_normal((150, 12)))
+    return gallery, names, probes, labels
+
+
+@pytest.fixture(params=[1 << 22, 200, 1])
+def found(request, case, monkeypatch):
+    monkeypatch.setattr(identification, "_CHUNK", request.param)
+    return compare(*case, max_far=0.5)
+
+
+def test_ranks_equal_a_plain_loop(case, found):
+    gallery, names, probes, labels = case
+    expected = [
+        plain_rank(p, label, gallery, names) for p, label in zip(probes, labels, strict=True)
+    ]
+    assert found.ranks.tolist() == expected
+    enrolled = np.array([r for r in expected if r])
+    for k in (1, 3, 5):
+        assert found.rank(k) == pytest.approx(np.mean(enrolled <= k), abs=EXACT)
+    assert found.classes == 40
+    assert found.chance(1) == 1 / 40
+    assert 0.2 < found.rank(1) < 0.95
+
+
+def test_tar_equals_a_plain_loop(case, found):
+    gallery, names, probes, labels = case
+    scores, own = probes @ gallery.T, labels[:, None] == names[None]
+    impostors = np.sort(scores[~own])[::-1]
+    assert found.impostors == len(impostors)
+    for far in (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5):
+        thresholds = [t for t in impostors if (scores[~own] > t).sum() <= far * len(impostors)]
+        expected = np.mean(scores[own] > min(thresholds))
+        assert found.tar(far) == pytest.approx(expected, abs=EXACT)
+
+
+def test_tar_equals_the_roc_of_scikit_learn_and_of_torchmetrics(case, found):
+    import torch
+    from sklearn.metrics import roc_curve
+    from torchmetrics.functional.classification import binary_roc
+
+    gallery, names, probes, labels = case
+    scores, own = (probes @ gallery.T).ravel(), (labels[:, None] == names[None]).ravel()
+    far, tar, _ = roc_curve(own, scores, drop_intermediate=False)
+    unit_scores = torch.tensor((scores + 1) / 2)
+    torch_far, torch_tar, _ = binary_roc(unit_scores, torch.tensor(own).long())
+    for target in (1e-3, 1e-2, 0.1, 0.3):
+        assert found.tar(target) == pytest.approx(tar[far <= target].max(), abs=EXACT)
+        reached = torch_tar[torch_far <= target].max().item()
+        assert found.tar(target) == pytest.approx(reached, abs=1e-6)  # float32 there
+
+
+def test_the_nearest_are_the_best_in_order(case, found):
+    gallery, _, probes, _ = case
+    scores = probes @ gallery.T
+    expected = np.argsort(-scores, axis=1)[:, :5]
+    np.testing.assert_array_equal(found.nearest, expected)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, expected, 1), atol=EXACT)
+
+
+def test_a_case_by_hand():
+    gallery = np.eye(3)
+    probes = unit(np.array([[3.0, 1, 0], [3, 2, 1], [0, 1, 2], [1, 0, 0]]))
+    found = compare(gallery, np.array([10, 20, 30]), probes, np.array([10, 20, 20, 99]))
+    assert found.ranks.tolist() == [1, 2, 2, 0]
+    assert found.rank(1) == pytest.approx(1 / 3, abs=EXACT)
+    assert found.rank(2) == 1.0
+    assert found.impostors == 9
+
+
+def test_a_collapsed_model_identifies_nobody():
+    """All embeddings equal: whatever a tie is worth, it must not look like success."""
+    row = unit(np.random.default_rng(0).standard_normal((1, 64)))
+    found = compare(np.repeat(row, 101, 0), np.arange(101), np.repeat(row, 57, 0), np.arange(57))
+    assert found.rank(1) == 0.0
+    assert set(found.ranks) == {101}
+    assert found.tar(1e-2) == 0.0
+
+
+def test_an_fa_rate_beyond_what_was_kept_is_refused(case):
+    found = compare(*case, max_far=0.01)
+    with pytest.raises(ValueError, match="beyond what this comparison kept"):
+        found.tar(0.02)
+    assert found.tar(1.0) == 1.0
+
+
+def test_memory_of_the_impostors_is_bounded(case):
+    found = compare(*case, max_far=0.01)
+    assert len(found.highest) == math.floor(0.01 * found.impostors) + 1
+
+
+def test_nothing_to_compare_is_the_users_mistake(case):
+    with pytest.raises(UserError, match="0 gallery entries, 150 probes"):
+        compare(case[0][:0], case[1][:0], case[2], case[3])
