@@ -1,0 +1,63 @@
+"""Encoded image bytes to pixels of one size."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]
+
+_JPEG = b"\xff\xd8\xff"
+
+
+class Undecodable(Exception):
+    """The bytes are no image, or a damaged one; the message says what the decoder said."""
+
+
+def decode(data: bytes, side: int) -> Pixels:
+    """Decode an image to uint8 `[side, side, 3]`, RGB.
+
+    JPEG goes through simplejpeg, everything that needs more care through Pillow: other formats,
+    grey of 16 bits, palettes, and a stored orientation, which is applied. An image of another size
+    is scaled so that its shorter side fits, and cut to the middle square.
+
+    Raises:
+        Undecodable: the image cannot be read completely.
+    """
+    try:
+        # The orientation, if any, is in an Exif block at the beginning.
+        if data.startswith(_JPEG) and b"Exif\0\0" not in data[:256]:
+            try:
+                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
+            except ValueError:
+                pixels = _by_pillow(data)  # a colour space like CMYK; damage raises once more
+        else:
+            pixels = _by_pillow(data)
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+        raise Undecodable(str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise Undecodable(str(error)) from error
+    return pixels if pixels.shape[:2] == (side, side) else _fit(pixels, side)
+
+
+def _by_pillow(data: bytes) -> Pixels:
+    with Image.open(io.BytesIO(data)) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits; converting would clip to white
+            grey = (np.asarray(upright, np.int64) >> 8).clip(0, 255).astype(np.uint8)
+            upright = Image.fromarray(grey)
+        return np.asarray(upright.convert("RGB"))
+
+
+def _fit(pixels: Pixels, side: int) -> Pixels:
+    """Scale the shorter side to `side` and keep the middle."""
+    height, width = pixels.shape[:2]
+    scale = side / min(height, width)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.asarray(image.crop((left, top, left + side, top + side)))

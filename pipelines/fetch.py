@@ -1,0 +1,149 @@
+"""Bytes of a shard to samples, one sample at a time by the index.
+
+The index says where each sample begins and ends, so damage stays with the sample that has it, and
+a shard that is shorter than it should be is noticed (webdataset ends silently there).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import fsspec
+import webdataset.tariterators as tars
+
+from mhe_dist.errors import RunError
+from pipelines.decode import Pixels, Undecodable, decode
+from pipelines.order import Piece
+from pipelines.shards import ShardIndex
+
+IMAGES: Final = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+_BLOCK: Final = 512
+_PLAIN: Final = b"0\0"  # type flags of an ordinary file
+
+
+class Damaged(Exception):
+    """A sample that cannot be used; the message says why."""
+
+
+class Example(NamedTuple):
+    """A sample that can be used: its image is uint8 `[side, side, 3]`."""
+
+    key: str
+    label: int
+    image: Pixels
+
+
+def read_piece(index: ShardIndex, piece: Piece) -> list[memoryview]:
+    """The raw bytes of each sample of a piece; shorter than they should be after the shard's end.
+
+    Raises:
+        RunError: the shard cannot be opened or read.
+    """
+    url = index.url(piece.shard)
+    offsets = index.shards[piece.shard].offsets[piece.start : piece.stop + 1]
+    filesystem, path = fsspec.core.url_to_fs(url)
+    try:
+        data = filesystem.cat_file(path, start=int(offsets[0]), end=int(offsets[-1]))
+    except OSError as error:
+        raise RunError(f"{url}: cannot be read ({error})") from error
+    raw = memoryview(data)
+    inside = [int(offset) for offset in offsets - offsets[0]]
+    return [raw[start:stop] for start, stop in pairwise(inside)]
+
+
+def example(raw: memoryview, length: int, side: int, num_classes: int) -> Example:
+    """Read, check and decode one sample.
+
+    Args:
+        raw: its part of the tar.
+        length: how many bytes that should be.
+        side: of the image to return, in pixels.
+        num_classes: labels must be below this.
+
+    Raises:
+        Damaged: it is truncated, no sample, without image or label, or one of them is bad.
+    """
+    if len(raw) < length:
+        raise Damaged(f"the shard ends {length - len(raw)} bytes too early for it")
+    members = parse(raw)
+    label = _label(members, num_classes)
+    for extension in IMAGES:
+        if extension in members:
+            try:
+                return Example(members["__key__"], label, decode(members[extension], side))
+            except Undecodable as error:
+                raise Damaged(f"{members['__key__']}.{extension}: {error}") from error
+    raise Damaged(f"{members['__key__']}: no image among {_extensions(members)}")
+
+
+def parse(raw: memoryview) -> dict[str, Any]:
+    """The members of one sample by extension, and its `__key__`, by webdataset's grouping.
+
+    Raises:
+        Damaged: these bytes are not exactly one sample.
+    """
+    files = _plain_members(raw)
+    try:
+        if files is None:
+            source = {"url": "", "stream": io.BytesIO(raw)}
+            files = list(tars.tar_file_expander([source], eof_value=None))
+        samples = list(tars.group_by_keys({"__url__": "", **file} for file in files))
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise Damaged(
+            f"not a sample of a tar ({error.args[0] if error.args else error})"
+        ) from error
+    if len(samples) != 1:
+        raise Damaged(f"{len(samples)} samples where the index has one")
+    return samples[0]
+
+
+def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
+    """Names and contents of the members if all of them are plain files, or None.
+
+    `tarfile`, which webdataset reads with, takes ten times as long, and more than decoding. Long
+    names, sparse files, links and damaged headers are left to it.
+    """
+    files = []
+    at = 0
+    while at + _BLOCK <= len(raw):
+        header = bytes(raw[at : at + _BLOCK])
+        try:
+            size, checksum = (
+                int(header[124:136].strip(b" \0"), 8),
+                int(header[148:156].strip(b" \0"), 8),
+            )
+            name = header[:100].rstrip(b"\0").decode()
+        except ValueError:
+            return None
+        # The checksum counts its own field as blanks.
+        if (
+            header[156] not in _PLAIN
+            or header[345]
+            or checksum != sum(header) - sum(header[148:156]) + 256
+        ):
+            return None
+        at += _BLOCK
+        if at + size > len(raw):
+            return None
+        files.append({"fname": name, "data": bytes(raw[at : at + size])})
+        at += -(-size // _BLOCK) * _BLOCK
+    return files
+
+
+def _label(members: dict[str, Any], num_classes: int) -> int:
+    if "cls" not in members:
+        raise Damaged(f"{members['__key__']}: no label among {_extensions(members)}")
+    try:
+        label = int(members["cls"])
+    except ValueError:
+        raise Damaged(f"{members['__key__']}.cls: {members['cls'][:20]!r} is no number") from None
+    if not 0 <= label < num_classes:
+        raise Damaged(f"{members['__key__']}.cls: label {label} is not in [0, {num_classes})")
+    return label
+
+
+def _extensions(members: dict[str, Any]) -> str:
+    return ", ".join(name for name in members if not name.startswith("__")) or "nothing"
