@@ -113,6 +113,11 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that `load` reads back: text that looks like a number is quoted."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
 def save(config: Config, url: str) -> None:
     """Write the resolved configuration as YAML that `load` reads back, to a path or fsspec URL.
 
@@ -123,7 +128,7 @@ def save(config: Config, url: str) -> None:
     files, name = url_to_fs(url)
     files.makedirs(files._parent(name), exist_ok=True)
     with files.transaction, files.open(name, "wb") as file:
-        file.write(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True).encode())
+        file.write(to_yaml(config).encode())
 
 
 def describe(config: Config) -> list[Entry]:
