@@ -158,10 +158,6 @@ class MhsConfig(Section):
     extra_heads: int = Field(
         8, ge=0, description="m: extra heads per group (route) or in all (gather)."
     )
-    groups: PositiveInt = Field(
-        8,
-        description="G: fixed groups of heads, at least one per worker; a rank owns whole ones.",
-    )
     exchange: Literal["route", "gather"] = Field(
         "route", description="route: samples travel to their heads; gather: every rank sees all."
     )
@@ -208,6 +204,9 @@ class HeadConfig(Section):
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
     optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
+    groups: PositiveInt = Field(
+        8, description="G: fixed parts of the rows, at least one per worker; a rank owns whole ones."
+    )
     on_bad_label: Literal["fail", "ignore"] = Field(
         "fail", description="What to do with a label outside [0, C)."
     )
@@ -352,12 +351,26 @@ def misfits(config: Config) -> list[str]:
             f"train.global_batch={train.global_batch} is not a multiple of "
             f"data.streams={data.streams}"
         )
-    if config.head.kind == "mhs" and config.head.mhs.groups < workers:
-        wrong.append(
-            f"head.mhs.groups={config.head.mhs.groups} is less than scale.workers={workers}"
-        )
+    wrong += _head_misfits(config.head, workers)
     if config.optim.final_lr > config.optim.lr:
         wrong.append(
             f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"
+        )
+    return wrong
+
+
+def _head_misfits(head: HeadConfig, workers: int) -> list[str]:
+    wrong = []
+    if head.kind in ("full", "partial_fc", "mhs") and head.groups < workers:
+        wrong.append(f"head.groups={head.groups} is less than scale.workers={workers}")
+    if head.kind == "mhs" and head.mhs.exchange == "route" and head.mhs.negatives == "batch":
+        wrong.append(
+            "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample meets "
+            "only its own head and the extra ones"
+        )
+    if head.margin.filter and head.margin.kind == "none":
+        wrong.append(
+            f"head.margin.filter={head.margin.filter} is a cosine, but head.margin.kind=none "
+            "makes no cosines"
         )
     return wrong

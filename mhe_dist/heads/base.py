@@ -18,7 +18,6 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError
 
-
 NO_SAMPLE = torch.iinfo(torch.int64).min
 
 

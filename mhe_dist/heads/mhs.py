@@ -33,7 +33,7 @@ class MhsRoute(RowHead):
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
         key = seeds.derive(spec.seed, "class permutation", 0)
-        layout = LabelLayout(spec.num_classes, config.length, config.groups, key)
+        layout = LabelLayout(spec.num_classes, config.length, spec.config.groups, key)
         super().__init__(spec, layout, topology)
         self.extra_heads = config.extra_heads if config.negatives != "own" else 0
         budget = DEVICE_CHUNK_BYTES if topology.device.type == "cuda" else HOST_CHUNK_BYTES

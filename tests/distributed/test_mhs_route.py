@@ -22,7 +22,8 @@ def head_config(**changes: object) -> HeadConfig:
         "kind": "mhs",
         "margin": {"kind": "cosface", "m": 0.3, "scale": 8.0},
         "optim": {"weight_decay": 0.01},
-        "mhs": {"length": 4, "extra_heads": 2, "groups": 3},
+        "groups": 3,
+        "mhs": {"length": 4, "extra_heads": 2},
     }
     for key, value in changes.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value

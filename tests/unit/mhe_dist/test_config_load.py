@@ -184,7 +184,7 @@ def test_misfits_are_told_although_other_keys_are_wrong() -> None:
         "(train.global_batch / train.micro_batch)",
         "data.streams=2 is not a multiple of the 4 micro-batches of a step "
         "(train.global_batch / train.micro_batch)",
-        "head.mhs.groups=8 is less than scale.workers=9",
+        "head.groups=8 is less than scale.workers=9",
     ]
     assert mistakes(None, "optim.final_lr=1") == ["optim.final_lr=1.0 is more than optim.lr=0.1"]
 
