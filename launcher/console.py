@@ -1,0 +1,67 @@
+"""The terminal: one console for what was asked, one for complaints, and the shape of both."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a line of rich markup; the terminal wraps it, so that paths can be copied."""
+    out.print(text, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Print plain text, a mistake or a failure, to standard error."""
+    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
+def list_commands(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print `(what it does, what to type)` rows under a title."""
+    rows = list(rows)
+    width = max((len(what) for what, _ in rows), default=0)
+    say(f"\n[bold]{title}[/]")
+    for what, command in rows:
+        say(f"  {escape(what.ljust(width))}  [cyan]{escape(command)}[/]")
+
+
+@contextmanager
+def only_ours(log: Path) -> Iterator[None]:
+    """Keep the terminal for our consoles inside the block; whatever else is printed goes to `log`.
+
+    Libraries write to the file descriptors, from native code and other threads too, so these are
+    what is redirected.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminals = [os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr)]
+    consoles = (out, err)
+    files = [console.file for console in consoles]
+    with log.open("ab") as sink:
+        _point_output_at(sink.fileno(), sink.fileno())
+    for console, terminal in zip(consoles, terminals, strict=True):
+        console.file = terminal
+    try:
+        yield
+    finally:
+        for console, file, terminal in zip(consoles, files, terminals, strict=True):
+            terminal.flush()
+            console.file = file
+        _point_output_at(*(terminal.fileno() for terminal in terminals))
+        for terminal in terminals:
+            terminal.close()
+
+
+def _point_output_at(stdout: int, stderr: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)

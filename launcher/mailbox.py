@@ -1,0 +1,46 @@
+"""How a worker tells the terminal what happens: a small Ray actor that holds events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Mailbox:
+    """The actor: workers put events in, the driver takes them out, in order."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        """Keep an event until somebody takes it."""
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        """Hand over the events so far, oldest first, and forget them."""
+        events, self._events = self._events, []
+        return events
+
+
+class Sender:
+    """A worker's end of the mailbox; sending never waits for the driver.
+
+    Args:
+        mailbox: handle of the `Mailbox` actor.
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._last: Any = None
+
+    def __call__(self, event: Event) -> None:
+        """Send an event."""
+        self._last = self._mailbox.put.remote(event)
+
+    def flush(self, timeout_s: float = 30.0) -> None:
+        """Wait until everything sent has arrived: a worker's process may end right after."""
+        import ray
+
+        if self._last is not None:
+            ray.wait([self._last], timeout=timeout_s)

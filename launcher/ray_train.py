@@ -1,0 +1,184 @@
+"""A config on Ray Train: the cluster, the workers, their failures, and what they report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher import runs, worker
+from launcher.interrupts import interruptible, undisturbed
+from launcher.mailbox import Event, Mailbox
+from mhe_dist.config import Config
+from mhe_dist.errors import RunError, UserError
+
+POLL_S = 0.25
+OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
+
+DRIVER_ENVIRONMENT = {
+    **worker.NO_TELEMETRY,
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write every printed line twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the node's address
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def train(config: Config, handle: Callable[[Event], None]) -> None:
+    """Run a config on a Ray cluster of this machine, and return when it has ended.
+
+    Must be called on the main thread; whatever ends it, an exception that a signal raises too,
+    no process of the cluster stays behind.
+
+    Args:
+        config: what to run.
+        handle: called with each event of `pipelines.pretrain.main`, in order.
+
+    Raises:
+        UserError: the run needs what this machine lacks, or a worker found a mistake.
+        RunError: the run failed more often than `scale.max_failures`.
+    """
+    with local_cluster(config), interruptible():  # in this order: Ray sets a handler of its own
+        import ray
+
+        actor: Any = ray.remote(num_cpus=0)(Mailbox)
+        mailbox = actor.remote()
+        fit = _in_background(_trainer(config, mailbox).fit)
+        follow(fit, lambda: ray.get(mailbox.take.remote()), handle)
+
+
+def follow(
+    fit: Future[Any], take: Callable[[], list[Event]], handle: Callable[[Event], None]
+) -> None:
+    """Hand on events until `fit` is done; raise what ended it, if it was not success."""
+    done = False
+    while not done:
+        done = bool(wait([fit], POLL_S).done)
+        for event in take():
+            handle(event)
+            if event["event"] == "failed" and event["final"]:
+                raise _error(event)
+    failure = fit.exception()
+    if failure is not None:
+        raise RunError(_reason(failure)) from failure
+
+
+@contextmanager
+def local_cluster(config: Config) -> Iterator[None]:
+    """Ray on this machine's loopback for the length of a `with` block.
+
+    Its own log files are moved to `logs/ray` of the run when it ends.
+    """
+    os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
+    try:
+        ray.init(
+            address="local",
+            num_cpus=config.scale.workers * config.scale.cpus_per_worker,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+        _check_resources(config, ray.cluster_resources())
+        yield
+    finally:
+        with undisturbed():
+            ray.shutdown()
+            _keep_logs(Path(folder), runs.logs_folder(config) / "ray")
+
+
+def _check_resources(config: Config, resources: dict[str, float]) -> None:
+    """Refuse what Ray would wait for without end."""
+    gpus = int(resources.get("GPU", 0))
+    if config.scale.gpu and gpus < config.scale.workers:
+        raise UserError(
+            f"scale.workers={config.scale.workers} with scale.gpu=true needs a GPU for each one; "
+            f"this machine has {gpus}. Lower scale.workers or set scale.gpu=false."
+        )
+
+
+def _trainer(config: Config, mailbox: Any) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scale = config.scale
+    settings = {
+        "config": config.model_dump(),
+        "folder": str(Path.cwd()),
+        "logs": str(runs.logs_folder(config)),
+        "mailbox": mailbox,
+    }
+    return TorchTrainer(
+        worker.train,
+        train_loop_config=settings,
+        torch_config=TorchConfig(
+            backend="nccl" if scale.gpu else "gloo", timeout_s=int(scale.timeout_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=scale.workers,
+            use_gpu=scale.gpu,
+            resources_per_worker={"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu)},
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=runs.absolute(config.run.path),
+            failure_config=FailureConfig(max_failures=scale.max_failures),
+            worker_runtime_env={"env_vars": worker.environment(config)},  # type: ignore[call-arg]
+        ),
+    )
+
+
+def _in_background(call: Callable[[], Any]) -> Future[Any]:
+    """Start `call` on a daemon thread, so that the main one stays free to draw and to stop."""
+    future: Future[Any] = Future()
+
+    def body() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=body, name="fit", daemon=True).start()
+    return future
+
+
+def _error(event: Event) -> Exception:
+    """The exception that a worker's `failed` event stands for."""
+    if event["user"]:
+        return UserError(event["message"])
+    return RunError(f"rank {event['rank']}: {event['message']}")
+
+
+def _reason(failure: BaseException) -> str:
+    """What ended Ray Train, in the words of the worker that failed first."""
+    for rank, error in sorted(getattr(failure, "worker_failures", {}).items()):
+        cause = getattr(error, "cause", None) or error
+        return f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+    return str(failure)
+
+
+def _keep_logs(folder: Path, target: Path) -> None:
+    shutil.copytree(
+        folder / "session_latest" / "logs",
+        target,
+        dirs_exist_ok=True,
+        ignore_dangling_symlinks=True,
+    )
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""`mhe data ...`: making shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from launcher import console
+from launcher.checks import HELDOUT, TRAIN
+from launcher.progress import Display
+from mhe_dist.config import GlyphsConfig
+from pipelines.shards import ShardIndex
+
+DEFAULTS = GlyphsConfig()
+
+app = typer.Typer(no_args_is_help=True, help="Make tar shards that a run can stream.")
+
+
+@app.callback()
+def data() -> None:
+    """Make tar shards that a run can stream."""
+
+
+@app.command()
+def glyphs(
+    out: Annotated[str, typer.Option(help="Folder for the shards; train/ and heldout/ are made.")],
+    fonts: Annotated[
+        str, typer.Option(help="Folder of .ttf, .otf, .ttc files; those of matplotlib if left out.")
+    ] = "",
+    heldout_fonts: Annotated[
+        list[str], typer.Option(help="Names (* and ?) of font files kept for the evaluation.")
+    ] = DEFAULTS.heldout_fonts,
+    heldout_classes: Annotated[
+        int, typer.Option(min=1, help="Characters kept for the evaluation.")
+    ] = DEFAULTS.heldout_classes,
+    min_fonts: Annotated[
+        int, typer.Option(min=1, help="A character needs a glyph in this many typefaces.")
+    ] = DEFAULTS.min_fonts,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="Side of the images in pixels.")
+    ] = DEFAULTS.image_size,
+) -> None:
+    """Draw the characters of a folder of fonts: a class is a character, its images the typefaces.
+
+    Characters that look alike are one class, blanks are left out. The held-out set has characters
+    that training never sees, also in typefaces that it never sees.
+
+    Example: mhe data glyphs --fonts /usr/share/fonts/truetype/noto --out data/noto
+    """
+    from pipelines.sources.glyphs import write_glyphs
+
+    settings = GlyphsConfig(
+        fonts=fonts,
+        heldout_fonts=heldout_fonts,
+        heldout_classes=heldout_classes,
+        min_fonts=min_fonts,
+        image_size=image_size,
+    )
+    with Display().counting("drawing the data set") as progress:
+        write_glyphs(fonts, out, settings, progress)
+    for name in (TRAIN, HELDOUT):
+        index = ShardIndex.load(f"{out}/{name}")
+        console.say(f"{out}/{name}: {index.samples:,} images of {index.num_classes:,} classes")
+    places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
+    command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
+    console.list_commands("Next", [("train on it", command)])

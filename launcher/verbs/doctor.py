@@ -1,0 +1,92 @@
+"""`mhe doctor`: what this machine has that a run needs, on one screen."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+
+import psutil
+from rich.markup import escape
+from rich.table import Table
+
+from launcher import console
+
+PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "onnx")
+GIB = 2**30
+Row = tuple[str, str, str]
+"""What was looked at, what was found, and what to do about it; empty if nothing."""
+
+
+def doctor() -> None:
+    """Look over this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.
+
+    It changes nothing. What a run would miss is told with its cure.
+    """
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = list(findings())
+    for name, found, advice in rows:
+        mark = "[yellow]![/]" if advice else "[green]ok[/]"
+        table.add_row(mark, name, escape(f"{found}. {advice}" if advice else found))
+    console.out.print(table)
+    count = sum(bool(advice) for *_, advice in rows)
+    console.say(f"\n{count} of {len(rows)} need a look." if count else "\nReady.")
+    console.list_commands("Next", [("try it", "mhe train configs/quickstart.yaml")])
+
+
+def findings() -> Iterator[Row]:
+    """Everything that was looked at."""
+    yield "python", platform.python_version(), ""
+    for package in PACKAGES:
+        yield _version(package)
+    yield "cores", str(os.cpu_count()), ""
+    yield _free("memory", psutil.virtual_memory().available, 4, "a run needs about 4 GiB")
+    yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
+    yield _shared_memory()
+    yield "GPUs", _gpus() or "none: runs use the CPU (scale.gpu=false)", ""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    yield "C++ compiler", compiler or "none; not needed", ""
+    yield _loopback()
+
+
+def _version(package: str) -> Row:
+    try:
+        return package, metadata.version(package), ""
+    except metadata.PackageNotFoundError:
+        return package, "missing", "pip install -c constraints.txt -e ."
+
+
+def _free(name: str, available: int, wanted: int, why: str) -> Row:
+    return name, f"{available / GIB:.1f} GiB free", why if available < wanted * GIB else ""
+
+
+def _shared_memory() -> Row:
+    """Loader processes hand images over through it."""
+    name = "shared memory"
+    if not os.path.isdir("/dev/shm"):
+        return name, "no /dev/shm", "set data.loader_workers=0"
+    advice = "give the container more (docker run --shm-size=2g) or set data.loader_workers=0"
+    return _free(name, shutil.disk_usage("/dev/shm").free, 1, advice)
+
+
+def _gpus() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    return "; ".join(result.stdout.splitlines()) if result.returncode == 0 else ""
+
+
+def _loopback() -> Row:
+    """Ray and gloo talk over 127.0.0.1."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+    except OSError as error:
+        return "loopback", str(error), "Ray needs to listen on 127.0.0.1"
+    return "loopback", "127.0.0.1 can be listened on", ""

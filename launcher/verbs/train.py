@@ -1,0 +1,64 @@
+"""`mhe train`: the whole job on this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import typer
+from rich.markup import escape
+
+from launcher import checks, console, ray_train, runs, summary
+from launcher.interrupts import Interrupted, interruptible
+from launcher.progress import Display
+from launcher.verbs.settings import ConfigFile, Overrides
+from mhe_dist import config_load
+from mhe_dist.config import Config
+
+
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train, evaluate and export a run on this machine.
+
+    Starts Ray on the loopback interface with `scale.workers` workers, shows a progress bar, and
+    ends with a summary of what was reached and where it is. The same command goes on with a run
+    that was interrupted, from its newest complete checkpoint, and says so; a run that is complete
+    it leaves alone. Logs of the workers and of Ray are in `logs/` of the run.
+
+    Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
+    """
+    settings = config_load.load(config, overrides or [], [checks.data])
+    checks.refuse_another_run(settings)
+    path = settings.run.path
+    if (done := runs.summary(path)) is not None:
+        console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
+        summary.show(settings, done)
+        return
+    display = Display()
+    try:
+        with interruptible(), console.only_ours(runs.logs_folder(settings) / "driver.log"), display:
+            _run(settings, display)
+    except Interrupted as stop:
+        console.say(_how_to_go_on(settings))
+        raise typer.Exit(stop.exit_code) from None
+    summary.show(settings, display.summary or {})
+
+
+def _run(settings: Config, display: Display) -> None:
+    if settings.data.glyphs is not None:
+        from pipelines.sources.glyphs import ensure_glyphs
+
+        with display.counting("drawing the data set") as progress:
+            ensure_glyphs(settings, progress)
+    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    display.waiting(f"starting Ray and {settings.scale.workers} workers: about 20 s")
+    ray_train.train(settings, display.handle)
+
+
+def _how_to_go_on(settings: Config) -> str:
+    command = shlex.join(["mhe", *sys.argv[1:]])
+    newest = runs.newest_checkpoint(settings.run.path)
+    start = f"goes on from {newest}" if newest else "starts again: no checkpoint was complete yet"
+    return (
+        f"[yellow]Stopped.[/] No process is left behind. The same command {escape(start)}:\n"
+        f"  [cyan]{escape(command)}[/]"
+    )
