@@ -328,11 +328,8 @@ class _Store:
             self._client.log_batch(self.run_id, tags=entries[i : i + _ENTRIES_PER_CALL])
 
     def _log_artifact(self, artifact: _Artifact) -> None:
-        folder = artifact.folder or None
-        if Path(artifact.path).is_dir():
-            self._client.log_artifacts(self.run_id, artifact.path, folder)
-        else:
-            self._client.log_artifact(self.run_id, artifact.path, folder)
+        # A folder goes there under its own name.
+        self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
 
     def _end(self, status: Status) -> None:
         self._client.set_terminated(self.run_id, status.upper())

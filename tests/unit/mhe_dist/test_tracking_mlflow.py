@@ -39,7 +39,9 @@ def client(place):
 
 
 def test_a_run_with_params_tags_metrics_and_artifacts(place, tmp_path):
-    (tmp_path / "plot.txt").write_text("picture")
+    (tmp_path / "curves").mkdir()
+    for path in (tmp_path / "plot.txt", tmp_path / "curves" / "loss.txt"):
+        path.write_text("picture")
     mlflow = tracker(place)
     assert isinstance(mlflow, Tracker)
     mlflow.start(
@@ -48,6 +50,7 @@ def test_a_run_with_params_tags_metrics_and_artifacts(place, tmp_path):
     for step in range(5):
         mlflow.log(step, {"loss": 1.0 / (step + 1), "tar@far=1e-3": 0.5})
     mlflow.artifact(str(tmp_path / "plot.txt"), "plots")
+    mlflow.artifact(str(tmp_path / "curves"))
     mlflow.close()
 
     run = client(place).get_run(mlflow.run_id)
@@ -61,6 +64,7 @@ def test_a_run_with_params_tags_metrics_and_artifacts(place, tmp_path):
     assert [(m.step, m.value) for m in history] == [(s, 1.0 / (s + 1)) for s in range(5)]
     (plot,) = client(place).list_artifacts(mlflow.run_id, "plots")
     assert plot.path == "plots/plot.txt"
+    assert [f.path for f in client(place).list_artifacts(mlflow.run_id)] == ["curves", "plots"]
     assert run.info.artifact_uri.startswith(f"file://{place[1]}")
 
 
