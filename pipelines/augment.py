@@ -8,6 +8,7 @@ loader process or a resume, and switching one change on leaves the draws of the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -18,7 +19,7 @@ from mhe_dist.config import AugmentConfig
 from mhe_dist.seeds import derive
 from pipelines.decode import Pixels
 
-Draws = npt.NDArray[np.float64]
+Draws = Sequence[float]
 
 SLOTS: Final = 20
 """Uniform draws per image."""
@@ -40,22 +41,22 @@ class Noise:
         self._start = self._bits.state
 
     def draws(self, epoch: int, sample: int) -> Draws:
-        """float64 `[SLOTS]`, those of `seeds.generator(seed, "augment", epoch, sample).random`."""
+        """`SLOTS` numbers, those of `seeds.generator(seed, "augment", epoch, sample).random`."""
         self._start["state"]["key"][0] = derive(self._seed, "augment", epoch, sample)
         self._bits.state = self._start
-        return self._generator.random(SLOTS)
+        return self._generator.random(SLOTS).tolist()
 
 
 def augment(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
     """Change an image at random.
 
     Args:
-        image: uint8 `[H, W, 3]`.
+        image: uint8 `[H, W, 3]`, or `[H, W]` if it is grey.
         config: how much of what.
-        draws: float64 `[SLOTS]` in [0, 1).
+        draws: `SLOTS` numbers in [0, 1).
 
     Returns:
-        uint8 `[H, W, 3]`; the argument is not written to.
+        uint8, the shape of `image`, which is not written to.
     """
     image = _move(image, config, draws)
     if draws[_LOW] < config.low_resolution:
@@ -90,7 +91,7 @@ def _move(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
         Image.Transform.AFFINE,
         (a, b, c, d, e, f),
         Image.Resampling.BILINEAR,
-        fillcolor=(config.fill,) * 3,
+        fillcolor=config.fill if image.ndim == 2 else (config.fill,) * 3,
     )
     return np.asarray(moved)
 
@@ -111,20 +112,23 @@ def _blur(image: Pixels, radius: float) -> Pixels:
 
 
 def _colour(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
-    """Brightness about black, contrast about the mean grey, saturation about each pixel's grey."""
-    values = image.astype(np.float32)
-    values *= 1 + config.brightness * (2 * draws[_BRIGHTNESS] - 1)
-    if config.contrast:
-        factor = np.float32(1 + config.contrast * (2 * draws[_CONTRAST] - 1))
-        mean = values.mean(dtype=np.float64)
-        values *= factor
-        values += np.float32(mean * (1 - factor))
-    if config.saturation:
-        factor = np.float32(1 + config.saturation * (2 * draws[_SATURATION] - 1))
-        grey = (values * _LUMA).sum(axis=2, keepdims=True)
-        values *= factor
-        values += grey * (1 - factor)
-    return np.clip(values, 0, 255, out=values).astype(np.uint8)
+    """Brightness about black, contrast about the mean, saturation about each pixel's grey."""
+    brightness = 1 + config.brightness * (2 * draws[_BRIGHTNESS] - 1)
+    contrast = 1 + config.contrast * (2 * draws[_CONTRAST] - 1)
+    mean = brightness * int(np.add.reduce(image, axis=None, dtype=np.int64)) / image.size
+    # One map of values, as a table: there are more pixels than values.
+    table = np.arange(256) * (brightness * contrast) + mean * (1 - contrast)
+    if image.ndim == 2 or not config.saturation:
+        return _to_bytes(table)[image]
+    values = table.astype(np.float32)[image]
+    saturation = np.float32(1 + config.saturation * (2 * draws[_SATURATION] - 1))
+    grey = (values * _LUMA).sum(axis=2, keepdims=True)
+    return _to_bytes(values * saturation + grey * (1 - saturation))
+
+
+def _to_bytes(values: npt.NDArray[np.floating]) -> Pixels:
+    """Round to the nearest uint8."""
+    return np.minimum(np.maximum(values + 0.5, 0), 255).astype(np.uint8)
 
 
 def _erase(image: Pixels, fill: int, draws: Draws) -> Pixels:

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -19,7 +19,7 @@ class Undecodable(Exception):
 
 
 def decode(data: bytes, side: int) -> Pixels:
-    """Decode an image to uint8 `[side, side, 3]`, RGB.
+    """Decode an image to uint8 `[side, side, 3]`, RGB; a grey one to `[side, side]`.
 
     JPEG goes through simplejpeg, everything that needs more care through Pillow: other formats,
     grey of 16 bits, palettes, and a stored orientation, which is applied. An image of another size
@@ -32,25 +32,30 @@ def decode(data: bytes, side: int) -> Pixels:
         # The orientation, if any, is in an Exif block at the beginning.
         if data.startswith(_JPEG) and b"Exif\0\0" not in data[:256]:
             try:
-                pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side)
+                pixels = _by_simplejpeg(data, side)
             except ValueError:
                 pixels = _by_pillow(data)  # a colour space like CMYK; damage raises once more
         else:
             pixels = _by_pillow(data)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-        raise Undecodable(str(error)) from error
-    except Image.DecompressionBombError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Undecodable(str(error)) from error
     return pixels if pixels.shape[:2] == (side, side) else _fit(pixels, side)
+
+
+def _by_simplejpeg(data: bytes, side: int) -> Pixels:
+    """Decode at the smallest of the format's own scales that is not smaller than `side`."""
+    is_grey = simplejpeg.decode_jpeg_header(data)[2] == "Gray"
+    space = "GRAY" if is_grey else "RGB"
+    pixels = simplejpeg.decode_jpeg(data, space, min_height=side, min_width=side)
+    return pixels[:, :, 0] if is_grey else pixels
 
 
 def _by_pillow(data: bytes) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip to white
-            grey = (np.asarray(upright, np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            upright = Image.fromarray(grey)
-        return np.asarray(upright.convert("RGB"))
+            return (np.asarray(upright, np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return np.asarray(upright if upright.mode == "L" else upright.convert("RGB"))
 
 
 def _fit(pixels: Pixels, side: int) -> Pixels:

@@ -29,7 +29,7 @@ class Damaged(Exception):
 
 
 class Example(NamedTuple):
-    """A sample that can be used: its image is uint8 `[side, side, 3]`."""
+    """A sample that can be used: its image is uint8 `[side, side, 3]`, grey `[side, side]`."""
 
     key: str
     label: int

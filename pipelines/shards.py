@@ -93,7 +93,7 @@ class ShardIndex:
         """int64 `[shards + 1]`: number of the first sample of each shard, and the total."""
         return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
 
-    @property
+    @cached_property
     def samples(self) -> int:
         """N: samples in all shards."""
         return int(self.starts[-1])
@@ -128,8 +128,11 @@ class ShardIndex:
             raise UserError(f"{folder}/{INDEX}: not JSON ({error}); make the index again") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(f"{folder}/{INDEX}: not an index of format {_FORMAT}; make it again")
-        shards = [Shard(**shard) for shard in content["shards"]]
-        return cls(folder, content["num_classes"], shards, content["meta"])
+        try:
+            shards = [Shard(**shard) for shard in content["shards"]]
+            return cls(folder, int(content["num_classes"]), shards, content["meta"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{folder}/{INDEX}: damaged ({error!r}); make it again") from None
 
     def save(self) -> None:
         """Write `index.json` into the folder, which makes it a data set."""

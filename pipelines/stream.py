@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mhe_dist.batch import MicroBatch, StepBatch
-from mhe_dist.config import Config, DataConfig
+from mhe_dist.config import AugmentConfig, Config, DataConfig
 from mhe_dist.errors import RunError
 from mhe_dist.topology import share
 from pipelines.augment import Noise, augment
+from pipelines.decode import Pixels
 from pipelines.fetch import Damaged, Example, example, read_piece
 from pipelines.order import Order, Piece, Window
 from pipelines.shards import ShardIndex
@@ -189,7 +190,7 @@ class _Source(IterableDataset[Part]):
         self.streams, self.steps = streams, steps
         self.per_stream = config.train.global_batch // config.data.streams
         self.noise = Noise(config.run.seed)
-        self.augmenting = config.data.augment != type(config.data.augment)()
+        self.augmenting = config.data.augment != AugmentConfig()
 
     def __iter__(self) -> Iterator[Part]:
         """Yield a part for each micro-batch of each step."""
@@ -229,13 +230,13 @@ class _Source(IterableDataset[Part]):
                     keys.append(sample.key)
         return Part(torch.from_numpy(images), torch.from_numpy(labels), keys, faults)
 
-    def _augmented(self, sample: Example, window: _OpenWindow, place: int) -> np.ndarray:
-        """uint8 `[3, side, side]`."""
+    def _augmented(self, sample: Example, window: _OpenWindow, place: int) -> Pixels:
+        """uint8 `[3, side, side]`, or `[side, side]` for each of the three."""
         image = sample.image
         if self.augmenting:
             draws = self.noise.draws(window.window.epoch, window.number(place))
             image = augment(image, self.data.augment, draws)
-        return image.transpose(2, 0, 1)
+        return _channels_first(image)
 
 
 class _OpenWindow:
@@ -303,7 +304,7 @@ def read_in_order(
                 sample = _example(index, piece.shard, inside, raw, image_size)
             except Damaged as error:
                 raise RunError(f"sample {inside} of {index.url(piece.shard)}: {error}") from error
-            images[len(keys)] = sample.image.transpose(2, 0, 1)
+            images[len(keys)] = _channels_first(sample.image)
             labels[len(keys)] = sample.label
             keys.append(sample.key)
     return torch.from_numpy(images), torch.from_numpy(labels), keys
@@ -311,16 +312,23 @@ def read_in_order(
 
 def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]:
     """Where the samples `[start, stop)` of a data set lie."""
-    for shard in range(len(index.shards)):
+    shard = int(np.searchsorted(index.starts, start, side="right")) - 1
+    while start < stop:
         begin, end = (int(bound) for bound in index.starts[shard : shard + 2])
-        if begin < stop and end > start and begin < end:
-            yield Piece(shard, max(start, begin) - begin, min(stop, end) - begin)
+        if start < end:  # a shard may be empty
+            yield Piece(shard, start - begin, min(stop, end) - begin)
+        start, shard = max(start, end), shard + 1
 
 
 def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: int) -> Example:
     offsets = index.shards[shard].offsets
     length = int(offsets[inside + 1] - offsets[inside])
     return example(raw, length, side, index.num_classes)
+
+
+def _channels_first(image: Pixels) -> Pixels:
+    """`[3, H, W]`; a grey image stays `[H, W]` and is broadcast where it is assigned."""
+    return image.transpose(2, 0, 1) if image.ndim == 3 else image
 
 
 def _join(number: int, parts: Iterable[Part]) -> MicroBatch:

@@ -1,0 +1,152 @@
+"""Shards: written at once or not at all, and readable by anybody."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhe_dist.errors import UserError
+from pipelines.shards import (
+    Sample,
+    ShardIndex,
+    ShardWriter,
+    exists,
+    pack_offsets,
+    unpack_offsets,
+)
+
+
+def some(count: int, first: int = 0) -> list[Sample]:
+    return [
+        Sample(f"k{i:03d}", {"bin": bytes([i % 256]) * (i * 37), "cls": str(i).encode()})
+        for i in range(first, first + count)
+    ]
+
+
+def write(folder: str) -> ShardIndex:
+    with ShardWriter(folder, "part") as writer:
+        writer.write(some(5))
+        writer.write(some(3, first=5))
+        return writer.finish(8, {"colour": "grün"})
+
+
+def test_index_round_trip(tmp_path: Path) -> None:
+    written = write(str(tmp_path / "set"))
+    for url in (tmp_path / "set", tmp_path / "set" / "index.json", f"{tmp_path}/set/"):
+        loaded = ShardIndex.load(str(url))
+        assert loaded == written
+        assert loaded.digest == written.digest
+    assert (loaded.samples, loaded.num_classes, loaded.meta) == (8, 8, {"colour": "grün"})
+    assert list(loaded.starts) == [0, 5, 8]
+    assert [shard.url for shard in loaded.shards] == ["part-000000.tar", "part-000001.tar"]
+
+
+def test_sizes_and_checksums_are_those_of_the_files(tmp_path: Path) -> None:
+    index = write(str(tmp_path / "set"))
+    for number, shard in enumerate(index.shards):
+        content = Path(index.url(number)).read_bytes()
+        assert shard.bytes == len(content)
+        assert shard.checksum == f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def test_a_sample_can_be_cut_out_by_its_offsets(tmp_path: Path) -> None:
+    index = write(str(tmp_path / "set"))
+    with tarfile.open(index.url(0)) as tar:
+        begins = [member.offset for member in tar if member.name.endswith(".bin")]
+    assert list(index.shards[0].offsets[:-1]) == begins
+    assert len(index.shards[0].offsets) == 6
+
+
+def test_plain_webdataset_reads_them(tmp_path: Path) -> None:
+    write(str(tmp_path / "set"))
+    url = f"{tmp_path}/set/part-{{000000..000001}}.tar"
+    read = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [(s["__key__"], s["bin"], s["cls"]) for s in read] == [
+        (s.key, s.members["bin"], s.members["cls"]) for s in some(8)
+    ]
+
+
+def test_the_same_samples_make_the_same_bytes(tmp_path: Path) -> None:
+    assert write(str(tmp_path / "a")).digest == write(str(tmp_path / "b")).digest
+
+
+def test_digest_tells_contents_and_classes_apart() -> None:
+    write("memory://digest/a")
+    index = ShardIndex.load("memory://digest/a")
+    other = ShardIndex("elsewhere", index.num_classes, index.shards)
+    assert other.digest == index.digest
+    assert ShardIndex(index.folder, 9, index.shards).digest != index.digest
+    assert ShardIndex(index.folder, 8, index.shards[::-1]).digest != index.digest
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interruption_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), ShardWriter(str(tmp_path / "set"), "part") as writer:
+        writer.write(some(5))
+        assert not (tmp_path / "set").exists()
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_target_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="already exists; delete it or choose another"):
+        ShardWriter(str(tmp_path / "set"), "part")
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_a_fine_target(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    assert not exists(str(tmp_path / "set"))
+    write(str(tmp_path / "set"))
+    assert exists(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "__meta__"])
+def test_keys_that_webdataset_would_misread_are_refused(tmp_path: Path, key: str) -> None:
+    with (
+        pytest.raises(ValueError, match="cannot be the key"),
+        ShardWriter(str(tmp_path / "set"), "part") as writer,
+    ):
+        writer.write([Sample(key, {"cls": b"1"})])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "index.json is missing"),
+        ("{", "not JSON"),
+        ("[]", "not an index of format mhe-shards-1"),
+        ('{"format": "mhe-shards-9"}', "not an index of format mhe-shards-1"),
+        ('{"format": "mhe-shards-1", "shards": [{}]}', "damaged"),
+    ],
+)
+def test_what_is_no_index_is_refused(tmp_path: Path, content: str | None, words: str) -> None:
+    if content is not None:
+        (tmp_path / "index.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        ShardIndex.load(str(tmp_path))
+
+
+def test_index_is_plain_json(tmp_path: Path) -> None:
+    write(str(tmp_path / "set"))
+    content = json.loads((tmp_path / "set" / "index.json").read_text())
+    assert content["samples"] == 8
+    assert set(content["shards"][0]) == {"url", "samples", "bytes", "checksum", "blocks"}
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 2**20), max_size=50), st.integers(0, 3))
+def test_offsets_round_trip(lengths: list[int], first: int) -> None:
+    offsets = [first * 512]
+    for length in lengths:
+        offsets.append(offsets[-1] + 512 * length)
+    assert list(unpack_offsets(pack_offsets(offsets))) == offsets
