@@ -10,15 +10,20 @@ import json
 import math
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol, runtime_checkable
 
+import fsspec
+
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.mirror import Mirror
 
 Status = Literal["finished", "failed", "killed"]
 Metrics = Mapping[str, float]
@@ -79,20 +84,28 @@ class NullTracker:
 class JsonlTracker:
     """One JSON line for each `log`: `{"step": 10, "time": <Unix seconds>, "loss": 4.2}`.
 
-    Every line is handed to the operating system before `log` returns, so it outlives the process.
-    Floats keep all their digits; what is not finite is written as `"nan"`, `"inf"`, `"-inf"`.
+    Every line is handed to the operating system before `log` returns, so it outlives the process
+    (at a URL, the last minute may not: see `mirror.py`). Floats keep all their digits; what is not
+    finite is written as `"nan"`, `"inf"`, `"-inf"`.
     """
 
     run_id: str | None = None
 
     def __init__(self, path: str) -> None:
-        """Args: path: the file; its folder is made when it is missing."""
+        """Args: path: the file, or its fsspec URL; its folder is made when it is missing."""
+        self._name = path
         self._path = Path(path)
+        self._mirror: Mirror | None = None
+        if "://" in path:
+            self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
+            self._mirror = Mirror(self._path, path)
         self._file: IO[str] | None = None
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Drop the lines of steps >= `step` and open the file; config and tags are not its."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._mirror:
+            self._mirror.fetch()
         kept = [r for r in read_records(self._path) if r["step"] < step]
         _replace(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("a", encoding="utf-8")
@@ -104,12 +117,14 @@ class JsonlTracker:
             RunError: the file cannot be written, for instance because the disk is full.
         """
         if self._file is None:
-            raise RunError(f"{self._path}: log() before start()")
+            raise RunError(f"{self._name}: log() before start()")
         try:
             self._file.write(_line({"step": step, "time": round(time.time(), 3), **metrics}))
             self._file.flush()
         except OSError as error:
-            raise RunError(f"{self._path}: cannot write the record of the run: {error}") from error
+            raise RunError(f"{self._name}: cannot write the record of the run: {error}") from error
+        if self._mirror:
+            self._mirror.update()
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Nothing: the run's folder holds its files already."""
@@ -119,6 +134,8 @@ class JsonlTracker:
         if self._file is not None:
             self._file.close()
             self._file = None
+            if self._mirror:
+                self._mirror.finish()
 
 
 class Trackers:
@@ -206,6 +223,11 @@ def mlflow_uri(config: Config) -> str:
 
 def environment_tags() -> dict[str, str]:
     """Versions of the libraries, and the git commit of this code where it runs from a checkout."""
+    return dict(_environment())
+
+
+@cache
+def _environment() -> dict[str, str]:
     tags = {}
     for package in _VERSIONED:
         try:
@@ -220,16 +242,17 @@ def environment_tags() -> dict[str, str]:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl` in their order; none where there is no file.
+    """The lines of a `metrics.jsonl`, a path or fsspec URL, in their order; none without a file.
 
     A last line that a killed process left unfinished is ignored.
 
     Raises:
         UserError: a line that is not the last is no record.
     """
-    if not Path(path).exists():
+    filesystem, place = fsspec.core.url_to_fs(str(path))
+    if not filesystem.exists(place):
         return []
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    lines = filesystem.cat_file(place).decode().split("\n")
     return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mhe_dist import tracking
+from mhe_dist import mirror, tracking
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking import JsonlTracker, NullTracker, Tracker, Trackers, read_records
@@ -83,6 +83,33 @@ def test_a_full_disk_names_the_file():
     tracker._file = Path("/dev/full").open("w")  # noqa: SIM115 - what is left unwritten stays so
     with pytest.raises(RunError, match="unused: cannot write"):
         tracker.log(0, {"loss": 1.0})
+
+
+def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
+    url = "memory://bucket/runs/r/metrics.jsonl"
+    monkeypatch.setattr(mirror, "_EVERY_S", 0.0)
+    first = JsonlTracker(url)
+    first.start({}, {})
+    for step in range(4):
+        first.log(step, {"loss": 1.0})
+    first.close()
+    assert steps(url) == [0, 1, 2, 3]
+    again = JsonlTracker(url)
+    again.start({}, {}, step=2)
+    again.log(2, {"loss": 2.0})
+    again.close()
+    assert [(r["step"], r["loss"]) for r in read_records(url)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_store_that_fails_ends_no_run(caplog):
+    tracker = JsonlTracker("memory://bucket/metrics.jsonl")
+    tracker.start({}, {})
+    tracker._mirror._url = "file:///dev/null/metrics.jsonl"
+    tracker.log(0, {"loss": 1.0})
+    tracker.close()
+    assert "cannot be written" in caplog.text
+    assert str(tracker._path) in caplog.text
+    assert steps(tracker._path) == [0]
 
 
 class Recorder(NullTracker):
