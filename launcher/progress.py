@@ -159,13 +159,13 @@ class Display:
         """A progress callback that says once what is going on."""
         told = False
 
-        def progress(done: int, total: int) -> None:
+        def _tell(done: int, total: int) -> None:
             nonlocal told
             if not told:
                 self._say(what)
             told = True
 
-        return progress
+        return _tell
 
 
 def _bar(terminal: Console) -> Progress:

@@ -79,7 +79,7 @@ def follow(
 def local_cluster(config: Config) -> Iterator[None]:
     """Ray on this machine's loopback for the length of a `with` block.
 
-    Its own log files are moved to `logs/ray` of the run when it ends.
+    Its own log files are moved to `logs/ray/<session>` of the run when it ends.
     """
     os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
     import ray
@@ -149,13 +149,13 @@ def _in_background(call: Callable[[], Any]) -> Future[Any]:
     """Start `call` on a daemon thread, so that the main one stays free to draw and to stop."""
     future: Future[Any] = Future()
 
-    def body() -> None:
+    def _body() -> None:
         try:
             future.set_result(call())
         except Exception as error:
             future.set_exception(error)
 
-    threading.Thread(target=body, name="fit", daemon=True).start()
+    threading.Thread(target=_body, name="fit", daemon=True).start()
     return future
 
 
@@ -175,10 +175,8 @@ def _reason(failure: BaseException) -> str:
 
 
 def _keep_logs(folder: Path, target: Path) -> None:
-    shutil.copytree(
-        folder / "session_latest" / "logs",
-        target,
-        dirs_exist_ok=True,
-        ignore_dangling_symlinks=True,
-    )
+    """Move the logs of a Ray session out of its folder, and remove that."""
+    session = (folder / "session_latest").resolve()
+    if (session / "logs").is_dir():
+        shutil.copytree(session / "logs", target / session.name, ignore_dangling_symlinks=True)
     shutil.rmtree(folder, ignore_errors=True)

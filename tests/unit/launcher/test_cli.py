@@ -1,0 +1,170 @@
+"""The command line: exit codes, messages, and nothing started for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from launcher import cli, console, ray_train, runs
+from launcher.interrupts import Interrupted
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.errors import RunError, UserError
+
+ROOT = Path(__file__).parents[3]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+VERBS = [
+    *(["train"], ["config"], ["evaluate"], ["export"], ["doctor"]),
+    *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
+]
+SUMMARY = {
+    **{"run": "runs/a", "steps": 20, "classes": 50, "samples": 300, "world_size": 2},
+    **{"resumed_from": None, "images_per_s": 812.4, "phases": {"train": 65.2, "export": 3.0}},
+    "training": {"loss": 1.25},
+    "heldout": {"rank1": 0.85, "chance": 0.002, "accuracy": 0.97, "tar@far=1e-3": 0.5},
+    "exports": {"timm": {"path": "runs/a/export/timm", "max_difference": 0.0}},
+    "checkpoints": "runs/a/checkpoints",
+    "mlflow": {"uri": "sqlite:///mlflow.db", "run_id": "1"},
+}
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A small run in a folder of its own; its data is there as far as checks can see."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    config = Config.model_validate({"run": {"name": "a"}, "data": {"shards": "shards"}})
+    config_load.save(config, "a.yaml")
+    return config
+
+
+@pytest.mark.parametrize("verb", [[], *VERBS], ids=" ".join)
+def test_every_verb_explains_itself(verb: list[str], capsys: Captured) -> None:
+    assert cli.run([*verb, "--help"]) == 0
+    assert "Usage: mhe" in capsys.readouterr().out
+
+
+def test_help_and_mistakes_load_no_heavy_library() -> None:
+    script = (
+        "import sys\n"
+        "from launcher import cli\n"
+        f"cli.run(['--help']); code = cli.run(['train', {QUICKSTART!r}, 'optim.lr=-1'])\n"
+        "heavy = {'torch', 'ray', 'deepspeed', 'mlflow', 'timm'} & set(sys.modules)\n"
+        "sys.exit(f'{code} {heavy}' if heavy or code != 2 else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-500:]
+
+
+def test_three_mistakes_are_told_together(capsys: Captured) -> None:
+    mistakes = ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"]
+    assert cli.run(["train", QUICKSTART, *mistakes]) == 2
+    said = capsys.readouterr().err
+    assert "3 mistakes" in said
+    for mistake in ("hed.kind=mhs", "did you mean head.kind", "optim.lr=-1", "/nowhere"):
+        assert mistake in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["train"], ["config", QUICKSTART, "--nonsense"]])
+def test_wrong_usage_is_a_mistake(words: list[str]) -> None:
+    assert cli.run(words) == 2
+
+
+def test_a_missing_file_is_a_mistake(capsys: Captured) -> None:
+    assert cli.run(["config", QUICKSTART.replace("start", "strat")]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("cure it"), 2), (RunError("lost"), 1), (OSError("disk"), 1)]
+)
+def test_errors_have_one_message_and_a_code(
+    error: Exception, code: int, settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(config_load, "load", fail)
+    assert cli.run(["train", "a.yaml"]) == code
+    said = capsys.readouterr().err
+    assert f"{error}" in said
+    assert "Traceback" not in said
+    assert ("--debug" in said) == (code == 1)
+    assert cli.run(["train", "a.yaml"], debug=True) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_config_shows_values_and_meanings(capsys: Captured) -> None:
+    assert cli.run(["config", QUICKSTART, "optim.lr=0.25"]) == 0
+    shown = capsys.readouterr().out
+    assert "optim.lr" in shown
+    assert "0.25" in shown
+    assert "(default: 0.1)" in " ".join(shown.split())
+
+
+def test_config_as_yaml_can_be_run_again(capsys: Captured, tmp_path: Path) -> None:
+    assert cli.run(["config", QUICKSTART, "--yaml", "optim.lr=0.25"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert config_load.load(str(again)) == config_load.load(QUICKSTART, ["optim.lr=0.25"])
+
+
+def test_a_complete_run_is_shown_and_left_alone(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    Path(settings.run.path, "summary.json").write_text(json.dumps(SUMMARY))
+    monkeypatch.delattr(ray_train, "train")
+    assert cli.run(["train", "a.yaml", "scale.workers=2"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("is complete", "1.250", "85.0% (chance 0.2%)", "812 images/s", "1 min 05 s"):
+        assert part in shown
+    for place in ("runs/a/export/timm", "runs/a/logs", "mlflow ui", "mhe evaluate runs/a"):
+        assert place in shown
+
+
+def test_a_complete_run_with_other_settings_is_refused(settings: Config, capsys: Captured) -> None:
+    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    Path(settings.run.path, "summary.json").write_text(json.dumps(SUMMARY))
+    assert cli.run(["train", "a.yaml", "optim.lr=0.7"]) == 2
+    assert "optim.lr: 0.1 in the run, 0.7 now" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_run_are_kept_before_it_starts(
+    settings: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Config, handle: Callable[[dict[str, object]], None]) -> None:
+        assert runs.settings(config.run.path) == config_load.to_dict(config)
+        handle({"event": "end", "summary": SUMMARY})
+
+    monkeypatch.setattr(ray_train, "train", train)
+    monkeypatch.setattr(console, "only_ours", nullcontext)
+    assert cli.run(["train", "a.yaml", "optim.lr=0.7"]) == 0
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def train(config: Config, handle: object) -> None:
+        folder = Path(config.run.path, "checkpoints", "step_00000040")
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+        raise Interrupted(2)
+
+    monkeypatch.setattr(ray_train, "train", train)
+    monkeypatch.setattr(console, "only_ours", nullcontext)
+    monkeypatch.setattr(sys, "argv", ["mhe", "train", "a.yaml"])
+    assert cli.run(["train", "a.yaml"]) == 130
+    said = capsys.readouterr().out
+    assert "goes on from runs/a/checkpoints/step_00000040" in said
+    assert "mhe train a.yaml" in said
