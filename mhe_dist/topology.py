@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,12 @@ class Topology:
         """Meet all ranks on the host."""
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
+
+    def side_group(self, timeout_s: float) -> Group:
+        """A group of its own for work in the background (host tensors); all ranks must call."""
+        if self.world_size == 1:
+            return None
+        return cast(Group, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
 
 def share(pieces: int, rank: int, world_size: int) -> range:

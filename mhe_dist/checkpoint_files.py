@@ -1,0 +1,185 @@
+"""Files of a checkpoint: written with checksums, listed by a manifest, checked against it.
+
+A folder is a checkpoint only if its `manifest.json`, written last, is there and true. Everything
+goes through fsspec, so a folder may be local or in an object store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
+
+MANIFEST = "manifest.json"
+RUN = "run.json"
+FORMAT = 1
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What the manifest says of a file: its size, and CRC-32 as 8 hexadecimal digits."""
+
+    bytes: int
+    crc32: str
+
+
+class Writer(FsspecWriter):
+    """torch.distributed.checkpoint's writer to any fsspec URL, which remembers what it wrote.
+
+    Attributes:
+        entries: file name -> size and checksum, of the files that this rank wrote.
+    """
+
+    def __init__(self, path: str) -> None:
+        local = isinstance(fsspec.core.url_to_fs(path)[0], LocalFileSystem)
+        super().__init__(path, sync_files=local)
+        recording = _RecordingFileSystem()
+        self.fs = recording  # type: ignore[assignment]
+        self.path = recording.init_path(path)
+        self.entries: dict[str, FileEntry] = recording.entries
+
+
+class _RecordingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: dict[str, FileEntry] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
+        with super().create_stream(path, mode) as stream:
+            if "w" not in mode:
+                yield stream
+                return
+            recorded = _ChecksumStream(stream)
+            yield recorded
+        self.entries[os.path.basename(path)] = recorded.entry
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self.entries[os.path.basename(new_path)] = self.entries.pop(os.path.basename(path))
+
+
+class _ChecksumStream:
+    """A stream that is written from front to back, summed on the way."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._bytes = 0
+        self._crc = 0
+
+    def write(self, data: Any) -> int:
+        self._crc = zlib.crc32(data, self._crc)
+        self._bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        self._stream.close()
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self._bytes, f"{self._crc:08x}")
+
+
+class Folder:
+    """One checkpoint's folder, local or remote."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fs, self._path = fsspec.core.url_to_fs(url)
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def finish(self, entries: dict[str, FileEntry], run: dict[str, Any]) -> int:
+        """Write `run.json`, then the manifest that makes the folder a checkpoint.
+
+        Returns:
+            Bytes of all files that the manifest names.
+        """
+        data = json.dumps(run, indent=1).encode()
+        self._put(RUN, data)
+        entries = entries | {RUN: FileEntry(len(data), f"{zlib.crc32(data):08x}")}
+        files = {name: asdict(entry) for name, entry in sorted(entries.items())}
+        self._put(MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
+        return sum(entry.bytes for entry in entries.values())
+
+    def _put(self, name: str, data: bytes) -> None:
+        """Write a small file as a whole or not at all; object stores do that by themselves."""
+        local = isinstance(self.fs, LocalFileSystem)
+        target = self._at(f"{name}.tmp" if local else name)
+        with self.fs.open(target, "wb") as file:
+            file.write(data)
+            if local:
+                file.flush()
+                os.fsync(file.fileno())
+        if local:
+            os.replace(target, self._at(name))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file of the folder."""
+        return json.loads(self.fs.cat_file(self._at(name)))
+
+    def manifest(self) -> dict[str, FileEntry] | str:
+        """The files of the checkpoint, or the reason why this is none (sizes are compared)."""
+        try:
+            listed = {entry["name"]: entry["size"] for entry in self.fs.ls(self._path, detail=True)}
+            sizes = {os.path.basename(name.rstrip("/")): size for name, size in listed.items()}
+            if MANIFEST not in sizes:
+                return f"no {MANIFEST}: it was not written to the end"
+            content = self.read_json(MANIFEST)
+            if content["format"] != FORMAT:
+                return f"format {content['format']}, this version reads {FORMAT}"
+            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        for name, entry in files.items():
+            if name not in sizes:
+                return f"{name} is missing"
+            if sizes[name] != entry.bytes:
+                return f"{name} has {sizes[name]} bytes, {MANIFEST} says {entry.bytes}"
+        return files
+
+    def wrong(self, files: Iterable[tuple[str, FileEntry]]) -> str | None:
+        """The first file whose checksum is not the manifest's, in words; None: all are right."""
+        for name, entry in files:
+            try:
+                with self.fs.open(self._at(name), "rb") as file:
+                    crc = _crc32(file)
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
+            if crc != entry.crc32:
+                return f"{name} has CRC-32 {crc}, {MANIFEST} says {entry.crc32}"
+        return None
+
+    def remove(self) -> None:
+        """Delete the folder, its manifest first, so that no half of it is taken for a whole."""
+        self.fs.invalidate_cache()
+        if self.fs.exists(self._at(MANIFEST)):
+            self.fs.rm_file(self._at(MANIFEST))
+        if self.fs.exists(self._path):
+            self.fs.rm(self._path, recursive=True)
+
+
+def _crc32(file: IO[bytes]) -> str:
+    crc = 0
+    while chunk := file.read(_CHUNK):
+        crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"

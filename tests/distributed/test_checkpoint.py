@@ -1,0 +1,346 @@
+"""Checkpoints between numbers of ranks, through crashes, damage and failing storage."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from torch import Tensor
+
+from mhe_dist.checkpoint import CheckpointStore, CheckpointWarning, share_by_size
+from mhe_dist.checkpoint_files import MANIFEST
+from mhe_dist.errors import RunError
+from mhe_dist.topology import Topology
+
+GROUPS = 5
+
+
+def replicated(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model.weight": torch.randn(7, 3, generator=generator),
+        "model.half": torch.randn(4, generator=generator).bfloat16(),
+        "model.count": torch.tensor(step),
+        "optim.step": torch.tensor(float(step)),
+    }
+
+
+def group_rows(group: int, step: int) -> Tensor:
+    """Groups of different sizes, one of them empty."""
+    return torch.full((3 * group, 2), float(group + 100 * step))
+
+
+def owned(place: Topology, step: int) -> dict[str, Tensor]:
+    return {f"head/rows/{g}/weight": group_rows(g, step) for g in place.share(GROUPS)}
+
+
+def save(place: Topology, root: str, steps: list[int], keep_last: int = 2) -> list[Any]:
+    store = CheckpointStore(root, place, keep_last)
+    ends = [
+        store.save(s, replicated(s), owned(place, s), {"step": s, "by": place.rank}) for s in steps
+    ]
+    ends.append(store.wait())
+    assert store.wait() is None
+    return [[e.step, e.bytes, e.error] for e in ends if e is not None]
+
+
+def load(place: Topology, root: str) -> dict[str, Any]:
+    """What this rank's share is, read selectively."""
+    store = CheckpointStore(root, place, 2)
+    checkpoint = store.newest()
+    if checkpoint is None:
+        return {"step": None, "rejected": store.rejected}
+    mine = {f"head/rows/{g}/weight" for g in place.share(GROUPS)}
+    tensors = checkpoint.load(lambda name: name in mine or not name.startswith("head/"))
+    shapes = {name: list(shape) for name, (shape, _) in checkpoint.names().items()}
+    return {
+        "step": checkpoint.step,
+        "run": checkpoint.run,
+        "tensors": tensors,
+        "shapes": shapes,
+        "rejected": store.rejected,
+    }
+
+
+def assert_holds(result: dict[str, Any], step: int, groups: range) -> None:
+    expected = replicated(step) | {f"head/rows/{g}/weight": group_rows(g, step) for g in groups}
+    assert result["step"] == step
+    assert result["tensors"].keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert result["tensors"][name].dtype == tensor.dtype
+        assert torch.equal(result["tensors"][name], tensor), name
+
+
+ALONE = Topology()
+
+
+def folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir())
+
+
+def test_saved_on_two_ranks_loads_on_one_and_three(run_distributed, tmp_path: Path) -> None:
+    root = str(tmp_path)
+    for ends in run_distributed(save, 2, root, [10, 20, 30]):
+        assert [end[0] for end in ends] == [10, 20, 30]
+        assert all(size > 0 and error is None for _, size, error in ends)
+    assert folders(tmp_path) == ["step_00000020", "step_00000030"], "keep_last"
+    alone = load(ALONE, root)
+    assert_holds(alone, 30, range(GROUPS))
+    assert alone["run"] == {"step": 30, "by": 0}
+    assert alone["shapes"]["head/rows/4/weight"] == [12, 2]
+    for rank, result in enumerate(run_distributed(load, 3, root)):
+        assert_holds(result, 30, Topology(rank, 3).share(GROUPS))
+
+
+def test_saved_alone_loads_on_two(run_distributed, tmp_path: Path) -> None:
+    save(ALONE, str(tmp_path), [1])
+    for rank, result in enumerate(run_distributed(load, 2, str(tmp_path))):
+        assert_holds(result, 1, Topology(rank, 2).share(GROUPS))
+
+
+def test_any_fsspec_url() -> None:
+    root = "memory://bucket/run/checkpoints"
+    save(ALONE, root, [1, 2, 3])
+    result = load(ALONE, root)
+    assert_holds(result, 3, range(GROUPS))
+    names = fsspec.filesystem("memory").ls("/bucket/run/checkpoints", detail=False)
+    assert sorted(name.rsplit("/", 1)[1] for name in names) == ["step_00000002", "step_00000003"]
+
+
+def test_an_empty_or_missing_folder_holds_none(tmp_path: Path) -> None:
+    assert CheckpointStore(str(tmp_path), ALONE, 1).newest() is None
+    assert CheckpointStore(str(tmp_path / "none"), ALONE, 1).newest() is None
+
+
+def test_the_caller_may_change_its_tensors_at_once(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    weight, rows = torch.ones(1000, 100), torch.ones(1000, 100)
+    store.save(1, {"weight": weight}, {"rows": rows}, {})
+    weight.zero_()
+    rows.zero_()
+    store.wait()
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    for tensor in checkpoint.load(lambda name: True).values():
+        assert torch.equal(tensor, torch.ones(1000, 100))
+
+
+def flip_a_byte(folder: Path) -> str:
+    file = folder / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return "CRC-32"
+
+
+def cut_short(folder: Path) -> str:
+    file = folder / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    return "bytes"
+
+
+def lose_a_file(folder: Path) -> str:
+    (folder / ".metadata").unlink()
+    return ".metadata is missing"
+
+
+def lose_the_manifest(folder: Path) -> str:
+    (folder / MANIFEST).unlink()
+    return f"no {MANIFEST}"
+
+
+def tear_the_manifest(folder: Path) -> str:
+    file = folder / MANIFEST
+    file.write_bytes(file.read_bytes()[:-20])
+    return "cannot be read"
+
+
+def age_the_manifest(folder: Path) -> str:
+    file = folder / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    return "format 99"
+
+
+DAMAGES = [
+    flip_a_byte,
+    cut_short,
+    lose_a_file,
+    lose_the_manifest,
+    tear_the_manifest,
+    age_the_manifest,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage) -> None:
+    save(ALONE, str(tmp_path), [1, 2])
+    reason = damage(tmp_path / "step_00000002")
+    result = load(ALONE, str(tmp_path))
+    assert_holds(result, 1, range(GROUPS))
+    assert list(result["rejected"]) == ["step_00000002"]
+    assert reason in result["rejected"]["step_00000002"]
+
+
+def load_then_save_again(place: Topology, root: str) -> dict[str, Any]:
+    store = CheckpointStore(root, place, 2)
+    before = store.newest()
+    store.save(2, replicated(2), owned(place, 2), {})
+    store.wait()
+    after = store.newest()
+    assert before is not None and after is not None
+    return {"before": before.step, "after": after.step}
+
+
+def test_all_ranks_pass_over_the_same_and_write_it_anew(run_distributed, tmp_path: Path) -> None:
+    """The damaged file is checked by one rank only; both go back, and may replace it."""
+    run_distributed(save, 2, str(tmp_path), [1, 2])
+    flip_a_byte(tmp_path / "step_00000002")
+    for result in run_distributed(load_then_save_again, 2, str(tmp_path)):
+        assert result == {"before": 1, "after": 2}
+
+
+def test_a_complete_one_is_not_written_again(tmp_path: Path) -> None:
+    save(ALONE, str(tmp_path), [1])
+    manifest = tmp_path / "step_00000001" / MANIFEST
+    written = manifest.stat().st_mtime_ns
+    ends = save(ALONE, str(tmp_path), [1])
+    assert ends == [[1, 0, None]]
+    assert manifest.stat().st_mtime_ns == written
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = sys.argv[2:]
+import torch
+from mhe_dist import checkpoint_files
+from mhe_dist.checkpoint import CheckpointStore
+from mhe_dist.topology import Topology
+store = CheckpointStore(sys.argv[1], Topology(), 1)
+store.save(1, {"weight": torch.ones(3)}, {}, {})
+store.wait()
+finish = checkpoint_files.Folder.finish
+checkpoint_files.Folder.finish = lambda *args: time.sleep(60)
+store.save(2, {"weight": torch.zeros(3)}, {}, {})
+print("saving", flush=True)
+time.sleep(60)
+"""
+
+
+def test_killed_before_the_manifest_leaves_the_one_before(tmp_path: Path) -> None:
+    repository = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", KILLED, str(tmp_path), repository]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"saving\n"
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "step_00000002" / ".metadata").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    found = store.newest()
+    assert found is not None and found.step == 1
+    assert "no manifest.json" in store.rejected["step_00000002"]
+    store.save(2, {"weight": torch.full((3,), 2.0)}, {}, {})
+    store.wait()
+    found = store.newest()
+    assert found is not None and found.step == 2
+    assert torch.equal(found.load(lambda name: True)["weight"], torch.full((3,), 2.0))
+    assert folders(tmp_path) == ["step_00000002"]
+
+
+class FullDisk(MemoryFileSystem):
+    """A store that refuses, on one rank, the files whose names hold `refused`."""
+
+    protocol = "fulldisk"
+    refused = ""
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if "w" in mode and self.refused and self.refused in path:
+            raise OSError(28, "No space left on device", path)
+        return super().open(path, mode, **kwargs)
+
+
+REFUSED = ["__1_0.distcp", ".metadata", "manifest.json"]
+
+
+def save_to_a_full_disk(place: Topology) -> list[list[Any]]:
+    """Memory is each rank's own here, so nothing is looked for afterwards."""
+    fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
+    store = CheckpointStore("fulldisk://run", place, 2)
+    results = []
+    for step, refused in enumerate(REFUSED):
+        FullDisk.refused = refused
+        store.save(2 * step, replicated(1), owned(place, 1), {})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            failed = store.wait()
+        told = [str(w.message) for w in caught if w.category is CheckpointWarning]
+        FullDisk.refused = ""
+        store.save(2 * step + 1, replicated(2), owned(place, 2), {})
+        good = store.wait()
+        assert failed is not None and good is not None
+        results.append([failed.error, told, good.error])
+    return results
+
+
+def test_a_failed_write_is_told_and_the_next_one_works(run_distributed) -> None:
+    """Whichever rank fails at whichever file: every rank knows, rank 0 says so, all go on."""
+    for rank, results in enumerate(run_distributed(save_to_a_full_disk, 2)):
+        for failed, told, good in results:
+            assert "No space left" in failed
+            assert good is None
+            assert len(told) == (rank == 0)
+            assert all("was not written" in text and "No space left" in text for text in told)
+
+
+def test_a_failed_write_leaves_the_last_good_one() -> None:
+    fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
+    store = CheckpointStore("fulldisk://alone", ALONE, 1)
+    store.save(1, replicated(1), {}, {})
+    store.wait()
+    FullDisk.refused = "step_00000002/manifest.json"
+    store.save(2, replicated(2), {}, {})
+    with pytest.warns(CheckpointWarning, match="last good checkpoint stands"):
+        store.wait()
+    FullDisk.refused = ""
+    found = store.newest()
+    assert found is not None and found.step == 1
+
+
+def test_files_that_vanish_under_a_load_are_a_run_error(tmp_path: Path) -> None:
+    save(ALONE, str(tmp_path), [1])
+    found = CheckpointStore(str(tmp_path), ALONE, 1).newest()
+    assert found is not None
+    found.names()
+    os.unlink(tmp_path / "step_00000001" / "__0_0.distcp")
+    with pytest.raises(RunError, match=r"step_00000001.*__0_0\.distcp"):
+        found.load(lambda name: True)
+
+
+def test_poll_does_not_wait(tmp_path: Path, monkeypatch) -> None:
+    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    write = store._write
+    monkeypatch.setattr(store, "_write", lambda *args: (time.sleep(0.3), write(*args)))
+    store.save(1, replicated(1), {}, {})
+    assert store.poll() is None
+    time.sleep(0.5)
+    ended = store.poll() or store.wait()
+    assert ended is not None and ended.step == 1 and ended.seconds >= 0.3
+
+
+def test_shares_are_balanced_and_complete() -> None:
+    tensors = {f"t{i}": torch.empty(i) for i in range(20)}
+    shares = share_by_size(tensors, 3)
+    assert sorted(name for share in shares for name in share) == sorted(tensors)
+    loads = [sum(tensors[name].nbytes for name in share) for share in shares]
+    assert max(loads) - min(loads) <= 19 * 4
