@@ -1,0 +1,79 @@
+"""A run small enough for a test: a few coloured pictures, a small network with BatchNorm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from mhe_dist.config import Config
+from mhe_dist.tracking import read_records
+from pipelines.shards import Sample, ShardWriter
+
+CLASSES, IMAGES, SIDE = 30, 12, 16
+
+
+def write_shards(folder: Path, classes: int = CLASSES, first: int = 0) -> str:
+    """Shards whose classes are colours with noise; returns their folder."""
+    rng = np.random.default_rng(first)
+    colours = rng.integers(0, 256, (classes, 1, 1, 3))
+    samples = []
+    for number in rng.permutation(classes * IMAGES):
+        label = int(number) % classes
+        noise = rng.normal(0, 20, (SIDE, SIDE, 3))
+        pixels = np.clip(colours[label] + noise, 0, 255).astype(np.uint8)
+        jpeg = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
+        members = {"jpg": jpeg, "cls": str(label).encode()}
+        samples.append(Sample(f"{first + int(number):07d}", members))
+    with ShardWriter(str(folder), "tiny") as writer:
+        for start in range(0, len(samples), 100):
+            writer.write(samples[start : start + 100])
+        writer.finish(classes)
+    return str(folder)
+
+
+def config(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
+    """A run of 24 steps, float32, with everything that a real one has but MLflow."""
+    values: dict[str, dict[str, object]] = {
+        "run": {"dir": str(folder), "seed": 3},
+        "data": {
+            "shards": shards,
+            "image_size": SIDE,
+            "streams": 8,
+            "shuffle_window": 20,
+            "loader_workers": 0,
+            "augment": {"flip": 0.5, "crop": 0.2},
+        },
+        "model": {
+            "name": "resnet10t",
+            "kwargs": {"channels": [8, 8, 16, 16], "drop_path_rate": 0.1},
+            "embedding_dim": 16,
+        },
+        "head": {
+            "margin": {"scale": 16.0, "m": 0.2},
+            "groups": 4,
+            "mhs": {"length": 4, "extra_heads": 1},
+        },
+        "optim": {"lr": 0.1},
+        "train": {
+            "max_steps": 24,
+            "global_batch": 32,
+            "micro_batch": 8,
+            "precision": "float32",
+            "log_every": 5,
+        },
+        "checkpoint": {"every_steps": 10},
+        "tracking": {"mlflow": False},
+        "export": {"formats": []},
+    }
+    for section, keys in changes.items():
+        values[section] = values.get(section, {}) | keys
+    return Config.model_validate(values)
+
+
+def per_step(config: Config) -> tuple[list[float], list[float]]:
+    """Loss and digest of the samples of every step that a run recorded."""
+    records = [r for r in read_records(f"{config.run.path}/metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in records] == list(range(len(records)))
+    return [r["loss"] for r in records], [r["sample_digest"] for r in records]

@@ -1,0 +1,89 @@
+"""Exported files are the trained model, in processes that never imported this project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mhe_dist import backbone, export
+from mhe_dist.backbone import Backbone
+from mhe_dist.config import Config
+from mhe_dist.errors import RunError
+from tests import tiny
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Backbone, Config, torch.Tensor]:
+    """A model whose BatchNorm statistics are not those of a fresh one."""
+    config = tiny.config(tmp_path, "unused")
+    torch.manual_seed(0)
+    model = backbone.build(config.model, config.data.image_size)
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    for _ in range(3):
+        model(images.float().div(127.5).sub(1))
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.bias, -0.5, 0.5)
+    return model.eval(), config, images
+
+
+def elsewhere(script: str, *arguments: str) -> np.ndarray:
+    """Run a script in a fresh process outside this checkout; the array that it saves."""
+    out = Path(arguments[0]).parent / "out.npy"
+    code = f"import sys, numpy as np\nimages = np.load(sys.argv[2])\n{script}\n"
+    code += "assert not any(m.split('.')[0] in ('mhe_dist', 'pipelines') for m in sys.modules)\n"
+    code += "np.save(sys.argv[3], out)"
+    command = [sys.executable, "-c", code, *arguments, str(out)]
+    subprocess.run(command, check=True, cwd="/", timeout=120)
+    return np.load(out)
+
+
+def expected(model: Backbone, images: torch.Tensor, path: Path) -> np.ndarray:
+    inputs = images.float().div(127.5).sub(1)
+    np.save(path, inputs.numpy())
+    with torch.no_grad():
+        return model(inputs).numpy()
+
+
+def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    folder = tmp_path / "timm"
+    assert export.export_timm(model, config, str(folder), images) < 1e-5
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import timm, torch\n"
+        "net = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "out = net(torch.from_numpy(images)).detach().numpy()"
+    )
+    found = elsewhere(script, str(folder), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert not list(folder.glob("*.bin"))
+
+
+def test_onnx_runtime_alone_runs_any_batch(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path = tmp_path / "backbone.onnx"
+    assert export.export_onnx(model, config, str(path), images) < 1e-4
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
+        "run = lambda x: session.run(None, {'images': x})[0]\n"
+        "out = np.concatenate([run(images[:1]), run(images[1:])])"
+    )
+    found = elsewhere(script, str(path), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
+    model, config, images = trained
+    monkeypatch.setattr(export, "fold_neck", lambda model: model.net)
+    with pytest.raises(RunError, match="embeddings differ from the trained model's by"):
+        export.export_timm(model, config, str(tmp_path / "timm"), images)
