@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from mhe_dist import seeds
 
 Memory = Literal["device", "host", "file"]
 Initial = Callable[[Tensor], Tensor]
+# Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows lie side by side.
+Units = Tensor | range
 
 
 class Bank:
@@ -83,30 +86,35 @@ class Bank:
         """Bytes of all rows and their state, touched or not."""
         return sum(store.numel() * store.element_size() for store in self._store.values())
 
-    def touch(self, units: Tensor) -> None:
-        """Initialise those of `units` (global numbers `[U]`, host) that never were."""
-        local = units.numpy() - self.units.start
-        fresh = np.unique(local[~self._touched[local]])
+    def touch(self, units: Units) -> None:
+        """Initialise those of `units` that never were."""
+        local = self._local(units)
+        fresh = np.flatnonzero(~self._touched[local])
+        fresh = fresh + local.start if isinstance(local, slice) else np.unique(local[fresh])
         chunk = max(1, (1 << 22) // (self.length * self.width))
         for start in range(0, len(fresh), chunk):
             numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
-            self._put("weight", numbers, self._initial(numbers.to(self.device)), step=0)
+            self._put("weight", numbers, self._initial(numbers.to(self.device)), step=-1)
         self._touched[fresh] = True
 
-    def read(self, units: Tensor, field: str = "weight") -> Tensor:
-        """Rows `[U, L, D]` of `units` (global numbers `[U]`, host) in the compute type.
+    def read(self, units: Units, field: str = "weight") -> Tensor:
+        """Rows `[U, L, D]` of `units` in the compute type.
 
-        Rows of units that were never touched are made on the way and not kept.
+        Rows of units that were never touched are made on the way and not kept. A range of touched
+        units that is stored where and as it is used is not copied: whoever changes what comes
+        back changes the bank.
         """
         rows = self._get(field, units)
         if field == "weight":
-            fresh = ~self._touched[units.numpy() - self.units.start]
-            if fresh.any():
-                where = torch.from_numpy(np.flatnonzero(fresh))
-                rows[where.to(rows.device)] = self._initial(units[where].to(self.device)).to(rows)
+            fresh = np.flatnonzero(~self._touched[self._local(units)])
+            if len(fresh):
+                rows = rows.clone() if isinstance(units, range) else rows
+                where = torch.from_numpy(fresh)
+                numbers = where + units.start if isinstance(units, range) else units[where]
+                rows[where.to(rows.device)] = self._initial(numbers.to(self.device)).to(rows)
         return rows
 
-    def write(self, units: Tensor, values: dict[str, Tensor], step: int) -> None:
+    def write(self, units: Units, values: dict[str, Tensor], step: int) -> None:
         """Store fields `[U, L, D]` of touched, distinct `units`; `step` keys the rounding."""
         for field, rows in values.items():
             self._put(field, units, rows, step)
@@ -129,23 +137,43 @@ class Bank:
 
     def forget(self) -> None:
         """Mark every unit as never touched and clear the optimizer state."""
-        self._touched[:] = False
+        local = self.touched - self.units.start
         for name in self.fields[1:]:
-            self._store[name].zero_()
+            store = self._store[name]
+            store.index_fill_(0, local.to(store.device), 0)
+        self._touched[local.numpy()] = False
 
-    def _get(self, field: str, units: Tensor) -> Tensor:
-        store = self._store[field]
-        local = (units - self.units.start).to(store.device, non_blocking=True)
-        rows = store.index_select(0, local)
+    def _local(self, units: Units) -> slice | npt.NDArray[np.int64]:
+        """Where `units` are in this partition, as NumPy and torch index."""
+        first = self.units.start
+        if isinstance(units, range):
+            return slice(units.start - first, units.stop - first)
+        local: npt.NDArray[np.int64] = units.numpy() - first
+        return local
+
+    def _get(self, field: str, units: Units) -> Tensor:
+        store, local = self._store[field], self._local(units)
+        if isinstance(local, slice):
+            rows = store[local]
+        else:
+            where = torch.from_numpy(local).to(store.device, non_blocking=True)
+            rows = store.index_select(0, where)
         return rows.to(self.device, self.compute_dtype, non_blocking=True)
 
-    def _put(self, field: str, units: Tensor, rows: Tensor, step: int) -> None:
-        store = self._store[field]
-        local = (units - self.units.start).to(store.device, non_blocking=True)
+    def _put(self, field: str, units: Units, rows: Tensor, step: int) -> None:
+        store, local = self._store[field], self._local(units)
         if store.dtype == torch.bfloat16:
-            noise_key = seeds.derive(self.seed, f"rounding of {field}", step)
-            rows = round_stochastically(rows, units.to(rows.device, non_blocking=True), noise_key)
-        store.index_copy_(0, local, rows.to(store.device, store.dtype))
+            key = seeds.derive(self.seed, f"rounding of {field}", step)
+            if isinstance(units, range):
+                numbers = torch.arange(units.start, units.stop, device=rows.device)
+            else:
+                numbers = units.to(rows.device, non_blocking=True)
+            rows = round_stochastically(rows, numbers, key)
+        if not isinstance(local, slice):
+            where = torch.from_numpy(local).to(store.device, non_blocking=True)
+            store.index_copy_(0, where, rows.to(store.device, store.dtype))
+        elif rows.data_ptr() != store[local].data_ptr():
+            store[local].copy_(rows)
 
 
 def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:

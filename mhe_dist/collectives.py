@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhe_dist.topology import Topology
+from mhe_dist.topology import Group, Topology
 
 
 class _AllToAll(torch.autograd.Function):
@@ -29,7 +29,8 @@ class _AllToAll(torch.autograd.Function):
 
 def _exchange(rows: Tensor, send: list[int], receive: list[int], topology: Topology) -> Tensor:
     arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=topology.device_group)
+    group = _group_of(rows, topology)
+    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
     return arrived
 
 
@@ -40,7 +41,7 @@ def all_to_all(rows: Tensor, send: list[int], receive: list[int], topology: Topo
     exchange, unscaled.
 
     Args:
-        rows: `[sum(send), ...]` on the device.
+        rows: `[sum(send), ...]`, on the device or on the host.
         send: rows for each rank, on the host, so that no device is waited for.
         receive: rows from each rank.
 
@@ -86,7 +87,7 @@ def gather_rows(rows: Tensor, topology: Topology) -> Tensor:
     """`all_gather` without a gradient, for device or host tensors: `[B, ...]` -> `[W * B, ...]`."""
     if topology.world_size == 1:
         return rows
-    group = topology.host_group if rows.device.type == "cpu" else topology.device_group
+    group = _group_of(rows, topology)
     gathered = rows.new_empty(topology.world_size * rows.shape[0], *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
     return gathered
@@ -95,9 +96,14 @@ def gather_rows(rows: Tensor, topology: Topology) -> Tensor:
 def all_reduce(values: Tensor, topology: Topology, op: str = "sum") -> Tensor:
     """Reduce `values` over the ranks in place, without a gradient; `op` is sum, max or mean."""
     if topology.world_size > 1:
-        group = topology.host_group if values.device.type == "cpu" else topology.device_group
+        group = _group_of(values, topology)
         reduce_op = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
         dist.all_reduce(values, op=reduce_op, group=group)
         if op == "mean":
             values /= topology.world_size
     return values
+
+
+def _group_of(values: Tensor, topology: Topology) -> Group:
+    """The process group that carries tensors of that device."""
+    return topology.host_group if values.device.type == "cpu" else topology.device_group

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mhe_dist.bank import Bank
+from mhe_dist.bank import Bank, Units
 from mhe_dist.config import HeadOptimConfig
 
 
@@ -75,9 +75,9 @@ class RowOptimizer(Protocol):
         """Name -> columns, as `Bank` takes them."""
 
     def update(
-        self, bank: Bank, units: Tensor, gradient: RowGradient, lr: float, step: int
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
     ) -> None:
-        """Update the distinct, touched `units` (global numbers `[U]` on the host)."""
+        """Update the distinct, touched `units`."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class RowSGD:
         return {"momentum": None} if self.momentum else {}
 
     def update(
-        self, bank: Bank, units: Tensor, gradient: RowGradient, lr: float, step: int
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
     ) -> None:
         """Update `units`; see `RowOptimizer`."""
         rows = bank.read(units)
@@ -128,7 +128,7 @@ class RowAdamW:
         return {"exp_avg": None, "exp_avg_sq": None, "age": 1}
 
     def update(
-        self, bank: Bank, units: Tensor, gradient: RowGradient, lr: float, step: int
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
     ) -> None:
         """Update `units`; see `RowOptimizer`."""
         beta1, beta2 = self.betas

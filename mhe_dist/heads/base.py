@@ -59,7 +59,7 @@ class HeadOutput(NamedTuple):
 
 
 def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
-    """`labels` `[n, B]` with -1 for places without a sample and, if allowed, for bad labels.
+    """`labels` `[n, B, ...]` with -1 for places without a sample and, if allowed, for bad labels.
 
     Raises:
         LabelError: a label is outside `[0, C)` and `on_bad` is not "ignore".
@@ -67,8 +67,8 @@ def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
     empty = labels == NO_SAMPLE
     bad = ((labels < 0) | (labels >= num_classes)) & ~empty
     if on_bad != "ignore" and bad.any():
-        micro_batch, position = bad.nonzero()[0].tolist()
-        raise LabelError(int(labels[micro_batch, position]), num_classes, micro_batch, position)
+        where = bad.nonzero()[0].tolist()
+        raise LabelError(int(labels[tuple(where)]), num_classes, where[0], where[1])
     return labels.masked_fill(empty | bad, -1)
 
 
@@ -93,7 +93,8 @@ class Head(ABC):
             step: number of the step; every draw is keyed by it.
             labels: int64 `[n, B]` on the host, the labels of the *global* batch by canonical
                 micro-batch; `NO_SAMPLE` where a micro-batch is short. Rank r computes the
-                micro-batches `[r * n / W, (r + 1) * n / W)`.
+                micro-batches `[r * n / W, (r + 1) * n / W)`. A head for many labels per sample
+                takes `[n, B, K]`, padded with -1 where a sample has fewer than K.
 
         Raises:
             LabelError: a label is outside `[0, C)` and the config does not ignore that.
@@ -105,7 +106,7 @@ class Head(ABC):
 
         Args:
             embeddings: `[B, D]` on the device; gradients flow back to it.
-            labels: int64 `[B]` on the host, as planned.
+            labels: int64 `[B]` (or `[B, K]`) on the host, as planned.
         """
 
     @abstractmethod

@@ -89,7 +89,7 @@ def plan_round(
     world_size = labels.shape[0]
     heads, slots = layout.locate(labels)
     groups = layout.group_of(heads)
-    owner = _owner(groups, layout.groups, world_size)
+    owner = owner_of(groups, layout.groups, world_size)
     mine = torch.argsort(owner[rank], stable=True)
     send = torch.bincount(owner[rank] + 1, minlength=world_size + 1)
     arriving = owner == rank
@@ -109,8 +109,8 @@ def plan_round(
     )
 
 
-def _owner(groups: Tensor, total: int, world_size: int) -> Tensor:
-    """Rank of each group under `topology.share`; -1 stays -1."""
+def owner_of(groups: Tensor, total: int, world_size: int) -> Tensor:
+    """Rank that owns each group, of `total`, under `topology.share`; -1 stays -1."""
     bounds = torch.tensor([share(total, r, world_size).stop for r in range(world_size)])
     owner = torch.searchsorted(bounds, groups, right=True)
     return torch.where(groups < 0, -1, owner)

@@ -68,7 +68,9 @@ class NormTracker:
         """Let the step's norms enter; all ranks must call."""
         if self.needed:
             sums = all_reduce(self._sums, self._topology)
-            self.running = torch.stack(running_norms(*self.running, sums, self._ema))
+            self.running = torch.stack(
+                running_norms(self.running[0], self.running[1], sums, self._ema)
+            )
             self._sums = torch.zeros_like(sums)
 
 
@@ -145,6 +147,29 @@ class RowHead(Head):
             return F.normalize(embeddings, dim=1)
         return F.pad(embeddings, (0, 1), value=1.0)
 
+    def payload(self, embeddings: Tensor) -> Tensor:
+        """What travels of a micro-batch `[B, width]`: features, and norms if the margin needs them.
+
+        The norms are counted on the way; see `NormTracker`.
+        """
+        features = self.features(embeddings)
+        if not self.norms.needed:
+            return features
+        norms = embeddings.detach().norm(dim=1, keepdim=True).to(features)
+        self.norms.add(norms)
+        return torch.cat([features, norms], dim=1)
+
+    def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and norms of what arrived; see `payload`."""
+        if not self.norms.needed:
+            return payload, None
+        return payload[:, :-1], payload[:, -1].detach()
+
+    def classes_in(self, heads: Tensor) -> Tensor:
+        """Number of classes in each of `heads`; the last one may have fewer than L."""
+        length = self.layout.length
+        return (self.spec.num_classes - heads * length).clamp(max=length)
+
     def inverse_norms(self, rows: Tensor) -> Tensor:
         """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""
         if not self.margin.normalised:
@@ -180,12 +205,14 @@ class RowHead(Head):
         scores = features.new_full((len(features), k), float("-inf"))
         classes = torch.full((len(features), k), -1, device=device)
         row_bytes = layout.length * (self.width + len(features)) * features.element_size()
-        for heads in torch.tensor(list(self.bank.units)).split(max(1, PREDICT_BYTES // row_bytes)):
-            rows = self.bank.read(heads)
+        units, chunk = self.bank.units, max(1, PREDICT_BYTES // row_bytes)
+        for start in range(0, len(units), chunk):
+            rows = self.bank.read(units[start : start + chunk])
+            heads = torch.arange(start, start + len(rows), device=device) + units.start
             logits = features @ rows.flatten(0, 1).T
             logits *= self.inverse_norms(rows).view(1, -1) * self.margin.scale
             slots = torch.arange(layout.length, device=device)
-            ids = layout.classes(heads.to(device)[:, None], slots[None, :]).view(-1)
+            ids = layout.classes(heads[:, None], slots[None, :]).view(-1)
             logits.masked_fill_(ids < 0, float("-inf"))
             scores, where = torch.cat([scores, logits], dim=1).topk(k, dim=1)
             ids = torch.cat([classes, ids.expand(len(features), -1)], dim=1)

@@ -8,6 +8,7 @@ All in closed form: with `z = s * cos` (the margin applied to the target), `p = 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -230,8 +231,9 @@ class _ExtraPart:
             stop = min(start + self.slice, part.samples.stop)
             inside = part.inside + part.samples.start
             held = (inside >= start) & (inside < stop)
-            indices = (inside[held] - start, part.column[held])
-            slices.append((slice(start, stop), *(i.to(device, non_blocking=True) for i in indices)))
+            index = (inside[held] - start).to(device, non_blocking=True)
+            column = part.column[held].to(device, non_blocking=True)
+            slices.append((slice(start, stop), index, column))
         return slices
 
     def _cosine(self, where: slice) -> Tensor:
@@ -251,14 +253,11 @@ class _ExtraPart:
 
     def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
         """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""
-        others = self.head.layout.heads - 1
+        others, seen = max(1, self.head.layout.heads - 1), max(1, self.count - 1)
         by_head = logits.view(len(logits), self.count, -1)
-        by_head += torch.tensor(max(1, others) / self.count).log()
-        if self.count > 1:
-            by_head[inside] += torch.tensor(self.count / (self.count - 1)).log()
-        own = column // self.head.layout.length
-        seen = max(1, self.count - 1)
-        by_head[inside, own] -= torch.tensor(max(1, others) / seen).log()
+        by_head += math.log(others / self.count)
+        by_head[inside] += math.log(self.count / seen)
+        by_head[inside, column // self.head.layout.length] -= math.log(others / seen)
 
 
 def _logits(head: RowHead, cosine: Tensor, padding: Tensor | None) -> Tensor:

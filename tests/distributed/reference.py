@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from mhe_dist.config import HeadConfig, MarginConfig
 
 
-def target_logit(cosine: Tensor, margin: MarginConfig) -> Tensor:
-    """Margin'd cosine of the target (no running statistics)."""
+def angular_target(cosine: Tensor, margin: MarginConfig) -> Tensor:
+    """Target cosine with a margin that is the same for every sample."""
     m1, m2, m3 = {
         "none": (1.0, 0.0, 0.0),
         "softmax": (1.0, 0.0, 0.0),
@@ -31,51 +31,65 @@ def target_logit(cosine: Tensor, margin: MarginConfig) -> Tensor:
 
 @dataclass
 class DenseHead:
-    """All rows `[rows, width]` in one tensor; `seen[i]` lists the rows in sample i's softmax."""
+    """All rows `[rows, width]` in one tensor, their optimizer state, and AdaFace's statistics."""
 
     config: HeadConfig
     rows: Tensor
     state: dict[str, Tensor] = field(default_factory=dict)
+    norms: Tensor = field(default_factory=lambda: torch.tensor([20.0, 100.0]).double())
 
-    def loss(self, embeddings: Tensor, targets: list[int], seen: list[list[int]]) -> Tensor:
-        """Mean cross-entropy; `targets` and `seen` are row numbers."""
+    def loss(self, embeddings: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
+        """Mean cross-entropy over samples.
+
+        Args:
+            embeddings: `[n, D]`.
+            targets: row of each sample's class `[n]`.
+            bias: `[n, rows]`, added to the logits of negatives; -inf where a sample does not see
+                a row.
+        """
+        is_target = F.one_hot(targets, len(self.rows)).bool()
         margin = self.config.margin
-        losses = []
-        for embedding, target, rows in zip(embeddings, targets, seen, strict=True):
-            if margin.kind == "none":
-                weight = self.rows[rows]
-                logits = weight[:, :-1] @ embedding + weight[:, -1]
-            else:
-                cosine = F.normalize(self.rows[rows], dim=1) @ F.normalize(embedding, dim=0)
-                if margin.filter:
-                    close = (cosine > margin.filter) & (torch.tensor(rows) != target)
-                    cosine = cosine.masked_fill(close, float("-inf"))
-                place = rows.index(target)
-                cosine = torch.cat(
-                    [
-                        cosine[:place],
-                        target_logit(cosine[place], margin).view(1),
-                        cosine[place + 1 :],
-                    ]
-                )
-                logits = cosine * margin.scale
-            losses.append(F.cross_entropy(logits, torch.tensor(rows.index(target))))
-        return torch.stack(losses).mean()
+        if margin.kind == "none":
+            cosine = embeddings @ self.rows[:, :-1].T + self.rows[:, -1]
+            return F.cross_entropy(torch.where(is_target, cosine, cosine + bias), targets)
+        cosine = F.normalize(embeddings, dim=1) @ F.normalize(self.rows, dim=1).T
+        phi = self._target(cosine[is_target], embeddings.detach().norm(dim=1))
+        negatives = cosine * margin.scale + bias
+        if margin.filter:
+            negatives = negatives.masked_fill(cosine > margin.filter, float("-inf"))
+        logits = torch.where(is_target, phi.unsqueeze(1) * margin.scale, negatives)
+        return F.cross_entropy(logits, targets)
+
+    def _target(self, cosine: Tensor, norms: Tensor) -> Tensor:
+        margin = self.config.margin
+        if margin.kind != "adaface":
+            return angular_target(cosine, margin)
+        quality = (norms.clamp(0.001, 100) - self.norms[0]) / (self.norms[1] + 1e-3) * margin.h
+        quality = quality.clamp(-1, 1)
+        theta = (torch.acos(cosine) - margin.m * quality).clamp(1e-3, math.pi - 1e-3)
+        return torch.cos(theta) - (margin.m + margin.m * quality)
+
+    def count_norms(self, embeddings: Tensor) -> None:
+        """Let the norms of a step's embeddings `[n, D]` enter AdaFace's statistics."""
+        norms = embeddings.detach().norm(dim=1).clamp(0.001, 100)
+        weight = self.config.margin.ema
+        self.norms = self.norms * (1 - weight) + weight * torch.stack([norms.mean(), norms.std()])
 
     def update(self, gradient: Tensor, touched: list[int], lr: float) -> None:
         """One step of the row optimizer on the touched rows, by its textbook definition."""
         optim = self.config.optim
         w, g = self.rows.detach()[touched].clone(), gradient[touched]
         if optim.kind == "sgd":
-            v = self._state("v")[touched] * optim.momentum + g + optim.weight_decay * w
-            self.state["v"][touched] = v
+            v = self._state("momentum")[touched] * optim.momentum + g + optim.weight_decay * w
+            self.state["momentum"][touched] = v
             w = w - lr * v
         else:
             beta1, beta2 = optim.betas
-            t = self._state("t")[touched] + 1
-            m = self._state("m")[touched] * beta1 + (1 - beta1) * g
-            u = self._state("u")[touched] * beta2 + (1 - beta2) * g * g
-            self.state["t"][touched], self.state["m"][touched], self.state["u"][touched] = t, m, u
+            t = self._state("age")[touched] + 1
+            m = self._state("exp_avg")[touched] * beta1 + (1 - beta1) * g
+            u = self._state("exp_avg_sq")[touched] * beta2 + (1 - beta2) * g * g
+            for name, value in {"age": t, "exp_avg": m, "exp_avg_sq": u}.items():
+                self.state[name][touched] = value
             root = (u / (1 - beta2**t)).sqrt() + optim.eps
             w = w * (1 - lr * optim.weight_decay) - lr * (m / (1 - beta1**t)) / root
         rows = self.rows.detach().clone()

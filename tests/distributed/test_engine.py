@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
 from mhe_dist.topology import Topology

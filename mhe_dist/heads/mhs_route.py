@@ -8,7 +8,7 @@ writes it once in the update; no gradient of the size of the rows is kept.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.collectives import all_to_all
 from mhe_dist.heads.base import HeadOutput, check_labels
+from mhe_dist.heads.closed_form import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.routing import Chunk, Round, chunks_by_head, plan_round
 from mhe_dist.heads.rows import HeadSpec, RowHead
-from mhe_dist.heads.softmax import ExtraScores, OwnScores, Scoring, score_round
+from mhe_dist.heads.softmax import ExtraScores, OwnScores, score_round
 from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import Dense, LowRank
 from mhe_dist.topology import Topology
@@ -79,55 +80,43 @@ class MhsRoute(RowHead):
         """Loss of the next planned micro-batch; see `Head`."""
         turn, chunks = self._rounds[self._next], self._chunks[self._next]
         self._next += 1
-        features, norms = self._exchange(embeddings, turn)
+        features, norms = self.unpack(self._exchange(embeddings, turn))
         weight = self.topology.world_size * self.rounds / max(1, self._samples)
-        loss, accuracy = _RouteLoss.apply(features, norms, self, turn, chunks, weight)
+        score = partial(self._score, norms, turn, chunks)
+        loss, accuracy = ClosedFormLoss.apply(features, score, weight)
         seen = torch.full_like(accuracy, self._classes_seen(turn) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
-    def _exchange(self, embeddings: Tensor, turn: Round) -> tuple[Tensor, Tensor | None]:
-        """Features, and norms if the margin needs them, of the samples whose heads are here."""
+    def _exchange(self, embeddings: Tensor, turn: Round) -> Tensor:
+        """Payload of the samples whose heads are here, in the round's sorted order."""
         device = self.topology.device
-        payload = self.features(embeddings)
-        if self.norms.needed:
-            norms = embeddings.detach().norm(dim=1, keepdim=True).to(payload)
-            payload = torch.cat([payload, norms], dim=1)
-            self.norms.add(norms)
-        payload = payload[turn.send_order.to(device, non_blocking=True)]
+        payload = self.payload(embeddings)[turn.send_order.to(device, non_blocking=True)]
         arrived = all_to_all(payload, turn.send, turn.receive, self.topology)
-        arrived = arrived[turn.order.to(device, non_blocking=True)]
-        if self.norms.needed:
-            return arrived[:, :-1], arrived[:, -1].detach()
-        return arrived, None
+        return arrived[turn.order.to(device, non_blocking=True)]
 
     def _classes_seen(self, turn: Round) -> int:
         """Sum over the samples of a round of the classes in their softmax."""
-        own = int(self._classes_in(turn.heads[turn.own]).sum())
-        extra = {group: int(self._classes_in(heads).sum()) for group, heads in self._extra.items()}
+        own = int(self.classes_in(turn.heads[turn.own]).sum())
+        extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
         sizes = {part.group: part.samples.stop - part.samples.start for part in turn.groups}
         return own + sum(extra[group] * size for group, size in sizes.items())
 
-    def _classes_in(self, heads: Tensor) -> Tensor:
-        """Classes of each head, fewer in the last one."""
-        length = self.layout.length
-        return (self.spec.num_classes - heads * length).clamp(max=length)
-
-    def score(
+    def _score(
         self,
-        features: Tensor,
         norms: Tensor | None,
         turn: Round,
         chunks: list[Chunk],
+        features: Tensor,
         keep: bool,
-    ) -> Scoring:
-        """Losses of a round, and the gradient of their sum; keeps the rows' gradient if asked."""
+    ) -> ClosedForm:
+        """Score a round, and keep the rows' gradient if asked."""
         share = 1 / max(1, self._samples)
         scoring = score_round(self, features, norms, turn, chunks, self._extra, share)
         if keep:
             self._own.append(scoring.own)
             for group, scores in scoring.extra.items():
                 self._sums[group] = self._sums[group] + scores if group in self._sums else scores
-        return scoring
+        return ClosedForm(scoring.losses.sum(), scoring.gradient, scoring.correct.sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -162,32 +151,3 @@ class MhsRoute(RowHead):
 
     def _along(self, along: Tensor) -> Tensor | None:
         return along if self.margin.normalised else None
-
-
-class _RouteLoss(torch.autograd.Function):
-    """Closed-form loss of a round, so that the rows are not read again in the backward pass.
-
-    The rows' gradient is formed in the forward pass with the final scale (`1 / N` per sample), and
-    the backward pass scales the embeddings' gradient by what arrives.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        norms: Tensor | None,
-        head: MhsRoute,
-        turn: Round,
-        chunks: list[Chunk],
-        weight: float,
-    ) -> tuple[Tensor, Tensor]:
-        scoring = head.score(features, norms, turn, chunks, keep=ctx.needs_input_grad[0])
-        ctx.save_for_backward(scoring.gradient.mul_(weight))
-        accuracy = scoring.correct.sum() * weight
-        ctx.mark_non_differentiable(accuracy)
-        return scoring.losses.sum() * weight, accuracy
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], None, None, None, None, None

@@ -1,0 +1,307 @@
+"""Runs of a head: as the loop would make them on any number of ranks, and by the definition."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhe_dist.config import HeadConfig
+from mhe_dist.heads import HeadSpec, across, build, gathered, mhs_route, softmax
+from mhe_dist.heads.base import NO_SAMPLE
+from mhe_dist.heads.rows import RowHead
+from mhe_dist.topology import Topology
+from tests.distributed.reference import DenseHead
+
+CLASSES = 46  # of 12 heads of 4, with two padding slots
+STEPS, MICRO_BATCHES, BATCH, WIDTH = 3, 6, 4, 5
+LR, SEED = 0.1, 3
+
+MARGINS: dict[str, dict] = {
+    "cosface": {"kind": "cosface", "m": 0.3, "scale": 8.0},
+    "arcface": {"kind": "arcface", "m": 0.5, "scale": 8.0},
+    "combined": {"kind": "combined", "m1": 1.1, "m2": 0.2, "m3": 0.1, "scale": 8.0},
+    "softmax": {"kind": "softmax", "scale": 8.0},
+    "adaface": {"kind": "adaface", "m": 0.4, "ema": 0.9, "scale": 8.0},
+    "none": {"kind": "none"},
+}
+HEADS: dict[str, dict] = {
+    "full": {"kind": "full"},
+    "partial_fc": {"kind": "partial_fc", "partial_fc": {"rate": 0.4}},
+    "route": {"mhs": {"exchange": "route"}},
+    "gather": {"mhs": {"exchange": "gather", "negatives": "batch"}},
+    "gather_own_plus": {"mhs": {"exchange": "gather", "negatives": "own_plus"}},
+}
+
+
+def head_config(head: str, margin: str = "cosface", /, **changes: object) -> HeadConfig:
+    """A small head of `HEADS` with a margin of `MARGINS`; blocks in `changes` are merged."""
+    values: dict = {
+        "kind": "mhs",
+        "margin": MARGINS[margin],
+        "optim": {"weight_decay": 0.01},
+        "groups": 3,
+        "on_bad_label": "ignore",
+        "mhs": {"length": 4, "extra_heads": 2},
+    }
+    for key, value in [*HEADS[head].items(), *changes.items()]:
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+    return HeadConfig.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a head; see `run`.
+
+    Attributes:
+        config: of the head.
+        labels: how labels are drawn, see `inputs`.
+        dtype: in which the head computes.
+        num_classes: C.
+        steps: which are run, of the `STEPS` of a run.
+        micro_batches: n; the samples of a step are the same for any number.
+        cramped: make every buffer so small that rows and logits come in many pieces.
+        state: to start from.
+        folder: of a bank in file memory.
+        predict: k; 0: predict nothing.
+    """
+
+    config: HeadConfig
+    labels: str = "random"
+    dtype: torch.dtype = torch.float64
+    num_classes: int = CLASSES
+    steps: tuple[int, int] = (0, STEPS)
+    micro_batches: int = MICRO_BATCHES
+    cramped: bool = False
+    state: dict[str, Tensor] = field(default_factory=dict)
+    folder: str | None = None
+    predict: int = 0
+
+    def spec(self) -> HeadSpec:
+        """What the head is built from."""
+        return HeadSpec(
+            self.config,
+            self.num_classes,
+            WIDTH,
+            SEED,
+            self.micro_batches,
+            self.dtype,
+            self.folder,
+        )
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Embeddings `[STEPS, n, B, D]`, float64, and labels `[STEPS, n, B]`, global."""
+        embeddings, labels = inputs(self.labels, self.num_classes)
+        shape = (STEPS, self.micro_batches, -1)
+        return embeddings.view(*shape, WIDTH), labels.view(shape)
+
+
+def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels of a run.
+
+    Kinds: random; repeated (three classes); one (class); short (a micro-batch without a sample, one
+    with a single sample); bad (some labels are outside `[0, C)`).
+    """
+    rng = torch.Generator().manual_seed(7)
+    embeddings = torch.randn(STEPS, MICRO_BATCHES, BATCH, WIDTH, generator=rng, dtype=torch.float64)
+    labels = torch.randint(0, num_classes, (STEPS, MICRO_BATCHES, BATCH), generator=rng)
+    if kind == "repeated":
+        labels = labels % 3
+    elif kind == "one":
+        labels = torch.full_like(labels, 5)
+    elif kind == "short":
+        labels[:, -1, 1:] = NO_SAMPLE
+        labels[:, 0] = NO_SAMPLE
+    elif kind == "bad":
+        labels[:, 1, 2], labels[:, 3, 0], labels[:, 4] = -1, num_classes, num_classes + 9
+    return embeddings, labels
+
+
+def run(place: Topology, job: Job) -> dict[str, Tensor]:
+    """Run a job on this rank's micro-batches as the loop would, the engine's scaling included.
+
+    Returns:
+        `losses` `[steps]`, whose sum over ranks is the loss; `grads` `[n / W, steps, B, D]` of the
+        embeddings; `classes_seen`; the head's state; what it predicts.
+    """
+    with ExitStack() as patches:
+        if job.cramped:
+            for module in (gathered, mhs_route):
+                patches.enter_context(mock.patch.object(module, "HOST_CHUNK_BYTES", 800))
+            for module in (across, softmax):
+                patches.enter_context(mock.patch.object(module, "LOGITS_BYTES", 2000))
+        return _run(place, job)
+
+
+def _run(place: Topology, job: Job) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    embeddings, labels = job.inputs()
+    head = build(job.spec(), place)
+    if job.state:
+        head.load_state({name: t for name, t in job.state.items() if head.wants(name)})
+    k = job.micro_batches // place.world_size
+    losses, grads, classes_seen = [], [], []
+    for step in range(*job.steps):
+        head.plan(step, labels[step])
+        outputs, step_grads = [], []
+        for index in place.share(job.micro_batches):
+            there = labels[step, index] != NO_SAMPLE
+            x = embeddings[step, index][there].to(job.dtype).requires_grad_()
+            output = head(x, labels[step, index][there])
+            (output.loss / k).backward()
+            outputs.append(output)
+            step_grads.append(torch.zeros(len(there), WIDTH, dtype=job.dtype))
+            step_grads[-1][there] = x.grad / place.world_size
+        head.step(LR)
+        losses.append(torch.stack([o.loss.detach() for o in outputs]).mean() / place.world_size)
+        seen = torch.stack([o.metrics["classes_seen"] for o in outputs])
+        classes_seen.append(seen.mean() / place.world_size)
+        grads.append(torch.stack(step_grads))
+    result = {
+        "losses": torch.stack(losses),
+        "grads": torch.stack(grads, 1),
+        "classes_seen": torch.stack(classes_seen),
+        **{name: tensor for name, tensor in head.state().items() if head.wants(name)},
+    }
+    if job.predict:
+        mine = embeddings[-1, place.share(job.micro_batches)].flatten(0, 1)
+        result["classes"], result["scores"] = head.predict(mine.to(job.dtype), job.predict)
+    return result
+
+
+def run_all(place: Topology, jobs: list[Job]) -> list[dict[str, Tensor]]:
+    """Run several jobs, to pay for the start of the ranks once."""
+    return [run(place, job) for job in jobs]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run must lead to.
+
+    Attributes:
+        losses, grads: by step; `grads` `[steps, n, B, D]`.
+        classes_seen: mean over samples, by step.
+        head: the rows after the last step.
+        touched: units that ever were in a softmax.
+    """
+
+    losses: Tensor
+    grads: Tensor
+    classes_seen: Tensor
+    head: DenseHead
+    touched: list[int]
+
+
+@lru_cache(maxsize=256)
+def _define(config: str, labels: str, num_classes: int) -> Outcome:
+    job = Job(HeadConfig.model_validate_json(config), labels, num_classes=num_classes)
+    head = build(job.spec(), Topology())
+    assert isinstance(head, RowHead)
+    layout = head.layout
+    dense = DenseHead(
+        job.config, head.initial_rows(torch.arange(layout.heads)).flatten(0, 1).requires_grad_()
+    )
+    embeddings, drawn = job.inputs()
+    losses, grads, classes_seen, ever = [], [], [], set()
+    for step in range(STEPS):
+        x = embeddings[step].clone().requires_grad_()
+        valid = (drawn[step] >= 0) & (drawn[step] < num_classes)
+        own, slot = layout.locate(drawn[step][valid])
+        bias, touched = softmax_of(head, step, own)
+        loss = dense.loss(x[valid], own * layout.length + slot, bias)
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append(x.grad)
+        classes_seen.append((bias > float("-inf")).sum(1).double().mean())
+        rows = [h * layout.length + j for h in touched for j in range(layout.length)]
+        dense.update(dense.rows.grad, rows, LR)
+        dense.count_norms(embeddings[step][drawn[step] != NO_SAMPLE])
+        ever |= set(touched)
+    return Outcome(
+        torch.stack(losses), torch.stack(grads), torch.stack(classes_seen), dense, sorted(ever)
+    )
+
+
+def define(job: Job) -> Outcome:
+    """The outcome of a job by the plain definition; of all its steps from the start."""
+    return _define(job.config.model_dump_json(), job.labels, job.num_classes)
+
+
+def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]]:
+    """Which rows are in each sample's softmax, by the definition of the head's kind.
+
+    Args:
+        own: unit of each sample's class `[n]`.
+
+    Returns:
+        `[n, rows]`, -inf for rows that are not seen, else what is added to a negative's logit; and
+        the units that are in the step.
+    """
+    config, layout = head.spec.config, head.layout
+    is_own = F.one_hot(own, layout.heads).bool()
+    present = is_own.any(0)
+    drawn = torch.zeros_like(is_own)
+    if config.kind == "full":
+        drawn[:] = True
+    elif config.kind == "partial_fc":
+        for group in range(layout.groups):
+            units = torch.tensor(list(layout.group_heads(group)))
+            drawn[:, head.draw(step, group, units[present[units]])] = True
+    elif config.mhs.exchange == "gather":
+        drawn[:, head.draw(step)] = True
+    else:
+        for row, group in zip(drawn, layout.group_of(own).tolist(), strict=True):
+            row[head.draw(step, group)] = True
+    certain = present.expand_as(is_own) if config.mhs.negatives == "batch" else is_own
+    seen = certain | drawn
+    bias = torch.where(seen, 0.0, float("-inf")).double()
+    if config.kind == "mhs" and config.mhs.correction:
+        rate = (seen & ~certain).sum(1, keepdim=True) / (~certain).sum(1, keepdim=True)
+        bias = torch.where(certain, bias, bias - rate.double().log())
+    rows = bias.repeat_interleave(layout.length, 1)
+    rows[:, head.spec.num_classes :] = -math.inf
+    return rows, torch.nonzero(seen.any(0)).squeeze(1).tolist()
+
+
+def gathered_state(ranks: list[dict[str, Tensor]], field: str) -> Tensor:
+    """A field of the state, of all ranks and groups in order."""
+    names = [(rank, name) for rank in ranks for name in sorted(rank) if name.endswith("/" + field)]
+    return torch.cat([rank[name] for rank, name in names])
+
+
+def check(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
+    """Compare what the ranks found, with all that a run leaves behind, to the definition."""
+    wanted = define(job)
+    steps = slice(*job.steps)
+
+    def near(name: str, found: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(
+            found.double(),
+            expected.double(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text: f"{name}, {job.labels}, {job.dtype}: {text}",
+        )
+
+    near("losses", sum(rank["losses"] for rank in ranks), wanted.losses[steps])
+    seen = sum(rank["classes_seen"] for rank in ranks)
+    near("classes seen", seen, wanted.classes_seen[steps])
+    grads = torch.cat([rank["grads"] for rank in ranks]).transpose(0, 1)
+    near("embeddings", grads.flatten(1, 2), wanted.grads[steps].flatten(1, 2))
+    units = gathered_state(ranks, "units")
+    assert units.tolist() == wanted.touched
+    for name, values in {"weight": wanted.head.rows.detach(), **wanted.head.state}.items():
+        rows = gathered_state(ranks, name)
+        length = rows.shape[1]
+        expected = values.view(-1, length, values.shape[-1])[units][..., : rows.shape[-1]]
+        near(name, rows, expected)
+        beyond = units[-1] * length + length - job.num_classes
+        assert beyond <= 0 or (name == "age") or not rows[-1, -beyond:].any(), "padding was trained"
+    if job.config.margin.kind == "adaface":
+        near("norms", ranks[0]["norms"], wanted.head.norms)

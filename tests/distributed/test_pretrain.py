@@ -1,0 +1,94 @@
+"""A whole run in process: the same for any W, and after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhe_dist.checkpoint import CheckpointStore
+from mhe_dist.config import Config
+from mhe_dist.topology import Topology
+from pipelines import pretrain
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_shards(tmp_path_factory.mktemp("data") / "train")
+
+
+class Stopped(Exception):
+    """What ends a run half-way in these tests."""
+
+
+def run_rank(place: Topology, config: dict, stop_at: int) -> bool:
+    """One rank of a run; with `stop_at`, it dies when the first rank's record reaches that step."""
+
+    def report(event: dict) -> None:
+        if event["event"] == "metrics" and 0 < stop_at <= event["step"]:
+            raise Stopped
+
+    try:
+        pretrain.main(Config.model_validate(config), report)
+    except Stopped:
+        return False
+    return True
+
+
+def run(run_distributed, config: Config, world_size: int, stop_at: int = 0) -> list[bool]:
+    values = config.model_dump()
+    values["scale"]["workers"] = world_size
+    return run_distributed(run_rank, world_size, values, stop_at)
+
+
+def state(config: Config) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint of a run."""
+    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology(), 2).newest()
+    assert found is not None and found.run["step"] == config.train.max_steps
+    return found.load(lambda name: True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    from tests.conftest import run_ranks
+
+    config = tiny.config(tmp_path_factory.mktemp("runs"), shards, run={"name": "whole"})
+    assert run(run_ranks, config, 1) == [True]
+    return config
+
+
+def test_it_learns(undisturbed: Config) -> None:
+    losses, _ = tiny.per_step(undisturbed)
+    assert len(losses) == 24
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_more_ranks_see_the_same_batches_and_losses(
+    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
+) -> None:
+    config = undisturbed.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    assert all(run(run_distributed, config, world_size))
+    losses, digests = tiny.per_step(config)
+    wanted, wanted_digests = tiny.per_step(undisturbed)
+    assert digests == wanted_digests
+    assert losses[:20] == pytest.approx(wanted[:20], rel=1e-4)
+
+
+@pytest.mark.parametrize("loader_workers", [0, 1])
+def test_a_resumed_run_is_the_same_run(
+    run_distributed, undisturbed: Config, tmp_path: Path, loader_workers: int
+) -> None:
+    config = undisturbed.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    config.data.loader_workers = loader_workers
+    assert run(run_distributed, config, 1, stop_at=14) == [False]
+    assert run(run_distributed, config, 1) == [True]
+    assert tiny.per_step(config) == tiny.per_step(undisturbed)
+    resumed, whole = state(config), state(undisturbed)
+    assert resumed.keys() == whole.keys()
+    different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
+    assert different == []
