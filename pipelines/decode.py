@@ -37,8 +37,8 @@ def decode(data: bytes, side: int) -> Pixels:
                 pixels = _by_pillow(data)  # a colour space like CMYK; damage raises once more
         else:
             pixels = _by_pillow(data)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Undecodable(str(error)) from error
+    except Exception as error:  # Pillow's readers may raise anything at all on damaged bytes
+        raise Undecodable(str(error) or repr(error)) from error
     return pixels if pixels.shape[:2] == (side, side) else _fit(pixels, side)
 
 

@@ -182,6 +182,8 @@ class Run:
         self.head.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
+        if self.place.is_first:
+            config_load.save(self.config, f"{self.config.run.path}/config.yaml")
         tracker = tracking.open_tracker(self.config, self.place.is_first, run_id)
         tags = tracking.environment_tags() | {
             "data_digest": self.index.digest,

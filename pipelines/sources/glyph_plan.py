@@ -76,7 +76,8 @@ def split_fonts(fonts: Sequence[Font], settings: GlyphsConfig) -> tuple[list[str
             f"data.glyphs.heldout_fonts={settings.heldout_fonts}: keeps every font for the "
             f"evaluation; name fewer of them"
         )
-    known.sort(key=lambda font: (-len(font.codes), font.name))
+    # Among equals the shorter name, which is the plain style.
+    known.sort(key=lambda font: (-len(font.codes), len(font.name), font.name))
     return [font.name for font in known], [font.name for font in unseen]
 
 

@@ -63,22 +63,31 @@ class Typeface:
         Raises:
             OSError: the font's program for this glyph is broken.
         """
-        text, side = chr(code), self.side * _OVERSAMPLING
-        room = side - 2 * _MARGIN * _OVERSAMPLING
-        left, top, right, bottom = (int(edge) for edge in self._font.getbbox(text, anchor="ls"))
-        width, height = right - left, bottom - top
-        if width <= 0 or height <= 0:
+        inked = self._ink(chr(code))
+        if inked is None:
             return None
-        canvas_side = max(side, width, height)
-        canvas = Image.new("L", (canvas_side, canvas_side))
-        line = (canvas_side + _CAPITAL * side) / 2
-        margin = _MARGIN * _OVERSAMPLING if canvas_side == side else 0
-        y = min(max(line + top, margin), max(canvas_side - margin - height, 0))
-        origin = ((canvas_side - width) // 2 - left, round(y) - top)
-        ImageDraw.Draw(canvas).text(origin, text, fill=255, font=self._font, anchor="ls")
-        if canvas.getbbox() is None:
+        ink, above = inked
+        side, margin = self.side * _OVERSAMPLING, _MARGIN * _OVERSAMPLING
+        room = side - 2 * margin
+        line = (side + _CAPITAL * side) / 2
+        extent = max(ink.size)
+        if extent > room:
+            ink, above = _fit(ink, room / extent), above * room / extent
+        top = min(max(round(line - above), margin), side - margin - ink.height)
+        canvas = Image.new("L", (side, side))
+        canvas.paste(ink, ((side - ink.width) // 2, top))
+        return np.asarray(canvas.reduce(_OVERSAMPLING))
+
+    def _ink(self, text: str) -> tuple[Image.Image, int] | None:
+        """The enlarged glyph, cut to its ink, and how far its top is above the line; None: blank."""
+        # This box holds the advance as well, so the ink need not be in its middle.
+        left, top, right, bottom = (round(edge) for edge in self._font.getbbox(text, anchor="ls"))
+        if right <= left or bottom <= top:
             return None
-        return np.asarray(_shrink(canvas, side, room, max(width, height)))
+        canvas = Image.new("L", (right - left, bottom - top))
+        ImageDraw.Draw(canvas).text((-left, -top), text, fill=255, font=self._font, anchor="ls")
+        box = canvas.getbbox()
+        return None if box is None else (canvas.crop(box), -(top + box[1]))
 
 
 def is_character(code: int, glyph: str) -> bool:
@@ -86,13 +95,6 @@ def is_character(code: int, glyph: str) -> bool:
     return glyph != ".notdef" and unicodedata.category(chr(code)) not in _NO_CHARACTER
 
 
-def _shrink(canvas: Image.Image, side: int, room: int, extent: int) -> Image.Image:
-    """Scale down to the final side; a glyph larger than the room in it is made to fit."""
-    if extent <= room:
-        return canvas.reduce(_OVERSAMPLING)
-    fitted = max(1, round(canvas.width * room / extent / _OVERSAMPLING))
-    small = canvas.resize((fitted, fitted), Image.Resampling.BOX)
-    final = side // _OVERSAMPLING
-    picture = Image.new("L", (final, final))
-    picture.paste(small, ((final - fitted) // 2, (final - fitted) // 2))
-    return picture
+def _fit(ink: Image.Image, factor: float) -> Image.Image:
+    size = (max(1, int(ink.width * factor)), max(1, int(ink.height * factor)))
+    return ink.resize(size, Image.Resampling.BOX)
