@@ -126,7 +126,9 @@ class Engine:
         if self._stage < 3:
             return self._norm
         norm = self._ds.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm, device=self._topology.device)
+        if norm is None:
+            return None
+        return torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
 
     @torch.no_grad()
     def _clip(self) -> Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mhe_dist import topology
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
+from mhe_dist.errors import UserError
 from mhe_dist.topology import Topology
 
 N, B, SIZE, D = 4, 6, 8, 5  # micro-batches of a step, images in one, their side, embedding width
@@ -148,17 +150,194 @@ STAGES = [0, 1, 2, 3]
 
 
 def run_cases(place: Topology) -> dict[tuple[str, int], dict]:
-    return {
+    results = {
         (name, stage): run(place, case | {"scale.zero_stage": stage}, 4)
         for name, case in CASES.items()
         for stage in STAGES
     }
+    results["dropout", 1] = run(place, {"train.precision": "float32"}, 4, dropout=0.5)
+    return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_equals_plain_float64_training(run_distributed, world_size: int) -> None:
-    """Parameters, statistics, norms and embeddings: W = 1 with k = 4 and W = 2 with k = 2 alike."""
+def test_equals_plain_float64_training_on_one_and_two_ranks(run_distributed) -> None:
+    """Parameters, statistics, norms, embeddings; k = 4 micro-batches a rank, then k = 2."""
     expected = {name: reference(case, 4) for name, case in CASES.items()}
-    for results in run_distributed(run_cases, world_size):
-        for (name, _), result in results.items():
-            assert_equals_reference(result, expected[name], 4)
+    dropouts = []
+    for world_size in [1, 2]:
+        for results in run_distributed(run_cases, world_size):
+            dropouts.append(results.pop(("dropout", 1)))
+            for (name, _), result in results.items():
+                assert_equals_reference(result, expected[name], 4)
+    for other in dropouts[1:]:
+        for name, tensor in dropouts[0]["state"].items():
+            torch.testing.assert_close(other["state"][name], tensor, rtol=1e-5, atol=2e-6)
+    assert not torch.equal(
+        dropouts[0]["state"]["model.fc.weight"], expected["sgd"]["net"].fc.weight.float()
+    )
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def other_engine(place: Topology, kind: str, stage: int) -> Engine:
+    """An engine whose model starts elsewhere."""
+    net = make_net()
+    with torch.no_grad():
+        for tensor in (*net.parameters(), net.norm.running_mean, net.norm.running_var):
+            tensor.add_(7.0)
+    return Engine(net, make_config(**{"optim.kind": kind, "scale.zero_stage": stage}), place)
+
+
+def go_round_the_stages(place: Topology, kind: str) -> dict[str, dict[str, Tensor]]:
+    """Hand the state from stage to stage, train a step on each, and never hand it on."""
+    stages = [0, 1, 2, 3, 1, 0]
+    first = Engine(
+        make_net(), make_config(**{"optim.kind": kind, "scale.zero_stage": stages[0]}), place
+    )
+    stays, goes = first, first
+    fresh = other_engine(place, kind, 3)
+    fresh.load_state(first.state())
+    equal(fresh.state(), first.state())
+    for step, stage in enumerate(stages[1:]):
+        state = goes.state()
+        goes = other_engine(place, kind, stage)
+        goes.load_state(state)
+        equal(goes.state(), state)
+        train(goes, place, range(step, step + 1))
+    train(stays, place, range(len(stages) - 1))
+    close(goes.state(), stays.state())
+    return {"state": goes.state(), "embed": {"": goes.embed(images_of(9)[0])}}
+
+
+def take_over(place: Topology, kind: str, stage: int, before: dict) -> None:
+    engine = other_engine(place, kind, stage)
+    engine.load_state(before["state"])
+    equal(engine.state(), before["state"])
+    torch.testing.assert_close(engine.embed(images_of(9)[0]), before["embed"][""])
+
+
+def take_over_all(place: Topology, befores: dict[str, dict]) -> bool:
+    for kind, before in befores.items():
+        for stage in STAGES:
+            take_over(place, kind, stage, before)
+    return True
+
+
+def go_round_both(place: Topology) -> dict[str, dict]:
+    return {kind: go_round_the_stages(place, kind) for kind in ["sgd", "adamw"]}
+
+
+def test_state_moves_bit_exactly_between_stages_and_ranks(run_distributed) -> None:
+    """SGD and AdamW; ZeRO 0 -> 1 -> 2 -> 3 -> 1 -> 0 on two ranks, then to one at each stage."""
+    results = run_distributed(go_round_both, 2)
+    for kind, result in results[0].items():
+        equal(results[1][kind]["state"], result["state"])
+    names = results[0]["adamw"]["state"].keys()
+    assert {"model.fc.weight", "optim.fc.weight.exp_avg_sq", "optim.step"} <= names
+    assert "model.unsaved" not in names
+    assert results[0]["adamw"]["state"]["optim.step"] == 5
+    assert results[0]["sgd"]["state"]["optim.fc.bias.momentum_buffer"].abs().sum() > 0
+    assert run_distributed(take_over_all, 1, results[0]) == [True]
+
+
+def refusal(engine: Engine, tensors: dict[str, Tensor]) -> str:
+    with pytest.raises(UserError) as caught:
+        engine.load_state(tensors)
+    return str(caught.value)
+
+
+def alone(_: Topology) -> dict[str, Any]:
+    """What needs no second rank, in a process without a process group."""
+    topology.disconnect()
+    place = Topology()
+    images = images_of(0)
+    results: dict[str, Any] = {}
+
+    engine = Engine(make_net(0.5), make_config(), place)
+    results["norm before a step"] = engine.grad_norm()
+    one = engine.forward(images[0], 3, 0).detach()
+    torch.rand(17)
+    results["same key"] = torch.equal(engine.forward(images[0], 3, 0), one)
+    results["other step"] = torch.equal(engine.forward(images[0], 4, 0), one)
+    results["other micro-batch"] = torch.equal(engine.forward(images[0], 3, 1), one)
+    engine.backward(engine.forward(images[0], 3, 0).sum())
+    with pytest.raises(RuntimeError, match="after 1 of this rank's 4 micro-batches"):
+        engine.step(0.1)
+
+    engine = Engine(make_net(), make_config(), place)
+    state = engine.state()
+    results["missing"] = refusal(engine, {n: t for n, t in state.items() if n != "model.fc.bias"})
+    results["shape"] = refusal(engine, state | {"model.fc.weight": torch.zeros(6, 7)})
+    adamw = Engine(make_net(), make_config(**{"optim.kind": "adamw"}), place)
+    results["optimizer"] = refusal(adamw, state)
+
+    for stage in STAGES:
+        changes = {"train.precision": "bf16", "scale.zero_stage": stage}
+        engine = Engine(make_net(), make_config(**changes), place)
+        train(engine, place, range(4))
+        plain = make_net()
+        state = engine.state()
+        plain.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
+        with torch.no_grad():
+            expected = plain.eval()(images[0].float() / 127.5 - 1)
+        results["bf16", stage] = {
+            "dtypes": sorted({str(t.dtype) for t in state.values()}),
+            "precision": engine.precision,
+            "embed": (engine.embed(images[0]) - expected).abs().max(),
+            "gradient": engine.grad_norm(),
+            "train": engine.forward(images[0], 9, 0).detach(),
+            "net": expected,
+        }
+    return results
+
+
+def test_one_rank_alone(run_distributed) -> None:
+    (results,) = run_distributed(alone, 1)
+    assert results["norm before a step"] is None
+    assert results["same key"]
+    assert not results["other step"]
+    assert not results["other micro-batch"]
+    assert "model.fc.bias: this run has (5,), the checkpoint none" in results["missing"]
+    assert "model.fc.weight: this run has (5, 7), the checkpoint (6, 7)" in results["shape"]
+    assert "optim.conv.weight.exp_avg: this run has" in results["optimizer"]
+    assert "and" in results["optimizer"] and "more" in results["optimizer"]
+    for stage in STAGES:
+        bf16 = results["bf16", stage]
+        assert bf16["precision"] == "bf16"
+        assert bf16["dtypes"] == ["torch.float32", "torch.int64"]
+        assert bf16["embed"] < 1e-6, "evaluation is in float32, with the float32 weights"
+        assert bf16["train"].dtype == torch.float32
+        # The first stage is the yardstick: bfloat16 rounds, but alike at every stage.
+        torch.testing.assert_close(
+            bf16["gradient"], results["bf16", 0]["gradient"], rtol=0.05, atol=0.05
+        )
+
+
+def meet(place: Topology) -> dict[str, Any]:
+    engine = Engine(make_net(), make_config(), place)
+    train(engine, place, range(1))
+    mean = dict(engine.model.named_buffers())["norm.running_mean"]
+    apart = mean.clone()
+    with pytest.raises(RuntimeError, match="synchronise_buffers"):
+        engine.embed(images_of(0)[0])
+    engine.synchronise_buffers()
+    engine.synchronise_buffers()
+    engine.embed(images_of(0)[0])
+    return {"apart": apart, "together": mean.clone()}
+
+
+def test_ranks_agree_on_the_statistics_when_they_are_read(run_distributed) -> None:
+    one, two = run_distributed(meet, 2)
+    assert not torch.equal(one["apart"], two["apart"])
+    assert torch.equal(one["together"], two["together"])
+    torch.testing.assert_close(one["together"], (one["apart"] + two["apart"]) / 2)
