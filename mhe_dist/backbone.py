@@ -65,10 +65,11 @@ def build(config: ModelConfig, image_size: int) -> Backbone:
         ) from error
     if config.neck == "none":
         return Backbone(net, nn.Identity())
-    if not isinstance(_classifier(net), nn.Linear):
+    layer = _classifier(net)
+    if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise UserError(
-            f"model.neck=batchnorm: the classifier of {config.name} is not one linear layer that "
-            f"the neck could be folded into; use model.neck=none"
+            f"model.neck=batchnorm: the classifier of {config.name} is not one linear layer with "
+            f"a bias, which the neck could be folded into; use model.neck=none"
         )
     return Backbone(net, nn.BatchNorm1d(config.embedding_dim))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -42,7 +43,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
     size, dim = config.data.image_size, config.model.embedding_dim
     arguments = model_arguments(config.model, size)
     net = fold_neck(model)
-    net.pretrained_cfg = {
+    net.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": config.model.name,
         "input_size": (3, size, size),
         "mean": (0.5, 0.5, 0.5),
@@ -50,6 +51,8 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
         "crop_pct": 1.0,
         "interpolation": "bilinear",
         "num_classes": dim,
+        # timm replaces this layer when asked for another number of classes, or for none.
+        "classifier": model.net.pretrained_cfg["classifier"],  # type: ignore[index]
     }
     save_for_hf(
         net,
@@ -59,7 +62,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
         safe_serialization=True,
     )
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return _compare(model, lambda batch: loaded(batch), images, folder, TIMM_TOLERANCE)
+    return _compare(model, loaded, images, folder, TIMM_TOLERANCE)
 
 
 def export_onnx(model: Backbone, config: Config, path: str, images: Tensor) -> float:
@@ -111,12 +114,16 @@ def export_onnx(model: Backbone, config: Config, path: str, images: Tensor) -> f
 
 @torch.no_grad()
 def _compare(
-    model: nn.Module, exported: object, images: Tensor, path: str, tolerance: float
+    model: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    images: Tensor,
+    path: str,
+    tolerance: float,
 ) -> float:
     """Largest difference of the embeddings; refuses more than `tolerance` of their size."""
     inputs = images.float().div(127.5).sub(1.0)
     expected = model(inputs)
-    difference = (exported(inputs) - expected).abs().max().item()  # type: ignore[operator]
+    difference = (exported(inputs) - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):
         raise RunError(f"{path}: embeddings differ from the trained model's by {difference:.2e}")
     return difference

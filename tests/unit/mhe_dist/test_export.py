@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -65,6 +66,36 @@ def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
     found = elsewhere(script, str(folder), str(tmp_path / "images.npy"))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert not list(folder.glob("*.bin"))
+
+
+def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) -> None:
+    """timm keeps the body and makes a new last layer, or none."""
+    model, config, images = trained
+    export.export_timm(model, config, str(tmp_path / "timm"), images)
+    inputs = images.float().div(127.5).sub(1)
+    name = f"local-dir:{tmp_path / 'timm'}"
+    features = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(
+        features(inputs),
+        model.net.forward_head(model.net.forward_features(inputs), pre_logits=True),
+    )
+    assert timm.create_model(name, pretrained=True, num_classes=7)(inputs).shape == (9, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+        ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+    ],
+)
+def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> None:
+    changes = {"name": name, "kwargs": kwargs, "neck": "none"}
+    config = tiny.config(tmp_path, "unused", model=changes, data={"image_size": 32})
+    model = backbone.build(config.model, 32).eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert export.export_timm(model, config, str(tmp_path / "timm"), images) < 1e-5
+    assert export.export_onnx(model, config, str(tmp_path / "b.onnx"), images) < 1e-4
 
 
 def test_onnx_runtime_alone_runs_any_batch(trained, tmp_path: Path) -> None:
