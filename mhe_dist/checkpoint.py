@@ -10,6 +10,7 @@ A tensor lies on one rank as a whole, under a name that does not depend on the n
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -31,6 +32,8 @@ from mhe_dist import retention
 from mhe_dist.checkpoint_files import RUN, FileEntry, Folder, Writer
 from mhe_dist.errors import RunError
 from mhe_dist.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step_(\d{8,})$")
 _WRITE_TIMEOUT_S = 3600.0  # a rank may wait this long for the slowest writer
@@ -216,6 +219,7 @@ class CheckpointStore:
         """
 
         def clear() -> bool:
+            """Whether the folder is free now."""
             folder = Folder(path)
             name = path.rsplit("/", 1)[1]
             if name not in self.rejected and not isinstance(folder.manifest(), str):
@@ -237,9 +241,13 @@ class CheckpointStore:
         gathered = self._all_gather(entries)
 
         def finish() -> int:
+            """Bytes of the finished checkpoint."""
             files = {name: entry for part in gathered for name, entry in part.items()}
             size = Folder(path).finish(files, run)
-            self._forget_old()
+            try:
+                self._forget_old()
+            except OSError as failure:  # this one is complete all the same
+                logger.warning("old checkpoints in %s cannot be deleted: %s", self._root, failure)
             return size
 
         return self._on_first(finish)

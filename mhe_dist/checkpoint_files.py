@@ -55,6 +55,7 @@ class _RecordingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
+        """A stream to `path`; one that writes is summed, and entered when it ends well."""
         with super().create_stream(path, mode) as stream:
             if "w" not in mode:
                 yield stream

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
+from mhe_dist import checkpoint_files
 from mhe_dist.checkpoint import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.checkpoint_files import MANIFEST
 from mhe_dist.errors import RunError
@@ -223,6 +225,7 @@ import sys, time
 sys.path[:0] = sys.argv[2:]
 import torch
 from mhe_dist import checkpoint_files
+from mhe_dist import checkpoint_files
 from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.topology import Topology
 store = CheckpointStore(sys.argv[1], Topology(), 1)
@@ -329,13 +332,31 @@ def test_files_that_vanish_under_a_load_are_a_run_error(tmp_path: Path) -> None:
 
 def test_poll_does_not_wait(tmp_path: Path, monkeypatch) -> None:
     store = CheckpointStore(str(tmp_path), ALONE, 1)
-    write = store._write
-    monkeypatch.setattr(store, "_write", lambda *args: (time.sleep(0.3), write(*args)))
+    write, go = store._write, threading.Event()
+
+    def write_later(*args: Any) -> None:
+        go.wait(30)
+        write(*args)
+
+    monkeypatch.setattr(store, "_write", write_later)
     store.save(1, replicated(1), {}, {})
     assert store.poll() is None
-    time.sleep(0.5)
-    ended = store.poll() or store.wait()
-    assert ended is not None and ended.step == 1 and ended.seconds >= 0.3
+    go.set()
+    deadline = time.monotonic() + 30
+    while (ended := store.poll()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert ended is not None and ended.step == 1 and ended.error is None
+
+
+def test_old_ones_that_cannot_be_deleted_do_not_spoil_the_new(tmp_path: Path, monkeypatch) -> None:
+    def refuse(folder: checkpoint_files.Folder) -> None:
+        if "step_00000001" in folder.url:
+            raise PermissionError(folder.url)
+
+    save(ALONE, str(tmp_path), [1])
+    monkeypatch.setattr(checkpoint_files.Folder, "remove", refuse)
+    assert [end[2] for end in save(ALONE, str(tmp_path), [2], keep_last=1)] == [None]
+    assert load(ALONE, str(tmp_path))["step"] == 2
 
 
 def test_shares_are_balanced_and_complete() -> None:

@@ -24,7 +24,7 @@ class Net(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 7, 3, bias=False)
-        self.norm = nn.BatchNorm2d(7)
+        self.norm: Any = nn.BatchNorm2d(7)
         self.drop = nn.Dropout(dropout)
         self.fc = nn.Linear(7, D)
         self.scale = nn.Parameter(torch.full((1,), 1.5), requires_grad=False)
@@ -139,7 +139,7 @@ def assert_equals_reference(result: dict, expected: dict, steps: int) -> None:
     torch.testing.assert_close(result["embed"].double(), expected["embed"], rtol=2e-5, atol=1e-5)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optim.kind": "sgd"},
     "clipped": {"optim.kind": "sgd", "optim.clip_norm": 0.5},
     "adamw": {"optim.kind": "adamw", "optim.clip_norm": 3.0},
@@ -256,12 +256,12 @@ def refusal(engine: Engine, tensors: dict[str, Tensor]) -> str:
     return str(caught.value)
 
 
-def alone(_: Topology) -> dict[str, Any]:
+def alone(_: Topology) -> dict[Any, Any]:
     """What needs no second rank, in a process without a process group."""
     topology.disconnect()
     place = Topology()
     images = images_of(0)
-    results: dict[str, Any] = {}
+    results: dict[Any, Any] = {}
 
     engine = Engine(make_net(0.5), make_config(), place)
     results["norm before a step"] = engine.grad_norm()

@@ -90,7 +90,7 @@ def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) ->
     ],
 )
 def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> None:
-    changes = {"name": name, "kwargs": kwargs, "neck": "none"}
+    changes: dict[str, object] = {"name": name, "kwargs": kwargs, "neck": "none"}
     config = tiny.config(tmp_path, "unused", model=changes, data={"image_size": 32})
     model = backbone.build(config.model, 32).eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
