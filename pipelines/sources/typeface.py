@@ -78,8 +78,8 @@ class Typeface:
         canvas.paste(ink, ((side - ink.width) // 2, top))
         return np.asarray(canvas.reduce(_OVERSAMPLING))
 
-    def _ink(self, text: str) -> tuple[Image.Image, int] | None:
-        """The enlarged glyph, cut to its ink, and how far its top is above the line; None: blank."""
+    def _ink(self, text: str) -> tuple[Image.Image, float] | None:
+        """The enlarged glyph, cut to its ink, and the height of its top above the line, or None."""
         # This box holds the advance as well, so the ink need not be in its middle.
         left, top, right, bottom = (round(edge) for edge in self._font.getbbox(text, anchor="ls"))
         if right <= left or bottom <= top:
@@ -87,7 +87,7 @@ class Typeface:
         canvas = Image.new("L", (right - left, bottom - top))
         ImageDraw.Draw(canvas).text((-left, -top), text, fill=255, font=self._font, anchor="ls")
         box = canvas.getbbox()
-        return None if box is None else (canvas.crop(box), -(top + box[1]))
+        return None if box is None else (canvas.crop(box), -float(top + box[1]))
 
 
 def is_character(code: int, glyph: str) -> bool:
