@@ -253,12 +253,14 @@ class _Counted(io.RawIOBase):
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
+        """Pass `data` on."""
         self.stream.write(data)
         self.hash.update(data)
         self.bytes += len(data)
         return len(data)
 
     def tell(self) -> int:
+        """Bytes written so far: the place in the tar."""
         return self.bytes
 
 
