@@ -205,7 +205,8 @@ class HeadConfig(Section):
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
     optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
     groups: PositiveInt = Field(
-        8, description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones."
+        8,
+        description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones.",
     )
     on_bad_label: Literal["fail", "ignore"] = Field(
         "fail", description="What to do with a label outside [0, C)."

@@ -129,7 +129,7 @@ def running_norms(
     batch_mean = total / count.clamp_min(1)
     spread = (squares - count * batch_mean.square()).clamp_min(0)
     batch_std = (spread / (count - 1).clamp_min(1)).sqrt()
-    weight = ema * (count > 0)
+    weight = ema * (count > 0).to(mean.dtype)
     return torch.lerp(mean, batch_mean, weight), torch.lerp(std, batch_std, weight)
 
 

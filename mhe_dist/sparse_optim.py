@@ -74,9 +74,7 @@ class RowOptimizer(Protocol):
     def fields(self) -> dict[str, int | None]:
         """Name -> columns, as `Bank` takes them."""
 
-    def update(
-        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
-    ) -> None:
+    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update the distinct, touched `units`."""
 
 
@@ -92,9 +90,7 @@ class RowSGD:
         """The momentum, if there is any."""
         return {"momentum": None} if self.momentum else {}
 
-    def update(
-        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
-    ) -> None:
+    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update `units`; see `RowOptimizer`."""
         rows = bank.read(units)
         along = self._along(gradient, rows)
@@ -127,9 +123,7 @@ class RowAdamW:
         """Both moments, and the number of updates of each row."""
         return {"exp_avg": None, "exp_avg_sq": None, "age": 1}
 
-    def update(
-        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
-    ) -> None:
+    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update `units`; see `RowOptimizer`."""
         beta1, beta2 = self.betas
         rows = bank.read(units)

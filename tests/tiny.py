@@ -1,4 +1,4 @@
-"""A run small enough for a test: a few coloured pictures, a small network with BatchNorm."""
+"""A run small enough for a test: a few patterns, a small network with BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CLASSES, IMAGES, SIDE = 30, 12, 16
 
 
 def write_shards(folder: Path, classes: int = CLASSES, first: int = 0) -> str:
-    """Shards whose classes are colours with noise; returns their folder."""
+    """Shards whose classes are coarse patterns with noise; returns their folder."""
     rng = np.random.default_rng(first)
-    colours = rng.integers(0, 256, (classes, 1, 1, 3))
+    patterns = rng.integers(0, 256, (classes, 4, 4, 3)).repeat(SIDE // 4, 1).repeat(SIDE // 4, 2)
     samples = []
     for number in rng.permutation(classes * IMAGES):
         label = int(number) % classes
-        noise = rng.normal(0, 20, (SIDE, SIDE, 3))
-        pixels = np.clip(colours[label] + noise, 0, 255).astype(np.uint8)
+        noise = rng.normal(0, 40, (SIDE, SIDE, 3))
+        pixels = np.clip(patterns[label] + noise, 0, 255).astype(np.uint8)
         jpeg = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="444")
         members = {"jpg": jpeg, "cls": str(label).encode()}
         samples.append(Sample(f"{first + int(number):07d}", members))

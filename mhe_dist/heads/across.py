@@ -169,4 +169,5 @@ class GatheredSoftmax:
 
 def _by_unit(logits: Tensor, values: Tensor) -> Tensor:
     """`logits` `[n, U * L]` as `[n, U, L]`, for values `[U]` or `[n, U]`."""
-    return logits.view(len(logits), values.shape[-1], -1)
+    units = values.shape[-1]
+    return logits.view(len(logits), units, logits.shape[-1] // max(1, units))

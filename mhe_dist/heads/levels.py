@@ -20,7 +20,7 @@ from mhe_dist.bank import Bank
 from mhe_dist.collectives import all_reduce
 from mhe_dist.heads.mhs_route import DEVICE_CHUNK_BYTES, HOST_CHUNK_BYTES
 from mhe_dist.heads.routing import chunks_by_head
-from mhe_dist.heads.rows import INITIAL_STD, HeadSpec
+from mhe_dist.heads.rows import HeadSpec, initial_std
 from mhe_dist.heads.softmax import OwnScores
 from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import Dense, LowRank, RowOptimizer
@@ -261,7 +261,9 @@ def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[
     def initial(units: Tensor) -> Tensor:
         classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
         rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
-        rows.mul_(INITIAL_STD).masked_fill_(classes.view(-1, 1) >= layout.num_classes, 0.0)
+        rows.mul_(initial_std(spec.width)).masked_fill_(
+            classes.view(-1, 1) >= layout.num_classes, 0.0
+        )
         if spec.config.margin.kind == "none":
             rows = F.pad(rows, (0, 1))
         return rows.view(*classes.shape, -1).to(spec.dtype)

@@ -19,7 +19,6 @@ from mhe_dist.labels import LabelLayout
 from mhe_dist.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
 from mhe_dist.topology import Topology
 
-INITIAL_STD = 0.01
 PREDICT_BYTES = 1 << 26
 
 
@@ -44,6 +43,16 @@ class HeadSpec:
     micro_batches: int
     dtype: torch.dtype = torch.float32
     folder: str | Path | None = None
+
+
+def initial_std(width: int) -> float:
+    """Deviation of the first rows' noise: rows have a length of about 1.
+
+    The step of a normalised row's direction is the learning rate over its squared length. At length
+    1 the rows turn at the pace of the learning rate, whatever D is; on the glyph identities, rows of
+    a ninth of that length learnt half as well in the same number of steps.
+    """
+    return float(width**-0.5)
 
 
 class NormTracker:
@@ -136,7 +145,7 @@ class RowHead(Head):
         classes = self.layout.classes(heads[:, None], slots[None, :])
         key = seeds.derive(self.spec.seed, "class centres")
         rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
-        rows = rows.mul_(INITIAL_STD).masked_fill_(classes.view(-1, 1) < 0, 0.0)
+        rows = rows.mul_(initial_std(self.spec.width)).masked_fill_(classes.view(-1, 1) < 0, 0.0)
         rows = F.pad(rows, (0, self.width - self.spec.width))
         return rows.view(*classes.shape, self.width).to(self.spec.dtype)
 
