@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -98,7 +99,7 @@ def write_glyphs(fonts: str, out: str, settings: GlyphsConfig, progress: Progres
     known, unseen = split_fonts(list(typefaces.values()), settings)
     faces = [typefaces[name] for name in (*known, *unseen)]
     count = _Count(progress, 2 * sum(len(face.codes) for face in faces))
-    plan = plan_classes(_survey(faces, count), known, unseen, settings)
+    plan = plan_classes(survey(faces, count.add), known, unseen, settings)
     count.total = count.done + plan.samples
     about = {
         "source": "glyphs",
@@ -131,9 +132,11 @@ def open_typefaces(folder: str, side: int) -> dict[str, Typeface]:
     Raises:
         UserError: there is none.
     """
-    typefaces = {}
+    typefaces: dict[str, Typeface] = {}
     for path in sorted(Path(folder).glob("*")):
-        if path.suffix.lower() in _FONT_FILES:
+        if path.stem in {Path(name).stem for name in typefaces}:
+            log.warning("%s: another file has this name already; left out", path)
+        elif path.suffix.lower() in _FONT_FILES:
             try:
                 typefaces[path.name] = Typeface(path, side)
             except Unusable as error:
@@ -154,8 +157,13 @@ class _Count:
         self.progress(self.done, self.total)
 
 
-def _survey(faces: list[Typeface], count: _Count) -> dict[Glyph, bytes]:
-    """Draw every character of every typeface; its fingerprint, unless it is blank."""
+def survey(faces: list[Typeface], drawn: Callable[[int], None]) -> dict[Glyph, bytes]:
+    """Draw every character of every typeface; the fingerprints of those that are not blank.
+
+    Args:
+        faces: the typefaces.
+        drawn: called after each of them with the number of its characters.
+    """
     found = {}
     for face in faces:
         broken = 0
@@ -169,7 +177,7 @@ def _survey(faces: list[Typeface], count: _Count) -> dict[Glyph, bytes]:
                 found[Glyph(code, face.name)] = blake2b(picture.tobytes(), digest_size=16).digest()
         if broken:
             log.warning("%s: FreeType cannot draw %d glyphs; left out", face.name, broken)
-        count.add(len(face.codes))
+        drawn(len(face.codes))
     return found
 
 

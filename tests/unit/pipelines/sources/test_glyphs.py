@@ -19,6 +19,7 @@ from pipelines.sources.glyphs import (
     ensure_glyphs,
     matplotlib_fonts,
     open_typefaces,
+    survey,
     write_glyphs,
 )
 from pipelines.sources.typeface import Typeface, Unusable
@@ -212,7 +213,9 @@ def test_damaged_fonts_are_left_out(fonts: Path, tmp_path: Path) -> None:
     (tmp_path / "good.ttf").write_bytes((fonts / "DejaVuSans.ttf").read_bytes())
     (tmp_path / "bad.ttf").write_bytes(b"\0\1\0\0 nothing")
     (tmp_path / "empty.otf").write_bytes(b"")
-    assert list(open_typefaces(str(tmp_path), 32)) == ["good.ttf"]
+    (tmp_path / "good.ttf.bak").write_bytes(b"")
+    (tmp_path / "good.ttc").write_bytes((fonts / "DejaVuSans.ttf").read_bytes())
+    assert list(open_typefaces(str(tmp_path), 32)) == ["good.ttc"]
     with pytest.raises(Unusable, match=r"bad\.ttf: not a usable font"):
         Typeface(tmp_path / "bad.ttf", 32)
 
@@ -262,6 +265,21 @@ def test_a_plan_counts_typefaces_and_drops_repeated_pictures() -> None:
         ["D1", "D2", "D3"],
     ]
     assert [[f"{chr(g.code)}{g.font}" for g in group] for group in plan.heldout] == [["E1", "E9"]]
+
+
+def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
+    settings = GlyphsConfig(image_size=16)  # at 32 even fewer characters look alike
+    faces = open_typefaces(matplotlib_fonts(), settings.image_size)
+    known, unseen = split_fonts(list(faces.values()), settings)
+    pictures = survey([faces[name] for name in (*known, *unseen)], lambda characters: None)
+    plan = plan_classes(pictures, known, unseen, settings)
+    assert known[0] == "DejaVuSans.ttf"
+    assert all(name.startswith("DejaVu") for name in known)
+    assert len(unseen) == 4
+    assert all(name.startswith("STIXGeneral") for name in unseen)
+    assert len(plan.train) >= 3000
+    assert sum(len(group) for group in plan.train) >= 25_000
+    assert len(plan.heldout) == 500
 
 
 def test_the_index_is_small(made: Path) -> None:
