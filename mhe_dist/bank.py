@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist import seeds
+from mhe_dist.topology import CPU
 
 Memory = Literal["device", "host", "file"]
 Initial = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ class Bank:
         dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype = torch.float32,
         memory: Memory = "device",
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = CPU,
         folder: str | Path | None = None,
         seed: int = 0,
     ) -> None:

@@ -362,7 +362,7 @@ def misfits(config: Config) -> list[str]:
 
 def _head_misfits(head: HeadConfig, workers: int) -> list[str]:
     wrong = []
-    if head.kind in ("full", "partial_fc", "mhs") and head.groups < workers:
+    if head.kind != "mhp" and head.groups < workers:
         wrong.append(f"head.groups={head.groups} is less than scale.workers={workers}")
     if head.kind == "mhs" and head.mhs.exchange == "route" and head.mhs.negatives == "batch":
         wrong.append(

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that the user can cure; the message names file, key, value and cure. Exit code 2."""
+    """A mistake that the user can cure: the message names file, key, value, cure. Exit code 2."""
 
 
 class RunError(Exception):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 Group = dist.ProcessGroup | None
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Topology:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     device_group: Group = None
     host_group: Group = None
 
@@ -36,7 +37,7 @@ class Topology:
         return self.rank == 0
 
     def share(self, pieces: int) -> range:
-        """The contiguous, balanced range of `pieces` (groups, micro-batches) that is this rank's."""
+        """This rank's contiguous, balanced range of `pieces` (groups, micro-batches)."""
         return share(pieces, self.rank, self.world_size)
 
     def barrier(self) -> None:
@@ -73,8 +74,9 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, timeout=timeout)
-    host_group = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
-    return Topology(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, host_group)
+    world = cast(Group, dist.group.WORLD)
+    host_group = world if backend == "gloo" else cast(Group, dist.new_group(backend="gloo"))
+    return Topology(dist.get_rank(), dist.get_world_size(), device, world, host_group)
 
 
 def default_device() -> torch.device:

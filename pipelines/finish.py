@@ -49,7 +49,7 @@ def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     images, *_ = read_in_order(
         run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
     )
-    exports = {}
+    exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
         path, difference = _write(name, model, config, images)
         exports[name] = {"path": path, "max_difference": difference}

@@ -46,7 +46,8 @@ class Recorder:
         self._begin = time.perf_counter()
         self._images = 0
         self.phases: dict[str, float] = {}
-        self.images, self.last = 0, {}
+        self.images = 0
+        self.last: dict[str, float] = {}
 
     def add(self, info: StepInfo) -> None:
         """Take in a step."""

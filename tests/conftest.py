@@ -19,7 +19,12 @@ from mhe_dist import topology
 
 
 def _rank_main(
-    rank: int, fn: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    port: int,
+    folder: str,
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))

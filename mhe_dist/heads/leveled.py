@@ -183,9 +183,11 @@ class LevelHead(Head):
             inside = embeddings.detach()[place].to(self.spec.dtype).requires_grad_()
             learned = [part.read().requires_grad_() for part in self.projections.values()]
             views = self.views(inside, learned)
-        norms = inside.detach().norm(dim=1) if self.norms.needed else None
-        if norms is not None:
-            self.norms.add(norms)
+        norms = None
+        if self.norms.needed:
+            everyone = embeddings.detach().norm(dim=1).to(self.spec.dtype)
+            self.norms.add(everyone)
+            norms = everyone[place]
         judged = self.judge([view.detach() for view in views], self.golds(labels), norms, share)
         seen.append(judged.classes_seen)
         grads = torch.autograd.grad(views, [inside, *learned], judged.gradients)

@@ -67,7 +67,7 @@ class MhsGather(GatheredHead):
             absent = ~_among(self._present, torch.as_tensor(units))
             q = drawn / max(1, self.layout.heads - len(self._present))
             log = -math.log(q) if drawn else 0.0
-            return (absent * log).to(device, dtype, non_blocking=True)
+            return (absent.to(dtype) * log).to(device, non_blocking=True)
         seen = self.extra_heads - _among(self._extra, turn.units).to(dtype)
         offset = (max(1, self.layout.heads - 1) / seen.clamp_min(1)).log()
         offset = offset.to(device, non_blocking=True).unsqueeze(1)

@@ -49,8 +49,8 @@ def initial_std(width: int) -> float:
     """Deviation of the first rows' noise: rows have a length of about 1.
 
     The step of a normalised row's direction is the learning rate over its squared length. At length
-    1 the rows turn at the pace of the learning rate, whatever D is; on the glyph identities, rows of
-    a ninth of that length learnt half as well in the same number of steps.
+    1 the rows turn at the pace of the learning rate, whatever D is. Rows of a ninth of that length
+    learnt half as well in as many steps on the glyph identities.
     """
     return float(width**-0.5)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhe_dist.config import HeadConfig
-from mhe_dist.heads import HeadSpec, across, build, gathered, mhs_route, softmax
+from mhe_dist.heads import HeadSpec, across, build, gathered, levels, mhs_route, pairs, softmax
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.rows import RowHead
 from mhe_dist.topology import Topology
@@ -96,17 +96,18 @@ class Job:
         )
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Embeddings `[STEPS, n, B, D]`, float64, and labels `[STEPS, n, B]`, global."""
+        """Embeddings `[STEPS, n, B, D]`, float64, and labels `[STEPS, n, B, ...]`, global."""
         embeddings, labels = inputs(self.labels, self.num_classes)
         shape = (STEPS, self.micro_batches, -1)
-        return embeddings.view(*shape, WIDTH), labels.view(shape)
+        return embeddings.view(*shape, WIDTH), labels.view(*shape, *labels.shape[3:])
 
 
 def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
     """Embeddings and labels of a run.
 
     Kinds: random; repeated (three classes); one (class); short (a micro-batch without a sample, one
-    with a single sample); bad (some labels are outside `[0, C)`).
+    with a single sample); bad (some labels are outside `[0, C)`); many (up to three labels
+    a sample); neighbours (three labels with the same parent).
     """
     rng = torch.Generator().manual_seed(7)
     embeddings = torch.randn(STEPS, MICRO_BATCHES, BATCH, WIDTH, generator=rng, dtype=torch.float64)
@@ -120,6 +121,12 @@ def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
         labels[:, 0] = NO_SAMPLE
     elif kind == "bad":
         labels[:, 1, 2], labels[:, 3, 0], labels[:, 4] = -1, num_classes, num_classes + 9
+    elif kind == "many":
+        labels = torch.randint(-1, num_classes, (*labels.shape, 3), generator=rng)
+        labels[:, 1, 0], labels[:, 2, :, 1], labels[:, 5, 1:] = -1, labels[:, 2, :, 0], NO_SAMPLE
+        labels[:, 3, 0, 0], labels[:, 3, 1] = num_classes, num_classes + 1
+    elif kind == "neighbours":
+        labels = (labels % 7 * 6).unsqueeze(-1) + torch.arange(3)
     return embeddings, labels
 
 
@@ -128,13 +135,13 @@ def run(place: Topology, job: Job) -> dict[str, Tensor]:
 
     Returns:
         `losses` `[steps]`, whose sum over ranks is the loss; `grads` `[n / W, steps, B, D]` of the
-        embeddings; `classes_seen`; the head's state; what it predicts.
+        embeddings; `classes_seen` and `accuracy`; the head's state; what it predicts.
     """
     with ExitStack() as patches:
         if job.cramped:
-            for module in (gathered, mhs_route):
+            for module in (gathered, levels, mhs_route):
                 patches.enter_context(mock.patch.object(module, "HOST_CHUNK_BYTES", 800))
-            for module in (across, softmax):
+            for module in (across, pairs, softmax):
                 patches.enter_context(mock.patch.object(module, "LOGITS_BYTES", 2000))
         return _run(place, job)
 
@@ -146,12 +153,12 @@ def _run(place: Topology, job: Job) -> dict[str, Tensor]:
     if job.state:
         head.load_state({name: t for name, t in job.state.items() if head.wants(name)})
     k = job.micro_batches // place.world_size
-    losses, grads, classes_seen = [], [], []
+    losses, grads, classes_seen, accuracy = [], [], [], []
     for step in range(*job.steps):
         head.plan(step, labels[step])
         outputs, step_grads = [], []
         for index in place.share(job.micro_batches):
-            there = labels[step, index] != NO_SAMPLE
+            there = (labels[step, index] != NO_SAMPLE).view(embeddings.shape[2], -1).any(1)
             x = embeddings[step, index][there].to(job.dtype).requires_grad_()
             output = head(x, labels[step, index][there])
             (output.loss / k).backward()
@@ -162,11 +169,14 @@ def _run(place: Topology, job: Job) -> dict[str, Tensor]:
         losses.append(torch.stack([o.loss.detach() for o in outputs]).mean() / place.world_size)
         seen = torch.stack([o.metrics["classes_seen"] for o in outputs])
         classes_seen.append(seen.mean() / place.world_size)
+        correct = torch.stack([o.metrics["accuracy"] for o in outputs])
+        accuracy.append(correct.mean() / place.world_size)
         grads.append(torch.stack(step_grads))
     result = {
         "losses": torch.stack(losses),
         "grads": torch.stack(grads, 1),
         "classes_seen": torch.stack(classes_seen),
+        "accuracy": torch.stack(accuracy),
         **{name: tensor for name, tensor in head.state().items() if head.wants(name)},
     }
     if job.predict:
@@ -262,8 +272,9 @@ def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]
     seen = certain | drawn
     bias = torch.where(seen, 0.0, float("-inf")).double()
     if config.kind == "mhs" and config.mhs.correction:
-        rate = (seen & ~certain).sum(1, keepdim=True) / (~certain).sum(1, keepdim=True)
-        bias = torch.where(certain, bias, bias - rate.double().log())
+        sampled = seen & ~certain
+        rate = sampled.double().sum(1, keepdim=True) / (~certain).double().sum(1, keepdim=True)
+        bias = torch.where(sampled, bias - rate.log(), bias)
     rows = bias.repeat_interleave(layout.length, 1)
     rows[:, head.spec.num_classes :] = -math.inf
     return rows, torch.nonzero(seen.any(0)).squeeze(1).tolist()
@@ -296,7 +307,10 @@ def check(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
     near("embeddings", grads.flatten(1, 2), wanted.grads[steps].flatten(1, 2))
     units = gathered_state(ranks, "units")
     assert units.tolist() == wanted.touched
-    for name, values in {"weight": wanted.head.rows.detach(), **wanted.head.state}.items():
+    fields = {"weight": wanted.head.rows.detach(), **wanted.head.state}
+    if not job.config.optim.momentum:
+        del fields["momentum"]
+    for name, values in fields.items():
         rows = gathered_state(ranks, name)
         length = rows.shape[1]
         expected = values.view(-1, length, values.shape[-1])[units][..., : rows.shape[-1]]

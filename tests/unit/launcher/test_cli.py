@@ -61,7 +61,9 @@ def test_help_and_mistakes_load_no_heavy_library() -> None:
         "heavy = {'torch', 'ray', 'deepspeed', 'mlflow', 'timm'} & set(sys.modules)\n"
         "sys.exit(f'{code} {heavy}' if heavy or code != 2 else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], timeout=60, capture_output=True, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
