@@ -6,9 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,25 +52,33 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
         import ray
 
         actor: Any = ray.remote(num_cpus=0)(Mailbox)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
         mailbox = actor.remote()
-        fit = _in_background(_trainer(config, mailbox).fit)
-        follow(fit, lambda: ray.get(mailbox.take.remote()), handle)
+        # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
+        # the whole process, from native code, before anything can be tidied up.
+        fit = task.remote(_settings(config, mailbox))
+        follow(
+            lambda: bool(ray.wait([fit], timeout=POLL_S)[0]),
+            lambda: ray.get(mailbox.take.remote()),
+            handle,
+        )
+        try:
+            ray.get(fit)
+        except ray.exceptions.RayError as failure:
+            raise RunError(_reason(failure)) from failure
 
 
 def follow(
-    fit: Future[Any], take: Callable[[], list[Event]], handle: Callable[[Event], None]
+    ended: Callable[[], bool], take: Callable[[], list[Event]], handle: Callable[[Event], None]
 ) -> None:
-    """Hand on events until `fit` is done; raise what ended it, if it was not success."""
+    """Hand on events until the run has ended, and raise a worker's final failure at once."""
     done = False
     while not done:
-        done = bool(wait([fit], POLL_S).done)
+        done = ended()
         for event in take():
             handle(event)
             if event["event"] == "failed" and event["final"]:
                 raise _error(event)
-    failure = fit.exception()
-    if failure is not None:
-        raise RunError(_reason(failure)) from failure
 
 
 @contextmanager
@@ -114,18 +120,25 @@ def _check_resources(config: Config, resources: dict[str, float]) -> None:
         )
 
 
-def _trainer(config: Config, mailbox: Any) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    scale = config.scale
-    settings = {
+def _settings(config: Config, mailbox: Any) -> dict[str, Any]:
+    """What workers are told (see `worker.train`), with paths that hold in any folder."""
+    return {
         "config": config.model_dump(),
         "folder": str(Path.cwd()),
         "logs": str(runs.logs_folder(config)),
+        "storage": runs.absolute(config.run.path),
         "mailbox": mailbox,
     }
-    return TorchTrainer(
+
+
+def _fit(settings: dict[str, Any]) -> None:
+    """Run Ray Train's controller to its end, in a process of its own."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = Config.model_validate(settings["config"])
+    scale = config.scale
+    trainer = TorchTrainer(
         worker.train,
         train_loop_config=settings,
         torch_config=TorchConfig(
@@ -138,25 +151,12 @@ def _trainer(config: Config, mailbox: Any) -> Any:
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=runs.absolute(config.run.path),
+            storage_path=settings["storage"],
             failure_config=FailureConfig(max_failures=scale.max_failures),
             worker_runtime_env={"env_vars": worker.environment(config)},  # type: ignore[call-arg]
         ),
     )
-
-
-def _in_background(call: Callable[[], Any]) -> Future[Any]:
-    """Start `call` on a daemon thread, so that the main one stays free to draw and to stop."""
-    future: Future[Any] = Future()
-
-    def _body() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=_body, name="fit", daemon=True).start()
-    return future
+    trainer.fit()
 
 
 def _error(event: Event) -> Exception:
@@ -168,6 +168,7 @@ def _error(event: Event) -> Exception:
 
 def _reason(failure: BaseException) -> str:
     """What ended Ray Train, in the words of the worker that failed first."""
+    failure = getattr(failure, "cause", None) or failure
     for rank, error in sorted(getattr(failure, "worker_failures", {}).items()):
         cause = getattr(error, "cause", None) or error
         return f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"

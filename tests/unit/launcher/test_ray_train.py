@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +14,45 @@ from mhe_dist.errors import RunError, UserError
 FAILED = {"event": "failed", "rank": 1, "message": "model.name=x", "kind": "UserError"}
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_train, "POLL_S", 0.001)
-
-
 def config(**scale: Any) -> Config:
     return Config.model_validate({"data": {"shards": "x"}, "scale": scale})
 
 
-def follow(fit: Future[Any], *batches: list[dict[str, Any]], end: Any = None) -> list[Any]:
-    """Events handed on while `batches` arrive, the last one as `fit` ends with `end`."""
+def follow(*batches: list[dict[str, Any]]) -> list[Any]:
+    """Events handed on while `batches` arrive; the last one comes as the run ends."""
     waiting, seen = list(batches), []
-
-    def take() -> list[dict[str, Any]]:
-        if len(waiting) == 1 and not fit.done():
-            fit.set_exception(end) if end else fit.set_result(None)
-            return []
-        return waiting.pop(0) if waiting else []
-
-    ray_train.follow(fit, take, seen.append)
+    ray_train.follow(lambda: len(waiting) == 1, lambda: waiting.pop(0), seen.append)
     return seen
 
 
 def test_events_arrive_in_order_and_none_is_lost_at_the_end() -> None:
     events = [{"event": "metrics", "step": step} for step in range(4)]
-    assert follow(Future(), events[:2], [], events[2:]) == events
+    assert follow(events[:2], [], events[2:]) == events
 
 
 @pytest.mark.parametrize(("user", "kind"), [(True, UserError), (False, RunError)])
 def test_a_final_failure_ends_the_run_at_once(user: bool, kind: type[Exception]) -> None:
     event = {**FAILED, "user": user, "final": True}
     with pytest.raises(kind, match=r"model\.name=x"):
-        ray_train.follow(Future(), lambda: [event], lambda event: None)
+        ray_train.follow(lambda: False, lambda: [event], lambda event: None)
 
 
 def test_a_lost_worker_does_not_end_the_run() -> None:
     events = [{**FAILED, "user": False, "final": False}, {"event": "end"}]
-    assert follow(Future(), events[:1], events[1:]) == events
+    assert follow(events[:1], events[1:]) == events
+
+
+class WorkersFailed(Exception):
+    worker_failures = {1: ValueError("second"), 0: ValueError("cause\nlast line")}  # noqa: RUF012
+
+
+class TaskFailed(Exception):
+    cause = WorkersFailed("long text of Ray Train")
 
 
 def test_too_many_failures_are_told_by_the_worker_that_failed_first() -> None:
-    error = RuntimeError("long text of Ray Train")
-    error.worker_failures = {1: ValueError("second"), 0: ValueError("cause\nlast line")}  # type: ignore[attr-defined]
-    with pytest.raises(RunError, match=r"^worker 0: ValueError: last line$"):
-        follow(Future(), [], end=error)
+    assert ray_train._reason(TaskFailed()) == "worker 0: ValueError: last line"
+    assert ray_train._reason(RuntimeError("as it is")) == "as it is"
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
@@ -67,12 +60,6 @@ def test_gpus_that_are_not_there_are_refused() -> None:
         ray_train._check_resources(config(workers=2, gpu=True), {"GPU": 1.0})
     ray_train._check_resources(config(workers=2, gpu=True), {"GPU": 2.0})
     ray_train._check_resources(config(workers=2), {})
-
-
-def test_the_background_call_gives_its_result_or_its_error() -> None:
-    assert ray_train._in_background(lambda: 3).result(5) == 3
-    with pytest.raises(ZeroDivisionError):
-        ray_train._in_background(lambda: 1 // 0).result(5)
 
 
 def test_ray_s_logs_are_kept_and_its_folder_is_not(tmp_path: Path) -> None:

@@ -1,0 +1,131 @@
+"""`mhe train` as a user meets it: interrupted, continued, complete. Small, but nothing is faked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mhe_dist import config_load
+from tests import tiny
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+MHE = str(Path(sys.executable).parent / "mhe")
+STEPS, SAVE_EVERY = 200, 20
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """The YAML of a run with two workers, evaluation, checkpoints, MLflow and both exports."""
+    config = tiny.config(
+        tmp_path / "runs",
+        tiny.write_shards(tmp_path / "train"),
+        run={"name": "small"},
+        train={"max_steps": STEPS},
+        scale={"workers": 2},
+        evaluate={"shards": tiny.write_shards(tmp_path / "heldout", 10, 1000), "pairs": 100},
+        checkpoint={"every_steps": SAVE_EVERY},
+        tracking={"mlflow": True},
+        export={"formats": ["timm", "onnx"]},
+    )
+    path = tmp_path / "small.yaml"
+    config_load.save(config, str(path))
+    return path
+
+
+def mhe(*words: str) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own, as a terminal does."""
+    return subprocess.Popen(
+        [MHE, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def until(process: subprocess.Popen[str], part: str) -> str:
+    """Output up to the line that holds `part`."""
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if part in line:
+            return seen
+    pytest.fail(f"ended without {part!r}:\n{seen}")
+
+
+def left_behind(session: int) -> list[psutil.Process]:
+    """Living processes of a session."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    return found
+
+
+def test_interrupted_continued_complete(config: Path) -> None:
+    first = mhe("train", str(config))
+    until(first, "checkpoint")
+    time.sleep(1)  # for its files, which are written while training goes on
+    os.killpg(first.pid, signal.SIGINT)
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, said
+    assert "goes on from" in said
+    deadline = time.monotonic() + 10
+    while left_behind(first.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left_behind(first.pid)
+
+    second = mhe("train", str(config))
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    assert "Resumed at step" in said
+    for part in ("rank-1", "chance", "images/s", "export/timm", "backbone.onnx", "mlflow ui"):
+        assert part in said
+    assert "raylet" not in said
+    losses, _ = tiny.per_step(config_load.load(str(config)))
+    assert len(losses) == STEPS
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+    begin = time.monotonic()
+    third = mhe("train", str(config))
+    said, _ = third.communicate(timeout=30)
+    assert third.returncode == 0, said
+    assert "is complete" in said
+    assert time.monotonic() - begin < 10
+
+    inspected = mhe("checkpoint", "inspect", str(config.parent / "runs" / "small"))
+    said, _ = inspected.communicate(timeout=60)
+    assert inspected.returncode == 0, said
+    assert f"step: {STEPS}" in said
+
+
+def test_a_mistake_that_a_worker_finds_ends_the_run_at_once(config: Path) -> None:
+    process = mhe("train", str(config), "model.name=resnet10x", "run.name=wrong")
+    said, _ = process.communicate(timeout=250)
+    assert process.returncode == 2, said
+    assert "did you mean resnet10t" in said
+    assert "Traceback" not in said
+
+
+def test_three_mistakes_are_told_within_five_seconds() -> None:
+    begin = time.monotonic()
+    mistakes = ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"]
+    process = mhe("train", str(ROOT / "configs" / "quickstart.yaml"), *mistakes)
+    said, _ = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 5
+    assert process.returncode == 2
+    assert said.startswith("error: 3 mistakes")
