@@ -6,39 +6,40 @@ written last, so a folder without one is not a data set, only the remains of an 
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
-import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from types import TracebackType
-from typing import IO, Any, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
-from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
+from pipelines import parallel, urls
+from pipelines.packing import pack_labels, pack_offsets, unpack_labels, unpack_offsets
+from pipelines.parallel import Progress, ignore
+from pipelines.staging import Staging
 
-Progress = Callable[[int, int], None]
-"""Called as `progress(done, total)` while something long is made."""
+T = TypeVar("T")
+Unpack = Callable[[str, int], npt.NDArray[np.int64]]
 
 INDEX: Final = "index.json"
 _FORMAT: Final = "mhe-shards-1"
-_BLOCK: Final = 512  # a tar is made of blocks of this many bytes
 
 
-def ignore(done: int, total: int) -> None:
-    """The progress callback of those who do not watch."""
+class Fault(NamedTuple):
+    """Something bad in the data: where it is, and what is wrong with it."""
+
+    place: str
+    reason: str
 
 
 class Sample(NamedTuple):
@@ -53,11 +54,12 @@ class Shard:
     """One tar.
 
     Attributes:
-        url: relative to the folder of the index.
+        url: relative to the folder of the index, or a whole URL.
         samples: how many samples it holds.
         bytes: its size.
         checksum: `sha256:` and the hexadecimal digest of the file.
         blocks: the offset table, see `pack_offsets`.
+        classes: the labels, see `pack_labels`; empty: only the tar knows them.
     """
 
     url: str
@@ -65,11 +67,37 @@ class Shard:
     bytes: int
     checksum: str
     blocks: str
+    classes: str = ""
+
+    def __post_init__(self) -> None:
+        texts = (self.url, self.checksum, self.blocks, self.classes)
+        counts = (self.samples, self.bytes)
+        if not all(isinstance(text, str) for text in texts) or not all(
+            isinstance(count, int) and count >= 0 for count in counts
+        ):
+            raise ValueError(f"not a shard: {self}")
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
-        """int64 `[samples + 1]`: where each sample's first header begins, and the last one ends."""
-        return unpack_offsets(self.blocks)
+        """int64 `[samples + 1]`: where each sample's first header begins, and the last one ends.
+
+        Raises:
+            UserError: the table is damaged; so for `labels`.
+        """
+        return self._table(unpack_offsets, self.blocks, self.samples + 1)
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int64] | None:
+        """int64 `[samples]`, or None if the index does not hold them."""
+        return self._table(unpack_labels, self.classes, self.samples) if self.classes else None
+
+    def _table(self, unpack: Unpack, text: str, count: int) -> npt.NDArray[np.int64]:
+        try:
+            return unpack(text, count)
+        except (ValueError, zlib.error) as error:
+            raise UserError(
+                f"{INDEX}: the entry of {self.url} is damaged ({error}); make it again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -101,12 +129,25 @@ class ShardIndex:
     @cached_property
     def digest(self) -> str:
         """`sha256:` of the class count and of the shards' order and contents; not of `folder`."""
-        content = [self.num_classes, [[s.url, s.samples, s.checksum] for s in self.shards]]
+        shards = [[s.url, s.samples, s.checksum] for s in self.shards]
+        content: list[Any] = [self.num_classes, shards]
+        if self.fields is not None:
+            content.append([s.classes for s in self.shards])
         return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def url(self, shard: int) -> str:
         """Full URL of a shard, by its number."""
-        return f"{self.folder}/{self.shards[shard].url}"
+        url = self.shards[shard].url
+        return url if urls.is_absolute(url) else f"{self.folder}/{url}"
+
+    @cached_property
+    def fields(self) -> tuple[str, ...] | None:
+        """Extensions of the images, the best first, of shards that somebody else wrote.
+
+        Their labels are those of the index, whatever the tars call them. None for our own shards.
+        """
+        fields = self.meta.get("fields")
+        return None if fields is None else tuple(fields["image"])
 
     @classmethod
     def load(cls, url: str) -> ShardIndex:
@@ -124,13 +165,13 @@ class ShardIndex:
                 f"{folder}: no shards here ({INDEX} is missing); give the folder that holds {INDEX}"
                 f", or set data.glyphs to have the glyph data set made"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder}/{INDEX}: not JSON ({error}); make the index again") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(f"{folder}/{INDEX}: not an index of format {_FORMAT}; make it again")
         try:
             shards = [Shard(**shard) for shard in content["shards"]]
-            return cls(folder, int(content["num_classes"]), shards, content["meta"])
+            return cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{folder}/{INDEX}: damaged ({error!r}); make it again") from None
 
@@ -143,8 +184,8 @@ class ShardIndex:
             "meta": self.meta,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        with fsspec.open(f"{self.folder}/{INDEX}", "wt") as stream:
-            json.dump(content, stream, indent=1, ensure_ascii=False)
+        with urls.created(f"{self.folder}/{INDEX}") as stream:
+            stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def exists(url: str) -> bool:
@@ -153,47 +194,35 @@ def exists(url: str) -> bool:
     return bool(filesystem.exists(f"{path}/{INDEX}"))
 
 
-def pack_offsets(offsets: Iterable[int]) -> str:
-    """The offset table as text: base64 of zlib of the uint32 (little-endian) differences in blocks.
-
-    Every member of a tar begins at a multiple of 512 bytes. A sample costs about 2 bytes.
-    """
-    steps = np.diff(np.asarray(list(offsets), np.int64), prepend=0) // _BLOCK
-    return base64.b64encode(zlib.compress(steps.astype("<u4").tobytes())).decode()
-
-
-def unpack_offsets(text: str) -> npt.NDArray[np.int64]:
-    """The inverse of `pack_offsets`: int64 byte offsets."""
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u4")
-    return np.cumsum(steps, dtype=np.int64) * _BLOCK
-
-
 class ShardWriter:
-    """Writes a data set: one call of `write` per tar, then `finish`.
+    """Writes a data set, tar after tar, then `finish`.
 
-    Locally everything is written to a hidden folder beside the target and renamed as a whole by
-    `finish`; what leaves the `with` block without it leaves nothing behind. On an object store,
-    where an object appears only when it is complete, the tars go straight to their place and the
-    index follows last.
+    It appears under its name when it is finished, and not before (see `staging.Staging`). Without
+    a recipe, what leaves the `with` block earlier leaves nothing behind. With one, finished tars
+    are kept, and the next writer with the same target and recipe takes them as they are.
     """
 
-    def __init__(self, folder: str, prefix: str) -> None:
+    def __init__(self, folder: str, prefix: str, recipe: Any | None = None) -> None:
         """Claim the target.
 
         Args:
             folder: path or URL of the data set, which must not exist.
             prefix: of the tars' names: `prefix-000000.tar` and so on.
+            recipe: JSON-able; everything that decides what is in the tars.
 
         Raises:
-            UserError: there is something at `folder` already.
+            UserError: there is something at `folder` already, or an attempt with another recipe.
         """
-        self._filesystem, self._target = fsspec.core.url_to_fs(folder)
-        refuse_existing(folder)
-        self._local = isinstance(self._filesystem, LocalFileSystem)
-        self.folder = str(_staging(Path(self._target))) if self._local else folder.rstrip("/")
+        self._staging = Staging(folder, recipe)
         self._prefix = prefix
         self._shards: list[Shard] = []
         self._finished = False
+        self.reused = 0
+
+    @property
+    def folder(self) -> str:
+        """Where the files are now; the target, once it is finished."""
+        return self._staging.folder
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -204,46 +233,91 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._local and not self._finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self._finished:
+            self._staging.leave()
 
-    def write(self, samples: Iterable[Sample]) -> Shard:
+    def write(self, samples: Iterable[Sample | Fault]) -> Shard:
         """Write the next tar; its samples keep their order.
 
         Raises:
             ValueError: a key that WebDataset would split or skip.
         """
-        url = f"{self._prefix}-{len(self._shards):06d}.tar"
-        with fsspec.open(f"{self.folder}/{url}", "wb") as stream:
-            shard = _write_tar(stream, url, samples)
-        self._shards.append(shard)
-        return shard
+        self.write_all(_itself, [samples])
+        return self._shards[-1]
+
+    def write_all(
+        self,
+        make: Callable[[T], Iterable[Sample | Fault]],
+        tasks: Sequence[T],
+        processes: int = 1,
+        progress: Progress = ignore,
+    ) -> list[Fault]:
+        """Write one tar for each task.
+
+        Args:
+            make: the samples of a task; a function that can be imported. A sample that cannot be
+                made is a `Fault` in its place.
+            tasks: asked for one by one, and only for tars that are not finished yet.
+            processes: how many of them write at the same time.
+            progress: called with the finished tars and their number.
+
+        Returns:
+            The faults, in the order of the tars.
+        """
+        first, journal = len(self._shards), self._staging.journal
+        urls_ = [f"{self._prefix}-{first + i:06d}.tar" for i in range(len(tasks))]
+        made: dict[int, tuple[Shard, list[Fault]]] = {}
+        for number, url in enumerate(urls_):
+            if (finished := self._finished_before(first + number, url)) is not None:
+                made[number] = finished
+        self.reused += len(made)
+        progress(len(made), len(tasks))
+        todo = (
+            (number, (f"{self.folder}/{url}", url, tasks[number]))
+            for number, url in enumerate(urls_)
+            if number not in made
+        )
+        for number, result in parallel.run(partial(_make_tar, make), todo, processes):
+            made[number] = result
+            if journal is not None:
+                journal.keep(first + number, [asdict(result[0]), result[1]])
+            progress(len(made), len(tasks))
+        self._shards += [made[number][0] for number in range(len(tasks))]
+        return [fault for number in range(len(tasks)) for fault in made[number][1]]
+
+    def _finished_before(self, number: int, url: str) -> tuple[Shard, list[Fault]] | None:
+        """What an earlier attempt made of a tar, if it is still there as a whole."""
+        journal = self._staging.journal
+        result = None if journal is None else journal.get(number)
+        if result is None:
+            return None
+        shard = Shard(**result[0])
+        if shard.url != url or self._staging.size(url) != shard.bytes:
+            return None
+        return shard, [Fault(*fault) for fault in result[1]]
+
+    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
+        """Write another file of the data set, e.g. the names of the classes."""
+        return urls.created(f"{self.folder}/{name}")
 
     def finish(self, num_classes: int, meta: dict[str, Any] | None = None) -> ShardIndex:
         """Write the index and give the data set its final name."""
         ShardIndex(self.folder, num_classes, self._shards, meta or {}).save()
+        self._staging.publish()
         self._finished = True
-        if self._local:
-            Path(self.folder).rename(self._target)
-            self.folder = self._target
         return ShardIndex(self.folder, num_classes, self._shards, meta or {})
 
 
-def refuse_existing(folder: str) -> None:
-    """Raise UserError if there is anything at a path or URL, except an empty folder."""
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    if filesystem.isfile(path) or (filesystem.exists(path) and filesystem.ls(path, detail=False)):
-        raise UserError(f"{folder}: already exists; delete it or choose another output folder")
+def _itself(samples: Iterable[Sample | Fault]) -> Iterable[Sample | Fault]:
+    return samples
 
 
-def _staging(target: Path) -> Path:
-    """A new hidden folder beside `target`, on the same file system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(folder, 0o777 & ~umask)  # mkdtemp's 0700 would keep other users out for ever
-    return Path(folder)
+def _make_tar(
+    make: Callable[[T], Iterable[Sample | Fault]], task: tuple[str, str, T]
+) -> tuple[Shard, list[Fault]]:
+    place, url, samples = task
+    with urls.created(place) as stream:
+        return _write_tar(stream, url, make(samples))
 
 
 class _Counted(io.RawIOBase):
@@ -253,23 +327,26 @@ class _Counted(io.RawIOBase):
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        """Pass `data` on."""
         self.stream.write(data)
         self.hash.update(data)
         self.bytes += len(data)
         return len(data)
 
     def tell(self) -> int:
-        """Bytes written so far: the place in the tar."""
         return self.bytes
 
 
-def _write_tar(stream: IO[bytes], url: str, samples: Iterable[Sample]) -> Shard:
+def _write_tar(
+    stream: IO[bytes], url: str, samples: Iterable[Sample | Fault]
+) -> tuple[Shard, list[Fault]]:
     """Write one tar, the same bytes for the same samples, and describe it."""
     counted = _Counted(stream)
-    offsets = [0]
+    offsets, labels, faults = [0], [], []
     with tarfile.open(fileobj=counted, mode="w") as tar:
         for sample in samples:
+            if isinstance(sample, Fault):
+                faults.append(sample)
+                continue
             if not sample.key or "." in sample.key or sample.key.startswith("__"):
                 raise ValueError(f"{sample.key!r} cannot be the key of a WebDataset sample")
             for extension, data in sample.members.items():
@@ -277,5 +354,14 @@ def _write_tar(stream: IO[bytes], url: str, samples: Iterable[Sample]) -> Shard:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
             offsets.append(tar.offset)
-    checksum = f"sha256:{counted.hash.hexdigest()}"
-    return Shard(url, len(offsets) - 1, counted.bytes, checksum, pack_offsets(offsets))
+            labels.append(sample.members.get("cls", b""))
+    known = all(label.isdigit() for label in labels)
+    shard = Shard(
+        url,
+        len(labels),
+        counted.bytes,
+        f"sha256:{counted.hash.hexdigest()}",
+        pack_offsets(offsets),
+        pack_labels(int(label) for label in labels) if known else "",
+    )
+    return shard, faults

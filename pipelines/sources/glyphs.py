@@ -23,17 +23,11 @@ from mhe_dist.config import Config, GlyphsConfig
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.seeds import generator
 from pipelines.order import permutation
-from pipelines.shards import (
-    Progress,
-    Sample,
-    ShardIndex,
-    ShardWriter,
-    exists,
-    ignore,
-    refuse_existing,
-)
+from pipelines.parallel import Progress, ignore
+from pipelines.shards import Sample, ShardIndex, ShardWriter, exists
 from pipelines.sources.glyph_plan import Glyph, plan_classes, split_fonts
 from pipelines.sources.typeface import Typeface, Unusable
+from pipelines.urls import refuse_existing
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"

@@ -13,14 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.shards import (
-    Sample,
-    ShardIndex,
-    ShardWriter,
-    exists,
-    pack_offsets,
-    unpack_offsets,
-)
+from pipelines.packing import pack_labels, pack_offsets, unpack_labels, unpack_offsets
+from pipelines.shards import Fault, Sample, Shard, ShardIndex, ShardWriter, exists
 
 
 def some(count: int, first: int = 0) -> list[Sample]:
@@ -140,7 +134,8 @@ def test_index_is_plain_json(tmp_path: Path) -> None:
     write(str(tmp_path / "set"))
     content = json.loads((tmp_path / "set" / "index.json").read_text())
     assert content["samples"] == 8
-    assert set(content["shards"][0]) == {"url", "samples", "bytes", "checksum", "blocks"}
+    fields = {"url", "samples", "bytes", "checksum", "blocks", "classes"}
+    assert set(content["shards"][0]) == fields
 
 
 @settings(deadline=None)
@@ -149,4 +144,105 @@ def test_offsets_round_trip(lengths: list[int], first: int) -> None:
     offsets = [first * 512]
     for length in lengths:
         offsets.append(offsets[-1] + 512 * length)
-    assert list(unpack_offsets(pack_offsets(offsets))) == offsets
+    assert list(unpack_offsets(pack_offsets(offsets), len(offsets))) == offsets
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), max_size=50))
+def test_labels_round_trip(labels: list[int]) -> None:
+    assert unpack_labels(pack_labels(labels), len(labels)).tolist() == labels
+
+
+@pytest.mark.parametrize("text", ["", "?", "AAAA", pack_offsets(range(0, 5120, 512))])
+def test_a_damaged_table_names_its_shard(text: str) -> None:
+    shard = Shard("a.tar", 3, 0, "", text, text or "=")
+    for table in ("offsets", "labels"):
+        with pytest.raises(UserError, match=r"the entry of a\.tar is damaged"):
+            getattr(shard, table)
+
+
+def test_the_index_holds_the_labels(tmp_path: Path) -> None:
+    index = ShardIndex.load(write(str(tmp_path / "set")).folder)
+    assert [shard.labels.tolist() for shard in index.shards] == [[0, 1, 2, 3, 4], [5, 6, 7]]
+    with ShardWriter(str(tmp_path / "other"), "part") as writer:
+        assert writer.write([Sample("a", {"cls": b"cat"})]).labels is None
+
+
+RECIPE = {"made": "from eggs"}
+
+
+def samples_of(task: int) -> list[Sample | Fault]:
+    return [*some(3, first=3 * task), Fault(f"egg {task}", "cracked")]
+
+
+def spoiled(task: int) -> list[Sample | Fault]:
+    if task == 2:
+        raise KeyboardInterrupt
+    return samples_of(task)
+
+
+def unmade(task: int) -> list[Sample | Fault]:
+    raise AssertionError(f"{task} was finished already")
+
+
+@pytest.mark.parametrize("where", ["", "memory://resume"])
+def test_an_interrupted_attempt_goes_on(tmp_path: Path, where: str) -> None:
+    target = where or str(tmp_path / "set")
+    with pytest.raises(KeyboardInterrupt), ShardWriter(target, "part", RECIPE) as writer:
+        writer.write_all(spoiled, range(4))
+    assert not exists(target)
+    with pytest.raises(UserError, match="another source or other settings"):
+        ShardWriter(target, "part", {"made": "from milk"})
+    made: list[int] = []
+    with ShardWriter(target, "part", RECIPE) as writer:
+        faults = writer.write_all(lambda task: made.append(task) or samples_of(task), range(4))
+        index = writer.finish(12)
+    assert (made, writer.reused) == ([2, 3], 2)
+    assert faults == [Fault(f"egg {task}", "cracked") for task in range(4)]
+    with ShardWriter(str(tmp_path / "at once"), "part") as writer:
+        writer.write_all(samples_of, range(4))
+        assert writer.finish(12).digest == index.digest == ShardIndex.load(target).digest
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_finished_tar_that_has_changed_is_made_again(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), ShardWriter(str(tmp_path / "set"), "part", 1) as writer:
+        writer.write_all(spoiled, range(4))
+    (hidden,) = tmp_path.iterdir()
+    (hidden / "part-000000.tar").write_bytes(b"half")
+    (hidden / ".part-000002.tar.1.tmp").write_bytes(b"half")
+    with ShardWriter(str(tmp_path / "set"), "part", 1) as writer:
+        writer.write_all(samples_of, range(4))
+        writer.finish(12)
+    assert writer.reused == 1
+    content = Path(writer.folder, "part-000000.tar").read_bytes()
+    checksum = ShardIndex.load(writer.folder).shards[0].checksum
+    assert checksum == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert sorted(path.name for path in Path(writer.folder).iterdir()) == [
+        "index.json",
+        *(f"part-00000{number}.tar" for number in range(4)),
+    ]
+
+
+def test_an_attempt_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(str(tmp_path / "set"), "part", RECIPE):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_target_are_kept_apart(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "set"), "part", RECIPE) as writer:
+        writer.write(some(1))
+        with pytest.raises(UserError, match="another process is making it"):
+            ShardWriter(str(tmp_path / "set"), "part", RECIPE)
+
+
+def test_processes_write_what_one_would(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with (
+        ShardWriter(str(tmp_path / "two"), "part") as two,
+        ShardWriter(str(tmp_path / "one"), "part") as one,
+    ):
+        faults = two.write_all(samples_of, range(5), 2, lambda *counts: seen.append(counts))
+        assert faults == one.write_all(samples_of, range(5))
+        assert two.finish(15).digest == one.finish(15).digest
+    assert seen == [(number, 5) for number in range(6)]
