@@ -7,7 +7,7 @@ import pytest
 
 from mhe_dist.errors import UserError
 from pipelines.evaluate import identification
-from pipelines.evaluate.identification import compare
+from pipelines.evaluate.identification import Comparison, compare
 
 EXACT = 1e-12
 
@@ -104,10 +104,22 @@ def test_a_case_by_hand():
 def test_a_collapsed_model_identifies_nobody():
     """All embeddings equal: whatever a tie is worth, it must not look like success."""
     row = unit(np.random.default_rng(0).standard_normal((1, 64)))
-    found = compare(np.repeat(row, 101, 0), np.arange(101), np.repeat(row, 57, 0), np.arange(57))
+    # A product gives equal rows scores that differ in their last bits; one shows at the edges.
+    rows, classes = np.repeat(row, 101, 0), np.arange(101)
+    found = compare(rows, classes, rows, classes)
     assert found.rank(1) == 0.0
     assert set(found.ranks) == {101}
     assert found.tar(1e-2) == 0.0
+
+
+def test_a_share_of_the_impostors_is_counted_in_whole_ones():
+    """0.29 of 100 are 29, although 0.29 * 100 is less in binary."""
+    scores = np.round(np.arange(99, -1, -1) / 100, 2)
+    none = np.empty((0, 1), np.int64)
+    found = Comparison(none, 1, np.array([0.705]), 100, scores, none, none.astype(float))
+    assert scores[29] == 0.7
+    assert found.tar(0.29) == 1.0
+    assert found.tar(0.28) == 0.0
 
 
 def test_an_fa_rate_beyond_what_was_kept_is_refused(case):

@@ -123,6 +123,13 @@ def test_a_target_that_no_threshold_reaches_accepts_nothing():
     assert not found.thresholds.any()
 
 
+def test_a_pair_at_the_threshold_is_not_the_same():
+    same = np.arange(40) % 2 == 0
+    found = tar_at_far(np.where(same, 0.0, 1.0), same, 0.0)
+    assert not found.thresholds.any()
+    assert found.tar == 0.0
+
+
 def test_folds_are_contiguous_and_the_first_are_longer():
     assert [(s.start, s.stop) for s in fold_slices(23)][:4] == [(0, 3), (3, 6), (6, 9), (9, 11)]
     assert fold_slices(23)[-1].stop == 23
