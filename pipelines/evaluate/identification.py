@@ -144,6 +144,7 @@ class _Highest:
         self._values = np.empty(0)
 
     def add(self, values: Floats) -> None:
+        """Let values pass by."""
         if len(self._values) == self._count and self._count:
             values = values[values > self._values.min()]
         values = np.concatenate([self._values, values])
@@ -151,4 +152,5 @@ class _Highest:
         self._values = np.partition(values, surplus)[surplus:] if surplus > 0 else values
 
     def falling(self) -> Floats:
+        """The kept values, highest first."""
         return -np.sort(-self._values)
