@@ -37,6 +37,27 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def deferred() -> Iterator[Callable[[], None]]:
+    """Take note of those signals inside the block, and raise `Interrupted` where it is safe.
+
+    Native code that runs when a handler raises turns the exception into another one, or worse.
+
+    Yields:
+        a function that raises if a signal came; the end of the block calls it as well.
+    """
+    noted: list[int] = []
+
+    def check() -> None:
+        """Raise if a signal came."""
+        if noted:
+            raise Interrupted(noted[0])
+
+    with _handling(lambda signum, frame: noted.append(signum)):
+        yield check
+    check()
+
+
+@contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignore those signals inside the block: what tidies up must come to its end."""
     with _handling(signal.SIG_IGN):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import runs, worker
-from launcher.interrupts import interruptible, undisturbed
+from launcher.interrupts import deferred, undisturbed
 from launcher.mailbox import Event, Mailbox
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, UserError
@@ -48,7 +48,7 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
     """
-    with local_cluster(config), interruptible():  # in this order: Ray sets a handler of its own
+    with local_cluster(config), deferred() as check:
         import ray
 
         actor: Any = ray.remote(num_cpus=0)(Mailbox)
@@ -57,11 +57,12 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
         # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
         # the whole process, from native code, before anything can be tidied up.
         fit = task.remote(_settings(config, mailbox))
-        follow(
-            lambda: bool(ray.wait([fit], timeout=POLL_S)[0]),
-            lambda: ray.get(mailbox.take.remote()),
-            handle,
-        )
+
+        def ended() -> bool:
+            check()
+            return bool(ray.wait([fit], timeout=POLL_S)[0])
+
+        follow(ended, lambda: ray.get(mailbox.take.remote()), handle)
         try:
             ray.get(fit)
         except ray.exceptions.RayError as failure:
@@ -92,16 +93,17 @@ def local_cluster(config: Config) -> Iterator[None]:
 
     folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
     try:
-        ray.init(
-            address="local",
-            num_cpus=config.scale.workers * config.scale.cpus_per_worker,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
+        with deferred():  # Ray would set a handler of its own for SIGTERM, too
+            ray.init(
+                address="local",
+                num_cpus=config.scale.workers * config.scale.cpus_per_worker,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
         _check_resources(config, ray.cluster_resources())
         yield
     finally:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 MHE = str(Path(sys.executable).parent / "mhe")
-STEPS, SAVE_EVERY = 200, 20
+STEPS, SAVE_EVERY = 120, 20
 
 
 @pytest.fixture

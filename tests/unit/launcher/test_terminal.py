@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.interrupts import SIGNALS, Interrupted, interruptible, undisturbed
+from launcher.interrupts import SIGNALS, Interrupted, deferred, interruptible, undisturbed
 
 
 def python(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +24,18 @@ def test_a_signal_becomes_an_exception_with_the_exit_code(signum: signal.Signals
         signal.raise_signal(signum)
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) == before
+
+
+def test_a_deferred_signal_is_raised_where_it_is_safe() -> None:
+    with pytest.raises(Interrupted) as caught, deferred() as check:
+        check()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        check()
+        pytest.fail("the check should have raised")
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    with pytest.raises(Interrupted), deferred():
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_tidying_up_is_not_interrupted() -> None:
