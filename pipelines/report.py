@@ -87,6 +87,8 @@ def draw(folder: str, config: Config) -> list[Path]:
 def _figures(records: Records, details: Arrays) -> dict[str, Figure]:
     """The figures for which there is something to show."""
     training: list[Panel] = [lambda ax: loss(ax, records), lambda ax: learning_rate(ax, records)]
+    if any("accuracy" in record for record in records):
+        training.insert(1, lambda ax: accuracy(ax, records))
     speed: list[Panel] = [lambda ax: throughput(ax, records), lambda ax: waiting(ax, records)]
     results: list[Panel] = []
     if any("heldout/rank1" in record for record in records):
@@ -113,6 +115,13 @@ def loss(axes: Axes, records: Records) -> None:
     finite = values[np.isfinite(values)]
     if len(finite):
         axes.set_ylim(bottom=0, top=1.05 * finite.max() if finite.max() > 0 else None)
+
+
+def accuracy(axes: Axes, records: Records) -> None:
+    """Share of the training images whose class scores best of those in its softmax."""
+    axes.plot(*series(records, "accuracy"), color=BLUE)
+    axes.set(title="Training accuracy, classes seen", xlabel="step")
+    _share(axes)
 
 
 def learning_rate(axes: Axes, records: Records) -> None:

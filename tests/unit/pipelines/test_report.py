@@ -56,7 +56,7 @@ def config(shards):
 
 def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
     records = [{"step": s, "loss": 5.0 - s / 100, "lr": 0.1} for s in range(200)]
-    records[-1] |= {"images_per_s": 100.0, "data_wait": 0.1}
+    records[-1] |= {"accuracy": 0.5, "images_per_s": 100.0, "data_wait": 0.1}
     records.append({"step": 199, "heldout/rank1": 0.8, "heldout/chance": 0.01})
     write_run(tmp_path / "run", records, details())
     written = report.draw(str(tmp_path / "run"), config(shards))
