@@ -200,6 +200,10 @@ class ShardWriter:
     It appears under its name when it is finished, and not before (see `staging.Staging`). Without
     a recipe, what leaves the `with` block earlier leaves nothing behind. With one, finished tars
     are kept, and the next writer with the same target and recipe takes them as they are.
+
+    Attributes:
+        shards: the finished tars, in order.
+        reused: how many of them an earlier attempt had finished.
     """
 
     def __init__(self, folder: str, prefix: str, recipe: Any | None = None) -> None:
@@ -215,7 +219,7 @@ class ShardWriter:
         """
         self._staging = Staging(folder, recipe)
         self._prefix = prefix
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
         self._finished = False
         self.reused = 0
 
@@ -243,7 +247,7 @@ class ShardWriter:
             ValueError: a key that WebDataset would split or skip.
         """
         self.write_all(_itself, [samples])
-        return self._shards[-1]
+        return self.shards[-1]
 
     def write_all(
         self,
@@ -264,7 +268,7 @@ class ShardWriter:
         Returns:
             The faults, in the order of the tars.
         """
-        first, journal = len(self._shards), self._staging.journal
+        first, journal = len(self.shards), self._staging.journal
         urls_ = [f"{self._prefix}-{first + i:06d}.tar" for i in range(len(tasks))]
         made: dict[int, tuple[Shard, list[Fault]]] = {}
         for number, url in enumerate(urls_):
@@ -282,7 +286,7 @@ class ShardWriter:
             if journal is not None:
                 journal.keep(first + number, [asdict(result[0]), result[1]])
             progress(len(made), len(tasks))
-        self._shards += [made[number][0] for number in range(len(tasks))]
+        self.shards += [made[number][0] for number in range(len(tasks))]
         return [fault for number in range(len(tasks)) for fault in made[number][1]]
 
     def _finished_before(self, number: int, url: str) -> tuple[Shard, list[Fault]] | None:
@@ -302,10 +306,10 @@ class ShardWriter:
 
     def finish(self, num_classes: int, meta: dict[str, Any] | None = None) -> ShardIndex:
         """Write the index and give the data set its final name."""
-        ShardIndex(self.folder, num_classes, self._shards, meta or {}).save()
+        ShardIndex(self.folder, num_classes, self.shards, meta or {}).save()
         self._staging.publish()
         self._finished = True
-        return ShardIndex(self.folder, num_classes, self._shards, meta or {})
+        return ShardIndex(self.folder, num_classes, self.shards, meta or {})
 
 
 def _itself(samples: Iterable[Sample | Fault]) -> Iterable[Sample | Fault]:

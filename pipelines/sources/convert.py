@@ -1,0 +1,208 @@
+"""What all sources share: classes in `[0, C)`, a global shuffle, shards of equal size, the report.
+
+A source finds its samples first, as columns of numbers, and writes them afterwards, tar by tar in
+any number of processes. Its samples are shuffled over the whole data set, because data sets come
+sorted by class and a window of a stream would see few of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.errors import RunError, UserError
+from pipelines.parallel import Progress, ignore
+from pipelines.shards import Fault, Sample, ShardIndex, ShardWriter
+
+Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
+
+CLASSES: Final = "classes.tsv"
+SKIPPED: Final = "skipped.tsv"
+_VERSION: Final = 1  # of the way in which samples become tars
+_BLOCK: Final = 512
+_SHOWN: Final = 3  # faults that a message names
+
+
+class Options(NamedTuple):
+    """How a data set is written.
+
+    Attributes:
+        shard_bytes: about how large a tar is.
+        shuffle: in a random order, the same one each time; otherwise as the source has them.
+        processes: how many write at the same time.
+        max_bad: largest share of samples that may be left out because they are bad.
+    """
+
+    shard_bytes: int = 128 << 20
+    shuffle: bool = True
+    processes: int = 1
+    max_bad: float = 0.01
+
+
+DEFAULTS: Final = Options()
+
+
+class Found(NamedTuple):
+    """The samples of a source.
+
+    Attributes:
+        names: of the classes, by class; each has a sample.
+        classes: int64 `[N]`, the class of each sample.
+        sizes: int64 `[N]`, bytes of its image.
+        faults: what had to be left out.
+        warnings: what the user should know.
+    """
+
+    names: Sequence[str]
+    classes: Ints
+    sizes: Ints
+    faults: list[Fault]
+    warnings: list[str]
+
+
+class Converted(NamedTuple):
+    """A finished data set, what was left out of it, and what the user should know."""
+
+    shards: ShardIndex
+    faults: list[Fault]
+    warnings: list[str]
+
+
+class _Tars(Sequence[T]):
+    """The task of each tar, made when it is asked for."""
+
+    def __init__(self, order: Ints, bounds: Ints, task: Callable[[Ints], T]) -> None:
+        self._order, self._bounds, self._task = order, bounds, task
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._task(self._order[self._bounds[number] : self._bounds[number + 1]])
+
+
+def write(
+    out: str,
+    found: Found,
+    make: Callable[[T], Iterable[Sample | Fault]],
+    task: Callable[[Ints], T],
+    about: dict[str, Any],
+    columns: Iterable[Ints],
+    options: Options,
+    progress: Progress = ignore,
+) -> Converted:
+    """Write what a source found.
+
+    Args:
+        out: folder or URL, which must not exist.
+        found: the samples.
+        make: the samples of a task; an importable function.
+        task: from the numbers of some samples, in order, to what `make` needs of them.
+        about: for the index; with the columns it is the recipe.
+        columns: whatever else decides the content, one row per sample.
+        options: see there.
+        progress: called with the finished tars and their number.
+
+    Raises:
+        UserError: `out` exists, or there is no sample.
+        RunError: too many samples are bad.
+    """
+    refuse_too_many(found.faults, len(found.classes), options.max_bad)
+    if not len(found.classes):
+        raise UserError(f"{about['from']}: no image here")
+    order = _order(len(found.classes), options.shuffle, about["source"])
+    tars = _Tars(order, _cut(found.sizes[order], options.shard_bytes), task)
+    recipe = about | {
+        "version": _VERSION,
+        "shuffle": options.shuffle,
+        "shard_bytes": options.shard_bytes,
+        "samples": _digest([found.classes, found.sizes, *columns]),
+    }
+    with ShardWriter(out, about["source"], recipe) as writer:
+        later = writer.write_all(make, tars, options.processes, progress)
+        faults = [*found.faults, *later]
+        refuse_too_many(faults, len(found.classes) - len(later), options.max_bad)
+        write_classes(writer, found.names)
+        if faults:
+            write_table(writer, SKIPPED, ["place", "reason"], faults)
+        meta = about | {"class_names": CLASSES, "skipped": len(faults)}
+        return Converted(writer.finish(len(found.names), meta), faults, found.warnings)
+
+
+def refuse_too_many(faults: Sequence[Fault], good: int, most: float) -> None:
+    """Raise RunError if the share of bad samples is more than `most`; it names the first ones."""
+    if len(faults) <= most * (len(faults) + good):
+        return
+    named = "\n".join(f"  {fault.place}: {fault.reason}" for fault in faults[:_SHOWN])
+    raise RunError(
+        f"{len(faults)} of {len(faults) + good} samples are bad, more than --max-bad {most:g} "
+        f"allows; the first of them:\n{named}"
+    )
+
+
+def dense(values: Ints) -> tuple[Ints, Ints]:
+    """The distinct values in order, and for each value its place among them: a class."""
+    distinct, classes = np.unique(values, return_inverse=True)
+    return distinct, classes.astype(np.int64)
+
+
+def write_classes(writer: ShardWriter, names: Sequence[str]) -> None:
+    """`classes.tsv`: a line per class, in order, with its samples and what the source calls it."""
+    counts = np.zeros(len(names), np.int64)
+    for shard in writer.shards:
+        if shard.labels is not None:
+            counts += np.bincount(shard.labels, minlength=len(names))
+    rows = ((str(n), str(counts[n]), name) for n, name in enumerate(names))
+    write_table(writer, CLASSES, ["class", "samples", "name"], rows)
+
+
+def write_table(
+    writer: ShardWriter, name: str, header: Sequence[str], rows: Iterable[Sequence[str]]
+) -> None:
+    """A file of the data set, tab-separated, UTF-8; tabs and line breaks in it are escaped."""
+    with writer.create(name) as stream:
+        stream.write(table_line(header))
+        for row in rows:
+            stream.write(table_line(row))
+
+
+def table_line(row: Sequence[str]) -> bytes:
+    r"""A line of a table; `\`, tab and line breaks become `\\`, `\t`, `\n`, `\r`."""
+    return ("\t".join(map(_escaped, row)) + "\n").encode(errors="backslashreplace")
+
+
+def _escaped(text: str) -> str:
+    for character, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(character, escape)
+    return text
+
+
+def _order(count: int, shuffle: bool, source: str) -> Ints:
+    if not shuffle:
+        return np.arange(count)
+    # They import torch, which the processes that write have no use for.
+    from mhe_dist.seeds import generator
+    from pipelines.order import permutation
+
+    return permutation(count, generator(0, f"{source}/shuffle"))
+
+
+def _cut(sizes: Ints, shard_bytes: int) -> Ints:
+    """Where to cut samples of these sizes for tars of equal bytes: int64 `[tars + 1]`."""
+    # Two headers, the image and the label in whole blocks.
+    ends = np.cumsum(3 * _BLOCK + -(-sizes // _BLOCK) * _BLOCK)
+    tars = max(1, min(len(sizes), round(int(ends[-1]) / shard_bytes)))
+    inner = np.searchsorted(ends, ends[-1] * np.arange(1, tars) / tars)
+    return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
+
+
+def _digest(columns: Iterable[Ints]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        digest.update(np.ascontiguousarray(column, "<i8").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""InsightFace data sets (`train.rec`, `train.idx`, `property`) to shards, images byte for byte.
+
+In the *classic* layout the first record is a header and the last ones are identity records, all of
+them two labels without an image; in the *flat* one every record is an image. So what has no image
+is no sample, whatever the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import fsspec
+import numpy as np
+
+from pipelines.images import extension_of
+from pipelines.parallel import Progress, ignore
+from pipelines.shards import Fault, Sample
+from pipelines.sources import convert
+from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
+from pipelines.sources.recordio import (
+    EXACT,
+    Damaged,
+    Frame,
+    Held,
+    class_of,
+    frame_at,
+    frames,
+    indexed_frames,
+    join,
+    payload_head,
+    read_index,
+    unpack,
+)
+from pipelines.urls import Reader, find, refuse_existing
+
+_AT_ONCE: Final = 256  # records that are asked for together
+_REPORT_EVERY: Final = 10_000  # records
+
+
+def import_recordio(
+    rec: str,
+    out: str,
+    use_index: bool = True,
+    options: Options = DEFAULTS,
+    scanning: Progress = ignore,
+    writing: Progress = ignore,
+) -> Converted:
+    """Convert a RecordIO file.
+
+    Args:
+        rec: path or URL of the `.rec` file; `.idx` and `property` are looked for beside it.
+        out: folder or URL for the shards, which must not exist.
+        use_index: read the records that `.idx` names; otherwise all that the file has.
+        options: of writing.
+        scanning: called with the bytes that were looked through, and all.
+        writing: called with the finished tars and their number.
+
+    Raises:
+        UserError: no such file, a damaged index, an output that exists.
+        RunError: more bad records than the options allow.
+    """
+    refuse_existing(out)
+    with Reader(rec) as reader:
+        records = _scan(reader, _index_of(rec) if use_index else None, scanning)
+    distinct, classes = convert.dense(records.column("labels"))
+    keys, starts, stops = (records.column(name) for name in ("keys", "starts", "stops"))
+    warnings = _warnings(records, distinct, _announced_classes(rec))
+    names = [str(label) for label in distinct.tolist()]
+    found = Found(names, classes, records.column("sizes"), records.faults, warnings)
+
+    def task(chosen: Ints) -> _Task:
+        return _Task(rec, keys[chosen], starts[chosen], stops[chosen], classes[chosen])
+
+    about = {"source": "recordio", "from": rec}
+    return convert.write(out, found, _samples, task, about, [keys, starts, stops], options, writing)
+
+
+@dataclass
+class _Records:
+    """The image records of a file as columns, and what else was there."""
+
+    rec: str
+    keys: array[int] = field(default_factory=lambda: array("q"))
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    stops: array[int] = field(default_factory=lambda: array("q"))
+    labels: array[int] = field(default_factory=lambda: array("q"))
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    faults: list[Fault] = field(default_factory=list)
+    header: list[float] | None = None
+    identities: int = 0
+
+    def column(self, name: str) -> Ints:
+        return np.frombuffer(getattr(self, name), np.int64)
+
+    def add(self, key: int, frame: Frame, labels: list[float], size: int) -> None:
+        if size == 0 and len(labels) == 2:
+            if frame.start == 0:
+                self.header = labels
+            else:
+                self.identities += 1
+            return
+        if size == 0:
+            raise Damaged("no image")
+        label = class_of(labels)
+        row = (key, frame.start, frame.stop, label, size)
+        for name, value in zip(("keys", "starts", "stops", "labels", "sizes"), row, strict=True):
+            getattr(self, name).append(value)
+
+
+def _scan(reader: Reader, index: tuple[Ints, Ints] | None, progress: Progress) -> _Records:
+    """Look at the head of every record."""
+    records = _Records(reader.url)
+    found = frames(reader) if index is None else indexed_frames(reader, index[1])
+    for number, frame in enumerate(found):
+        key = number if index is None else int(index[0][number])
+        try:
+            if not isinstance(frame, Frame):
+                raise frame[1]
+            record, size = payload_head(reader, frame)
+            records.add(key, frame, record.labels, size)
+        except Damaged as error:
+            start = frame.start if isinstance(frame, Frame) else frame[0]
+            records.faults.append(Fault(_place(reader.url, key, start), str(error)))
+        if number % _REPORT_EVERY == 0 and isinstance(frame, Frame):
+            progress(frame.stop, reader.size)
+    progress(reader.size, reader.size)
+    return records
+
+
+def _place(rec: str, key: int, start: int) -> str:
+    return f"{rec.rpartition('/')[2]} record {key} at byte {start}"
+
+
+class _Task(NamedTuple):
+    """Records that go into one tar, with their classes."""
+
+    rec: str
+    keys: Ints
+    starts: Ints
+    stops: Ints
+    classes: Ints
+
+
+def _samples(task: _Task) -> Iterator[Sample | Fault]:
+    with Reader(task.rec) as reader:
+        for first in range(0, len(task.keys), _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            parts = reader.read_many(task.starts[part].tolist(), task.stops[part].tolist())
+            for number, data in enumerate(parts, first):
+                key, start = int(task.keys[number]), int(task.starts[number])
+                try:
+                    yield _sample(key, int(task.classes[number]), data)
+                except Damaged as error:
+                    yield Fault(_place(task.rec, key, start), str(error))
+
+
+def _sample(key: int, label: int, data: bytes) -> Sample:
+    """The sample of one record.
+
+    Raises:
+        Damaged: the record changed since it was found, or holds no image.
+    """
+    record = unpack(join(data, frame_at(Held(data), 0, len(data))))
+    extension = extension_of(record.image)
+    if extension is None:
+        raise Damaged(f"no image of a known format (it begins with {record.image[:8]!r})")
+    members = {extension: record.image, "cls": str(label).encode()}
+    if len(record.labels) > 1:
+        members["json"] = json.dumps({"labels": record.labels}).encode()
+    return Sample(f"{key:09d}", members)
+
+
+def _index_of(rec: str) -> tuple[Ints, Ints] | None:
+    """The index beside a `.rec` file, if there is one."""
+    url = f"{rec.removesuffix('.rec')}.idx"
+    filesystem, path = find(url)
+    return read_index(url) if filesystem.exists(path) else None
+
+
+def _announced_classes(rec: str) -> int | None:
+    """Number of classes by the `property` file (`num_classes,H,W`), if it is there and says so."""
+    url = f"{rec.rpartition('/')[0] or '.'}/property"
+    try:
+        with fsspec.open(url, "rb") as stream:
+            match = re.match(rb"\s*(\d{1,18})\s*,", stream.read(100))
+    except OSError:
+        return None
+    return int(match[1]) if match else None
+
+
+def _warnings(records: _Records, distinct: Ints, announced: int | None) -> list[str]:
+    """Where the numbers do not fit together."""
+    warnings = []
+    classes = len(distinct)
+    if classes and max(int(distinct[-1]) + 1, records.identities, announced or 0) > EXACT:
+        warnings.append(
+            f"labels are float32 in this format, which tells integers below {EXACT:,} apart only: "
+            f"classes above may have been merged when the file was written"
+        )
+    if records.identities and records.identities != classes:
+        warnings.append(
+            f"{records.identities:,} identity records, but the images have {classes:,} classes"
+        )
+    if announced is not None and announced != classes:
+        warnings.append(f"property says {announced:,} classes, the images have {classes:,}")
+    if records.header and records.header[0] < EXACT:
+        images, kept = int(records.header[0]) - 1, len(records.keys) + len(records.faults)
+        if images != kept:
+            warnings.append(f"the header announces {images:,} images, the file has {kept:,}")
+    return warnings

@@ -1,0 +1,309 @@
+"""MXNet's RecordIO with images, as InsightFace data sets come, without mxnet.
+
+A file is a sequence of *parts*, all little-endian: `u32 magic`, `u32 cflag << 29 | length`, the
+payload, zeros to a multiple of 4. A record is one part (cflag 0), or several (1 first, 2 middle, 3
+last) that were cut where the payload had the magic at a multiple of 4; those 4 bytes were dropped
+and belong between the parts. So the magic at a multiple of 4 always is the beginning of a part.
+
+The payload of an image record: `<IfQQ` (flag, label, id, id2), `flag` more float32 labels which
+then count instead of the first, the encoded image.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import IO, Final, NamedTuple, Protocol
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.errors import UserError
+
+Ints = npt.NDArray[np.int64]
+
+MAGIC: Final = struct.pack("<I", 0xCED7230A)
+EXACT: Final = 1 << 24  # float32 tells all integers below this apart
+_HEAD: Final = struct.Struct("<II")
+_IMAGE: Final = struct.Struct("<IfQQ")
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+_LENGTH_BITS: Final = 29
+_GLANCE: Final = 64  # bytes that usually hold the head of a part and all before the image
+_CHUNK: Final = 1 << 22
+_MOST_CLASSES: Final = 1 << 40
+_LINE: Final = 4096  # bytes of the longest line that an index may have
+_DIGITS: Final = 18
+_CURE: Final = "get the file again, or read the records without it (--no-idx)"
+
+
+class Damaged(Exception):
+    """Bytes that are no record; the message says why."""
+
+
+class Frame(NamedTuple):
+    """Where a record lies: `[start, stop)` in the file, and its payload's pieces in there."""
+
+    start: int
+    stop: int
+    parts: list[tuple[int, int]]
+
+
+class ImageRecord(NamedTuple):
+    """An unpacked payload; the class is the first label. An identity record has no image."""
+
+    labels: list[float]
+    image: bytes
+
+
+class Source(Protocol):
+    """Bytes that can be read from anywhere (`urls.Reader`, `Held`)."""
+
+    size: int
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes `[start, stop)`, fewer at the end."""
+
+
+class Held:
+    """Bytes in memory as a `Source`."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.size = data, len(data)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """See `Source`."""
+        return self._data[start:stop]
+
+
+def frames(source: Source) -> Iterator[Frame | tuple[int, Damaged]]:
+    """All records from front to back; of what is damaged, where it begins and why.
+
+    After a damage the next beginning of a record is looked for.
+    """
+    at = 0
+    while at < source.size:
+        try:
+            frame = frame_at(source, at)
+        except Damaged as error:
+            yield at, error
+            at = _next_record(source, at + 4)
+        else:
+            yield frame
+            at = frame.stop
+
+
+def indexed_frames(source: Source, offsets: Ints) -> Iterator[Frame | tuple[int, Damaged]]:
+    """The same for the records that an index names, by rising offset."""
+    for start, following in pairwise([*offsets.tolist(), source.size]):
+        try:
+            yield frame_at(source, start, following)
+        except Damaged as error:
+            yield start, error
+
+
+def frame_at(source: Source, start: int, following: int | None = None) -> Frame:
+    """The record that begins at an offset.
+
+    Args:
+        source: the file.
+        start: the offset.
+        following: where an index says that the next record begins.
+
+    Raises:
+        Damaged: none does, or it is not followed by another one or by the end of the file.
+    """
+    parts: list[tuple[int, int]] = []
+    at = start
+    while True:
+        flag, length = _part(source, at)
+        if flag not in ((_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)):
+            raise Damaged(f"a part with flag {flag} where there belongs another")
+        if at + 8 + length > source.size:
+            raise Damaged("the file ends inside it")
+        parts.append((at + 8, at + 8 + length))
+        at += 8 + length + -length % 4
+        if flag in (_WHOLE, _LAST):
+            break
+    stop = min(at, source.size)
+    if following is not None and stop > following:
+        raise Damaged("it reaches into the next one")
+    if stop not in (following, source.size) and not _begins_record(source, stop):
+        raise Damaged("no other record begins where it ends")
+    return Frame(start, stop, parts)
+
+
+def _part(source: Source, at: int) -> tuple[int, int]:
+    """cflag and payload length of the part at an offset."""
+    head = source.read(at, at + 8)
+    if at % 4 or len(head) < 8 or head[:4] != MAGIC:
+        raise Damaged(f"no record begins at byte {at}")
+    word = _HEAD.unpack(head)[1]
+    return word >> _LENGTH_BITS, word & ((1 << _LENGTH_BITS) - 1)
+
+
+def _next_record(source: Source, start: int) -> int:
+    """Offset of the first part at or after `start` that begins a record; the size if none does."""
+    at = start + -start % 4
+    while at < source.size:
+        chunk = source.read(at, at + _CHUNK + 4)
+        place = chunk.find(MAGIC)
+        while place >= 0:
+            found = at + place
+            if place % 4 == 0 and _begins_record(source, found):
+                return found
+            place = chunk.find(MAGIC, place + 1)
+        at += _CHUNK
+    return source.size
+
+
+def _begins_record(source: Source, at: int) -> bool:
+    return at + 8 <= source.size and _part(source, at)[0] in (_WHOLE, _FIRST)
+
+
+def payload_head(source: Source, frame: Frame) -> tuple[ImageRecord, int]:
+    """Labels of a record and the bytes of its image, which is not read.
+
+    Raises:
+        Damaged: the payload is shorter than what it announces.
+    """
+    size = sum(stop - start for start, stop in frame.parts) + 4 * (len(frame.parts) - 1)
+    if len(frame.parts) > 1:
+        record = unpack(join(source.read(frame.start, frame.stop), frame))
+        return ImageRecord(record.labels, b""), len(record.image)
+    start, stop = frame.parts[0]
+    head = source.read(start, min(stop, start + _GLANCE))
+    announced = _announced(head)
+    if announced > size:
+        raise Damaged(f"a payload of {size} bytes announces {announced}")
+    if announced > len(head):
+        head = source.read(start, start + announced)
+    return ImageRecord(unpack(head[:announced]).labels, b""), size - announced
+
+
+def join(data: bytes, frame: Frame) -> bytes:
+    """The payload of a record from its bytes `[frame.start, frame.stop)`.
+
+    Raises:
+        Damaged: the magic is where a writer would have cut, so a length is wrong; or too few bytes.
+    """
+    if len(data) < frame.stop - frame.start:
+        raise Damaged("the file ends inside it")
+    parts = [data[start - frame.start : stop - frame.start] for start, stop in frame.parts]
+    if any(_has_magic(part) for part in parts):
+        raise Damaged("other records begin inside it")
+    return MAGIC.join(parts)
+
+
+def unpack(payload: bytes) -> ImageRecord:
+    """Labels and image of a payload.
+
+    Raises:
+        Damaged: it is shorter than what it announces.
+    """
+    announced = _announced(payload)
+    if announced > len(payload):
+        raise Damaged(f"a payload of {len(payload)} bytes announces {announced}")
+    flag, label, _, _ = _IMAGE.unpack_from(payload)
+    labels = struct.unpack_from(f"<{flag}f", payload, _IMAGE.size) if flag else [label]
+    return ImageRecord(list(labels), payload[announced:])
+
+
+def pack(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
+    """The payload of an image record; one label is written in the header, several behind it."""
+    if len(labels) == 1:
+        return _IMAGE.pack(0, labels[0], key, 0) + image
+    return _IMAGE.pack(len(labels), 0.0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + image
+
+
+def _announced(payload: bytes) -> int:
+    """Bytes before the image, by the first 4 of a payload."""
+    if len(payload) < _IMAGE.size:
+        raise Damaged(f"a payload of {len(payload)} bytes is too short for an image")
+    return _IMAGE.size + 4 * int.from_bytes(payload[:4], "little")
+
+
+def class_of(labels: Sequence[float]) -> int:
+    """The class of an image: its first label.
+
+    Raises:
+        Damaged: it is no class.
+    """
+    label = labels[0] if labels else math.nan
+    if not 0 <= label < _MOST_CLASSES or label % 1:
+        raise Damaged(f"its label {label} is no class")
+    return int(label)
+
+
+def read_index(url: str) -> tuple[Ints, Ints]:
+    """Keys and offsets of an `.idx` file, in the order of the offsets.
+
+    Raises:
+        UserError: a line is not `key`, tab, `offset`, or a key or an offset is there twice.
+    """
+    keys, offsets = array("q"), array("q")
+    with fsspec.open(url, "rb") as stream:
+        for number, line in enumerate(iter(partial(stream.readline, _LINE), b""), 1):
+            fields = line.split()
+            if len(fields) != 2 or not all(f.isdigit() and len(f) <= _DIGITS for f in fields):
+                raise UserError(
+                    f"{url}: line {number}, {line[:40]!r}, is not a key and an offset; {_CURE}"
+                )
+            keys.append(int(fields[0]))
+            offsets.append(int(fields[1]))
+    key, offset = np.array(keys, np.int64), np.array(offsets, np.int64)
+    for name, values in (("key", key), ("offset", offset)):
+        unique, counts = np.unique(values, return_counts=True)
+        if (counts > 1).any():
+            raise UserError(f"{url}: {name} {unique[counts > 1][0]} is there twice; {_CURE}")
+    order = np.argsort(offset, kind="stable")
+    return key[order], offset[order]
+
+
+class RecordWriter:
+    """Writes `.rec` and `.idx` like mxnet's."""
+
+    def __init__(self, records: IO[bytes], index: IO[bytes] | None = None) -> None:
+        """Write to two open files; without an index, keys are lost."""
+        self._records, self._index, self._at = records, index, 0
+
+    def write(self, key: int, payload: bytes) -> int:
+        """Append a record; returns its offset.
+
+        Raises:
+            ValueError: a piece is 2^29 bytes long or longer.
+        """
+        start = self._at
+        pieces = _split(payload)
+        for number, piece in enumerate(pieces):
+            if len(piece) >> _LENGTH_BITS:
+                raise ValueError(f"record {key}: {len(piece)} bytes are too many")
+            last = number == len(pieces) - 1
+            flag = (_WHOLE if last else _FIRST) if number == 0 else (_LAST if last else _MIDDLE)
+            data = MAGIC + struct.pack("<I", flag << _LENGTH_BITS | len(piece)) + piece
+            self._at += self._records.write(data + bytes(-len(piece) % 4))
+        if self._index is not None:
+            self._index.write(f"{key}\t{start}\n".encode())
+        return start
+
+
+def _split(payload: bytes) -> list[bytes]:
+    """Cut at every magic that stands at a multiple of 4, and drop it."""
+    pieces, begin = [], 0
+    place = payload.find(MAGIC)
+    while place >= 0:
+        if place % 4 == 0:
+            pieces.append(payload[begin:place])
+            begin = place + 4
+            place = payload.find(MAGIC, begin)
+        else:
+            place = payload.find(MAGIC, place + 1)
+    return [*pieces, payload[begin:]]
+
+
+def _has_magic(piece: bytes) -> bool:
+    return len(_split(piece)) > 1

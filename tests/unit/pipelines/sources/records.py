@@ -1,0 +1,64 @@
+"""Small RecordIO data sets for tests."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from pipelines.sources.recordio import MAGIC, RecordWriter, pack
+
+Item = tuple[list[float], bytes]
+
+
+def jpeg(number: int, side: int = 8) -> bytes:
+    """A small JPEG, different for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+    return simplejpeg.encode_jpeg(pixels, quality=90)
+
+
+def items(classes: int = 3, each: int = 4) -> list[Item]:
+    """Images class by class; some have the magic in them, at a multiple of 4 or not."""
+    found = []
+    for number in range(classes * each):
+        tail = [b"", MAGIC, b"x" + MAGIC, MAGIC * 3, bytes(2) + MAGIC + b"y"][number % 5]
+        image = jpeg(number)
+        found.append(([float(number // each)], image + bytes(-len(image) % 4) + tail))
+    return found
+
+
+def layout(images: list[Item], kind: str = "flat") -> tuple[bytes, bytes]:
+    """`.rec` and `.idx` of images in one of the two layouts."""
+    rec, idx = io.BytesIO(), io.BytesIO()
+    writer = RecordWriter(rec, idx)
+    if kind == "flat":
+        for key, (labels, image) in enumerate(images):
+            writer.write(key, pack(labels, image, key))
+        return rec.getvalue(), idx.getvalue()
+    classes = sorted({labels[0] for labels, _ in images})
+    first, last = len(images) + 1, len(images) + 1 + len(classes)
+    writer.write(0, pack([float(first), float(last)], b""))
+    for key, (labels, image) in enumerate(images, 1):
+        writer.write(key, pack(labels, image, key))
+    for key, label in enumerate(classes, first):
+        mine = [number for number, (labels, _) in enumerate(images, 1) if labels[0] == label]
+        writer.write(key, pack([float(mine[0]), float(mine[-1] + 1)], b"", key))
+    return rec.getvalue(), idx.getvalue()
+
+
+def save(folder: Path, rec: bytes, idx: bytes | None) -> str:
+    """Write the files of a data set; returns the path of `train.rec`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "train.rec").write_bytes(rec)
+    if idx is not None:
+        (folder / "train.idx").write_bytes(idx)
+    return str(folder / "train.rec")
+
+
+def part(flag: int, payload: bytes) -> bytes:
+    """One part, by the definition of the format."""
+    word = struct.pack("<II", 0xCED7230A, flag << 29 | len(payload))
+    return word + payload + bytes(-len(payload) % 4)
