@@ -74,7 +74,7 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, timeout=timeout)
-    world = cast(Group, dist.group.WORLD)
+    world = dist.group.WORLD
     host_group = world if backend == "gloo" else cast(Group, dist.new_group(backend="gloo"))
     return Topology(dist.get_rank(), dist.get_world_size(), device, world, host_group)
 
