@@ -55,8 +55,8 @@ def config(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
             "groups": 4,
             "mhs": {"length": 4, "extra_heads": 1},
         },
-        # Such a small network is chaotic: what rounding changes grows by a factor per step. The warm-up
-        # keeps that from reaching what tests compare.
+        # Such a small network is chaotic: what rounding changes grows by a factor per step.
+        # The warm-up keeps that from reaching what tests compare.
         "optim": {"lr": 0.02, "warmup_steps": 100},
         "train": {
             "max_steps": 24,
