@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+"""How image files end, and the members of a sample that hold its image, the usual ones first."""
+
 _BEGINNINGS: Final = {
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG\r\n\x1a\n": "png",

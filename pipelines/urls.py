@@ -40,6 +40,12 @@ def is_local(filesystem: Any) -> bool:
     return isinstance(filesystem, LocalFileSystem)
 
 
+def protocols(filesystem: Any) -> tuple[str, ...]:
+    """The names of a file system's protocol, e.g. `http` and `https`."""
+    names = filesystem.protocol
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def is_absolute(url: str) -> bool:
     """Whether a URL says where it is by itself, without a folder before it."""
     return "://" in url or url.startswith("/")

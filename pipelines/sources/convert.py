@@ -8,7 +8,8 @@ sorted by class and a window of a stream would see few of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from pipelines.shards import Fault, Sample, ShardIndex, ShardWriter
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]
+"""Header and rows."""
 
 CLASSES: Final = "classes.tsv"
 SKIPPED: Final = "skipped.tsv"
@@ -95,6 +98,7 @@ def write(
     columns: Iterable[Ints],
     options: Options,
     progress: Progress = ignore,
+    tables: Mapping[str, Table] = MappingProxyType({}),
 ) -> Converted:
     """Write what a source found.
 
@@ -107,6 +111,7 @@ def write(
         columns: whatever else decides the content, one row per sample.
         options: see there.
         progress: called with the finished tars and their number.
+        tables: more files beside the tars.
 
     Raises:
         UserError: `out` exists, or there is no sample.
@@ -128,8 +133,9 @@ def write(
         faults = [*found.faults, *later]
         refuse_too_many(faults, len(found.classes) - len(later), options.max_bad)
         write_classes(writer, found.names)
-        if faults:
-            write_table(writer, SKIPPED, ["place", "reason"], faults)
+        skipped = {SKIPPED: (["place", "reason"], faults)} if faults else {}
+        for name, (header, rows) in {**tables, **skipped}.items():
+            write_table(writer, name, header, rows)
         meta = about | {"class_names": CLASSES, "skipped": len(faults)}
         return Converted(writer.finish(len(found.names), meta), faults, found.warnings)
 
@@ -199,6 +205,14 @@ def _cut(sizes: Ints, shard_bytes: int) -> Ints:
     tars = max(1, min(len(sizes), round(int(ends[-1]) / shard_bytes)))
     inner = np.searchsorted(ends, ends[-1] * np.arange(1, tars) / tars)
     return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """A digest of texts, for a recipe."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _digest(columns: Iterable[Ints]) -> str:

@@ -1,14 +1,18 @@
-"""Small RecordIO data sets for tests."""
+"""Small data sets for the tests of the sources, and what is in the shards that they become."""
 
 from __future__ import annotations
 
 import io
 import struct
+import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import simplejpeg
 
+from pipelines.images import EXTENSIONS
+from pipelines.shards import ShardIndex
 from pipelines.sources.recordio import MAGIC, RecordWriter, pack
 
 Item = tuple[list[float], bytes]
@@ -62,3 +66,28 @@ def part(flag: int, payload: bytes) -> bytes:
     """One part, by the definition of the format."""
     word = struct.pack("<II", 0xCED7230A, flag << 29 | len(payload))
     return word + payload + bytes(-len(payload) % 4)
+
+
+def content(url: str) -> dict[str, tuple[int, bytes, bytes]]:
+    """Key -> label, image, JSON, of all samples of a data set."""
+    found = {}
+    index = ShardIndex.load(url)
+    for number in range(len(index.shards)):
+        members: dict[str, dict[str, bytes]] = {}
+        with fsspec.open(index.url(number)) as stream, tarfile.open(fileobj=stream) as tar:
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                data = tar.extractfile(member)
+                assert data is not None
+                members.setdefault(stem, {})[extension] = data.read()
+        labels = index.shards[number].labels
+        assert labels is not None
+        for (key, parts), label in zip(members.items(), labels, strict=True):
+            assert int(parts["cls"]) == label
+            found[key] = (
+                int(label),
+                next(parts[e] for e in EXTENSIONS if e in parts),
+                parts.get("json", b""),
+            )
+    assert len(found) == index.samples
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,28 +14,7 @@ from pipelines.shards import ShardIndex, exists
 from pipelines.sources.convert import Options
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
-from tests.unit.pipelines.sources.records import Item, items, jpeg, layout, save
-
-
-def content(url: str) -> dict[str, tuple[int, bytes, bytes]]:
-    """Key -> label, image, JSON, of all samples of a data set."""
-    found = {}
-    index = ShardIndex.load(url)
-    for number in range(len(index.shards)):
-        members: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(index.url(number)) as tar:
-            for member in tar:
-                stem, _, extension = member.name.partition(".")
-                stream = tar.extractfile(member)
-                assert stream is not None
-                members.setdefault(stem, {})[extension] = stream.read()
-        labels = index.shards[number].labels
-        assert labels is not None
-        for (key, parts), label in zip(members.items(), labels, strict=True):
-            assert int(parts["cls"]) == label
-            found[key] = (int(label), parts["jpg"], parts.get("json", b""))
-    assert len(found) == index.samples
-    return found
+from tests.unit.pipelines.sources.records import Item, content, items, jpeg, layout, save
 
 
 def images_of(url: str) -> list[tuple[int, bytes]]:
