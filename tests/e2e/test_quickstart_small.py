@@ -29,7 +29,7 @@ def config(tmp_path: Path) -> Path:
         tmp_path / "runs",
         tiny.write_shards(tmp_path / "train"),
         run={"name": "small"},
-        train={"max_steps": STEPS},
+        train={"max_steps": STEPS, "epochs": 1000},
         scale={"workers": 2},
         evaluate={"shards": tiny.write_shards(tmp_path / "heldout", 10, 1000), "pairs": 100},
         checkpoint={"every_steps": SAVE_EVERY},
