@@ -203,6 +203,8 @@ def _allocate(
     folder: str | Path | None,
 ) -> Tensor:
     """Zeroed storage whose pages come into being when they are touched, where the system can."""
+    if 0 in shape:
+        return torch.zeros(shape, dtype=dtype, device=device)
     if memory == "file":
         if folder is None:
             raise ValueError("a bank in file memory needs a folder")

@@ -1,0 +1,109 @@
+"""Small heads of levels and what they do in the tests: one start of the ranks for all of it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from mhe_dist.config import HeadConfig
+from mhe_dist.topology import Topology
+from tests.conftest import run_ranks
+from tests.distributed.head_runs import CLASSES, MARGINS, Job, run_all
+
+DTYPES = (torch.float64, torch.float32)
+LABELS = ("repeated", "one", "short", "bad")
+# Of 46 classes: two balanced levels, three with padding, whole prefixes of padding, one level, and
+# a first level that tells nothing.
+LENGTHS: dict[str, list[int]] = {
+    "balanced": [],
+    "three": [3, 4, 5],
+    "padded": [4, 5, 6],
+    "one level": [46],
+    "one digit": [2, 100],
+}
+VARIANTS: dict[str, dict] = {
+    "adamw": {"optim": {"kind": "adamw", "weight_decay": 0.01}},
+    "no momentum": {"optim": {"momentum": 0.0}},
+    "filter": {"margin": {"filter": 0.2}},
+}
+
+
+def level_config(
+    kind: str, lengths: str = "three", margin: str = "cosface", /, **changes: object
+) -> HeadConfig:
+    """A small head with lengths of `LENGTHS`; blocks in `changes` are merged."""
+    values: dict = {
+        "kind": kind,
+        "margin": MARGINS[margin],
+        "optim": {"weight_decay": 0.01},
+        "groups": 3,
+        "on_bad_label": "ignore",
+        "mhp": {"lengths": LENGTHS[lengths]},
+        "mhc": {"lengths": LENGTHS[lengths], "candidates": 2},
+    }
+    for key, value in changes.items():
+        values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
+    return HeadConfig.model_validate(values)
+
+
+def _cases() -> dict[str, list[Job]]:
+    found = {}
+    for kind in ("mhp", "mhc"):
+        for lengths in LENGTHS:
+            config = level_config(kind, lengths)
+            found[f"{kind}-{lengths}"] = [Job(config, dtype=dtype) for dtype in DTYPES]
+        for labels in LABELS:
+            found[f"{kind}-{labels}"] = [Job(level_config(kind), labels)]
+        for margin in MARGINS:
+            config = level_config(kind, "three", margin)
+            found[f"{kind}-{margin}"] = [Job(config, "short", dtype) for dtype in DTYPES]
+        for name, changes in VARIANTS.items():
+            config = level_config(kind, **changes)
+            found[f"{kind}-{name}"] = [Job(config)]
+        config = level_config(kind, "balanced", "none")
+        found[f"{kind}-in pieces"] = [Job(config, "short", num_classes=401, cramped=True)]
+    for candidates in (1, 50):
+        config = level_config("mhc", "three", mhc={"candidates": candidates})
+        found[f"mhc-{candidates} candidates"] = [Job(config)]
+    for margin in ("none", "cosface", "adaface"):
+        for labels in ("many", "neighbours"):
+            config = level_config("mhc", "three", margin, mhc={"multi_label": True})
+            found[f"mhc-{labels} labels, {margin}"] = [Job(config, labels)]
+    config = level_config("mhc", "padded", "none", mhc={"multi_label": True})
+    found["mhc-multi-label with one"] = [Job(config, "short")]
+    return found
+
+
+PREDICTIONS: dict[str, list[Job]] = {
+    "mhp": [Job(level_config("mhp", "three"), predict=7)],
+    "mhp of one": [Job(level_config("mhp", "one level", "none"), predict=7)],
+    "mhp, all classes and more": [Job(level_config("mhp", "padded"), predict=CLASSES + 3)],
+    "mhc, beam of 7": [Job(level_config("mhc", "three"), predict=7)],
+    "mhc, beam of 9": [Job(level_config("mhc", "three", "none", mhc={"candidates": 9}), predict=3)],
+    "mhc, all classes and more": [Job(level_config("mhc", "padded"), predict=CLASSES + 3)],
+    "mhc, many labels": [
+        Job(level_config("mhc", "three", "none", mhc={"multi_label": True}), "many", predict=5)
+    ],
+}
+CASES = _cases()
+
+
+@lru_cache(maxsize=3)
+def _all(world_size: int) -> list[list[dict[str, Tensor]]]:
+    """What each rank found for all jobs."""
+    jobs = [job for jobs in (CASES | PREDICTIONS).values() for job in jobs]
+    if world_size == 1:
+        return [run_all(Topology(), jobs)]
+    return run_ranks(run_all, world_size, jobs)
+
+
+def results(name: str, world_size: int) -> list[list[dict[str, Tensor]]]:
+    """What the ranks found for each job of a case or prediction: by job, then by rank."""
+    everything = CASES | PREDICTIONS
+    first = sum(
+        len(everything[before]) for before in list(everything)[: list(everything).index(name)]
+    )
+    numbers = range(first, first + len(everything[name]))
+    return [[rank[number] for rank in _all(world_size)] for number in numbers]
