@@ -16,16 +16,25 @@ import webdataset.tariterators as tars
 
 from mhe_dist.errors import RunError
 from pipelines.decode import Pixels, Undecodable, decode
+from pipelines.images import EXTENSIONS
 from pipelines.order import Piece
-from pipelines.shards import ShardIndex
+from pipelines.shards import ShardIndex, Told
 
-IMAGES: Final = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 _BLOCK: Final = 512
 _PLAIN: Final = b"0\0"  # type flags of an ordinary file
 
 
 class Damaged(Exception):
     """A sample that cannot be used; the message says why."""
+
+
+class Packed(NamedTuple):
+    """A sample whose image is not decoded; `extension` is that of the image."""
+
+    key: str
+    label: int
+    extension: str
+    data: bytes
 
 
 class Example(NamedTuple):
@@ -54,7 +63,9 @@ def read_piece(index: ShardIndex, piece: Piece) -> list[memoryview]:
     return [raw[start:stop] for start, stop in pairwise(inside)]
 
 
-def example(raw: memoryview, length: int, side: int, num_classes: int) -> Example:
+def example(
+    raw: memoryview, length: int, side: int, num_classes: int, told: Told | None = None
+) -> Example:
     """Read, check and decode one sample.
 
     Args:
@@ -62,42 +73,59 @@ def example(raw: memoryview, length: int, side: int, num_classes: int) -> Exampl
         length: how many bytes that should be.
         side: of the image to return, in pixels.
         num_classes: labels must be below this.
+        told: what the index says of it (`ShardIndex.told`).
 
     Raises:
         Damaged: it is truncated, no sample, without image or label, or one of them is bad.
     """
+    packed = unpack(raw, length, num_classes, told)
+    try:
+        return Example(packed.key, packed.label, decode(packed.data, side))
+    except Undecodable as error:
+        raise Damaged(f"{packed.key}.{packed.extension}: {error}") from error
+
+
+def unpack(raw: memoryview, length: int, num_classes: int, told: Told | None = None) -> Packed:
+    """The same without decoding.
+
+    Raises:
+        Damaged: it is truncated, no sample, or without image or label, or the label is bad.
+    """
     if len(raw) < length:
         raise Damaged(f"the shard ends {length - len(raw)} bytes too early for it")
-    members = parse(raw)
-    label = _label(members, num_classes)
-    for extension in IMAGES:
+    # Between samples of somebody else's shard may be what the index left out.
+    members = parse(raw, alone=told is None)
+    label = _label(members, num_classes) if told is None else told.label
+    for extension in EXTENSIONS if told is None else told.images:
         if extension in members:
-            try:
-                return Example(members["__key__"], label, decode(members[extension], side))
-            except Undecodable as error:
-                raise Damaged(f"{members['__key__']}.{extension}: {error}") from error
+            return Packed(members["__key__"], label, extension, members[extension])
     raise Damaged(f"{members['__key__']}: no image among {_extensions(members)}")
 
 
-def parse(raw: memoryview) -> dict[str, Any]:
+def parse(raw: memoryview, alone: bool = True) -> dict[str, Any]:
     """The members of one sample by extension, and its `__key__`, by webdataset's grouping.
 
+    Args:
+        raw: a part of a tar that begins with the sample.
+        alone: there must be nothing else in it.
+
     Raises:
-        Damaged: these bytes are not exactly one sample.
+        Damaged: these bytes are not a sample.
     """
     files = _plain_members(raw)
     try:
         if files is None:
             source = {"url": "", "stream": io.BytesIO(raw)}
             files = list(tars.tar_file_expander([source], eof_value=None))
-        samples = list(tars.group_by_keys({"__url__": "", **file} for file in files))
+        samples = tars.group_by_keys({"__url__": "", **file} for file in files)
+        first, others = next(samples, None), len(list(samples)) if alone else 0
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
         raise Damaged(
             f"not a sample of a tar ({error.args[0] if error.args else error})"
         ) from error
-    if len(samples) != 1:
-        raise Damaged(f"{len(samples)} samples where the index has one")
-    return samples[0]
+    if first is None or others:
+        raise Damaged(f"{others + 1 if first else 0} samples where the index has one")
+    return first
 
 
 def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:

@@ -12,7 +12,6 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from types import TracebackType
@@ -47,6 +46,18 @@ class Sample(NamedTuple):
 
     key: str
     members: dict[str, bytes]
+
+
+class Told(NamedTuple):
+    """What an index says of a sample, whatever the tar calls it.
+
+    Attributes:
+        label: in `[0, C)`.
+        images: extensions of its image, the best first.
+    """
+
+    label: int
+    images: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,17 @@ class ShardIndex:
     def fields(self) -> tuple[str, ...] | None:
         """Extensions of the images, the best first, of shards that somebody else wrote.
 
-        Their labels are those of the index, whatever the tars call them. None for our own shards.
+        None for our own shards.
         """
         fields = self.meta.get("fields")
         return None if fields is None else tuple(fields["image"])
+
+    def told(self, shard: int, inside: int) -> Told | None:
+        """What counts for a sample of shards that somebody else wrote; None for our own."""
+        labels = self.shards[shard].labels
+        if self.fields is None or labels is None:
+            return None
+        return Told(int(labels[inside]), self.fields)
 
     @classmethod
     def load(cls, url: str) -> ShardIndex:
@@ -299,10 +317,6 @@ class ShardWriter:
         if shard.url != url or self._staging.size(url) != shard.bytes:
             return None
         return shard, [Fault(*fault) for fault in result[1]]
-
-    def create(self, name: str) -> AbstractContextManager[IO[bytes]]:
-        """Write another file of the data set, e.g. the names of the classes."""
-        return urls.created(f"{self.folder}/{name}")
 
     def finish(self, num_classes: int, meta: dict[str, Any] | None = None) -> ShardIndex:
         """Write the index and give the data set its final name."""

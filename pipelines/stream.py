@@ -323,7 +323,7 @@ def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]
 def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: int) -> Example:
     offsets = index.shards[shard].offsets
     length = int(offsets[inside + 1] - offsets[inside])
-    return example(raw, length, side, index.num_classes)
+    return example(raw, length, side, index.num_classes, index.told(shard, inside))
 
 
 def _channels_first(image: Pixels) -> Pixels:

@@ -18,14 +18,11 @@ import numpy.typing as npt
 from mhe_dist.errors import RunError, UserError
 from pipelines.parallel import Progress, ignore
 from pipelines.shards import Fault, Sample, ShardIndex, ShardWriter
+from pipelines.tables import CLASSES, Table, class_table, skipped_table, write_table
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
-Table = tuple[Sequence[str], Iterable[Sequence[str]]]
-"""Header and rows."""
 
-CLASSES: Final = "classes.tsv"
-SKIPPED: Final = "skipped.tsv"
 _VERSION: Final = 1  # of the way in which samples become tars
 _BLOCK: Final = 512
 _SHOWN: Final = 3  # faults that a message names
@@ -132,10 +129,9 @@ def write(
         later = writer.write_all(make, tars, options.processes, progress)
         faults = [*found.faults, *later]
         refuse_too_many(faults, len(found.classes) - len(later), options.max_bad)
-        write_classes(writer, found.names)
-        skipped = {SKIPPED: (["place", "reason"], faults)} if faults else {}
-        for name, (header, rows) in {**tables, **skipped}.items():
-            write_table(writer, name, header, rows)
+        about_classes = class_table(found.names, writer.shards)
+        for name, table in {**tables, CLASSES: about_classes, **skipped_table(faults)}.items():
+            write_table(f"{writer.folder}/{name}", table)
         meta = about | {"class_names": CLASSES, "skipped": len(faults)}
         return Converted(writer.finish(len(found.names), meta), faults, found.warnings)
 
@@ -155,37 +151,6 @@ def dense(values: Ints) -> tuple[Ints, Ints]:
     """The distinct values in order, and for each value its place among them: a class."""
     distinct, classes = np.unique(values, return_inverse=True)
     return distinct, classes.astype(np.int64)
-
-
-def write_classes(writer: ShardWriter, names: Sequence[str]) -> None:
-    """`classes.tsv`: a line per class, in order, with its samples and what the source calls it."""
-    counts = np.zeros(len(names), np.int64)
-    for shard in writer.shards:
-        if shard.labels is not None:
-            counts += np.bincount(shard.labels, minlength=len(names))
-    rows = ((str(n), str(counts[n]), name) for n, name in enumerate(names))
-    write_table(writer, CLASSES, ["class", "samples", "name"], rows)
-
-
-def write_table(
-    writer: ShardWriter, name: str, header: Sequence[str], rows: Iterable[Sequence[str]]
-) -> None:
-    """A file of the data set, tab-separated, UTF-8; tabs and line breaks in it are escaped."""
-    with writer.create(name) as stream:
-        stream.write(table_line(header))
-        for row in rows:
-            stream.write(table_line(row))
-
-
-def table_line(row: Sequence[str]) -> bytes:
-    r"""A line of a table; `\`, tab and line breaks become `\\`, `\t`, `\n`, `\r`."""
-    return ("\t".join(map(_escaped, row)) + "\n").encode(errors="backslashreplace")
-
-
-def _escaped(text: str) -> str:
-    for character, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
-        text = text.replace(character, escape)
-    return text
 
 
 def _order(count: int, shuffle: bool, source: str) -> Ints:
