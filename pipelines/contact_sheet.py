@@ -21,7 +21,7 @@ Pixels = npt.NDArray[np.uint8]
 
 RIGHT, WRONG, PLAIN = (46, 158, 107), (204, 61, 61), (209, 213, 219)
 _ROWS: Final = 8
-_SIDE: Final = 96  # pixels of a tile in the picture
+SIDE: Final = 96  # pixels of a tile in the picture
 _FRAME, _GAP, _MARGIN = 5, 9, 26  # pixels: around a tile, between tiles, behind the probe
 
 
@@ -62,11 +62,11 @@ def _draw(numbers: Ints, purpose: str) -> Ints:
 
 def _row(index: ShardIndex, details: dict[str, Any], probe: int, image_size: int) -> Pixels:
     """One probe and its neighbours, side by side: uint8 `[height, width, 3]`."""
-    tiles = [_tile(_image(index, details["probes"][probe], image_size), PLAIN), _blank(_MARGIN)]
+    tiles = [framed(_image(index, details["probes"][probe], image_size), PLAIN), blank(_MARGIN)]
     colour = WRONG
     for number, right in zip(details["nearest"][probe], details["right"][probe], strict=True):
         colour = RIGHT if right else PLAIN if colour != WRONG else WRONG
-        tiles += [_tile(_image(index, number, image_size), colour), _blank(_GAP)]
+        tiles += [framed(_image(index, number, image_size), colour), blank(_GAP)]
     row = np.concatenate(tiles[:-1], axis=1)
     return np.pad(row, ((0, _GAP), (0, 0), (0, 0)), constant_values=255)
 
@@ -76,24 +76,25 @@ def _image(index: ShardIndex, number: int, image_size: int) -> Pixels:
     return images[0].permute(1, 2, 0).numpy()
 
 
-def _tile(image: Pixels, colour: tuple[int, int, int]) -> Pixels:
+def framed(image: Pixels, colour: tuple[int, int, int]) -> Pixels:
     """The image, enlarged or reduced to the tile's size by its nearest pixels, in a frame."""
-    place = (np.arange(_SIDE) * image.shape[0]) // _SIDE
-    tile = np.empty((_SIDE + 2 * _FRAME, _SIDE + 2 * _FRAME, 3), np.uint8)
+    place = (np.arange(SIDE) * image.shape[0]) // SIDE
+    tile = np.empty((SIDE + 2 * _FRAME, SIDE + 2 * _FRAME, 3), np.uint8)
     tile[:] = colour
     tile[_FRAME:-_FRAME, _FRAME:-_FRAME] = image[place][:, place]
     return tile
 
 
-def _blank(width: int) -> Pixels:
-    return np.full((_SIDE + 2 * _FRAME, width, 3), 255, np.uint8)
+def blank(width: int) -> Pixels:
+    """White space of that width, as high as a tile."""
+    return np.full((SIDE + 2 * _FRAME, width, 3), 255, np.uint8)
 
 
 def _show(axes: Axes, picture: Pixels, title: str) -> None:
     axes.imshow(picture, interpolation="antialiased")
     axes.set_axis_off()
     axes.set_title(title)
-    tile = _SIDE + 2 * _FRAME
+    tile = SIDE + 2 * _FRAME
     style: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 9, "color": "#4B5563"}
     axes.text(tile / 2, picture.shape[0] + 6, "probe", **style)
     middle = tile + _MARGIN + (picture.shape[1] - tile - _MARGIN) / 2
