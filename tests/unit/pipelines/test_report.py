@@ -99,7 +99,7 @@ def test_a_running_mean_reaches_both_ends():
 
 def frames(row, tiles):
     """Colours of the frames of a row, the probe's first."""
-    tile, gap = contact_sheet._SIDE + 2 * contact_sheet._FRAME, contact_sheet._GAP
+    tile, gap = contact_sheet.SIDE + 2 * contact_sheet._FRAME, contact_sheet._GAP
     starts = [0] + [tile + contact_sheet._MARGIN + i * (tile + gap) for i in range(tiles)]
     return [tuple(row[0, start].tolist()) for start in starts]
 
@@ -115,6 +115,6 @@ def test_the_right_one_is_green_and_what_beats_it_red(shards, probe, expected):
 
 def test_the_tiles_are_the_images_that_were_named(shards):
     row = contact_sheet._row(ShardIndex.load(shards), details(), 1, SIDE)
-    frame, tile = contact_sheet._FRAME, contact_sheet._SIDE + 2 * contact_sheet._FRAME
+    frame, tile = contact_sheet._FRAME, contact_sheet.SIDE + 2 * contact_sheet._FRAME
     assert row[frame, frame].tolist() == [60, 0, 0]  # probe 3
     assert row[frame, tile + contact_sheet._MARGIN + frame].tolist() == [80, 0, 0]  # gallery 4
