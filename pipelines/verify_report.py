@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipelines import urls
 from pipelines.pictures import save
 from pipelines.report import BLUE, ORANGE, STYLE
 from pipelines.verify import Ints, Report
@@ -41,6 +43,15 @@ def summary(report: Report) -> dict[str, Any]:
         "images_per_class": spread,
         "named": [problem._asdict() for problem in report.problems],
     }
+
+
+def write(report: Report, url: str) -> None:
+    """Write `url.json`, and `url.png` if there is a usable image."""
+    text = json.dumps(summary(report), indent=1, ensure_ascii=False)
+    with urls.created(f"{url}.json") as stream:
+        stream.write(text.encode(errors="backslashreplace"))
+    if report.per_class.any():
+        draw(report, f"{url}.png")
 
 
 def draw(report: Report, url: str) -> None:

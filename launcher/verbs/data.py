@@ -1,4 +1,4 @@
-"""`mhe data ...`: making shards."""
+"""`mhe data ...`: making shards, and looking at them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import typer
 from launcher import console
 from launcher.checks import HELDOUT, TRAIN
 from launcher.progress import Display
+from launcher.verbs import data_check, data_import
 from mhe_dist.config import GlyphsConfig
 from pipelines.shards import ShardIndex
 
 DEFAULTS = GlyphsConfig()
 
-app = typer.Typer(no_args_is_help=True, help="Make tar shards that a run can stream.")
+app = typer.Typer(no_args_is_help=True, help="Make and check the tar shards that a run streams.")
 
 
 @app.callback()
 def data() -> None:
-    """Make tar shards that a run can stream."""
+    """Make and check the tar shards that a run streams."""
+
+
+app.command()(data_import.recordio)
+app.command()(data_import.folder)
 
 
 @app.command()
@@ -65,3 +70,8 @@ def glyphs(
     places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
     command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
     console.list_commands("Next", [("train on it", command)])
+
+
+app.command()(data_check.index)
+app.command()(data_check.verify)
+app.command()(data_check.show)

@@ -22,6 +22,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
     *(["train"], ["config"], ["evaluate"], ["export"], ["doctor"]),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
+    *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),
 ]
 SUMMARY = {
     **{"run": "runs/a", "steps": 20, "classes": 50, "samples": 300, "world_size": 2},
