@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.heads.levels import Level
-from mhe_dist.heads.pairs import Exchange, Scorer
+from mhe_dist.heads.pairs import Exchange, Scorer, sum_by
 
 if TYPE_CHECKING:
     from mhe_dist.heads.leveled import LevelHead
@@ -81,8 +81,8 @@ class LevelPass:
         self.negatives = objective.join(pieces)
         self._normaliser = torch.zeros_like(self.negatives) if training else self.negatives
         count = golds.shape[1]
-        cosines = features.new_zeros(len(features), count)
-        self.cosines = cosines.index_add_(0, self._samples, numbers[:, 1 : count + 1])
+        golds_of_pairs = numbers[:, 1 : count + 1]
+        self.cosines = sum_by(self.exchange.samples, golds_of_pairs, len(features))
         self.children, self.paths = self._pool(numbers[:, count + 1 :], slots)
         self.gold_paths = self._gold_paths()
 

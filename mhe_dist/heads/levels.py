@@ -258,7 +258,8 @@ def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[
     """
     key = seeds.derive(spec.seed, purpose)
 
-    def initial(units: Tensor) -> Tensor:
+    def rows_of(units: Tensor) -> Tensor:
+        """The first rows; see above."""
         classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
         rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
         rows.mul_(initial_std(spec.width)).masked_fill_(
@@ -268,7 +269,7 @@ def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[
             rows = F.pad(rows, (0, 1))
         return rows.view(*classes.shape, -1).to(spec.dtype)
 
-    return initial
+    return rows_of
 
 
 def units_at_once(bank: Bank) -> int:

@@ -82,8 +82,7 @@ class Exchange:
     def gradient(self, rows: Tensor) -> Tensor:
         """Gradients `[s, D]` of what `features` gave -> of this rank's features `[B, D]`."""
         returned = all_to_all(rows, self._carried_here, self._carry, self.place)
-        mine = rows.new_zeros(self.batch, rows.shape[1])
-        return mine.index_add_(0, self._carried.to(rows.device), returned)
+        return sum_by(self._carried, returned, self.batch)
 
     def ask(self, values: Tensor) -> Tensor:
         """Send a row for each of this rank's pairs: `[p, ...]` -> `[n, ...]` as `pairs` lie."""
@@ -203,7 +202,7 @@ class Scorer:
             weights[place] = weight.mul_(share)
         scores = OwnScores(self.features[self.samples], weights, along)
         self.level.keep(self.pairs.units, scores)
-        return torch.zeros_like(self.features).index_add_(0, self.samples, gradient)
+        return sum_by(self.pairs.samples, gradient, len(self.features))
 
     @property
     def width(self) -> int:
@@ -243,6 +242,27 @@ class Scorer:
         if self.filter and self.level.normalised:
             logits.masked_fill_(others > self.filter, float("-inf"))
         return logits
+
+
+def sum_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Sum rows `[n, D]` with the same index: `[count, D]`, in the same order on every device.
+
+    (`index_add_` adds in any order on a GPU, so that no two runs would be the same.) Memory: count
+    times the most rows of one index.
+
+    Args:
+        index: `[n]` in `[0, count)`, on the host.
+        rows: on the device.
+        count: number of sums.
+    """
+    if not len(index):
+        return rows.new_zeros(count, rows.shape[1])
+    order, counts = torch.argsort(index, stable=True), torch.bincount(index, minlength=count)
+    turn = torch.empty_like(index)
+    turn[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+    spread = rows.new_zeros(count, int(counts.max()), rows.shape[1])
+    spread[index.to(rows.device), turn.to(rows.device)] = rows
+    return spread.sum(1)
 
 
 def _cut(level: Level, pairs: Pairs) -> list[_Piece]:

@@ -211,7 +211,7 @@ def define(job: Job) -> LevelOutcome:
     return _define(job.config.model_dump_json(), job.labels, job.num_classes)
 
 
-def check(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
+def check_levels(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
     """Compare what the ranks found, with all that a run leaves behind, to the definition."""
     wanted = define(job)
     steps = slice(*job.steps)

@@ -15,7 +15,7 @@ from mhe_dist.topology import Topology
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import Job, run, run_all
 from tests.distributed.level_jobs import CASES, level_config, results
-from tests.distributed.level_runs import check
+from tests.distributed.level_runs import check_levels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_plain_process(case: str, world_size: int) -> None:
     for job, ranks in zip(CASES[case], results(case, world_size), strict=True):
-        check(job, ranks, TOLERANCE[job.dtype])
+        check_levels(job, ranks, TOLERANCE[job.dtype])
 
 
 @pytest.mark.parametrize("kind", ["mhp", "mhc"])
@@ -52,7 +52,7 @@ def test_a_state_continues_on_any_number_of_ranks() -> None:
     rest = [replace(j, steps=(2, 3), state=s) for j, s in zip(jobs, states, strict=True)]
     for ranks in ([run_all(Topology(), rest)], run_ranks(run_all, 3, rest)):
         for number, job in enumerate(rest):
-            check(job, [rank[number] for rank in ranks], TOLERANCE[torch.float64])
+            check_levels(job, [rank[number] for rank in ranks], TOLERANCE[torch.float64])
 
 
 def merge(ranks: list[dict]) -> dict[str, torch.Tensor]:
