@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist.config import HeadConfig
+from mhe_dist.config import BankConfig, HeadConfig, MarginConfig
 from mhe_dist.heads import HeadSpec, across, build, gathered, levels, mhs_route, pairs, softmax
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.rows import RowHead
 from mhe_dist.topology import Topology
+from tests.conftest import run_ranks
 from tests.distributed.reference import DenseHead
 
 CLASSES = 46  # of 12 heads of 4, with two padding slots
@@ -190,13 +191,19 @@ def run_all(place: Topology, jobs: list[Job]) -> list[dict[str, Tensor]]:
     return [run(place, job) for job in jobs]
 
 
+def run_on(world_size: int, jobs: list[Job]) -> list[list[dict[str, Tensor]]]:
+    """What each rank found, for each job; one rank needs no process of its own."""
+    ranks = [run_all(Topology(), jobs)] if world_size == 1 else run_ranks(run_all, world_size, jobs)
+    return list(map(list, zip(*ranks, strict=True)))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run must lead to.
 
     Attributes:
         losses, grads: by step; `grads` `[steps, n, B, D]`.
-        classes_seen: mean over samples, by step.
+        classes_seen, accuracy: means over samples, by step.
         head: the rows after the last step.
         touched: units that ever were in a softmax.
     """
@@ -204,6 +211,7 @@ class Outcome:
     losses: Tensor
     grads: Tensor
     classes_seen: Tensor
+    accuracy: Tensor
     head: DenseHead
     touched: list[int]
 
@@ -218,29 +226,47 @@ def _define(config: str, labels: str, num_classes: int) -> Outcome:
         job.config, head.initial_rows(torch.arange(layout.heads)).flatten(0, 1).requires_grad_()
     )
     embeddings, drawn = job.inputs()
-    losses, grads, classes_seen, ever = [], [], [], set()
+    losses, grads, classes_seen, accuracy, ever = [], [], [], [], set()
     for step in range(STEPS):
         x = embeddings[step].clone().requires_grad_()
         valid = (drawn[step] >= 0) & (drawn[step] < num_classes)
         own, slot = layout.locate(drawn[step][valid])
         bias, touched = softmax_of(head, step, own)
-        loss = dense.loss(x[valid], own * layout.length + slot, bias)
+        targets = own * layout.length + slot
+        dense.config = job.config.model_copy(update={"margin": grown(job.config.margin, step)})
+        loss = dense.loss(x[valid], targets, bias)
         loss.backward()
         losses.append(loss.detach())
         grads.append(x.grad)
+        accuracy.append(dense.accuracy(x[valid], targets, bias))
         classes_seen.append((bias > float("-inf")).sum(1).double().mean())
         rows = [h * layout.length + j for h in touched for j in range(layout.length)]
         dense.update(dense.rows.grad, rows, LR)
         dense.count_norms(embeddings[step][drawn[step] != NO_SAMPLE])
         ever |= set(touched)
-    return Outcome(
-        torch.stack(losses), torch.stack(grads), torch.stack(classes_seen), dense, sorted(ever)
+    by_step = map(torch.stack, (losses, grads, classes_seen, accuracy))
+    return Outcome(*by_step, dense, sorted(ever))
+
+
+def grown(margin: MarginConfig, step: int) -> MarginConfig:
+    """The margin as it is after some steps of its warm-up."""
+    if not margin.warmup_steps:
+        return margin
+    part = min(1.0, step / margin.warmup_steps)
+    return margin.model_copy(
+        update={
+            "m": part * margin.m,
+            "m1": 1 + part * (margin.m1 - 1),
+            "m2": part * margin.m2,
+            "m3": part * margin.m3,
+        }
     )
 
 
 def define(job: Job) -> Outcome:
     """The outcome of a job by the plain definition; of all its steps from the start."""
-    return _define(job.config.model_dump_json(), job.labels, job.num_classes)
+    config = job.config.model_copy(update={"bank": BankConfig()})
+    return _define(config.model_dump_json(), job.labels, job.num_classes)
 
 
 def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]]:
@@ -303,6 +329,7 @@ def check(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
     near("losses", sum(rank["losses"] for rank in ranks), wanted.losses[steps])
     seen = sum(rank["classes_seen"] for rank in ranks)
     near("classes seen", seen, wanted.classes_seen[steps])
+    near("accuracy", sum(rank["accuracy"] for rank in ranks), wanted.accuracy[steps])
     grads = torch.cat([rank["grads"] for rank in ranks]).transpose(0, 1)
     near("embeddings", grads.flatten(1, 2), wanted.grads[steps].flatten(1, 2))
     units = gathered_state(ranks, "units")

@@ -48,17 +48,26 @@ class DenseHead:
                 a row.
         """
         is_target = F.one_hot(targets, len(self.rows)).bool()
-        margin = self.config.margin
+        margin, cosine = self.config.margin, self.cosines(embeddings)
         if margin.kind == "none":
-            cosine = embeddings @ self.rows[:, :-1].T + self.rows[:, -1]
             return F.cross_entropy(torch.where(is_target, cosine, cosine + bias), targets)
-        cosine = F.normalize(embeddings, dim=1) @ F.normalize(self.rows, dim=1).T
         phi = self._target(cosine[is_target], embeddings.detach().norm(dim=1))
         negatives = cosine * margin.scale + bias
         if margin.filter:
             negatives = negatives.masked_fill(cosine > margin.filter, float("-inf"))
         logits = torch.where(is_target, phi.unsqueeze(1) * margin.scale, negatives)
         return F.cross_entropy(logits, targets)
+
+    def cosines(self, embeddings: Tensor) -> Tensor:
+        """Cosines `[n, rows]`; without normalisation inner products plus bias."""
+        if self.config.margin.kind == "none":
+            return embeddings @ self.rows[:, :-1].T + self.rows[:, -1]
+        return F.normalize(embeddings, dim=1) @ F.normalize(self.rows, dim=1).T
+
+    def accuracy(self, embeddings: Tensor, targets: Tensor, bias: Tensor) -> Tensor:
+        """Share of the samples whose target has the highest cosine of the rows they see."""
+        seen = self.cosines(embeddings).masked_fill(bias == float("-inf"), float("-inf"))
+        return (seen.argmax(1) == targets).double().mean()
 
     def _target(self, cosine: Tensor, norms: Tensor) -> Tensor:
         margin = self.config.margin

@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
+from mhe_dist.heads import build
 from mhe_dist.topology import Topology
-from tests.conftest import run_ranks
-from tests.distributed.head_runs import HEADS, MARGINS, Job, check, head_config, run_all
+from tests.distributed.head_runs import (
+    HEADS,
+    MARGINS,
+    Job,
+    check,
+    define,
+    gathered_state,
+    head_config,
+    run,
+    run_on,
+)
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5}
-LABELS = ("random", "repeated", "one", "short", "bad")
-VARIANTS = {
+LABELS = ("random", "repeated", "one", "bad")
+VARIANTS: dict[str, dict] = {
     "adamw": {"optim": {"kind": "adamw"}},
     "no momentum": {"optim": {"momentum": 0.0}},
     "filter": {"margin": {"filter": 0.2}},
+    "warm-up": {"margin": {"warmup_steps": 4}},
+    "host": {"bank": {"memory": "host"}},
+    "file": {"bank": {"memory": "file"}},
     "correction": {"mhs": {"correction": True}},
     "own": {"mhs": {"negatives": "own"}},
     "all extra": {"mhs": {"extra_heads": 50}},
     "one per class": {"partial_fc": {"rate": 1e-9}},
 }
-ONLY = {  # what a variant is about
+ONLY = {  # what a variant is about; elsewhere it is all heads
     "correction": ("route", "gather", "gather_own_plus"),
     "own": ("route", "gather"),
     "all extra": ("route", "gather", "gather_own_plus"),
     "one per class": ("partial_fc",),
 }
+MORE_THAN_ALL = 50  # of 46 classes
 
 
-def cases() -> dict[str, list[Job]]:
-    """Jobs by name."""
+def _exact() -> dict[str, list[Job]]:
     found = {}
     for head in HEADS:
         for margin in MARGINS:
-            labels = LABELS if margin == "cosface" else ("short",)
             config = head_config(head, margin)
-            found[f"{head}-{margin}"] = [Job(config, kind, d) for kind in labels for d in TOLERANCE]
+            found[f"{head}-{margin}"] = [Job(config, "short", dtype) for dtype in TOLERANCE]
+        for labels in LABELS:
+            found[f"{head}-{labels}"] = [Job(head_config(head), labels)]
         for name, changes in VARIANTS.items():
             if head in ONLY.get(name, HEADS):
-                config = head_config(head, **changes)
-                found[f"{head}-{name}"] = [Job(config, "random", dtype) for dtype in TOLERANCE]
+                found[f"{head}-{name}"] = [Job(head_config(head, **changes))]
         found[f"{head}-in pieces"] = [
             Job(head_config(head, margin), kind, num_classes=401, cramped=True)
             for margin, kind in (("cosface", "short"), ("none", "random"), ("adaface", "repeated"))
@@ -49,22 +63,65 @@ def cases() -> dict[str, list[Job]]:
     return found
 
 
-@lru_cache(maxsize=3)
-def results(world_size: int) -> list[list[dict]]:
-    """What each rank found for all jobs."""
-    jobs = [job for jobs in cases().values() for job in jobs]
-    if world_size == 1:
-        return [run_all(Topology(), jobs)]
-    return run_ranks(run_all, world_size, jobs)
+EXACT = _exact()
+ROUNDED = {
+    f"{head}-bfloat16-{optim}": [
+        Job(head_config(head, bank={"dtype": "bfloat16"}, optim={"kind": optim}))
+    ]
+    for head in HEADS
+    for optim in ("sgd", "adamw")
+}
+PREDICTIONS = {
+    f"{head}-{margin}-{k}": [Job(head_config(head, margin), predict=k)]
+    for head in HEADS
+    for margin in ("cosface", "none")
+    for k in (3, MORE_THAN_ALL)
+}
+Found = dict[str, list[list[dict[str, Tensor]]]]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("case", cases())
-def test_equals_one_plain_process(case: str, world_size: int) -> None:
-    first = 0
-    for name, jobs in cases().items():
-        if name == case:
-            for number, job in enumerate(jobs, first):
-                ranks = [rank[number] for rank in results(world_size)]
-                check(job, ranks, TOLERANCE[job.dtype])
-        first += len(jobs)
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """For each case and job what each rank found; one start of the ranks for all of them."""
+    folder = tmp_path_factory.mktemp("rows")
+    cases = EXACT | ROUNDED | PREDICTIONS
+    jobs = [replace(job, folder=str(folder)) for jobs in cases.values() for job in jobs]
+    by_job = iter(run_on(request.param, jobs))
+    return {name: [next(by_job) for _ in jobs] for name, jobs in cases.items()}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_equals_one_plain_process(case: str, found: Found) -> None:
+    for job, ranks in zip(EXACT[case], found[case], strict=True):
+        check(job, ranks, TOLERANCE[job.dtype])
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_bfloat16_rows_do_not_depend_on_the_ranks_and_stay_near(case: str, found: Found) -> None:
+    (job,), (ranks,) = ROUNDED[case], found[case]
+    alone, exact = run(Topology(), job), define(job)
+    for field in ("units", "weight", *exact.head.state):
+        assert torch.equal(gathered_state(ranks, field), gathered_state([alone], field)), field
+    losses = sum(rank["losses"] for rank in ranks)
+    torch.testing.assert_close(losses, exact.losses, rtol=0.02, atol=0.0)
+    assert gathered_state(ranks, "weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_best_classes(case: str, found: Found) -> None:
+    (job,), (ranks,) = PREDICTIONS[case], found[case]
+    layout = build(job.spec(), Topology()).layout
+    dense = define(job).head
+    scores = dense.cosines(job.inputs()[0][-1].flatten(0, 1))
+    if job.config.margin.kind != "none":
+        scores = scores * job.config.margin.scale
+    places = torch.arange(len(dense.rows))
+    classes = layout.classes(places // layout.length, places % layout.length)
+    scores = scores.masked_fill(classes < 0, float("-inf")).detach()
+    best, where = scores.topk(min(job.predict, job.num_classes), dim=1)
+    predicted = torch.cat([rank["classes"] for rank in ranks])
+    assert predicted[:, : best.shape[1]].tolist() == classes[where].tolist()
+    assert (predicted[:, best.shape[1] :] == -1).all()
+    torch.testing.assert_close(
+        torch.cat([rank["scores"] for rank in ranks])[:, : best.shape[1]], best
+    )
