@@ -56,7 +56,10 @@ class GlyphsConfig(Section):
         ["STIXGeneral*"], description="Names (* and ?) of font files kept for the evaluation."
     )
     heldout_classes: PositiveInt = Field(500, description="Classes kept for the evaluation alone.")
-    min_fonts: PositiveInt = Field(4, description="A class needs a glyph in this many typefaces.")
+    min_fonts: PositiveInt = Field(4, description="A class needs a glyph in this many font files.")
+    max_classes: int = Field(
+        0, ge=0, description="Most classes for training, drawn at random; 0: all there are."
+    )
     image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
 
 

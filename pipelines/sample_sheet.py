@@ -33,27 +33,29 @@ def sheet(index: ShardIndex, rows: int = 8, columns: int = 8, seed: int = 0) -> 
         seed: of the draw.
 
     Raises:
-        UserError: the index does not know the labels.
+        UserError: there is no sample.
     """
+    if not index.samples:
+        raise UserError(f"{index.folder}: there is no sample to show")
     labels = _labels(index)
+    if labels is None:  # an index of an earlier release: any images
+        chosen = _draw(index.samples, rows * columns, seed, 0)
+        parts = [chosen[n : n + columns] for n in range(0, len(chosen), columns)]
+        return _figure(index, np.concatenate([_row(index, part, columns) for part in parts]), [])
     present = np.unique(labels)
-    classes = present[_draw(len(present), rows, seed, 0)]
+    classes = present[_draw(len(present), rows, seed, 0)].tolist()
     lines = []
-    for label in classes.tolist():
+    for label in classes:
         mine = np.flatnonzero(labels == label)
-        chosen = mine[_draw(len(mine), columns, seed, label + 1)]
-        lines.append(_row(index, chosen, columns))
+        lines.append(_row(index, mine[_draw(len(mine), columns, seed, label + 1)], columns))
     return _figure(index, np.concatenate(lines), classes)
 
 
-def _labels(index: ShardIndex) -> Ints:
+def _labels(index: ShardIndex) -> Ints | None:
+    """The label of every sample, if the index holds them all."""
     labels = [shard.labels for shard in index.shards]
     known = [part for part in labels if part is not None]
-    if len(known) < len(labels) or not index.samples:
-        raise UserError(
-            f"{index.folder}: the index does not hold the labels; make it again (mhe data index)"
-        )
-    return np.concatenate(known)
+    return np.concatenate(known) if len(known) == len(labels) else None
 
 
 def _draw(population: int, count: int, seed: int, label: int) -> Ints:
@@ -77,7 +79,7 @@ def _image(index: ShardIndex, number: int) -> Pixels:
     return framed(images[0].permute(1, 2, 0).numpy(), PLAIN)
 
 
-def _figure(index: ShardIndex, picture: Pixels, classes: Ints) -> Figure:
+def _figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figure:
     height, width, _ = picture.shape
     left, top = 330, 70  # pixels beside and above the picture
     size = ((width + left) / _DPI, (height + top) / _DPI)
@@ -90,17 +92,18 @@ def _figure(index: ShardIndex, picture: Pixels, classes: Ints) -> Figure:
     place = f"{index.folder.rstrip('/').rpartition('/')[2]}: {counts}"
     style: dict[str, Any] = {"parse_math": False, "va": "center"}
     figure.text(0.01, 1 - top / 2 / (height + top), place, fontweight="bold", **style)
-    names, step = class_names(index, classes), height / len(classes)
-    for row, (label, name) in enumerate(zip(classes.tolist(), names, strict=True)):
+    names = class_names(index, classes)
+    for row, (label, name) in enumerate(zip(classes, names, strict=True)):
         text = f"{label}\n{name}" if name else str(label)
-        axes.text(-12, (row + 0.5) * step, text, ha="right", fontsize=8, **style)
+        middle = (row + 0.5) * height / len(classes)
+        axes.text(-12, middle, text, ha="right", fontsize=8, **style)
     return figure
 
 
-def class_names(index: ShardIndex, classes: Ints) -> list[str]:
+def class_names(index: ShardIndex, classes: list[int]) -> list[str]:
     """What the source called these classes, shortened; empty where the data set does not say."""
-    names = dict.fromkeys(classes.tolist(), "")
-    if index.meta.get("class_names"):
+    names = dict.fromkeys(classes, "")
+    if names and index.meta.get("class_names"):
         wanted, last = set(names), max(names)
         filesystem, path = urls.find(f"{index.folder}/{CLASSES}")
         if filesystem.exists(path):

@@ -10,7 +10,9 @@ from launcher import console
 from launcher.checks import HELDOUT, TRAIN
 from launcher.progress import Display
 from launcher.verbs import data_check, data_import
+from launcher.verbs.data_import import Processes
 from mhe_dist.config import GlyphsConfig
+from pipelines.parallel import cores
 from pipelines.shards import ShardIndex
 
 DEFAULTS = GlyphsConfig()
@@ -31,7 +33,7 @@ app.command()(data_import.folder)
 def glyphs(
     out: Annotated[str, typer.Option(help="Folder for the shards; train/ and heldout/ are made.")],
     fonts: Annotated[
-        str, typer.Option(help="Folder of .ttf, .otf, .ttc files; those of matplotlib if left out.")
+        str, typer.Option(help="Folder with fonts in or below it; those of matplotlib if left out.")
     ] = "",
     heldout_fonts: Annotated[
         list[str], typer.Option(help="Names (* and ?) of font files kept for the evaluation.")
@@ -40,11 +42,15 @@ def glyphs(
         int, typer.Option(min=1, help="Characters kept for the evaluation.")
     ] = DEFAULTS.heldout_classes,
     min_fonts: Annotated[
-        int, typer.Option(min=1, help="A character needs a glyph in this many typefaces.")
+        int, typer.Option(min=1, help="A character needs a glyph in this many font files.")
     ] = DEFAULTS.min_fonts,
+    max_classes: Annotated[
+        int, typer.Option(min=0, help="Most characters for training, drawn at random; 0: all.")
+    ] = DEFAULTS.max_classes,
     image_size: Annotated[
         int, typer.Option(min=1, help="Side of the images in pixels.")
     ] = DEFAULTS.image_size,
+    processes: Processes = 0,
 ) -> None:
     """Draw the characters of a folder of fonts: a class is a character, its images the typefaces.
 
@@ -60,13 +66,13 @@ def glyphs(
         heldout_fonts=heldout_fonts,
         heldout_classes=heldout_classes,
         min_fonts=min_fonts,
+        max_classes=max_classes,
         image_size=image_size,
     )
-    with Display().counting("drawing the data set") as progress:
-        write_glyphs(fonts, out, settings, progress)
+    with data_import.resumable(), Display().counting("drawing the data set") as progress:
+        write_glyphs(fonts, out, settings, progress, processes or cores())
     for name in (TRAIN, HELDOUT):
-        index = ShardIndex.load(f"{out}/{name}")
-        console.say(f"{out}/{name}: {index.samples:,} images of {index.num_classes:,} classes")
+        console.say(data_import.describe(ShardIndex.load(f"{out}/{name}")))
     places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
     command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
     console.list_commands("Next", [("train on it", command)])

@@ -121,7 +121,8 @@ def _show(report: Report) -> None:
     from pipelines.verify_report import summary
 
     about = summary(report)
-    table = Table(title=describe(report.data), title_justify="left", show_header=False)
+    console.say(describe(report.data))
+    table = Table(show_header=False)
     for kind, meaning in MEANINGS.items():
         count = report.counts.get(kind, 0)
         table.add_row(meaning, f"[red]{count:,}[/]" if count else "[green]0[/]")

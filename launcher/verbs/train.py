@@ -45,10 +45,11 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 def _run(settings: Config, display: Display) -> None:
     if settings.data.glyphs is not None:
+        from pipelines.parallel import cores
         from pipelines.sources.glyphs import ensure_glyphs
 
         with display.counting("drawing the data set") as progress:
-            ensure_glyphs(settings, progress)
+            ensure_glyphs(settings, progress, cores())
     config_load.save(settings, f"{settings.run.path}/config.yaml")
     display.waiting(f"starting Ray and {settings.scale.workers} workers: about 20 s")
     ray_train.train(settings, display.handle)

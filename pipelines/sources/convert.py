@@ -73,10 +73,11 @@ class Converted(NamedTuple):
     warnings: list[str]
 
 
-class _Tars(Sequence[T]):
+class Tars(Sequence[T]):
     """The task of each tar, made when it is asked for."""
 
     def __init__(self, order: Ints, bounds: Ints, task: Callable[[Ints], T]) -> None:
+        """Args: samples in order; where the tars begin, and the end; from samples to a task."""
         self._order, self._bounds, self._task = order, bounds, task
 
     def __len__(self) -> int:
@@ -118,12 +119,12 @@ def write(
     if not len(found.classes):
         raise UserError(f"{about['from']}: no image here")
     order = _order(len(found.classes), options.shuffle, about["source"])
-    tars = _Tars(order, _cut(found.sizes[order], options.shard_bytes), task)
+    tars = Tars(order, _cut(found.sizes[order], options.shard_bytes), task)
     recipe = about | {
         "version": _VERSION,
         "shuffle": options.shuffle,
         "shard_bytes": options.shard_bytes,
-        "samples": _digest([found.classes, found.sizes, *columns]),
+        "samples": digest_of_columns([found.classes, found.sizes, *columns]),
     }
     with ShardWriter(out, about["source"], recipe) as writer:
         later = writer.write_all(make, tars, options.processes, progress)
@@ -180,7 +181,8 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _digest(columns: Iterable[Ints]) -> str:
+def digest_of_columns(columns: Iterable[Ints]) -> str:
+    """A digest of columns of numbers, for a recipe."""
     digest = hashlib.sha256()
     for column in columns:
         digest.update(np.ascontiguousarray(column, "<i8").tobytes())

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Glyph(NamedTuple):
-    """One picture: a character in a typeface, named by its file."""
+    """One picture: a character in a typeface, which is named by its file (see `Typeface.name`)."""
 
     code: int
     font: str
@@ -30,7 +30,9 @@ class Glyph(NamedTuple):
     @property
     def key(self) -> str:
         """Key of the sample: code point and typeface, without a dot."""
-        return f"u{self.code:05x}-{PurePath(self.font).stem.replace('.', '_')}"
+        name, _, face = self.font.partition("#")
+        stem = PurePath(name).stem.replace(".", "_")
+        return f"u{self.code:05x}-{stem}" + (f"-face{face}" if face else "")
 
 
 class Plan(NamedTuple):
@@ -82,7 +84,12 @@ def split_fonts(fonts: Sequence[Font], settings: GlyphsConfig) -> tuple[list[str
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
+    """Whether a typeface is in a file of that name; those of a collection stay together."""
+    return any(fnmatch(_file_of(name), pattern) for pattern in patterns)
+
+
+def _file_of(font: str) -> str:
+    return font.partition("#")[0]
 
 
 def _smallest_family(fonts: Sequence[Font], settings: GlyphsConfig) -> list[Font]:
@@ -120,26 +127,34 @@ def plan_classes(
         UserError: there are fewer classes than the settings ask for.
     """
     groups = merge_lookalikes(pictures)
-    eligible = [number for number, group in enumerate(groups) if _has(group, known, unseen)]
+    rank, held = {font: n for n, font in enumerate(known)}, set(unseen)
+    eligible = [n for n, group in enumerate(groups) if _is_in_both(group, rank, held)]
     if len(eligible) < settings.heldout_classes:
         raise UserError(
             f"data.glyphs.heldout_classes={settings.heldout_classes}: only {len(eligible)} classes "
             f"are both in {', '.join(unseen)} and in another font"
         )
-    drawn = permutation(len(eligible), generator(0, "glyphs/heldout"))[: settings.heldout_classes]
-    chosen = {eligible[i] for i in drawn}
-    heldout = [_enrol(groups[number], pictures, known, unseen) for number in sorted(chosen)]
+    chosen = set(_some(eligible, settings.heldout_classes, "glyphs/heldout"))
+    heldout = [_enrol(groups[number], pictures, rank, held) for number in sorted(chosen)]
     train = []
     for number, group in enumerate(groups):
-        glyphs = [glyph for glyph in group if glyph.font in known]
-        if number not in chosen and len({g.font for g in glyphs}) >= settings.min_fonts:
+        glyphs = [glyph for glyph in group if glyph.font in rank]
+        files = {_file_of(glyph.font) for glyph in glyphs}
+        if number not in chosen and len(files) >= settings.min_fonts:
             train.append(_distinct(glyphs, pictures))
     if not train:
         raise UserError(
             f"data.glyphs.min_fonts={settings.min_fonts}: no character is in so many of the "
-            f"{len(known)} fonts for training; lower it"
+            f"{len({_file_of(font) for font in known})} fonts for training; lower it"
         )
-    return Plan(train, heldout)
+    most = settings.max_classes or len(train)
+    return Plan([train[n] for n in sorted(_some(range(len(train)), most, "glyphs/train"))], heldout)
+
+
+def _some(numbers: Sequence[int], count: int, purpose: str) -> list[int]:
+    """So many of the numbers, drawn at random; a larger count has those of a smaller one."""
+    drawn = permutation(len(numbers), generator(0, purpose))[:count]
+    return [numbers[place] for place in drawn.tolist()]
 
 
 def merge_lookalikes(pictures: Mapping[Glyph, bytes]) -> list[list[Glyph]]:
@@ -156,16 +171,18 @@ def merge_lookalikes(pictures: Mapping[Glyph, bytes]) -> list[list[Glyph]]:
         return code
 
     first: dict[bytes, int] = {}
-    for glyph, picture in sorted(pictures.items()):
-        low, high = sorted((find(glyph.code), find(first.setdefault(picture, glyph.code))))
+    ordered = sorted(pictures)
+    for glyph in ordered:
+        twin = first.setdefault(pictures[glyph], glyph.code)
+        low, high = sorted((find(glyph.code), find(twin)))
         root[high] = low
     groups: dict[int, list[Glyph]] = defaultdict(list)
-    for glyph in sorted(pictures):
+    for glyph in ordered:
         groups[find(glyph.code)].append(glyph)
     return [groups[code] for code in sorted(groups)]
 
 
-def _has(group: Sequence[Glyph], known: Sequence[str], unseen: Sequence[str]) -> bool:
+def _is_in_both(group: Sequence[Glyph], known: Mapping[str, int], unseen: set[str]) -> bool:
     fonts = {glyph.font for glyph in group}
     return not fonts.isdisjoint(known) and not fonts.isdisjoint(unseen)
 
@@ -173,13 +190,13 @@ def _has(group: Sequence[Glyph], known: Sequence[str], unseen: Sequence[str]) ->
 def _enrol(
     group: Sequence[Glyph],
     pictures: Mapping[Glyph, bytes],
-    known: Sequence[str],
-    unseen: Sequence[str],
+    known: Mapping[str, int],
+    unseen: set[str],
 ) -> list[Glyph]:
     """A held-out class: one image in a known typeface, then all in the unseen ones."""
     gallery = min(
         (glyph for glyph in group if glyph.font in known),
-        key=lambda glyph: (known.index(glyph.font), glyph.code),
+        key=lambda glyph: (known[glyph.font], glyph.code),
     )
     probes = _distinct([glyph for glyph in group if glyph.font in unseen], pictures)
     return [gallery, *probes]

@@ -9,44 +9,42 @@ training never saw in a typeface that training never saw.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable
-from hashlib import blake2b
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import matplotlib
-import simplejpeg
+import numpy as np
 
 from mhe_dist.config import Config, GlyphsConfig
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
+from pipelines import parallel
 from pipelines.order import permutation
 from pipelines.parallel import Progress, ignore
-from pipelines.shards import Sample, ShardIndex, ShardWriter, exists
+from pipelines.shards import ShardIndex, ShardWriter, exists
+from pipelines.sources import convert, glyph_draw
+from pipelines.sources.convert import Ints
+from pipelines.sources.fonts import FontFile, find_fonts
+from pipelines.sources.glyph_draw import Face, Row, Survey, Tar
 from pipelines.sources.glyph_plan import Glyph, plan_classes, split_fonts
-from pipelines.sources.typeface import Typeface, Unusable
+from pipelines.sources.typeface import Typeface, Unusable, open_faces
+from pipelines.staging import Journal
+from pipelines.tables import CLASSES, class_table, write_table
 from pipelines.urls import refuse_existing
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"
-_SHARD: Final = 1000  # samples per tar, about 3 MB at 32 pixels
-_QUALITY: Final = 95
-_FONT_FILES: Final = (".ttf", ".otf", ".ttc")
+_JOURNAL: Final = ".glyphs.partial"
+_SHARD: Final = 1000  # least samples per tar, about 3 MB at 32 pixels
+_SHARDS: Final = 256  # tars of a set so large that they hold more than that
 
 log = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
-    """A sample to be written; its role is `train`, `gallery` (enrolled) or `probe`."""
-
-    label: int
-    glyph: Glyph
-    role: str
-
-
-def ensure_glyphs(config: Config, progress: Progress = ignore) -> bool:
+def ensure_glyphs(config: Config, progress: Progress = ignore, processes: int = 1) -> bool:
     """Make the glyph data set of `config.data.glyphs` if its shards are missing.
 
     Returns:
@@ -68,32 +66,44 @@ def ensure_glyphs(config: Config, progress: Progress = ignore) -> bool:
             f"data.shards={shards}: with data.glyphs it must be a folder named {TRAIN!r}; the "
             f"held-out set is written beside it as {HELDOUT!r}"
         )
-    write_glyphs(settings.fonts, root or ".", settings, progress)
+    write_glyphs(settings.fonts, root or ".", settings, progress, processes)
     return True
 
 
-def write_glyphs(fonts: str, out: str, settings: GlyphsConfig, progress: Progress = ignore) -> None:
+def write_glyphs(
+    fonts: str,
+    out: str,
+    settings: GlyphsConfig,
+    progress: Progress = ignore,
+    processes: int = 1,
+) -> None:
     """Render the fonts of a folder into `out/train` and `out/heldout`.
 
     The result depends on the fonts and the settings alone. The training samples are shuffled
-    globally; the held-out ones lie class by class, enrolment image first.
+    globally; the held-out ones lie class by class, enrolment image first. An interrupted call goes
+    on when it is repeated.
 
     Args:
-        fonts: folder of font files; empty: those that matplotlib ships.
+        fonts: folder of font files, also in folders below; empty: those that matplotlib ships.
         out: folder for the two data sets; neither may exist.
         settings: see `GlyphsConfig`; its `fonts` is not looked at.
         progress: called with the pictures drawn and the number in all; two passes over them.
+        processes: how many draw at the same time.
 
     Raises:
         UserError: no fonts, a target that exists, or too few classes for the settings.
     """
     for name in (TRAIN, HELDOUT):
         refuse_existing(f"{out}/{name}")
-    typefaces = open_typefaces(fonts or matplotlib_fonts(), settings.image_size)
+    files = find_fonts(fonts or matplotlib_fonts())
+    typefaces = open_typefaces(files, settings.image_size)
     known, unseen = split_fonts(list(typefaces.values()), settings)
-    faces = [typefaces[name] for name in (*known, *unseen)]
-    count = _Count(progress, 2 * sum(len(face.codes) for face in faces))
-    plan = plan_classes(survey(faces, count.add), known, unseen, settings)
+    faces = {name: typefaces[name] for name in (*known, *unseen)}
+    count = _Count(progress, 2 * sum(len(face.codes) for face in faces.values()))
+    drawing = _Drawing({name: _face_of(faces[name], files) for name in faces}, processes, count)
+    digests = [[file.name, file.digest] for file in files]
+    journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
+    plan = plan_classes(drawing.survey(faces, journal), known, unseen, settings)
     count.total = count.done + plan.samples
     about = {
         "source": "glyphs",
@@ -101,18 +111,21 @@ def write_glyphs(fonts: str, out: str, settings: GlyphsConfig, progress: Progres
         "train_fonts": known,
         "heldout_fonts": unseen,
     }
+    rows, shuffled = _Rows(HELDOUT, plan.heldout), _Rows(TRAIN, plan.train)
+    recipe = about | {"fonts": digests}
     with (
-        ShardWriter(f"{out}/{HELDOUT}", HELDOUT) as heldout,
-        ShardWriter(f"{out}/{TRAIN}", TRAIN) as train,
+        ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
+        ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
     ):
-        rows = _rows(plan.heldout, "gallery", "probe")
-        _write(heldout, rows, typefaces, count)
-        shuffled = _rows(plan.train, "train", "train")
-        order = permutation(len(shuffled), generator(0, "glyphs/shuffle"))
-        _write(train, [shuffled[i] for i in order], typefaces, count)
+        drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
+        order = permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
+        drawing.write(train, shuffled, order)
+        _write_classes(heldout, plan.heldout)
+        _write_classes(train, plan.train)
         # The training set last: its index is what `ensure_glyphs` looks for.
-        heldout.finish(len(plan.heldout), about | _roles(rows) | _characters(plan.heldout))
-        train.finish(len(plan.train), about | _characters(plan.train))
+        heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES})
+        train.finish(len(plan.train), about | {"class_names": CLASSES})
+    journal.remove()
 
 
 def matplotlib_fonts() -> str:
@@ -120,24 +133,30 @@ def matplotlib_fonts() -> str:
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
 
 
-def open_typefaces(folder: str, side: int) -> dict[str, Typeface]:
-    """The usable fonts of a folder by file name, sorted; a damaged one is left out with a warning.
+def open_typefaces(files: Sequence[FontFile], side: int) -> dict[str, Typeface]:
+    """The usable typefaces of font files by name; a damaged file is left out with a warning.
 
     Raises:
         UserError: there is none.
     """
     typefaces: dict[str, Typeface] = {}
-    for path in sorted(Path(folder).glob("*")):
-        if path.stem in {Path(name).stem for name in typefaces}:
-            log.warning("%s: another file has this name already; left out", path)
-        elif path.suffix.lower() in _FONT_FILES:
-            try:
-                typefaces[path.name] = Typeface(path, side)
-            except Unusable as error:
-                log.warning("%s; left out", error)
+    for file in files:
+        try:
+            faces = open_faces(Path(file.path), side, file.name)
+        except Unusable as error:
+            log.warning("%s; left out", error)
+            continue
+        typefaces |= {face.name: face for face in faces}
     if not typefaces:
-        raise UserError(f"data.glyphs.fonts={folder}: no font file ({', '.join(_FONT_FILES)}) here")
+        raise UserError(f"data.glyphs.fonts: none of {len(files)} font files can be used")
     return typefaces
+
+
+def _face_of(typeface: Typeface, files: Sequence[FontFile]) -> Face:
+    """Where a typeface is, for other processes."""
+    name, _, number = typeface.name.partition("#")
+    (path,) = (file.path for file in files if file.name == name)
+    return Face(path, name, int(number or 0), typeface.side)
 
 
 class _Count:
@@ -151,81 +170,98 @@ class _Count:
         self.progress(self.done, self.total)
 
 
-def survey(faces: list[Typeface], drawn: Callable[[int], None]) -> dict[Glyph, bytes]:
-    """Draw every character of every typeface; the fingerprints of those that are not blank.
+class _Rows:
+    """The samples of a set, class by class.
 
-    Args:
-        faces: the typefaces.
-        drawn: called after each of them with the number of its characters.
+    Attributes:
+        glyphs: what each of them shows.
+        firsts: int64 `[C]`, number of the first sample of each class.
     """
-    found = {}
-    for face in faces:
-        broken = 0
-        for code in face.codes:
-            try:
-                picture = face.draw(code)
-            except OSError:
-                broken += 1
-                continue
-            if picture is not None:
-                found[Glyph(code, face.name)] = blake2b(picture.tobytes(), digest_size=16).digest()
-        if broken:
-            log.warning("%s: FreeType cannot draw %d glyphs; left out", face.name, broken)
-        drawn(len(face.codes))
-    return found
+
+    def __init__(self, name: str, classes: list[list[Glyph]]) -> None:
+        sizes = [len(glyphs) for glyphs in classes]
+        self.glyphs = [glyph for glyphs in classes for glyph in glyphs]
+        self.firsts: Ints = np.cumsum([0, *sizes])[:-1].astype(np.int64)
+        self._labels = np.repeat(np.arange(len(classes)), sizes)
+        self._is_heldout = name == HELDOUT
+
+    def row(self, number: int) -> Row:
+        """A sample; its role is `train`, `gallery` (the first of a held-out class) or `probe`."""
+        glyph, label, role = self.glyphs[number], int(self._labels[number]), "train"
+        if self._is_heldout:
+            role = "gallery" if self.firsts[label] == number else "probe"
+        return Row(label, glyph.key, glyph.code, glyph.font, role)
 
 
-def _rows(classes: list[list[Glyph]], first: str, others: str) -> list[Row]:
-    """All glyphs class by class, with the role of a class's first one and of its others."""
-    return [
-        Row(label, glyph, others if number else first)
-        for label, glyphs in enumerate(classes)
-        for number, glyph in enumerate(glyphs)
-    ]
+class _Drawing:
+    """Draws with all processes: first everything that there is, then the samples."""
+
+    def __init__(self, faces: dict[str, Face], processes: int, count: _Count) -> None:
+        self._faces, self._processes, self._count = faces, processes, count
+
+    def survey(self, typefaces: dict[str, Typeface], journal: Journal) -> dict[Glyph, bytes]:
+        """Fingerprint of every picture that is not blank."""
+        names = list(typefaces)
+        results = {n: kept for n in range(len(names)) if (kept := journal.get(n)) is not None}
+        self._count.add(sum(len(typefaces[names[n]].codes) for n in results))
+        todo = (
+            (n, Survey(self._faces[name], typefaces[name].codes))
+            for n, name in enumerate(names)
+            if n not in results
+        )
+        for number, result in parallel.run(glyph_draw.survey, todo, self._processes):
+            results[number] = result
+            journal.keep(number, result)
+            name = names[number]
+            if result["broken"]:
+                log.warning("%s: FreeType cannot draw %d glyphs", name, result["broken"])
+            self._count.add(len(typefaces[name].codes))
+        return {
+            Glyph(code, name): fingerprint
+            for number, name in enumerate(names)
+            for code, fingerprint in glyph_draw.fingerprints(results[number])
+        }
+
+    def write(self, writer: ShardWriter, rows: _Rows, order: Ints) -> None:
+        """Write samples in an order, as shards of equal size."""
+        total = len(order)
+        shards = -(-total // max(_SHARD, -(-total // _SHARDS)))
+        bounds = np.arange(shards + 1) * total // shards
+        tars = convert.Tars(order, bounds, partial(self._tar, rows))
+        before = self._count.done
+
+        def progress(done: int, _: int) -> None:
+            self._count.add(before + int(bounds[done]) - self._count.done)
+
+        writer.write_all(glyph_draw.samples, tars, self._processes, progress)
+
+    def _tar(self, rows: _Rows, chosen: Ints) -> Tar:
+        """What a process needs to draw some samples."""
+        made = [rows.row(number) for number in chosen.tolist()]
+        return Tar(made, {row.font: self._faces[row.font] for row in made})
 
 
-def _write(
-    writer: ShardWriter, rows: list[Row], typefaces: dict[str, Typeface], count: _Count
-) -> None:
-    """Write rows in their order, as shards of equal size."""
-    shards = -(-len(rows) // _SHARD)
-    for number in range(shards):
-        part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
-        writer.write(_sample(row, typefaces[row.glyph.font]) for row in part)
-        count.add(len(part))
+def _write_classes(writer: ShardWriter, classes: list[list[Glyph]]) -> None:
+    """The code points of each class, as its name."""
+    codes = (sorted({glyph.code for glyph in glyphs}) for glyphs in classes)
+    names = [" ".join(f"U+{code:04X}" for code in merged) for merged in codes]
+    write_table(f"{writer.folder}/{CLASSES}", class_table(names, writer.shards))
 
 
-def _sample(row: Row, face: Typeface) -> Sample:
-    """White ink on black, as a grey JPEG: black is also what augmentation fills with."""
-    glyph = row.glyph
-    picture = face.draw(glyph.code)
-    if picture is None:
-        raise RunError(f"{glyph.key}: drew ink the first time and nothing the second time")
-    image = simplejpeg.encode_jpeg(picture[:, :, None], quality=_QUALITY, colorspace="GRAY")
-    about = {"codepoint": glyph.code, "font": glyph.font, "role": row.role}
-    members = {"jpg": image, "cls": str(row.label).encode(), "json": json.dumps(about).encode()}
-    return Sample(glyph.key, members)
-
-
-def _roles(rows: list[Row]) -> dict[str, Any]:
+def _roles(rows: _Rows) -> dict[str, Any]:
     """For the index of the held-out set: who is enrolled, and which typeface a sample is in.
 
     `gallery`: numbers of the enrolment samples, by class; all others are probes. `fonts` and
     `font`: names of the typefaces, and for each sample which one, so that an identification
     inside the unseen typefaces can be made as well.
     """
-    fonts = sorted({row.glyph.font for row in rows})
+    fonts = sorted({glyph.font for glyph in rows.glyphs})
+    number = {font: n for n, font in enumerate(fonts)}
     return {
-        "gallery": [number for number, row in enumerate(rows) if row.role == "gallery"],
+        "gallery": rows.firsts.tolist(),
         "fonts": fonts,
-        "font": [fonts.index(row.glyph.font) for row in rows],
+        "font": [number[glyph.font] for glyph in rows.glyphs],
     }
-
-
-def _characters(classes: list[list[Glyph]]) -> dict[str, Any]:
-    """For the index: the code points of each class."""
-    codes = (sorted({glyph.code for glyph in glyphs}) for glyphs in classes)
-    return {"classes": [" ".join(f"U+{code:04X}" for code in merged) for merged in codes]}
 
 
 def _recorded(settings: GlyphsConfig) -> dict[str, Any]:
@@ -239,8 +275,9 @@ def _refuse_other_settings(shards: str, settings: GlyphsConfig) -> None:
     if made is None:
         return
     for key, value in _recorded(settings).items():
-        if made.get(key) != value:
+        before = made.get(key, GlyphsConfig.model_fields[key].default)
+        if before != value:
             raise UserError(
-                f"data.glyphs.{key}={value}: the glyphs in {shards} were made with "
-                f"{made.get(key)}; delete that folder or choose another data.shards"
+                f"data.glyphs.{key}={value}: the glyphs in {shards} were made with {before}; "
+                f"delete that folder or choose another data.shards"
             )

@@ -1,7 +1,8 @@
-"""One font file: which characters it really has, and how one of them looks."""
+"""A typeface in a font file: which characters it really has, and how one of them looks."""
 
 from __future__ import annotations
 
+import struct
 import unicodedata
 from pathlib import Path
 from typing import Final
@@ -16,9 +17,17 @@ Picture = npt.NDArray[np.uint8]
 _OVERSAMPLING: Final = 4  # drawn this much larger, then averaged: antialiasing without hinting
 _CAPITAL: Final = 0.625  # height of a capital letter, as a share of the image's side
 _USUAL_CAPITAL: Final = 0.72  # the same as a share of the em, for fonts without an H
+_MOST_FACES: Final = 64  # of a collection; one that is damaged may announce any number
 _MARGIN: Final = 1  # pixels on each side that stay empty
 # Controls, format characters, surrogates and private use: no characters that fonts agree on.
 _NO_CHARACTER: Final = ("Cc", "Cf", "Cs", "Co")
+
+
+_OUTLINES: Final = ("glyf", "CFF ", "CFF2")  # the tables that hold them
+_UNUSABLE: Final = (
+    *(OSError, TTLibError, KeyError, AssertionError, ValueError, AttributeError),
+    *(IndexError, TypeError, struct.error, UnicodeDecodeError),
+)
 
 
 class Unusable(Exception):
@@ -26,36 +35,52 @@ class Unusable(Exception):
 
 
 class Typeface:
-    """A font file, opened for drawing pictures of `side` x `side` pixels.
+    """A typeface, opened for drawing pictures of `side` x `side` pixels.
 
     All typefaces are scaled to capitals of one height, because relative size tells characters
     apart (o, O). A glyph is centred horizontally and stands on one common line, because height
     tells characters apart too (comma, apostrophe); only what would leave the picture is moved, and
     only what is larger than the picture is shrunk.
+
+    Attributes:
+        name: of the font file, and for further faces of a collection `#` and the number.
+        family: as the file's first face calls it.
+        codes: its characters, sorted.
+        outlines: for each of them, what is equal for equal pictures in faces of one file.
     """
 
-    def __init__(self, path: Path, side: int) -> None:
+    def __init__(self, path: Path, side: int, face: int = 0, name: str = "") -> None:
         """Open a font.
+
+        Args:
+            path: of the file.
+            side: of the pictures, in pixels.
+            face: which one, in a collection.
+            name: of the file, if it is to be called something else.
 
         Raises:
             Unusable: it is not a font that fontTools and FreeType understand.
         """
-        self.name = path.name
+        self.name = (name or path.name) + (f"#{face}" if face else "")
         self.side = side
         try:
-            with TTFont(path, fontNumber=0, lazy=True) as tables:
+            with TTFont(path, fontNumber=face, lazy=True) as tables:
                 cmap = tables.getBestCmap() or {}
                 self.family = str(tables["name"].getBestFamilyName() or path.stem)
+                shared = [tables.reader.tables[tag].offset for tag in _OUTLINES if tag in tables]
+                number = tables.getReverseGlyphMap()
             # The basic layout: raqm fails on combining marks that stand alone.
-            unscaled = ImageFont.truetype(str(path), 1000, layout_engine=ImageFont.Layout.BASIC)
-        except (OSError, TTLibError, KeyError, AssertionError) as error:
-            raise Unusable(f"{path}: not a usable font ({error})") from error
+            basic = ImageFont.Layout.BASIC
+            unscaled = ImageFont.truetype(str(path), 1000, index=face, layout_engine=basic)
+        except _UNUSABLE as error:
+            raise Unusable(f"{path}: not a usable font ({error!r})") from error
         capital = _USUAL_CAPITAL
         if ord("H") in cmap:
             _, top, _, bottom = unscaled.getbbox("H", anchor="ls")
             capital = (bottom - top) / 1000 or _USUAL_CAPITAL
         self._font = unscaled.font_variant(size=_CAPITAL * side * _OVERSAMPLING / capital)
         self.codes = sorted(code for code, glyph in cmap.items() if is_character(code, glyph))
+        self.outlines = [(number[cmap[code]], capital, *shared) for code in self.codes]
 
     def draw(self, code: int) -> Picture | None:
         """The picture of a character: uint8 `[side, side]`, ink 255 on 0; None if it is blank.
@@ -88,6 +113,39 @@ class Typeface:
         ImageDraw.Draw(canvas).text((-left, -top), text, fill=255, font=self._font, anchor="ls")
         box = canvas.getbbox()
         return None if box is None else (canvas.crop(box), -float(top + box[1]))
+
+
+def open_faces(path: Path, side: int, name: str = "") -> list[Typeface]:
+    """The typefaces of a font file; one, unless it is a collection.
+
+    The faces of a collection share most of their outlines. A character is left to the first face
+    that shows it so, and a face that shows nothing of its own is left out.
+
+    Raises:
+        Unusable: see `Typeface`.
+    """
+    faces: list[Typeface] = []
+    seen: set[tuple[int, tuple[float, ...]]] = set()
+    for number in range(_count_faces(path)):
+        face = Typeface(path, side, number, name)
+        own = [pair for pair in zip(face.codes, face.outlines, strict=True) if pair not in seen]
+        seen.update(own)
+        face.codes, face.outlines = [code for code, _ in own], []
+        if own:
+            face.family = faces[0].family if faces else face.family
+            faces.append(face)
+    return faces
+
+
+def _count_faces(path: Path) -> int:
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(12)
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read ({error})") from error
+    if head[:4] != b"ttcf" or len(head) < 12:
+        return 1
+    return min(int.from_bytes(head[8:12], "big"), _MOST_FACES)
 
 
 def is_character(code: int, glyph: str) -> bool:

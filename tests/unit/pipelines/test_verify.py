@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -190,15 +191,17 @@ def test_the_sheet_shows_what_cannot_be_read_too(index: ShardIndex, tmp_path: Pa
     save(sample_sheet.sheet(index, rows=3, columns=3), str(tmp_path / "again.png"))
     assert (tmp_path / "again.png").read_bytes() == picture
     assert sample_sheet.sheet(index, rows=99, columns=99).texts
+    older = ShardIndex(index.folder, CLASSES, [replace(s, classes="") for s in index.shards])
+    assert sample_sheet.sheet(older, rows=3, columns=3).texts
 
 
 def test_the_sheet_names_classes(index: ShardIndex) -> None:
     path = Path(index.folder, "classes.tsv")
     path.write_text("class\tsamples\tname\n0\t1\tcat\n1\t2\t山\n2\t1\t" + "x" * 60 + "\n3\t1\t$d\n")
     named = ShardIndex(index.folder, CLASSES, index.shards, {"class_names": "classes.tsv"})
-    names = sample_sheet.class_names(named, np.array([0, 1, 2, 3]))
+    names = sample_sheet.class_names(named, [0, 1, 2, 3])
     assert names == ["cat", "\\u5c71", "x" * 27 + "~", "$d"]
-    assert sample_sheet.class_names(index, np.array([3])) == [""]
+    assert sample_sheet.class_names(index, [3]) == [""]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import webdataset
 from fontTools import subset
-from fontTools.ttLib import TTFont
+from fontTools.ttLib import TTCollection, TTFont
 
 from mhe_dist.config import Config, GlyphsConfig
 from mhe_dist.errors import UserError
 from pipelines.shards import ShardIndex
+from pipelines.sources.fonts import find_fonts
+from pipelines.sources.glyph_draw import Face, Survey, fingerprints, survey
 from pipelines.sources.glyph_plan import Glyph, merge_lookalikes, plan_classes, split_fonts
 from pipelines.sources.glyphs import (
     ensure_glyphs,
     matplotlib_fonts,
     open_typefaces,
-    survey,
     write_glyphs,
 )
-from pipelines.sources.typeface import Typeface, Unusable
+from pipelines.sources.typeface import Typeface, Unusable, open_faces
 
 LATIN, GREEK = range(0x41, 0x5B), [c for c in range(0x391, 0x3AA) if c != 0x3A2]
 FILES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "STIXGeneralBol"]
@@ -50,6 +52,12 @@ def made(fonts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def names(folder: Path) -> list[str]:
+    rows = [line.split("\t") for line in (folder / "classes.tsv").read_text().splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == list(range(len(rows)))
+    return [row[2] for row in rows]
+
+
 def read(folder: Path) -> list[dict]:
     urls = sorted(str(path) for path in folder.glob("*.tar"))
     return list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
@@ -66,7 +74,7 @@ def test_plain_webdataset_reads_them(made: Path) -> None:
         for s in samples:
             code, font = s["json"]["codepoint"], s["json"]["font"]
             assert s["__key__"] == f"u{code:05x}-{font.removesuffix('.ttf')}"
-            assert f"U+{code:04X}" in index.meta["classes"][s["cls"]].split()
+            assert f"U+{code:04X}" in names(made / name)[s["cls"]].split()
 
 
 def test_a_picture_is_ink_in_the_middle_of_nothing(made: Path) -> None:
@@ -106,11 +114,7 @@ def test_a_heldout_class_begins_with_its_enrolment_image(made: Path) -> None:
 
 
 def test_letters_that_look_alike_are_one_class_and_blanks_are_none(made: Path) -> None:
-    classes = [
-        set(line.split())
-        for name in ("train", "heldout")
-        for line in ShardIndex.load(str(made / name)).meta["classes"]
-    ]
+    classes = [set(line.split()) for name in ("train", "heldout") for line in names(made / name)]
     [with_a] = [c for c in classes if "U+0041" in c]
     assert "U+0391" in with_a or all("U+0391" not in c for c in classes)
     codes = set().union(*classes)
@@ -146,14 +150,22 @@ def test_an_existing_set_is_refused(fonts: Path, made: Path) -> None:
         write_glyphs(str(fonts), str(made), SETTINGS)
 
 
-def test_an_interruption_leaves_nothing(fonts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_call_goes_on(
+    fonts: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(done: int, total: int) -> None:
-        if done > 0.9 * total:
+        if done == total:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS, stop)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
+    monkeypatch.setattr(Typeface, "draw", lambda *_: pytest.fail("all was drawn already"))
+    write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heldout", "train"]
+    for name in ("train", "heldout"):
+        one, other = (ShardIndex.load(str(path / name)) for path in (tmp_path / "out", made))
+        assert one.digest == other.digest
 
 
 def config(shards: Path, **glyphs: object) -> Config:
@@ -202,7 +214,7 @@ def test_settings_that_leave_nothing_are_refused(
 
 
 def test_in_any_other_folder_the_smallest_family_is_held_out(fonts: Path) -> None:
-    faces = list(open_typefaces(str(fonts), 32).values())
+    faces = list(open_typefaces(find_fonts(str(fonts)), 32).values())
     settings = SETTINGS.model_copy(update={"heldout_fonts": ["None*"]})
     known, unseen = split_fonts(faces, settings)
     assert len({face.family for face in faces if face.name in unseen}) == 1
@@ -215,7 +227,7 @@ def test_damaged_fonts_are_left_out(fonts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.otf").write_bytes(b"")
     (tmp_path / "good.ttf.bak").write_bytes(b"")
     (tmp_path / "good.ttc").write_bytes((fonts / "DejaVuSans.ttf").read_bytes())
-    assert list(open_typefaces(str(tmp_path), 32)) == ["good.ttc"]
+    assert list(open_typefaces(find_fonts(str(tmp_path)), 32)) == ["good.ttc"]
     with pytest.raises(Unusable, match=r"bad\.ttf: not a usable font"):
         Typeface(tmp_path / "bad.ttf", 32)
 
@@ -245,6 +257,92 @@ def test_what_is_larger_than_the_picture_is_shrunk() -> None:
     assert 28 <= ink[-1] < 31
 
 
+def test_fonts_are_found_below_and_told_apart(fonts: Path, tmp_path: Path) -> None:
+    for place, source in (
+        ("a/x.ttf", "DejaVuSans"),
+        ("b/x.ttf", "DejaVuSerif"),
+        ("b/x.OTF", "STIXGeneral"),
+        ("c/same.ttf", "DejaVuSans"),
+        ("c/x.ttf", "DejaVuSans-Bold"),
+    ):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes((fonts / f"{source}.ttf").read_bytes())
+    (tmp_path / "README").write_text("no font")
+    found = find_fonts(str(tmp_path))
+    assert [font.name for font in found] == ["b-x.ttf", "c-x.ttf", "same.ttf", "x.OTF"]
+
+
+@pytest.fixture(scope="module")
+def collection(fonts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A collection of two faces with the same outlines; the second one swaps A and B."""
+    folder = tmp_path_factory.mktemp("collection")
+    faces = []
+    for swapped in (False, True):
+        font = TTFont(fonts / "DejaVuSans.ttf")
+        for cmap in {id(table.cmap): table.cmap for table in font["cmap"].tables}.values():
+            if swapped:
+                cmap[0x41], cmap[0x42] = cmap[0x42], cmap[0x41]
+        faces.append(font)
+    both = TTCollection()
+    both.fonts = faces
+    both.save(folder / "Both.ttc", shareTables=True)
+    return folder
+
+
+def test_a_face_of_a_collection_draws_only_what_is_its_own(collection: Path) -> None:
+    first, second = open_faces(collection / "Both.ttc", 32)
+    assert (first.name, second.name) == ("Both.ttc", "Both.ttc#1")
+    assert set(LATIN) <= set(first.codes)
+    assert second.codes == [0x41, 0x42]
+    assert (second.draw(0x41) == first.draw(0x42)).all()
+    assert Glyph(0x41, second.name).key == "u00041-Both-face1"
+
+
+def test_the_faces_of_a_file_stay_together_and_count_once() -> None:
+    fonts = [SimpleFont(name, "F", [1, 2]) for name in ("a.ttc", "a.ttc#1", "b.ttf")]
+    settings = GlyphsConfig(heldout_fonts=["a.ttc"], heldout_classes=1, min_fonts=2)
+    known, unseen = split_fonts(fonts, settings)
+    assert (known, unseen) == (["b.ttf"], ["a.ttc", "a.ttc#1"])
+    pictures = {Glyph(65, "a.ttc"): b"1", Glyph(65, "a.ttc#1"): b"2", Glyph(66, "b.ttf"): b"3"}
+    pictures |= {Glyph(66, "c.ttf"): b"4", Glyph(67, "b.ttf"): b"5", Glyph(67, "u.ttf"): b"6"}
+    plan = plan_classes(pictures, ["a.ttc", "a.ttc#1", "b.ttf", "c.ttf"], ["u.ttf"], settings)
+    assert [[glyph.code for glyph in group] for group in plan.train] == [[66, 66]]
+
+
+class SimpleFont(NamedTuple):
+    name: str
+    family: str
+    codes: list[int]
+
+
+@pytest.mark.parametrize("data", [b"ttcf", b"ttcf\0\1\0\0\xff\xff\xff\xff" + bytes(99), b"OTTO"])
+def test_a_damaged_collection_is_left_out(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "bad.ttc").write_bytes(data)
+    with pytest.raises(Unusable, match=r"bad\.ttc: not a usable font"):
+        open_faces(tmp_path / "bad.ttc", 32)
+
+
+def test_classes_are_drawn_at_random_and_nested() -> None:
+    pictures = {Glyph(65 + n, font): f"{n}{font}".encode() for n in range(20) for font in "123"}
+    pictures |= {Glyph(99, "1"): b"a", Glyph(99, "9"): b"b"}
+
+    def chosen(most: int) -> list[int]:
+        settings = GlyphsConfig(heldout_classes=1, min_fonts=3, max_classes=most)
+        return [g[0].code for g in plan_classes(pictures, ["1", "2", "3"], ["9"], settings).train]
+
+    assert chosen(0) == list(range(65, 85))
+    assert chosen(99) == chosen(0)
+    assert len(chosen(5)) == 5
+    assert chosen(5) == sorted(chosen(5))
+    assert set(chosen(5)) < set(chosen(10)) < set(chosen(0))
+
+
+def test_placeholders_are_no_pictures(fonts: Path) -> None:
+    face = Face(str(fonts / "DejaVuSans.ttf"), "DejaVuSans.ttf", 0, 32)
+    found = dict(fingerprints(survey(Survey(face, [0x41, 0x42, *[0x43] * 3, 0x20]))))
+    assert sorted(found) == [0x41, 0x42, 0x43]
+
+
 def glyphs(*names: str) -> dict[Glyph, bytes]:
     """`"A1x"`: character A in font 1 looks like x."""
     return {Glyph(ord(name[0]), name[1]): name[2:].encode() for name in names}
@@ -269,9 +367,18 @@ def test_a_plan_counts_typefaces_and_drops_repeated_pictures() -> None:
 
 def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
     settings = GlyphsConfig(image_size=16)  # at 32 even fewer characters look alike
-    faces = open_typefaces(matplotlib_fonts(), settings.image_size)
+    files = {file.name: file.path for file in find_fonts(matplotlib_fonts())}
+    faces = open_typefaces(find_fonts(matplotlib_fonts()), settings.image_size)
     known, unseen = split_fonts(list(faces.values()), settings)
-    pictures = survey([faces[name] for name in (*known, *unseen)], lambda characters: None)
+    surveys = {
+        name: survey(Survey(Face(files[name], name, 0, 16), faces[name].codes))
+        for name in (*known, *unseen)
+    }
+    pictures = {
+        Glyph(code, name): fingerprint
+        for name, result in surveys.items()
+        for code, fingerprint in fingerprints(result)
+    }
     plan = plan_classes(pictures, known, unseen, settings)
     assert known[0] == "DejaVuSans.ttf"
     assert all(name.startswith("DejaVu") for name in known)
