@@ -63,7 +63,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         topology, grad = ctx.topology, grads[0].contiguous()
         mine = grad.new_empty(grad.shape[0] // topology.world_size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(mine, grad, group=topology.device_group)
+        dist.reduce_scatter_single(mine, grad, group=topology.device_group)
         return mine, None
 
 
@@ -89,7 +89,7 @@ def gather_rows(rows: Tensor, topology: Topology) -> Tensor:
         return rows
     group = _group_of(rows, topology)
     gathered = rows.new_empty(topology.world_size * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous(), group=group)
+    dist.all_gather_single(gathered, rows.contiguous(), group=group)
     return gathered
 
 

@@ -177,7 +177,7 @@ class MhsConfig(Section):
 class PartialFcConfig(Section):
     """PartialFC: positives of the batch and a random share of the other classes."""
 
-    rate: float = Field(0.1, gt=0, le=1, description="Share of a rank's classes in each step.")
+    rate: float = Field(0.1, gt=0, le=1, description="Share of each group's classes in a step.")
 
 
 class MhpConfig(Section):

@@ -91,6 +91,7 @@ class _Samples:
 
     @staticmethod
     def of(features: Tensor, norms: Tensor | None) -> _Samples:
+        """Nothing seen yet."""
         lowest = features.new_full((len(features),), float("-inf"))
         zero = torch.zeros_like(lowest)
         return _Samples(
@@ -104,6 +105,7 @@ class _Samples:
         )
 
     def norms_of(self, index: Tensor) -> Tensor | None:
+        """Norms of some samples, where norms are needed."""
         return None if self.norms is None else self.norms[index]
 
 

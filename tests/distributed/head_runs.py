@@ -312,7 +312,7 @@ def gathered_state(ranks: list[dict[str, Tensor]], field: str) -> Tensor:
     return torch.cat([rank[name] for rank, name in names])
 
 
-def check(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
+def check_run(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
     """Compare what the ranks found, with all that a run leaves behind, to the definition."""
     wanted = define(job)
     steps = slice(*job.steps)

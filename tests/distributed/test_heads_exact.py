@@ -14,7 +14,7 @@ from tests.distributed.head_runs import (
     HEADS,
     MARGINS,
     Job,
-    check,
+    check_run,
     define,
     gathered_state,
     head_config,
@@ -93,7 +93,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("case", EXACT)
 def test_equals_one_plain_process(case: str, found: Found) -> None:
     for job, ranks in zip(EXACT[case], found[case], strict=True):
-        check(job, ranks, TOLERANCE[job.dtype])
+        check_run(job, ranks, TOLERANCE[job.dtype])
 
 
 @pytest.mark.parametrize("case", ROUNDED)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhe_dist.heads import build
 from mhe_dist.topology import Topology
-from tests.distributed.head_runs import HEADS, STEPS, Job, check, head_config, run, run_on
+from tests.distributed.head_runs import HEADS, STEPS, Job, check_run, head_config, run, run_on
 
 SAVED = STEPS - 1
 VARIANTS: dict[str, dict] = {
@@ -45,7 +45,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Tensor]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_goes_on_alike(case: str, found: dict[str, list[dict[str, Tensor]]]) -> None:
     if not case.endswith("bfloat16"):
-        check(job(case, SAVED, STEPS), found[case], 1e-11)
+        check_run(job(case, SAVED, STEPS), found[case], 1e-11)
         return
     alone = run(Topology(), job(case, 0, STEPS))
     rows = [name for name in alone if name.startswith("rows/")]

@@ -38,7 +38,7 @@ def head(
     return build(HeadSpec(config, classes, 3, SEED, 6, folder=folder), place or Topology())
 
 
-def uniform(draws: list[Tensor], numbers: list[int], size: int) -> None:
+def check_uniform(draws: list[Tensor], numbers: list[int], size: int) -> None:
     """Assert that every set of `size` of the `numbers` is as likely: no pair is rarer than another.
 
     Pearson's statistic over pairs is asymptotically chi-square when `size` is 2; over single
@@ -62,14 +62,14 @@ def uniform(draws: list[Tensor], numbers: list[int], size: int) -> None:
 
 def test_extra_heads_of_a_gather_are_uniform() -> None:
     built = head()
-    uniform([built.draw(step) for step in range(STEPS)], list(range(12)), 2)
+    check_uniform([built.draw(step) for step in range(STEPS)], list(range(12)), 2)
 
 
 def test_extra_heads_of_a_route_are_uniform_in_each_group() -> None:
     built = head(groups=2, mhs={"exchange": "route", "negatives": "own_plus"})
     for group in range(2):
         heads = list(built.layout.group_heads(group))
-        uniform([built.draw(step, group) for step in range(STEPS)], heads, 2)
+        check_uniform([built.draw(step, group) for step in range(STEPS)], heads, 2)
 
 
 @pytest.mark.parametrize("others", [2, 4])
@@ -80,7 +80,7 @@ def test_negatives_of_partial_fc_are_uniform(others: int) -> None:
     draws = [built.draw(step, 1, positives) for step in range(STEPS)]
     assert all(set(positives.tolist()) < set(draw.tolist()) for draw in draws)
     rest = [unit for unit in units if unit not in positives]
-    uniform([draw[~torch.isin(draw, positives)] for draw in draws], rest, others)
+    check_uniform([draw[~torch.isin(draw, positives)] for draw in draws], rest, others)
 
 
 @given(st.data())
