@@ -89,6 +89,14 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def refuse_existing(target: str) -> None:
+    """Raise UserError if there is anything at a path or URL but an attempt to go on with."""
+    filesystem, path = urls.find(target)
+    filesystem.invalidate_cache()
+    if urls.is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+        urls.refuse_existing(target)
+
+
 class Staging:
     """The place where one data set is made.
 
@@ -108,13 +116,10 @@ class Staging:
         self._local = urls.is_local(self._filesystem)
         self._lock: int | None = None
         self.journal: Journal | None = None
+        self.folder = target.rstrip("/")
+        (urls.refuse_existing if recipe is None else refuse_existing)(target)
         if self._local:
-            urls.refuse_existing(target)
             self.folder = str(_hidden(Path(self._path), recipe is not None))
-        else:
-            self.folder = target.rstrip("/")
-            if recipe is None or not self._filesystem.exists(f"{self._path}/{JOURNAL}/{_RECIPE}"):
-                urls.refuse_existing(target)
         if recipe is None:
             return
         if self._local:

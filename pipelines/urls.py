@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mhe_dist.errors import RunError, UserError
 
 TEMPORARY: Final = ".tmp"  # ends the name of a file that is not complete yet
+_WHOLE: Final = "the server gives whole files only, no parts of them: download it first"
 _READ_AHEAD: Final = 1 << 23  # bytes that a remote file is read in
 
 
@@ -132,20 +133,28 @@ class Reader:
             self._stream.close()
 
     def read(self, start: int, stop: int) -> bytes:
-        """The bytes `[start, stop)`; fewer at the end of the file. Cheap when read forward."""
+        """The bytes `[start, stop)`; fewer at the end of the file. Cheap when read forward.
+
+        Raises:
+            UserError: a server does not give parts of files.
+        """
         stop = min(stop, self.size)
         if start >= stop:
             return b""
         if is_local(self._filesystem):
             return os.pread(self._stream.fileno(), stop - start, start)
         self._stream.seek(start)
-        return bytes(self._stream.read(stop - start))
+        try:
+            return bytes(self._stream.read(stop - start))
+        except ValueError as error:  # what fsspec makes of a server without range requests
+            raise UserError(f"{self.url}: {_WHOLE}") from error
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
         """Many parts in any order; a store is asked for all of them at the same time.
 
         Raises:
-            RunError: the file cannot be read, or a server does not give parts of files.
+            RunError: the file cannot be read.
+            UserError: a server does not give parts of files.
         """
         pairs = list(zip(map(int, starts), map(int, stops), strict=True))
         if is_local(self._filesystem):
@@ -159,5 +168,5 @@ class Reader:
             raise RunError(f"{self.url}: cannot be read ({error})") from error
         for part, (start, stop) in zip(parts, pairs, strict=True):
             if len(part) > stop - start:
-                raise RunError(f"{self.url}: the server gives whole files only, no parts of them")
+                raise UserError(f"{self.url}: {_WHOLE}")
         return parts

@@ -31,9 +31,8 @@ from pipelines.sources.fonts import FontFile, find_fonts
 from pipelines.sources.glyph_draw import Face, Row, Survey, Tar
 from pipelines.sources.glyph_plan import Glyph, plan_classes, split_fonts
 from pipelines.sources.typeface import Typeface, Unusable, open_faces
-from pipelines.staging import Journal
+from pipelines.staging import Journal, refuse_existing
 from pipelines.tables import CLASSES, class_table, write_table
-from pipelines.urls import refuse_existing
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"

@@ -24,6 +24,7 @@ from pipelines.parallel import Progress, ignore
 from pipelines.shards import Fault, Sample
 from pipelines.sources import convert
 from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
+from pipelines.staging import refuse_existing
 
 FILES: Final = "files.tsv"
 _AT_ONCE: Final = 64  # files that a store is asked for together
@@ -61,7 +62,7 @@ def import_folder(
         UserError: nothing to read, or an output that exists.
         RunError: more bad files than the options allow.
     """
-    urls.refuse_existing(out)
+    refuse_existing(out)
     root = root.rstrip("/")
     faults: list[Fault] = []
     warnings: list[str] = []

@@ -36,7 +36,8 @@ from pipelines.sources.recordio import (
     read_index,
     unpack,
 )
-from pipelines.urls import Reader, find, refuse_existing
+from pipelines.staging import refuse_existing
+from pipelines.urls import Reader, find
 
 _AT_ONCE: Final = 256  # records that are asked for together
 _REPORT_EVERY: Final = 10_000  # records

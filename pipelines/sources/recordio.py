@@ -15,15 +15,14 @@ import math
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import IO, Final, NamedTuple, Protocol
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from pipelines.urls import Reader
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,7 +35,6 @@ _LENGTH_BITS: Final = 29
 _GLANCE: Final = 64  # bytes that usually hold the head of a part and all before the image
 _CHUNK: Final = 1 << 22
 _MOST_CLASSES: Final = 1 << 40
-_LINE: Final = 4096  # bytes of the longest line that an index may have
 _DIGITS: Final = 18
 _CURE: Final = "get the file again, or read the records without it (--no-idx)"
 
@@ -246,15 +244,14 @@ def read_index(url: str) -> tuple[Ints, Ints]:
         UserError: a line is not `key`, tab, `offset`, or a key or an offset is there twice.
     """
     keys, offsets = array("q"), array("q")
-    with fsspec.open(url, "rb") as stream:
-        for number, line in enumerate(iter(partial(stream.readline, _LINE), b""), 1):
-            fields = line.split()
-            if len(fields) != 2 or not all(f.isdigit() and len(f) <= _DIGITS for f in fields):
-                raise UserError(
-                    f"{url}: line {number}, {line[:40]!r}, is not a key and an offset; {_CURE}"
-                )
-            keys.append(int(fields[0]))
-            offsets.append(int(fields[1]))
+    for number, line in enumerate(_lines(url), 1):
+        fields = line.split()
+        if len(fields) != 2 or not all(f.isdigit() and len(f) <= _DIGITS for f in fields):
+            raise UserError(
+                f"{url}: line {number}, {line[:40]!r}, is not a key and an offset; {_CURE}"
+            )
+        keys.append(int(fields[0]))
+        offsets.append(int(fields[1]))
     key, offset = np.array(keys, np.int64), np.array(offsets, np.int64)
     for name, values in (("key", key), ("offset", offset)):
         unique, counts = np.unique(values, return_counts=True)
@@ -262,6 +259,21 @@ def read_index(url: str) -> tuple[Ints, Ints]:
             raise UserError(f"{url}: {name} {unique[counts > 1][0]} is there twice; {_CURE}")
     order = np.argsort(offset, kind="stable")
     return key[order], offset[order]
+
+
+def _lines(url: str) -> Iterator[bytes]:
+    """The lines of a file, read in large pieces; one without an end comes in pieces, too."""
+    with Reader(url) as reader:
+        at, rest = 0, b""
+        while at < reader.size:
+            chunk = reader.read(at, at + _CHUNK)
+            at += len(chunk)
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+            if len(rest) > _CHUNK or not chunk:
+                break
+        if rest:
+            yield rest
 
 
 class RecordWriter:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -63,24 +65,36 @@ class Typeface:
         """
         self.name = (name or path.name) + (f"#{face}" if face else "")
         self.side = side
+        self._path, self._face = path, face
         try:
             with TTFont(path, fontNumber=face, lazy=True) as tables:
                 cmap = tables.getBestCmap() or {}
                 self.family = str(tables["name"].getBestFamilyName() or path.stem)
                 shared = [tables.reader.tables[tag].offset for tag in _OUTLINES if tag in tables]
                 number = tables.getReverseGlyphMap()
-            # The basic layout: raqm fails on combining marks that stand alone.
-            basic = ImageFont.Layout.BASIC
-            unscaled = ImageFont.truetype(str(path), 1000, index=face, layout_engine=basic)
+            self._capital = self._measured(ord("H") in cmap)
         except _UNUSABLE as error:
             raise Unusable(f"{path}: not a usable font ({error!r})") from error
-        capital = _USUAL_CAPITAL
-        if ord("H") in cmap:
-            _, top, _, bottom = unscaled.getbbox("H", anchor="ls")
-            capital = (bottom - top) / 1000 or _USUAL_CAPITAL
-        self._font = unscaled.font_variant(size=_CAPITAL * side * _OVERSAMPLING / capital)
         self.codes = sorted(code for code, glyph in cmap.items() if is_character(code, glyph))
-        self.outlines = [(number[cmap[code]], capital, *shared) for code in self.codes]
+        self.outlines = [(number[cmap[code]], self._capital, *shared) for code in self.codes]
+
+    def _measured(self, has_capitals: bool) -> float:
+        """Height of a capital letter as a share of the em."""
+        unscaled = self._opened(1000)
+        if not has_capitals:
+            return _USUAL_CAPITAL
+        _, top, _, bottom = unscaled.getbbox("H", anchor="ls")
+        return float(bottom - top) / 1000 or _USUAL_CAPITAL
+
+    @cached_property
+    def _font(self) -> ImageFont.FreeTypeFont:
+        """The font at the size it is drawn in, opened when something is drawn."""
+        return self._opened(_CAPITAL * self.side * _OVERSAMPLING / self._capital)
+
+    def _opened(self, size: float) -> ImageFont.FreeTypeFont:
+        # The basic layout: raqm fails on combining marks that stand alone.
+        basic = ImageFont.Layout.BASIC
+        return ImageFont.truetype(str(self._path), size, index=self._face, layout_engine=basic)
 
     def draw(self, code: int) -> Picture | None:
         """The picture of a character: uint8 `[side, side]`, ink 255 on 0; None if it is blank.
@@ -134,6 +148,7 @@ def open_faces(path: Path, side: int, name: str = "") -> list[Typeface]:
         if own:
             face.family = faces[0].family if faces else face.family
             faces.append(face)
+        gc.collect()  # fontTools leaves tens of megabytes per face in circles
     return faces
 
 
