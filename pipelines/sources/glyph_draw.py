@@ -19,7 +19,7 @@ import simplejpeg
 from mhe_dist.errors import RunError
 from pipelines.packing import pack_labels, unpack_labels
 from pipelines.shards import Sample
-from pipelines.sources.typeface import Typeface
+from pipelines.sources.typeface import Pen
 
 _QUALITY: Final = 95
 _DIGEST: Final = 16
@@ -28,12 +28,12 @@ _PLACEHOLDER: Final = 32
 
 
 class Face(NamedTuple):
-    """Where a typeface is: its file, what that is called, which one in there, how to draw it."""
+    """Where a typeface is and how to draw it, see `Pen`."""
 
     path: str
-    name: str
-    number: int
     side: int
+    number: int
+    capital: float
 
 
 class Survey(NamedTuple):
@@ -61,8 +61,8 @@ class Tar(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _opened(face: Face) -> Typeface:
-    return Typeface(Path(face.path), face.side, face.number, face.name)
+def _opened(face: Face) -> Pen:
+    return Pen(Path(face.path), face.side, face.number, face.capital)
 
 
 def survey(task: Survey) -> dict[str, Any]:

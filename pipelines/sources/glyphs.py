@@ -95,11 +95,15 @@ def write_glyphs(
     for name in (TRAIN, HELDOUT):
         refuse_existing(f"{out}/{name}")
     files = find_fonts(fonts or matplotlib_fonts())
-    typefaces = open_typefaces(files, settings.image_size)
+    typefaces = open_typefaces(files)
     known, unseen = split_fonts(list(typefaces.values()), settings)
     faces = {name: typefaces[name] for name in (*known, *unseen)}
     count = _Count(progress, 2 * sum(len(face.codes) for face in faces.values()))
-    drawing = _Drawing({name: _face_of(faces[name], files) for name in faces}, processes, count)
+    drawing = _Drawing(
+        {name: _face_of(face, files, settings.image_size) for name, face in faces.items()},
+        processes,
+        count,
+    )
     digests = [[file.name, file.digest] for file in files]
     journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
     plan = plan_classes(drawing.survey(faces, journal), known, unseen, settings)
@@ -132,7 +136,7 @@ def matplotlib_fonts() -> str:
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
 
 
-def open_typefaces(files: Sequence[FontFile], side: int) -> dict[str, Typeface]:
+def open_typefaces(files: Sequence[FontFile]) -> dict[str, Typeface]:
     """The usable typefaces of font files by name; a damaged file is left out with a warning.
 
     Raises:
@@ -141,7 +145,7 @@ def open_typefaces(files: Sequence[FontFile], side: int) -> dict[str, Typeface]:
     typefaces: dict[str, Typeface] = {}
     for file in files:
         try:
-            faces = open_faces(Path(file.path), side, file.name)
+            faces = open_faces(Path(file.path), file.name)
         except Unusable as error:
             log.warning("%s; left out", error)
             continue
@@ -151,11 +155,11 @@ def open_typefaces(files: Sequence[FontFile], side: int) -> dict[str, Typeface]:
     return typefaces
 
 
-def _face_of(typeface: Typeface, files: Sequence[FontFile]) -> Face:
+def _face_of(typeface: Typeface, files: Sequence[FontFile], side: int) -> Face:
     """Where a typeface is, for other processes."""
     name, _, number = typeface.name.partition("#")
     (path,) = (file.path for file in files if file.name == name)
-    return Face(path, name, int(number or 0), typeface.side)
+    return Face(path, side, int(number or 0), typeface.capital)
 
 
 class _Count:

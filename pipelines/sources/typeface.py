@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import struct
 import unicodedata
-from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -36,65 +35,35 @@ class Unusable(Exception):
     """A font file that cannot be read; the message says why."""
 
 
-class Typeface:
-    """A typeface, opened for drawing pictures of `side` x `side` pixels.
+class Pen:
+    """Draws the characters of a typeface as pictures of `side` x `side` pixels.
 
     All typefaces are scaled to capitals of one height, because relative size tells characters
     apart (o, O). A glyph is centred horizontally and stands on one common line, because height
     tells characters apart too (comma, apostrophe); only what would leave the picture is moved, and
     only what is larger than the picture is shrunk.
-
-    Attributes:
-        name: of the font file, and for further faces of a collection `#` and the number.
-        family: as the file's first face calls it.
-        codes: its characters, sorted.
-        outlines: for each of them, what is equal for equal pictures in faces of one file.
     """
 
-    def __init__(self, path: Path, side: int, face: int = 0, name: str = "") -> None:
-        """Open a font.
+    def __init__(self, path: Path, side: int, face: int = 0, capital: float = 0.0) -> None:
+        """Open the font.
 
         Args:
             path: of the file.
             side: of the pictures, in pixels.
             face: which one, in a collection.
-            name: of the file, if it is to be called something else.
+            capital: height of its capitals as a share of the em; 0: measure its H.
 
         Raises:
-            Unusable: it is not a font that fontTools and FreeType understand.
+            OSError: FreeType cannot open it.
         """
-        self.name = (name or path.name) + (f"#{face}" if face else "")
-        self.side = side
-        self._path, self._face = path, face
-        try:
-            with TTFont(path, fontNumber=face, lazy=True) as tables:
-                cmap = tables.getBestCmap() or {}
-                self.family = str(tables["name"].getBestFamilyName() or path.stem)
-                shared = [tables.reader.tables[tag].offset for tag in _OUTLINES if tag in tables]
-                number = tables.getReverseGlyphMap()
-            self._capital = self._measured(ord("H") in cmap)
-        except _UNUSABLE as error:
-            raise Unusable(f"{path}: not a usable font ({error!r})") from error
-        self.codes = sorted(code for code, glyph in cmap.items() if is_character(code, glyph))
-        self.outlines = [(number[cmap[code]], self._capital, *shared) for code in self.codes]
-
-    def _measured(self, has_capitals: bool) -> float:
-        """Height of a capital letter as a share of the em."""
-        unscaled = self._opened(1000)
-        if not has_capitals:
-            return _USUAL_CAPITAL
-        _, top, _, bottom = unscaled.getbbox("H", anchor="ls")
-        return float(bottom - top) / 1000 or _USUAL_CAPITAL
-
-    @cached_property
-    def _font(self) -> ImageFont.FreeTypeFont:
-        """The font at the size it is drawn in, opened when something is drawn."""
-        return self._opened(_CAPITAL * self.side * _OVERSAMPLING / self._capital)
-
-    def _opened(self, size: float) -> ImageFont.FreeTypeFont:
         # The basic layout: raqm fails on combining marks that stand alone.
         basic = ImageFont.Layout.BASIC
-        return ImageFont.truetype(str(self._path), size, index=self._face, layout_engine=basic)
+        unscaled = ImageFont.truetype(str(path), 1000, index=face, layout_engine=basic)
+        if not capital:
+            _, top, _, bottom = unscaled.getbbox("H", anchor="ls")
+            capital = float(bottom - top) / 1000 or _USUAL_CAPITAL
+        self.side, self.capital = side, capital
+        self._font = unscaled.font_variant(size=_CAPITAL * side * _OVERSAMPLING / capital)
 
     def draw(self, code: int) -> Picture | None:
         """The picture of a character: uint8 `[side, side]`, ink 255 on 0; None if it is blank.
@@ -129,7 +98,44 @@ class Typeface:
         return None if box is None else (canvas.crop(box), -float(top + box[1]))
 
 
-def open_faces(path: Path, side: int, name: str = "") -> list[Typeface]:
+class Typeface:
+    """A typeface of a font file, and what it has.
+
+    Attributes:
+        name: of the font file, and for further faces of a collection `#` and the number.
+        family: as the file's first face calls it.
+        capital: height of its capitals as a share of the em.
+        codes: its characters, sorted.
+        outlines: for each of them, what is equal for equal pictures in faces of one file.
+    """
+
+    def __init__(self, path: Path, face: int = 0, name: str = "") -> None:
+        """Read what a font has.
+
+        Args:
+            path: of the file.
+            face: which one, in a collection.
+            name: of the file, if it is to be called something else.
+
+        Raises:
+            Unusable: it is not a font that fontTools and FreeType understand.
+        """
+        self.name = (name or path.name) + (f"#{face}" if face else "")
+        try:
+            with TTFont(path, fontNumber=face, lazy=True) as tables:
+                cmap = tables.getBestCmap() or {}
+                self.family = str(tables["name"].getBestFamilyName() or path.stem)
+                shared = [tables.reader.tables[tag].offset for tag in _OUTLINES if tag in tables]
+                number = tables.getReverseGlyphMap()
+            measured = 0.0 if ord("H") in cmap else _USUAL_CAPITAL
+            self.capital = Pen(path, 16, face, measured).capital
+        except _UNUSABLE as error:
+            raise Unusable(f"{path}: not a usable font ({error!r})") from error
+        self.codes = sorted(code for code, glyph in cmap.items() if is_character(code, glyph))
+        self.outlines = [(number[cmap[code]], self.capital, *shared) for code in self.codes]
+
+
+def open_faces(path: Path, name: str = "") -> list[Typeface]:
     """The typefaces of a font file; one, unless it is a collection.
 
     The faces of a collection share most of their outlines. A character is left to the first face
@@ -141,7 +147,7 @@ def open_faces(path: Path, side: int, name: str = "") -> list[Typeface]:
     faces: list[Typeface] = []
     seen: set[tuple[int, tuple[float, ...]]] = set()
     for number in range(_count_faces(path)):
-        face = Typeface(path, side, number, name)
+        face = Typeface(path, number, name)
         own = [pair for pair in zip(face.codes, face.outlines, strict=True) if pair not in seen]
         seen.update(own)
         face.codes, face.outlines = [code for code, _ in own], []

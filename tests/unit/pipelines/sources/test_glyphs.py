@@ -24,7 +24,7 @@ from pipelines.sources.glyphs import (
     open_typefaces,
     write_glyphs,
 )
-from pipelines.sources.typeface import Typeface, Unusable, open_faces
+from pipelines.sources.typeface import Pen, Typeface, Unusable, open_faces
 
 LATIN, GREEK = range(0x41, 0x5B), [c for c in range(0x391, 0x3AA) if c != 0x3A2]
 FILES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "STIXGeneralBol"]
@@ -160,7 +160,7 @@ def test_an_interrupted_call_goes_on(
     with pytest.raises(KeyboardInterrupt):
         write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS, stop)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
-    monkeypatch.setattr(Typeface, "draw", lambda *_: pytest.fail("all was drawn already"))
+    monkeypatch.setattr(Pen, "draw", lambda *_: pytest.fail("all was drawn already"))
     write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heldout", "train"]
     for name in ("train", "heldout"):
@@ -214,7 +214,7 @@ def test_settings_that_leave_nothing_are_refused(
 
 
 def test_in_any_other_folder_the_smallest_family_is_held_out(fonts: Path) -> None:
-    faces = list(open_typefaces(find_fonts(str(fonts)), 32).values())
+    faces = list(open_typefaces(find_fonts(str(fonts))).values())
     settings = SETTINGS.model_copy(update={"heldout_fonts": ["None*"]})
     known, unseen = split_fonts(faces, settings)
     assert len({face.family for face in faces if face.name in unseen}) == 1
@@ -227,14 +227,14 @@ def test_damaged_fonts_are_left_out(fonts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.otf").write_bytes(b"")
     (tmp_path / "good.ttf.bak").write_bytes(b"")
     (tmp_path / "good.ttc").write_bytes((fonts / "DejaVuSans.ttf").read_bytes())
-    assert list(open_typefaces(find_fonts(str(tmp_path)), 32)) == ["good.ttc"]
+    assert list(open_typefaces(find_fonts(str(tmp_path)))) == ["good.ttc"]
     with pytest.raises(Unusable, match=r"bad\.ttf: not a usable font"):
-        Typeface(tmp_path / "bad.ttf", 32)
+        Typeface(tmp_path / "bad.ttf")
 
 
 @pytest.mark.parametrize("side", [16, 32, 112])
 def test_relative_size_and_height_are_kept(side: int) -> None:
-    face = Typeface(Path(matplotlib_fonts()) / "DejaVuSans.ttf", side)
+    face = Pen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", side)
 
     def rows(character: str) -> np.ndarray:
         picture = face.draw(ord(character))
@@ -249,7 +249,7 @@ def test_relative_size_and_height_are_kept(side: int) -> None:
 
 
 def test_what_is_larger_than_the_picture_is_shrunk() -> None:
-    face = Typeface(Path(matplotlib_fonts()) / "DejaVuSans.ttf", 32)
+    face = Pen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", 32)
     picture = face.draw(ord("‱"))
     assert picture is not None
     ink = np.flatnonzero((picture > 20).any(0))
@@ -290,11 +290,12 @@ def collection(fonts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_face_of_a_collection_draws_only_what_is_its_own(collection: Path) -> None:
-    first, second = open_faces(collection / "Both.ttc", 32)
+    first, second = open_faces(collection / "Both.ttc")
     assert (first.name, second.name) == ("Both.ttc", "Both.ttc#1")
     assert set(LATIN) <= set(first.codes)
     assert second.codes == [0x41, 0x42]
-    assert (second.draw(0x41) == first.draw(0x42)).all()
+    pens = [Pen(collection / "Both.ttc", 32, face) for face in (0, 1)]
+    assert (pens[1].draw(0x41) == pens[0].draw(0x42)).all()
     assert Glyph(0x41, second.name).key == "u00041-Both-face1"
 
 
@@ -319,7 +320,7 @@ class SimpleFont(NamedTuple):
 def test_a_damaged_collection_is_left_out(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "bad.ttc").write_bytes(data)
     with pytest.raises(Unusable, match=r"bad\.ttc: not a usable font"):
-        open_faces(tmp_path / "bad.ttc", 32)
+        open_faces(tmp_path / "bad.ttc")
 
 
 def test_classes_are_drawn_at_random_and_nested() -> None:
@@ -338,7 +339,7 @@ def test_classes_are_drawn_at_random_and_nested() -> None:
 
 
 def test_placeholders_are_no_pictures(fonts: Path) -> None:
-    face = Face(str(fonts / "DejaVuSans.ttf"), "DejaVuSans.ttf", 0, 32)
+    face = Face(str(fonts / "DejaVuSans.ttf"), 32, 0, 0.0)
     found = dict(fingerprints(survey(Survey(face, [0x41, 0x42, *[0x43] * 3, 0x20]))))
     assert sorted(found) == [0x41, 0x42, 0x43]
 
@@ -368,10 +369,10 @@ def test_a_plan_counts_typefaces_and_drops_repeated_pictures() -> None:
 def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
     settings = GlyphsConfig(image_size=16)  # at 32 even fewer characters look alike
     files = {file.name: file.path for file in find_fonts(matplotlib_fonts())}
-    faces = open_typefaces(find_fonts(matplotlib_fonts()), settings.image_size)
+    faces = open_typefaces(find_fonts(matplotlib_fonts()))
     known, unseen = split_fonts(list(faces.values()), settings)
     surveys = {
-        name: survey(Survey(Face(files[name], name, 0, 16), faces[name].codes))
+        name: survey(Survey(Face(files[name], 16, 0, faces[name].capital), faces[name].codes))
         for name in (*known, *unseen)
     }
     pictures = {
