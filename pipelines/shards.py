@@ -189,8 +189,10 @@ class ShardIndex:
             raise UserError(f"{folder}/{INDEX}: not an index of format {_FORMAT}; make it again")
         try:
             shards = [Shard(**shard) for shard in content["shards"]]
-            return cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
-        except (KeyError, TypeError, ValueError) as error:
+            index = cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
+            index.digest, index.fields, index.samples  # noqa: B018, computed once, now
+            return index
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{folder}/{INDEX}: damaged ({error!r}); make it again") from None
 
     def save(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
@@ -246,3 +246,28 @@ def test_processes_write_what_one_would(tmp_path: Path) -> None:
         assert faults == one.write_all(samples_of, range(5))
         assert two.finish(15).digest == one.finish(15).digest
     assert seen == [(number, 5) for number in range(6)]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 1500), st.integers(0, 255)), min_size=1, max_size=4),
+    st.integers(0, 1500),
+)
+def test_a_damaged_index_is_read_or_refused(
+    tmp_path: Path, changes: list[tuple[int, int]], length: int
+) -> None:
+    if not exists(str(tmp_path / "set")):
+        write(str(tmp_path / "set"))
+    content = bytearray((tmp_path / "set" / "index.json").read_bytes())
+    for place, value in changes:
+        content[place % len(content)] = value
+    (tmp_path / "damaged").mkdir(exist_ok=True)
+    (tmp_path / "damaged" / "index.json").write_bytes(content[:length] or content)
+    try:
+        index = ShardIndex.load(str(tmp_path / "damaged"))
+        for number, shard in enumerate(index.shards):
+            assert len(shard.offsets) == shard.samples + 1
+            assert shard.labels is None or len(shard.labels) == shard.samples
+            assert index.url(number)
+    except UserError as error:
+        assert "index" in str(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -170,6 +170,25 @@ def test_any_line_is_read_or_refused(line: str) -> None:
         return
     assert label >= 0
     assert path in line.split("\t")
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=80), st.integers(0, 60))
+def test_a_damaged_list_gives_errors_or_true_labels(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, data: bytes, at: int
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    text = b"0\t3\tcat/a.jpg\n1\t5\tant/x[1].v2.png\n2\t3\tcat/deep/b.JPEG\n"
+    (folder / "a.lst").write_bytes(text[:at] + data + text[at:])
+    try:
+        made = import_folder(
+            str(root), str(folder / "out"), str(folder / "a.lst"), Options(max_bad=1)
+        )
+    except UserError:
+        return
+    found = labels_of(folder / "out")
+    assert set(found) <= set(FILES.values())
+    assert 1 <= len(found) <= made.shards.samples
 
 
 @pytest.mark.parametrize("lst", [None, "memory://store/train.lst"])
