@@ -55,6 +55,7 @@ class _Hashed(io.RawIOBase):
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
+        """See `io.RawIOBase`."""
         data = self.stream.read(size)
         self.hash.update(data)
         self.bytes += len(data)
@@ -103,6 +104,7 @@ class _Contents:
         self._faults: list[Fault] = []
 
     def add(self, sample: _Sample) -> None:
+        """Take a sample, or count it as a fault."""
         label = sample.label()
         if isinstance(label, Fault):
             self._faults.append(Fault(f"{self._task.url} {label.place}", label.reason))
@@ -132,6 +134,7 @@ class _Sample:
         self._twice = ""
 
     def add(self, extension: str, member: Member) -> None:
+        """Take the next member of the sample."""
         if extension in self._members:
             self._twice = extension
         # Of an image it is enough that there is one.

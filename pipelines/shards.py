@@ -347,6 +347,7 @@ class _Counted(io.RawIOBase):
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def write(self, data: Any) -> int:
+        """See `io.RawIOBase`."""
         self.stream.write(data)
         self.hash.update(data)
         self.bytes += len(data)

@@ -206,6 +206,7 @@ class _Found:
         self._digests = np.zeros((samples, 2), "<u8")
 
     def add(self, kind: str, place: str, reason: str) -> None:
+        """Count a problem, and name it if there are not too many of its kind."""
         self._counts[kind] += 1
         if self._counts[kind] <= _LISTED:
             self._problems.append(Problem(kind, place, reason))

@@ -29,7 +29,7 @@ from pipelines.sources import convert, glyph_draw
 from pipelines.sources.convert import Ints
 from pipelines.sources.fonts import FontFile, find_fonts
 from pipelines.sources.glyph_draw import Face, Row, Survey, Tar
-from pipelines.sources.glyph_plan import Glyph, plan_classes, split_fonts
+from pipelines.sources.glyph_plan import Glyph, Plan, plan_classes, split_fonts
 from pipelines.sources.typeface import Typeface, Unusable, open_faces
 from pipelines.staging import Journal, refuse_existing
 from pipelines.tables import CLASSES, class_table, write_table
@@ -97,25 +97,27 @@ def write_glyphs(
     files = find_fonts(fonts or matplotlib_fonts())
     typefaces = open_typefaces(files)
     known, unseen = split_fonts(list(typefaces.values()), settings)
-    faces = {name: typefaces[name] for name in (*known, *unseen)}
-    count = _Count(progress, 2 * sum(len(face.codes) for face in faces.values()))
-    drawing = _Drawing(
-        {name: _face_of(face, files, settings.image_size) for name, face in faces.items()},
-        processes,
-        count,
-    )
+    faces = [typefaces[name] for name in (*known, *unseen)]
+    drawing = _Drawing(files, faces, settings.image_size, processes, progress)
     digests = [[file.name, file.digest] for file in files]
     journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
-    plan = plan_classes(drawing.survey(faces, journal), known, unseen, settings)
-    count.total = count.done + plan.samples
+    plan = plan_classes(drawing.survey(journal), known, unseen, settings)
+    drawing.expect(plan.samples)
     about = {
         "source": "glyphs",
         "settings": _recorded(settings),
         "train_fonts": known,
         "heldout_fonts": unseen,
     }
+    _write(out, plan, drawing, about, about | {"fonts": digests})
+    journal.remove()
+
+
+def _write(
+    out: str, plan: Plan, drawing: _Drawing, about: dict[str, Any], recipe: dict[str, Any]
+) -> None:
+    """Write both sets; they appear together."""
     rows, shuffled = _Rows(HELDOUT, plan.heldout), _Rows(TRAIN, plan.train)
-    recipe = about | {"fonts": digests}
     with (
         ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
         ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
@@ -128,7 +130,6 @@ def write_glyphs(
         # The training set last: its index is what `ensure_glyphs` looks for.
         heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES})
         train.finish(len(plan.train), about | {"class_names": CLASSES})
-    journal.remove()
 
 
 def matplotlib_fonts() -> str:
@@ -153,24 +154,6 @@ def open_typefaces(files: Sequence[FontFile]) -> dict[str, Typeface]:
     if not typefaces:
         raise UserError(f"data.glyphs.fonts: none of {len(files)} font files can be used")
     return typefaces
-
-
-def _face_of(typeface: Typeface, files: Sequence[FontFile], side: int) -> Face:
-    """Where a typeface is, for other processes."""
-    name, _, number = typeface.name.partition("#")
-    (path,) = (file.path for file in files if file.name == name)
-    return Face(path, side, int(number or 0), typeface.capital)
-
-
-class _Count:
-    """Tells the progress callback how many pictures are done."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def add(self, pictures: int) -> None:
-        self.done += pictures
-        self.progress(self.done, self.total)
 
 
 class _Rows:
@@ -199,26 +182,47 @@ class _Rows:
 class _Drawing:
     """Draws with all processes: first everything that there is, then the samples."""
 
-    def __init__(self, faces: dict[str, Face], processes: int, count: _Count) -> None:
-        self._faces, self._processes, self._count = faces, processes, count
+    def __init__(
+        self,
+        files: Sequence[FontFile],
+        typefaces: Sequence[Typeface],
+        side: int,
+        processes: int,
+        progress: Progress,
+    ) -> None:
+        paths = {file.name: file.path for file in files}
+        self._codes = {typeface.name: typeface.codes for typeface in typefaces}
+        self._faces = {}
+        for typeface in typefaces:
+            name, _, number = typeface.name.partition("#")
+            self._faces[typeface.name] = Face(paths[name], side, int(number or 0), typeface.capital)
+        self._processes, self._progress = processes, progress
+        self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
 
-    def survey(self, typefaces: dict[str, Typeface], journal: Journal) -> dict[Glyph, bytes]:
+    def expect(self, pictures: int) -> None:
+        """So many are still to be drawn."""
+        self._total = self._done + pictures
+
+    def _count(self, pictures: int) -> None:
+        self._done += pictures
+        self._progress(self._done, self._total)
+
+    def survey(self, journal: Journal) -> dict[Glyph, bytes]:
         """Fingerprint of every picture that is not blank."""
-        names = list(typefaces)
+        names = list(self._faces)
         results = {n: kept for n in range(len(names)) if (kept := journal.get(n)) is not None}
-        self._count.add(sum(len(typefaces[names[n]].codes) for n in results))
+        self._count(sum(len(self._codes[names[n]]) for n in results))
         todo = (
-            (n, Survey(self._faces[name], typefaces[name].codes))
+            (n, Survey(self._faces[name], self._codes[name]))
             for n, name in enumerate(names)
             if n not in results
         )
         for number, result in parallel.run(glyph_draw.survey, todo, self._processes):
             results[number] = result
             journal.keep(number, result)
-            name = names[number]
             if result["broken"]:
-                log.warning("%s: FreeType cannot draw %d glyphs", name, result["broken"])
-            self._count.add(len(typefaces[name].codes))
+                log.warning("%s: FreeType cannot draw %d glyphs", names[number], result["broken"])
+            self._count(len(self._codes[names[number]]))
         return {
             Glyph(code, name): fingerprint
             for number, name in enumerate(names)
@@ -231,10 +235,10 @@ class _Drawing:
         shards = -(-total // max(_SHARD, -(-total // _SHARDS)))
         bounds = np.arange(shards + 1) * total // shards
         tars = convert.Tars(order, bounds, partial(self._tar, rows))
-        before = self._count.done
+        before = self._done
 
         def progress(done: int, _: int) -> None:
-            self._count.add(before + int(bounds[done]) - self._count.done)
+            self._count(before + int(bounds[done]) - self._done)
 
         writer.write_all(glyph_draw.samples, tars, self._processes, progress)
 

@@ -96,9 +96,11 @@ class _Records:
     identities: int = 0
 
     def column(self, name: str) -> Ints:
+        """One of the columns as int64 `[N]`."""
         return np.frombuffer(getattr(self, name), np.int64)
 
     def add(self, key: int, frame: Frame, labels: list[float], size: int) -> None:
+        """Take a record; raises Damaged if it is neither an image with a class nor an identity."""
         if size == 0 and len(labels) == 2:
             if frame.start == 0:
                 self.header = labels

@@ -50,7 +50,7 @@ def read(data: bytes) -> list[Member]:
     return found
 
 
-def same_as_tarfile(data: bytes) -> None:
+def check_against_tarfile(data: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         expected = []
         for info in tar:
@@ -63,12 +63,12 @@ def same_as_tarfile(data: bytes) -> None:
 
 @pytest.mark.parametrize("style", FORMATS[1:])
 def test_members_of_all_formats(style: int) -> None:
-    same_as_tarfile(pack(CONTENTS, style))
-    same_as_tarfile(pack(CONTENTS, style, mtime=1e12, uid=2**40))
+    check_against_tarfile(pack(CONTENTS, style))
+    check_against_tarfile(pack(CONTENTS, style, mtime=1e12, uid=2**40))
 
 
 def test_a_name_in_two_parts() -> None:
-    same_as_tarfile(pack({"deep/" * 25 + "b.jpg": b"1"}, tarfile.USTAR_FORMAT))
+    check_against_tarfile(pack({"deep/" * 25 + "b.jpg": b"1"}, tarfile.USTAR_FORMAT))
 
 
 @pytest.mark.parametrize("style", ["v7", "ustar", "gnu", "oldgnu", "posix"])
@@ -79,7 +79,7 @@ def test_what_the_tar_command_writes(tmp_path: Path, style: str) -> None:
     command = ["tar", f"--format={style}", "-cf", tmp_path / "out.tar", "-C", tmp_path / "in", "."]
     subprocess.run(command, check=True)
     data = (tmp_path / "out.tar").read_bytes()
-    same_as_tarfile(data)
+    check_against_tarfile(data)
     assert {m.name for m in read(data) if m.data is not None} == {"./sub/a.jpg"}
 
 
@@ -93,7 +93,7 @@ def test_folders_links_and_comments_are_no_files() -> None:
         info = tarfile.TarInfo("a.jpg")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    same_as_tarfile(stream.getvalue())
+    check_against_tarfile(stream.getvalue())
     assert [m.data for m in read(stream.getvalue())] == [None, None, None, b"abc"]
 
 
