@@ -41,8 +41,8 @@ def index(
         str, typer.Option(help="Folder or URL for index.json; beside the tars if left out.")
     ] = "",
     image: Annotated[
-        str, typer.Option(help="Extensions of the image, the best first: jpg;png.")
-    ] = ";".join(USUAL.images),
+        str, typer.Option(help="Extensions of the image, the best first: jpg,png.")
+    ] = ",".join(USUAL.images),
     label: Annotated[
         str, typer.Option(help="Extension of the label, or a key in JSON: json:label.")
     ] = USUAL.label,
