@@ -57,10 +57,9 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
 
 @dataclass
 class Progress:
-    """How far a run is: completed steps, and the seconds and images of earlier processes."""
+    """How far a run is: completed steps, and the images of earlier processes."""
 
     step: int = 0
-    seconds: float = 0.0
     images: int = 0
     resumed_from: str | None = None
 
@@ -69,7 +68,6 @@ class Run:
     """The parts of a run on one rank, put together."""
 
     def __init__(self, config: Config, place: Topology, report: Report) -> None:
-        self.began = time.time()
         self.config, self.place = config, place
         self.index = ShardIndex.load(config.data.shards)
         self.total_steps = schedule.total_steps(config, self.index.samples)
@@ -85,6 +83,7 @@ class Run:
             config.train.micro_batch,
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
         )
+        self.versions = tracking.environment_tags()
         self.progress, run_id = self._restore()
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
@@ -150,13 +149,12 @@ class Run:
     def _description(self) -> dict[str, Any]:
         return {
             "step": self.progress.step,
-            "seconds": self.progress.seconds + time.time() - self.began,
             "images": self.progress.images + self.recorder.images,
             "config": self.config.model_dump(mode="json"),
             "data_digest": self.index.digest,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
-            "versions": tracking.environment_tags(),
+            "versions": self.versions,
         }
 
     def _restore(self) -> tuple[Progress, str | None]:
@@ -171,7 +169,7 @@ class Run:
                 "the run another name (run.name)"
             )
         self._load(checkpoint)
-        progress = Progress(found["step"], found["seconds"], found["images"], checkpoint.path)
+        progress = Progress(found["step"], found["images"], checkpoint.path)
         return progress, found["run_id"]
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -185,7 +183,7 @@ class Run:
         if self.place.is_first:
             config_load.save(self.config, f"{self.config.run.path}/config.yaml")
         tracker = tracking.open_tracker(self.config, self.place.is_first, run_id)
-        tags = tracking.environment_tags() | {
+        tags = self.versions | {
             "data_digest": self.index.digest,
             "world_size": str(self.place.world_size),
             "precision": self.engine.precision,
