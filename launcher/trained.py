@@ -33,9 +33,10 @@ class Trained:
         """uint8 `[B, 3, H, W]` -> float32 `[B, D]`, as `Engine.embed` computes it."""
         import torch
 
+        from mhe_dist.backbone import pixels
+
         with torch.no_grad():
-            pixels = images.contiguous(memory_format=torch.channels_last).float()
-            embeddings: Tensor = self.model(pixels.div_(127.5).sub_(1.0))
+            embeddings: Tensor = self.model(pixels(images))
         return embeddings
 
 

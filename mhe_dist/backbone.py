@@ -32,6 +32,15 @@ class Backbone(nn.Module):
         return self.neck(self.net(images).float())
 
 
+def pixels(images: Tensor) -> Tensor:
+    """What a backbone is fed with: uint8 `[B, 3, H, W]` -> float32 in [-1, 1], channels last.
+
+    Channels last is what convolutions like.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images.float().div_(127.5).sub_(1.0)
+
+
 def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     """Arguments of `timm.create_model` beside name and `num_classes`; they suit JSON.
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.topology import CPU
 
+# Bytes worked on together: small enough for a core's share of the cache, large enough for a device.
+HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
+
 Memory = Literal["device", "host", "file"]
 Initial = Callable[[Tensor], Tensor]
 # Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows lie side by side.
@@ -86,6 +89,12 @@ class Bank:
     def bytes(self) -> int:
         """Bytes of all rows and their state, touched or not."""
         return sum(store.numel() * store.element_size() for store in self._store.values())
+
+    @property
+    def units_at_once(self) -> int:
+        """Units that are worked on together."""
+        unit_bytes = self.length * self.width * self.compute_dtype.itemsize
+        return max(1, chunk_bytes(self.device) // unit_bytes)
 
     def touch(self, units: Units) -> None:
         """Initialise those of `units` that never were."""
@@ -175,6 +184,11 @@ class Bank:
             store.index_copy_(0, where, rows.to(store.device, store.dtype))
         elif rows.data_ptr() != store[local].data_ptr():
             store[local].copy_(rows)
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of a chunk that suit the caches and the launch cost of a device."""
+    return DEVICE_CHUNK_BYTES if device.type == "cuda" else HOST_CHUNK_BYTES
 
 
 def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:

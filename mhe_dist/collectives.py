@@ -19,6 +19,7 @@ class _AllToAll(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, send: list[int], receive: list[int], topology: Topology
     ) -> Tensor:
+        """Exchange rows; see `all_to_all`."""
         ctx.send, ctx.receive, ctx.topology = send, receive, topology
         return _exchange(rows, send, receive, topology)
 
@@ -61,6 +62,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Sum every rank's gradients of this rank's rows."""
         topology, grad = ctx.topology, grads[0].contiguous()
         mine = grad.new_empty(grad.shape[0] // topology.world_size, *grad.shape[1:])
         dist.reduce_scatter_single(mine, grad, group=topology.device_group)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhe_dist import topology as places
+from mhe_dist.backbone import pixels
 from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import deepspeed_settings, make_optimizer, resolve_precision
@@ -87,7 +88,7 @@ class Engine:
         Returns:
             float32 `[B, D]` on the device, with gradient.
         """
-        inputs = self._normalise(images)
+        inputs = self._pixels(images)
         if not self.model.training:
             self.model.train()
         seed_torch(self._seed, "dropout", step, micro_batch)
@@ -172,14 +173,11 @@ class Engine:
         if self.model.training:
             self.model.eval()
         with torch.autocast(self._topology.device.type, enabled=False):
-            embeddings: Tensor = self.model(self._normalise(images))
+            embeddings: Tensor = self.model(self._pixels(images))
         return embeddings.float()
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        """uint8 -> float32 in [-1, 1] on the device; channels last is what convolutions like."""
-        images = images.to(self._topology.device, non_blocking=True)
-        images = images.contiguous(memory_format=torch.channels_last)
-        return images.float().div_(127.5).sub_(1.0)
+    def _pixels(self, images: Tensor) -> Tensor:
+        return pixels(images.to(self._topology.device, non_blocking=True))
 
     # -- state ---------------------------------------------------------------------------------
 

@@ -10,17 +10,31 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from mhe_dist.backbone import Backbone, fold_neck, model_arguments
+from mhe_dist.backbone import Backbone, fold_neck, model_arguments, pixels
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError
 
+Format = Literal["timm", "onnx"]
+
 LARGEST_BATCH = 4096  # an upper bound is needed for a free batch size; nothing is allocated for it
 TIMM_TOLERANCE, ONNX_TOLERANCE = 1e-4, 1e-3
+
+
+def write(
+    name: Format, model: Backbone, config: Config, folder: str, images: Tensor
+) -> tuple[str, float]:
+    """Write one format into `folder`: its path there, and the largest difference; see below."""
+    if name == "timm":
+        path = f"{folder}/timm"
+        return path, export_timm(model, config, path, images)
+    path = f"{folder}/backbone.onnx"
+    return path, export_onnx(model, config, path, images)
 
 
 def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) -> float:
@@ -121,7 +135,7 @@ def _compare(
     tolerance: float,
 ) -> float:
     """Largest difference of the embeddings; refuses more than `tolerance` of their size."""
-    inputs = images.float().div(127.5).sub(1.0)
+    inputs = pixels(images)
     expected = model(inputs)
     difference = (exported(inputs) - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):

@@ -10,8 +10,6 @@ import fsspec
 from torch import Tensor
 
 from mhe_dist import backbone, export
-from mhe_dist.backbone import Backbone
-from mhe_dist.config import Config
 from mhe_dist.tracking import mlflow_uri
 from pipelines import report
 from pipelines.evaluate.heldout import Evaluation
@@ -49,20 +47,13 @@ def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     images, *_ = read_in_order(
         run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
     )
+    folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = _write(name, model, config, images)
+        path, difference = export.write(name, model, config, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.event("export", format=name, path=path, max_difference=difference)
     return exports
-
-
-def _write(name: str, model: Backbone, config: Config, images: Tensor) -> tuple[str, float]:
-    folder = f"{config.run.path}/export"
-    if name == "timm":
-        return f"{folder}/timm", export.export_timm(model, config, f"{folder}/timm", images)
-    path = f"{folder}/backbone.onnx"
-    return path, export.export_onnx(model, config, path, images)
 
 
 def _draw(run: Run, evaluation: Evaluation) -> None:

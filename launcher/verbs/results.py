@@ -82,21 +82,16 @@ def export(
     import torch
 
     from launcher import trained
-    from mhe_dist.export import export_onnx, export_timm
+    from mhe_dist import export as exporter
 
     found = trained.load(run)
     folder = out.rstrip("/") or f"{runs.find(run)}/export"
     size = found.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
-    writers = {
-        Format.TIMM: (export_timm, f"{folder}/timm"),
-        Format.ONNX: (export_onnx, f"{folder}/backbone.onnx"),
-    }
     console.say(f"From {escape(found.checkpoint)}:")
     for name in dict.fromkeys(to):
-        write, path = writers[name]
-        with console.out.status(f"writing {path}"):
-            difference = write(found.model, found.config, path, images)
+        with console.out.status(f"writing {name.value} into {folder}"):
+            path, difference = exporter.write(name.value, found.model, found.config, folder, images)
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     load = f"timm.create_model('local-dir:{folder}/timm', pretrained=True)"
     console.list_commands("Next", [("use it", f'python -c "import timm; {load}"')])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mhe_dist.bank import Units
 from mhe_dist.collectives import all_reduce
+from mhe_dist.margins import keep_negatives
 
 if TYPE_CHECKING:
     from mhe_dist.heads.gathered import GatheredHead, GatheredRound
@@ -153,7 +154,7 @@ class GatheredSoftmax:
         """Filter, correct and set the targets, in place."""
         threshold = self.head.spec.config.margin.filter
         if threshold:
-            logits.masked_fill_(logits > threshold * self.scale, float("-inf"))
+            logits.masked_fill_(~keep_negatives(logits, threshold * self.scale), float("-inf"))
         offsets = self.head.offsets(self.turn, chunk.units)
         if offsets is not None:
             _by_unit(logits, offsets).add_(offsets.unsqueeze(-1))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhe_dist.bank import Units
+from mhe_dist.bank import Units, chunk_bytes
 from mhe_dist.collectives import all_gather
 from mhe_dist.heads.across import GatheredSoftmax
 from mhe_dist.heads.base import HeadOutput, check_labels
@@ -25,9 +25,6 @@ from mhe_dist.heads.rows import HeadSpec, RowHead
 from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import Dense
 from mhe_dist.topology import Topology
-
-# Logits made together: small enough for a core's share of the cache, large enough for a device.
-HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 
 
 class Selection(NamedTuple):
@@ -66,8 +63,6 @@ class GatheredHead(RowHead):
 
     def __init__(self, spec: HeadSpec, layout: LabelLayout, topology: Topology) -> None:
         super().__init__(spec, layout, topology)
-        cuda = topology.device.type == "cuda"
-        self._chunk_bytes = DEVICE_CHUNK_BYTES if cuda else HOST_CHUNK_BYTES
         self.selection = Selection(range(0), 0)
         self.chunk_units = 1
         self._rounds: list[GatheredRound] = []
@@ -108,7 +103,7 @@ class GatheredHead(RowHead):
         self._rounds = [self._plan_round(*turn) for turn in by_round]
         columns = max(self.topology.world_size * self._batch, self.width)
         unit_bytes = self.layout.length * columns * self.spec.dtype.itemsize
-        self.chunk_units = max(1, self._chunk_bytes // unit_bytes)
+        self.chunk_units = max(1, chunk_bytes(self.topology.device) // unit_bytes)
         self.bank.touch(self.selection.units)
 
     def _plan_round(self, units: Tensor, slots: Tensor) -> GatheredRound:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mhe_dist import sparse_optim
 from mhe_dist.errors import UserError
@@ -198,12 +197,6 @@ class LevelHead(Head):
         gradient[place] = grads[0].to(gradient)
         correct = judged.correct.to(self.spec.dtype).sum()
         return ClosedForm(judged.losses.sum(), gradient, correct)
-
-    def features(self, embeddings: Tensor) -> Tensor:
-        """What rows are multiplied with `[B, width]`: unit embeddings, or embeddings and a 1."""
-        if self.margin.normalised:
-            return F.normalize(embeddings, dim=1)
-        return F.pad(embeddings, (0, 1), value=1.0)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from mhe_dist import seeds
 from mhe_dist.bank import Bank
 from mhe_dist.collectives import all_reduce
-from mhe_dist.heads.mhs_route import DEVICE_CHUNK_BYTES, HOST_CHUNK_BYTES
 from mhe_dist.heads.routing import chunks_by_head
 from mhe_dist.heads.rows import HeadSpec, initial_std
 from mhe_dist.heads.softmax import OwnScores
@@ -205,7 +204,7 @@ class ShardedLevel:
         if self._pending:
             units = torch.cat([units for units, _ in self._pending])
             scores = OwnScores.join([scores for _, scores in self._pending])
-            for chunk in chunks_by_head(units, units_at_once(self.bank)):
+            for chunk in chunks_by_head(units, self.bank.units_at_once):
                 index = chunk.index.to(scores.weights.device)
                 a, along = scores.weights[index], scores.along[index]
                 if chunk.padding is not None:
@@ -270,9 +269,3 @@ def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[
         return rows.view(*classes.shape, -1).to(spec.dtype)
 
     return rows_of
-
-
-def units_at_once(bank: Bank) -> int:
-    """Units that are worked on together: they fit a core's cache, or are enough for a device."""
-    budget = DEVICE_CHUNK_BYTES if bank.device.type == "cuda" else HOST_CHUNK_BYTES
-    return max(1, budget // (bank.length * bank.width * bank.compute_dtype.itemsize))

@@ -28,7 +28,7 @@ from mhe_dist.heads.base import Prediction
 from mhe_dist.heads.level_pass import Beam, LevelPass
 from mhe_dist.heads.leveled import Code, Judged, LevelHead
 from mhe_dist.heads.levels import Replicated, ShardedLevel, SharedLevel
-from mhe_dist.heads.rows import PREDICT_BYTES, HeadSpec
+from mhe_dist.heads.rows import PREDICT_BYTES, HeadSpec, features_of
 from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import Topology
 
@@ -65,7 +65,7 @@ class MultiHeadCascade(LevelHead):
     def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """The embedding for level 1, its projections for the others; see `LevelHead`."""
         projected = [F.linear(embeddings, rows[:, :-1], rows[:, -1]) for rows in projections]
-        return [self.features(view) for view in (embeddings, *projected)]
+        return [features_of(view, self.margin) for view in (embeddings, *projected)]
 
     def golds(self, labels: Tensor) -> list[Tensor]:
         """The distinct prefixes of each level; see `LevelHead`."""

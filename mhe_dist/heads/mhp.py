@@ -16,7 +16,7 @@ from mhe_dist.heads.base import Prediction
 from mhe_dist.heads.level_pass import Beam, LevelPass
 from mhe_dist.heads.leveled import Code, Judged, LevelHead
 from mhe_dist.heads.levels import SharedLevel
-from mhe_dist.heads.rows import PREDICT_BYTES, HeadSpec
+from mhe_dist.heads.rows import PREDICT_BYTES, HeadSpec, features_of
 from mhe_dist.labels import digits
 from mhe_dist.topology import Topology
 
@@ -38,7 +38,7 @@ class MultiHeadProduct(LevelHead):
 
     def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """The same features for each head; see `LevelHead`."""
-        return [self.features(embeddings)] * len(self.levels)
+        return [features_of(embeddings, self.margin)] * len(self.levels)
 
     def golds(self, labels: Tensor) -> list[Tensor]:
         """The digits; see `LevelHead`."""
@@ -66,7 +66,7 @@ class MultiHeadProduct(LevelHead):
         return Prediction(*map(torch.cat, zip(*parts, strict=True)))
 
     def _log_scores(self, embeddings: Tensor) -> list[Tensor]:
-        features = self.features(embeddings.to(self.spec.dtype))
+        features = features_of(embeddings.to(self.spec.dtype), self.margin)
         scores = []
         for level in self.levels.values():
             rows = level.bank.read(torch.zeros(1).long())[0]

@@ -24,9 +24,6 @@ from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import Dense, LowRank
 from mhe_dist.topology import Topology
 
-# Rows scored together: small enough for a core's share of the cache, large enough for a device.
-HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
-
 
 class MhsRoute(RowHead):
     """Own head and m extra heads of its group for every sample; see `RowHead` for the arguments."""
@@ -37,9 +34,6 @@ class MhsRoute(RowHead):
         layout = LabelLayout(spec.num_classes, config.length, spec.config.groups, key)
         super().__init__(spec, layout, topology)
         self.extra_heads = config.extra_heads if config.negatives != "own" else 0
-        budget = DEVICE_CHUNK_BYTES if topology.device.type == "cuda" else HOST_CHUNK_BYTES
-        row_bytes = config.length * self.width * spec.dtype.itemsize
-        self.chunk_heads = max(1, budget // row_bytes)
         self._rounds: list[Round] = []
         self._chunks: list[list[Chunk]] = []
         self._extra: dict[int, Tensor] = {}
@@ -61,17 +55,14 @@ class MhsRoute(RowHead):
         self._next = 0
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         self._samples = int((labels >= 0).sum())
-        met = set(self.layout.group_of(self.layout.locate(labels)[0]).unique().tolist())
+        heads, slots = self.layout.locate(labels)
+        met = set(self.layout.group_of(heads).unique().tolist())
         self._extra = {group: self.draw(step, group) for group in self.groups if group in met}
-        by_rank = labels.view(self.topology.world_size, self.rounds, -1)
-        rank = self.topology.rank
-        self._rounds = [
-            plan_round(self.layout, by_rank[:, turn], self._extra, rank)
-            for turn in range(self.rounds)
-        ]
-        self._chunks = [
-            chunks_by_head(turn.heads[turn.own], self.chunk_heads) for turn in self._rounds
-        ]
+        shape, rank = (self.topology.world_size, self.rounds, -1), self.topology.rank
+        by_round = zip(heads.view(shape).unbind(1), slots.view(shape).unbind(1), strict=True)
+        self._rounds = [plan_round(self.layout, *turn, self._extra, rank) for turn in by_round]
+        at_once = self.bank.units_at_once
+        self._chunks = [chunks_by_head(turn.heads[turn.own], at_once) for turn in self._rounds]
         self._own, self._sums = [], {}
         own = [turn.heads[turn.own] for turn in self._rounds]
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
@@ -127,19 +118,20 @@ class MhsRoute(RowHead):
             gradient = Dense(scores.rows.view(shape), self._along(scores.along.view(shape[:2])))
             self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
-            own, heads = OwnScores.join(self._own), self._own_heads()
-            chunks = (
-                self._chunks[0] if self.rounds == 1 else chunks_by_head(heads, self.chunk_heads)
-            )
-            for chunk in chunks:
+            own = OwnScores.join(self._own)
+            for chunk in self._own_chunks():
                 self.optimizer.update(
                     self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
                 )
         self._own, self._sums = [], {}
         self.norms.step()
 
-    def _own_heads(self) -> Tensor:
-        return torch.cat([turn.heads[turn.own] for turn in self._rounds])
+    def _own_chunks(self) -> list[Chunk]:
+        """The own heads of all rounds, each once."""
+        if self.rounds == 1:
+            return self._chunks[0]
+        heads = torch.cat([turn.heads[turn.own] for turn in self._rounds])
+        return chunks_by_head(heads, self.bank.units_at_once)
 
     def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
         index = chunk.index.to(self.topology.device, non_blocking=True)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from mhe_dist.collectives import all_to_all
-from mhe_dist.heads.levels import Level, units_at_once
+from mhe_dist.heads.levels import Level
 from mhe_dist.heads.objectives import Objective
 from mhe_dist.heads.routing import chunks_by_head, owner_of
 from mhe_dist.heads.softmax import LOGITS_BYTES, OwnScores
 from mhe_dist.labels import LabelLayout
+from mhe_dist.margins import keep_negatives
 from mhe_dist.topology import Topology
 
 
@@ -240,7 +241,7 @@ class Scorer:
         """Logits of the negatives, -inf where they do not count."""
         logits = others * self.scale
         if self.filter and self.level.normalised:
-            logits.masked_fill_(others > self.filter, float("-inf"))
+            logits.masked_fill_(~keep_negatives(others, self.filter), float("-inf"))
         return logits
 
 
@@ -269,7 +270,7 @@ def _cut(level: Level, pairs: Pairs) -> list[_Piece]:
     """Group pairs by unit into pieces whose rows and whose logits are bounded."""
     pieces, device = [], level.bank.device
     row_bytes = level.layout.length * level.bank.compute_dtype.itemsize
-    for chunk in chunks_by_head(pairs.units, units_at_once(level.bank)):
+    for chunk in chunks_by_head(pairs.units, level.bank.units_at_once):
         most = max(1, LOGITS_BYTES // (len(chunk.heads) * row_bytes))
         for index in chunk.index.split(most, dim=1):
             golds = pairs.golds[index]

@@ -74,7 +74,8 @@ class Round:
 
 def plan_round(
     layout: LabelLayout,
-    labels: Tensor,
+    heads: Tensor,
+    slots: Tensor,
     extra: dict[int, Tensor],
     rank: int,
 ) -> Round:
@@ -82,12 +83,12 @@ def plan_round(
 
     Args:
         layout: where classes live.
-        labels: int64 `[W, B]`, the micro-batch of each rank; anything outside `[0, C)` stays out.
+        heads, slots: int64 `[W, B]`, where the classes of each rank's micro-batch live; what has
+            head -1 stays out.
         extra: extra heads (ascending, global) of each group of this rank.
         rank: whose plan.
     """
-    world_size = labels.shape[0]
-    heads, slots = layout.locate(labels)
+    world_size = heads.shape[0]
     groups = layout.group_of(heads)
     owner = owner_of(groups, layout.groups, world_size)
     mine = torch.argsort(owner[rank], stable=True)

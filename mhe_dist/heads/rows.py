@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +52,13 @@ def initial_std(width: int) -> float:
     learnt half as well in as many steps on the glyph identities.
     """
     return float(width**-0.5)
+
+
+def features_of(embeddings: Tensor, margin: Margin) -> Tensor:
+    """What rows are multiplied with `[B, width]`: unit embeddings, or embeddings and a 1."""
+    if margin.normalised:
+        return F.normalize(embeddings, dim=1)
+    return F.pad(embeddings, (0, 1), value=1.0)
 
 
 class NormTracker:
@@ -150,11 +156,8 @@ class RowHead(Head):
         return rows.view(*classes.shape, self.width).to(self.spec.dtype)
 
     def features(self, embeddings: Tensor) -> Tensor:
-        """What rows are multiplied with `[B, width]`: unit embeddings, or embeddings and a 1."""
-        embeddings = embeddings.to(self.spec.dtype)
-        if self.margin.normalised:
-            return F.normalize(embeddings, dim=1)
-        return F.pad(embeddings, (0, 1), value=1.0)
+        """What rows are multiplied with; see `features_of`."""
+        return features_of(embeddings.to(self.spec.dtype), self.margin)
 
     def payload(self, embeddings: Tensor) -> Tensor:
         """What travels of a micro-batch `[B, width]`: features, and norms if the margin needs them.
@@ -264,7 +267,3 @@ class RowHead(Head):
             heads = self.layout.group_heads(group)
             ranges[f"rows/{group:05d}"] = (heads.start * length, heads.stop * length)
         return ranges
-
-    @abstractmethod
-    def plan(self, step: int, labels: Tensor) -> None:
-        """Prepare a step; see `Head`."""

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mhe_dist.margins import keep_negatives
+
 if TYPE_CHECKING:
     from mhe_dist.heads.routing import Chunk, GroupPart, Round
     from mhe_dist.heads.rows import RowHead
@@ -265,8 +267,8 @@ class _ExtraPart:
 def _logits(head: RowHead, cosine: Tensor, padding: Tensor | None) -> Tensor:
     """Scaled cosines `[..., L]`; padding and, if asked, suspiciously close negatives at -inf."""
     logits = cosine * head.margin.scale
-    if head.spec.config.margin.filter:
-        logits.masked_fill_(cosine > head.spec.config.margin.filter, float("-inf"))
+    if threshold := head.spec.config.margin.filter:
+        logits.masked_fill_(~keep_negatives(cosine, threshold), float("-inf"))
     return _visible(logits, padding, in_place=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhe_dist import bank
 from mhe_dist.config import BankConfig, HeadConfig, MarginConfig
-from mhe_dist.heads import HeadSpec, across, build, gathered, levels, mhs_route, pairs, softmax
+from mhe_dist.heads import HeadSpec, across, build, pairs, softmax
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.rows import RowHead
 from mhe_dist.topology import Topology
@@ -140,8 +142,7 @@ def run(place: Topology, job: Job) -> dict[str, Tensor]:
     """
     with ExitStack() as patches:
         if job.cramped:
-            for module in (gathered, levels, mhs_route):
-                patches.enter_context(mock.patch.object(module, "HOST_CHUNK_BYTES", 800))
+            patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
             for module in (across, pairs, softmax):
                 patches.enter_context(mock.patch.object(module, "LOGITS_BYTES", 2000))
         return _run(place, job)
@@ -312,10 +313,8 @@ def gathered_state(ranks: list[dict[str, Tensor]], field: str) -> Tensor:
     return torch.cat([rank[name] for rank, name in names])
 
 
-def check_run(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
-    """Compare what the ranks found, with all that a run leaves behind, to the definition."""
-    wanted = define(job)
-    steps = slice(*job.steps)
+def comparison(job: Job, tolerance: float) -> Callable[[str, Tensor, Tensor], None]:
+    """`near(name, found, expected)`: asserts that they agree, and names the job if not."""
 
     def near(name: str, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(
@@ -326,6 +325,15 @@ def check_run(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> Non
             msg=lambda text: f"{name}, {job.labels}, {job.dtype}: {text}",
         )
 
+    return near
+
+
+def check_run(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> None:
+    """Compare what the ranks found, with all that a run leaves behind, to the definition."""
+    wanted = define(job)
+    steps = slice(*job.steps)
+
+    near = comparison(job, tolerance)
     near("losses", sum(rank["losses"] for rank in ranks), wanted.losses[steps])
     seen = sum(rank["classes_seen"] for rank in ranks)
     near("classes seen", seen, wanted.classes_seen[steps])

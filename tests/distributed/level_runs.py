@@ -15,7 +15,7 @@ from mhe_dist.heads import build
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.leveled import LevelHead
 from mhe_dist.topology import Topology
-from tests.distributed.head_runs import LR, STEPS, Job
+from tests.distributed.head_runs import LR, STEPS, Job, comparison
 from tests.distributed.reference import DenseHead
 
 
@@ -216,15 +216,7 @@ def check_levels(job: Job, ranks: list[dict[str, Tensor]], tolerance: float) -> 
     wanted = define(job)
     steps = slice(*job.steps)
 
-    def near(name: str, found: Tensor, expected: Tensor) -> None:
-        torch.testing.assert_close(
-            found.double(),
-            expected.double(),
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text: f"{name}, {job.labels}, {job.dtype}: {text}",
-        )
-
+    near = comparison(job, tolerance)
     for name, values in wanted.numbers.items():
         near(name, sum(rank[name] for rank in ranks), values[steps])
     grads = torch.cat([rank["grads"] for rank in ranks]).transpose(0, 1)
