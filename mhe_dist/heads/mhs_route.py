@@ -8,6 +8,7 @@ writes it once in the update; no gradient of the size of the rows is kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.closed_form import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.routing import Chunk, Round, chunks_by_head, plan_round
 from mhe_dist.heads.rows import HeadSpec, RowHead
-from mhe_dist.heads.softmax import ExtraScores, OwnScores, score_round
+from mhe_dist.heads.softmax import ExtraGradient, OwnScores, score_round
 from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import Dense, LowRank
 from mhe_dist.topology import Topology
@@ -38,7 +39,7 @@ class MhsRoute(RowHead):
         self._chunks: list[list[Chunk]] = []
         self._extra: dict[int, Tensor] = {}
         self._own: list[OwnScores] = []
-        self._sums: dict[int, ExtraScores] = {}
+        self._sums: dict[int, ExtraGradient] = {}
         self._next, self._samples = 0, 0
 
     def draw(self, step: int, group: int) -> Tensor:
@@ -59,11 +60,15 @@ class MhsRoute(RowHead):
         met = set(self.layout.group_of(heads).unique().tolist())
         self._extra = {group: self.draw(step, group) for group in self.groups if group in met}
         shape, rank = (self.topology.world_size, self.rounds, -1), self.topology.rank
-        by_round = zip(heads.view(shape).unbind(1), slots.view(shape).unbind(1), strict=True)
-        self._rounds = [plan_round(self.layout, *turn, self._extra, rank) for turn in by_round]
+        places = torch.arange(labels.numel())
+        heads, slots, places = (of.view(shape) for of in (heads, slots, places))
+        self._rounds = [
+            plan_round(self.layout, heads[:, i], slots[:, i], places[:, i], self._extra, rank)
+            for i in range(self.rounds)
+        ]
         at_once = self.bank.units_at_once
         self._chunks = [chunks_by_head(turn.heads[turn.own], at_once) for turn in self._rounds]
-        self._own, self._sums = [], {}
+        self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
         own = [turn.heads[turn.own] for turn in self._rounds]
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
@@ -102,21 +107,21 @@ class MhsRoute(RowHead):
     ) -> ClosedForm:
         """Score a round, and keep the rows' gradient if asked."""
         share = 1 / max(1, self._samples)
-        scoring = score_round(self, features, norms, turn, chunks, self._extra, share)
+        sums = self._sums if keep else None
+        scoring = score_round(self, features, norms, turn, chunks, self._extra, sums, share)
         if keep:
             self._own.append(scoring.own)
-            for group, scores in scoring.extra.items():
-                self._sums[group] = self._sums[group] + scores if group in self._sums else scores
         return ClosedForm(scoring.losses.sum(), scoring.gradient, scoring.correct.sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         lr *= self.spec.config.optim.lr_scale
-        for group, scores in self._sums.items():
-            heads, shape = self._extra[group], (-1, self.layout.length, self.width)
-            gradient = Dense(scores.rows.view(shape), self._along(scores.along.view(shape[:2])))
-            self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
+        for group, sums in self._sums.items():
+            heads, summed = self._extra[group], sums.total()
+            if summed is not None:
+                gradient = self._of_extra(heads, summed)
+                self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
             own = OwnScores.join(self._own)
             for chunk in self._own_chunks():
@@ -127,11 +132,23 @@ class MhsRoute(RowHead):
         self.norms.step()
 
     def _own_chunks(self) -> list[Chunk]:
-        """The own heads of all rounds, each once."""
+        """The own heads of all rounds, each once, with its samples in their canonical order."""
         if self.rounds == 1:
             return self._chunks[0]
         heads = torch.cat([turn.heads[turn.own] for turn in self._rounds])
-        return chunks_by_head(heads, self.bank.units_at_once)
+        places = torch.cat([turn.places[turn.own] for turn in self._rounds])
+        order = places.argsort()
+        chunks = chunks_by_head(heads[order], self.bank.units_at_once)
+        return [replace(chunk, index=order[chunk.index]) for chunk in chunks]
+
+    def _of_extra(self, heads: Tensor, summed: Tensor) -> Dense:
+        """Gradient of extra rows from `a^T e` `[m * L, D]`; the rest of it is linear in that."""
+        summed = summed.view(-1, self.layout.length, self.width)
+        if not self.margin.normalised:
+            return Dense(summed, None)
+        rows = self.bank.read(heads)
+        along = (summed * rows).sum(-1).mul_(self.inverse_norms(rows).square_()).neg_()
+        return Dense(summed, along)
 
     def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
         index = chunk.index.to(self.topology.device, non_blocking=True)
@@ -139,7 +156,4 @@ class MhsRoute(RowHead):
         if chunk.padding is not None:
             padding = chunk.padding.to(a.device, non_blocking=True).unsqueeze(-1)
             a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
-        return LowRank(a, e, self._along(along.sum(1)))
-
-    def _along(self, along: Tensor) -> Tensor | None:
-        return along if self.margin.normalised else None
+        return LowRank(a, e, along.sum(1) if self.margin.normalised else None)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mhe_dist.heads.products import LEAST_ROWS
 from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import share
 
@@ -56,7 +57,8 @@ class Round:
     Attributes:
         send_order: positions in the rank's micro-batch, grouped by the rank that owns their head.
         send, receive: samples to and from each rank.
-        order: sorts what arrived by group, and in a group puts samples with a chunk first.
+        order: sorts what arrived by group, and in a group by micro-batch and place in it.
+        places: canonical number of each sample in the step, in sorted order.
         heads, slots: own head (global) and slot of each sample in sorted order.
         groups: the parts of the sorted order.
         own: sorted positions of the samples whose own head is not among the extra heads.
@@ -66,6 +68,7 @@ class Round:
     send: list[int]
     receive: list[int]
     order: Tensor
+    places: Tensor
     heads: Tensor
     slots: Tensor
     groups: list[GroupPart]
@@ -76,6 +79,7 @@ def plan_round(
     layout: LabelLayout,
     heads: Tensor,
     slots: Tensor,
+    places: Tensor,
     extra: dict[int, Tensor],
     rank: int,
 ) -> Round:
@@ -85,6 +89,7 @@ def plan_round(
         layout: where classes live.
         heads, slots: int64 `[W, B]`, where the classes of each rank's micro-batch live; what has
             head -1 stays out.
+        places: int64 `[W, B]`, canonical numbers of the samples in the step.
         extra: extra heads (ascending, global) of each group of this rank.
         rank: whose plan.
     """
@@ -96,13 +101,14 @@ def plan_round(
     arriving = owner == rank
     head, slot, group = heads[arriving], slots[arriving], groups[arriving]
     column = _columns(head, slot, group, extra, layout.length)
-    order = torch.from_numpy(np.lexsort((column.numpy() >= 0, group.numpy())))
+    order = torch.argsort(group, stable=True)
     column, group = column[order], group[order]
     return Round(
         send_order=mine[int(send[0]) :],
         send=send[1:].tolist(),
         receive=arriving.sum(1).tolist(),
         order=order,
+        places=places[arriving][order],
         heads=head[order],
         slots=slot[order],
         groups=_parts(group, column, list(extra)),
@@ -148,7 +154,8 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
         most_heads: heads in a chunk at most.
 
     Returns:
-        Chunks that cover each head once; a chunk wastes less than half of its places on padding.
+        Chunks that cover each head once. In one with more than `LEAST_ROWS` samples per head less
+        than half of the places are padding.
     """
     unique, inverse, counts = np.unique(heads.numpy(), return_inverse=True, return_counts=True)
     samples = np.argsort(inverse, kind="stable")
@@ -156,8 +163,9 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
     by_count = np.argsort(-counts, kind="stable")
     chunks, at = [], 0
     while at < len(unique):
-        most = int(counts[by_count[at]])
-        alike = np.searchsorted(-counts[by_count], -((most + 1) // 2), side="right")
+        most = max(LEAST_ROWS, int(counts[by_count[at]]))
+        least = (most + 1) // 2 if most > LEAST_ROWS else 1
+        alike = np.searchsorted(-counts[by_count], -least, side="right")
         picked = by_count[at : min(at + most_heads, int(alike))]
         place = np.arange(most)[None, :]
         padding = place >= counts[picked][:, None]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mhe_dist.heads.products import product
 from mhe_dist.margins import keep_negatives
 
 if TYPE_CHECKING:
@@ -46,20 +47,36 @@ class OwnScores(NamedTuple):
         )
 
 
-@dataclass
-class ExtraScores:
-    """The rows' gradient from extra heads, summed over samples, scaled.
+class ExtraGradient:
+    """The gradient `a^T e` of a group's extra rows, kept as factors until the step ends.
 
-    Attributes:
-        rows: `a^T e` `[m * L, D]`.
-        along: `b` `[m * L]`.
+    Then it is one product over the samples of the step in their canonical order, and does not
+    depend on which rank computed which micro-batch. Factors that exceed `LOGITS_BYTES` are
+    multiplied before that.
     """
 
-    rows: Tensor
-    along: Tensor
+    def __init__(self) -> None:
+        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._early: Tensor | None = None
 
-    def __add__(self, other: ExtraScores) -> ExtraScores:
-        return ExtraScores(self.rows.add_(other.rows), self.along.add_(other.along))
+    def add(self, places: Tensor, weights: Tensor, features: Tensor) -> None:
+        """Keep `a` `[n, m * L]` and `e` `[n, D]` of samples with canonical numbers `[n]`, host."""
+        self._factors.append((places, weights, features))
+        if sum(kept.nbytes for _, kept, _ in self._factors) > LOGITS_BYTES:
+            self._early = self.total()
+            self._factors.clear()
+
+    def total(self) -> Tensor | None:
+        """The gradient `[m * L, D]`, or None if no sample met the rows."""
+        if not self._factors:
+            return self._early
+        weights, features = (torch.cat(kept) for kept in list(zip(*self._factors, strict=True))[1:])
+        places = torch.cat([kept for kept, *_ in self._factors])
+        if (places[1:] < places[:-1]).any():
+            order = places.argsort().to(weights.device, non_blocking=True)
+            weights, features = weights[order], features[order]
+        summed = weights.T @ features
+        return summed if self._early is None else self._early.add_(summed)
 
 
 class Scoring(NamedTuple):
@@ -69,14 +86,13 @@ class Scoring(NamedTuple):
         losses: `[n]` of the samples in sorted order.
         gradient: of the sum of the losses with respect to the features `[n, D]`.
         correct: `[n]`, 1 where no class seen has a higher cosine than the target.
-        own, extra: the rows' gradient, `extra` by group.
+        own: the gradient of the rows of own heads.
     """
 
     losses: Tensor
     gradient: Tensor
     correct: Tensor
     own: OwnScores
-    extra: dict[int, ExtraScores]
 
 
 @dataclass
@@ -118,6 +134,7 @@ def score_round(
     turn: Round,
     chunks: list[Chunk],
     extra: dict[int, Tensor],
+    sums: dict[int, ExtraGradient] | None,
     share: float,
 ) -> Scoring:
     """Score one round on the rank that owns the heads.
@@ -127,6 +144,7 @@ def score_round(
         features: `[n, D]` in the round's sorted order.
         norms: of the embeddings `[n]`, for margins that depend on them.
         turn, chunks, extra: the plan.
+        sums: take the gradient of the extra rows, by group; None: it is not wanted.
         share: scale of the rows' gradient, `1 / N`.
     """
     samples = _Samples.of(features, norms)
@@ -138,9 +156,10 @@ def score_round(
     for part in parts:
         part.normalise()
     own = _score_own(head, samples, turn, chunks, share)
-    sums = {part.group: part.finish(share) for part in parts}
+    for part in parts:
+        part.finish(None if sums is None else sums[part.group], turn.places, share)
     correct = (samples.target >= samples.highest).to(features.dtype)
-    return Scoring(samples.losses, samples.gradient, correct, own, sums)
+    return Scoring(samples.losses, samples.gradient, correct, own)
 
 
 def _score_own(
@@ -211,21 +230,24 @@ class _ExtraPart:
             if self.kept is not None:
                 self.kept[where.start] = cosine
 
-    def finish(self, share: float) -> ExtraScores:
-        """Second pass: gradients of the samples and of the extra rows."""
+    def finish(self, gradient: ExtraGradient | None, places: Tensor, share: float) -> None:
+        """Second pass: the samples' gradient, and for `gradient` that of the extra rows.
+
+        Args:
+            gradient: takes the rows' gradient; None: it is not wanted.
+            places: canonical numbers of the round's samples `[n]`, host.
+            share: scale of the rows' gradient.
+        """
         samples, scale = self.samples, self.head.margin.scale
-        rows_gradient = torch.zeros_like(self.rows)
-        along = torch.zeros_like(self.inverse)
         for where, inside, column in self._slices():
             cosine = self._cosine(where) if self.kept is None else self.kept.pop(where.start)
             logits, _, _, slope = self._with_margin(cosine, where, inside, column)
             p = logits.sub_(samples.log_sum[where].unsqueeze(-1)).exp_()
             p[inside, column] = (p[inside, column] - 1) * slope
             weight = p.mul_(self.inverse * scale)
-            samples.gradient[where].addmm_(weight, self.rows)
-            rows_gradient.addmm_(weight.T, samples.features[where], alpha=share)
-            along.sub_(cosine.mul_(weight).sum(0).mul_(self.inverse), alpha=share)
-        return ExtraScores(rows_gradient, along)
+            samples.gradient[where] += product(weight, self.rows)
+            if gradient is not None:
+                gradient.add(places[where], weight, samples.features[where] * share)
 
     def _slices(self) -> list[tuple[slice, Tensor, Tensor]]:
         """Slices of the samples, with who has its own head among the extra ones, and where."""
@@ -241,7 +263,7 @@ class _ExtraPart:
         return slices
 
     def _cosine(self, where: slice) -> Tensor:
-        return (self.samples.features[where] @ self.rows.T).mul_(self.inverse)
+        return product(self.samples.features[where], self.rows.T).mul_(self.inverse)
 
     def _with_margin(
         self, cosine: Tensor, where: slice, inside: Tensor, column: Tensor
