@@ -1,0 +1,226 @@
+"""Cost of one step of a head: time, memory, traffic; see `mhe bench head`.
+
+Every step is run twice with the same labels and draws. The first time rows are made that no step
+met before; the second time is what a step costs in a long run. Each case has processes of its own,
+so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from benchmarks.products import BareProducts
+from benchmarks.ranks import run_ranks
+from benchmarks.traffic import Traffic
+from mhe_dist.collectives import all_reduce
+from mhe_dist.config import HeadConfig
+from mhe_dist.heads import Head, HeadSpec, build
+from mhe_dist.heads.mhs_route import MhsRoute
+from mhe_dist.topology import Topology
+
+KINDS: Final[dict[str, dict[str, Any]]] = {
+    "full": {"kind": "full"},
+    "partial_fc": {"kind": "partial_fc", "partial_fc": {"rate": 0.1}},
+    "mhs": {"kind": "mhs", "mhs": {"exchange": "route"}},
+    "mhs_gather": {"kind": "mhs", "mhs": {"exchange": "gather", "negatives": "batch"}},
+}
+PHASES: Final = ("plan", "forward", "backward", "update")
+LR: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        kind: a name in `KINDS`.
+        classes: C.
+        memory, dtype: of the bank.
+        world_size: W.
+        batch: samples per rank.
+        width: D.
+        length, extra_heads: L and m of `mhs`.
+        steps: at most this many.
+        seconds: no further step is begun after this long.
+    """
+
+    kind: str
+    classes: int
+    memory: str = "device"
+    dtype: str = "float32"
+    world_size: int = 2
+    batch: int = 256
+    width: int = 128
+    length: int = 1000
+    extra_heads: int = 8
+    steps: int = 10
+    seconds: float = 30.0
+
+    def spec(self, folder: str) -> HeadSpec:
+        """What the head is built from."""
+        values = dict(KINDS[self.kind])
+        if values["kind"] == "mhs":
+            own = {"length": self.length, "extra_heads": self.extra_heads}
+            values["mhs"] = own | values["mhs"]
+        values["bank"] = {"memory": self.memory, "dtype": self.dtype}
+        values["groups"] = self.world_size
+        config = HeadConfig.model_validate(values)
+        return HeadSpec(config, self.classes, self.width, 0, self.world_size, folder=folder)
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of all rows and their momentum."""
+        return 2 * self.classes * self.width * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Main memory that the case takes, roughly: rows that are met, and what a step makes."""
+        touched = self.bank_bytes
+        if self.kind == "mhs":
+            met = self.world_size * (self.batch + self.extra_heads) * self.length * self.steps
+            touched = touched * min(self.classes, met) // self.classes
+        gradient = self.bank_bytes // 2 if self.kind == "full" else self.bank_bytes // 20
+        return touched + (gradient if self.kind in ("full", "partial_fc") else 0) + (1 << 30)
+
+
+def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
+    """Measure a case on fresh ranks.
+
+    Returns:
+        Seconds of a step, `step` and each of `PHASES`: medians over steps of the slowest rank;
+        `first_touch` what a step took longer when it met rows for the first time; `peak` bytes
+        that the head added to the processes; `touched` and `bank` bytes of rows and state;
+        `sent` bytes per rank and step; `classes_seen` per sample; `steps` that were run.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
+        ranks = run_ranks(_measure, case.world_size, case, folder, device=device, timeout_s=900.0)
+    slowest = {
+        name: float(np.median(np.max([rank[name] for rank in ranks], axis=0)))
+        for name in (*PHASES, "step", "first")
+    }
+    first = slowest.pop("first")
+    return slowest | {
+        "first_touch": max(0.0, first - slowest["step"]),
+        "peak": sum(rank["peak"] for rank in ranks),
+        "touched": sum(rank["touched"] for rank in ranks),
+        "bank": sum(rank["bank"] for rank in ranks),
+        "sent": max(rank["sent"] for rank in ranks),
+        "classes_seen": sum(rank["classes_seen"] for rank in ranks) / len(ranks),
+        "steps": len(ranks[0]["step"]),
+    }
+
+
+def run_bare(case: Case) -> dict[str, float]:
+    """A routed step on one rank beside the bare products of its shapes, in turn.
+
+    Returns:
+        Median seconds of `step` and of `bare`.
+    """
+    (result,) = run_ranks(_measure_bare, 1, case, timeout_s=900.0)
+    return {name: float(np.median(values)) for name, values in result.items()}
+
+
+def _measure(place: Topology, case: Case, folder: str) -> dict[str, Any]:
+    before = _peak(place)
+    head = build(case.spec(folder), place)
+    rng = torch.Generator().manual_seed(1)
+    first, again, sent, seen = [], [], [], 0.0
+    begin = time.perf_counter()
+    for step in range(case.steps):
+        labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
+        x = torch.randn(place.world_size, case.batch, case.width, generator=rng)[place.rank]
+        first.append(_step(head, step, labels, x, place)[0])
+        with Traffic() as traffic:
+            seconds, seen = _step(head, step, labels, x, place)
+        again.append(seconds)
+        sent.append(traffic.bytes)
+        if _late(time.perf_counter() - begin, case.seconds, place):
+            break
+    settled = np.array(again[1:] or again)
+    return {
+        **{name: settled[:, i].tolist() for i, name in enumerate(PHASES)},
+        "step": settled.sum(1).tolist(),
+        "first": np.array(first[1:] or first).sum(1).tolist(),
+        "peak": _peak(place) - before,
+        "touched": _touched_bytes(head),
+        "bank": _bank_bytes(head),
+        "sent": float(np.median(sent)),
+        "classes_seen": seen,
+    }
+
+
+def _measure_bare(place: Topology, case: Case) -> dict[str, list[float]]:
+    head = build(case.spec(""), place)
+    assert isinstance(head, MhsRoute)
+    rng = torch.Generator().manual_seed(1)
+    steps, bare = [], []
+    for step in range(case.steps):
+        labels = torch.randint(0, case.classes, (1, case.batch), generator=rng)
+        x = torch.randn(case.batch, case.width, generator=rng)
+        _step(head, step, labels, x, place)
+        products = BareProducts(head, step, labels)
+        products.run()
+        for _ in range(3):
+            begin = time.perf_counter()
+            products.run()
+            bare.append(time.perf_counter() - begin)
+            steps.append(sum(_step(head, step, labels, x, place)[0]))
+    return {"step": steps, "bare": bare}
+
+
+def _step(
+    head: Head, step: int, labels: Tensor, embeddings: Tensor, place: Topology
+) -> tuple[list[float], float]:
+    """Seconds of each phase of a step, and the classes that a sample saw."""
+    x = embeddings.to(place.device).requires_grad_()
+    place.barrier()
+    marks = [_now(place)]
+    head.plan(step, labels)
+    marks.append(_now(place))
+    output = head(x, labels[place.rank])
+    marks.append(_now(place))
+    output.loss.backward()
+    marks.append(_now(place))
+    head.step(LR)
+    marks.append(_now(place))
+    return np.diff(marks).tolist(), float(output.metrics["classes_seen"])
+
+
+def _now(place: Topology) -> float:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    return time.perf_counter()
+
+
+def _late(seconds: float, limit: float, place: Topology) -> bool:
+    return bool(all_reduce(torch.tensor([seconds]), place, "max") > limit)
+
+
+def _peak(place: Topology) -> float:
+    """Bytes of memory of this process at its peak: the GPU's where it computes on one."""
+    if place.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(place.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _bank_bytes(head: Any) -> float:
+    return float(head.bank.bytes)
+
+
+def _touched_bytes(head: Any) -> float:
+    bank = head.bank
+    return bank.bytes * len(bank.touched) / max(1, len(bank.units))
+
+
+def fits(case: Case) -> bool:
+    """Whether this machine has the memory for a case now."""
+    return case.needed_bytes < psutil.virtual_memory().available
