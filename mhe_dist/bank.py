@@ -22,6 +22,7 @@ from mhe_dist.topology import CPU
 
 # Bytes worked on together: small enough for a core's share of the cache, large enough for a device.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
+LARGE_UNIT_BYTES = 1 << 17
 
 Memory = Literal["device", "host", "file"]
 Initial = Callable[[Tensor], Tensor]
@@ -95,6 +96,20 @@ class Bank:
         """Units that are worked on together."""
         unit_bytes = self.length * self.width * self.compute_dtype.itemsize
         return max(1, chunk_bytes(self.device) // unit_bytes)
+
+    def pieces(self, units: Units) -> list[tuple[slice, Units]]:
+        """How to walk over `units` to change their rows: parts of them, and the units of each.
+
+        Small units are taken together, which copies their rows. A large one is taken alone and as
+        a range, which is changed where it lies: on a host, copying it would take as long as all
+        that is done to it.
+        """
+        weight = self._store["weight"]
+        unit_bytes = self.length * self.width * weight.element_size()
+        on_host = weight.device.type == self.device.type == "cpu"
+        if isinstance(units, range) or not on_host or unit_bytes < LARGE_UNIT_BYTES:
+            return [(slice(None), units)]
+        return [(slice(i, i + 1), range(u, u + 1)) for i, u in enumerate(units.tolist())]
 
     def touch(self, units: Units) -> None:
         """Initialise those of `units` that never were."""

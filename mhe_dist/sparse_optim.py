@@ -12,8 +12,9 @@ is never written to memory on its own: SGD folds it into the momentum in one pro
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class LowRank(NamedTuple):
         """`a^T e` `[U, L, D]`, a new tensor."""
         return torch.bmm(self.a.transpose(1, 2), self.e)
 
+    def of(self, part: slice) -> LowRank:
+        """The gradient of some of the units."""
+        return LowRank(self.a[part], self.e[part], None if self.b is None else self.b[part])
+
 
 class Dense(NamedTuple):
     """Gradient of rows `w` `[U, L, D]` that many samples selected: `g + b * w`.
@@ -63,23 +68,35 @@ class Dense(NamedTuple):
         """`g` itself; it is consumed by the update."""
         return self.g
 
+    def of(self, part: slice) -> Dense:
+        """The gradient of some of the units."""
+        return Dense(self.g[part], None if self.b is None else self.b[part])
+
 
 RowGradient = LowRank | Dense
 
 
-class RowOptimizer(Protocol):
+class RowOptimizer(ABC):
     """Updates touched rows of a bank that was made with its `fields`."""
 
     @property
+    @abstractmethod
     def fields(self) -> dict[str, int | None]:
         """Name -> columns, as `Bank` takes them."""
 
     def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update the distinct, touched `units`."""
+        for part, piece in bank.pieces(units):
+            self._update(bank, piece, gradient.of(part), lr, step)
+
+    @abstractmethod
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
-class RowSGD:
+class RowSGD(RowOptimizer):
     """`v <- momentum v + g + weight_decay w; w <- w - lr v`, as torch.optim.SGD does."""
 
     momentum: float
@@ -90,8 +107,9 @@ class RowSGD:
         """The momentum, if there is any."""
         return {"momentum": None} if self.momentum else {}
 
-    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
-        """Update `units`; see `RowOptimizer`."""
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None:
         rows = bank.read(units)
         along = self._along(gradient, rows)
         if self.momentum:
@@ -111,7 +129,7 @@ class RowSGD:
 
 
 @dataclass(frozen=True)
-class RowAdamW:
+class RowAdamW(RowOptimizer):
     """AdamW (Loshchilov and Hutter, 2019) on touched rows, as torch.optim.AdamW does."""
 
     betas: tuple[float, float]
@@ -123,8 +141,9 @@ class RowAdamW:
         """Both moments, and the number of updates of each row."""
         return {"exp_avg": None, "exp_avg_sq": None, "age": 1}
 
-    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
-        """Update `units`; see `RowOptimizer`."""
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None:
         beta1, beta2 = self.betas
         rows = bank.read(units)
         state = {field: bank.read(units, field) for field in self.fields}

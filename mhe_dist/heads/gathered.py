@@ -23,7 +23,6 @@ from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.closed_form import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.rows import HeadSpec, RowHead
 from mhe_dist.labels import LabelLayout
-from mhe_dist.sparse_optim import Dense
 from mhe_dist.topology import Topology
 
 
@@ -158,19 +157,10 @@ class GatheredHead(RowHead):
             lr *= self.spec.config.optim.lr_scale
             for start in range(0, len(units), self.chunk_units):
                 chunk = slice(start, start + self.chunk_units)
-                gradient = self._of_rows(units[chunk], summed[chunk])
+                gradient = self.of_unit_rows(units[chunk], summed[chunk])
                 self.optimizer.update(self.bank, units[chunk], gradient, lr, self.step_number)
         self._gradient = None
         self.norms.step()
-
-    def _of_rows(self, units: Units, summed: Tensor) -> Dense:
-        """Gradient of rows from that of unit rows `[U, L, width]`: `(g - (g u) u) / |w|`."""
-        if not self.margin.normalised:
-            return Dense(summed, None)
-        rows = self.bank.read(units)
-        inverse = self.inverse_norms(rows)
-        along = (summed * rows).sum(-1).mul_(inverse.pow(3)).neg_()
-        return Dense(summed.mul_(inverse.unsqueeze(-1)), along)
 
 
 def places(units: Units, wanted: Tensor) -> Tensor:

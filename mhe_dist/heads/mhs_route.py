@@ -22,7 +22,7 @@ from mhe_dist.heads.routing import Chunk, Round, chunks_by_head, plan_round
 from mhe_dist.heads.rows import HeadSpec, RowHead
 from mhe_dist.heads.softmax import ExtraGradient, OwnScores, score_round
 from mhe_dist.labels import LabelLayout
-from mhe_dist.sparse_optim import Dense, LowRank
+from mhe_dist.sparse_optim import LowRank
 from mhe_dist.topology import Topology
 
 
@@ -120,7 +120,7 @@ class MhsRoute(RowHead):
         for group, sums in self._sums.items():
             heads, summed = self._extra[group], sums.total()
             if summed is not None:
-                gradient = self._of_extra(heads, summed)
+                gradient = self.of_unit_rows(heads, summed.view(len(heads), -1, self.width))
                 self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
             own = OwnScores.join(self._own)
@@ -140,15 +140,6 @@ class MhsRoute(RowHead):
         order = places.argsort()
         chunks = chunks_by_head(heads[order], self.bank.units_at_once)
         return [replace(chunk, index=order[chunk.index]) for chunk in chunks]
-
-    def _of_extra(self, heads: Tensor, summed: Tensor) -> Dense:
-        """Gradient of extra rows from `a^T e` `[m * L, D]`; the rest of it is linear in that."""
-        summed = summed.view(-1, self.layout.length, self.width)
-        if not self.margin.normalised:
-            return Dense(summed, None)
-        rows = self.bank.read(heads)
-        along = (summed * rows).sum(-1).mul_(self.inverse_norms(rows).square_()).neg_()
-        return Dense(summed, along)
 
     def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
         index = chunk.index.to(self.topology.device, non_blocking=True)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mhe_dist.heads.products import LEAST_ROWS
 from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import share
 
@@ -154,8 +153,7 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
         most_heads: heads in a chunk at most.
 
     Returns:
-        Chunks that cover each head once. In one with more than `LEAST_ROWS` samples per head less
-        than half of the places are padding.
+        Chunks that cover each head once; a chunk wastes less than half of its places on padding.
     """
     unique, inverse, counts = np.unique(heads.numpy(), return_inverse=True, return_counts=True)
     samples = np.argsort(inverse, kind="stable")
@@ -163,9 +161,8 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
     by_count = np.argsort(-counts, kind="stable")
     chunks, at = [], 0
     while at < len(unique):
-        most = max(LEAST_ROWS, int(counts[by_count[at]]))
-        least = (most + 1) // 2 if most > LEAST_ROWS else 1
-        alike = np.searchsorted(-counts[by_count], -least, side="right")
+        most = int(counts[by_count[at]])
+        alike = np.searchsorted(-counts[by_count], -((most + 1) // 2), side="right")
         picked = by_count[at : min(at + most_heads, int(alike))]
         place = np.arange(most)[None, :]
         padding = place >= counts[picked][:, None]

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhe_dist import seeds, sparse_optim
-from mhe_dist.bank import Bank
+from mhe_dist.bank import Bank, Units
 from mhe_dist.collectives import all_reduce, gather_rows
 from mhe_dist.config import HeadConfig
 from mhe_dist.heads.base import Head, Prediction
 from mhe_dist.labels import LabelLayout
 from mhe_dist.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
+from mhe_dist.sparse_optim import Dense
 from mhe_dist.topology import Topology
 
 PREDICT_BYTES = 1 << 26
@@ -187,6 +188,18 @@ class RowHead(Head):
         if not self.margin.normalised:
             return rows.new_ones(rows.shape[:-1])
         return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
+
+    def of_unit_rows(self, units: Units, summed: Tensor) -> Dense:
+        """Gradient of rows from that of normalised rows `[U, L, width]`: `(g - (g u) u) / |w|`.
+
+        `summed` is overwritten.
+        """
+        if not self.margin.normalised:
+            return Dense(summed, None)
+        rows = self.bank.read(units)
+        inverse = self.inverse_norms(rows)
+        along = (summed * rows).sum(-1).mul_(inverse.pow(3)).neg_()
+        return Dense(summed.mul_(inverse.unsqueeze(-1)), along)
 
     def padding(self, heads: Tensor) -> Tensor | None:
         """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mhe_dist.heads.products import product
+from mhe_dist.heads.stable import log_add_exp, product
 from mhe_dist.margins import keep_negatives
 
 if TYPE_CHECKING:
@@ -175,13 +175,13 @@ def _score_own(
         index = own[place]
         rows = head.bank.read(chunk.heads)
         inverse = head.inverse_norms(rows).unsqueeze(1)
-        cosine = torch.bmm(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
+        cosine = product(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
         slot = slots[index].unsqueeze(-1)
         target = cosine.gather(-1, slot).squeeze(-1)
         phi, slope = head.with_margin(target, samples.norms_of(index))
         logits = _logits(head, cosine, head.padding(chunk.heads))
         logits.scatter_(-1, slot, phi.unsqueeze(-1) * head.margin.scale)
-        log_sum = torch.logaddexp(logits.logsumexp(-1), samples.log_sum[index])
+        log_sum = log_add_exp(logits.logsumexp(-1), samples.log_sum[index])
         highest = _visible(cosine, head.padding(chunk.heads)).amax(-1)
         p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
         at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
@@ -189,65 +189,81 @@ def _score_own(
         samples.losses[index] = log_sum - phi * head.margin.scale
         samples.log_sum[index], samples.target[index] = log_sum, target
         samples.highest[index] = torch.maximum(samples.highest[index], highest)
-        samples.gradient[index] = torch.bmm(weight, rows)
+        samples.gradient[index] = product(weight, rows)
         weights[place] = weight.mul_(share)
         along[place] = cosine.mul_(weight).mul_(inverse).neg_()
     return OwnScores(samples.features[own], weights, along)
+
+
+class _Exponentials(NamedTuple):
+    """The extra logits of some samples, as the second pass needs them.
+
+    Attributes:
+        values: `exp(logits - peak)` `[n, m * L]`.
+        peak: `[n]`.
+        slope: derivative of the margin at the targets inside.
+    """
+
+    values: Tensor
+    peak: Tensor
+    slope: Tensor
 
 
 class _ExtraPart:
     """The samples of one group against the group's extra heads, in two passes.
 
     The first finds each sample's normaliser over the extra heads, the second, when the own heads
-    are known too, forms the gradients.
+    are known too, forms the gradients. Rows are normalised and embeddings scaled before they are
+    multiplied, so that the passes over `[n, m * L]` are few.
     """
 
     def __init__(self, head: RowHead, samples: _Samples, part: GroupPart, heads: Tensor) -> None:
         self.head, self.samples, self.part, self.group = head, samples, part, part.group
         rows = head.bank.read(heads)
         self.count = len(heads)
-        self.inverse = head.inverse_norms(rows).view(-1)
         padding = head.padding(heads)
         self.padding = None if padding is None else padding.view(-1)
-        self.rows = rows.flatten(0, 1)
+        self.rows = (rows * head.inverse_norms(rows).unsqueeze(-1)).flatten(0, 1)
         row_bytes = len(self.rows) * rows.element_size()
         self.slice = max(1, LOGITS_BYTES // (4 * row_bytes))
         kept = (part.samples.stop - part.samples.start) * row_bytes <= LOGITS_BYTES
-        self.kept: dict[int, Tensor] | None = {} if kept else None
+        self.kept: dict[int, _Exponentials] | None = {} if kept else None
 
     def normalise(self) -> None:
         """First pass: log-sum-exp and highest cosine over the extra heads."""
-        samples = self.samples
+        samples, scale = self.samples, self.head.margin.scale
         for where, inside, column in self._slices():
-            cosine = self._cosine(where)
-            logits, target, phi, _ = self._with_margin(cosine, where, inside, column)
-            samples.log_sum[where] = logits.logsumexp(-1)
-            samples.highest[where] = _visible(cosine, self.padding).amax(-1)
+            logits, highest = self._logits(where)
+            target = logits[inside, column] / scale
+            found = self._exponentials(logits, highest, where, inside, column)
+            samples.log_sum[where] = found.values.sum(-1).log_().add_(found.peak)
+            samples.highest[where] = highest / scale
             targets = inside + where.start
             samples.target[targets] = target
-            scaled = phi * self.head.margin.scale
-            samples.losses[targets] = samples.log_sum[targets] - scaled
+            phi, _ = self._with_margin(target, where, inside)
+            samples.losses[targets] = samples.log_sum[targets] - phi * scale
             if self.kept is not None:
-                self.kept[where.start] = cosine
+                self.kept[where.start] = found
 
     def finish(self, gradient: ExtraGradient | None, places: Tensor, share: float) -> None:
         """Second pass: the samples' gradient, and for `gradient` that of the extra rows.
 
         Args:
-            gradient: takes the rows' gradient; None: it is not wanted.
+            gradient: takes the gradient of the normalised rows; None: it is not wanted.
             places: canonical numbers of the round's samples `[n]`, host.
             share: scale of the rows' gradient.
         """
         samples, scale = self.samples, self.head.margin.scale
         for where, inside, column in self._slices():
-            cosine = self._cosine(where) if self.kept is None else self.kept.pop(where.start)
-            logits, _, _, slope = self._with_margin(cosine, where, inside, column)
-            p = logits.sub_(samples.log_sum[where].unsqueeze(-1)).exp_()
-            p[inside, column] = (p[inside, column] - 1) * slope
-            weight = p.mul_(self.inverse * scale)
-            samples.gradient[where] += product(weight, self.rows)
+            if self.kept is None:
+                found = self._exponentials(*self._logits(where), where, inside, column)
+            else:
+                found = self.kept.pop(where.start)
+            p = found.values.mul_((found.peak - samples.log_sum[where]).exp_().unsqueeze(-1))
+            p[inside, column] = (p[inside, column] - 1) * found.slope
+            samples.gradient[where] += product(p, self.rows).mul_(scale)
             if gradient is not None:
-                gradient.add(places[where], weight, samples.features[where] * share)
+                gradient.add(places[where], p, samples.features[where] * (scale * share))
 
     def _slices(self) -> list[tuple[slice, Tensor, Tensor]]:
         """Slices of the samples, with who has its own head among the extra ones, and where."""
@@ -262,20 +278,31 @@ class _ExtraPart:
             slices.append((slice(start, stop), index, column))
         return slices
 
-    def _cosine(self, where: slice) -> Tensor:
-        return product(self.samples.features[where], self.rows.T).mul_(self.inverse)
+    def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
+        """Logits `[n, m * L]` without a margin, -inf at padding, and the highest of each sample."""
+        features = self.samples.features[where] * self.head.margin.scale
+        logits = _visible(product(features, self.rows.T), self.padding, in_place=True)
+        return logits, logits.amax(-1)
 
-    def _with_margin(
-        self, cosine: Tensor, where: slice, inside: Tensor, column: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits `[n, m * L]`, and cosine, margin'd cosine and slope of the targets inside."""
-        head, target = self.head, cosine[inside, column]
-        phi, slope = head.with_margin(target, self.samples.norms_of(inside + where.start))
-        logits = _logits(head, cosine, self.padding)
+    def _exponentials(
+        self, logits: Tensor, highest: Tensor, where: slice, inside: Tensor, column: Tensor
+    ) -> _Exponentials:
+        """Apply margin, filter and correction to the logits, which are overwritten."""
+        head, scale = self.head, self.head.margin.scale
+        phi, slope = self._with_margin(logits[inside, column] / scale, where, inside)
+        if threshold := head.spec.config.margin.filter:
+            logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
+        peak = highest
         if head.spec.config.mhs.correction:
             self._correct(logits, inside, column)
-        logits[inside, column] = phi * head.margin.scale
-        return logits, target, phi, slope
+            peak = logits.amax(-1)
+        logits[inside, column] = phi * scale
+        peak = peak.index_put((inside,), torch.maximum(peak[inside], phi * scale))
+        return _Exponentials(logits.sub_(peak.unsqueeze(-1)).exp_(), peak, slope)
+
+    def _with_margin(self, target: Tensor, where: slice, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of the targets inside with their margin, and its slope."""
+        return self.head.with_margin(target, self.samples.norms_of(inside + where.start))
 
     def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
         """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""

