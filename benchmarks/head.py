@@ -84,6 +84,8 @@ class Case:
     @property
     def needed_bytes(self) -> int:
         """Main memory that the case takes, roughly: rows that are met, and what a step makes."""
+        if self.memory == "file":
+            return 3 << 30
         touched = self.bank_bytes
         if self.kind == "mhs":
             met = self.world_size * (self.batch + self.extra_heads) * self.length * self.steps

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from launcher import console
-from launcher.verbs import checkpoint, data, doctor, results, settings, train
+from launcher.verbs import bench, checkpoint, data, doctor, results, settings, train
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -38,6 +38,7 @@ app.command("export")(results.export)
 app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

@@ -22,6 +22,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
     *(["train"], ["config"], ["evaluate"], ["export"], ["doctor"]),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
+    *(["bench"], ["bench", "head"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),
 ]
 SUMMARY = {

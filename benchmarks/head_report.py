@@ -1,0 +1,153 @@
+"""Table, ratios, plot and JSON of `mhe bench head`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from benchmarks.head import PHASES, Case
+from pipelines.report import BLUE, GREEN, GREY, ORANGE, STYLE
+
+COLOURS = {"full": GREY, "partial_fc": ORANGE, "mhs_gather": GREEN, "mhs": BLUE}
+NAMES = {
+    "full": "full",
+    "partial_fc": "PartialFC 0.1",
+    "mhs_gather": "mhs gather",
+    "mhs": "mhs route",
+}
+GIB = 2**30
+_CAPTION = """\
+ms of a step, and its planning, forward, backward and update; first: what more a step
+took when it met its rows for the first time. GiB that the head took at its peak, of
+what all rows and their momentum are; MB that a rank sent per step; classes seen by a
+sample. With fewer heads than samples, samples share heads and fewer rows are touched."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case, and what `benchmarks.head.run` measured."""
+
+    case: Case
+    figures: dict[str, float]
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One line per case."""
+    out = Table(title="One step of the head", title_justify="left", caption_justify="left")
+    out.caption = _CAPTION
+    for name in (
+        "head",
+        "C",
+        "ms",
+        "plan",
+        "fwd",
+        "bwd",
+        "upd",
+        "first",
+        "GiB",
+        "of",
+        "MB",
+        "seen",
+    ):
+        out.add_column(name, justify="left" if name == "head" else "right", no_wrap=True)
+    for result in results:
+        figures = result.figures
+        out.add_row(
+            NAMES[result.case.kind],
+            count(result.case.classes),
+            *(f"{1e3 * figures[name]:,.0f}" for name in ("step", *PHASES, "first_touch")),
+            f"{figures['peak'] / GIB:.1f}",
+            f"{figures['bank'] / GIB:.1f}",
+            f"{figures['sent'] / 1e6:.1f}",
+            count(round(figures["classes_seen"])),
+        )
+    return out
+
+
+def count(number: int) -> str:
+    """A number in three digits or so: 125k, 1M, 9.6k."""
+    for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return str(number)
+
+
+def ratios(results: Sequence[Result], bare: dict[str, float] | None) -> list[tuple[str, str]]:
+    """What the table is about, as `(what, figure)`."""
+    found: list[tuple[str, str]] = []
+    routed = sorted(
+        (r for r in results if r.case.kind == "mhs"), key=lambda result: result.case.classes
+    )
+    for smaller in routed[:-1]:
+        largest = routed[-1]
+        sizes = f"{count(largest.case.classes)} over {count(smaller.case.classes)} classes"
+        slower = largest.figures["step"] / smaller.figures["step"]
+        found.append((f"mhs route, {sizes}", f"{slower:.2f} x the time"))
+    for kind in ("partial_fc", "full", "mhs_gather"):
+        pairs = [
+            (r, other)
+            for r in routed
+            for other in results
+            if other.case.kind == kind and other.case.classes == r.case.classes
+        ]
+        for r, other in pairs[-1:]:
+            found.append(
+                (
+                    f"{NAMES[kind]} over mhs route, {count(r.case.classes)} classes",
+                    f"{other.figures['step'] / r.figures['step']:.1f} x the time",
+                )
+            )
+    for r in routed[-1:]:
+        extra = r.figures["peak"] - r.figures["touched"]
+        whole = 1 + max(0.0, extra) / r.figures["bank"]
+        found.append(
+            (
+                f"mhs route, {count(r.case.classes)} classes, all it takes over rows and state",
+                f"{whole:.2f} x the memory",
+            )
+        )
+    if bare:
+        found.append(
+            (
+                "mhs route on one rank over its bare products",
+                f"{bare['step'] / bare['bare']:.2f} x the time",
+            )
+        )
+    return found
+
+
+def plot(results: Sequence[Result], file: Path) -> None:
+    """Time and peak memory over the number of classes, both axes logarithmic, as PNG."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 3.8))
+        left, right = figure.subplots(1, 2)
+        _curves(left, results, "step", "Time per step of the head", "seconds", 1.0)
+        _curves(right, results, "peak", "Peak memory, all ranks", "GiB", GIB)
+        left.legend(loc="best")
+        FigureCanvasAgg(figure).print_figure(file, metadata={"Software": None})
+
+
+def _curves(
+    axes: Axes, results: Sequence[Result], key: str, title: str, unit: str, divisor: float
+) -> None:
+    for kind in dict.fromkeys(result.case.kind for result in results):
+        mine = sorted(
+            (r.case.classes, r.figures[key] / divisor) for r in results if r.case.kind == kind
+        )
+        axes.plot(*zip(*mine, strict=True), marker="o", label=NAMES[kind], color=COLOURS[kind])
+    axes.set(title=title, xlabel="classes", ylabel=unit, xscale="log", yscale="log")
+
+
+def save(results: Sequence[Result], bare: dict[str, float] | None, file: Path) -> None:
+    """Everything as JSON."""
+    cases = [{"case": asdict(r.case), "figures": r.figures} for r in results]
+    found = {"cases": cases, "bare": bare, "ratios": dict(ratios(results, bare))}
+    file.write_text(json.dumps(found, indent=2) + "\n")

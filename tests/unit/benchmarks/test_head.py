@@ -1,0 +1,79 @@
+"""The head benchmark measures what it says, on a case small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import head, head_report
+from benchmarks.products import BareProducts
+from benchmarks.traffic import Traffic
+from mhe_dist.collectives import all_to_all
+from mhe_dist.heads import build
+from mhe_dist.topology import Topology
+from tests.conftest import run_ranks
+
+SMALL = {"world_size": 2, "batch": 8, "width": 16, "length": 4, "extra_heads": 2, "steps": 3}
+
+
+@pytest.fixture(scope="module")
+def results() -> list[head_report.Result]:
+    cases = [head.Case(kind, 64, **SMALL) for kind in head.KINDS]
+    return [head_report.Result(case, head.run(case)) for case in cases]
+
+
+def test_the_figures_are_those_of_the_head(results: list[head_report.Result]) -> None:
+    by_kind = {result.case.kind: result.figures for result in results}
+    for figures in by_kind.values():
+        assert figures["bank"] == 64 * 16 * 4 * 2
+        assert 0 < figures["touched"] <= figures["bank"]
+        assert figures["steps"] == 3
+        assert min(figures[name] for name in (*head.PHASES, "step")) > 0
+    assert by_kind["full"]["classes_seen"] == 64
+    assert 4 < by_kind["mhs"]["classes_seen"] <= 12
+
+
+def test_a_routed_embedding_travels_there_and_back(results: list[head_report.Result]) -> None:
+    routed = next(r.figures for r in results if r.case.kind == "mhs")
+    assert routed["sent"] <= 2 * 2 * 8 * 16 * 4  # all samples of both ranks, and their gradients
+
+
+def test_report(results: list[head_report.Result], tmp_path: Path) -> None:
+    bare = {"step": 2.0, "bare": 1.0}
+    assert head_report.table(results).row_count == len(results)
+    assert ("mhs route on one rank over its bare products", "2.00 x the time") in (
+        head_report.ratios(results, bare)
+    )
+    head_report.plot(results, tmp_path / "head.png")
+    head_report.save(results, bare, tmp_path / "head.json")
+    assert (tmp_path / "head.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "head.json").read_text())["cases"]) == len(results)
+
+
+def _send(place: Topology) -> int:
+    with Traffic() as traffic:
+        all_to_all(torch.zeros(3, 5), [1, 2], [1 + place.rank, 1 + place.rank], place)
+    return traffic.bytes
+
+
+def test_traffic_counts_what_is_given() -> None:
+    assert run_ranks(_send, 2) == [60, 60]
+
+
+def test_bare_products_read_and_write_each_met_head_once() -> None:
+    case = head.Case("mhs", 64, **SMALL | {"world_size": 1})
+    built = build(case.spec(""), Topology())
+    labels = torch.arange(8).view(1, 8)
+    products = BareProducts(built, 0, labels)
+    products.run()
+    own = built.layout.locate(labels)[0].unique()
+    met = [unit for part in products._products for unit in part.units.tolist()]
+    assert sorted(met) == sorted([*own.tolist(), *built.draw(0, 0).tolist()])
+
+
+@pytest.mark.parametrize(("number", "text"), [(7, "7"), (125_000, "125k"), (10**9, "1G")])
+def test_counts_are_short(number: int, text: str) -> None:
+    assert head_report.count(number) == text
