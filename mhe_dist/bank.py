@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 
 from mhe_dist import seeds
+from mhe_dist.row_store import Local, Memory, RowStore
 from mhe_dist.topology import CPU
 
 # Bytes worked on together: small enough for a core's share of the cache, large enough for a device.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 LARGE_UNIT_BYTES = 1 << 17
 
-Memory = Literal["device", "host", "file"]
 Initial = Callable[[Tensor], Tensor]
 # Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows lie side by side.
 Units = Tensor | range
@@ -63,6 +62,8 @@ class Bank:
         folder: str | Path | None = None,
         seed: int = 0,
     ) -> None:
+        if memory == "file" and folder is None:
+            raise ValueError("a bank in file memory needs a folder")
         self.units, self.length, self.width = units, length, width
         columns = {"weight": None, **(fields or {})}
         self.fields = tuple(columns)
@@ -70,13 +71,12 @@ class Bank:
         self._initial = initial
         self._touched = np.zeros(len(units), dtype=bool)
         self._store = {
-            name: _allocate(
-                name,
+            name: RowStore(
                 (len(units), length, width if own is None else own),
                 dtype if own is None else torch.promote_types(dtype, torch.float32),
                 memory,
                 device,
-                folder,
+                Path(folder or "") / f"{name}.rows",
             )
             for name, own in columns.items()
         }
@@ -89,7 +89,7 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Bytes of all rows and their state, touched or not."""
-        return sum(store.numel() * store.element_size() for store in self._store.values())
+        return sum(store.rows.nbytes for store in self._store.values())
 
     @property
     def units_at_once(self) -> int:
@@ -104,7 +104,7 @@ class Bank:
         a range, which is changed where it lies: on a host, copying it would take as long as all
         that is done to it.
         """
-        weight = self._store["weight"]
+        weight = self._store["weight"].rows
         unit_bytes = self.length * self.width * weight.element_size()
         on_host = weight.device.type == self.device.type == "cpu"
         if isinstance(units, range) or not on_host or unit_bytes < LARGE_UNIT_BYTES:
@@ -148,15 +148,14 @@ class Bank:
         """Store fields as they were saved, bit for bit, and mark `units` as touched."""
         local = units - self.units.start
         for field, rows in values.items():
-            store = self._store[field]
-            store.index_copy_(0, local.to(store.device), rows.to(store))
+            self._store[field].put(local.numpy(), rows)
         self._touched[local.numpy()] = True
 
     def saved(self, units: Tensor) -> dict[str, Tensor]:
         """All fields of `units` in the stored type, on the host: what `load` takes."""
         local = units - self.units.start
         return {
-            name: store.index_select(0, local.to(store.device)).cpu()
+            name: store.rows.index_select(0, local.to(store.rows.device)).cpu()
             for name, store in self._store.items()
         }
 
@@ -164,11 +163,22 @@ class Bank:
         """Mark every unit as never touched and clear the optimizer state."""
         local = self.touched - self.units.start
         for name in self.fields[1:]:
-            store = self._store[name]
+            store = self._store[name].rows
             store.index_fill_(0, local.to(store.device), 0)
         self._touched[local.numpy()] = False
 
-    def _local(self, units: Units) -> slice | npt.NDArray[np.int64]:
+    def expect(self, units: Tensor) -> None:
+        """Say which distinct units the next step will need; see `RowStore.expect`."""
+        local = units.numpy() - self.units.start
+        for store in self._store.values():
+            store.expect(local[self._touched[local]])
+
+    def release(self) -> None:
+        """Let go of memory that was only used to work on rows; between two steps."""
+        for store in self._store.values():
+            store.release()
+
+    def _local(self, units: Units) -> Local:
         """Where `units` are in this partition, as NumPy and torch index."""
         first = self.units.start
         if isinstance(units, range):
@@ -177,28 +187,19 @@ class Bank:
         return local
 
     def _get(self, field: str, units: Units) -> Tensor:
-        store, local = self._store[field], self._local(units)
-        if isinstance(local, slice):
-            rows = store[local]
-        else:
-            where = torch.from_numpy(local).to(store.device, non_blocking=True)
-            rows = store.index_select(0, where)
+        rows = self._store[field].get(self._local(units))
         return rows.to(self.device, self.compute_dtype, non_blocking=True)
 
     def _put(self, field: str, units: Units, rows: Tensor, step: int) -> None:
-        store, local = self._store[field], self._local(units)
-        if store.dtype == torch.bfloat16:
+        store = self._store[field]
+        if store.rows.dtype == torch.bfloat16:
             key = seeds.derive(self.seed, f"rounding of {field}", step)
             if isinstance(units, range):
                 numbers = torch.arange(units.start, units.stop, device=rows.device)
             else:
                 numbers = units.to(rows.device, non_blocking=True)
             rows = round_stochastically(rows, numbers, key)
-        if not isinstance(local, slice):
-            where = torch.from_numpy(local).to(store.device, non_blocking=True)
-            store.index_copy_(0, where, rows.to(store.device, store.dtype))
-        elif rows.data_ptr() != store[local].data_ptr():
-            store[local].copy_(rows)
+        store.put(self._local(units), rows)
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -221,30 +222,3 @@ def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
 
 def _as_int32(key: int) -> int:
     return (key & 0xFFFFFFFF) - (1 << 32 if key & 0x80000000 else 0)
-
-
-def _allocate(
-    name: str,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    memory: Memory,
-    device: torch.device,
-    folder: str | Path | None,
-) -> Tensor:
-    """Zeroed storage whose pages come into being when they are touched, where the system can."""
-    if 0 in shape:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if memory == "file":
-        if folder is None:
-            raise ValueError("a bank in file memory needs a folder")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / f"{name}.rows"
-        path.unlink(missing_ok=True)
-        size = int(np.prod(shape))
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(shape)
-    if memory == "host" and device.type == "cuda":
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
-    if memory == "host" or device.type == "cpu":
-        bytes_of = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
-        return torch.from_numpy(bytes_of).view(dtype).view(shape)
-    return torch.zeros(shape, dtype=dtype, device=device)

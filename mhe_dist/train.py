@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from mhe_dist.collectives import gather_rows
 from mhe_dist.heads.base import NO_SAMPLE, Head, LabelError
 from mhe_dist.timing import Stopwatch
 from mhe_dist.topology import Topology
+
+T = TypeVar("T")
 
 
 class Trainable(Protocol):
@@ -82,10 +84,12 @@ class Loop:
         self.head_time = Stopwatch(self.topology.device)
 
     def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
-        """Train on `batches`, one step each."""
-        for batch in batches:
-            labels, samples = self._meet(batch)
+        """Train on `batches`, one step each; the labels of the next one are known by then."""
+        for (batch, met), following in pairs((batch, self._meet(batch)) for batch in batches):
+            labels, samples = met
             self._plan(batch, labels)
+            if following:
+                self.head.expect(following[0].step, following[1][0])
             outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
             lr = self.rate(batch.step)
             self.engine.step(lr)
@@ -119,6 +123,16 @@ class Loop:
                 self.head.plan(batch.step, labels)
             except LabelError as error:
                 raise error.of_sample(_key_of(batch, error)) from None
+
+
+def pairs(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item and the one that follows it; None after the last."""
+    items = iter(items)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following
+        item = following
 
 
 def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -101,6 +101,13 @@ class Head(ABC):
         """
 
     @abstractmethod
+    def expect(self, step: int, labels: Tensor) -> None:
+        """Start to fetch what the next step will need; may be called before this one's `step`.
+
+        Arguments as `plan` takes them, but nothing is checked. Returns at once.
+        """
+
+    @abstractmethod
     def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
         """Loss of the next planned micro-batch of this rank.
 

@@ -160,6 +160,7 @@ class GatheredHead(RowHead):
                 gradient = self.of_unit_rows(units[chunk], summed[chunk])
                 self.optimizer.update(self.bank, units[chunk], gradient, lr, self.step_number)
         self._gradient = None
+        self.bank.release()
         self.norms.step()
 
 

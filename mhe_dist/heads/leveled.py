@@ -140,6 +140,9 @@ class LevelHead(Head):
         for part in (*self.levels.values(), *self.projections.values()):
             part.drop()
 
+    def expect(self, step: int, labels: Tensor) -> None:
+        """Nothing: which rows a level meets is known when the level above was scored."""
+
     def _checked(self, labels: Tensor) -> Tensor:
         """Labels `[n, B, K]`: in `[0, C)`, or -1 for none, or `NO_SAMPLE` for what does not count.
 

@@ -72,6 +72,14 @@ class MhsRoute(RowHead):
         own = [turn.heads[turn.own] for turn in self._rounds]
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
+    def expect(self, step: int, labels: Tensor) -> None:
+        """Fetch the rows of this rank that `step` will meet; see `Head`."""
+        heads = torch.unique(self.layout.locate(labels)[0])
+        groups = self.layout.group_of(heads)
+        mine = (groups >= self.groups.start) & (groups < self.groups.stop)
+        drawn = [self.draw(step, group) for group in groups[mine].unique().tolist()]
+        self.bank.expect(torch.unique(torch.cat([heads[mine], *drawn])))
+
     def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
         """Loss of the next planned micro-batch; see `Head`."""
         turn, chunks = self._rounds[self._next], self._chunks[self._next]
@@ -129,6 +137,7 @@ class MhsRoute(RowHead):
                     self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
                 )
         self._own, self._sums = [], {}
+        self.bank.release()
         self.norms.step()
 
     def _own_chunks(self) -> list[Chunk]:

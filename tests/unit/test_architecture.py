@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("launcher", "pipelines", "mhe_dist")  # an import may go right, never left
+PACKAGES = ("launcher", "benchmarks", "pipelines", "mhe_dist")  # an import may go right, never left
 BOTTOM = ("config", "labels", "margins", "schedule", "seeds", "retention")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

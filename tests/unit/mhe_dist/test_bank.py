@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist import seeds
+from mhe_dist import row_store, seeds
 from mhe_dist.bank import Bank, round_stochastically
+from mhe_dist.row_store import RowsAhead
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)
@@ -170,3 +172,45 @@ def test_rounding_depends_on_the_unit_and_the_key_alone() -> None:
     assert not torch.equal(round_stochastically(rows, units, key=10), rounded)
     same = rows[:1].expand(8, -1, -1)
     assert len(round_stochastically(same, units, key=9).flatten(1).unique(dim=0)) == 8
+
+
+def test_pages_of_a_file_are_let_go_and_the_rows_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_store, "RESIDENT_BYTES", 1 << 20)
+    rows = Bank(range(64), 128, 64, big, memory="file", folder=tmp_path)
+    every = torch.arange(64)
+    rows.touch(every)
+    mapped = rss_of(tmp_path / "weight.rows")
+    assert mapped >= rows.bytes
+    rows.release()
+    assert rss_of(tmp_path / "weight.rows") < mapped / 8
+    rows.expect(numbers(3, 4, 5, 60))
+    assert torch.equal(rows.read(every), big(every))
+
+
+def big(units: Tensor) -> Tensor:
+    return units.float().view(-1, 1, 1).expand(-1, 128, 64).contiguous()
+
+
+def rss_of(path: Path) -> int:
+    """Resident bytes of this process's mapping of a file."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+
+
+def test_rows_ahead_are_those_that_were_asked_for_and_not_changed_since() -> None:
+    rows = torch.arange(24.0).view(6, 2, 2)
+    ahead = RowsAhead(rows, torch.device("cpu"))
+    assert ahead.take(np.array([1])) is None
+    ahead.start(np.array([4, 1, 2]))
+    taken = ahead.take(np.array([2, 4]))
+    assert taken is not None
+    assert torch.equal(taken, rows[[2, 4]])
+    assert ahead.take(np.array([2, 3])) is None
+    ahead.outdated(np.array([2, 5]))
+    assert ahead.take(np.array([1, 2])) is None
+    ahead.outdated(slice(4, 6))
+    assert ahead.take(np.array([4])) is None
+    assert torch.equal(ahead.take(np.array([1])), rows[[1]])

@@ -1,0 +1,172 @@
+"""Where one field of a bank lies: in the device's memory, in the host's, or in a sparse file.
+
+All memory is asked of the system page by page, as units are touched, where the system can. What the
+next step will need can be named ahead (`expect`): pages of a file are then read from the disk, and
+rows in host memory copied to a device, while the backbone computes.
+"""
+
+from __future__ import annotations
+
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Memory = Literal["device", "host", "file"]
+# Where units are in a partition, as NumPy and torch index.
+Local = slice | npt.NDArray[np.int64]
+Shape = tuple[int, int, int]
+
+# Bytes of a file that are used before its pages are handed back to the system's cache. They stay
+# there while there is room; without that, all that was ever touched would count as the process's.
+RESIDENT_BYTES: Final = 1 << 30
+
+
+class RowStore:
+    """Rows `[units, L, columns]`, zero at first.
+
+    Attributes:
+        rows: all of them, where they lie.
+
+    Args:
+        shape, dtype: of the rows.
+        memory: `device` where they are used, `host` in RAM (pinned for a GPU), `file` in `path`.
+        device: where they are used.
+        path: of the file, which is overwritten.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, memory: Memory, device: torch.device, path: Path
+    ) -> None:
+        self._map: mmap.mmap | None = None
+        self._ahead: RowsAhead | None = None
+        self._used = 0
+        if 0 in shape:
+            self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        elif memory == "file":
+            self._map = _sparse_file(path, int(np.prod(shape)) * dtype.itemsize)
+            self.rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
+        elif memory == "host" and device.type == "cuda":
+            self.rows = torch.zeros(shape, dtype=dtype, pin_memory=True)
+            self._ahead = RowsAhead(self.rows, device)
+        elif memory == "host" or device.type == "cpu":
+            pages = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
+            self.rows = torch.from_numpy(pages).view(dtype).view(shape)
+        else:
+            self.rows = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit."""
+        return self.rows[0].numel() * self.rows.element_size()
+
+    def get(self, local: Local) -> Tensor:
+        """Rows `[U, L, columns]` in the stored type; a slice is not copied."""
+        if isinstance(local, slice):
+            self._count(self.rows[local])
+            return self.rows[local]
+        if self._ahead is not None and (ready := self._ahead.take(local)) is not None:
+            return ready
+        where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
+        return self._count(self.rows.index_select(0, where))
+
+    def put(self, local: Local, rows: Tensor) -> None:
+        """Store rows; those that `get` gave of a slice are there already."""
+        self._count(rows)
+        if self._ahead is not None:
+            self._ahead.outdated(local)
+        if not isinstance(local, slice):
+            where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
+            self.rows.index_copy_(0, where, rows.to(self.rows.device, self.rows.dtype))
+        elif rows.data_ptr() != self.rows[local].data_ptr():
+            self.rows[local].copy_(rows)
+
+    def expect(self, local: npt.NDArray[np.int64]) -> None:
+        """Say that distinct units will be read soon; returns at once."""
+        if self._ahead is not None:
+            self._ahead.start(local)
+        if self._map is None:
+            return
+        local = np.sort(local)
+        cuts = np.flatnonzero(np.diff(local) > 1) + 1
+        for first, last in pairwise([0, *cuts.tolist(), len(local)]):
+            if last > first:
+                start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                stop = (int(local[last - 1]) + 1) * self.unit_bytes
+                self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+
+    def release(self) -> None:
+        """Hand the pages of a file back to the system's cache if many are in use."""
+        if self._map is not None and self._used > RESIDENT_BYTES:
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._used = 0
+
+    def _count(self, rows: Tensor) -> Tensor:
+        self._used += rows.numel() * self.rows.element_size()
+        return rows
+
+
+class RowsAhead:
+    """Copies of rows that were fetched before they were asked for.
+
+    A thread gathers them, and on a GPU a stream of its own copies them, so that neither the host
+    nor the device waits. Rows that were stored in the meantime are fetched once more.
+    """
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "rows ahead")
+        self._units: npt.NDArray[np.int64] = np.empty(0, np.int64)
+        self._outdated = np.empty(0, bool)
+        self._copies: Future[Tensor] | None = None
+
+    def start(self, local: npt.NDArray[np.int64]) -> None:
+        """Fetch distinct units; replaces what was fetched before."""
+        self._units = np.sort(local)
+        self._outdated = np.zeros(len(local), bool)
+        self._copies = self._thread.submit(self._fetch, torch.from_numpy(self._units))
+
+    def outdated(self, local: Local) -> None:
+        """Rows of these units changed."""
+        if isinstance(local, slice):
+            self._outdated |= (self._units >= local.start) & (self._units < local.stop)
+        else:
+            self._outdated |= np.isin(self._units, local)
+
+    def take(self, local: npt.NDArray[np.int64]) -> Tensor | None:
+        """Rows `[U, L, columns]` on the device, or None if one of them is not ready."""
+        if self._copies is None or not len(self._units):
+            return None
+        place = np.searchsorted(self._units, local).clip(max=len(self._units) - 1)
+        if (self._units[place] != local).any() or self._outdated[place].any():
+            return None
+        copies = self._copies.result()
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            copies.record_stream(current)
+        where = torch.from_numpy(place).to(self._device, non_blocking=True)
+        return copies.index_select(0, where)
+
+    def _fetch(self, units: Tensor) -> Tensor:
+        rows = self._rows.index_select(0, units)
+        if self._stream is None:
+            return rows
+        with torch.cuda.stream(self._stream):
+            return rows.pin_memory().to(self._device, non_blocking=True)
+
+
+def _sparse_file(path: Path, size: int) -> mmap.mmap:
+    """A file of zeros that takes no room until it is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with path.open("w+b") as file:
+        file.truncate(size)
+        return mmap.mmap(file.fileno(), size)
