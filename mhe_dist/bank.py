@@ -151,6 +151,12 @@ class Bank:
             self._store[field].put(local.numpy(), rows)
         self._touched[local.numpy()] = True
 
+    def place(self, field: str, units: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Store single rows `[n, columns]` in slots `[n]` of touched `units` `[n]`, bit for bit."""
+        store = self._store[field].rows
+        where = (units - self.units.start) * self.length + slots
+        store.view(-1, store.shape[-1]).index_copy_(0, where.to(store.device), rows.to(store))
+
     def saved(self, units: Tensor) -> dict[str, Tensor]:
         """All fields of `units` in the stored type, on the host: what `load` takes."""
         local = units - self.units.start

@@ -206,6 +206,7 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
         config.run.seed,
         config.train.micro_batches,
         folder=folder,
+        epoch_steps=index.samples / config.train.global_batch,
     )
     return heads.build(spec, place)
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mhe_dist import seeds
 from mhe_dist.heads.gathered import GatheredHead, Selection
 from mhe_dist.heads.rows import HeadSpec
-from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import Topology
 
 MOST_ROWS, LEAST_UNITS = 1024, 64
@@ -23,8 +21,7 @@ class Full(GatheredHead):
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         groups = spec.config.groups
         length = min(MOST_ROWS, max(1, spec.num_classes // (groups * LEAST_UNITS)))
-        key = seeds.derive(spec.seed, "class permutation", 0)
-        super().__init__(spec, LabelLayout(spec.num_classes, length, groups, key), topology)
+        super().__init__(spec, topology, length)
 
     def select(self, present: Tensor) -> Selection:
         """All units; see `GatheredHead`."""

@@ -22,7 +22,6 @@ from mhe_dist.heads.across import GatheredSoftmax
 from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.closed_form import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.rows import HeadSpec, RowHead
-from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import Topology
 
 
@@ -60,8 +59,8 @@ class GatheredRound:
 class GatheredHead(RowHead):
     """A softmax across the ranks over selected units; see `RowHead` for the arguments."""
 
-    def __init__(self, spec: HeadSpec, layout: LabelLayout, topology: Topology) -> None:
-        super().__init__(spec, layout, topology)
+    def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
+        super().__init__(spec, topology, length, every)
         self.selection = Selection(range(0), 0)
         self.chunk_units = 1
         self._rounds: list[GatheredRound] = []

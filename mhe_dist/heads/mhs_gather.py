@@ -12,7 +12,6 @@ from mhe_dist import seeds
 from mhe_dist.bank import Units
 from mhe_dist.heads.gathered import GatheredHead, GatheredRound, Selection
 from mhe_dist.heads.rows import HeadSpec
-from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import Topology
 
 
@@ -25,10 +24,10 @@ class MhsGather(GatheredHead):
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
-        key = seeds.derive(spec.seed, "class permutation", 0)
-        layout = LabelLayout(spec.num_classes, config.length, spec.config.groups, key)
-        super().__init__(spec, layout, topology)
-        self.extra_heads = 0 if config.negatives == "own" else min(config.extra_heads, layout.heads)
+        super().__init__(spec, topology, config.length, spec.repartition_steps)
+        self.extra_heads = (
+            0 if config.negatives == "own" else min(config.extra_heads, self.layout.heads)
+        )
         self._shared = config.negatives == "batch"
         self._present = self._extra = torch.empty(0, dtype=torch.int64)
 

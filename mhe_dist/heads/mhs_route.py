@@ -21,7 +21,6 @@ from mhe_dist.heads.closed_form import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.routing import Chunk, Round, chunks_by_head, plan_round
 from mhe_dist.heads.rows import HeadSpec, RowHead
 from mhe_dist.heads.softmax import ExtraGradient, OwnScores, score_round
-from mhe_dist.labels import LabelLayout
 from mhe_dist.sparse_optim import LowRank
 from mhe_dist.topology import Topology
 
@@ -31,9 +30,7 @@ class MhsRoute(RowHead):
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
-        key = seeds.derive(spec.seed, "class permutation", 0)
-        layout = LabelLayout(spec.num_classes, config.length, spec.config.groups, key)
-        super().__init__(spec, layout, topology)
+        super().__init__(spec, topology, config.length, spec.repartition_steps)
         self.extra_heads = config.extra_heads if config.negatives != "own" else 0
         self._rounds: list[Round] = []
         self._chunks: list[list[Chunk]] = []

@@ -10,7 +10,6 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.heads.gathered import GatheredHead, Selection
 from mhe_dist.heads.rows import HeadSpec
-from mhe_dist.labels import LabelLayout
 from mhe_dist.topology import Topology
 
 
@@ -22,8 +21,7 @@ class PartialFc(GatheredHead):
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
-        key = seeds.derive(spec.seed, "class permutation", 0)
-        super().__init__(spec, LabelLayout(spec.num_classes, 1, spec.config.groups, key), topology)
+        super().__init__(spec, topology, length=1)
         sizes = [len(self.layout.group_heads(group)) for group in range(self.layout.groups)]
         rate = spec.config.partial_fc.rate
         # Rounded first, so that 0.1 * 30 = 3.0000000000000004 is 3.

@@ -14,7 +14,7 @@ from mhe_dist.bank import Bank, Units
 from mhe_dist.collectives import all_reduce, gather_rows
 from mhe_dist.config import HeadConfig
 from mhe_dist.heads.base import Head, Prediction
-from mhe_dist.labels import LabelLayout
+from mhe_dist.heads.repartition import Permutations, move
 from mhe_dist.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
 from mhe_dist.sparse_optim import Dense
 from mhe_dist.topology import Topology
@@ -34,6 +34,7 @@ class HeadSpec:
         micro_batches: n of a step, over all ranks.
         dtype: type in which the head computes (float64 in proofs).
         folder: where `file` memory puts the rows.
+        epoch_steps: steps of an epoch.
     """
 
     config: HeadConfig
@@ -43,6 +44,13 @@ class HeadSpec:
     micro_batches: int
     dtype: torch.dtype = torch.float32
     folder: str | Path | None = None
+    epoch_steps: float = 0.0
+
+    @property
+    def repartition_steps(self) -> int:
+        """Steps after which `mhs` moves classes to other heads; 0: never."""
+        every = self.config.mhs.repartition_every
+        return max(1, round(every * self.epoch_steps)) if every else 0
 
 
 def initial_std(width: int) -> float:
@@ -95,15 +103,23 @@ class RowHead(Head):
 
     Args:
         spec: what to build.
-        layout: where each class lives.
         topology: this rank's place; it owns whole groups.
+        length: L, classes of a unit.
+        every: steps after which the classes move to other units; 0: never.
+
+    Attributes:
+        layout: where each class lives now.
+        permutation: its number.
     """
 
-    def __init__(self, spec: HeadSpec, layout: LabelLayout, topology: Topology) -> None:
-        self.spec, self.layout, self.topology = spec, layout, topology
+    def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
+        self.spec, self.topology = spec, topology
+        groups = spec.config.groups
+        self.permutations = Permutations(spec.num_classes, length, groups, spec.seed, every)
+        self.permutation, self.layout = 0, self.permutations.layout(0)
         self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = sparse_optim.build(spec.config.optim)
-        self.groups = topology.share(layout.groups)
+        self.groups = topology.share(groups)
         self.rounds = spec.micro_batches // topology.world_size
         self.bank = self._make_bank()
         self.norms = NormTracker(spec, topology)
@@ -113,9 +129,18 @@ class RowHead(Head):
         """Nothing: a full softmax meets all rows, and single rows are too small to be named."""
 
     def begin(self, step: int) -> None:
-        """Set what depends on the number of the step."""
+        """Set what depends on the number of the step; all ranks must call."""
         self.step_number = step
         self.margin = self.margin.at(step)
+        if self.permutations.number(step) != self.permutation:
+            before, old = self.layout, self.bank
+            self._arrange(self.permutations.number(step))
+            move(old, self.bank, (before, self.layout), self.topology)
+
+    def _arrange(self, permutation: int) -> None:
+        """An empty bank, of a permutation."""
+        self.permutation, self.layout = permutation, self.permutations.layout(permutation)
+        self.bank = self._make_bank()
 
     def with_margin(self, cosine: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
         """Target cosines with their margin, and the derivative; see `Margin.target`."""
@@ -259,6 +284,8 @@ class RowHead(Head):
                 tensors[f"rows/{group:05d}/{field}"] = rows
         if self.norms.needed:
             tensors["norms"] = self.norms.running.cpu()
+        if self.permutations.every:
+            tensors["permutation"] = torch.tensor(self.permutation)
         return tensors
 
     def wants(self, name: str) -> bool:
@@ -268,6 +295,8 @@ class RowHead(Head):
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore the rows of this rank's groups."""
+        if self.permutations.every and self.permutation != int(tensors["permutation"]):
+            self._arrange(int(tensors["permutation"]))
         self.bank.forget()
         for group in self.groups:
             prefix = f"rows/{group:05d}/"

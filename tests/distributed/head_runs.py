@@ -73,6 +73,7 @@ class Job:
         state: to start from.
         folder: of a bank in file memory.
         predict: k; 0: predict nothing.
+        epoch_steps: steps of an epoch.
     """
 
     config: HeadConfig
@@ -85,6 +86,7 @@ class Job:
     state: dict[str, Tensor] = field(default_factory=dict)
     folder: str | None = None
     predict: int = 0
+    epoch_steps: float = 0.0
 
     def spec(self) -> HeadSpec:
         """What the head is built from."""
@@ -96,6 +98,7 @@ class Job:
             self.micro_batches,
             self.dtype,
             self.folder,
+            self.epoch_steps,
         )
 
     def inputs(self) -> tuple[Tensor, Tensor]:
