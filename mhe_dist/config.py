@@ -78,6 +78,22 @@ class AugmentConfig(Section):
     fill: int = Field(0, ge=0, le=255, description="Grey value shown where no image is.")
 
 
+class RemoteConfig(Section):
+    """How shards are read that are not on this machine's disks."""
+
+    retries: int = Field(
+        5, ge=0, description="Further attempts after a transient fault; waits double from 0.5 s."
+    )
+    read_ahead_mib: int = Field(
+        256, ge=0, description="Most MiB that a loader process fetches ahead; 0: none."
+    )
+    cache_dir: str = Field(
+        "",
+        description="Folder of a host's disk that keeps whole shards; empty: no cache.",
+    )
+    cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
+
+
 class DataConfig(Section):
     """Where the images are, in which order they come and how they are prepared."""
 
@@ -100,6 +116,7 @@ class DataConfig(Section):
     max_bad_fraction: Fraction = Field(
         0.001, description="With skip: share of bad samples that ends the run."
     )
+    remote: RemoteConfig = Field(RemoteConfig(), description="Shards behind a URL.")
     augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of the images.")
 
 
@@ -354,6 +371,11 @@ def misfits(config: Config) -> list[str]:
         wrong.append(
             f"train.global_batch={train.global_batch} is not a multiple of "
             f"data.streams={data.streams}"
+        )
+    if "://" in data.remote.cache_dir:
+        wrong.append(
+            f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
+            "disk of each host"
         )
     wrong += _head_misfits(config.head, workers)
     if config.optim.final_lr > config.optim.lr:

@@ -11,13 +11,12 @@ import tarfile
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
-import fsspec
 import webdataset.tariterators as tars
 
-from mhe_dist.errors import RunError
 from pipelines.decode import Pixels, Undecodable, decode
 from pipelines.images import EXTENSIONS
 from pipelines.order import Piece
+from pipelines.remote import file_at, read_range
 from pipelines.shards import ShardIndex, Told
 
 _BLOCK: Final = 512
@@ -51,15 +50,20 @@ def read_piece(index: ShardIndex, piece: Piece) -> list[memoryview]:
     Raises:
         RunError: the shard cannot be opened or read.
     """
-    url = index.url(piece.shard)
+    return cut(index, piece, read_range(file_at(index.url(piece.shard)), *span(index, piece)))
+
+
+def span(index: ShardIndex, piece: Piece) -> tuple[int, int]:
+    """First and last + 1 byte of a piece in its shard."""
+    offsets = index.shards[piece.shard].offsets
+    return int(offsets[piece.start]), int(offsets[piece.stop])
+
+
+def cut(index: ShardIndex, piece: Piece, data: bytes) -> list[memoryview]:
+    """The bytes of a piece sample by sample."""
     offsets = index.shards[piece.shard].offsets[piece.start : piece.stop + 1]
-    filesystem, path = fsspec.core.url_to_fs(url)
-    try:
-        data = filesystem.cat_file(path, start=int(offsets[0]), end=int(offsets[-1]))
-    except OSError as error:
-        raise RunError(f"{url}: cannot be read ({error})") from error
-    raw = memoryview(data)
     inside = [int(offset) for offset in offsets - offsets[0]]
+    raw = memoryview(data)
     return [raw[start:stop] for start, stop in pairwise(inside)]
 
 

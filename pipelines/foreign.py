@@ -7,7 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
 from pipelines import urls
@@ -21,7 +21,6 @@ INTEGER: Final = re.compile(r"-?\d{1,18}")
 _NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META: Final = re.compile(r"__[^/]*__($|/)")
 _LONGEST_LABEL: Final = 200
-_READ_AHEAD: Final = 1 << 23
 
 
 class Layout(NamedTuple):
@@ -51,7 +50,7 @@ class Task(NamedTuple):
 class _Hashed(io.RawIOBase):
     """Hashes and counts what is read through it."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: urls.Steady) -> None:
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -73,9 +72,8 @@ def scan(task: Task) -> dict[str, Any]:
     Raises:
         UserError: it cannot be opened.
     """
-    filesystem, path = urls.find(task.url)
     try:
-        with filesystem.open(path, "rb", block_size=_READ_AHEAD) as raw:
+        with urls.forward(task.url) as raw:
             stream: Any = _Hashed(raw)
             contents = _Contents(task)
             damage = ""

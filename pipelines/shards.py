@@ -25,6 +25,7 @@ from mhe_dist.errors import UserError
 from pipelines import parallel, urls
 from pipelines.packing import pack_labels, pack_offsets, unpack_labels, unpack_offsets
 from pipelines.parallel import Progress, ignore
+from pipelines.retry import retried, words
 from pipelines.staging import Staging
 
 T = TypeVar("T")
@@ -175,14 +176,16 @@ class ShardIndex:
             UserError: there is none, or it is not an index.
         """
         folder = url.removesuffix(INDEX).rstrip("/")
+        filesystem, path = urls.find(f"{folder}/{INDEX}")
         try:
-            with fsspec.open(f"{folder}/{INDEX}", "rt") as stream:
-                content = json.load(stream)
+            content = json.loads(retried(lambda: filesystem.cat_file(path), folder))
         except FileNotFoundError:
             raise UserError(
                 f"{folder}: no shards here ({INDEX} is missing); give the folder that holds {INDEX}"
                 f", or set data.glyphs to have the glyph data set made"
             ) from None
+        except OSError as error:
+            raise UserError(f"{folder}/{INDEX}: cannot be read ({words(error)})") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{folder}/{INDEX}: not JSON ({error}); make the index again") from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:

@@ -26,13 +26,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mhe_dist.batch import MicroBatch, StepBatch
 from mhe_dist.config import AugmentConfig, Config, DataConfig
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.topology import share
 from pipelines.augment import Noise, augment
 from pipelines.decode import Pixels
 from pipelines.fetch import Damaged, Example, example, read_piece
 from pipelines.order import Order, Piece, Window
 from pipelines.shards import ShardIndex
+from pipelines.windows import WindowReader
 
 log = logging.getLogger(__name__)
 
@@ -196,19 +197,27 @@ class _Source(IterableDataset[Part]):
         """Yield a part for each micro-batch of each step."""
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
+        shares = [share(len(streams), process, processes) for streams in self.streams]
+        mine = [s[part.start : part.stop] for s, part in zip(self.streams, shares, strict=True)]
+        bounds = range(self.steps.start * self.per_stream, self.steps.stop * self.per_stream)
         open_windows: dict[int, _OpenWindow] = {}
-        for step in self.steps:
-            positions = step * self.per_stream, (step + 1) * self.per_stream
-            for streams in self.streams:
-                mine = share(len(streams), process, processes)
-                try:
-                    yield self._part(streams[mine.start : mine.stop], positions, open_windows)
-                except RunError as error:
-                    yield Part(torch.empty(0), torch.empty(0), [], [], str(error))
-                    return
+        with WindowReader(self.index, self.order, self.data.remote, bounds) as reader:
+            reader.begin(stream for streams in mine for stream in streams)
+            for position in bounds[:: self.per_stream]:
+                positions = position, position + self.per_stream
+                for streams in mine:
+                    try:
+                        yield self._part(streams, positions, open_windows, reader)
+                    except (RunError, UserError) as error:
+                        yield Part(torch.empty(0), torch.empty(0), [], [], str(error))
+                        return
 
     def _part(
-        self, streams: range, positions: tuple[int, int], open_windows: dict[int, _OpenWindow]
+        self,
+        streams: range,
+        positions: tuple[int, int],
+        open_windows: dict[int, _OpenWindow],
+        reader: WindowReader,
     ) -> Part:
         count, side = len(streams) * self.per_stream, self.data.image_size
         images = np.empty((count, 3, side, side), np.uint8)
@@ -220,14 +229,16 @@ class _Source(IterableDataset[Part]):
                 window = open_windows.get(stream)
                 if window is None or window.window != draw.window:
                     open_windows.pop(stream, None)  # first let go of the old bytes
-                    window = _OpenWindow(self.index, self.order, draw.window, self.data)
+                    window = _OpenWindow(self.index, self.order, draw.window, self.data, reader)
                     open_windows[stream] = window
+                    faults += [Fault(*shard) for shard in window.bad_shards.items()]
                 for place in range(draw.start, draw.stop):
                     sample, found = window.read(place)
                     faults += found
                     images[len(keys)] = self._augmented(sample, window, place)
                     labels[len(keys)] = sample.label
                     keys.append(sample.key)
+            reader.look_ahead(stream, *positions)
         return Part(torch.from_numpy(images), torch.from_numpy(labels), keys, faults)
 
     def _augmented(self, sample: Example, window: _OpenWindow, place: int) -> Pixels:
@@ -240,16 +251,27 @@ class _Source(IterableDataset[Part]):
 
 
 class _OpenWindow:
-    """A window whose bytes are in memory."""
+    """A window whose bytes are in memory.
 
-    def __init__(self, index: ShardIndex, order: Order, window: Window, data: DataConfig) -> None:
+    Attributes:
+        window: which one.
+        bad_shards: URL of a shard that is not the one of the index -> what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        order: Order,
+        window: Window,
+        data: DataConfig,
+        reader: WindowReader,
+    ) -> None:
         self.window = window
         self._index, self._data = index, data
         self._permuted = order.shuffled(window)
-        self._raw: list[memoryview] = []
+        self._raw, self.bad_shards = reader.take(window)
         self._where: list[tuple[int, int]] = []  # shard, and number of the sample in it
         for piece in order.pieces(window):
-            self._raw += read_piece(index, piece)
             self._where += [(piece.shard, i) for i in range(piece.start, piece.stop)]
 
     def number(self, place: int) -> int:

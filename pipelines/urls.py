@@ -16,10 +16,11 @@ from typing import IO, Any, Final
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
+from pipelines.retry import named, retried
 
 TEMPORARY: Final = ".tmp"  # ends the name of a file that is not complete yet
-_WHOLE: Final = "the server gives whole files only, no parts of them: download it first"
+WHOLE: Final = "the server gives whole files only, no parts of them: download it first"
 _READ_AHEAD: Final = 1 << 23  # bytes that a remote file is read in
 
 
@@ -91,6 +92,34 @@ def created(url: str) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def forward(url: str) -> Iterator[Steady]:
+    """A file from front to back.
+
+    Raises:
+        OSError: there is none, as its store says it.
+    """
+    filesystem, path = find(url)
+    with retried(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
+        yield Steady(stream, url)
+
+
+class Steady:
+    """A file opened for reading; a part that does not come is asked for again."""
+
+    def __init__(self, stream: Any, url: str) -> None:
+        self._stream, self._url = stream, url
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        with named(self._url):
+            return retried(lambda: bytes(self._stream.read(size)), self._url)
+
+
 class Reader:
     """Reads parts of one file, wherever it is; to be closed.
 
@@ -113,13 +142,16 @@ class Reader:
                 self._stream = open(self._path, "rb", buffering=0)  # noqa: SIM115
                 self.size = os.fstat(self._stream.fileno()).st_size
             else:
-                self._stream = self._filesystem.open(
-                    self._path, "rb", block_size=_READ_AHEAD, cache_type="readahead"
-                )
+                self._stream = retried(self._open, url)
                 self.size = int(self._stream.size)
         except (OSError, TypeError) as error:  # TypeError: a server that tells no size
             self.close()
             raise UserError(f"{url}: cannot be opened ({error or type(error).__name__})") from error
+
+    def _open(self) -> Any:
+        return self._filesystem.open(
+            self._path, "rb", block_size=_READ_AHEAD, cache_type="readahead"
+        )
 
     def __enter__(self) -> Reader:
         return self
@@ -144,10 +176,11 @@ class Reader:
         if is_local(self._filesystem):
             return os.pread(self._stream.fileno(), stop - start, start)
         self._stream.seek(start)
-        try:
-            return bytes(self._stream.read(stop - start))
-        except ValueError as error:  # what fsspec makes of a server without range requests
-            raise UserError(f"{self.url}: {_WHOLE}") from error
+        with named(self.url):
+            try:
+                return retried(lambda: bytes(self._stream.read(stop - start)), self.url)
+            except ValueError as error:  # what fsspec makes of a server without range requests
+                raise UserError(f"{self.url}: {WHOLE}") from error
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
         """Many parts in any order; a store is asked for all of them at the same time.
@@ -160,13 +193,13 @@ class Reader:
         if is_local(self._filesystem):
             return [self.read(*pair) for pair in pairs]
         firsts, lasts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        try:
-            parts = self._filesystem.cat_ranges(
-                [self._path] * len(pairs), firsts, lasts, on_error="raise"
+        paths = [self._path] * len(pairs)
+        with named(self.url):
+            parts: list[bytes] = retried(
+                lambda: self._filesystem.cat_ranges(paths, firsts, lasts, on_error="raise"),
+                self.url,
             )
-        except OSError as error:
-            raise RunError(f"{self.url}: cannot be read ({error})") from error
         for part, (start, stop) in zip(parts, pairs, strict=True):
             if len(part) > stop - start:
-                raise UserError(f"{self.url}: {_WHOLE}")
+                raise UserError(f"{self.url}: {WHOLE}")
         return parts

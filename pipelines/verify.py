@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import IO, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from pipelines.staging import Journal
 
 Ints = npt.NDArray[np.int64]
 
-_READ_AHEAD: Final = 1 << 23
+_CHUNK: Final = 1 << 23
 _AT_ONCE: Final = 128  # samples that are in memory together
 _SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
 _DIGEST: Final = 16
@@ -164,10 +164,9 @@ def check(index: ShardIndex) -> dict[str, Any]:
     """Read the tar of an index of one; what JSON can hold of the result."""
     found = _Found(index)
     shard, url = index.shards[0], index.url(0)
-    filesystem, path = urls.find(url)
     digest, size = hashlib.sha256(), 0
     try:
-        with filesystem.open(path, "rb", block_size=_READ_AHEAD) as stream:
+        with urls.forward(url) as stream:
             for data in _pieces(stream, shard.offsets, found):
                 digest.update(data)
                 size += len(data)
@@ -181,7 +180,7 @@ def check(index: ShardIndex) -> dict[str, Any]:
     return found.result()
 
 
-def _pieces(stream: IO[bytes], offsets: Ints, found: _Found) -> Iterator[bytes]:
+def _pieces(stream: urls.Steady, offsets: Ints, found: _Found) -> Iterator[bytes]:
     """All bytes of a tar in order; on the way its samples are looked at."""
     yield stream.read(int(offsets[0]))
     for first in range(0, len(offsets) - 1, _AT_ONCE):
@@ -190,7 +189,7 @@ def _pieces(stream: IO[bytes], offsets: Ints, found: _Found) -> Iterator[bytes]:
         yield data
         for number, (start, stop) in enumerate(pairwise(bounds.tolist()), first):
             found.look(number, memoryview(data)[start:stop], stop - start)
-    while data := stream.read(_READ_AHEAD):
+    while data := stream.read(_CHUNK):
         yield data
 
 

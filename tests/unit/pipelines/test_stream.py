@@ -135,24 +135,6 @@ def test_a_resume_is_the_tail_of_the_uninterrupted_run(index: ShardIndex) -> Non
         assert_same({place: v for place, v in whole.items() if place[0] >= start}, tail)
 
 
-def test_a_resume_reads_no_more_than_two_windows_per_stream(
-    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[int] = []
-
-    def counted(index: ShardIndex, piece: object) -> list[memoryview]:
-        raw = read_piece(index, piece)
-        read.extend(len(sample) for sample in raw)
-        return raw
-
-    from pipelines import stream
-
-    read_piece = stream.read_piece
-    monkeypatch.setattr(stream, "read_piece", counted)
-    next(iter(Loader(index, configure(index), range(4), 1000, 1001)))
-    assert 0 < len(read) <= 8 * 2 * 9
-
-
 def test_augmentation_changes_with_the_epoch(index: ShardIndex) -> None:
     config = configure(index, augment={"brightness": 0.5})
     seen: dict[str, list[torch.Tensor]] = {}

@@ -1,0 +1,170 @@
+"""A store that has a bad moment is asked again.
+
+A fault is *transient* if the same request may well succeed a little later: a timeout, a lost
+connection, a body that was cut off, an answer of 5xx. Whatever else goes wrong (no such file, no
+permission, a false certificate) fails at once. Stores' own libraries may try again, too, and count
+as one attempt here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeVar
+
+from mhe_dist.errors import RunError, UserError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+RETRIES: Final = 5
+FIRST_WAIT_S = 0.5
+_LONGEST_WAIT_S: Final = 30.0
+
+_PERMANENT: Final = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_TRANSIENT: Final = (TimeoutError, asyncio.TimeoutError, ConnectionError)
+_TRANSIENT_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+_TRANSIENT_ERRNO: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EPIPE,
+        errno.EREMOTEIO,
+        errno.ETIMEDOUT,
+    }
+)
+# Of optional packages (aiohttp, botocore, requests, urllib3, gcsfs), so by name: a class of the
+# error's own or one that it inherits from. The first list counts first.
+_PERMANENT_NAMES: Final = frozenset({"ClientSSLError", "SSLError", "InvalidURL"})
+_TRANSIENT_NAMES: Final = frozenset(
+    {
+        "ChecksumError",
+        "ChunkedEncodingError",
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "ConnectionError",
+        "HTTPClientError",
+        "IncompleteRead",
+        "IncompleteReadError",
+        "ProtocolError",
+        "ResponseParserError",
+        "Timeout",
+    }
+)
+# Codes in the body of an S3 answer whose status tells something else.
+_TRANSIENT_CODES: Final = frozenset({"InternalError", "RequestTimeout", "SlowDown"})
+
+# Its own, so that nobody else's draws change.
+_jitter = random.Random()
+
+
+def retried(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
+    """The result of a call, made again after transient faults.
+
+    Waits half a second at first and twice as long each time, up to half a minute; shortened at
+    random by up to a half, so that many processes do not come back at the same moment.
+
+    Args:
+        call: what to do.
+        url: what it is about, for messages.
+        retries: most further attempts.
+
+    Raises:
+        RunError: a transient fault each time; names the attempts and the last fault.
+        Exception: any other fault, as the store raised it.
+    """
+    wait, attempt = FIRST_WAIT_S, 0
+    while True:
+        attempt += 1
+        try:
+            return call()
+        except Exception as error:  # stores raise what they like
+            if not is_transient(error):
+                raise
+            if attempt > retries:
+                raise RunError(
+                    f"{url}: cannot be read: {attempt} attempts failed, the last with "
+                    f"{words(error)}"
+                ) from error
+            log.info("%s: attempt %d failed with %s", url, attempt, words(error))
+        time.sleep(wait * _jitter.uniform(0.5, 1))
+        wait = min(2 * wait, _LONGEST_WAIT_S)
+
+
+@contextmanager
+def named(url: str) -> Iterator[None]:
+    """Makes whatever a store raises a RunError that names the URL."""
+    try:
+        yield
+    except (RunError, UserError):
+        raise
+    except Exception as error:  # stores raise what they like
+        raise RunError(f"{url}: cannot be read ({words(error)})") from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later."""
+    # The cause knows best: fsspec makes "not found" of a size that a server did not tell.
+    verdicts = (_verdict(each) for each in reversed(list(chain(error))))
+    return next((verdict for verdict in verdicts if verdict is not None), False)
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """The same for one error of a chain; None if it does not tell."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & _PERMANENT_NAMES or isinstance(error, socket.gaierror):
+        return getattr(error, "errno", None) == socket.EAI_AGAIN
+    if _code(error) in _TRANSIENT_CODES:
+        return True
+    if (told := status(error)) is not None:
+        return told in _TRANSIENT_STATUS
+    if isinstance(error, _PERMANENT):
+        return False
+    if isinstance(error, _TRANSIENT) or names & _TRANSIENT_NAMES:
+        return True
+    return (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO) or None
+
+
+def words(error: BaseException) -> str:
+    """Kind and text of an error; many stores' texts do not say what went wrong."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what stores' libraries made it from."""
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        yield each
+        each = each.__cause__
+
+
+def status(error: BaseException) -> int | None:
+    """The HTTP status that an error of aiohttp, botocore, requests or gcsfs tells."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(response, "status_code", None)
+    for name in ("status", "code"):
+        found = getattr(error, name, None) if found is None else found
+    return int(found) if str(found).isdecimal() else None
+
+
+def _code(error: BaseException) -> str | None:
+    """The code in the body of an S3 answer."""
+    response = getattr(error, "response", None)
+    return response.get("Error", {}).get("Code") if isinstance(response, dict) else None

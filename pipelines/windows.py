@@ -1,0 +1,137 @@
+"""The bytes of windows, remote ones fetched in the background before their turn.
+
+When a stream has used up most of a window, its next one is fetched by a thread, so that the change
+does not wait for the store. That changes when bytes are read, never which. Memory: the open
+windows of a process's streams, and beside them at most one window more for each stream, all of
+these together at most `data.remote.read_ahead_mib`. What does not fit is read when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Final, NamedTuple
+
+from fsspec.utils import get_protocol
+
+from mhe_dist.config import RemoteConfig
+from pipelines.fetch import span
+from pipelines.order import Order, Piece, Window
+from pipelines.reader import ShardReader
+from pipelines.remote import File
+from pipelines.shards import ShardIndex
+
+_THREADS: Final = 4
+_NEAR: Final = 4  # the next window is fetched when 1/4 of the present one is left
+
+
+class WindowBytes(NamedTuple):
+    """The raw bytes of a window's samples in reading order; shards that are not as they should be.
+
+    Attributes:
+        samples: see `fetch.read_piece`.
+        bad_shards: URL -> what is wrong.
+    """
+
+    samples: list[memoryview]
+    bad_shards: dict[str, str]
+
+
+class _Coming(NamedTuple):
+    size: int
+    future: Future[WindowBytes]
+
+
+class WindowReader:
+    """Reads the windows of some streams in one process; a context, left in good order."""
+
+    def __init__(
+        self, index: ShardIndex, order: Order, remote: RemoteConfig, positions: range
+    ) -> None:
+        """Prepare.
+
+        Args:
+            index: the data set.
+            order: of its samples.
+            remote: how to read.
+            positions: which ones of each stream will be read; nothing is fetched for others.
+        """
+        self._index, self._order, self._positions = index, order, positions
+        self._reader = ShardReader(index, remote)
+        self._most = remote.read_ahead_mib << 20
+        is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
+        self._is_ahead = is_remote and self._most > 0
+        self._coming: dict[Window, _Coming] = {}
+        self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used
+
+    def __enter__(self) -> WindowReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._coming.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, streams: Iterable[int]) -> None:
+        """Fetch the first windows of streams at the same time."""
+        for stream in streams:
+            self._want(stream, self._positions.start)
+
+    def look_ahead(self, stream: int, start: int, stop: int) -> None:
+        """Fetch a stream's next window if the present one is nearly used up.
+
+        Args:
+            stream: whose positions `[start, stop)` have just been read; as many may be read next.
+            start, stop: see there.
+        """
+        if self._is_ahead:
+            window, place = self._order.find(stream, stop - 1)
+            left = window.size - place - 1
+            if left < max(window.size // _NEAR, stop - start):
+                self._want(stream, stop + left)
+
+    def take(self, window: Window) -> WindowBytes:
+        """The bytes of a window.
+
+        Raises:
+            RunError: a shard cannot be read.
+            UserError: the index is damaged there.
+        """
+        coming = self._coming.pop(window, None)
+        return self._read(self._located(window)) if coming is None else coming.future.result()
+
+    def _want(self, stream: int, position: int) -> None:
+        """Begin to fetch the window of a position, unless that is of no use or too much."""
+        if not self._is_ahead or position not in self._positions:
+            return
+        window, _ = self._order.find(stream, position)
+        located = self._located(window)
+        if window in self._coming or all(file.is_local for _, file in located):
+            return
+        bounds = [span(self._index, piece) for piece, _ in located]
+        size = sum(stop - start for start, stop in bounds)
+        if size + sum(coming.size for coming in self._coming.values()) <= self._most:
+            self._coming[window] = _Coming(size, self._pool.submit(self._read, located))
+
+    def _located(self, window: Window) -> list[tuple[Piece, File]]:
+        pieces = self._order.pieces(window)
+        return [(piece, self._reader.file(piece)) for piece in pieces]
+
+    def _read(self, located: list[tuple[Piece, File]]) -> WindowBytes:
+        samples: list[memoryview] = []
+        bad: dict[str, str] = {}
+        for piece, file in located:
+            found = self._reader.read(piece, file)
+            samples += found.samples
+            if found.fault:
+                bad[file.url] = found.fault
+        return WindowBytes(samples, bad)
+
+
+def _is_local(url: str) -> bool:
+    return get_protocol(url) in ("file", "local")
