@@ -153,14 +153,15 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status that an error of aiohttp, botocore, requests or gcsfs tells."""
+    """The HTTP status that a server told, by an error of aiohttp, botocore, requests or gcsfs."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    else:
+    elif response is not None:
         found = getattr(response, "status_code", None)
-    for name in ("status", "code"):
-        found = getattr(error, name, None) if found is None else found
+    else:
+        # What aiohttp's parser complains of has a `code`, too, which no server told.
+        found = getattr(error, "code" if type(error).__name__ == "HttpError" else "status", None)
     return int(found) if str(found).isdecimal() else None
 
 
