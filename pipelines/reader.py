@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import BinaryIO, Final, NamedTuple
 
@@ -22,6 +23,7 @@ from pipelines.shards import Shard, ShardIndex
 log = logging.getLogger(__name__)
 
 _BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
+_GAP: Final = 128 << 10  # most bytes between two pieces that are read together
 _CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
 
 
@@ -58,17 +60,23 @@ class ShardReader:
         """Where a piece is; see `remote.file_at`."""
         return file_at(self._index.url(piece.shard))
 
-    def read(self, piece: Piece, file: File) -> Fetched:
-        """The samples of a piece that is in `file`.
+    def read(self, pieces: list[Piece], file: File) -> Fetched:
+        """The samples of pieces of one shard that are read `together`; it is in `file`.
 
         Raises:
             RunError: the shard cannot be read.
         """
-        start, stop = span(self._index, piece)
-        data = None if file.is_local else self._cached(piece.shard, file, start, stop)
+        number, bounds = pieces[0].shard, [span(self._index, piece) for piece in pieces]
+        first, last = bounds[0][0], bounds[-1][1]
+        data = None if file.is_local else self._cached(number, file, first, last)
         if data is None:
-            data = read_range(file, start, stop, self._retries)
-        return Fetched(cut(self._index, piece, data), self._bad.get(piece.shard, ""))
+            data = read_range(file, first, last, self._retries)
+        samples: list[memoryview] = []
+        for piece, (start, stop) in zip(pieces, bounds, strict=True):
+            # What lies between pieces is let go.
+            part = data if len(pieces) == 1 else data[start - first : stop - first]
+            samples += cut(self._index, piece, part)
+        return Fetched(samples, self._bad.get(number, ""))
 
     def _cached(self, number: int, file: File, start: int, stop: int) -> bytes | None:
         """A range of a shard in the cache, or None if the shard is not to be had from there."""
@@ -98,6 +106,21 @@ class ShardReader:
     def _do_without(self, error: OSError) -> None:
         log.warning("data.remote.cache_dir cannot be used (%s); going on without it", error)
         self._cache = None
+
+
+def together(index: ShardIndex, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces, those that lie near one another in one shard as a list: a request costs more."""
+    run: list[Piece] = []
+    end = 0
+    for piece in pieces:
+        start, stop = span(index, piece)
+        if run and not (piece.shard == run[0].shard and 0 <= start - end <= _GAP):
+            yield run
+            run = []
+        run.append(piece)
+        end = stop
+    if run:
+        yield run
 
 
 def _name(shard: Shard, url: str) -> str:

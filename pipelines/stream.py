@@ -195,50 +195,51 @@ class _Source(IterableDataset[Part]):
 
     def __iter__(self) -> Iterator[Part]:
         """Yield a part for each micro-batch of each step."""
+        positions = range(self.steps.start * self.per_stream, self.steps.stop * self.per_stream)
+        with WindowReader(self.index, self.order, self.data.remote, positions) as self.reader:
+            yield from self._parts()
+
+    def _parts(self) -> Iterator[Part]:
         info = get_worker_info()
         process, processes = (info.id, info.num_workers) if info else (0, 1)
-        shares = [share(len(streams), process, processes) for streams in self.streams]
-        mine = [s[part.start : part.stop] for s, part in zip(self.streams, shares, strict=True)]
-        bounds = range(self.steps.start * self.per_stream, self.steps.stop * self.per_stream)
         open_windows: dict[int, _OpenWindow] = {}
-        with WindowReader(self.index, self.order, self.data.remote, bounds) as reader:
-            reader.begin(stream for streams in mine for stream in streams)
-            for position in bounds[:: self.per_stream]:
-                positions = position, position + self.per_stream
-                for streams in mine:
-                    try:
-                        yield self._part(streams, positions, open_windows, reader)
-                    except (RunError, UserError) as error:
-                        yield Part(torch.empty(0), torch.empty(0), [], [], str(error))
-                        return
+        for step in self.steps:
+            positions = step * self.per_stream, (step + 1) * self.per_stream
+            for streams in self.streams:
+                mine = share(len(streams), process, processes)
+                try:
+                    yield self._part(streams[mine.start : mine.stop], positions, open_windows)
+                except (RunError, UserError) as error:
+                    yield Part(torch.empty(0), torch.empty(0), [], [], str(error))
+                    return
 
     def _part(
-        self,
-        streams: range,
-        positions: tuple[int, int],
-        open_windows: dict[int, _OpenWindow],
-        reader: WindowReader,
+        self, streams: range, positions: tuple[int, int], open_windows: dict[int, _OpenWindow]
     ) -> Part:
         count, side = len(streams) * self.per_stream, self.data.image_size
         images = np.empty((count, 3, side, side), np.uint8)
         labels = np.empty(count, np.int64)
         keys: list[str] = []
         faults: list[Fault] = []
+        self.reader.begin(streams, positions[0])
         for stream in streams:
             for draw in self.order.draws(stream, *positions):
                 window = open_windows.get(stream)
                 if window is None or window.window != draw.window:
                     open_windows.pop(stream, None)  # first let go of the old bytes
-                    window = _OpenWindow(self.index, self.order, draw.window, self.data, reader)
+                    fetched = self.reader.take(draw.window)
+                    faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
+                    window = _OpenWindow(
+                        self.index, self.order, draw.window, self.data, fetched.samples
+                    )
                     open_windows[stream] = window
-                    faults += [Fault(*shard) for shard in window.bad_shards.items()]
                 for place in range(draw.start, draw.stop):
                     sample, found = window.read(place)
                     faults += found
                     images[len(keys)] = self._augmented(sample, window, place)
                     labels[len(keys)] = sample.label
                     keys.append(sample.key)
-            reader.look_ahead(stream, *positions)
+            self.reader.look_ahead(stream, *positions)
         return Part(torch.from_numpy(images), torch.from_numpy(labels), keys, faults)
 
     def _augmented(self, sample: Example, window: _OpenWindow, place: int) -> Pixels:
@@ -251,12 +252,7 @@ class _Source(IterableDataset[Part]):
 
 
 class _OpenWindow:
-    """A window whose bytes are in memory.
-
-    Attributes:
-        window: which one.
-        bad_shards: URL of a shard that is not the one of the index -> what is wrong with it.
-    """
+    """A window whose bytes are in memory."""
 
     def __init__(
         self,
@@ -264,12 +260,12 @@ class _OpenWindow:
         order: Order,
         window: Window,
         data: DataConfig,
-        reader: WindowReader,
+        raw: list[memoryview],
     ) -> None:
         self.window = window
         self._index, self._data = index, data
         self._permuted = order.shuffled(window)
-        self._raw, self.bad_shards = reader.take(window)
+        self._raw = raw
         self._where: list[tuple[int, int]] = []  # shard, and number of the sample in it
         for piece in order.pieces(window):
             self._where += [(piece.shard, i) for i in range(piece.start, piece.stop)]
@@ -343,9 +339,12 @@ def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]
 
 
 def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: int) -> Example:
-    offsets = index.shards[shard].offsets
+    offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[inside + 1] - offsets[inside])
-    return example(raw, length, side, index.num_classes, index.told(shard, inside))
+    sample = example(raw, length, side, index.num_classes, index.told(shard, inside))
+    if labels is not None and sample.label != labels[inside]:
+        raise Damaged(f"{sample.key}: label {sample.label}, the index says {labels[inside]}")
+    return sample
 
 
 def _channels_first(image: Pixels) -> Pixels:

@@ -18,7 +18,7 @@ from fsspec.utils import get_protocol
 from mhe_dist.config import RemoteConfig
 from pipelines.fetch import span
 from pipelines.order import Order, Piece, Window
-from pipelines.reader import ShardReader
+from pipelines.reader import ShardReader, together
 from pipelines.remote import File
 from pipelines.shards import ShardIndex
 
@@ -63,6 +63,7 @@ class WindowReader:
         is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
         self._is_ahead = is_remote and self._most > 0
         self._coming: dict[Window, _Coming] = {}
+        self._taken: dict[int, Window] = {}  # the last one of each stream
         self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used
 
     def __enter__(self) -> WindowReader:
@@ -77,10 +78,11 @@ class WindowReader:
         self._coming.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, streams: Iterable[int]) -> None:
-        """Fetch the first windows of streams at the same time."""
-        for stream in streams:
-            self._want(stream, self._positions.start)
+    def begin(self, streams: Iterable[int], position: int) -> None:
+        """Fetch the windows of a position at the same time, if they have not been taken before."""
+        if self._is_ahead:
+            for stream in streams:
+                self._want(stream, position)
 
     def look_ahead(self, stream: int, start: int, stop: int) -> None:
         """Fetch a stream's next window if the present one is nearly used up.
@@ -102,31 +104,34 @@ class WindowReader:
             RunError: a shard cannot be read.
             UserError: the index is damaged there.
         """
+        self._taken[window.stream] = window
         coming = self._coming.pop(window, None)
         return self._read(self._located(window)) if coming is None else coming.future.result()
 
     def _want(self, stream: int, position: int) -> None:
         """Begin to fetch the window of a position, unless that is of no use or too much."""
-        if not self._is_ahead or position not in self._positions:
-            return
         window, _ = self._order.find(stream, position)
-        located = self._located(window)
-        if window in self._coming or all(file.is_local for _, file in located):
+        is_known = window in self._coming or window == self._taken.get(stream)
+        if is_known or position not in self._positions:
             return
-        bounds = [span(self._index, piece) for piece, _ in located]
+        located = self._located(window)
+        if all(file.is_local for _, file in located):
+            return
+        bounds = [span(self._index, piece) for pieces, _ in located for piece in pieces]
         size = sum(stop - start for start, stop in bounds)
         if size + sum(coming.size for coming in self._coming.values()) <= self._most:
             self._coming[window] = _Coming(size, self._pool.submit(self._read, located))
 
-    def _located(self, window: Window) -> list[tuple[Piece, File]]:
-        pieces = self._order.pieces(window)
-        return [(piece, self._reader.file(piece)) for piece in pieces]
+    def _located(self, window: Window) -> list[tuple[list[Piece], File]]:
+        """The pieces of a window, those that are read together together, and where they are."""
+        runs = together(self._index, self._order.pieces(window))
+        return [(pieces, self._reader.file(pieces[0])) for pieces in runs]
 
-    def _read(self, located: list[tuple[Piece, File]]) -> WindowBytes:
+    def _read(self, located: list[tuple[list[Piece], File]]) -> WindowBytes:
         samples: list[memoryview] = []
         bad: dict[str, str] = {}
-        for piece, file in located:
-            found = self._reader.read(piece, file)
+        for pieces, file in located:
+            found = self._reader.read(pieces, file)
             samples += found.samples
             if found.fault:
                 bad[file.url] = found.fault

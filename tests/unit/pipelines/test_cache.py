@@ -65,7 +65,7 @@ def cached(folder: Path, shards: float = 100, index: ShardIndex | None = None) -
 
 def read(shards: ShardReader, index: ShardIndex, number: int) -> bytes:
     piece = Piece(number, 0, EACH)
-    return b"".join(shards.read(piece, shards.file(piece)).samples)
+    return b"".join(shards.read([piece], shards.file(piece)).samples)
 
 
 def truth(index: ShardIndex, number: int) -> bytes:
