@@ -343,7 +343,7 @@ def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: 
     length = int(offsets[inside + 1] - offsets[inside])
     sample = example(raw, length, side, index.num_classes, index.told(shard, inside))
     if labels is not None and sample.label != labels[inside]:
-        raise Damaged(f"{sample.key}: label {sample.label}, the index says {labels[inside]}")
+        raise Damaged(f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}")
     return sample
 
 

@@ -230,7 +230,7 @@ def test_too_many_bad_samples_end_the_run(index: ShardIndex) -> None:
         load(Loader(index, configure(index, max_bad_fraction=2.9 / 200), range(4), 0, 13))
 
 
-@pytest.mark.parametrize("label", [b"x", b"-1", b"10"])
+@pytest.mark.parametrize("label", [b"x", b"-1", b"10", b"5"])
 def test_a_bad_label_is_a_bad_sample(index: ShardIndex, label: bytes) -> None:
     offsets = index.shards[0].offsets
     whole = int(offsets[5] - offsets[4])
