@@ -81,16 +81,9 @@ class AugmentConfig(Section):
 class RemoteConfig(Section):
     """How shards are read that are not on this machine's disks."""
 
-    retries: int = Field(
-        5, ge=0, description="Further attempts after a transient fault; waits double from 0.5 s."
-    )
-    read_ahead_mib: int = Field(
-        256, ge=0, description="Most MiB that a loader process fetches ahead; 0: none."
-    )
-    cache_dir: str = Field(
-        "",
-        description="Folder of a host's disk that keeps whole shards; empty: no cache.",
-    )
+    retries: int = Field(5, ge=0, description="Further attempts after a transient fault.")
+    read_ahead_mib: int = Field(256, ge=0, description="Most MiB a loader process reads ahead.")
+    cache_dir: str = Field("", description="Folder of a host's disk for whole shards; empty: none.")
     cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
 
 

@@ -187,6 +187,9 @@ def test_misfits_are_told_although_other_keys_are_wrong() -> None:
         "head.groups=8 is less than scale.workers=9",
     ]
     assert mistakes(None, "optim.final_lr=1") == ["optim.final_lr=1.0 is more than optim.lr=0.1"]
+    assert mistakes(None, "data.remote.cache_dir=s3://b/c") == [
+        "data.remote.cache_dir=s3://b/c is a URL; it has to be a folder of a disk of each host"
+    ]
 
 
 def test_a_wrong_key_is_not_blamed_twice() -> None:
