@@ -21,7 +21,7 @@ TRAIN, HELDOUT = "train", "heldout"
 FREE = (
     *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
-    *("head.bank.memory", "head.bank.path"),
+    *("data.remote.*", "head.bank.memory", "head.bank.path"),
 )
 
 

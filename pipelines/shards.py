@@ -214,7 +214,7 @@ class ShardIndex:
 def exists(url: str) -> bool:
     """Whether a folder holds a data set."""
     filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(filesystem.exists(f"{path}/{INDEX}"))
+    return bool(retried(lambda: filesystem.exists(f"{path}/{INDEX}"), url))
 
 
 class ShardWriter:
