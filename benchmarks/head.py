@@ -101,7 +101,7 @@ def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
         Seconds of a step, `step` and each of `PHASES`: medians over steps of the slowest rank;
         `first_touch` what a step took longer when it met rows for the first time; `peak` bytes
         that the head added to the processes; `touched` and `bank` bytes of rows and state;
-        `sent` bytes per rank and step; `classes_seen` per sample; `steps` that were run.
+        `sent` bytes per rank and step; `classes_seen` per sample; `steps` that count.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
         ranks = run_ranks(_measure, case.world_size, case, folder, device=device, timeout_s=900.0)

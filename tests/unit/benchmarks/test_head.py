@@ -21,7 +21,7 @@ SMALL = {"world_size": 2, "batch": 8, "width": 16, "length": 4, "extra_heads": 2
 
 @pytest.fixture(scope="module")
 def results() -> list[head_report.Result]:
-    cases = [head.Case(kind, 64, **SMALL) for kind in head.KINDS]
+    cases = [head.Case(kind, 64, **SMALL) for kind in ("full", "mhs")]
     return [head_report.Result(case, head.run(case)) for case in cases]
 
 
@@ -30,7 +30,7 @@ def test_the_figures_are_those_of_the_head(results: list[head_report.Result]) ->
     for figures in by_kind.values():
         assert figures["bank"] == 64 * 16 * 4 * 2
         assert 0 < figures["touched"] <= figures["bank"]
-        assert figures["steps"] == 3
+        assert figures["steps"] == 2  # the first one warms up
         assert min(figures[name] for name in (*head.PHASES, "step")) > 0
     assert by_kind["full"]["classes_seen"] == 64
     assert 4 < by_kind["mhs"]["classes_seen"] <= 12
