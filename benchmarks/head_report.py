@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from benchmarks.head import PHASES, Case
@@ -24,11 +25,12 @@ NAMES = {
     "mhs": "mhs route",
 }
 GIB = 2**30
-_CAPTION = """\
-ms of a step, and its planning, forward, backward and update; first: what more a step
-took when it met its rows for the first time. GiB that the head took at its peak, of
-what all rows and their momentum are; MB that a rank sent per step; classes seen by a
-sample. With fewer heads than samples, samples share heads and fewer rows are touched."""
+_CAPTION = (
+    "ms of a step, and its planning, forward, backward and update; first: what more a step took "
+    "when it met its rows for the first time. GiB that the head took at its peak, of what all rows "
+    "and their momentum are; MB that a rank sent per step; classes seen by a sample. With fewer "
+    "heads than samples, samples share heads and fewer rows are touched."
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Result:
 
 def table(results: Sequence[Result]) -> Table:
     """One line per case."""
-    out = Table(title="One step of the head", title_justify="left", caption_justify="left")
+    out = Table(title="One step of the head", title_justify="left", box=box.SIMPLE_HEAD)
+    out.caption_justify = "left"
     out.caption = _CAPTION
     for name in (
         "head",

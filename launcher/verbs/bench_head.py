@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
     from benchmarks.head import Case
+    from benchmarks.head_report import Result
 
 CLASSES = "125_000,1_000_000,4_000_000,8_000_000"
 KINDS = "full,partial_fc,mhs_gather,mhs"
@@ -49,7 +50,7 @@ def head(
     seconds: Annotated[
         float, typer.Option(min=0, help="No step of a case is begun after this long.")
     ] = 60.0,
-    out: Annotated[str, typer.Option(help="Folder for table.json and head.png.")] = "runs/bench",
+    out: Annotated[str, typer.Option(help="Folder for head.json and head.png.")] = "runs/bench",
 ) -> None:
     """Measure a step of each head: time, memory, traffic, beside the bare matrix products.
 
@@ -59,38 +60,40 @@ def head(
 
     Example: mhe bench head --kinds partial_fc,mhs --classes 1_000_000,8_000_000
     """
-    from benchmarks import head as bench
-    from benchmarks import head_report as report
+    sizes = {"world_size": world_size, "length": length, "extra_heads": extra_heads}
+    bounds = {"steps": steps, "seconds": seconds}
+    cases = _cases(kinds, classes, {"memory": memory.value, "dtype": dtype.value} | sizes | bounds)
+    _show(*_measure(cases), Path(out))
 
-    device = _device()
-    chosen = _names(kinds, bench.KINDS)
-    cases = [
-        bench.Case(
-            kind,
-            count,
-            memory.value,
-            dtype.value,
-            world_size,
-            length=length,
-            extra_heads=extra_heads,
-            steps=steps,
-            seconds=seconds,
-        )
-        for kind in chosen
-        for count in _counts(classes)
-    ]
-    results = []
+
+def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[Case]:
+    from benchmarks.head import KINDS as KNOWN
+    from benchmarks.head import Case
+
+    chosen = _names(kinds, KNOWN)
+    return [Case(kind, count, **settings) for kind in chosen for count in _counts(classes)]
+
+
+def _measure(cases: list[Case]) -> tuple[list[Result], dict[str, float] | None]:
+    """The cases that fit, and the bare products where rows lie as they are used."""
+    from benchmarks import head as bench
+    from benchmarks.head_report import Result
+
+    device, results = _device(), []
     for number, case in enumerate(cases, 1):
         if _fits(case):
             with console.out.status(f"{number} of {len(cases)}: {_title(case)}"):
-                results.append(report.Result(case, bench.run(case, device)))
+                results.append(Result(case, bench.run(case, device)))
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
-    bare = None
-    if device == "cpu" and memory is Memory.DEVICE and dtype is Dtype.FLOAT32:
-        with console.out.status("the bare products"):
-            bare = _bare(cases)
-    folder = Path(out)
+    plain = device == "cpu" and (cases[0].memory, cases[0].dtype) == ("device", "float32")
+    with console.out.status("the bare products"):
+        return results, _bare(cases) if plain else None
+
+
+def _show(results: list[Result], bare: dict[str, float] | None, folder: Path) -> None:
+    from benchmarks import head_report as report
+
     folder.mkdir(parents=True, exist_ok=True)
     console.out.print(report.table(results))
     console.list_commands("Ratios", report.ratios(results, bare))
