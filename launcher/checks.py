@@ -41,6 +41,9 @@ def data(config: Config) -> Iterable[Mistake]:
             yield key, f"{trouble}; {_cure(key, glyphs)}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
+    for place in config.evaluate.verification:
+        if not runs.exists(place):
+            yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
 
 
 def _trouble(place: str) -> str:

@@ -11,7 +11,16 @@ from typing import Annotated
 import typer
 
 from launcher import console
-from launcher.verbs import bench, checkpoint, data, doctor, results, settings, train
+from launcher.verbs import (
+    bench,
+    checkpoint,
+    data,
+    doctor,
+    evaluate,
+    results,
+    settings,
+    train,
+)
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -33,9 +42,9 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("config")(settings.show)
-app.command("evaluate")(results.evaluate)
 app.command("export")(results.export)
 app.command("doctor")(doctor.doctor)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")

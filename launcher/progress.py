@@ -196,8 +196,10 @@ def duration(seconds: float) -> str:
 
 def accuracies(heldout: dict[str, Any]) -> list[tuple[str, str]]:
     """The held-out figures that matter as `(name, value)`, chance beside rank-1."""
-    rows = [
-        ("rank-1", f"{heldout['rank1']:.1%} (chance {heldout['chance']:.1%})"),
-        ("verification", f"{heldout['accuracy']:.1%}"),
-    ]
-    return rows + [(k.upper(), f"{v:.1%}") for k, v in heldout.items() if k.startswith("tar@")]
+    rows = []
+    if "rank1" in heldout:
+        rows.append(("rank-1", f"{heldout['rank1']:.1%} (chance {heldout['chance']:.1%})"))
+        rows.append(("verification", f"{heldout['accuracy']:.1%}"))
+    rows += [(k.upper(), f"{v:.1%}") for k, v in heldout.items() if k.startswith("tar@")]
+    sets = [key for key in heldout if key.endswith("/accuracy")]
+    return rows + [(key.removesuffix("/accuracy"), f"{heldout[key]:.2%}") for key in sets]

@@ -1,4 +1,4 @@
-"""The backbone of a run, out of its newest checkpoint, without Ray and without DeepSpeed."""
+"""The backbone of a run, out of one of its checkpoints, without Ray and without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from mhe_dist.config import Config
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
+
+    from mhe_dist.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,18 @@ class Trained:
 
     Attributes:
         config: of its run.
+        path: folder or URL of its run.
         checkpoint: folder that it comes from.
         step: completed steps.
-        model: in evaluation mode, on the CPU.
+        run_id: MLflow's, if the run was logged there.
+        model: in evaluation mode.
     """
 
     config: Config
+    path: str
     checkpoint: str
     step: int
+    run_id: str | None
     model: Any
 
     def embed(self, images: Tensor) -> Tensor:
@@ -35,30 +42,46 @@ class Trained:
 
         from mhe_dist.backbone import pixels
 
+        device = next(self.model.parameters()).device
         with torch.no_grad():
-            embeddings: Tensor = self.model(pixels(images))
+            embeddings: Tensor = self.model(pixels(images.to(device)))
         return embeddings
 
 
-def load(run: str) -> Trained:
-    """The backbone of a run's newest complete checkpoint.
+def load(run: str, device: torch.device | None = None) -> Trained:
+    """The backbone of a run's newest complete checkpoint, or of the one that is named.
+
+    The number of ranks that trained it does not matter.
 
     Args:
-        run: path, URL or name of the run.
+        run: path, URL or name of the run; or a `step_*` folder among its checkpoints.
+        device: where the model shall be; the CPU by default.
 
     Raises:
         UserError: there is no such run, or it has no complete checkpoint.
     """
     from mhe_dist import backbone
-    from mhe_dist.checkpoint import CheckpointStore
+
+    path, found = _checkpoint(run.rstrip("/"))
+    config = Config.model_validate(runs.settings(path))
+    tensors = found.load(lambda name: name.startswith("model."))
+    model: nn.Module = backbone.rebuild(config.model, config.data.image_size, tensors)
+    return Trained(config, path, found.path, found.step, found.run["run_id"], model.to(device))
+
+
+def _checkpoint(run: str) -> tuple[str, Checkpoint]:
+    """Path of a run, and the checkpoint that is meant."""
+    from mhe_dist.checkpoint import Checkpoint, CheckpointStore
+    from mhe_dist.checkpoint_files import Folder
     from mhe_dist.topology import Topology
 
+    folder, _, name = run.rpartition("/")
+    if name.startswith("step_"):
+        if isinstance(trouble := Folder(run).manifest(), str):
+            raise UserError(f"{run} is not a complete checkpoint: {trouble}")
+        return runs.find(folder.rpartition("/")[0]), Checkpoint(run, int(name[5:]))
     path = runs.find(run)
-    config = Config.model_validate(runs.settings(path))
-    store = CheckpointStore(f"{path}/checkpoints", Topology(), config.checkpoint.keep_last)
-    newest = store.newest()
+    newest = CheckpointStore(f"{path}/checkpoints", Topology(), keep_last=1).newest()
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet: mhe train goes on with it")
-    tensors = newest.load(lambda name: name.startswith("model."))
-    model: nn.Module = backbone.rebuild(config.model, config.data.image_size, tensors)
-    return Trained(config, newest.path, newest.step, model)
+    return path, newest

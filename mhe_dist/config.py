@@ -291,6 +291,9 @@ class EvaluateConfig(Section):
         6000, description="Pairs drawn for 1:1 verification, half of them same."
     )
     flip: bool = Field(False, description="Add the embedding of the mirrored image.")
+    verification: list[str] = Field(
+        [], description="InsightFace .bin files (lfw.bin, ...) to verify on at each evaluation."
+    )
 
 
 class CheckpointConfig(Section):

@@ -14,13 +14,13 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.tracking import Metrics, Status
 
@@ -333,6 +333,42 @@ class _Store:
 
     def _end(self, status: Status) -> None:
         self._client.set_terminated(self.run_id, status.upper())
+
+
+def append(
+    uri: str, run_id: str, step: int, metrics: Metrics, files: Sequence[str], folder: str
+) -> None:
+    """Add to a run that exists, whatever its status, and leave that as it is.
+
+    Args:
+        uri: of the server or database.
+        run_id: of the run.
+        step: that the values belong to.
+        metrics: name -> value.
+        files: local files to copy into `folder` of the artifacts.
+        folder: see `files`.
+
+    Raises:
+        RunError: MLflow cannot be reached, or refuses.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import sqlalchemy.exc
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    now = int(time.time() * 1000)
+    entries = [Metric(metric_name(n), float(v), now, step) for n, v in metrics.items()]
+    try:
+        client = MlflowClient(uri)
+        for i in range(0, len(entries), _METRICS_PER_CALL):
+            client.log_batch(run_id, metrics=entries[i : i + _METRICS_PER_CALL])
+        for file in files:
+            client.log_artifact(run_id, file, folder)
+    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+        message = scrub(str(error))[:_MESSAGE_LENGTH]
+        raise RunError(f"MLflow at {scrub(uri)} did not take the results: {message}") from error
 
 
 def metric_name(name: str) -> str:

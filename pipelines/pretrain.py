@@ -24,7 +24,7 @@ from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Loop
 from pipelines import finish
-from pipelines.evaluate import heldout
+from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
 from pipelines.shards import ShardIndex
@@ -108,11 +108,11 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
-        if not self.config.evaluate.shards:
+        if not cadence.wanted(self.config):
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
             self.engine.synchronise_buffers()
-            evaluation = heldout.run(self.engine.embed, self.config, self.place)
+            evaluation = cadence.run(self.engine.embed, self.config, self.place)
         self.recorder.results(self.progress.step, evaluation.metrics)
         return evaluation
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
+import torch
 
+from mhe_dist import backbone, config_load
+from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.config import Config
+from mhe_dist.topology import Topology
 from mhe_dist.tracking import read_records
 from pipelines.shards import Sample, ShardWriter
 
@@ -79,3 +84,30 @@ def per_step(config: Config) -> tuple[list[float], list[float]]:
     records = [r for r in read_records(f"{config.run.path}/metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in records] == list(range(len(records)))
     return [r["loss"] for r in records], [r["sample_digest"] for r in records]
+
+
+def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
+    """A run with one checkpoint of an untrained backbone, made without training."""
+    settings = config(folder, shards, **changes)
+    torch.manual_seed(1)
+    model = backbone.build(settings.model, settings.data.image_size)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology(), 1)
+    store.save(24, state, {}, {"step": 24, "run_id": None})
+    store.wait()
+    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    return settings
+
+
+def write_bin(path: Path, pairs: int = 40) -> str:
+    """An InsightFace verification set: pairs of patterns, every other one the same with noise."""
+    rng = np.random.default_rng(7)
+    images, same = [], [pair % 2 == 0 for pair in range(pairs)]
+    for flag in same:
+        left, other = rng.integers(0, 256, (2, SIDE, SIDE, 3))
+        right = left if flag else other
+        for image in (left, right + rng.normal(0, 40, right.shape)):
+            pixels = np.clip(image, 0, 255).astype(np.uint8)
+            images.append(simplejpeg.encode_jpeg(pixels, quality=95))
+    path.write_bytes(pickle.dumps((images, same)))
+    return str(path)

@@ -1,4 +1,4 @@
-"""`mhe evaluate`, `mhe export`: what can be done with a run that was trained."""
+"""`mhe export`: the backbone of a run, for others."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from launcher import console, runs
-from launcher.progress import accuracies
-from mhe_dist.errors import UserError
+from launcher import console
+from launcher.verbs.evaluate import RunName
 
 PARITY_IMAGES = 64
-RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="Folder or URL of a run, or its name in runs/.")
-]
 
 
 class Format(str, Enum):
@@ -27,42 +22,6 @@ class Format(str, Enum):
 
 
 EVERY = list(Format)
-
-
-def evaluate(
-    run: RunName,
-    shards: Annotated[
-        str, typer.Option(help="Held-out shards; those of the run's settings if left out.")
-    ] = "",
-    flip: Annotated[
-        bool | None, typer.Option(help="Add the embedding of the mirrored image.")
-    ] = None,
-) -> None:
-    """Evaluate the newest checkpoint of a run on held-out classes, 1:1 and 1:N.
-
-    Example: mhe evaluate quickstart --shards data/other/heldout
-    """
-    from launcher import trained
-    from mhe_dist.topology import Topology
-    from pipelines.evaluate import heldout
-
-    found = trained.load(run)
-    config = found.config
-    if shards:
-        config.evaluate.shards = shards
-    if flip is not None:
-        config.evaluate.flip = flip
-    if not config.evaluate.shards:
-        raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
-    with console.out.status(f"evaluating {found.checkpoint}"):
-        metrics = heldout.run(found.embed, config, Topology()).metrics
-    table = Table(title=f"{found.checkpoint} on {config.evaluate.shards}", show_header=False)
-    for name, value in accuracies(metrics):
-        table.add_row(name, value)
-    for name in ("gallery", "probes", "pairs", "impostors"):
-        table.add_row(name, f"{metrics[name]:,.0f}")
-    console.out.print(table)
-    console.list_commands("Next", [("export it", f"mhe export {run}")])
 
 
 def export(
@@ -85,7 +44,7 @@ def export(
     from mhe_dist import export as exporter
 
     found = trained.load(run)
-    folder = out.rstrip("/") or f"{runs.find(run)}/export"
+    folder = out.rstrip("/") or f"{found.path}/export"
     size = found.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
     console.say(f"From {escape(found.checkpoint)}:")

@@ -1,4 +1,4 @@
-"""Embeddings of a shard set over all ranks, the same bits whatever the number of ranks.
+"""Embeddings of a set of images over all ranks, the same bits whatever the number of ranks.
 
 A network's output for an image may depend in its last bits on the size of the batch around it. So
 the images are embedded in blocks of one constant size, aligned in the set, the last one padded;
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,59 @@ class EmbeddedSet(NamedTuple):
     gallery: npt.NDArray[np.bool_]
 
 
+class Images(Protocol):
+    """Images that are read by their numbers."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+
+    def read(self, start: int, stop: int, side: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, side, side]`."""
+
+
+def embed_images(
+    embed: Embed,
+    images: Images,
+    topology: Topology,
+    side: int,
+    flip: bool = False,
+    block: int = BLOCK,
+) -> npt.NDArray[np.float32] | None:
+    """Embed every image once; all ranks must call.
+
+    Rank 0 holds the result and one block of each rank, whatever the number of images.
+
+    Args:
+        embed: called by every rank equally often (ZeRO 3 communicates in it), always with `block`
+            images.
+        images: the same on all ranks.
+        topology: the ranks; each embeds a contiguous range of blocks.
+        side: to which images are brought.
+        flip: add the embedding of the mirrored image (FORMATS.md: the raw sum).
+        block: images of one call; part of what the result is, so no setting of a run.
+
+    Returns:
+        float32 `[count, D]` with their norms on rank 0, None elsewhere: they can be many, and one
+        copy on a node is enough.
+    """
+    rounds = math.ceil(math.ceil(images.count / block) / topology.world_size)
+    out: npt.NDArray[np.float32] | None = None
+    for turn in range(rounds):
+        start = (topology.rank * rounds + turn) * block
+        pixels = _block(images, start, block, side)
+        rows = embed(pixels)
+        if flip:
+            rows = rows + embed(pixels.flip(-1))
+        for rank, part in _gather(rows.detach().float().cpu(), topology):
+            if out is None:
+                out = np.empty((images.count, part.shape[1]), np.float32)
+            place = (rank * rounds + turn) * block
+            if place < images.count:
+                out[place : place + block] = part[: images.count - place].numpy()
+    return out
+
+
 def embed_set(
     embed: Embed,
     index: ShardIndex,
@@ -52,35 +105,32 @@ def embed_set(
     flip: bool = False,
     block: int = BLOCK,
 ) -> EmbeddedSet | None:
-    """Embed every sample of a set once; all ranks must call.
-
-    Args:
-        embed: called by every rank equally often (ZeRO 3 communicates in it), always with `block`
-            images.
-        index: the set.
-        topology: the ranks; each embeds a contiguous range of blocks.
-        image_size: side to which images are brought.
-        flip: add the embedding of the mirrored image (FORMATS.md: the raw sum).
-        block: images of one call; part of what the result is, so no setting of a run.
+    """Embed every sample of a shard set once; all ranks must call; see `embed_images`.
 
     Returns:
-        the set on rank 0, None elsewhere: it can be large, and one copy on a node is enough.
+        the set on rank 0, None elsewhere.
     """
-    rounds = math.ceil(math.ceil(index.samples / block) / topology.world_size)
-    first = topology.rank * rounds * block
-    rows, labels = [], []
-    for start in range(first, first + rounds * block, block):
-        images, numbers = _read(index, start, block, image_size)
-        out = embed(images)
-        if flip:
-            out = out + embed(images.flip(-1))
-        rows.append(out.detach().float().cpu())
-        labels.append(numbers)
-    gathered = _gather(torch.cat(rows), topology), _gather(torch.cat(labels), topology)
-    if gathered[0] is None or gathered[1] is None:
+    images = ShardImages(index)
+    rows = embed_images(embed, images, topology, image_size, flip, block)
+    if topology.world_size > 1:  # each rank has seen the labels of its images
+        dist.reduce(images.labels, 0, group=topology.host_group)
+    if rows is None:
         return None
-    classes = gathered[1][: index.samples].numpy()
-    return EmbeddedSet(gathered[0][: index.samples].numpy(), classes, roles(index, classes))
+    labels = images.labels.numpy()
+    return EmbeddedSet(rows, labels, roles(index, labels))
+
+
+class ShardImages:
+    """The images of a shard set in the order of its index, and the labels that were met."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index, self.count = index, index.samples
+        self.labels = torch.zeros(index.samples, dtype=torch.int64)
+
+    def read(self, start: int, stop: int, side: int) -> Tensor:
+        """See `Images`; takes down the labels."""
+        images, self.labels[start:stop], _ = read_in_order(self.index, start, stop, side)
+        return images
 
 
 def roles(index: ShardIndex, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
@@ -108,22 +158,20 @@ def normalised(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return rows / np.where(norms > 0, norms, 1.0)
 
 
-def _read(index: ShardIndex, start: int, block: int, image_size: int) -> tuple[Tensor, Tensor]:
-    """A block, padded with black images of class -1; beyond the set it is all padding."""
-    stop = min(start + block, index.samples)
-    images = torch.zeros(block, 3, image_size, image_size, dtype=torch.uint8)
-    labels = torch.full((block,), -1, dtype=torch.int64)
+def _block(images: Images, start: int, block: int, side: int) -> Tensor:
+    """A block, padded with black images; beyond the set it is all padding."""
+    stop = min(start + block, images.count)
+    pixels = torch.zeros(block, 3, side, side, dtype=torch.uint8)
     if start < stop:
-        images[: stop - start], labels[: stop - start], _ = read_in_order(
-            index, start, stop, image_size
-        )
-    return images, labels
+        pixels[: stop - start] = images.read(start, stop, side)
+    return pixels
 
 
-def _gather(rows: Tensor, topology: Topology) -> Tensor | None:
-    """The rows of all ranks in their order, on rank 0."""
+def _gather(rows: Tensor, topology: Topology) -> Iterator[tuple[int, Tensor]]:
+    """The rows of each rank, on rank 0."""
     if topology.world_size == 1:
-        return rows
+        yield topology.rank, rows
+        return
     parts = [torch.empty_like(rows) for _ in range(topology.world_size if topology.is_first else 0)]
     dist.gather(rows, parts or None, group=topology.host_group)
-    return torch.cat(parts) if parts else None
+    yield from enumerate(parts)

@@ -71,13 +71,13 @@ def run(embed: Embed, config: Config, topology: Topology) -> Evaluation:
         except UserError as error:
             # Told to the others, who would wait for the metrics until their timeout.
             message = f"{config.evaluate.shards}: {error}"
-    metrics, message = _from_first((result.metrics, message), topology)
+    metrics, message = from_first((result.metrics, message), topology)
     if message:
         raise UserError(message)
     return Evaluation(metrics, result.details)
 
 
-def _from_first(value: Any, topology: Topology) -> Any:
+def from_first(value: Any, topology: Topology) -> Any:
     """Rank 0's value, on every rank."""
     box = [value]
     if topology.world_size > 1:

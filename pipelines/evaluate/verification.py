@@ -89,6 +89,22 @@ def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
     return TarAtFar(float(tar.mean()), float(tar.std()), float(far_test.mean()), thresholds)
 
 
+def curve(distances: Floats, same: Bools, points: int = 200) -> tuple[Floats, Floats]:
+    """FAR and TAR over all pairs, for a picture, at FARs from one different pair to all of them.
+
+    Returns:
+        far `[points]`, rising evenly on a logarithmic scale; tar `[points]`, at the largest
+        threshold whose FAR does not exceed it.
+    """
+    genuine, impostors = np.sort(distances[same]), np.sort(distances[~same])
+    if not len(genuine) or not len(impostors):
+        raise UserError("ROC: it takes same and different pairs")
+    far = np.geomspace(1 / len(impostors), 1, points)
+    allowed = np.floor(far * len(impostors) + 1e-9).astype(np.int64)
+    limits = np.append(impostors, np.inf)[allowed]
+    return far, np.searchsorted(genuine, limits, side="left") / len(genuine)
+
+
 def fold_slices(pairs: int) -> list[slice]:
     """Ten contiguous folds; the first `pairs % 10` of them are one longer.
 
@@ -109,14 +125,15 @@ def _accepted(
 
     The first axis is same, different.
     """
-    accepted = np.empty((2, FOLDS, len(thresholds)), np.int64)
-    size = np.empty((2, FOLDS), np.int64)
-    for fold, part in enumerate(fold_slices(len(same))):
-        for kind, chosen in enumerate((same[part], ~same[part])):
-            ordered = np.sort(distances[part][chosen])
-            accepted[kind, fold] = np.searchsorted(ordered, thresholds, side="left")
-            size[kind, fold] = len(ordered)
-    return accepted, size
+    folds = fold_slices(len(same))
+    fold = np.repeat(np.arange(FOLDS), [part.stop - part.start for part in folds])
+    # The first threshold above a distance accepts its pair, and so do all that follow.
+    first = np.searchsorted(thresholds, distances, side="right")
+    width = len(thresholds) + 1
+    places = (np.where(same, 0, FOLDS) + fold) * width + first
+    counts = np.bincount(places, minlength=2 * FOLDS * width).reshape(2, FOLDS, width)
+    accepted = np.cumsum(counts, axis=2)
+    return accepted[:, :, :-1], accepted[:, :, -1]
 
 
 def _where_reached(rising: Floats, grid: Floats, target: float) -> float:
