@@ -66,3 +66,16 @@ def _fit(pixels: Pixels, side: int) -> Pixels:
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def decode_whole(data: bytes) -> Pixels:
+    """Decode an image in its own size, uint8 `[H, W, 3]`, RGB, a stored orientation applied.
+
+    Raises:
+        Undecodable: the image cannot be read completely.
+    """
+    try:
+        pixels = _by_pillow(data)
+    except Exception as error:  # as above
+        raise Undecodable(str(error) or repr(error)) from error
+    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels

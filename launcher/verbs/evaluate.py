@@ -24,6 +24,7 @@ from mhe_dist.errors import RunError, UserError
 if TYPE_CHECKING:
     from mhe_dist.topology import Topology
     from mhe_dist.tracking import Metrics
+    from pipelines.evaluate.ijb import IjbResult
     from pipelines.evaluate.keep import Curves
     from pipelines.evaluate.pair_sets import Verified
 
@@ -127,6 +128,51 @@ def verification(
         "ROC of the verification sets",
         figures if mlflow else {},
     )
+
+
+@app.command()
+def ijb(
+    run: RunName,
+    root: Annotated[str, typer.Option(help="Folder that holds loose_crop/ and meta/.")],
+    mlflow: Log = True,
+) -> None:
+    """IJB-B or IJB-C: templates 1:1 at FAR 1e-6 to 1e-1, and 1:N by rank and TPIR at FPIR.
+
+    Example: mhe evaluate ijb quickstart --root IJBC
+    """
+    from pipelines.evaluate import ijb as protocol
+    from pipelines.sources import ijb as source
+
+    place = join()
+    files = source.load(root)
+    found = load(run, place.device)
+    with busy(place, f"embedding {files.count:,} faces of {root}"):
+        result = protocol.evaluate(found.embed, files, place, found.config.data.image_size)
+    if result is None:
+        return
+    console.out.print(_ijb(f"{found.checkpoint} on {root}", result))
+    curves = {files.name: result.roc}
+    figures = {f"{files.name}/{key}": value for key, value in result.flat().items()}
+    keep(
+        *(found, files.name, result.plain(), curves, f"ROC of {files.name.upper()}, templates"),
+        figures if mlflow else {},
+    )
+
+
+def _ijb(title: str, result: IjbResult) -> Table:
+    table = Table("figure", "not above the FAR", "nearest FAR, as published", title=title)
+    for far, tar in result.tar.items():
+        nearest, at = result.nearest[far]
+        table.add_row(
+            f"TAR@FAR={far:.0e}", f"{100 * tar:.2f}", f"{100 * nearest:.2f} [dim]at {at:.1e}[/]"
+        )
+    for k, share in result.rank.items():
+        table.add_row(f"1:N rank-{k}", f"{100 * share:.2f}", "")
+    for fpir, share in result.tpir.items():
+        table.add_row(f"1:N TPIR@FPIR={fpir:g}", f"{100 * share:.2f}", "")
+    if not result.rank:
+        table.add_row("1:N", "no tables in meta/", "")
+    return table
 
 
 def _verified(title: str, results: Sequence[Verified]) -> Table:

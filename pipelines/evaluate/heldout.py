@@ -20,7 +20,6 @@ from pipelines.shards import ShardIndex
 
 FARS: Final = (1e-2, 1e-3, 1e-4)
 RANKS: Final = (1, 5)
-_CURVE_POINTS: Final = 200
 
 
 class Evaluation(NamedTuple):
@@ -93,22 +92,18 @@ def _score(found: EmbeddedSet, config: Config) -> Evaluation:
     result = compare(rows[gallery], found.labels[gallery], rows[probes], found.labels[probes])
     metrics = {f"rank{k}": result.rank(k) for k in RANKS}
     metrics |= {"chance": result.chance(1), "accuracy": folds.mean, "accuracy_std": folds.std}
-    metrics |= {far_name(far): result.tar(far) for far in FARS}
+    metrics |= {far_name(far): result.pairs.tar(far) for far in FARS}
     sizes = {"probes": probes, "gallery": gallery, "pairs": pairs.same}
     metrics |= {name: float(len(numbers)) for name, numbers in sizes.items()}
-    metrics["impostors"] = float(result.impostors)
-    return Evaluation(metrics, _curve(result) | _neighbours(result, found.labels, gallery, probes))
+    metrics["impostors"] = float(result.pairs.impostors)
+    far, tar = result.pairs.curve(0.1)
+    roc = {"far": far, "tar": tar}
+    return Evaluation(metrics, roc | _neighbours(result, found.labels, gallery, probes))
 
 
 def far_name(far: float) -> str:
     """`tar@far=1e-3` for 0.001."""
     return f"tar@far={far:.0e}".replace("e-0", "e-")
-
-
-def _curve(result: Comparison) -> dict[str, npt.NDArray[Any]]:
-    """TAR over FAR from one impostor accepted to a tenth of them."""
-    far = np.geomspace(1 / max(result.impostors, 10), 0.1, _CURVE_POINTS)
-    return {"far": far, "tar": np.array([result.tar(value) for value in far])}
 
 
 def _neighbours(

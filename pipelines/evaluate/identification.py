@@ -10,15 +10,11 @@ import math
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from pipelines.evaluate.scores import Collector, Floats, Ints, PairScores, rounded
 
 _CHUNK: Final = 1 << 22  # scores in memory at a time: 32 MB
-_DECIMALS: Final = 12
 
 
 class Comparison(NamedTuple):
@@ -28,18 +24,14 @@ class Comparison(NamedTuple):
         ranks: int64 `[P]`, 1 + number of other classes that score at least as high as the probe's
             own; 0 for a probe whose class is not enrolled.
         classes: number of enrolled classes.
-        genuine: scores of all pairs of one class.
-        impostors: number of pairs of two classes.
-        highest: the highest impostor scores, falling: as many as `max_far` of all, and one.
+        pairs: the scores of all pairs of a probe and a gallery entry.
         nearest: int64 `[P, k]`, numbers of the k best gallery entries, best first.
         scores: `[P, k]`, theirs.
     """
 
     ranks: Ints
     classes: int
-    genuine: Floats
-    impostors: int
-    highest: Floats
+    pairs: PairScores
     nearest: Ints
     scores: Floats
 
@@ -52,21 +44,20 @@ class Comparison(NamedTuple):
         """What a random order of the classes would give for `rank(k)`."""
         return min(1.0, k / self.classes)
 
-    def tar(self, far: float) -> float:
-        """Share of genuine pairs above the lowest threshold that accepts at most `far` impostors.
+    def tpir(self, fpir: float) -> float:
+        """True positive identification rate at a false positive identification rate, open set.
 
-        Raises:
-            ValueError: `far` exceeds the `max_far` of the comparison.
+        The threshold is the lowest at which at most a share `fpir` of the probes that are not
+        enrolled find anybody at all; the figure is the share of the enrolled probes that find
+        their own class first, above the threshold. Not a number without probes of both kinds.
         """
-        # The tolerance is for products such as 0.29 * 100, which is below 29.
-        allowed = math.floor(far * self.impostors + 1e-9)
-        if allowed >= self.impostors:
-            return 1.0
-        if allowed >= len(self.highest):
-            raise ValueError(f"FAR {far} is beyond what this comparison kept")
-        return (
-            float(np.mean(self.genuine > self.highest[allowed])) if len(self.genuine) else math.nan
-        )
+        enrolled, best = self.ranks > 0, self.scores[:, 0]
+        strangers = -np.sort(-best[~enrolled])
+        if not len(strangers) or not enrolled.any():
+            return math.nan
+        allowed = math.floor(fpir * len(strangers) + 1e-9)
+        limit = strangers[allowed] if allowed < len(strangers) else -math.inf
+        return float(np.mean((self.ranks == 1)[enrolled] & (best[enrolled] > limit)))
 
 
 def compare(
@@ -96,26 +87,21 @@ def compare(
     gallery, names = gallery[order], gallery_labels[order]
     classes, first = np.unique(names, return_index=True)
     matches = np.searchsorted(names, probe_labels, "right") - np.searchsorted(names, probe_labels)
-    impostors = len(probes) * len(names) - int(matches.sum())
-    kept = _Highest(min(impostors, math.floor(max_far * impostors) + 1))
+    kept = Collector(len(probes) * len(names) - int(matches.sum()), max_far)
     k = min(nearest, len(names))
-    ranks, best, top, genuine = [], [], [], []
+    ranks, best, top = [], [], []
     chunk = max(1, _CHUNK // len(names))
     for start in range(0, len(probes), chunk):
         labels = probe_labels[start : start + chunk]
-        scores = np.round(probes[start : start + chunk] @ gallery.T, _DECIMALS)
-        own = labels[:, None] == names[None, :]
-        genuine.append(scores[own])
-        kept.add(scores[~own])
+        scores = rounded(probes[start : start + chunk] @ gallery.T)
+        kept.add(scores, labels[:, None] == names[None, :])
         ranks.append(_ranks(np.maximum.reduceat(scores, first, axis=1), classes, labels))
         top.append(_best(scores, k))
         best.append(np.take_along_axis(scores, top[-1], axis=1))
     return Comparison(
         np.concatenate(ranks),
         len(classes),
-        np.concatenate(genuine),
-        impostors,
-        kept.falling(),
+        kept.scores(),
         order[np.concatenate(top)],
         np.concatenate(best),
     )
@@ -134,23 +120,3 @@ def _best(scores: Floats, k: int) -> Ints:
     chosen = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
     falling = np.argsort(-np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
     return np.take_along_axis(chosen, falling, axis=1)
-
-
-class _Highest:
-    """Keeps the `count` highest of all values that pass by."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._values = np.empty(0)
-
-    def add(self, values: Floats) -> None:
-        """Let values pass by."""
-        if len(self._values) == self._count and self._count:
-            values = values[values > self._values.min()]
-        values = np.concatenate([self._values, values])
-        surplus = len(values) - self._count
-        self._values = np.partition(values, surplus)[surplus:] if surplus > 0 else values
-
-    def falling(self) -> Floats:
-        """The kept values, highest first."""
-        return -np.sort(-self._values)

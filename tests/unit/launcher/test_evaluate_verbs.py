@@ -10,6 +10,7 @@ import pytest
 from launcher import cli
 from pipelines.evaluate import bootstrap
 from tests import tiny
+from tests.unit.pipelines import ijb_set
 
 Captured = pytest.CaptureFixture[str]
 
@@ -50,6 +51,16 @@ def test_verification_sets(
     assert found["results"]["lfw"] == found["results"]["cfp_fp"]
     assert found["results"]["lfw"]["pairs"] == 40
     assert Path(run, "evaluation", "verification.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
+    root = str(ijb_set.write(tmp_path / "IJBC"))
+    shown = said(["evaluate", "ijb", run, "--root", root], capsys)
+    for part in ("TAR@FAR=1e-06", "1:N rank-1", "TPIR@FPIR=0.01", "evaluation/ijbc.json"):
+        assert part in shown
+    found = json.loads(Path(run, "evaluation", "ijbc.json").read_text())["results"]
+    assert found["templates"] == 32
+    assert found["tar@far=1e-6"] <= found["tar@far=1e-1"]
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(

@@ -1,0 +1,115 @@
+"""Scores of very many pairs: of the impostors' only the highest are kept, which TAR at FAR needs.
+
+Scores are rounded to 12 decimals, so that equal embeddings get equal scores wherever a matrix
+product puts them; ties count against the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+_DECIMALS: Final = 12
+
+
+class PairScores(NamedTuple):
+    """What is known of the scores of all pairs.
+
+    Attributes:
+        genuine: scores of all pairs of one class.
+        impostors: number of pairs of two classes.
+        highest: the highest impostor scores, falling.
+    """
+
+    genuine: Floats
+    impostors: int
+    highest: Floats
+
+    def tar(self, far: float) -> float:
+        """Share of genuine pairs above the lowest threshold that accepts at most `far` impostors.
+
+        Not a number without genuine pairs.
+
+        Raises:
+            ValueError: so many impostors were not kept.
+        """
+        # The tolerance is for products such as 0.29 * 100, which is below 29.
+        allowed = math.floor(far * self.impostors + 1e-9)
+        if len(self.highest) <= allowed < self.impostors:
+            raise ValueError(f"FAR {far} is beyond what was kept")
+        return self._above(allowed)
+
+    def nearest_tar(self, far: float) -> tuple[float, float]:
+        """TAR at the point of the ROC whose FAR is nearest to `far`, and that point's FAR.
+
+        No interpolation; each score that occurs is a threshold ("at least this"). Of two FARs
+        equally near the larger one counts, and of the points of one FAR the one of the highest
+        TAR. That FAR may exceed the target, which flatters the model: `tar` does not let it.
+
+        Raises:
+            ValueError: so many impostors were not kept.
+        """
+        kept = self.highest
+        counts = np.concatenate([[0], np.flatnonzero(kept[:-1] > kept[1:]) + 1])
+        if len(kept) == self.impostors:
+            counts = np.append(counts, self.impostors)
+        target = far * self.impostors
+        distance = np.abs(counts - target)
+        best = int(counts[np.flatnonzero(distance <= distance.min() + 1e-9)[-1]])
+        if len(kept) < self.impostors and len(kept) - target < abs(best - target):
+            raise ValueError(f"FAR {far} is beyond what was kept")
+        return self._above(best), best / self.impostors if self.impostors else 0.0
+
+    def curve(self, highest_far: float, points: int = 200) -> tuple[Floats, Floats]:
+        """FAR and TAR, both `[points]`, from one impostor accepted to `highest_far` of them."""
+        far = np.geomspace(1 / max(self.impostors, 1 / highest_far), highest_far, points)
+        return far, np.array([self.tar(value) for value in far])
+
+    def _above(self, allowed: int) -> float:
+        """TAR where that many impostors may be accepted."""
+        if allowed >= self.impostors:
+            return 1.0
+        above = self.genuine > self.highest[allowed]
+        return float(np.mean(above)) if len(above) else math.nan
+
+
+class Collector:
+    """Takes scores as they come; memory for the genuine ones and a share of the others.
+
+    Args:
+        impostors: how many pairs of two classes there will be.
+        max_far: largest FAR that will be asked for.
+    """
+
+    def __init__(self, impostors: int, max_far: float) -> None:
+        self._impostors = impostors
+        self._genuine: list[Floats] = []
+        self._count = min(impostors, math.floor(max_far * impostors) + 1)
+        self._highest = np.empty(0)
+
+    def add(self, scores: Floats, same: Bools) -> None:
+        """Take in scores (`rounded`), and whether their pairs are of one class; any shape."""
+        self._genuine.append(scores[same])
+        values = scores[~same]
+        if len(self._highest) == self._count and self._count:
+            values = values[values > self._highest.min()]
+        values = np.concatenate([self._highest, values])
+        surplus = len(values) - self._count
+        self._highest = np.partition(values, surplus)[surplus:] if surplus > 0 else values
+
+    def scores(self) -> PairScores:
+        """What came in."""
+        genuine = np.concatenate(self._genuine) if self._genuine else np.empty(0)
+        return PairScores(genuine, self._impostors, -np.sort(-self._highest))
+
+
+def rounded(scores: Floats) -> Floats:
+    """Scores as they are compared."""
+    return np.round(scores, _DECIMALS)

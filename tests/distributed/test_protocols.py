@@ -1,0 +1,41 @@
+"""Face protocols over ranks: the same figures, to the last bit, for any number of ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from mhe_dist.topology import Topology
+from pipelines.evaluate import ijb as protocol
+from pipelines.evaluate import pair_sets
+from pipelines.sources import ijb
+from tests import tiny
+from tests.unit.pipelines import ijb_set
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 12)
+    ).eval()
+
+
+def figures(place: Topology, bin_file: str, root: str) -> list[dict[str, float]]:
+    """What this rank knows of both protocols."""
+    net = network()
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return net(images.float() / 255 - 0.5)
+
+    sets = pair_sets.load_bins([bin_file])
+    found = [each.flat() for each in pair_sets.verify(embed, sets, place, 16, True, False)]
+    result = protocol.evaluate(embed, ijb.load(root), place, 16)
+    return found if result is None else [*found, result.flat()]
+
+
+def test_any_number_of_ranks_gives_the_same_bits(run_distributed, tmp_path) -> None:
+    bin_file = tiny.write_bin(tmp_path / "lfw.bin", pairs=100)  # 200 images: two blocks
+    root = str(ijb_set.write(tmp_path / "IJBC"))
+    alone = figures(Topology(), bin_file, root)
+    assert [len(found) for found in alone] == [5, 17]
+    assert run_distributed(figures, 2, bin_file, root) == [alone, []]
