@@ -41,6 +41,8 @@ def data(config: Config) -> Iterable[Mistake]:
             yield key, f"{trouble}; {_cure(key, glyphs)}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
+    if (source := config.model.init_from) and not runs.exists(source):
+        yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
     for place in config.evaluate.verification:
         if not runs.exists(place):
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import mhe_dist.iresnet
 from mhe_dist.config import ModelConfig
 from mhe_dist.errors import UserError
 
@@ -72,8 +73,20 @@ def build(config: ModelConfig, image_size: int) -> Backbone:
             f"model.kwargs={config.kwargs}: {config.name} does not accept them for images of "
             f"{image_size} pixels: {error}"
         ) from error
+    if config.grad_checkpointing:
+        try:
+            net.set_grad_checkpointing(True)  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise UserError(
+                f"model.grad_checkpointing=true: {config.name} does not offer it"
+            ) from error
     if config.neck == "none":
         return Backbone(net, nn.Identity())
+    if isinstance(net, mhe_dist.iresnet.IResNet):
+        raise UserError(
+            f"model.neck=batchnorm: {config.name} ends with a BatchNorm of its own; use "
+            f"model.neck=none"
+        )
     layer = _classifier(net)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise UserError(
@@ -109,6 +122,8 @@ def rebuild(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) ->
         UserError: the tensors are not those of this model.
     """
     # Its fresh weights are overwritten, so they must not advance the run's generator.
+    # Nor is there a backward pass to save memory for.
+    config = config.model_copy(update={"grad_checkpointing": False})
     with torch.random.fork_rng(devices=[]):
         model = build(config, image_size)
     ours = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}

@@ -30,6 +30,7 @@ class RunningStatistics:
         self._counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
         self._start = [torch.empty_like(b) for b in self.values]
         self._start_counts = [torch.empty_like(b) for b in self._counts]
+        self._end_counts = [torch.empty_like(b) for b in self._counts]
         self._sums = [torch.empty_like(b) for b in self.values]
         self._seen = 0
         self.synchronised = True
@@ -55,15 +56,21 @@ class RunningStatistics:
             torch._foreach_copy_(self._sums, self.values)
         else:
             torch._foreach_add_(self._sums, self.values)
+        torch._foreach_copy_(self._end_counts, self._counts)
         self._seen += 1
         self.synchronised = False
 
     @torch.no_grad()
     def finish(self) -> None:
-        """At the end of a step: the mean over the micro-batches of this rank."""
-        if self._seen > 1:
+        """At the end of a step: the mean over the micro-batches of this rank.
+
+        What a forward pass that was repeated in the backward pass (gradient checkpointing) made of
+        the statistics is forgotten.
+        """
+        if self._seen and self.values:
             torch._foreach_copy_(self.values, self._sums)
             torch._foreach_div_(self.values, float(self._seen))
+            torch._foreach_copy_(self._counts, self._end_counts)
         self._seen = 0
 
     @torch.no_grad()

@@ -122,6 +122,12 @@ class ModelConfig(Section):
     neck: Literal["none", "batchnorm"] = Field(
         "batchnorm", description="What follows the embedding layer; folded into it on export."
     )
+    init_from: str = Field(
+        "", description="Weights to begin with: .pth, .safetensors, exported folder, run; or none."
+    )
+    grad_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory."
+    )
 
 
 class MarginConfig(Section):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mhe_dist import backbone, config_load, heads, schedule, topology, tracking
+from mhe_dist import backbone, config_load, heads, initial, schedule, topology, tracking
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
@@ -194,7 +194,10 @@ class Run:
 
 def _initial_model(config: Config) -> torch.nn.Module:
     seed_torch(config.run.seed, "backbone")
-    return backbone.build(config.model, config.data.image_size)
+    model = backbone.build(config.model, config.data.image_size)
+    if config.model.init_from:
+        initial.load(model, config.model.init_from)
+    return model
 
 
 def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
