@@ -322,7 +322,7 @@ class TrackingConfig(Section):
 class ExportConfig(Section):
     """What is written when the training ends."""
 
-    formats: list[Literal["timm", "onnx"]] = Field(
+    formats: list[Literal["timm", "onnx", "torch-export", "mlflow"]] = Field(
         ["timm", "onnx"], description="Formats of the exported backbone."
     )
 

@@ -19,24 +19,35 @@ class Format(str, Enum):
 
     TIMM = "timm"
     ONNX = "onnx"
+    TORCH_EXPORT = "torch-export"
+    MLFLOW = "mlflow"
 
 
-EVERY = list(Format)
+USUAL = [Format.TIMM, Format.ONNX]
 
 
 def export(
     run: RunName,
-    to: Annotated[list[Format], typer.Option(help="Format; repeat it for several.")] = EVERY,
+    to: Annotated[list[Format], typer.Option(help="Format; repeat it for several.")] = USUAL,
     out: Annotated[
         str, typer.Option(help="Folder for the files; export/ of the run if left out.")
     ] = "",
+    opset: Annotated[
+        int, typer.Option(min=0, help="ONNX operator set; 0: the exporter's choice.")
+    ] = 0,
+    fp16: Annotated[bool, typer.Option("--fp16", help="ONNX computes in float16.")] = False,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Embeddings of length 1 (not in the timm folder).")
+    ] = False,
 ) -> None:
-    """Export the backbone of a run's newest checkpoint, and compare the files with it.
+    """Export the backbone of a run's newest checkpoint, and compare what was written with it.
 
     timm makes a folder for timm.create_model('local-dir:...', pretrained=True), onnx a file for
-    ONNX Runtime with a free batch size. Works while the run goes on, too.
+    ONNX Runtime, torch-export a program for torch.export.load, mlflow a model that mlflow models
+    predict and serve; the batch size is free. Works while the run goes on, too, and for any of its
+    checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
-    Example: mhe export quickstart --to onnx --out models/quickstart
+    Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
     """
     import torch
 
@@ -50,7 +61,24 @@ def export(
     console.say(f"From {escape(found.checkpoint)}:")
     for name in dict.fromkeys(to):
         with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = exporter.write(name.value, found.model, found.config, folder, images)
+            path, difference = exporter.write(
+                *(name.value, found.model, found.config, folder, images),
+                exporter.Options(opset, fp16, normalize),
+            )
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
-    load = f"timm.create_model('local-dir:{folder}/timm', pretrained=True)"
-    console.list_commands("Next", [("use it", f'python -c "import timm; {load}"')])
+    if normalize and Format.TIMM in to:
+        console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
+    console.list_commands("Next", _uses(to, folder))
+
+
+def _uses(to: list[Format], folder: str) -> list[tuple[str, str]]:
+    load = {
+        Format.TIMM: f"import timm; timm.create_model('local-dir:{folder}/timm', pretrained=True)",
+        Format.ONNX: f"import onnxruntime; onnxruntime.InferenceSession('{folder}/backbone.onnx')",
+        Format.TORCH_EXPORT: f"import torch; torch.export.load('{folder}/backbone.pt2').module()",
+    }
+    uses = [(f"use it ({name.value})", f'python -c "{load[name]}"') for name in to if name in load]
+    if Format.MLFLOW in to:
+        serve = f"mlflow models serve -m {folder}/mlflow --env-manager local"
+        uses.append(("serve it (mlflow)", serve))
+    return uses

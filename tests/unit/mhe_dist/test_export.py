@@ -15,7 +15,8 @@ from torch import nn
 from mhe_dist import backbone, export
 from mhe_dist.backbone import Backbone
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.export import Options
 from tests import tiny
 
 
@@ -118,3 +119,55 @@ def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "fold_neck", lambda model: model.net)
     with pytest.raises(RunError, match="embeddings differ from the trained model's by"):
         export.export_timm(model, config, str(tmp_path / "timm"), images)
+
+
+def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path = tmp_path / "backbone.pt2"
+    assert export.export_torch(model, config, str(path), images, Options(normalise=True)) < 1e-5
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import torch\n"
+        "out = torch.export.load(sys.argv[1]).module()(torch.from_numpy(images)).detach().numpy()"
+    )
+    found = elsewhere(script, str(path), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1)[:, None], atol=1e-5)
+
+
+def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path, difference = export.write("mlflow", model, config, str(tmp_path), images)
+    assert difference < 1e-4
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import mlflow\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "out = model.predict({'images': images})['embeddings']"
+    )
+    found = elsewhere(script, path, str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    needed = Path(path, "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in needed] == [
+        "mlflow",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+    ]
+
+
+def test_options_of_onnx(trained, tmp_path: Path) -> None:
+    import onnx
+
+    model, config, images = trained
+    options = Options(opset=18, half=True, normalise=True)
+    path, difference = export.write("onnx", model, config, str(tmp_path), images, options)
+    assert path.endswith("backbone_fp16.onnx")
+    assert 0 < difference < 5e-3
+    written = onnx.load(path)
+    assert [o.version for o in written.opset_import if o.domain == ""] == [18]
+    kinds = {tensor.data_type for tensor in written.graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    kind = written.graph.output[0].type.tensor_type.elem_type
+    assert kind == written.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    with pytest.raises(UserError, match="--opset 3: "):
+        export.write("onnx", model, config, str(tmp_path), images, Options(opset=3))
