@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from mhe_dist.config import Config
 from mhe_dist.tracking import read_records
+from pipelines import shards
 from pipelines.contact_sheet import neighbours
 from pipelines.evaluate.heldout import FARS
 
@@ -48,7 +49,7 @@ STYLE: Final[Any] = {
     "figure.constrained_layout.w_pad": 0.12,
     "figure.dpi": 150,
 }
-_HELDOUT: Final = (
+HELDOUT: Final = (
     ("rank1", "rank-1"),
     ("accuracy", "1:1 accuracy"),
     ("tar@far=1e-3", "TAR@FAR=1e-3"),
@@ -68,7 +69,7 @@ def draw(folder: str, config: Config) -> list[Path]:
         config: of the run; says where the held-out shards are.
 
     Returns:
-        The pictures, PNG.
+        The pictures, PNG; the neighbours only where the held-out shards still are.
     """
     records = read_records(Path(folder) / "metrics.jsonl")
     details = _details(Path(folder) / "evaluation.npz")
@@ -78,7 +79,7 @@ def draw(folder: str, config: Config) -> list[Path]:
     with mpl.rc_context(STYLE):
         for name, figure in _figures(records, details).items():
             written.append(_save(figure, plots / f"{name}.png"))
-        if "nearest" in details:
+        if "nearest" in details and shards.exists(config.evaluate.shards):
             figure = neighbours(details, config.evaluate.shards, config.data.image_size)
             written.append(_save(figure, plots / "neighbours.png"))
     return written
@@ -133,7 +134,7 @@ def learning_rate(axes: Axes, records: Records) -> None:
 
 def heldout(axes: Axes, records: Records) -> None:
     """The held-out figures of every evaluation, beside chance."""
-    for key, name in _HELDOUT:
+    for key, name in HELDOUT:
         steps, values = series(records, f"heldout/{key}")
         if len(steps):
             label = f"{name}  {values[-1]:.1%}"

@@ -82,7 +82,7 @@ def heldout(
     if not config.evaluate.shards:
         raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
     with busy(place, f"evaluating {found.checkpoint}"):
-        metrics = protocol.run(found.embed, config, place).metrics
+        metrics, details = protocol.run(found.embed, config, place)
     if not place.is_first:
         return
     table = Table(title=f"{found.checkpoint} on {config.evaluate.shards}", show_header=False)
@@ -91,6 +91,9 @@ def heldout(
     for name in ("gallery", "probes", "pairs", "impostors"):
         table.add_row(name, f"{metrics[name]:,.0f}")
     console.out.print(table)
+    about = {"shards": config.evaluate.shards, **metrics}
+    curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
+    keep(found, "heldout", about, curves, f"ROC, {config.evaluate.shards}", {})
     console.list_commands("Next", [("export it", f"mhe export {run}")])
 
 

@@ -1,4 +1,4 @@
-"""`mhe export`: the backbone of a run, for others."""
+"""`mhe export`, `mhe report`: a run for others: its backbone, and a page about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from launcher import console
+from launcher import console, runs
 from launcher.verbs.evaluate import RunName
 
 PARITY_IMAGES = 64
@@ -82,3 +82,23 @@ def _uses(to: list[Format], folder: str) -> list[tuple[str, str]]:
         serve = f"mlflow models serve -m {folder}/mlflow --env-manager local"
         uses.append(("serve it (mlflow)", serve))
     return uses
+
+
+def report(
+    run: RunName,
+    out: Annotated[str, typer.Option(help="The page; report.html of the run if left out.")] = "",
+) -> None:
+    """Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.
+
+    It needs no network and no other file. Works while the run goes on, too.
+
+    Example: mhe report quickstart --out quickstart.html
+    """
+    from pipelines import page
+
+    place = runs.find(run.rstrip("/"))
+    target = out or f"{place}/report.html"
+    with console.out.status(f"drawing {escape(place)}"):
+        sections = page.write(place, target)
+    console.say(f"{escape(target)}: {', '.join(sections)}")
+    console.list_commands("Next", [("see it", f"python -m webbrowser {target}")])
