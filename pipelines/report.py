@@ -22,7 +22,7 @@ from mhe_dist.config import Config
 from mhe_dist.tracking import read_records
 from pipelines import shards
 from pipelines.contact_sheet import neighbours
-from pipelines.evaluate.heldout import FARS
+from pipelines.evaluate.scores import FARS
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
 STYLE: Final[Any] = {

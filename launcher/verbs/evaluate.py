@@ -6,36 +6,23 @@ Each verb works on one machine as it stands, and on many processes under
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
 from launcher import console
 from launcher.progress import accuracies
-from launcher.trained import Trained, load
-from mhe_dist.errors import RunError, UserError
+from launcher.trained import load
+from launcher.verbs import evaluate_own
+from launcher.verbs.evaluating import Flip, Log, RunName, busy, join, keep
+from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from mhe_dist.topology import Topology
-    from mhe_dist.tracking import Metrics
     from pipelines.evaluate.ijb import IjbResult
-    from pipelines.evaluate.keep import Curves
     from pipelines.evaluate.pair_sets import Verified
-
-RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="Folder or URL of a run, its name in runs/, or a step_* checkpoint."
-    ),
-]
-Flip = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
-Log = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures to the run.")]
 
 
 class _HeldoutByDefault(TyperGroup):
@@ -104,20 +91,28 @@ def verification(
         list[str] | None, typer.Argument(metavar="BIN...", help="InsightFace .bin files.")
     ] = None,
     sets: Annotated[list[str] | None, typer.Option(help="The same.", metavar="BIN...")] = None,
+    pairs: Annotated[
+        str, typer.Option(help="A CSV file: first,second,same (paths below --images; 0 or 1).")
+    ] = "",
+    images: Annotated[str, typer.Option(help="Folder of the images of --pairs.")] = ".",
     flip: Flip = True,
     mlflow: Log = True,
 ) -> None:
-    """Pairs of faces, 1:1: ten-fold accuracy and TAR at FAR, with 95 % bootstrap intervals.
+    """Pairs of images, 1:1: ten-fold accuracy and TAR at FAR, with 95 % bootstrap intervals.
 
     Example: mhe evaluate verification quickstart --sets lfw.bin cfp_fp.bin agedb_30.bin
+
+    Example: mhe evaluate verification quickstart --pairs pairs.csv --images photos
     """
     from pipelines.evaluate import pair_sets
 
     paths = [*(sets or []), *(more or [])]
-    if not paths:
-        raise UserError("name the sets: --sets lfw.bin cfp_fp.bin ...")
+    if not paths and not pairs:
+        raise UserError("name the sets: --sets lfw.bin cfp_fp.bin ..., or --pairs FILE.csv")
     place = join()
     loaded = pair_sets.load_bins(paths)
+    if pairs:
+        loaded.append(pair_sets.load_table(pairs, images))
     found = load(run, place.device)
     with busy(place, f"embedding {sum(each.images.count for each in loaded):,} images"):
         results = pair_sets.verify(found.embed, loaded, place, found.config.data.image_size, flip)
@@ -179,8 +174,8 @@ def _ijb(title: str, result: IjbResult) -> Table:
 
 
 def _verified(title: str, results: Sequence[Verified]) -> Table:
-    from pipelines.evaluate.heldout import far_name
     from pipelines.evaluate.pair_sets import FARS
+    from pipelines.evaluate.scores import far_name
 
     table = Table("set", "pairs", "accuracy", *(far_name(f).upper() for f in FARS), title=title)
     for each in results:
@@ -192,34 +187,5 @@ def _verified(title: str, results: Sequence[Verified]) -> Table:
     return table
 
 
-def join() -> Topology:
-    """This process among those that torchrun started, or alone."""
-    from mhe_dist import topology
-
-    if "RANK" in os.environ:
-        return topology.connect()
-    return topology.Topology(device=topology.default_device())
-
-
-def busy(place: Topology, what: str) -> AbstractContextManager[Any]:
-    """A spinner on the first rank's terminal."""
-    return console.out.status(escape(what)) if place.is_first else nullcontext()
-
-
-def keep(
-    found: Trained, name: str, plain: Any, curves: Curves, title: str, figures: Metrics
-) -> None:
-    """Write results beside the run, to MLflow if there are figures, and say where they are."""
-    from mhe_dist.tracking import mlflow_uri
-    from pipelines.evaluate import keep as keeping
-
-    about = {"checkpoint": found.checkpoint, "step": found.step, "results": plain}
-    files = keeping.write(found.path, name, about, curves, title)
-    console.say("Written: " + ", ".join(escape(file) for file in files))
-    if not (figures and found.run_id and found.config.tracking.mlflow):
-        return
-    named = {f"{name}/{key}": value for key, value in figures.items()}
-    try:
-        keeping.to_mlflow(mlflow_uri(found.config), found.run_id, found.step, named, files)
-    except RunError as error:
-        console.say(f"[yellow]warning:[/] {escape(str(error))}; the files above have them")
+app.command()(evaluate_own.identification)
+app.command()(evaluate_own.probe)

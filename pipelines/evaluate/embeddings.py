@@ -19,7 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhe_dist.topology import Topology
+from pipelines import shards
 from pipelines.shards import ShardIndex
+from pipelines.sources import image_files
 from pipelines.stream import read_in_order
 
 BLOCK: Final = 128  # images of one call of `embed`
@@ -141,6 +143,31 @@ def roles(index: ShardIndex, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bo
     gallery = np.zeros(len(labels), bool)
     gallery[np.asarray(enrolled, np.int64)] = True
     return gallery
+
+
+def embed_labelled(
+    embed: Embed, source: str, topology: Topology, side: int, flip: bool = False
+) -> EmbeddedSet | None:
+    """Embed a set of shards, or a folder that holds a folder of images for each class.
+
+    All ranks must call. Of a folder, the first image of each class is enrolled.
+
+    Returns:
+        the set on rank 0, None elsewhere.
+
+    Raises:
+        UserError: `source` is neither.
+    """
+    if shards.exists(source):
+        return embed_set(embed, ShardIndex.load(source), topology, side, flip)
+    files = image_files.every(source)
+    labels = image_files.classes(files)
+    rows = embed_images(embed, files, topology, side, flip)
+    if rows is None:
+        return None
+    gallery = np.zeros(len(labels), bool)
+    gallery[np.unique(labels, return_index=True)[1]] = True
+    return EmbeddedSet(rows, labels, gallery)
 
 
 def normalised(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

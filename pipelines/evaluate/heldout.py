@@ -15,10 +15,10 @@ from mhe_dist.topology import Topology
 from pipelines.evaluate.embeddings import Embed, EmbeddedSet, embed_set, normalised
 from pipelines.evaluate.identification import Comparison, compare
 from pipelines.evaluate.pairs import draw_pairs, squared_distances
+from pipelines.evaluate.scores import FARS, far_name
 from pipelines.evaluate.verification import accuracy
 from pipelines.shards import ShardIndex
 
-FARS: Final = (1e-2, 1e-3, 1e-4)
 RANKS: Final = (1, 5)
 
 
@@ -99,11 +99,6 @@ def _score(found: EmbeddedSet, config: Config) -> Evaluation:
     far, tar = result.pairs.curve(0.1)
     roc = {"far": far, "tar": tar}
     return Evaluation(metrics, roc | _neighbours(result, found.labels, gallery, probes))
-
-
-def far_name(far: float) -> str:
-    """`tar@far=1e-3` for 0.001."""
-    return f"tar@far={far:.0e}".replace("e-0", "e-")
 
 
 def _neighbours(

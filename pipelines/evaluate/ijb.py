@@ -10,9 +10,8 @@ import numpy as np
 from mhe_dist.errors import UserError
 from mhe_dist.topology import Topology
 from pipelines.evaluate.embeddings import Embed, embed_images
-from pipelines.evaluate.heldout import far_name
 from pipelines.evaluate.identification import compare
-from pipelines.evaluate.scores import Collector, Floats, Ints, PairScores
+from pipelines.evaluate.scores import Collector, Floats, Ints, PairScores, far_name
 from pipelines.evaluate.templates import dots, pool
 from pipelines.sources.ijb import Ijb
 

@@ -14,8 +14,8 @@ from mhe_dist.errors import UserError
 from mhe_dist.topology import Topology
 from pipelines.evaluate.bootstrap import Interval, interval
 from pipelines.evaluate.embeddings import Embed, Images, embed_images, normalised
-from pipelines.evaluate.heldout import far_name
 from pipelines.evaluate.pairs import Pairs, squared_distances
+from pipelines.evaluate.scores import far_name
 from pipelines.evaluate.verification import (
     FOLDS,
     Bools,
@@ -25,6 +25,7 @@ from pipelines.evaluate.verification import (
     fold_slices,
     tar_at_far,
 )
+from pipelines.sources.image_files import read_pairs
 from pipelines.sources.verification_bin import read_bin
 
 FARS: Final = (1e-2, 1e-3)
@@ -95,6 +96,18 @@ def load_bins(paths: Sequence[str]) -> list[PairSet]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two verification sets are called {twice[0]}: rename one of the files")
     return sets
+
+
+def load_table(table: str, root: str) -> PairSet:
+    """Pairs of a CSV file (`image_files.read_pairs`), named by the file.
+
+    Raises:
+        UserError: see `read_pairs` and `refuse_unbalanced`.
+    """
+    files, first, second, same = read_pairs(table, root)
+    pairs = Pairs(first, second, same)
+    refuse_unbalanced(table, pairs)
+    return PairSet(PurePosixPath(table).stem, files, pairs)
 
 
 def verify(

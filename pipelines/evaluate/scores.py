@@ -16,7 +16,11 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+FARS: Final = (1e-2, 1e-3, 1e-4)
+"""The FARs that a run reports."""
+
 _DECIMALS: Final = 12
+_SPARE: Final = 1 << 20  # values that may gather before the highest are picked
 
 
 class PairScores(NamedTuple):
@@ -80,6 +84,41 @@ class PairScores(NamedTuple):
         return float(np.mean(above)) if len(above) else math.nan
 
 
+class Highest:
+    """Keeps the `count` highest of all values that pass by, and at times as many again.
+
+    Attributes:
+        floor: what is not above it need not be shown.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.floor = -math.inf
+        self._count = count
+        self._parts: list[Floats] = []
+        self._size = 0
+
+    def add(self, values: Floats) -> None:
+        """Let values pass by."""
+        values = values[values > self.floor]
+        self._parts.append(values)
+        self._size += len(values)
+        if self._size > 2 * self._count + _SPARE:
+            self._compact()
+
+    def falling(self) -> Floats:
+        """The kept values, highest first."""
+        self._compact()
+        return -np.sort(-self._parts[0])
+
+    def _compact(self) -> None:
+        values = np.concatenate([*self._parts, np.empty(0)])
+        surplus = len(values) - self._count
+        if surplus > 0:
+            values = np.partition(values, surplus)[surplus:] if self._count else np.empty(0)
+            self.floor = float(values.min()) if len(values) else math.inf
+        self._parts, self._size = [values], len(values)
+
+
 class Collector:
     """Takes scores as they come; memory for the genuine ones and a share of the others.
 
@@ -91,25 +130,24 @@ class Collector:
     def __init__(self, impostors: int, max_far: float) -> None:
         self._impostors = impostors
         self._genuine: list[Floats] = []
-        self._count = min(impostors, math.floor(max_far * impostors) + 1)
-        self._highest = np.empty(0)
+        self._highest = Highest(min(impostors, math.floor(max_far * impostors) + 1))
 
     def add(self, scores: Floats, same: Bools) -> None:
         """Take in scores (`rounded`), and whether their pairs are of one class; any shape."""
         self._genuine.append(scores[same])
-        values = scores[~same]
-        if len(self._highest) == self._count and self._count:
-            values = values[values > self._highest.min()]
-        values = np.concatenate([self._highest, values])
-        surplus = len(values) - self._count
-        self._highest = np.partition(values, surplus)[surplus:] if surplus > 0 else values
+        self._highest.add(scores[~same])
 
     def scores(self) -> PairScores:
         """What came in."""
         genuine = np.concatenate(self._genuine) if self._genuine else np.empty(0)
-        return PairScores(genuine, self._impostors, -np.sort(-self._highest))
+        return PairScores(genuine, self._impostors, self._highest.falling())
 
 
 def rounded(scores: Floats) -> Floats:
     """Scores as they are compared."""
     return np.round(scores, _DECIMALS)
+
+
+def far_name(far: float) -> str:
+    """`tar@far=1e-3` for 0.001."""
+    return f"tar@far={far:.0e}".replace("e-0", "e-")

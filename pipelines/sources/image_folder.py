@@ -67,7 +67,7 @@ def import_folder(
     faults: list[Fault] = []
     warnings: list[str] = []
     if lst is None:
-        files = sorted(_by_folder(_below(root), warnings))
+        files = sorted(_by_folder(below(root), warnings))
     else:
         files = list(_by_list(root, lst, faults))
     names, classes = _classes(files, numeric=lst is not None)
@@ -98,7 +98,7 @@ def _classes(files: list[File], numeric: bool) -> tuple[list[str], Ints]:
     return names, np.array([number[file.label] for file in files], np.int64)
 
 
-def _below(root: str) -> Iterator[tuple[str, int]]:
+def below(root: str) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of every file there; hidden ones are left out."""
     filesystem, path = urls.find(root)
     if _is_web(filesystem):
@@ -135,7 +135,7 @@ def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterato
     outside = other = 0
     for path, size in found:
         name, _, rest = path.partition("/")
-        if not _is_image(path):
+        if not is_image(path):
             other += 1
         elif not rest:
             outside += 1
@@ -147,14 +147,15 @@ def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterato
         warnings.append(f"{other:,} files do not end like an image; left out")
 
 
-def _is_image(path: str) -> bool:
+def is_image(path: str) -> bool:
+    """Whether a file is called like an image."""
     return path.rpartition(".")[2].lower() in EXTENSIONS
 
 
 def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[File]:
     """The files of a list that are there."""
     filesystem, top = urls.find(root)
-    listed = None if _is_web(filesystem) or urls.is_local(filesystem) else dict(_below(root))
+    listed = None if _is_web(filesystem) or urls.is_local(filesystem) else dict(below(root))
     with urls.Reader(lst) as reader:
         lines = reader.read(0, reader.size).decode(errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):

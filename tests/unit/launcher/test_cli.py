@@ -24,7 +24,7 @@ VERBS = [
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
     *(["bench"], ["bench", "head"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),
-    *(["evaluate", verb] for verb in ("heldout", "verification", "ijb")),
+    *(["evaluate", verb] for verb in ("heldout", "verification", "ijb", "identification", "probe")),
 ]
 SUMMARY = {
     **{"run": "runs/a", "steps": 20, "classes": 50, "samples": 300, "world_size": 2},

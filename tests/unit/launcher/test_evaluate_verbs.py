@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from launcher import cli
 from pipelines.evaluate import bootstrap
@@ -21,6 +23,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("runs")
     shards = tiny.write_shards(folder / "heldout", classes=8, first=10_000)
     return tiny.trained_run(folder, shards, evaluate={"shards": shards}).run.path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of each of four classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        (root / name).mkdir()
+        pattern = rng.integers(0, 256, (4, 4, 3))
+        for number in range(6):
+            noisy = (pattern + rng.normal(0, 20, (4, 4, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).resize((20, 18)).save(root / name / f"{number}.jpg")
+    (root / "readme.txt").write_text("no image")
+    return root
 
 
 def said(words: list[str], capsys: Captured, code: int = 0) -> str:
@@ -61,6 +78,43 @@ def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
     found = json.loads(Path(run, "evaluation", "ijbc.json").read_text())["results"]
     assert found["templates"] == 32
     assert found["tar@far=1e-6"] <= found["tar@far=1e-1"]
+
+
+def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ["evaluate", "identification", run, "--images", str(photos), "--all-pairs"]
+    shown = said(words, capsys)
+    for part in ("rank1", "all/tar@far=1e-6", "genuine", "evaluation/identification.json"):
+        assert part in shown
+    found = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
+    assert (found["gallery"], found["probes"]) == (4, 20)
+    assert (found["genuine"], found["impostors"]) == (4 * 15, 6 * 36)
+    shards = Path(run).parent / "heldout"
+    assert "rank1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)
+
+
+def test_a_probe(run: str, photos: Path, capsys: Captured) -> None:
+    words = ["evaluate", "probe", run, "--images", str(photos), "--k", "3"]
+    assert "majority 20.00" in " ".join(said(words, capsys).replace("│", "").split())
+    both = said([*words, "--test", str(Path(run).parent / "heldout")], capsys)
+    assert "linear" in both
+
+
+def test_pairs_of_a_table(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "DRAWS", 5)
+    rows = [f"a/{i % 6}.jpg,{'a' if i % 2 else 'b'}/{i % 5}.jpg,{i % 2}" for i in range(30)]
+    table = tmp_path / "mine.csv"
+    table.write_text("\n".join(["first,second,same", *rows]))
+    words = ["evaluate", "verification", run, "--pairs", str(table), "--images", str(photos)]
+    assert "mine" in said(words, capsys)
+    for row, why in (("a/0.jpg,../x.jpg,1", "leaves the folder"), ("a/0.jpg,a/1.jpg,2", "0 or 1")):
+        table.write_text("\n".join(["first,second,same", row]))
+        message = said(words, capsys, 2)
+        assert "mine.csv line 2" in message
+        assert why in message
+    table.write_text("first,same")
+    assert "has no column second" in said(words, capsys, 2)
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(
