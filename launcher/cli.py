@@ -43,6 +43,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("config")(settings.show)
 app.command("export")(results.export)
+app.command("embed")(results.embed)
 app.command("report")(results.report)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")

@@ -1,4 +1,4 @@
-"""`mhe export`, `mhe report`: a run for others: its backbone, and a page about it."""
+"""`mhe export`, `mhe embed`, `mhe report`: what others need of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import typer
 from rich.markup import escape
 
 from launcher import console, runs
-from launcher.verbs.evaluate import RunName
+from launcher.verbs.evaluating import RunName, busy, join
 
 PARITY_IMAGES = 64
+SHOWN = 20  # images that were left out
 
 
 class Format(str, Enum):
@@ -82,6 +83,41 @@ def _uses(to: list[Format], folder: str) -> list[tuple[str, str]]:
         serve = f"mlflow models serve -m {folder}/mlflow --env-manager local"
         uses.append(("serve it (mlflow)", serve))
     return uses
+
+
+def embed(
+    run: RunName,
+    images: Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")],
+    out: Annotated[str, typer.Option(help="The .npz file.")] = "embeddings.npz",
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1.")] = False,
+) -> None:
+    """Embed every image below a folder, or every sample of a set of shards.
+
+    The file holds embeddings and, in the same order, paths (of a folder) or labels (of shards).
+    For very many images: torchrun --nproc-per-node 8 --no-python mhe embed ...
+
+    Example: mhe embed quickstart --images photos --out photos.npz
+    """
+    from launcher import trained
+    from pipelines import embed as embedding
+
+    place = join()
+    found = trained.load(run, place.device)
+    with busy(place, f"embedding {images}"):
+        written = embedding.write(
+            *(found.embed, images.rstrip("/"), out, place, found.config.data.image_size),
+            *(flip, normalize),
+        )
+    if written is None:
+        return
+    console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
+    for path in written.skipped[:SHOWN]:
+        console.say(f"[yellow]left out:[/] {escape(path)}")
+    if len(written.skipped) > SHOWN:
+        console.say(f"[yellow]and {len(written.skipped) - SHOWN:,} more[/]")
+    load = f"import numpy; numpy.load('{out}')['embeddings']"
+    console.list_commands("Next", [("use them", f'python -c "{load}"')])
 
 
 def report(

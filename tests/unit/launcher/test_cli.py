@@ -20,7 +20,7 @@ from mhe_dist.errors import RunError, UserError
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
-    *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["doctor"]),
+    *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["embed"], ["doctor"]),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
     *(["bench"], ["bench", "head"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),

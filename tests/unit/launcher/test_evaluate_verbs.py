@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from launcher import cli
+from launcher.trained import load
+from pipelines.decode import decode
 from pipelines.evaluate import bootstrap
 from tests import tiny
 from tests.unit.pipelines import ijb_set
@@ -115,6 +118,26 @@ def test_pairs_of_a_table(
         assert why in message
     table.write_text("first,same")
     assert "has no column second" in said(words, capsys, 2)
+
+
+def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    bad = photos / "b" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out" / "photos.npz"
+    words = ["embed", run, "--images", str(photos), "--out", str(out), "--normalize"]
+    shown = said(words, capsys)
+    bad.unlink()
+    assert "24 embeddings of 32 left out: b/bad.jpg" in shown
+    found = np.load(out)
+    assert found["paths"].tolist() == [f"{c}/{n}.jpg" for c in "abcd" for n in range(6)]
+    np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-6)
+    model = load(run)
+    pixels = decode((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
+    row = model.embed(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].numpy()
+    np.testing.assert_allclose(found["embeddings"][14], row / np.linalg.norm(row), atol=1e-5)
+    shards = str(Path(run).parent / "heldout")
+    said(["embed", run, "--images", shards, "--out", str(out)], capsys)
+    assert sorted(np.load(out)["labels"]) == sorted([*range(8)] * tiny.IMAGES)
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(
