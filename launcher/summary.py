@@ -65,6 +65,7 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
         folder = summary["exports"]["timm"]["path"]
         load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
         yield "use the backbone", f'python -c "import timm; {load}"'
+    yield "see it on a page", f"mhe report {path}"
     yield "evaluate again", f"mhe evaluate {path}"
     yield "export again", f"mhe export {path}"
     yield "other fonts as data", "mhe data glyphs --fonts DIR --out DIR"

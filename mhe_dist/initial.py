@@ -65,9 +65,9 @@ def _file(source: str) -> dict[str, Tensor]:
             f"of mhe export --to timm, or a run"
         )
     if path.endswith(".safetensors"):
-        import safetensors.torch
+        from safetensors.torch import load as parse
 
-        return safetensors.torch.load(filesystem.cat_file(path))
+        return parse(filesystem.cat_file(path))
     try:
         with filesystem.open(path, "rb") as stream:
             found = torch.load(stream, map_location="cpu", weights_only=True)
