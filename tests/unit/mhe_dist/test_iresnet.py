@@ -14,6 +14,7 @@ from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import ModelConfig
 from mhe_dist.errors import UserError
 from mhe_dist.iresnet import IResNet
+from pipelines import pretrain
 from tests import tiny
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
@@ -139,9 +140,14 @@ def test_weights_of_an_exported_folder_and_of_a_run(tmp_path: Path) -> None:
     inputs = backbone.pixels(images)
     torch.manual_seed(1)
     assert torch.equal(trained.eval()(inputs), backbone.build(run.model, 16).eval()(inputs))
+    begin = run.model.model_dump() | {"init_from": run.run.path}
     again = backbone.build(run.model, 16).eval()
     initial.load(again, f"{run.run.path}/checkpoints/step_00000024")
     assert torch.equal(again(inputs), trained(inputs))
+    assert torch.equal(
+        pretrain._initial_model(tiny.config(tmp_path, "unused", model=begin)).eval()(inputs),
+        trained(inputs),
+    )
     export.export_timm(trained, run, str(tmp_path / "timm"), images)
     begun = backbone.build(run.model.model_copy(update={"neck": "none"}), 16).eval()
     initial.load(begun, str(tmp_path / "timm"))
