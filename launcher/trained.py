@@ -61,10 +61,11 @@ def load(run: str, device: torch.device | None = None) -> Trained:
         UserError: there is no such run, or it has no complete checkpoint.
     """
     from mhe_dist import backbone
+    from mhe_dist.average import is_weight
 
     path, found = _checkpoint(run.rstrip("/"))
     config = Config.model_validate(runs.settings(path))
-    tensors = found.load(lambda name: name.startswith("model."))
+    tensors = found.load(is_weight)
     model: nn.Module = backbone.rebuild(config.model, config.data.image_size, tensors)
     return Trained(config, path, found.path, found.step, found.run["run_id"], model.to(device))
 

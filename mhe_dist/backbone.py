@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mhe_dist.iresnet
+from mhe_dist.average import averaged
 from mhe_dist.config import ModelConfig
 from mhe_dist.errors import UserError
 
@@ -115,8 +116,8 @@ def rebuild(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) ->
     Args:
         config: the `model` section.
         image_size: side of the images in pixels.
-        tensors: `Engine.state()` or the same from a checkpoint; names other than `model.*` are
-            ignored.
+        tensors: `Engine.state()` or the same from a checkpoint; names other than `model.*` and
+            `ema.*` are ignored.
 
     Raises:
         UserError: the tensors are not those of this model.
@@ -126,9 +127,8 @@ def rebuild(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) ->
     config = config.model_copy(update={"grad_checkpointing": False})
     with torch.random.fork_rng(devices=[]):
         model = build(config, image_size)
-    ours = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     try:
-        model.load_state_dict(ours)
+        model.load_state_dict(averaged(tensors))
     except RuntimeError as error:
         raise UserError(f"model.name={config.name} does not fit the weights: {error}") from error
     return model.eval()

@@ -253,6 +253,9 @@ class OptimConfig(Section):
     clip_norm: float = Field(
         0.0, ge=0, description="Largest gradient norm of the backbone; 0: no clipping."
     )
+    ema: Decay = Field(
+        0.0, description="Decay per step of averaged weights, evaluated and exported; 0: none."
+    )
 
 
 class TrainConfig(Section):
@@ -380,6 +383,11 @@ def misfits(config: Config) -> list[str]:
             "disk of each host"
         )
     wrong += _head_misfits(config.head, workers)
+    if config.optim.ema and config.scale.zero_stage == 3:
+        wrong.append(
+            f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
+            "scale.zero_stage=3 cuts them"
+        )
     if config.optim.final_lr > config.optim.lr:
         wrong.append(
             f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhe_dist import topology as places
+from mhe_dist.average import PREFIX, AveragedWeights
 from mhe_dist.backbone import pixels
 from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
@@ -62,6 +63,8 @@ class Engine:
         self._deepspeed = import_deepspeed(topology.device)
         self._ds = self._initialise(config)
         self._statistics = RunningStatistics(model)
+        decay = config.optim.ema
+        self._average = AveragedWeights(self._names, decay) if decay else None
         self._make_optimizer_state()
 
     def _initialise(self, config: Config) -> Any:
@@ -117,6 +120,8 @@ class Engine:
             self._norm = self._clip()
         self._ds.step()
         self._backwards = 0
+        if self._average is not None:
+            self._average.update()
 
     def grad_norm(self) -> Tensor | None:
         """L2 norm of the last step's gradient before clipping, a device scalar; None before a step.
@@ -158,7 +163,8 @@ class Engine:
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings for evaluation: running statistics, float32, no autocast.
+        """Embeddings for evaluation: averaged weights (`optim.ema`) where there are some, running
+        statistics, float32, no autocast.
 
         At ZeRO 3 all ranks must call equally often.
 
@@ -172,7 +178,8 @@ class Engine:
             raise RuntimeError("embed before synchronise_buffers: ranks would disagree")
         if self.model.training:
             self.model.eval()
-        with torch.autocast(self._topology.device.type, enabled=False):
+        weights = nullcontext() if self._average is None else self._average.in_place()
+        with weights, torch.autocast(self._topology.device.type, enabled=False):
             embeddings: Tensor = self.model(self._pixels(images))
         return embeddings.float()
 
@@ -186,7 +193,7 @@ class Engine:
         """Copies on the host of everything that a resumed run needs; all ranks must call.
 
         Names do not depend on W or on the ZeRO stage: `model.<parameter>`, `model.<buffer>`,
-        `optim.<parameter>.<moment>` and, for AdamW, `optim.step`.
+        `optim.<parameter>.<moment>`, for AdamW `optim.step`, with `optim.ema` `ema.<parameter>`.
         """
         self.synchronise_buffers()
         tensors = {}
@@ -199,7 +206,7 @@ class Engine:
                 tensors[f"model.{name}"] = _on_host(tensor)
         if self._optim.kind == "adamw":
             tensors["optim.step"] = _on_host(next(self._counters()))
-        return tensors
+        return tensors | {n: _on_host(tensor) for n, tensor in self._averages().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -220,6 +227,8 @@ class Engine:
         if self._optim.kind == "adamw":
             for counter in self._counters():
                 counter.copy_(tensors["optim.step"])
+        for name, average in self._averages().items():
+            average.copy_(tensors[name])
         self._publish()
 
     @property
@@ -272,7 +281,11 @@ class Engine:
             shapes[f"model.{name}"] = tuple(getattr(tensor, "ds_shape", tensor.shape))
         if self._optim.kind == "adamw":
             shapes["optim.step"] = ()
-        return shapes
+        return shapes | {name: tuple(t.shape) for name, t in self._averages().items()}
+
+    def _averages(self) -> dict[str, Tensor]:
+        tensors = {} if self._average is None else self._average.tensors
+        return {PREFIX + name: tensor for name, tensor in tensors.items()}
 
     def _get(self, parameter: Tensor, moment: str | None) -> Tensor:
         """The whole float32 parameter, or a moment of it; a collective at ZeRO 1 to 3."""

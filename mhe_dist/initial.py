@@ -9,6 +9,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from mhe_dist.average import averaged, is_weight
 from mhe_dist.backbone import Backbone
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.errors import UserError
@@ -34,8 +35,8 @@ def load(model: Backbone, source: str) -> None:
     source = source.rstrip("/")
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
-        tensors = checkpoint.load(lambda name: name.startswith("model."))
-        _fill(model, {n.removeprefix("model."): t for n, t in tensors.items()}, source)
+        tensors = checkpoint.load(is_weight)
+        _fill(model, averaged(tensors), source)
     else:
         _fill(model.net, _file(source), source)
 
