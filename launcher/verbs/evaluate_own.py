@@ -9,7 +9,7 @@ from rich.table import Table
 
 from launcher import console
 from launcher.trained import load
-from launcher.verbs.evaluating import Flip, Log, RunName, busy, join, keep
+from launcher.verbs.evaluating import Log, RunName, busy, join, keep
 
 Source = Annotated[
     str, typer.Option(help="Folder of shards, or one with a folder of images for each class.")
@@ -23,7 +23,9 @@ def identification(
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Also TAR at FAR over all pairs of images.")
     ] = False,
-    flip: Flip = True,
+    flip: Annotated[
+        bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
+    ] = None,
     mlflow: Log = True,
 ) -> None:
     """Own images, 1:N: one of each class is enrolled, the others are looked up among those.
@@ -36,6 +38,8 @@ def identification(
 
     place = join()
     found = load(run, place.device)
+    if flip is None:
+        flip = found.config.evaluate.flip
     with busy(place, f"embedding {images}"):
         result = protocol.evaluate(
             *(found.embed, images, place, found.config.data.image_size, flip),
