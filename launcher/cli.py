@@ -1,6 +1,7 @@
 """The `mhe` command: one function per verb, each in `launcher/verbs/`, and what errors look like.
 
-Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 75 a run that was asked to stop
+and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from launcher import console
-from launcher.verbs import bench, checkpoint, data, doctor, results, settings, train
+from launcher.verbs import bench, checkpoint, data, doctor, jobs, results, settings, train
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -32,6 +33,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("submit")(jobs.submit)
+app.command("jobs")(jobs.jobs_)
+app.command("status")(jobs.status)
+app.command("logs")(jobs.logs)
+app.command("stop")(jobs.stop)
 app.command("config")(settings.show)
 app.command("evaluate")(results.evaluate)
 app.command("export")(results.export)

@@ -45,16 +45,27 @@ def deferred() -> Iterator[Callable[[], None]]:
     Yields:
         a function that raises if a signal came; the end of the block calls it as well.
     """
-    noted: list[int] = []
+    with noted() as signals:
 
-    def check() -> None:
-        """Raise if a signal came."""
-        if noted:
-            raise Interrupted(noted[0])
+        def check() -> None:
+            """Raise if a signal came."""
+            if signals:
+                raise Interrupted(signals[0])
 
-    with _handling(lambda signum, frame: noted.append(signum)):
         yield check
     check()
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Take note of those signals inside the block, and do nothing else.
+
+    Yields:
+        the numbers of the signals that came so far.
+    """
+    signals: list[int] = []
+    with _handling(lambda signum, frame: signals.append(signum)):
+        yield signals
 
 
 @contextmanager

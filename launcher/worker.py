@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.mailbox import Sender
+from launcher.mailbox import Sender, stop_request
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, Stopped, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,11 @@ NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+}
+NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
 }
 
 
@@ -30,7 +36,14 @@ def environment(config: Config) -> dict[str, str]:
     """
     threads = str(config.scale.cpus_per_worker)
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return variables | (NCCL if config.scale.gpu else {})
+
+
+def resources(config: Config) -> dict[str, float]:
+    """What Ray must reserve for one worker."""
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -49,7 +62,11 @@ def train(settings: dict[str, Any]) -> None:
     write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
     send = Sender(settings["mailbox"])
     try:
-        _train(Config.model_validate(settings["config"]), send)
+        _train(Config.model_validate(settings["config"]), send, stop_request(settings["mailbox"]))
+    except Stopped as stop:
+        # A worker that returns is not restarted.
+        if rank == 0:
+            send({"event": "stopped", "step": stop.step, "path": stop.checkpoints})
     except Exception as error:
         logger.exception("rank %d failed", rank)
         send({"event": "failed", "rank": rank, **_describe(error)})
@@ -58,10 +75,10 @@ def train(settings: dict[str, Any]) -> None:
         send.flush()
 
 
-def _train(config: Config, send: Sender) -> None:
+def _train(config: Config, send: Sender, stop: Callable[[], bool]) -> None:
     from pipelines import pretrain
 
-    pretrain.main(config, report=send)
+    pretrain.main(config, report=send, stop=stop)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

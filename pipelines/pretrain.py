@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from mhe_dist import backbone, config_load, heads, schedule, topology, tracking
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
-from mhe_dist.errors import UserError
+from mhe_dist.errors import Stopped, UserError
 from mhe_dist.heads import Head, HeadSpec
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
@@ -33,21 +34,35 @@ from pipelines.stream import Loader
 HEAD = "head/"
 
 
-def main(config: Config, report: Report = ignore) -> dict[str, Any]:
+def never() -> bool:
+    """The stop request of a run that nobody can ask to stop."""
+    return False
+
+
+def main(
+    config: Config, report: Report = ignore, stop: Callable[[], bool] = never
+) -> dict[str, Any]:
     """Train, evaluate and export; go on where the newest complete checkpoint ends.
 
     Args:
         config: the whole config.
         report: called on rank 0 with events, plain dicts (see `Recorder.event`).
+        stop: asked after each step; once it says yes on any rank, all save and stop.
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
+
+    Raises:
+        Stopped: the run was asked to stop, and has saved.
     """
     place = topology.connect(config.scale.timeout_s)
     run = Run(config, place, report)
     try:
-        run.train()
+        run.train(stop)
         summary = finish.finish(run)
+    except Stopped:
+        run.tracker.close("killed")
+        raise
     except BaseException:
         run.tracker.close("failed")
         raise
@@ -88,8 +103,12 @@ class Run:
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
 
-    def train(self) -> None:
-        """The remaining steps, with records, evaluations and checkpoints between them."""
+    def train(self, stop: Callable[[], bool] = never) -> None:
+        """The remaining steps, with records, evaluations and checkpoints between them.
+
+        Raises:
+            Stopped: `stop` said so on some rank before the last step; a checkpoint is complete.
+        """
         self.recorder.event(
             "start",
             run=self.config.run.path,
@@ -104,7 +123,17 @@ class Run:
             self.recorder.add(info)
             self.progress.step = info.step + 1
             self._after_step()
+            if self.place.any(stop()) and self.progress.step < self.total_steps:
+                self._stop()
         self.store.wait()
+
+    def _stop(self) -> None:
+        """Save, unless this step has been, and say where."""
+        if not _due(self.progress.step, self.config.checkpoint.every_steps):
+            self.recorder.flush()
+            self.save()
+        self.store.wait()
+        raise Stopped(self.progress.step, f"{self.config.run.path}/checkpoints")
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
