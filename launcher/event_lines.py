@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
@@ -30,8 +31,8 @@ class EventLines:
         yield announcement(self.waiting, what)
 
     def handle(self, event: Event) -> None:
-        """Write an event."""
-        self._sink.write(json.dumps(event) + "\n")
+        """Write an event, and when it was."""
+        self._sink.write(json.dumps({**event, "time": round(time.time(), 3)}) + "\n")
         self._sink.flush()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -31,6 +32,11 @@ GRACE_S = 120
 """Seconds that a stopped run has for its checkpoint, before Ray kills it."""
 
 RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
+_CHATTY = (  # they tell of each upload and hang-up
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _CODES = {"SUCCEEDED": 0, "STOPPED": Stopped.exit_code}
 
 
@@ -105,6 +111,8 @@ class Cluster:
         with _translated(self.address):
             from ray.job_submission import JobSubmissionClient
 
+            for name in _CHATTY:
+                logging.getLogger(name).setLevel(logging.WARNING)
             self._client = JobSubmissionClient(self.address)
 
     def submit(self, submission: Submission) -> None:
@@ -193,7 +201,11 @@ class Cluster:
             if now and job.path:
                 env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
                 command = [_python(self.address), "-m", "launcher.job", "stop-now", job.path]
-                self._client.submit_job(entrypoint=shlex.join(command), runtime_env=env)
+                self._client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=f"{job.id}-stop-{int(time.time())}",
+                    runtime_env=env,
+                )
 
     def wait(self, job_id: str, timeout_s: float) -> Job:
         """The job once it is over, or as it is after that time."""

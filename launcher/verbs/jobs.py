@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -121,8 +121,7 @@ def logs(
     job = cluster.find(job_id)
     if follow:
         _follow(cluster, job.id)
-    with Display() as display:
-        _draw(cluster.output(job.id).splitlines(), display)
+    _draw(cluster.output(job.id).splitlines())
 
 
 def stop(
@@ -212,26 +211,30 @@ def _has_token() -> bool:
 def _follow(cluster: jobs.Cluster, job_id: str) -> None:
     """Draw what a job does until it is over, then exit as it did."""
     try:
-        with interruptible(), Display() as display:
-            _draw(event_lines.split(cluster.follow(job_id)), display)
+        with interruptible():
+            summary = _draw(event_lines.split(cluster.follow(job_id)))
     except Interrupted as stop_:
         console.say(f"[yellow]The job goes on.[/] mhe logs {escape(job_id)} -f watches it again.")
         raise typer.Exit(stop_.exit_code) from None
     job = cluster.find(job_id)
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
-    if display.summary:
-        path = display.summary["run"]
-        console.list_commands("Where it is", [("results", path)])
+    if summary:
+        console.list_commands("Where it is", [("results", summary["run"])])
     raise typer.Exit(job.code)
 
 
-def _draw(lines: Iterable[str], display: Display) -> None:
-    for line in lines:
-        event = event_lines.parse(line)
-        if event is None:
-            console.say(escape(line))
-        else:
-            display.handle(event)
+def _draw(lines: Iterable[str]) -> dict[str, Any] | None:
+    """Draw a job's output, by the clock of its events; the run's summary, if it got so far."""
+    now = 0.0
+    with Display(clock=lambda: now) as display:
+        for line in lines:
+            event = event_lines.parse(line)
+            if event is None:
+                console.say(escape(line))
+            else:
+                now = event["time"]
+                display.handle(event)
+    return display.summary
 
 
 def _facts(job: jobs.Job, cluster: jobs.Cluster) -> Iterable[tuple[str, str]]:
