@@ -21,7 +21,7 @@ from launcher import package, ray_train, worker
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, Stopped, UserError
 from mhe_dist.redact import is_secret_name, scrub
-from mhe_dist.tracking import environment_tags
+from mhe_dist.tracking import COMMIT_VARIABLE, environment_tags
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -298,7 +298,7 @@ def _environment(config: Config) -> dict[str, str]:
     if uri and scrub(uri) == uri:
         variables["MLFLOW_TRACKING_URI"] = uri
     if commit := environment_tags().get("git_commit"):
-        variables["MHE_GIT_COMMIT"] = commit
+        variables[COMMIT_VARIABLE] = commit
     return variables
 
 

@@ -27,6 +27,8 @@ from mhe_dist.mirror import Mirror
 
 Status = Literal["finished", "failed", "killed"]
 Metrics = Mapping[str, float]
+COMMIT_VARIABLE = "MHE_GIT_COMMIT"
+"""Says the commit of code that was sent to a cluster without its repository."""
 _VERSIONED = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "mhe")
 
 
@@ -222,7 +224,7 @@ def mlflow_uri(config: Config) -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """Versions of the libraries, and the git commit of this code where it runs from a checkout."""
+    """Versions of the libraries, and the git commit of this code where that is known."""
     return dict(_environment())
 
 
@@ -238,6 +240,8 @@ def _environment() -> dict[str, str]:
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         tags["git_commit"] = f"{commit}-dirty" if changed else commit
+    elif sent := os.environ.get(COMMIT_VARIABLE):
+        tags["git_commit"] = sent
     return tags
 
 
