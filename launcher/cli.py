@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 
 from launcher import console
-from launcher.verbs import bench, checkpoint, data, doctor, jobs, results, settings, train
+from launcher.verbs import (
+    bench,
+    checkpoint,
+    data,
+    doctor,
+    jobs,
+    preflight,
+    results,
+    settings,
+    train,
+)
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -34,6 +44,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("submit")(jobs.submit)
+app.command("preflight")(preflight.preflight_)
 app.command("jobs")(jobs.jobs_)
 app.command("status")(jobs.status)
 app.command("logs")(jobs.logs)

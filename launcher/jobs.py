@@ -236,7 +236,12 @@ def is_loopback(address: str) -> bool:
 
 
 def prepare(
-    config: Config, address: str, attempt: int, variables: dict[str, str], folder: Path
+    config: Config,
+    address: str,
+    attempt: int,
+    variables: dict[str, str],
+    folder: Path,
+    verb: str = "run",
 ) -> Submission:
     """Put together what starts a run as a job.
 
@@ -247,13 +252,15 @@ def prepare(
             the same time get the same id, which Ray gives only once.
         variables: further variables for the workers.
         folder: an empty folder, for what is sent.
+        verb: what the job does (`launcher.job`); only one that runs is a job of the run.
     """
-    command = [_python(address), "-m", "launcher.job", "run", package.SETTINGS]
+    command = [_python(address), "-m", "launcher.job", verb, package.SETTINGS]
+    is_run = verb == "run"
     return Submission(
-        id=f"{config.run.name}-{attempt}",
+        id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
         entrypoint=shlex.join(command),
         environment=_environment(config) | variables,
-        metadata={RUN: config.run.name, PLACE: config.run.path},
+        metadata={RUN: config.run.name, PLACE: config.run.path} if is_run else {},
         package=package.make(config, folder),
     )
 

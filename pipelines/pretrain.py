@@ -119,7 +119,7 @@ class Run:
             samples=self.index.samples,
             precision=self.engine.precision,
         )
-        for info in self.loop.steps(self._loader()):
+        for info in self.loop.steps(self.loader()):
             self.recorder.add(info)
             self.progress.step = info.step + 1
             self._after_step()
@@ -171,7 +171,8 @@ class Run:
         if _due(done, config.checkpoint.every_steps) or last:
             self.save()
 
-    def _loader(self) -> Loader:
+    def loader(self) -> Loader:
+        """The batches of the remaining steps."""
         mine = self.place.share(self.config.train.micro_batches)
         return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from launcher import checks, console, event_lines, jobs, package, runs
 from launcher.interrupts import Interrupted, interruptible
 from launcher.progress import Display, duration
+from launcher.verbs.preflight import check, on_cluster
 from launcher.verbs.settings import ConfigFile, Overrides
 from mhe_dist import config_load
 from mhe_dist.config import Config
@@ -45,6 +46,9 @@ def submit(
         list[str] | None,
         typer.Option(help="NAME=VALUE or NAME: a variable for the workers; never a secret."),
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option(help="First see whether the run can work there (mhe preflight).")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option(help="Show all that would be sent, send nothing.")
     ] = False,
@@ -66,6 +70,9 @@ def submit(
         return
     cluster = jobs.Cluster(address)
     cluster.refuse_running(settings)
+    if preflight:
+        with console.out.status("preflight"):
+            check(settings, on_cluster(settings, cluster), trial=False)
     with jobs.staging() as folder:
         attempt = cluster.attempts(settings.run.name) + 1
         sent = jobs.prepare(settings, cluster.address, attempt, variables, folder)
