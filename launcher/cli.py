@@ -18,6 +18,7 @@ from launcher.verbs import (
     data,
     doctor,
     jobs,
+    k8s,
     preflight,
     results,
     settings,
@@ -56,6 +57,7 @@ app.command("doctor")(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
+app.add_typer(k8s.app, name="k8s")
 
 
 @app.callback()

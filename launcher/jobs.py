@@ -27,6 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
+READY_S = 20.0  # a cluster that has just started takes this long to take jobs
 POLL_S = 0.5
 GRACE_S = 120
 """Seconds that a stopped run has for its checkpoint, before Ray kills it."""
@@ -121,16 +122,25 @@ class Cluster:
         Raises:
             UserError: a job of that id exists: somebody else has just started the same run.
         """
-        with _translated(self.address):
-            self._client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=submission.id,
-                runtime_env={
-                    "working_dir": str(submission.package.folder),
-                    "env_vars": submission.environment,
-                },
-                metadata=submission.metadata,
-            )
+        environment = {
+            "working_dir": str(submission.package.folder),
+            "env_vars": submission.environment,
+        }
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                with _translated(self.address):
+                    self._client.submit_job(
+                        entrypoint=submission.entrypoint,
+                        submission_id=submission.id,
+                        runtime_env=environment,
+                        metadata=submission.metadata,
+                    )
+                return
+            except RunError as error:  # a cluster answers before it can take jobs
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted, of other programs too, newest first."""

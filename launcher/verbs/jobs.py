@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,7 +13,8 @@ from rich.table import Table
 
 from launcher import checks, console, event_lines, jobs, package, runs
 from launcher.interrupts import Interrupted, interruptible
-from launcher.progress import Display, duration
+from launcher.progress import duration
+from launcher.replay import draw
 from launcher.verbs.preflight import check, on_cluster
 from launcher.verbs.settings import ConfigFile, Overrides
 from mhe_dist import config_load
@@ -128,7 +129,7 @@ def logs(
     job = cluster.find(job_id)
     if follow:
         _follow(cluster, job.id)
-    _draw(cluster.output(job.id).splitlines())
+    draw(cluster.output(job.id).splitlines())
 
 
 def stop(
@@ -219,7 +220,7 @@ def _follow(cluster: jobs.Cluster, job_id: str) -> None:
     """Draw what a job does until it is over, then exit as it did."""
     try:
         with interruptible():
-            summary = _draw(event_lines.split(cluster.follow(job_id)))
+            summary = draw(event_lines.split(cluster.follow(job_id)))
     except Interrupted as stop_:
         console.say(f"[yellow]The job goes on.[/] mhe logs {escape(job_id)} -f watches it again.")
         raise typer.Exit(stop_.exit_code) from None
@@ -228,20 +229,6 @@ def _follow(cluster: jobs.Cluster, job_id: str) -> None:
     if summary:
         console.list_commands("Where it is", [("results", summary["run"])])
     raise typer.Exit(job.code)
-
-
-def _draw(lines: Iterable[str]) -> dict[str, Any] | None:
-    """Draw a job's output, by the clock of its events; the run's summary, if it got so far."""
-    now = 0.0
-    with Display(clock=lambda: now) as display:
-        for line in lines:
-            event = event_lines.parse(line)
-            if event is None:
-                console.say(escape(line))
-            else:
-                now = event["time"]
-                display.handle(event)
-    return display.summary
 
 
 def _facts(job: jobs.Job, cluster: jobs.Cluster) -> Iterable[tuple[str, str]]:
