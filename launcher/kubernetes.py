@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,13 +66,10 @@ class Kubernetes:
             import kubernetes
         except ImportError as error:
             raise UserError("mhe k8s needs the kubernetes client: pip install mhe[k8s]") from error
-        try:
-            kubernetes.config.load_kube_config(context=context or None)
-        except kubernetes.config.ConfigException as error:
-            raise UserError(f"no usable kubeconfig (KUBECONFIG, --context): {error}") from error
-        self.namespace = namespace
-        self._core: Any = kubernetes.client.CoreV1Api()
-        self._custom: Any = kubernetes.client.CustomObjectsApi()
+        self.namespace, self._context = namespace, context
+        client = self._client()
+        self._core: Any = kubernetes.client.CoreV1Api(client)
+        self._custom: Any = kubernetes.client.CustomObjectsApi(client)
 
     def submit(self, config: Config, place: Place) -> str:
         """Make the RayJob of a run and its settings; the RayJob's name.
@@ -149,11 +147,46 @@ class Kubernetes:
                     GROUP, VERSION, self.namespace, PLURAL, state.name
                 )
                 return
-            self._core.connect_post_namespaced_service_proxy_with_path(
+            self._dashboard(state.cluster).connect_post_namespaced_service_proxy_with_path(
                 f"{state.cluster}-head-svc:{DASHBOARD_PORT}",
                 self.namespace,
                 f"api/jobs/{state.job_id}/stop",
             )
+
+    def _client(self) -> Any:
+        import kubernetes
+
+        try:
+            return kubernetes.config.new_client_from_config(context=self._context or None)
+        except kubernetes.config.ConfigException as error:
+            raise UserError(f"no usable kubeconfig (KUBECONFIG, --context): {error}") from error
+
+    def _dashboard(self, cluster: str) -> Any:
+        """A client whose requests may go through to a Ray dashboard.
+
+        The token is in the secret that KubeRay makes for a cluster with `authOptions`; the API
+        server keeps the usual header for itself, so Ray takes it from another one as well.
+        """
+        import kubernetes
+
+        client = self._client()
+        client.configuration.safe_chars_for_path_param = "/:"  # the proxied path keeps its slashes
+        token = self._token(cluster)
+        if token:
+            client.set_default_header("X-Ray-Authorization", f"Bearer {token}")
+        return kubernetes.client.CoreV1Api(client)
+
+    def _token(self, cluster: str) -> str:
+        """The token of a Ray cluster; empty for one that wants none."""
+        from kubernetes.client import ApiException
+
+        try:
+            secret = self._core.read_namespaced_secret(cluster, self.namespace)
+        except ApiException as error:
+            if error.status == 404:
+                return ""
+            raise
+        return base64.b64decode(secret.data.get("auth_token", "")).decode()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

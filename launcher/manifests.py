@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from launcher import ray_train, worker
 from mhe_dist import config_load
 from mhe_dist.config import Config
@@ -121,6 +123,12 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
     }
 
 
+def to_yaml(made: list[Manifest]) -> str:
+    """Manifests as YAML documents, without anchors: people read and patch them."""
+    dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump_all(made, Dumper=dumper, sort_keys=False)
+
+
 def object_name(run: str, attempt: int) -> str:
     """The name of a run's n-th RayJob: lower case, digits and dashes."""
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].strip("-")
@@ -164,7 +172,7 @@ def _pod(kind: str, config: Config, place: Place, settings_of: str) -> Manifest:
         {"name": "home", "emptyDir": {}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": place.shared_memory}},
     ]
-    mounts = [
+    mounts: list[Manifest] = [
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "home", "mountPath": "/home/mhe"},
         {"name": "shm", "mountPath": "/dev/shm"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
@@ -65,7 +64,7 @@ def render(
     else:
         job = manifests.rayjob(settings, place)
         made = [job, manifests.settings(settings, place, job["metadata"]["name"])]
-    typer.echo(yaml.safe_dump_all(made, sort_keys=False), nl=False)
+    typer.echo(manifests.to_yaml(made), nl=False)
 
 
 @app.command()
