@@ -19,7 +19,7 @@ from launcher.interrupts import Interrupted
 from launcher.mailbox import NAMESPACE, name_of
 from mhe_dist import config_load
 from mhe_dist.config import Config
-from mhe_dist.errors import Stopped, UserError
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
 from pipelines import shards
 
@@ -32,9 +32,7 @@ def main(arguments: list[str]) -> int:
     verb, argument = arguments
     try:
         VERBS[verb](argument)
-    except Stopped as stop:
-        return stop.exit_code
-    except Interrupted as stop:
+    except (Interrupted, Preempted) as stop:
         return stop.exit_code
     except Exception as error:
         if not isinstance(error, UserError):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from launcher import package, ray_train, worker
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, Stopped, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import is_secret_name, scrub
 from mhe_dist.tracking import COMMIT_VARIABLE, environment_tags
 
@@ -29,8 +29,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
 READY_S = 20.0  # a cluster that has just started takes this long to take jobs
 POLL_S = 0.5
-GRACE_S = 120
-"""Seconds that a stopped run has for its checkpoint, before Ray kills it."""
+GRACE_S = round(ray_train.GRACE_S) + 10
+"""Seconds that the driver of a stopped run has, before Ray kills it."""
 
 RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
 _CHATTY = (  # they tell of each upload and hang-up
@@ -38,7 +38,7 @@ _CHATTY = (  # they tell of each upload and hang-up
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-_CODES = {"SUCCEEDED": 0, "STOPPED": Stopped.exit_code}
+_CODES = {"SUCCEEDED": 0, "STOPPED": Preempted.exit_code}
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Any
 from launcher import manifests
 from launcher.manifests import Place
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, Stopped, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 DASHBOARD_PORT = 8265
-_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Stopped.exit_code}
+_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Preempted.exit_code}
 
 
 @dataclass(frozen=True)

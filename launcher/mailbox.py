@@ -1,8 +1,8 @@
-"""How workers, driver and `mhe stop` speak: a small Ray actor that holds events and a request."""
+"""How workers and the terminal talk: a small Ray actor that holds events, and a word to workers."""
 
 from __future__ import annotations
 
-import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,33 +18,30 @@ def name_of(path: str) -> str:
 
 
 class Mailbox:
-    """The actor: workers put events in, the driver takes them out, in order.
-
-    Its methods are coroutines, so that thousands of workers can wait in `stopping` at once.
-    """
+    """The actor: workers put events in, the driver takes them out, in order."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._stop = asyncio.Event()
+        self._stopping = False
 
-    async def put(self, event: Event) -> None:
+    def stop(self, now: bool = False) -> None:
+        """Ask the workers to save the run and leave; with `now`, the driver to end without that."""
+        if now:
+            self._events.append({"event": STOP_NOW})
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the driver asked the workers to stop."""
+        return self._stopping
+
+    def put(self, event: Event) -> None:
         """Keep an event until somebody takes it."""
         self._events.append(event)
 
-    async def take(self) -> list[Event]:
+    def take(self) -> list[Event]:
         """Hand over the events so far, oldest first, and forget them."""
         events, self._events = self._events, []
         return events
-
-    async def stop(self, now: bool = False) -> None:
-        """Ask the workers to save and stop; with `now`, the driver to end without that."""
-        if now:
-            self._events.append({"event": STOP_NOW})
-        self._stop.set()
-
-    async def stopping(self) -> None:
-        """Return once somebody has asked the workers to stop."""
-        await self._stop.wait()
 
 
 class Sender:
@@ -70,9 +67,17 @@ class Sender:
             ray.wait([self._last], timeout=timeout_s)
 
 
-def stop_request(mailbox: Any) -> Callable[[], bool]:
-    """A function that says, without waiting, whether the workers were asked to stop."""
+def heed(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
+    """Call `stop` once the driver asks the workers to stop; looked at in the background."""
     import ray
 
-    asked = mailbox.stopping.remote()
-    return lambda: bool(ray.wait([asked], timeout=0)[0])
+    def _look() -> None:
+        waiting = threading.Event()
+        try:
+            while not ray.get(mailbox.stopping.remote()):
+                waiting.wait(every_s)
+        except ray.exceptions.RayError:  # the driver is gone: the cluster ends this process
+            return
+        stop()
+
+    threading.Thread(target=_look, name="heed", daemon=True).start()

@@ -91,7 +91,7 @@ class Display:
             "end": self._end,
             "waiting": lambda told: self.waiting(told["what"]),
             "stopping": lambda told: self.waiting("saving, then stopping"),
-            "stopped": self._stopped,
+            "preempted": self._preempted,
         }
         draw[event["event"]](event)
 
@@ -145,8 +145,8 @@ class Display:
         first_line = event["message"].strip().splitlines()[0]
         self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(first_line[:200])}")
 
-    def _stopped(self, event: Event) -> None:
-        self._say(f"[yellow]Stopped[/] at step {event['step']:,}, with a checkpoint to go on from.")
+    def _preempted(self, event: Event) -> None:
+        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
 
     def _end(self, event: Event) -> None:
         self.summary = event["summary"]

@@ -7,19 +7,20 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launcher import runs, worker
-from launcher.interrupts import Interrupted, deferred, noted, undisturbed
+from launcher.interrupts import Interrupted, deferred, undisturbed
 from launcher.mailbox import NAMESPACE, STOP_NOW, Event, Mailbox, name_of
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, Stopped, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
 
 POLL_S = 0.25
-MOST_WORKERS = 10_000  # that wait for a stop request
+GRACE_S = 120.0  # that a run has for its checkpoint once its job is asked to stop
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
 
 DRIVER_ENVIRONMENT = {
@@ -49,46 +50,42 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
     Raises:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
+        Preempted: SIGTERM came, and the run saved itself in time.
     """
-    with local_cluster(config), deferred() as check:
+    with local_cluster(config):
+        _train(config, handle)
+
+
+def train_on(address: str, config: Config, handle: Callable[[Event], None]) -> None:
+    """Run a config on an existing Ray cluster, and return when it has ended; see `train`.
+
+    Args:
+        address: of the cluster; "auto" for the one that this process belongs to.
+        config: what to run.
+        handle: called with each event, in order.
+    """
+    with attached(address):
+        _train(config, handle)
+
+
+def _train(config: Config, handle: Callable[[Event], None]) -> None:
+    told = threading.Event()
+    fit: _Fit | None = None
+
+    def _stop() -> None:
+        told.set()
+        handle({"event": "stopping"})
+        if fit:
+            fit.stop()
+
+    with deferred(_stop, GRACE_S) as check:
         fit = _Fit(config)
 
         def _ended() -> bool:
             check()
             return fit.ended()
 
-        fit.watch(_ended, handle)
-
-
-def train_on(address: str, config: Config, handle: Callable[[Event], None]) -> None:
-    """Run a config on an existing Ray cluster, and return when it has ended; see `train`.
-
-    The first SIGTERM, SIGINT or SIGHUP asks the workers to save and stop, the next one ends the
-    run without that.
-
-    Args:
-        address: of the cluster; "auto" for the one that this process belongs to.
-        config: what to run.
-        handle: called with each event, in order.
-
-    Raises:
-        Stopped: the run was asked to stop, and has saved.
-    """
-    with attached(address), noted() as signals:
-        fit = _Fit(config)
-        asked = 0
-
-        def _ended() -> bool:
-            nonlocal asked
-            if len(signals) > asked:
-                asked = len(signals)
-                if asked > 1:
-                    raise Interrupted(signals[-1])
-                handle({"event": "stopping"})
-                fit.stop()
-            return fit.ended()
-
-        fit.watch(_ended, handle)
+        fit.watch(_ended, handle, told.is_set)
 
 
 class _Fit:
@@ -103,7 +100,7 @@ class _Fit:
         actor: Any = ray.remote(num_cpus=0, label_selector=here)(Mailbox)
         task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_fit)
         try:
-            self._mailbox = actor.options(name=name, max_concurrency=MOST_WORKERS).remote()
+            self._mailbox = actor.options(name=name).remote()
         except ValueError as taken:  # Ray's answer to a name that is in use
             raise UserError(
                 f"{config.run.path} is being trained by another job of this cluster: "
@@ -123,11 +120,16 @@ class _Fit:
         """Ask the workers to save and stop."""
         self._mailbox.stop.remote()
 
-    def watch(self, ended: Callable[[], bool], handle: Callable[[Event], None]) -> None:
+    def watch(
+        self,
+        ended: Callable[[], bool],
+        handle: Callable[[Event], None],
+        told_to_stop: Callable[[], bool],
+    ) -> None:
         """Hand on events until `ended`; raise what ended the run if that is not its last step."""
         import ray
 
-        follow(ended, lambda: ray.get(self._mailbox.take.remote()), handle)
+        follow(ended, lambda: ray.get(self._mailbox.take.remote()), handle, told_to_stop)
         try:
             ray.get(self._task)
         except ray.exceptions.RayError as failure:
@@ -135,15 +137,20 @@ class _Fit:
 
 
 def follow(
-    ended: Callable[[], bool], take: Callable[[], list[Event]], handle: Callable[[Event], None]
+    ended: Callable[[], bool],
+    take: Callable[[], list[Event]],
+    handle: Callable[[Event], None],
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Hand on events until the run has ended, and raise a worker's final failure at once.
 
+    A worker that was preempted is a lost worker, unless the whole run was told to stop.
+
     Raises:
-        Stopped: the workers have saved and stopped.
+        Preempted: the run was told to stop, and has saved.
         Interrupted: somebody asked the driver not to wait for that.
     """
-    done, stopped = False, None
+    done = False
     while not done:
         done = ended()
         for event in take():
@@ -152,10 +159,8 @@ def follow(
             handle(event)
             if event["event"] == "failed" and event["final"]:
                 raise _error(event)
-            if event["event"] == "stopped":
-                stopped = Stopped(event["step"], event["path"])
-    if stopped:
-        raise stopped
+            if event["event"] == "preempted" and told_to_stop():
+                raise Preempted(event["message"])
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.mailbox import Sender, stop_request
+from launcher.mailbox import Sender, heed
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, Stopped, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines import stopping
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,13 @@ def train(settings: dict[str, Any]) -> None:
         os.chdir(settings["folder"])
     write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
     send = Sender(settings["mailbox"])
+    heed(settings["mailbox"], stopping.stop)
     try:
-        _train(Config.model_validate(settings["config"]), send, stop_request(settings["mailbox"]))
-    except Stopped as stop:
-        # A worker that returns is not restarted.
-        if rank == 0:
-            send({"event": "stopped", "step": stop.step, "path": stop.checkpoints})
+        _train(Config.model_validate(settings["config"]), send)
+    except Preempted as stop:
+        logger.warning("rank %d: %s", rank, stop)
+        send({"event": "preempted", "rank": rank, "message": str(stop)})
+        raise
     except Exception as error:
         logger.exception("rank %d failed", rank)
         send({"event": "failed", "rank": rank, **_describe(error)})
@@ -75,10 +76,10 @@ def train(settings: dict[str, Any]) -> None:
         send.flush()
 
 
-def _train(config: Config, send: Sender, stop: Callable[[], bool]) -> None:
+def _train(config: Config, send: Sender) -> None:
     from pipelines import pretrain
 
-    pretrain.main(config, report=send, stop=stop)
+    pretrain.main(config, report=send)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

@@ -9,15 +9,11 @@ class RunError(Exception):
     """A failure of the run that no change of the command would have prevented. Exit code 1."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint to go on from. Exit code 75.
+class Preempted(Exception):
+    """The run was told to stop (SIGTERM), saved itself, and goes on when it is started again.
 
-    The code is that of sysexits.h for "try again": schedulers may start the same command again.
+    Attributes:
+        exit_code: EX_TEMPFAIL of sysexits.h; what restarts jobs can tell it from a failure.
     """
 
     exit_code = 75
-
-    def __init__(self, step: int, checkpoints: str) -> None:
-        super().__init__(f"stopped at step {step}; {checkpoints} holds what to go on from")
-        self.step = step
-        self.checkpoints = checkpoints

@@ -60,6 +60,15 @@ class Tracker(Protocol):
         """Keep a copy of a file or of a folder, under `folder`; it must not change afterwards."""
         ...
 
+    def model(self, path: str, name: str) -> None:
+        """Keep a copy of an MLflow model's folder and register it; it must not change afterwards.
+
+        Args:
+            path: the folder (`mhe_dist.mlflow_model.write`).
+            name: of the registered model, which gets a new version.
+        """
+        ...
+
     def close(self, status: Status = "finished") -> None:
         """Say how the run ended and see the record safely stored."""
         ...
@@ -77,6 +86,9 @@ class NullTracker:
         """Keep nothing."""
 
     def artifact(self, path: str, folder: str = "") -> None:
+        """Keep nothing."""
+
+    def model(self, path: str, name: str) -> None:
         """Keep nothing."""
 
     def close(self, status: Status = "finished") -> None:
@@ -131,6 +143,9 @@ class JsonlTracker:
     def artifact(self, path: str, folder: str = "") -> None:
         """Nothing: the run's folder holds its files already."""
 
+    def model(self, path: str, name: str) -> None:
+        """Nothing: the run's folder holds it already."""
+
     def close(self, status: Status = "finished") -> None:
         """Close the file."""
         if self._file is not None:
@@ -167,6 +182,11 @@ class Trackers:
         """Hand the file or folder to each."""
         for tracker in self._trackers:
             tracker.artifact(path, folder)
+
+    def model(self, path: str, name: str) -> None:
+        """Hand the model to each."""
+        for tracker in self._trackers:
+            tracker.model(path, name)
 
     def close(self, status: Status = "finished") -> None:
         """Close each, in order; the first failure is raised when all have been asked."""

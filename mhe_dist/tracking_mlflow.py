@@ -40,6 +40,7 @@ _GATHER_S = 1.0  # records that arrive within this time travel together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
+_SYSTEM_S = 30.0  # between two looks at the machine
 _MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
 _METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
@@ -61,6 +62,14 @@ class _Artifact:
 
     path: str
     folder: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's folder to copy and to register."""
+
+    path: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,7 @@ class MlflowTracker:
         self._store = _Store(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
-        self._queue: queue.Queue[_Record | _Artifact | _End] = queue.Queue(_QUEUE_LIMIT)
+        self._queue: queue.Queue[_Record | _Artifact | _Model | _End] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
@@ -124,7 +133,7 @@ class MlflowTracker:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # says every retry twice
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
-        self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
+        self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()}, step)
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -135,6 +144,10 @@ class MlflowTracker:
     def artifact(self, path: str, folder: str = "") -> None:
         """Queue the file or folder; it must not change afterwards."""
         self._put(_Artifact(path, folder))
+
+    def model(self, path: str, name: str) -> None:
+        """Queue the folder of a model and its registration."""
+        self._put(_Model(path, name))
 
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
@@ -151,7 +164,7 @@ class MlflowTracker:
                 scrub(self._store.uri),
             )
 
-    def _put(self, entry: _Record | _Artifact | _End) -> None:
+    def _put(self, entry: _Record | _Artifact | _Model | _End) -> None:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
@@ -169,7 +182,7 @@ class MlflowTracker:
             if any(isinstance(entry, _End) for entry in entries):
                 return
 
-    def _gather(self) -> list[_Record | _Artifact | _End]:
+    def _gather(self) -> list[_Record | _Artifact | _Model | _End]:
         """The next entry and those that follow it closely."""
         entries = [self._queue.get()]
         self._closing.wait(_GATHER_S)
@@ -223,10 +236,13 @@ class _Store:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._client: Any = None
+        self._step = 0
+        self._restart: str | None = None  # id of the child run of a process that goes on
+        self._system: Any = None
 
-    def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
+    def describe(self, params: dict[str, str], tags: dict[str, str], step: int = 0) -> None:
         """Remember what `open` will log; the commit also where MLflow's pages look for it."""
-        self._params = params
+        self._params, self._step = params, step
         self._tags = {"mlflow.source.name": "mhe", "mlflow.source.type": "LOCAL"} | tags
         if "git_commit" in tags:
             self._tags["mlflow.source.git.commit"] = tags["git_commit"].partition("-")[0]
@@ -242,11 +258,13 @@ class _Store:
             self.run_id, known = run.info.run_id, {}
         else:
             self._client.update_run(self.run_id, status="RUNNING")
+            self._restart = self._child()
         changed = {
             k: v for k, v in self._params.items() if k in known and known[k] != v[:_PARAM_LENGTH]
         }
         self._log_params({k: v for k, v in self._params.items() if k not in known})
         self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
+        self._system = watch_system(self.uri, self.run_id)
 
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
@@ -260,6 +278,8 @@ class _Store:
             records = []
             if isinstance(entry, _Artifact):
                 calls.append((partial(self._log_artifact, entry), 1))
+            elif isinstance(entry, _Model):
+                calls.append((partial(self._log_model, entry), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
@@ -331,8 +351,53 @@ class _Store:
         # A folder goes there under its own name.
         self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
 
+    def _log_model(self, model: _Model) -> None:
+        """Copy the folder to `model` of the run, and make it the next version of its name."""
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(self.run_id, model.path, "model")
+        try:
+            self._client.create_registered_model(model.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+        self._client.create_model_version(model.name, place, self.run_id)
+
+    def _child(self) -> str:
+        """A run below this one, for what this process does of it."""
+        run = self._client.create_run(
+            self._client.get_run(self.run_id).info.experiment_id,
+            run_name=f"{self._run_name} from step {self._step}",
+            tags={"mlflow.parentRunId": self.run_id, "step": str(self._step), **self._tags},
+        )
+        return str(run.info.run_id)
+
     def _end(self, status: Status) -> None:
-        self._client.set_terminated(self.run_id, status.upper())
+        if self._system:
+            self._system.finish()
+        for run_id in filter(None, (self._restart, self.run_id)):
+            self._client.set_terminated(run_id, status.upper())
+
+
+def watch_system(uri: str, run_id: str | None) -> Any:
+    """Log CPU, GPU, memory, disk and network of this machine as MLflow's `system/` metrics.
+
+    Returns:
+        MLflow's monitor, a thread of its own; None where it cannot be made.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # says what it cannot see
+    try:
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=_SYSTEM_S, resume_logging=True, tracking_uri=uri
+        )
+        monitor.start()
+    except Exception as error:  # a graph of the machine may lack; the run's record may not
+        logger.warning("no system metrics: %s", scrub(str(error))[:_MESSAGE_LENGTH])
+        return None
+    return monitor
 
 
 def metric_name(name: str) -> str:

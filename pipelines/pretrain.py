@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ from mhe_dist import backbone, config_load, heads, schedule, topology, tracking
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
-from mhe_dist.errors import Stopped, UserError
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads import Head, HeadSpec
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Loop
-from pipelines import finish
+from pipelines import finish, stopping
 from pipelines.evaluate import heldout
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
@@ -34,33 +33,25 @@ from pipelines.stream import Loader
 HEAD = "head/"
 
 
-def never() -> bool:
-    """The stop request of a run that nobody can ask to stop."""
-    return False
-
-
-def main(
-    config: Config, report: Report = ignore, stop: Callable[[], bool] = never
-) -> dict[str, Any]:
+def main(config: Config, report: Report = ignore) -> dict[str, Any]:
     """Train, evaluate and export; go on where the newest complete checkpoint ends.
 
     Args:
         config: the whole config.
         report: called on rank 0 with events, plain dicts (see `Recorder.event`).
-        stop: asked after each step; once it says yes on any rank, all save and stop.
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
 
     Raises:
-        Stopped: the run was asked to stop, and has saved.
+        Preempted: a rank was told to stop (`pipelines.stopping`); everything is saved.
     """
     place = topology.connect(config.scale.timeout_s)
     run = Run(config, place, report)
     try:
-        run.train(stop)
+        run.train()
         summary = finish.finish(run)
-    except Stopped:
+    except Preempted:
         run.tracker.close("killed")
         raise
     except BaseException:
@@ -103,12 +94,8 @@ class Run:
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
 
-    def train(self, stop: Callable[[], bool] = never) -> None:
-        """The remaining steps, with records, evaluations and checkpoints between them.
-
-        Raises:
-            Stopped: `stop` said so on some rank before the last step; a checkpoint is complete.
-        """
+    def train(self) -> None:
+        """The remaining steps, with records, evaluations and checkpoints between them."""
         self.recorder.event(
             "start",
             run=self.config.run.path,
@@ -123,17 +110,9 @@ class Run:
             self.recorder.add(info)
             self.progress.step = info.step + 1
             self._after_step()
-            if self.place.any(stop()) and self.progress.step < self.total_steps:
-                self._stop()
+            if self.place.any(stopping.told()) and self.progress.step < self.total_steps:
+                self._leave()
         self.store.wait()
-
-    def _stop(self) -> None:
-        """Save, unless this step has been, and say where."""
-        if not _due(self.progress.step, self.config.checkpoint.every_steps):
-            self.recorder.flush()
-            self.save()
-        self.store.wait()
-        raise Stopped(self.progress.step, f"{self.config.run.path}/checkpoints")
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
@@ -170,6 +149,14 @@ class Run:
             self.evaluate()
         if _due(done, config.checkpoint.every_steps) or last:
             self.save()
+
+    def _leave(self) -> None:
+        """Save, unless this step has been, and end the run here."""
+        if not _due(self.progress.step, self.config.checkpoint.every_steps):
+            self.recorder.flush()
+            self.save()
+        self.store.wait()
+        raise Preempted(f"told to stop after step {self.progress.step}; it is saved")
 
     def loader(self) -> Loader:
         """The batches of the remaining steps."""
@@ -217,6 +204,7 @@ class Run:
             "data_digest": self.index.digest,
             "world_size": str(self.place.world_size),
             "precision": self.engine.precision,
+            "checkpoints": f"{self.config.run.path}/checkpoints",
         }
         tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
         return tracker

@@ -14,6 +14,7 @@ from launcher.progress import Display
 from launcher.verbs.settings import ConfigFile, Overrides
 from mhe_dist import config_load
 from mhe_dist.config import Config
+from mhe_dist.errors import Preempted
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -37,7 +38,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     try:
         with interruptible(), console.only_ours(runs.logs_folder(settings) / "driver.log"), display:
             execute.run(settings, display)
-    except Interrupted as stop:
+    except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(settings))
         raise typer.Exit(stop.exit_code) from None
     summary.show(settings, display.summary or {})

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from mhe_dist import config_load
-from mhe_dist.errors import Stopped
+from mhe_dist.errors import Preempted
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
 
@@ -122,8 +122,8 @@ def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
     code, said = terminal.mhe("stop", "both")
     assert code == 0 and "stopped" in said and "It goes on from" in said, said
     rest, _ = watching.communicate(timeout=30)
-    assert watching.returncode == Stopped.exit_code, rest
-    assert terminal.mhe("status", "both-1")[0] == Stopped.exit_code
+    assert watching.returncode == Preempted.exit_code, rest
+    assert terminal.mhe("status", "both-1")[0] == Preempted.exit_code
     stopped_at = len(tiny.per_step(run)[0])
     assert 20 <= stopped_at < STEPS
 

@@ -14,7 +14,7 @@ from ray.job_submission import JobStatus
 from launcher import cli, event_lines, jobs, package
 from mhe_dist import config_load
 from mhe_dist.config import Config
-from mhe_dist.errors import Stopped, UserError
+from mhe_dist.errors import Preempted, UserError
 from tests import tiny
 
 SECRET = "correct-horse-battery"
@@ -150,7 +150,7 @@ def detail(status: JobStatus, exit_code: int | None = None) -> Any:
         (JobStatus.SUCCEEDED, 0, True, 0),
         (JobStatus.FAILED, 2, True, 2),
         (JobStatus.FAILED, None, True, 1),
-        (JobStatus.STOPPED, None, True, Stopped.exit_code),
+        (JobStatus.STOPPED, None, True, Preempted.exit_code),
     ],
 )
 def test_commands_exit_as_the_job_did(status, exit_code, over: bool, code: int) -> None:

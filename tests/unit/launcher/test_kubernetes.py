@@ -17,7 +17,7 @@ import yaml
 from launcher import cli
 from launcher.event_lines import EventLines
 from mhe_dist import config_load
-from mhe_dist.errors import Stopped
+from mhe_dist.errors import Preempted
 from tests import tiny
 
 JOBS = "/apis/ray.io/v1/namespaces/mhe/rayjobs"
@@ -175,7 +175,7 @@ def test_stop_asks_ray_and_now_deletes(api: Api, file: str, capsys) -> None:
     assert path.endswith("/services/small-ray-head-svc:8265/proxy/api/jobs/small-1-xyz/stop")
     assert api.tokens == ["Bearer ray-token"]
     api.now("small-1", "STOPPED", "Complete")
-    assert cli.run(["k8s", "status", "small-1"]) == Stopped.exit_code
+    assert cli.run(["k8s", "status", "small-1"]) == Preempted.exit_code
     api.now("small-1", "RUNNING", "Running")
     assert cli.run(["k8s", "stop", "small", "--now"]) == 0
     assert not api.jobs
