@@ -67,6 +67,8 @@ def portable(config: Config) -> Config:
         copy.head.bank.path = runs.absolute(copy.head.bank.path)
     if copy.data.glyphs is not None and copy.data.glyphs.fonts:
         copy.data.glyphs.fonts = runs.absolute(copy.data.glyphs.fonts)
+    if copy.data.remote.cache_dir:
+        copy.data.remote.cache_dir = runs.absolute(copy.data.remote.cache_dir)
     if copy.tracking.uri.startswith(_SQLITE):
         file = Path(copy.tracking.uri.removeprefix(_SQLITE))
         copy.tracking.uri = f"{_SQLITE}{file.absolute()}"

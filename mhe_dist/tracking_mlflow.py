@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mhe_dist.errors import UserError
+from mhe_dist.mlflow_system import watch_system
 from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.tracking import Metrics, Status
 
@@ -40,7 +41,6 @@ _GATHER_S = 1.0  # records that arrive within this time travel together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
-_SYSTEM_S = 30.0  # between two looks at the machine
 _MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
 _METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
@@ -133,7 +133,8 @@ class MlflowTracker:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # says every retry twice
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
-        self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()}, step)
+        self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
+        self._store.step = step
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -236,13 +237,13 @@ class _Store:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._client: Any = None
-        self._step = 0
+        self.step = 0  # first one that this process records
         self._restart: str | None = None  # id of the child run of a process that goes on
         self._system: Any = None
 
-    def describe(self, params: dict[str, str], tags: dict[str, str], step: int = 0) -> None:
+    def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
         """Remember what `open` will log; the commit also where MLflow's pages look for it."""
-        self._params, self._step = params, step
+        self._params = params
         self._tags = {"mlflow.source.name": "mhe", "mlflow.source.type": "LOCAL"} | tags
         if "git_commit" in tags:
             self._tags["mlflow.source.git.commit"] = tags["git_commit"].partition("-")[0]
@@ -368,8 +369,8 @@ class _Store:
         """A run below this one, for what this process does of it."""
         run = self._client.create_run(
             self._client.get_run(self.run_id).info.experiment_id,
-            run_name=f"{self._run_name} from step {self._step}",
-            tags={"mlflow.parentRunId": self.run_id, "step": str(self._step), **self._tags},
+            run_name=f"{self._run_name} from step {self.step}",
+            tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
         )
         return str(run.info.run_id)
 
@@ -378,26 +379,6 @@ class _Store:
             self._system.finish()
         for run_id in filter(None, (self._restart, self.run_id)):
             self._client.set_terminated(run_id, status.upper())
-
-
-def watch_system(uri: str, run_id: str | None) -> Any:
-    """Log CPU, GPU, memory, disk and network of this machine as MLflow's `system/` metrics.
-
-    Returns:
-        MLflow's monitor, a thread of its own; None where it cannot be made.
-    """
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # says what it cannot see
-    try:
-        monitor = SystemMetricsMonitor(
-            run_id, sampling_interval=_SYSTEM_S, resume_logging=True, tracking_uri=uri
-        )
-        monitor.start()
-    except Exception as error:  # a graph of the machine may lack; the run's record may not
-        logger.warning("no system metrics: %s", scrub(str(error))[:_MESSAGE_LENGTH])
-        return None
-    return monitor
 
 
 def metric_name(name: str) -> str:

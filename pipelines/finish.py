@@ -10,6 +10,7 @@ import fsspec
 from torch import Tensor
 
 from mhe_dist import backbone, export, mlflow_model
+from mhe_dist.redact import scrub
 from mhe_dist.tracking import mlflow_uri
 from pipelines import report
 from pipelines.evaluate.heldout import Evaluation
@@ -92,7 +93,7 @@ def _summary(
         "heldout": results,
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
-        "mlflow": {"uri": mlflow_uri(config), "run_id": run.tracker.run_id}
+        "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,
     }

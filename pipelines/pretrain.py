@@ -19,6 +19,7 @@ from mhe_dist.config import Config
 from mhe_dist.engine import Engine
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads import Head, HeadSpec
+from mhe_dist.redact import masked
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
@@ -167,7 +168,7 @@ class Run:
         return {
             "step": self.progress.step,
             "images": self.progress.images + self.recorder.images,
-            "config": self.config.model_dump(mode="json"),
+            "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
