@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from launcher import runs
@@ -46,6 +48,31 @@ def data(config: Config) -> Iterable[Mistake]:
     for place in config.evaluate.verification:
         if not runs.exists(place):
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
+
+
+def backbone(config: Config) -> Iterable[Mistake]:
+    """What is wrong with the name of the backbone (a check of `mhe_dist.config_load.load`).
+
+    timm itself takes seconds to import, so it is asked only about a name that its source does not
+    define in the usual way.
+    """
+    if _defined_by_timm(config.model.name):
+        return
+    from mhe_dist import backbone as backbones
+
+    try:
+        backbones.check_name(config.model.name)
+    except UserError as error:
+        yield "model.name", str(error).partition(": ")[2]
+
+
+def _defined_by_timm(name: str) -> bool:
+    """Whether a file of timm's models registers that name."""
+    found = find_spec("timm")
+    folders = (found.submodule_search_locations or []) if found else []
+    definition = f"@register_model\ndef {name}("
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return any(definition in file.read_text(encoding="utf-8") for file in files)
 
 
 def _trouble(place: str) -> str:

@@ -71,7 +71,7 @@ class Display:
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
         if not self._console.is_terminal:
-            yield self._announce(what)
+            yield announcement(self._say, what)
             return
         columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
         with _progress(self._console, *columns) as bar:
@@ -89,6 +89,9 @@ class Display:
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
+            "waiting": lambda told: self.waiting(told["what"]),
+            "stopping": lambda told: self.waiting("saving, then stopping"),
+            "preempted": self._preempted,
         }
         draw[event["event"]](event)
 
@@ -142,6 +145,9 @@ class Display:
         first_line = event["message"].strip().splitlines()[0]
         self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(first_line[:200])}")
 
+    def _preempted(self, event: Event) -> None:
+        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
+
     def _end(self, event: Event) -> None:
         self.summary = event["summary"]
         if self._bar:
@@ -155,17 +161,18 @@ class Display:
             self._spinner.stop()
             self._spinner = None
 
-    def _announce(self, what: str) -> Callable[[int, int], None]:
-        """A progress callback that says once what is going on."""
-        told = False
 
-        def _tell(done: int, total: int) -> None:
-            nonlocal told
-            if not told:
-                self._say(what)
-            told = True
+def announcement(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """A progress callback that says once what is going on."""
+    told = False
 
-        return _tell
+    def _tell(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            say(what)
+        told = True
+
+    return _tell
 
 
 def _bar(terminal: Console) -> Progress:

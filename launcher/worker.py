@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.mailbox import Sender
+from launcher.mailbox import Sender, heed
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines import stopping
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,11 @@ NO_TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
+}
+NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
 }
 
 
@@ -30,7 +36,14 @@ def environment(config: Config) -> dict[str, str]:
     """
     threads = str(config.scale.cpus_per_worker)
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return variables | (NCCL if config.scale.gpu else {})
+
+
+def resources(config: Config) -> dict[str, float]:
+    """What Ray must reserve for one worker."""
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
 
 
 def train(settings: dict[str, Any]) -> None:
@@ -48,8 +61,13 @@ def train(settings: dict[str, Any]) -> None:
         os.chdir(settings["folder"])
     write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
     send = Sender(settings["mailbox"])
+    heed(settings["mailbox"], stopping.stop)
     try:
         _train(Config.model_validate(settings["config"]), send)
+    except Preempted as stop:
+        logger.warning("rank %d: %s", rank, stop)
+        send({"event": "preempted", "rank": rank, "message": str(stop)})
+        raise
     except Exception as error:
         logger.exception("rank %d failed", rank)
         send({"event": "failed", "rank": rank, **_describe(error)})

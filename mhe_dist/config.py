@@ -286,6 +286,15 @@ class ScaleConfig(Section):
     workers: PositiveInt = Field(1, description="W: number of workers (ranks).")
     gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
     cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="Further Ray resources of a worker, by name: memory (bytes), your own."
+    )
+    accelerator_type: str = Field(
+        "", description="Kind of accelerator as Ray names it, such as H100; empty: any."
+    )
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="pack: few nodes, so that samples travel a short way; spread: many."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
     max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
     timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")

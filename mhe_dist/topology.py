@@ -45,6 +45,14 @@ class Topology:
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks must call."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group)
+        return bool(flags.item())
+
     def side_group(self, timeout_s: float) -> Group:
         """A group of its own for work in the background (host tensors); all ranks must call."""
         if self.world_size == 1:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.mlflow_system import watch_system
 from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.tracking import Metrics, Status
 
@@ -64,6 +65,14 @@ class _Artifact:
 
 
 @dataclass(frozen=True)
+class _Model:
+    """A model's folder to copy and to register."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
 class _End:
     """The last entry of the queue."""
 
@@ -102,7 +111,7 @@ class MlflowTracker:
         self._store = _Store(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
-        self._queue: queue.Queue[_Record | _Artifact | _End] = queue.Queue(_QUEUE_LIMIT)
+        self._queue: queue.Queue[_Record | _Artifact | _Model | _End] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
@@ -125,6 +134,7 @@ class MlflowTracker:
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
+        self._store.step = step
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -135,6 +145,10 @@ class MlflowTracker:
     def artifact(self, path: str, folder: str = "") -> None:
         """Queue the file or folder; it must not change afterwards."""
         self._put(_Artifact(path, folder))
+
+    def model(self, path: str, name: str) -> None:
+        """Queue the folder of a model and its registration."""
+        self._put(_Model(path, name))
 
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
@@ -151,7 +165,7 @@ class MlflowTracker:
                 scrub(self._store.uri),
             )
 
-    def _put(self, entry: _Record | _Artifact | _End) -> None:
+    def _put(self, entry: _Record | _Artifact | _Model | _End) -> None:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
@@ -169,7 +183,7 @@ class MlflowTracker:
             if any(isinstance(entry, _End) for entry in entries):
                 return
 
-    def _gather(self) -> list[_Record | _Artifact | _End]:
+    def _gather(self) -> list[_Record | _Artifact | _Model | _End]:
         """The next entry and those that follow it closely."""
         entries = [self._queue.get()]
         self._closing.wait(_GATHER_S)
@@ -223,6 +237,9 @@ class _Store:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._client: Any = None
+        self.step = 0  # first one that this process records
+        self._restart: str | None = None  # id of the child run of a process that goes on
+        self._system: Any = None
 
     def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
         """Remember what `open` will log; the commit also where MLflow's pages look for it."""
@@ -242,11 +259,13 @@ class _Store:
             self.run_id, known = run.info.run_id, {}
         else:
             self._client.update_run(self.run_id, status="RUNNING")
+            self._restart = self._child()
         changed = {
             k: v for k, v in self._params.items() if k in known and known[k] != v[:_PARAM_LENGTH]
         }
         self._log_params({k: v for k, v in self._params.items() if k not in known})
         self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
+        self._system = watch_system(self.uri, self.run_id)
 
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
@@ -260,6 +279,8 @@ class _Store:
             records = []
             if isinstance(entry, _Artifact):
                 calls.append((partial(self._log_artifact, entry), 1))
+            elif isinstance(entry, _Model):
+                calls.append((partial(self._log_model, entry), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
@@ -331,8 +352,33 @@ class _Store:
         # A folder goes there under its own name.
         self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
 
+    def _log_model(self, model: _Model) -> None:
+        """Copy the folder to `model` of the run, and make it the next version of its name."""
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(self.run_id, model.path, "model")
+        try:
+            self._client.create_registered_model(model.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+        self._client.create_model_version(model.name, place, self.run_id)
+
+    def _child(self) -> str:
+        """A run below this one, for what this process does of it."""
+        run = self._client.create_run(
+            self._client.get_run(self.run_id).info.experiment_id,
+            run_name=f"{self._run_name} from step {self.step}",
+            tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
+        )
+        return str(run.info.run_id)
+
     def _end(self, status: Status) -> None:
-        self._client.set_terminated(self.run_id, status.upper())
+        if self._system:
+            self._system.finish()
+        for run_id in filter(None, (self._restart, self.run_id)):
+            self._client.set_terminated(run_id, status.upper())
 
 
 def append(

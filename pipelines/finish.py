@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 from torch import Tensor
 
-from mhe_dist import backbone, export
+from mhe_dist import backbone, export, mlflow_model
+from mhe_dist.redact import scrub
 from mhe_dist.tracking import mlflow_uri
 from pipelines import report
 from pipelines.evaluate.heldout import Evaluation
@@ -43,16 +44,21 @@ def finish(run: Run) -> dict[str, Any]:
 
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
-    model = backbone.rebuild(config.model, config.data.image_size, tensors)
+    rebuilt = backbone.rebuild(config.model, config.data.image_size, tensors)
     images, *_ = read_in_order(
         run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
     )
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = export.write(name, model, config, folder, images)
+        path, difference = export.write(name, rebuilt, config, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.event("export", format=name, path=path, max_difference=difference)
+    if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
+        model = mlflow_model.write(
+            exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
+        )
+        run.tracker.model(model, config.run.name)
     return exports
 
 
@@ -61,6 +67,7 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     folder = Path(run.config.run.path)
     if evaluation.details:
         evaluation.save(folder / "evaluation.npz")
+        run.tracker.artifact(str(folder / "evaluation.npz"))
     report.draw(str(folder), run.config)
     run.tracker.artifact(str(folder / "plots"))
     run.tracker.artifact(str(folder / "config.yaml"))
@@ -86,7 +93,7 @@ def _summary(
         "heldout": results,
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
-        "mlflow": {"uri": mlflow_uri(config), "run_id": run.tracker.run_id}
+        "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,
     }

@@ -17,13 +17,14 @@ from mhe_dist import backbone, config_load, heads, initial, schedule, topology, 
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import Config
 from mhe_dist.engine import Engine
-from mhe_dist.errors import UserError
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads import Head, HeadSpec
+from mhe_dist.redact import masked
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Loop
-from pipelines import finish
+from pipelines import finish, stopping
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
@@ -42,12 +43,18 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
+
+    Raises:
+        Preempted: a rank was told to stop (`pipelines.stopping`); everything is saved.
     """
     place = topology.connect(config.scale.timeout_s)
     run = Run(config, place, report)
     try:
         run.train()
         summary = finish.finish(run)
+    except Preempted:
+        run.tracker.close("killed")
+        raise
     except BaseException:
         run.tracker.close("failed")
         raise
@@ -100,10 +107,12 @@ class Run:
             samples=self.index.samples,
             precision=self.engine.precision,
         )
-        for info in self.loop.steps(self._loader()):
+        for info in self.loop.steps(self.loader()):
             self.recorder.add(info)
             self.progress.step = info.step + 1
             self._after_step()
+            if self.place.any(stopping.told()) and self.progress.step < self.total_steps:
+                self._leave()
         self.store.wait()
 
     def evaluate(self) -> Evaluation:
@@ -142,7 +151,16 @@ class Run:
         if _due(done, config.checkpoint.every_steps) or last:
             self.save()
 
-    def _loader(self) -> Loader:
+    def _leave(self) -> None:
+        """Save, unless this step has been, and end the run here."""
+        if not _due(self.progress.step, self.config.checkpoint.every_steps):
+            self.recorder.flush()
+            self.save()
+        self.store.wait()
+        raise Preempted(f"told to stop after step {self.progress.step}; it is saved")
+
+    def loader(self) -> Loader:
+        """The batches of the remaining steps."""
         mine = self.place.share(self.config.train.micro_batches)
         return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
 
@@ -150,7 +168,7 @@ class Run:
         return {
             "step": self.progress.step,
             "images": self.progress.images + self.recorder.images,
-            "config": self.config.model_dump(mode="json"),
+            "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
@@ -187,6 +205,7 @@ class Run:
             "data_digest": self.index.digest,
             "world_size": str(self.place.world_size),
             "precision": self.engine.precision,
+            "checkpoints": f"{self.config.run.path}/checkpoints",
         }
         tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
         return tracker
