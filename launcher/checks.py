@@ -24,6 +24,8 @@ FREE = (
     *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
     *("data.remote.*", "head.bank.memory", "head.bank.path"),
+    # Files that may move; what is in them the digest of the data holds.
+    *("data.classes", "data.mix"),
 )
 
 
@@ -87,6 +89,25 @@ def _cure(key: str, glyphs: bool) -> str:
         return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
     name = TRAIN if key == "data.shards" else HELDOUT
     return f"give a folder of indexed shards, or one named {name!r} for data.glyphs to make"
+
+
+def choice(config: Config) -> None:
+    """Refuse a choice of sets, classes and images that cannot be trained on.
+
+    Reads the indexes, if anything is chosen.
+
+    Raises:
+        UserError: names the file and the cure.
+    """
+    from pipelines import view  # brings torch
+
+    if view.chooses(config.data):
+        chosen = view.open_data(config.data, config.run.seed)
+        if view.epoch_samples(chosen) < config.data.streams:
+            raise UserError(
+                f"data.streams={config.data.streams}: an epoch has {view.epoch_samples(chosen)} "
+                "samples only; choose more of them, or give at most that many streams"
+            )
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from launcher import ray_train
+from launcher import checks, ray_train
 from launcher.mailbox import Event
 from mhe_dist import config_load
 from mhe_dist.config import Config
@@ -39,6 +39,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
 
         with watcher.counting("drawing the data set") as progress:
             ensure_glyphs(config, progress, cores())
+    checks.choice(config)
     config_load.save(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher import runs
 from mhe_dist import config_load
-from mhe_dist.config import Config
+from mhe_dist.config import Config, DataConfig, MixConfig
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
 SETTINGS = "run.yaml"
@@ -60,7 +60,11 @@ def portable(config: Config) -> Config:
     """
     copy = config.model_copy(deep=True)
     copy.run.dir = runs.absolute(copy.run.dir)
-    copy.data.shards = runs.absolute(copy.data.shards)
+    sets: list[DataConfig | MixConfig] = [copy.data, *copy.data.mix]
+    for chosen in sets:
+        chosen.shards = runs.absolute(chosen.shards)
+        if chosen.classes:
+            chosen.classes = runs.absolute(chosen.classes)
     if copy.evaluate.shards:
         copy.evaluate.shards = runs.absolute(copy.evaluate.shards)
     if copy.head.bank.path:

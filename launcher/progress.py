@@ -84,6 +84,7 @@ class Display:
         draw = {
             "start": self._start,
             "metrics": self._metrics,
+            "bad_samples": self._bad_samples,
             "evaluation": self._evaluation,
             "checkpoint": self._checkpoint,
             "export": self._export,
@@ -131,6 +132,10 @@ class Display:
     def _evaluation(self, event: Event) -> None:
         figures = ", ".join(f"{name} {value}" for name, value in accuracies(event))
         self._say(f"step {event['step']:,}  held-out: {figures}")
+
+    def _bad_samples(self, event: Event) -> None:
+        count = f"{event['count']:,} bad samples so far, replaced by others"
+        self._say(f"[yellow]step {event['step']:,}  {count}[/]")
 
     def _checkpoint(self, event: Event) -> None:
         self._say(f"[dim]step {event['step']:,}  checkpoint {escape(str(event['path']))}[/]")

@@ -87,10 +87,27 @@ class RemoteConfig(Section):
     cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
 
 
+class MixConfig(Section):
+    """A further data set; its classes are others than those of the sets before it."""
+
+    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Passes over it in an epoch; 0.5: a random half."
+    )
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+
+
 class DataConfig(Section):
     """Where the images are, in which order they come and how they are prepared."""
 
     shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+    images_per_class: int = Field(
+        0, ge=0, description="Most images of a class in an epoch, drawn anew each time; 0: all."
+    )
+    mix: list[MixConfig] = Field(
+        [], description="Further data sets, each with shards, weight and classes."
+    )
     glyphs: GlyphsConfig | None = Field(
         None, description="If set, make the glyph data set there when it is missing."
     )

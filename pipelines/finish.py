@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import torch
 from torch import Tensor
 
 from mhe_dist import backbone, export, mlflow_model
+from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking import mlflow_uri
-from pipelines import report
+from pipelines import bad_samples, report
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.shards import ShardIndex
 from pipelines.stream import read_in_order
 
 if TYPE_CHECKING:
@@ -45,9 +49,7 @@ def finish(run: Run) -> dict[str, Any]:
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
     rebuilt = backbone.rebuild(config.model, config.data.image_size, tensors)
-    images, *_ = read_in_order(
-        run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
-    )
+    images = _some_images(run.index, config.data.image_size)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
@@ -62,6 +64,17 @@ def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return exports
 
 
+def _some_images(index: ShardIndex, side: int) -> Tensor:
+    """uint8 `[n, 3, side, side]`: the first good ones; a bad one must not end a trained run."""
+    images: list[Tensor] = []
+    for number in range(index.samples):
+        with suppress(RunError):
+            images.append(read_in_order(index, number, number + 1, side)[0])
+        if len(images) == PARITY_IMAGES:
+            break
+    return torch.cat(images)
+
+
 def _draw(run: Run, evaluation: Evaluation) -> None:
     """Pictures in `<run>/plots`, and what is worth keeping beside them, to MLflow too."""
     folder = Path(run.config.run.path)
@@ -71,6 +84,8 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     report.draw(str(folder), run.config)
     run.tracker.artifact(str(folder / "plots"))
     run.tracker.artifact(str(folder / "config.yaml"))
+    if run.bad_samples.total.count:
+        run.tracker.artifact(str(folder / bad_samples.FILE))
 
 
 def _summary(
@@ -83,9 +98,10 @@ def _summary(
         "run": config.run.path,
         "steps": run.total_steps,
         "classes": run.index.num_classes,
-        "samples": run.index.samples,
+        "samples": run.samples,
         "world_size": run.place.world_size,
         "precision": run.engine.precision,
+        "bad_samples": run.bad_samples.total.count,
         "resumed_from": progress.resumed_from,
         "images_per_s": recorder.images / seconds if seconds else 0.0,
         "phases": {name: round(value, 2) for name, value in recorder.phases.items()},

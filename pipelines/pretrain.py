@@ -24,7 +24,8 @@ from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Loop
-from pipelines import finish, stopping
+from pipelines import finish, stopping, view
+from pipelines.bad_samples import BadSamples
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
@@ -76,8 +77,9 @@ class Run:
 
     def __init__(self, config: Config, place: Topology, report: Report) -> None:
         self.config, self.place = config, place
-        self.index = ShardIndex.load(config.data.shards)
-        self.total_steps = schedule.total_steps(config, self.index.samples)
+        self.index = view.open_data(config.data, config.run.seed)
+        self.samples = view.epoch_samples(self.index)
+        self.total_steps = schedule.total_steps(config, self.samples)
         self.engine = Engine(_initial_model(config), config, place)
         self.head = _make_head(config, self.index, place)
         self.store = CheckpointStore(
@@ -91,7 +93,8 @@ class Run:
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
         )
         self.versions = tracking.environment_tags()
-        self.progress, run_id = self._restore()
+        self.progress, run_id, bad_samples = self._restore()
+        self.bad_samples = BadSamples(place, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
 
@@ -104,15 +107,17 @@ class Run:
             steps=self.total_steps,
             resumed_from=self.progress.resumed_from,
             classes=self.index.num_classes,
-            samples=self.index.samples,
+            samples=self.samples,
             precision=self.engine.precision,
         )
-        for info in self.loop.steps(self.loader()):
-            self.recorder.add(info)
-            self.progress.step = info.step + 1
-            self._after_step()
-            if self.place.any(stopping.told()) and self.progress.step < self.total_steps:
-                self._leave()
+        self.batches = self.loader()
+        with self.batches.watched():
+            for info in self.loop.steps(self.batches):
+                self.recorder.add(info)
+                self.progress.step = info.step + 1
+                self._after_step()
+                if self.place.any(stopping.told()) and self.progress.step < self.total_steps:
+                    self._leave()
         self.store.wait()
 
     def evaluate(self) -> Evaluation:
@@ -129,6 +134,7 @@ class Run:
         """Checkpoint what a resumed run needs; written while training goes on."""
         with self.recorder.phase("checkpoint"):
             begin = time.perf_counter()
+            self.bad_samples.gather(self.batches.faults)
             rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
             owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
             self.store.save(
@@ -146,6 +152,9 @@ class Run:
         last = done == self.total_steps
         if done % config.train.log_every == 0 or last:
             self.recorder.flush()
+        if self._epochs(done) > self._epochs(done - 1) or last:
+            self.bad_samples.gather(self.batches.faults)
+            self.recorder.bad_samples(done, self.bad_samples.total)
         if _due(done, config.evaluate.every_steps) and not last:
             self.evaluate()
         if _due(done, config.checkpoint.every_steps) or last:
@@ -159,6 +168,9 @@ class Run:
         self.store.wait()
         raise Preempted(f"told to stop after step {self.progress.step}; it is saved")
 
+    def _epochs(self, steps: int) -> int:
+        return schedule.epochs_ended(self.config, self.samples, steps)
+
     def loader(self) -> Loader:
         """The batches of the remaining steps."""
         mine = self.place.share(self.config.train.micro_batches)
@@ -168,6 +180,7 @@ class Run:
         return {
             "step": self.progress.step,
             "images": self.progress.images + self.recorder.images,
+            "bad_samples": self.bad_samples.state(),
             "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
             "row_ranges": self.head.row_ranges(),
@@ -175,20 +188,21 @@ class Run:
             "versions": self.versions,
         }
 
-    def _restore(self) -> tuple[Progress, str | None]:
+    def _restore(self) -> tuple[Progress, str | None, dict[str, Any] | None]:
+        """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
-            return Progress(), None
+            return Progress(), None, None
         found = checkpoint.run
         if found["data_digest"] != self.index.digest:
             raise UserError(
                 f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
-                f"the run's checkpoint, {found['data_digest']}: train on the same shards, or give "
-                "the run another name (run.name)"
+                f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
+                "and mix (data.*), or give the run another name (run.name)"
             )
         self._load(checkpoint)
         progress = Progress(found["step"], found["images"], checkpoint.path)
-        return progress, found["run_id"]
+        return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
@@ -228,7 +242,7 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
         config.run.seed,
         config.train.micro_batches,
         folder=folder,
-        epoch_steps=index.samples / config.train.global_batch,
+        epoch_steps=view.epoch_samples(index) / config.train.global_batch,
     )
     return heads.build(spec, place)
 

@@ -19,9 +19,9 @@ import torch
 from mhe_dist import config_load, footprint, topology
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import resolve_precision
+from pipelines import view
 from pipelines.pretrain import Run
 from pipelines.recorder import ignore
-from pipelines.shards import ShardIndex
 
 STEPS, WARM_UP = 12, 4
 LONGEST_S = 8.0
@@ -125,11 +125,11 @@ def predicted(config: Config) -> dict[str, Any]:
         of an epoch.
     """
     torch.set_num_threads(config.scale.cpus_per_worker)
-    index = ShardIndex.load(config.data.shards)
+    index = view.open_data(config.data, config.run.seed)
     precision = resolve_precision(config.train.precision, topology.default_device())
     counted = footprint.count(config, index.num_classes, config.scale.workers, precision)
     return {
         "footprint": asdict(counted),
         "trial": asdict(measure(config)),
-        "samples": index.samples,
+        "samples": view.epoch_samples(index),
     }
