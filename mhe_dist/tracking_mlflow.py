@@ -14,13 +14,13 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from mhe_dist.mlflow_system import watch_system
 from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.tracking import Metrics, Status
@@ -28,7 +28,7 @@ from mhe_dist.tracking import Metrics, Status
 logger = logging.getLogger(__name__)
 
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-_QUIET = {
+QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -41,9 +41,9 @@ _GATHER_S = 1.0  # records that arrive within this time travel together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
-_MESSAGE_LENGTH = 300
+MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
-_METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
+METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH = 6000, 5000, 250
 
 
@@ -106,7 +106,7 @@ class MlflowTracker:
                 f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
                 "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"
             )
-        for name, value in _QUIET.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         self._store = _Store(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
@@ -204,10 +204,10 @@ class MlflowTracker:
                 return True
             except Exception as error:  # a thread's last defence: nothing here may end the run
                 if is_permanent(error):
-                    logger.warning("MLflow refuses: %s", scrub(str(error))[:_MESSAGE_LENGTH])
+                    logger.warning("MLflow refuses: %s", scrub(str(error))[:MESSAGE_LENGTH])
                     return False
                 if not self._down:
-                    message = scrub(str(error))[:_MESSAGE_LENGTH]
+                    message = scrub(str(error))[:MESSAGE_LENGTH]
                     logger.warning("MLflow fails, will go on trying: %s", message)
             self._down = True
             self._attempted.set()
@@ -293,8 +293,8 @@ class _Store:
             for record in records
             for name, value in record.metrics.items()
         ]
-        starts = range(0, len(metrics), _METRICS_PER_CALL)
-        pieces = [metrics[start : start + _METRICS_PER_CALL] for start in starts]
+        starts = range(0, len(metrics), METRICS_PER_CALL)
+        pieces = [metrics[start : start + METRICS_PER_CALL] for start in starts]
         return [(partial(self._log_metrics, piece), len(piece)) for piece in pieces]
 
     def _log_metrics(self, metrics: list[Any]) -> None:
@@ -379,42 +379,6 @@ class _Store:
             self._system.finish()
         for run_id in filter(None, (self._restart, self.run_id)):
             self._client.set_terminated(run_id, status.upper())
-
-
-def append(
-    uri: str, run_id: str, step: int, metrics: Metrics, files: Sequence[str], folder: str
-) -> None:
-    """Add to a run that exists, whatever its status, and leave that as it is.
-
-    Args:
-        uri: of the server or database.
-        run_id: of the run.
-        step: that the values belong to.
-        metrics: name -> value.
-        files: local files to copy into `folder` of the artifacts.
-        folder: see `files`.
-
-    Raises:
-        RunError: MLflow cannot be reached, or refuses.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    import sqlalchemy.exc
-    from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    now = int(time.time() * 1000)
-    entries = [Metric(metric_name(n), float(v), now, step) for n, v in metrics.items()]
-    try:
-        client = MlflowClient(uri)
-        for i in range(0, len(entries), _METRICS_PER_CALL):
-            client.log_batch(run_id, metrics=entries[i : i + _METRICS_PER_CALL])
-        for file in files:
-            client.log_artifact(run_id, file, folder)
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        message = scrub(str(error))[:_MESSAGE_LENGTH]
-        raise RunError(f"MLflow at {scrub(uri)} did not take the results: {message}") from error
 
 
 def metric_name(name: str) -> str:
