@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from launcher import checks, execute, probe, ray_train, runs, worker
@@ -24,7 +25,7 @@ from mhe_dist.redact import scrub
 from pipelines import shards
 
 CLUSTER = "auto"  # the one that started this process
-NODES_S = 15.0
+NODES_S = 40.0
 
 
 def main(arguments: list[str]) -> int:
@@ -65,7 +66,12 @@ def stop_now(path: str) -> None:
         sys.stderr.write(f"no run at {path} is being trained\n")
 
 
-def preflight(file: str) -> None:
+def probe_nodes(file: str) -> None:
+    """Ask every node what it has and reaches."""
+    preflight(file, trying=False)
+
+
+def preflight(file: str, trying: bool = True) -> None:
     """Ask every node, then try a worker's share on one if nothing speaks against it."""
     import ray
 
@@ -75,7 +81,7 @@ def preflight(file: str) -> None:
     lines = EventLines(sys.stdout)
     found = _ask_nodes(config)
     lines.handle({"event": "nodes", "nodes": found})
-    if judge.reasons(config, found):
+    if not trying or judge.reasons(config, found):
         return
     task = ray.remote(num_cpus=0)(_try)
     needs: dict[str, Any] = {"env_vars": worker.environment(config)}
@@ -118,7 +124,13 @@ def trial(file: str) -> None:
     sys.stdout.write(json.dumps(measured) + "\n")
 
 
-VERBS = {"run": run, "stop-now": stop_now, "preflight": preflight, "trial": trial}
+VERBS: dict[str, Callable[[str], None]] = {
+    "run": run,
+    "stop-now": stop_now,
+    "probe": probe_nodes,
+    "preflight": preflight,
+    "trial": trial,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
-READY_S = 20.0  # a cluster that has just started takes this long to take jobs
+READY_S = 60.0  # a cluster answers before it can take jobs, on a busy machine long before
 POLL_S = 0.5
 GRACE_S = round(ray_train.GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
@@ -137,7 +137,7 @@ class Cluster:
                         metadata=submission.metadata,
                     )
                 return
-            except RunError as error:  # a cluster answers before it can take jobs
+            except RunError as error:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
             time.sleep(POLL_S)

@@ -73,7 +73,7 @@ def submit(
     cluster.refuse_running(settings)
     if preflight:
         with console.out.status("preflight"):
-            check(settings, on_cluster(settings, cluster), trial=False)
+            check(settings, on_cluster(settings, cluster, trial=False), trial=False)
     with jobs.staging() as folder:
         attempt = cluster.attempts(settings.run.name) + 1
         sent = jobs.prepare(settings, cluster.address, attempt, variables, folder)

@@ -32,9 +32,8 @@ from mhe_dist import config_load
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, UserError
 
-NODES_S = 20.0
+NODES_S = 60.0  # what stands in the way is told as soon as it is known
 TRIAL_S = 120.0
-JOB = "preflight"
 
 
 def preflight_(
@@ -55,7 +54,9 @@ def preflight_(
     Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
     """
     settings = package.portable(config_load.load(config, overrides or [], [checks.backbone]))
-    events = on_cluster(settings, jobs.Cluster(address)) if address else here(settings, trial)
+    events = (
+        on_cluster(settings, jobs.Cluster(address), trial) if address else here(settings, trial)
+    )
     prediction = check(settings, events, trial)
     if prediction:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -121,15 +122,16 @@ def try_here(config: Config) -> dict[str, Any] | None:
     return measured
 
 
-def on_cluster(config: Config, cluster: jobs.Cluster) -> Iterator[dict[str, Any]]:
+def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[dict[str, Any]]:
     """What the nodes of a cluster say, then what a trial there measured.
 
     Raises:
         UserError: the nodes did not answer in time.
         RunError: the job failed.
     """
+    verb = "preflight" if trial else "probe"
     with jobs.staging() as folder:
-        sent = jobs.prepare(config, cluster.address, int(time.time()), {}, folder, JOB)
+        sent = jobs.prepare(config, cluster.address, int(time.time()), {}, folder, verb)
         cluster.submit(sent)
         events = _events(cluster, sent.id)
         try:

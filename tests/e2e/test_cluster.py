@@ -141,7 +141,9 @@ def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
 
     code, said = terminal.mhe("jobs")
     assert code == 0
-    assert [w for w in said.split() if w in ("succeeded", "stopped")] == ["succeeded", "stopped"]
+    rows = [line.split() for line in said.splitlines()]
+    listed = [(row[0], row[2]) for row in rows if row[1] == "both"]
+    assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]
 
 
 @pytest.mark.timeout(120)
