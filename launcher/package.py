@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launcher import runs
 from mhe_dist import config_load
-from mhe_dist.config import Config, DataConfig, MixConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import DataConfig, MixConfig
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
 SETTINGS = "run.yaml"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from mhe_dist.config import AugmentConfig
+from mhe_dist.config_data import AugmentConfig
 from mhe_dist.seeds import derive
 from pipelines.decode import Pixels
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch.distributed as dist
 
-from mhe_dist.config import DataConfig
+from mhe_dist.config_data import DataConfig
 from mhe_dist.errors import RunError
 from mhe_dist.topology import Topology
 from pipelines import urls

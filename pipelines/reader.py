@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import BinaryIO, Final, NamedTuple
 
-from mhe_dist.config import RemoteConfig
+from mhe_dist.config_data import RemoteConfig
 from pipelines.cache import Cache
 from pipelines.fetch import cut, span
 from pipelines.order import Piece

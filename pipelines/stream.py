@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mhe_dist.batch import MicroBatch, StepBatch
-from mhe_dist.config import AugmentConfig, Config, DataConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import AugmentConfig, DataConfig
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.topology import share
 from pipelines.augment import Noise, augment

@@ -22,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from mhe_dist.config import DataConfig, MixConfig
+from mhe_dist.config_data import DataConfig, MixConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.class_list import read_classes

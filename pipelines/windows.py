@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from fsspec.utils import get_protocol
 
-from mhe_dist.config import RemoteConfig
+from mhe_dist.config_data import RemoteConfig
 from pipelines.fetch import span
 from pipelines.order import Order, Piece, Window
 from pipelines.reader import ShardReader, together

@@ -11,7 +11,7 @@ from launcher.checks import HELDOUT, TRAIN
 from launcher.progress import Display
 from launcher.verbs import data_check, data_import
 from launcher.verbs.data_import import Processes
-from mhe_dist.config import GlyphsConfig
+from mhe_dist.config_data import GlyphsConfig
 from pipelines.parallel import cores
 from pipelines.shards import ShardIndex
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import PurePath
 from typing import Final, NamedTuple, Protocol
 
-from mhe_dist.config import GlyphsConfig
+from mhe_dist.config_data import GlyphsConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.order import permutation

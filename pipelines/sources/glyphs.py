@@ -18,7 +18,8 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 
-from mhe_dist.config import Config, GlyphsConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import GlyphsConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines import parallel

@@ -11,7 +11,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("launcher", "benchmarks", "pipelines", "mhe_dist")  # an import may go right, never left
-BOTTOM = ("config", "labels", "margins", "schedule", "seeds", "retention")
+BOTTOM = (
+    "config",
+    "config_data",
+    "config_section",
+    "labels",
+    "margins",
+    "schedule",
+    "seeds",
+    "retention",
+)
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from mhe_dist.config import Config, DataConfig, OptimConfig, TrainConfig
+from mhe_dist.config import Config, OptimConfig, TrainConfig
+from mhe_dist.config_data import DataConfig
 from mhe_dist.schedule import learning_rate, total_steps
 
 

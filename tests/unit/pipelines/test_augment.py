@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mhe_dist.config import AugmentConfig
+from mhe_dist.config_data import AugmentConfig
 from mhe_dist.seeds import generator
 from pipelines.augment import SLOTS, Noise, augment
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mhe_dist.config import Config, RemoteConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import RemoteConfig
 from mhe_dist.errors import RunError
 from pipelines import reader, retry
 from pipelines.cache import Cache

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from mhe_dist.config import Config, RemoteConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import RemoteConfig
 from pipelines import retry
 from pipelines.order import Order, Piece
 from pipelines.reader import ShardReader, together

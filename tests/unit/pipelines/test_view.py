@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhe_dist.config import DataConfig
+from mhe_dist.config_data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines import view
 from pipelines.class_list import read_classes

@@ -12,7 +12,8 @@ import webdataset
 from fontTools import subset
 from fontTools.ttLib import TTCollection, TTFont
 
-from mhe_dist.config import Config, GlyphsConfig
+from mhe_dist.config import Config
+from mhe_dist.config_data import GlyphsConfig
 from mhe_dist.errors import UserError
 from pipelines.shards import ShardIndex
 from pipelines.sources.fonts import find_fonts
