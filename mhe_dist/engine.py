@@ -24,7 +24,7 @@ from mhe_dist.backbone import pixels
 from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import deepspeed_settings, make_optimizer, resolve_precision
-from mhe_dist.errors import UserError
+from mhe_dist.mismatch import refuse_mismatch, shapes
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 
@@ -216,7 +216,12 @@ class Engine:
             UserError: names or shapes are not those of this model and optimizer; lists them.
         """
         wanted = self._shapes()
-        refuse_mismatch(wanted, {name: tuple(t.shape) for name, t in tensors.items()})
+        refuse_mismatch(
+            wanted,
+            shapes(tensors),
+            "the checkpoint is not of this model and optimizer (model.*, optim.kind)",
+            ("this run", "the checkpoint"),
+        )
         for name, parameter in self._names.items():
             self._set(parameter, None, tensors[f"model.{name}"])
             for moment in self._moments:
@@ -359,24 +364,3 @@ def import_deepspeed(device: torch.device) -> Any:
     # Its calls of torch functions that were renamed would warn on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
-
-
-def refuse_mismatch(
-    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], show: int = 10
-) -> None:
-    """Refuse tensors whose names or shapes are not those wanted.
-
-    Raises:
-        UserError: lists the first `show` differences with both values.
-    """
-    wrong = [
-        f"{name}: this run has {wanted.get(name, 'none')}, the checkpoint {found.get(name, 'none')}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - show} more"] if len(wrong) > show else []
-        raise UserError(
-            "the checkpoint is not of this model and optimizer (model.*, optim.kind):\n  "
-            + "\n  ".join(wrong[:show] + more)
-        )

@@ -13,9 +13,8 @@ from mhe_dist.average import averaged, is_weight
 from mhe_dist.backbone import Backbone
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.errors import UserError
+from mhe_dist.mismatch import refuse_mismatch, shapes
 from mhe_dist.topology import Topology
-
-_SHOWN = 6  # names in a message
 
 
 def load(model: Backbone, source: str) -> None:
@@ -93,19 +92,14 @@ def _state(found: Any, source: str) -> dict[str, Tensor]:
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy the tensors in; every name must be there, with its shape, and no other."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = [
-        f"{name}: the model has {wanted.get(name, 'none')}, the file {given.get(name, 'none')}"
-        for name in sorted(wanted.keys() | given.keys())
-        if wanted.get(name) != given.get(name)
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        raise UserError(
-            f"model.init_from={source} is not of this model (model.name, model.kwargs, "
-            "model.embedding_dim, model.neck):\n  " + "\n  ".join(wrong[:_SHOWN] + more)
-        )
+    refuse_mismatch(
+        shapes(module.state_dict()),
+        shapes(tensors),
+        f"model.init_from={source} is not of this model (model.name, model.kwargs, "
+        "model.embedding_dim, model.neck)",
+        ("the model", "the file"),
+        show=6,
+    )
     module.load_state_dict(tensors)
 
 
