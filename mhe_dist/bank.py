@@ -62,8 +62,6 @@ class Bank:
         folder: str | Path | None = None,
         seed: int = 0,
     ) -> None:
-        if memory == "file" and folder is None:
-            raise ValueError("a bank in file memory needs a folder")
         self.units, self.length, self.width = units, length, width
         columns = {"weight": None, **(fields or {})}
         self.fields = tuple(columns)
@@ -76,7 +74,7 @@ class Bank:
                 dtype if own is None else torch.promote_types(dtype, torch.float32),
                 memory,
                 device,
-                Path(folder or "") / f"{name}.rows",
+                None if folder is None else Path(folder) / f"{name}.rows",
             )
             for name, own in columns.items()
         }
@@ -172,6 +170,15 @@ class Bank:
             store = self._store[name].rows
             store.index_fill_(0, local.to(store.device), 0)
         self._touched[local.numpy()] = False
+
+    def held(self, units: Tensor) -> Tensor:
+        """Which of `units` are in this partition."""
+        return (units >= self.units.start) & (units < self.units.stop)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether naming the units of the next step is of any use."""
+        return any(store.is_ahead for store in self._store.values())
 
     def expect(self, units: Tensor) -> None:
         """Say which distinct units the next step will need; see `RowStore.expect`."""

@@ -38,11 +38,16 @@ class RowStore:
         shape, dtype: of the rows.
         memory: `device` where they are used, `host` in RAM (pinned for a GPU), `file` in `path`.
         device: where they are used.
-        path: of the file, which is overwritten.
+        path: of the file, which is overwritten; for `file` alone.
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, memory: Memory, device: torch.device, path: Path
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        memory: Memory,
+        device: torch.device,
+        path: Path | None,
     ) -> None:
         self._map: mmap.mmap | None = None
         self._ahead: RowsAhead | None = None
@@ -50,6 +55,8 @@ class RowStore:
         if 0 in shape:
             self.rows = torch.zeros(shape, dtype=dtype, device=device)
         elif memory == "file":
+            if path is None:
+                raise ValueError("a bank in file memory needs a folder")
             self._map = _sparse_file(path, int(np.prod(shape)) * dtype.itemsize)
             self.rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
         elif memory == "host" and device.type == "cuda":
@@ -86,6 +93,11 @@ class RowStore:
             self.rows.index_copy_(0, where, rows.to(self.rows.device, self.rows.dtype))
         elif rows.data_ptr() != self.rows[local].data_ptr():
             self.rows[local].copy_(rows)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether there is something to do for rows that are expected."""
+        return self._map is not None or self._ahead is not None
 
     def expect(self, local: npt.NDArray[np.int64]) -> None:
         """Say that distinct units will be read soon; returns at once."""

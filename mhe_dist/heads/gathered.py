@@ -111,8 +111,7 @@ class GatheredHead(RowHead):
         samples = torch.nonzero(units >= 0).squeeze(1)
         bounds = torch.searchsorted(samples, torch.tensor([rank * batch, (rank + 1) * batch]))
         units, slots = units[samples], slots[samples]
-        held = (units >= self.bank.units.start) & (units < self.bank.units.stop)
-        local = torch.nonzero(held).squeeze(1)
+        local = torch.nonzero(self.bank.held(units)).squeeze(1)
         columns = places(self.selection.units, units[local]) * self.layout.length + slots[local]
         columns, order = torch.sort(columns)
         return GatheredRound(samples, slice(*bounds.tolist()), units, local[order], columns)

@@ -31,11 +31,10 @@ class MhsGather(GatheredHead):
         self._shared = config.negatives == "batch"
         self._present = self._extra = torch.empty(0, dtype=torch.int64)
 
-    def expect(self, step: int, labels: Tensor) -> None:
-        """Fetch the rows of this rank that `step` will meet; see `Head`."""
-        heads = self.layout.locate(labels)[0]
-        met = torch.unique(torch.cat([heads[heads >= 0], self.draw(step)]))
-        self.bank.expect(self._mine(met))
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Own heads and extra ones; see `RowHead`."""
+        heads = self.layout.locate(labels)[0].flatten()
+        return torch.unique(torch.cat([heads, self.draw(step)]))
 
     def draw(self, step: int) -> Tensor:
         """The extra heads of a step, ascending, int64 on the host."""
@@ -47,11 +46,7 @@ class MhsGather(GatheredHead):
         """Present and extra heads; see `GatheredHead`."""
         self._present, self._extra = present, self.draw(self.step_number)
         heads = torch.from_numpy(np.union1d(present.numpy(), self._extra.numpy()))
-        return Selection(self._mine(heads), int(self.classes_in(heads).sum()))
-
-    def _mine(self, heads: Tensor) -> Tensor:
-        """Those of `heads` whose rows are here."""
-        return heads[(heads >= self.bank.units.start) & (heads < self.bank.units.stop)]
+        return Selection(heads[self.bank.held(heads)], int(self.classes_in(heads).sum()))
 
     def hidden(self, turn: GatheredRound, units: Units) -> Tensor | None:
         """Without `batch`, hide heads that are neither extra nor the sample's own."""

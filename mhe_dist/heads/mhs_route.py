@@ -69,13 +69,11 @@ class MhsRoute(RowHead):
         own = [turn.heads[turn.own] for turn in self._rounds]
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
-    def expect(self, step: int, labels: Tensor) -> None:
-        """Fetch the rows of this rank that `step` will meet; see `Head`."""
-        heads = torch.unique(self.layout.locate(labels)[0])
-        groups = self.layout.group_of(heads)
-        mine = (groups >= self.groups.start) & (groups < self.groups.stop)
-        drawn = [self.draw(step, group) for group in groups[mine].unique().tolist()]
-        self.bank.expect(torch.unique(torch.cat([heads[mine], *drawn])))
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Own heads, and the extra ones of this rank's groups; see `RowHead`."""
+        heads = self.layout.locate(labels)[0].flatten()
+        groups = self.layout.group_of(heads[self.bank.held(heads)]).unique()
+        return torch.unique(torch.cat([heads, *(self.draw(step, g) for g in groups.tolist())]))
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
         """Loss of the next planned micro-batch; see `Head`."""

@@ -126,7 +126,17 @@ class RowHead(Head):
         self.step_number = 0
 
     def expect(self, step: int, labels: Tensor) -> None:
-        """Nothing: a full softmax meets all rows, and single rows are too small to be named."""
+        """Fetch the rows of this rank that `step` will meet, if they lie elsewhere; see `Head`."""
+        if self.bank.is_ahead:
+            units = self.upcoming(step, labels)
+            self.bank.expect(units[self.bank.held(units)])
+
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Distinct units that a step will meet, on this rank at least; -1 may be among them.
+
+        None: a full softmax meets all rows, and single rows are too small to be named.
+        """
+        return torch.empty(0, dtype=torch.int64)
 
     def begin(self, step: int) -> None:
         """Set what depends on the number of the step; all ranks must call."""

@@ -201,11 +201,14 @@ class _Exponentials(NamedTuple):
     Attributes:
         values: `exp(logits - peak)` `[n, m * L]`.
         peak: `[n]`.
-        slope: derivative of the margin at the targets inside.
+        target, phi, slope: of the targets inside, the cosine, that with its margin, and its
+            derivative.
     """
 
     values: Tensor
     peak: Tensor
+    target: Tensor
+    phi: Tensor
     slope: Tensor
 
 
@@ -234,14 +237,12 @@ class _ExtraPart:
         samples, scale = self.samples, self.head.margin.scale
         for where, inside, column in self._slices():
             logits, highest = self._logits(where)
-            target = logits[inside, column] / scale
             found = self._exponentials(logits, highest, where, inside, column)
             samples.log_sum[where] = found.values.sum(-1).log_().add_(found.peak)
             samples.highest[where] = highest / scale
             targets = inside + where.start
-            samples.target[targets] = target
-            phi, _ = self._with_margin(target, where, inside)
-            samples.losses[targets] = samples.log_sum[targets] - phi * scale
+            samples.target[targets] = found.target
+            samples.losses[targets] = samples.log_sum[targets] - found.phi * scale
             if self.kept is not None:
                 self.kept[where.start] = found
 
@@ -289,7 +290,8 @@ class _ExtraPart:
     ) -> _Exponentials:
         """Apply margin, filter and correction to the logits, which are overwritten."""
         head, scale = self.head, self.head.margin.scale
-        phi, slope = self._with_margin(logits[inside, column] / scale, where, inside)
+        target = logits[inside, column] / scale
+        phi, slope = head.with_margin(target, self.samples.norms_of(inside + where.start))
         if threshold := head.spec.config.margin.filter:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
         peak = highest
@@ -298,11 +300,8 @@ class _ExtraPart:
             peak = logits.amax(-1)
         logits[inside, column] = phi * scale
         peak = peak.index_put((inside,), torch.maximum(peak[inside], phi * scale))
-        return _Exponentials(logits.sub_(peak.unsqueeze(-1)).exp_(), peak, slope)
-
-    def _with_margin(self, target: Tensor, where: slice, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines of the targets inside with their margin, and its slope."""
-        return self.head.with_margin(target, self.samples.norms_of(inside + where.start))
+        values = logits.sub_(peak.unsqueeze(-1)).exp_()
+        return _Exponentials(values, peak, target, phi, slope)
 
     def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
         """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""
