@@ -308,8 +308,19 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: at the end only.")
+    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: none by steps.")
+    every_minutes: float = Field(
+        0.0, ge=0, description="Minutes after a save when another is due; 0: none by time."
+    )
     keep_last: PositiveInt = Field(2, description="Newest complete checkpoints that are kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints of steps that this divides are kept; 0: none."
+    )
+    keep_best: str = Field(
+        "",
+        description="Held-out metric, such as rank1, whose best checkpoint is kept too; -NAME: the "
+        "lowest is the best. Every evaluated step is then saved; empty: none.",
+    )
 
 
 class TrackingConfig(Section):
@@ -387,6 +398,11 @@ def misfits(config: Config) -> list[str]:
         wrong.append(
             f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
             "scale.zero_stage=3 cuts them"
+        )
+    if config.checkpoint.keep_best and not (config.evaluate.shards and config.evaluate.every_steps):
+        wrong.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards and "
+            "evaluate.every_steps: without evaluations no checkpoint has a score"
         )
     if config.optim.final_lr > config.optim.lr:
         wrong.append(

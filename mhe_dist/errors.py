@@ -1,4 +1,4 @@
-"""The two kinds of trouble that the command line tells apart."""
+"""The kinds of trouble that the command line tells apart."""
 
 
 class UserError(Exception):
@@ -7,3 +7,13 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A failure of the run that no change of the command would have prevented. Exit code 1."""
+
+
+class Preempted(Exception):
+    """The run was told to stop (SIGTERM), saved itself, and goes on when it is started again.
+
+    Attributes:
+        exit_code: EX_TEMPFAIL of sysexits.h; what restarts jobs can tell it from a failure.
+    """
+
+    exit_code = 75

@@ -45,7 +45,7 @@ def run(run_distributed, config: Config, world_size: int, stop_at: int = 0) -> l
 
 def state(config: Config) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint of a run."""
-    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology(), 2).newest()
+    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
     assert found is not None and found.run["step"] == config.train.max_steps
     return found.load(lambda name: True)
 
