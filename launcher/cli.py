@@ -1,6 +1,7 @@
 """The `mhe` command: one function per verb, each in `launcher/verbs/`, and what errors look like.
 
-Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 75 told to stop (SIGTERM) and
+saved, 130 interrupted by Ctrl-C.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -37,20 +38,32 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[Callable[[], None]]:
+def deferred(
+    gently: Callable[[], None] | None = None, grace_s: float = 0.0
+) -> Iterator[Callable[[], None]]:
     """Take note of those signals inside the block, and raise `Interrupted` where it is safe.
 
     Native code that runs when a handler raises turns the exception into another one, or worse.
+
+    Args:
+        gently: what a first SIGTERM leads to, in place of the exception, which then comes after
+            `grace_s` seconds or with the next signal.
+        grace_s: how long what `gently` began may take.
 
     Yields:
         a function that raises if a signal came; the end of the block calls it as well.
     """
     noted: list[int] = []
+    deadline: list[float] = []
 
     def check() -> None:
         """Raise if a signal came."""
-        if noted:
-            raise Interrupted(noted[0])
+        if noted and noted[0] == signal.SIGTERM and gently and not deadline:
+            deadline.append(time.monotonic() + grace_s)
+            gently()
+        patient = len(noted) == 1 and deadline and time.monotonic() < deadline[0]
+        if noted and not patient:
+            raise Interrupted(noted[-1])
 
     with _handling(lambda signum, frame: noted.append(signum)):
         yield check

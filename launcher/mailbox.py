@@ -1,7 +1,9 @@
-"""How a worker tells the terminal what happens: a small Ray actor that holds events."""
+"""How workers and the terminal talk: a small Ray actor that holds events, and a word to workers."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 Event = dict[str, Any]
@@ -12,6 +14,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Ask the workers to save the run and leave."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the driver asked the workers to stop."""
+        return self._stopping
 
     def put(self, event: Event) -> None:
         """Keep an event until somebody takes it."""
@@ -44,3 +55,19 @@ class Sender:
 
         if self._last is not None:
             ray.wait([self._last], timeout=timeout_s)
+
+
+def heed(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
+    """Call `stop` once the driver asks the workers to stop; looked at in the background."""
+    import ray
+
+    def _look() -> None:
+        waiting = threading.Event()
+        try:
+            while not ray.get(mailbox.stopping.remote()):
+                waiting.wait(every_s)
+        except ray.exceptions.RayError:  # the driver is gone: the cluster ends this process
+            return
+        stop()
+
+    threading.Thread(target=_look, name="heed", daemon=True).start()

@@ -86,6 +86,8 @@ class Display:
             "metrics": self._metrics,
             "evaluation": self._evaluation,
             "checkpoint": self._checkpoint,
+            "checkpoint_failed": self._checkpoint_failed,
+            "preempted": self._preempted,
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
@@ -96,6 +98,8 @@ class Display:
         if event["resumed_from"]:
             source = escape(event["resumed_from"])
             self._say(f"[green]Resumed[/] at step {event['step']:,} from {source}.")
+        for name, reason in event.get("passed_over", {}).items():
+            self._say(f"[yellow]Passed over[/] checkpoint {escape(name)}: {escape(reason)}")
         images, classes = event["samples"], event["classes"]
         self._say(f"{images:,} images of {classes:,} classes, {event['steps']:,} steps.")
         self._steps, self._begun = event["steps"], (self._clock(), event["step"])
@@ -131,6 +135,15 @@ class Display:
 
     def _checkpoint(self, event: Event) -> None:
         self._say(f"[dim]step {event['step']:,}  checkpoint {escape(str(event['path']))}[/]")
+
+    def _checkpoint_failed(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  no checkpoint:[/] {escape(event['message'])}; "
+            "training goes on, the last good one stands"
+        )
+
+    def _preempted(self, event: Event) -> None:
+        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
 
     def _export(self, event: Event) -> None:
         self._say(

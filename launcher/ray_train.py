@@ -6,16 +6,18 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher import runs, worker
+from launcher import elastic, runs, worker
 from launcher.interrupts import deferred, undisturbed
 from launcher.mailbox import Event, Mailbox
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines import stopping
 
 POLL_S = 0.25
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
@@ -47,8 +49,15 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
     Raises:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
+        Preempted: SIGTERM came, and the run saved itself within `scale.grace_s`.
     """
-    with local_cluster(config), deferred() as check:
+    told = threading.Event()
+
+    def stop() -> None:
+        told.set()
+        mailbox.stop.remote()
+
+    with local_cluster(config), deferred(stop, config.scale.grace_s) as check:
         import ray
 
         actor: Any = ray.remote(num_cpus=0)(Mailbox)
@@ -62,7 +71,7 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
             check()
             return bool(ray.wait([fit], timeout=POLL_S)[0])
 
-        follow(ended, lambda: ray.get(mailbox.take.remote()), handle)
+        follow(ended, lambda: ray.get(mailbox.take.remote()), handle, told.is_set)
         try:
             ray.get(fit)
         except ray.exceptions.RayError as failure:
@@ -70,9 +79,15 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
 
 
 def follow(
-    ended: Callable[[], bool], take: Callable[[], list[Event]], handle: Callable[[Event], None]
+    ended: Callable[[], bool],
+    take: Callable[[], list[Event]],
+    handle: Callable[[Event], None],
+    told_to_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Hand on events until the run has ended, and raise a worker's final failure at once."""
+    """Hand on events until the run has ended, and raise a worker's final failure at once.
+
+    A worker that was preempted is a lost worker, unless the whole run was told to stop.
+    """
     done = False
     while not done:
         done = ended()
@@ -80,6 +95,8 @@ def follow(
             handle(event)
             if event["event"] == "failed" and event["final"]:
                 raise _error(event)
+            if event["event"] == "preempted" and told_to_stop():
+                raise Preempted(event["message"])
 
 
 @contextmanager
@@ -115,7 +132,7 @@ def local_cluster(config: Config) -> Iterator[None]:
 def _check_resources(config: Config, resources: dict[str, float]) -> None:
     """Refuse what Ray would wait for without end."""
     gpus = int(resources.get("GPU", 0))
-    if config.scale.gpu and gpus < config.scale.workers:
+    if config.scale.gpu and gpus < config.scale.fewest:
         raise UserError(
             f"scale.workers={config.scale.workers} with scale.gpu=true needs a GPU for each one; "
             f"this machine has {gpus}. Lower scale.workers or set scale.gpu=false."
@@ -135,19 +152,21 @@ def _settings(config: Config, mailbox: Any) -> dict[str, Any]:
 
 def _fit(settings: dict[str, Any]) -> None:
     """Run Ray Train's controller to its end, in a process of its own."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
     config = Config.model_validate(settings["config"])
     scale = config.scale
-    trainer = TorchTrainer(
-        worker.train,
+    trainer = elastic.trainer(
+        config,
+        train_loop_per_worker=worker.train,
         train_loop_config=settings,
         torch_config=TorchConfig(
             backend="nccl" if scale.gpu else "gloo", timeout_s=int(scale.timeout_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=scale.workers,
+            num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,
+            elastic_resize_monitor_interval_s=elastic.LOOK_AROUND_S,
             use_gpu=scale.gpu,
             resources_per_worker={"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu)},
         ),
@@ -155,10 +174,23 @@ def _fit(settings: dict[str, Any]) -> None:
             name="ray",
             storage_path=settings["storage"],
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            worker_runtime_env={"env_vars": worker.environment(config)},  # type: ignore[call-arg]
+            callbacks=[_listening()],
+            worker_runtime_env={"env_vars": worker.environment(config)},
         ),
     )
     trainer.fit()
+
+
+def _listening() -> Any:
+    """What lets a worker hear SIGTERM: handlers can be set on its main thread alone, and training
+    runs on another one."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Listening(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            worker_group.execute(stopping.listen)
+
+    return Listening()
 
 
 def _error(event: Event) -> Exception:

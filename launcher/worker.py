@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.mailbox import Sender
+from launcher.mailbox import Sender, heed
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines import stopping
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,13 @@ def train(settings: dict[str, Any]) -> None:
         os.chdir(settings["folder"])
     write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
     send = Sender(settings["mailbox"])
+    heed(settings["mailbox"], stopping.stop)
     try:
         _train(Config.model_validate(settings["config"]), send)
+    except Preempted as stop:
+        logger.warning("rank %d: %s", rank, stop)
+        send({"event": "preempted", "rank": rank, "message": str(stop)})
+        raise
     except Exception as error:
         logger.exception("rank %d failed", rank)
         send({"event": "failed", "rank": rank, **_describe(error)})

@@ -7,7 +7,6 @@ in one process.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +14,20 @@ import torch
 
 from mhe_dist import backbone, config_load, heads, initial, schedule, topology, tracking
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
-from mhe_dist.config import Config
+from mhe_dist.config import CheckpointConfig, Config
 from mhe_dist.engine import Engine
-from mhe_dist.errors import UserError
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads import Head, HeadSpec
+from mhe_dist.retention import Keep
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
-from mhe_dist.train import Loop
-from pipelines import finish
+from mhe_dist.train import Ask, Loop, StepInfo
+from pipelines import finish, stopping
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
+from pipelines.saving import Saver
 from pipelines.shards import ShardIndex
 from pipelines.stream import Loader
 
@@ -42,12 +43,18 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
+
+    Raises:
+        Preempted: a rank was told to stop (`pipelines.stopping`); everything is saved.
     """
     place = topology.connect(config.scale.timeout_s)
     run = Run(config, place, report)
     try:
         run.train()
         summary = finish.finish(run)
+    except Preempted:
+        run.tracker.close("killed")
+        raise
     except BaseException:
         run.tracker.close("failed")
         raise
@@ -74,7 +81,7 @@ class Run:
         self.engine = Engine(_initial_model(config), config, place)
         self.head = _make_head(config, self.index, place)
         self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", place, config.checkpoint.keep_last
+            f"{config.run.path}/checkpoints", place, _keep(config.checkpoint)
         )
         self.loop = Loop(
             self.engine,
@@ -82,11 +89,13 @@ class Run:
             place,
             config.train.micro_batch,
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
+            self._ask,
         )
         self.versions = tracking.environment_tags()
         self.progress, run_id = self._restore()
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+        self.saver = Saver(config.checkpoint, self.store, self.recorder)
 
     def train(self) -> None:
         """The remaining steps, with records, evaluations and checkpoints between them."""
@@ -96,6 +105,7 @@ class Run:
             step=self.progress.step,
             steps=self.total_steps,
             resumed_from=self.progress.resumed_from,
+            passed_over=self.store.rejected,
             classes=self.index.num_classes,
             samples=self.index.samples,
             precision=self.engine.precision,
@@ -103,8 +113,8 @@ class Run:
         for info in self.loop.steps(self._loader()):
             self.recorder.add(info)
             self.progress.step = info.step + 1
-            self._after_step()
-        self.store.wait()
+            self._after_step(info)
+        self.saver.wait()
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
@@ -118,29 +128,33 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint what a resumed run needs; written while training goes on."""
+        self.recorder.flush()  # what a resumed run will not do again is on record
         with self.recorder.phase("checkpoint"):
-            begin = time.perf_counter()
             rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
             owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
-            self.store.save(
+            self.saver.save(
                 self.progress.step, self.engine.state() | rows, owned, self._description()
             )
-        self.recorder.event(
-            "checkpoint",
-            step=self.progress.step,
-            path=f"{self.config.run.path}/checkpoints",
-            seconds=time.perf_counter() - begin,
-        )
 
-    def _after_step(self) -> None:
+    def _after_step(self, info: StepInfo) -> None:
         done, config = self.progress.step, self.config
         last = done == self.total_steps
+        evaluating = _due(done, config.evaluate.every_steps) and not last
         if done % config.train.log_every == 0 or last:
             self.recorder.flush()
-        if _due(done, config.evaluate.every_steps) and not last:
+        if evaluating:
             self.evaluate()
-        if _due(done, config.checkpoint.every_steps) or last:
+        if self.saver.due(done, evaluating) or info.asked or last:
             self.save()
+        self.saver.poll()
+        if Ask.STOP in info.asked and not last:
+            self.saver.wait()
+            raise Preempted(f"told to stop after step {done}; {self.saver.state}")
+
+    def _ask(self) -> Ask:
+        """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
+        save = Ask.SAVE if self.place.is_first and self.saver.overdue() else Ask.NOTHING
+        return save | Ask.STOP if stopping.told() else save
 
     def _loader(self) -> Loader:
         mine = self.place.share(self.config.train.micro_batches)
@@ -154,6 +168,7 @@ class Run:
             "data_digest": self.index.digest,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
+            "scores": self.recorder.scores(self.progress.step),
             "versions": self.versions,
         }
 
@@ -214,10 +229,19 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
     return heads.build(spec, place)
 
 
+def _keep(config: CheckpointConfig) -> Keep:
+    return Keep(config.keep_last, config.keep_every, config.keep_best)
+
+
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
 if __name__ == "__main__":
-    main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    stopping.listen()
+    try:
+        main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     topology.disconnect()

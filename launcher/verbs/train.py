@@ -14,6 +14,7 @@ from launcher.progress import Display
 from launcher.verbs.settings import ConfigFile, Overrides
 from mhe_dist import config_load
 from mhe_dist.config import Config
+from mhe_dist.errors import Preempted
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -22,7 +23,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     Starts Ray on the loopback interface with `scale.workers` workers, shows a progress bar, and
     ends with a summary of what was reached and where it is. The same command goes on with a run
     that was interrupted, from its newest complete checkpoint, and says so; a run that is complete
-    it leaves alone. Logs of the workers and of Ray are in `logs/` of the run.
+    it leaves alone. SIGTERM makes the run save itself first; the exit code is then 75. Logs of the
+    workers and of Ray are in `logs/` of the run.
 
     Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
     """
@@ -37,7 +39,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     try:
         with interruptible(), console.only_ours(runs.logs_folder(settings) / "driver.log"), display:
             _run(settings, display)
-    except Interrupted as stop:
+    except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(settings))
         raise typer.Exit(stop.exit_code) from None
     summary.show(settings, display.summary or {})

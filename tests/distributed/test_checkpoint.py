@@ -365,3 +365,27 @@ def test_shares_are_balanced_and_complete() -> None:
     assert sorted(name for share in shares for name in share) == sorted(tensors)
     loads = [sum(tensors[name].nbytes for name in share) for share in shares]
     assert max(loads) - min(loads) <= 19 * 4
+
+
+def test_a_damaged_newer_one_does_not_cost_a_good_older_one(tmp_path: Path) -> None:
+    """Its sizes are right, so only discovery knows: it must not count as the newest one kept."""
+    save(ALONE, str(tmp_path), [1, 5])
+    flip_a_byte(tmp_path / "step_00000005")
+    store = CheckpointStore(str(tmp_path), ALONE)
+    found = store.newest()
+    assert found is not None and found.step == 1
+    store.save(3, replicated(3), owned(ALONE, 3), {})
+    store.wait()
+    assert load(ALONE, str(tmp_path))["step"] == 3
+    store.save(5, replicated(5), owned(ALONE, 5), {})
+    store.wait()
+    assert load(ALONE, str(tmp_path))["step"] == 5
+    assert folders(tmp_path) == ["step_00000005"]
+
+
+def test_the_best_one_is_known_by_its_score(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), ALONE, Keep(1, every=30, best="rank1"))
+    for step, rank1 in [(10, 0.2), (20, 0.9), (30, 0.3), (40, 0.8), (50, float("nan"))]:
+        store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": rank1}})
+    store.wait()
+    assert folders(tmp_path) == ["step_00000020", "step_00000030", "step_00000050"]

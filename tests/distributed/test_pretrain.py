@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 
 from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.config import Config
+from mhe_dist.errors import Preempted
 from mhe_dist.topology import Topology
-from pipelines import pretrain
+from pipelines import pretrain, stopping
 from tests import tiny
 
 
@@ -93,3 +96,39 @@ def test_a_resumed_run_is_the_same_run(
     assert resumed.keys() == whole.keys()
     different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
     assert different == []
+
+
+def run_preempted(place: Topology, config: dict) -> str:
+    """The last rank is told to stop while the first window of steps is trained."""
+
+    def report(event: dict) -> None:
+        if event["event"] == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping.listen()
+    if place.rank == place.world_size - 1 > 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        pretrain.main(Config.model_validate(config), report if place.world_size == 1 else print)
+    except Preempted as stop:
+        return str(stop)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
+    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
+) -> None:
+    """Whichever rank gets the signal, all stop after the same step, which no interval divides."""
+    config = undisturbed.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    values = config.model_dump()
+    values["scale"]["workers"] = world_size
+    said = run_distributed(run_preempted, world_size, values)
+    assert said == ["told to stop after step 1; everything is saved"] * world_size
+    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
+    assert found is not None and found.step == 1
+    assert run(run_distributed, config, 1) == [True]
+    assert tiny.per_step(config)[1] == tiny.per_step(undisturbed)[1]
+    if world_size == 1:
+        assert tiny.per_step(config) == tiny.per_step(undisturbed)
