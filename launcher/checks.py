@@ -19,7 +19,7 @@ TRAIN, HELDOUT = "train", "heldout"
 
 # Keys that do not change what is learnt: where and how fast a run computes, what it tells.
 FREE = (
-    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*"),
+    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
     *("data.remote.*", "head.bank.memory", "head.bank.path"),
 )

@@ -88,6 +88,7 @@ class Display:
             "checkpoint": self._checkpoint,
             "checkpoint_failed": self._checkpoint_failed,
             "preempted": self._preempted,
+            "diverged": self._diverged,
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
@@ -144,6 +145,12 @@ class Display:
 
     def _preempted(self, event: Event) -> None:
         self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
+
+    def _diverged(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  {escape(event['what'])};[/] "
+            f"step, samples, norms and batch are in {escape(event['bundle'])}"
+        )
 
     def _export(self, event: Event) -> None:
         self._say(

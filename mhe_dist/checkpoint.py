@@ -248,6 +248,28 @@ class CheckpointStore:
             self.rejected[_name(path)] = reason
         return None
 
+    def go_back(self, step: int) -> bool:
+        """Delete the checkpoints of more than `step` steps, if an older complete one stands.
+
+        All ranks must call. Where there is no checkpoint at all nothing needs to be deleted.
+
+        Returns:
+            Whether the newest checkpoint, if there is one, is now of `step` steps at most.
+        """
+
+        def forget() -> bool:
+            """Whether there was a way back."""
+            steps = self._steps()
+            good = [s for s in steps if s <= step and self._is_complete(self._path(s))]
+            newer = [s for s in steps if s > step]
+            if newer and not good:
+                return False
+            for late in newer:
+                Folder(self._path(late)).remove()
+            return True
+
+        return self._on_first(forget)
+
     def _reason_against(self, path: str) -> str | None:
         folder = Folder(path)
         files = self._agree(folder.manifest() if self._topology.is_first else None)

@@ -353,6 +353,20 @@ class CheckpointConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    """What counts as divergence, and what follows from it."""
+
+    on_divergence: Literal["stop", "rollback", "ignore"] = Field(
+        "stop",
+        description="When the loss or the gradient is not finite: end the run, or go back to the "
+        "checkpoint before and leave those batches out; a bundle in divergence/ says more.",
+    )
+    spike: float = Field(
+        0.0, ge=0, description="A loss this many times the running mean diverges, too; 0: never."
+    )
+    max_rollbacks: int = Field(3, ge=0, description="Rollbacks after which the run ends.")
+
+
 class TrackingConfig(Section):
     """Where the metrics go, beside metrics.jsonl in the run's folder."""
 
@@ -383,6 +397,7 @@ class Config(Section):
     scale: ScaleConfig = Field(ScaleConfig(), description="Workers.")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out evaluation.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
+    guard: GuardConfig = Field(GuardConfig(), description="Divergence.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     export: ExportConfig = Field(ExportConfig(), description="Exported backbone.")
 

@@ -99,6 +99,7 @@ class Loop:
     ask: Callable[[], Ask] = _nothing
     head_time: Stopwatch = field(init=False)
     _asked: Ask = field(init=False, default=Ask.NOTHING)
+    _doing: str = field(init=False, default="nothing")
 
     def __post_init__(self) -> None:
         self.head_time = Stopwatch(self.topology.device)
@@ -107,12 +108,15 @@ class Loop:
         """Train on `batches`, one step each; the labels of the next one are known by then."""
         for (batch, met), following in pairs((batch, self._meet(batch)) for batch in batches):
             labels, samples = met
+            self._now("the head's plan", batch.step)
             self._plan(batch, labels)
             if following:
                 self.head.expect(following[0].step, following[1][0])
             outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
             lr = self.rate(batch.step)
+            self._now("the reduction of the gradients", batch.step)
             self.engine.step(lr)
+            self._now("the update of the head's rows", batch.step)
             with self.head_time.running():
                 self.head.step(lr)
             metrics = _mean(outputs)
@@ -120,9 +124,18 @@ class Loop:
                 metrics["grad_norm"] = norm.detach()
             images = int((labels != NO_SAMPLE).sum())
             asked, self._asked = self._asked, Ask.NOTHING
+            self._now("what follows on the end", batch.step)
             yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, asked)
 
+    def doing(self) -> str:
+        """What this rank does now, for messages."""
+        return self._doing
+
+    def _now(self, doing: str, step: int) -> None:
+        self._doing = f"{doing} of step {step}"
+
     def _micro_batch(self, step: int, part: MicroBatch) -> dict[str, Tensor]:
+        self._now(f"micro-batch {part.index}", step)
         embeddings = self.engine.forward(part.images, step, part.index)
         with self.head_time.running():
             output = self.head(embeddings, part.labels)
@@ -134,6 +147,7 @@ class Loop:
 
         What the ranks ask travels with them.
         """
+        self._now("the exchange of labels", batch.step)
         rows = torch.full((len(batch.micro_batches), self.micro_batch + 2), NO_SAMPLE)
         rows[:, 0] = self.ask()
         for row, part in zip(rows, batch.micro_batches, strict=True):

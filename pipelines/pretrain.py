@@ -7,26 +7,32 @@ in one process.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mhe_dist import backbone, config_load, heads, initial, schedule, topology, tracking
+from mhe_dist.batch import StepBatch
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import CheckpointConfig, Config
 from mhe_dist.engine import Engine
 from mhe_dist.errors import Preempted, UserError
+from mhe_dist.guard import Guard
 from mhe_dist.heads import Head, HeadSpec
 from mhe_dist.retention import Keep
 from mhe_dist.seeds import seed_torch
+from mhe_dist.stuck import watched
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Ask, Loop, StepInfo
-from pipelines import finish, stopping
+from pipelines import divergence, finish, stopping
+from pipelines.divergence import RolledBack
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.recorder import Recorder, Report, ignore
+from pipelines.restarts import Restart
 from pipelines.saving import Saver
 from pipelines.shards import ShardIndex
 from pipelines.stream import Loader
@@ -46,20 +52,27 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
 
     Raises:
         Preempted: a rank was told to stop (`pipelines.stopping`); everything is saved.
+        Stuck: a rank did not come to a collective within `scale.timeout_s`.
+        Diverged: the run no longer learns (`pipelines.divergence`).
     """
     place = topology.connect(config.scale.timeout_s)
-    run = Run(config, place, report)
-    try:
-        run.train()
-        summary = finish.finish(run)
-    except Preempted:
-        run.tracker.close("killed")
-        raise
-    except BaseException:
-        run.tracker.close("failed")
-        raise
-    run.tracker.close("finished")
-    return summary
+    while True:
+        run = Run(config, place, report)
+        try:
+            with watched(place, lambda: run.loop.doing):
+                run.train()
+                summary = finish.finish(run)
+        except Preempted:
+            run.tracker.close("killed")
+            raise
+        except RolledBack:
+            run.tracker.close("failed")
+            continue
+        except BaseException:
+            run.tracker.close("failed")
+            raise
+        run.tracker.close("finished")
+        return summary
 
 
 @dataclass
@@ -92,9 +105,13 @@ class Run:
             self._ask,
         )
         self.versions = tracking.environment_tags()
+        self.restart = Restart()
         self.progress, run_id = self._restore()
+        if place.is_first:
+            self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+        self.guard = Guard(config.guard)
         self.saver = Saver(config.checkpoint, self.store, self.recorder)
 
     def train(self) -> None:
@@ -105,12 +122,14 @@ class Run:
             step=self.progress.step,
             steps=self.total_steps,
             resumed_from=self.progress.resumed_from,
+            lost_steps=self.restart.lost_steps,
             passed_over=self.store.rejected,
             classes=self.index.num_classes,
             samples=self.index.samples,
             precision=self.engine.precision,
         )
-        for info in self.loop.steps(self._loader()):
+        steps = self.loop.steps(self._batches())
+        for info in self.restart.noted(self.progress.step, steps, self.recorder):
             self.recorder.add(info)
             self.progress.step = info.step + 1
             self._after_step(info)
@@ -128,7 +147,7 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint what a resumed run needs; written while training goes on."""
-        self.recorder.flush()  # what a resumed run will not do again is on record
+        self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
             rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
             owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
@@ -141,7 +160,7 @@ class Run:
         last = done == self.total_steps
         evaluating = _due(done, config.evaluate.every_steps) and not last
         if done % config.train.log_every == 0 or last:
-            self.recorder.flush()
+            self._flush()
         if evaluating:
             self.evaluate()
         if self.saver.due(done, evaluating) or info.asked or last:
@@ -156,9 +175,16 @@ class Run:
         save = Ask.SAVE if self.place.is_first and self.saver.overdue() else Ask.NOTHING
         return save | Ask.STOP if stopping.told() else save
 
-    def _loader(self) -> Loader:
+    def _flush(self) -> None:
+        """Record the window of steps, and see whether they were sound."""
+        if (trouble := self.guard.look(self.recorder.flush())) is not None:
+            divergence.handle(self, trouble)
+
+    def _batches(self) -> Iterator[StepBatch]:
         mine = self.place.share(self.config.train.micro_batches)
-        return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
+        loader = Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
+        without = divergence.skipped(self.config.run.path) - {self.total_steps - 1}
+        return (batch for batch in loader if batch.step not in without)
 
     def _description(self) -> dict[str, Any]:
         return {

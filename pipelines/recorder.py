@@ -60,13 +60,16 @@ class Recorder:
         self._extras[info.step] = {"lr": info.lr, "sample_digest": float(digest)}
         self._images += info.images
 
-    def flush(self) -> None:
+    def flush(self) -> list[tuple[int, dict[str, float]]]:
         """Close the window: one reduction, one record per step, one event; all ranks must call.
 
         Nothing happens when no step was added.
+
+        Returns:
+            (step, record) of each step, the same losses and metrics on all ranks.
         """
         if not self._extras:
-            return
+            return []
         steps = len(self._extras)
         self._window.add({"head_time": self._head_time.take() / steps})
         self._window.add(memory(self._topology.device), kind="max")
@@ -85,6 +88,7 @@ class Recorder:
         self._add_phase("train", seconds)
         self.images += self._images
         self._extras, self._images, self._begin = {}, 0, time.perf_counter()
+        return records
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
