@@ -6,10 +6,10 @@ is missing. What they raise is no final failure: the group is started again.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -45,14 +45,22 @@ def watched(topology: Topology, doing: Callable[[], str]) -> Iterator[None]:
 
 def _missing(topology: Topology) -> str:
     """Which ranks have not failed in a collective too, in words."""
+    silent: list[int] = []
+    # A thread, as nothing ends a request to a store whose process is stopped.
+    asking = threading.Thread(target=_ask, args=(topology, silent), daemon=True)
+    asking.start()
+    asking.join(2 * _MEETING_S)
+    if asking.is_alive() or -1 in silent:
+        return "rank 0 does not answer"
+    return f"not heard from: rank {', '.join(map(str, silent))}" if silent else "no rank is missing"
+
+
+def _ask(topology: Topology, silent: list[int]) -> None:
+    """Fill in the ranks that are not heard from; -1 where the store, on rank 0, fails."""
     try:
         store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=_MEETING_S))
         store.set(f"mhe/stuck/{topology.rank}", "")
         time.sleep(_MEETING_S)
-        silent = [r for r in range(topology.world_size) if not store.check([f"mhe/stuck/{r}"])]
-    except RuntimeError:  # the store lives on rank 0
-        return "rank 0 does not answer"
-    if not silent:
-        return "no rank is missing"
-    return f"not heard from: rank {', '.join(map(str, silent))}"
+        silent += [r for r in range(topology.world_size) if not store.check([f"mhe/stuck/{r}"])]
+    except RuntimeError:
+        silent.append(-1)

@@ -59,7 +59,7 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
     while True:
         run = Run(config, place, report)
         try:
-            with watched(place, lambda: run.loop.doing):
+            with watched(place, run.loop.doing):
                 run.train()
                 summary = finish.finish(run)
         except Preempted:

@@ -1,4 +1,4 @@
-"""A rank that stops without dying: the others do not wait for ever, and say for whom they waited."""
+"""A rank that stops without dying: the others do not wait for ever, and say for whom."""
 
 from __future__ import annotations
 
