@@ -20,6 +20,7 @@ from launcher.verbs import (
     evaluate,
     results,
     settings,
+    sync,
     train,
 )
 from mhe_dist.errors import UserError
@@ -46,6 +47,7 @@ app.command("config")(settings.show)
 app.command("export")(results.export)
 app.command("embed")(results.embed)
 app.command("report")(results.report)
+app.command("sync")(sync.sync)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")

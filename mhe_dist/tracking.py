@@ -10,6 +10,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -188,18 +189,42 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
         return NullTracker()
     trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
     if config.tracking.mlflow:
-        from mhe_dist.tracking_mlflow import MlflowTracker
-
-        trackers.append(
-            MlflowTracker(
-                uri=mlflow_uri(config),
-                experiment=config.tracking.experiment,
-                run_name=config.run.name,
-                run_id=run_id,
-                artifacts="" if "://" in config.run.dir else f"{config.run.dir}/mlartifacts",
-            )
-        )
+        trackers.append(_mlflow(config, run_id))
     return Trackers(trackers)
+
+
+def _mlflow(config: Config, run_id: str | None) -> Tracker:
+    from mhe_dist.spool import Spool
+    from mhe_dist.tracking_mlflow import MlflowTracker
+
+    remote = "://" in config.run.dir
+    return MlflowTracker(
+        uri=mlflow_uri(config),
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        run_id=run_id,
+        artifacts="" if remote else f"{config.run.dir}/mlartifacts",
+        spool=None if remote else Spool(Path(config.run.path) / "mlflow"),
+    )
+
+
+def sync(config: Config) -> int:
+    """Send what of a run's metrics waits on disk for MLflow; the number of records.
+
+    Raises:
+        RunError: MLflow has not taken all of them.
+    """
+    from mhe_dist.spool import Spool
+
+    spool = Spool(Path(config.run.path) / "mlflow")
+    waiting = len(spool)
+    if waiting:
+        tracker = _mlflow(config, None)
+        tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
+        tracker.close()
+        if len(spool):
+            raise RunError(f"{len(spool)} of {waiting} records still wait: see the log")
+    return waiting
 
 
 def mlflow_uri(config: Config) -> str:

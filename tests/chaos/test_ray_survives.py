@@ -21,7 +21,7 @@ from tests.golden.record import train
 pytestmark = pytest.mark.chaos
 
 MHE = str(Path(sys.executable).parent / "mhe")
-STEPS = 250
+STEPS = 120
 
 
 @pytest.fixture(scope="module")
