@@ -119,6 +119,9 @@ class ModelConfig(Section):
     name: str = Field("resnet18", description="Name of a timm model.")
     kwargs: dict[str, Any] = Field({}, description="Further arguments of timm.create_model.")
     embedding_dim: PositiveInt = Field(512, description="D: width of the embedding.")
+    init_from: str = Field(
+        "", description="Run or step_* folder whose backbone a new run begins with; empty: none."
+    )
     neck: Literal["none", "batchnorm"] = Field(
         "batchnorm", description="What follows the embedding layer; folded into it on export."
     )
@@ -219,6 +222,9 @@ class HeadConfig(Section):
 
     kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
         "mhs", description="Which head; the block of the same name configures it."
+    )
+    init_from: str = Field(
+        "", description="Run or step_* folder whose rows a new run begins with; empty: none."
     )
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")

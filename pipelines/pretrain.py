@@ -27,17 +27,16 @@ from mhe_dist.stuck import watched
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Ask, Loop, StepInfo
-from pipelines import divergence, finish, stopping
+from pipelines import divergence, finish, inheritance, stopping
 from pipelines.divergence import RolledBack
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.inheritance import HEAD
 from pipelines.recorder import Recorder, Report, ignore
 from pipelines.restarts import Restart
 from pipelines.saving import Saver
 from pipelines.shards import ShardIndex
 from pipelines.stream import Loader
-
-HEAD = "head/"
 
 
 def main(config: Config, report: Report = ignore) -> dict[str, Any]:
@@ -192,6 +191,8 @@ class Run:
             "images": self.progress.images + self.recorder.images,
             "config": self.config.model_dump(mode="json"),
             "data_digest": self.index.digest,
+            "classes": self.index.num_classes,
+            "samples": self.index.samples,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
             "scores": self.recorder.scores(self.progress.step),
@@ -201,9 +202,12 @@ class Run:
     def _restore(self) -> tuple[Progress, str | None]:
         checkpoint = self.store.newest()
         if checkpoint is None:
+            inheritance.take_over(self.config, self.engine, self.head, self.place)
             return Progress(), None
         found = checkpoint.run
-        if found["data_digest"] != self.index.digest:
+        if found["data_digest"] == inheritance.NO_DATA:
+            inheritance.refuse_classes(found["classes"], self.index, self.config)
+        elif found["data_digest"] != self.index.digest:
             raise UserError(
                 f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
                 f"the run's checkpoint, {found['data_digest']}: train on the same shards, or give "
