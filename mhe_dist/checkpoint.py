@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import fsspec
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -88,6 +89,7 @@ class CheckpointStore:
         self._group = topology.side_group(_WRITE_TIMEOUT_S)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
+        self._copies: dict[str, Tensor] = {}
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -114,12 +116,10 @@ class CheckpointStore:
         before = self.wait()
         begin = time.perf_counter()
         mine = share_by_size(replicated, self._topology.world_size)[self._topology.rank]
-        copies = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in ({n: replicated[n] for n in mine} | owned).items()
-        }
+        given = {name: replicated[name] for name in mine} | owned
+        self._copies = {n: _copied(tensor, self._copies.get(n)) for n, tensor in given.items()}
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, run, begin), name=f"checkpoint-{step}"
+            target=self._write, args=(step, self._copies, run, begin), name=f"checkpoint-{step}"
         )
         self._thread.start()
         return before
@@ -304,6 +304,14 @@ class CheckpointStore:
             return []
         found = (_FOLDER.search(name.rstrip("/")) for name in fs.ls(path, detail=False))
         return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def _copied(tensor: Tensor, used: Tensor | None) -> Tensor:
+    """A copy on the host, in the memory of the copy before where it fits: fresh pages cost more
+    than what is written to them."""
+    if used is None or used.shape != tensor.shape or used.dtype != tensor.dtype:
+        used = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return used.copy_(tensor.detach())
 
 
 def _name(path: str) -> str:
