@@ -34,8 +34,8 @@ def trainer(config: Config, **arguments: Any) -> Any:
 
     class Trainer(TorchTrainer):
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            if self.scaling_config.elasticity_enabled:
-                parts["scaling_policy"] = Policy(self.scaling_config)
+            if config.scale.elastic:
+                parts["scaling_policy"] = Policy(arguments["scaling_config"])
             return super()._initialize_and_run_controller(**parts)
 
     return Trainer(**arguments)

@@ -129,15 +129,16 @@ def refuse_unlike(before: Head, after: Head, path: str) -> None:
             f"{path}: rows of head.kind mhs, full and partial_fc can be taken over; those of mhp "
             "and mhc mean digits of a class, not classes"
         )
+    if before.spec.num_classes > after.spec.num_classes:
+        old, new = before.spec.num_classes, after.spec.num_classes
+        raise UserError(f"{path} has {old} classes, this run {new}: it needs as many or more")
     pairs = {
-        "classes (no fewer)": (before.spec.num_classes, after.spec.num_classes),
         "model.embedding_dim": (before.width, after.width),
         "head.optim.kind": (before.spec.config.optim.kind, after.spec.config.optim.kind),
     }
-    for what, (old, new) in pairs.items():
-        fits = old <= new if "classes" in what else old == new
-        if not fits:
-            raise UserError(f"{path} has {what} {old}, this run {new}")
+    for what, values in pairs.items():
+        if values[0] != values[1]:
+            raise UserError(f"{path} has {what} {values[0]}, this run {values[1]}")
 
 
 def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
