@@ -88,6 +88,6 @@ def _disk(folder: Path, state: dict[str, Tensor]) -> float:
     begin = time.perf_counter()
     with (folder / "disk").open("wb", buffering=0) as file:
         for tensor in state.values():
-            file.write(memoryview(tensor.numpy()).cast("B"))
+            tensor.numpy().tofile(file)
         os.fsync(file.fileno())
     return time.perf_counter() - begin

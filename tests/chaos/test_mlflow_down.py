@@ -19,7 +19,7 @@ from mhe_dist.spool import Record, Spool
 from mhe_dist.tracking import open_tracker
 from tests.chaos.ranks import free_port
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 
 @contextmanager
