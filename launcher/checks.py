@@ -43,6 +43,8 @@ def data(config: Config) -> Iterable[Mistake]:
                 return  # where the held-out set would be made follows from data.shards
     if (source := config.model.init_from) and not runs.exists(source):
         yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
+    if (source := config.head.init_from) and not runs.exists(source):
+        yield "head.init_from", "does not exist; give a run or one of its step_* folders"
     for place in config.evaluate.verification:
         if not runs.exists(place):
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"

@@ -119,9 +119,6 @@ class ModelConfig(Section):
     name: str = Field("resnet18", description="Name of a timm model.")
     kwargs: dict[str, Any] = Field({}, description="Further arguments of timm.create_model.")
     embedding_dim: PositiveInt = Field(512, description="D: width of the embedding.")
-    init_from: str = Field(
-        "", description="Run or step_* folder whose backbone a new run begins with; empty: none."
-    )
     neck: Literal["none", "batchnorm"] = Field(
         "batchnorm", description="What follows the embedding layer; folded into it on export."
     )
@@ -467,7 +464,8 @@ def misfits(config: Config) -> list[str]:
     if config.checkpoint.keep_best and not evaluated:
         wrong.append(
             f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
-            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint has a score"
+            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
+            "has a score"
         )
     if config.optim.final_lr > config.optim.lr:
         wrong.append(

@@ -1,4 +1,4 @@
-"""What a run takes over from another: its backbone, its class centres, or all of it, grown.
+"""What a run takes over from another: its class centres, or all of it, grown.
 
 Class centres are found again by their class, whatever the number of classes, of groups or of
 workers was, and whichever seed placed them (mhe_dist/heads/repartition.py).
@@ -16,7 +16,6 @@ from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.checkpoint_files import Folder
 from mhe_dist.checkpoint_read import Checkpoint
 from mhe_dist.config import Config
-from mhe_dist.engine import Engine
 from mhe_dist.errors import UserError
 from mhe_dist.heads import Head, HeadSpec
 from mhe_dist.heads.repartition import move
@@ -47,17 +46,14 @@ def source(url: str) -> Checkpoint:
     return Checkpoint(url, int(name.removeprefix("step_")))
 
 
-def take_over(config: Config, engine: Engine, head: Head, place: Topology) -> None:
-    """Begin a new run with what `model.init_from` and `head.init_from` name; all ranks must call.
+def take_over(config: Config, head: Head, place: Topology) -> None:
+    """Begin a new run with the rows that `head.init_from` names; all ranks must call.
 
-    The optimizer of the backbone begins anew; rows keep their state.
+    Rows keep their state. (The backbone: `mhe_dist.initial`.)
 
     Raises:
-        UserError: it does not fit, or is not there.
+        UserError: they do not fit, or are not there.
     """
-    if config.model.init_from:
-        trained = source(config.model.init_from).load(lambda name: name.startswith("model."))
-        engine.load_state(engine.state() | trained)
     if config.head.init_from:
         take_rows(head, source(config.head.init_from), place)
 

@@ -202,7 +202,7 @@ class Run:
     def _restore(self) -> tuple[Progress, str | None]:
         checkpoint = self.store.newest()
         if checkpoint is None:
-            inheritance.take_over(self.config, self.engine, self.head, self.place)
+            inheritance.take_over(self.config, self.head, self.place)
             return Progress(), None
         found = checkpoint.run
         if found["data_digest"] == inheritance.NO_DATA:
