@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from launcher import runs
@@ -22,6 +24,8 @@ FREE = (
     *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
     *("data.remote.*", "head.bank.memory", "head.bank.path"),
+    # Files that may move; what is in them the digest of the data holds.
+    *("data.classes", "data.mix"),
 )
 
 
@@ -50,6 +54,31 @@ def data(config: Config) -> Iterable[Mistake]:
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
 
 
+def backbone(config: Config) -> Iterable[Mistake]:
+    """What is wrong with the name of the backbone (a check of `mhe_dist.config_load.load`).
+
+    timm itself takes seconds to import, so it is asked only about a name that its source does not
+    define in the usual way.
+    """
+    if _defined_by_timm(config.model.name):
+        return
+    from mhe_dist import backbone as backbones
+
+    try:
+        backbones.check_name(config.model.name)
+    except UserError as error:
+        yield "model.name", str(error).partition(": ")[2]
+
+
+def _defined_by_timm(name: str) -> bool:
+    """Whether a file of timm's models registers that name."""
+    found = find_spec("timm")
+    folders = (found.submodule_search_locations or []) if found else []
+    definition = f"@register_model\ndef {name}("
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return any(definition in file.read_text(encoding="utf-8") for file in files)
+
+
 def _trouble(place: str) -> str:
     try:
         return "" if shards.exists(place) else f"there is no {shards.INDEX} in it"
@@ -62,6 +91,25 @@ def _cure(key: str, glyphs: bool) -> str:
         return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
     name = TRAIN if key == "data.shards" else HELDOUT
     return f"give a folder of indexed shards, or one named {name!r} for data.glyphs to make"
+
+
+def choice(config: Config) -> None:
+    """Refuse a choice of sets, classes and images that cannot be trained on.
+
+    Reads the indexes, if anything is chosen.
+
+    Raises:
+        UserError: names the file and the cure.
+    """
+    from pipelines import view  # brings torch
+
+    if view.chooses(config.data):
+        chosen = view.open_data(config.data, config.run.seed)
+        if view.epoch_samples(chosen) < config.data.streams:
+            raise UserError(
+                f"data.streams={config.data.streams}: an epoch has {view.epoch_samples(chosen)} "
+                "samples only; choose more of them, or give at most that many streams"
+            )
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -1,7 +1,7 @@
 """The `mhe` command: one function per verb, each in `launcher/verbs/`, and what errors look like.
 
-Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 75 told to stop (SIGTERM) and
-saved, 130 interrupted by Ctrl-C.
+Exit codes: 0 done, 1 a failure, 2 a mistake that the user can cure, 75 a run that was asked to stop
+and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from launcher.verbs import (
     data,
     doctor,
     evaluate,
+    jobs,
+    k8s,
+    preflight,
     results,
     settings,
     sync,
@@ -43,6 +46,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("submit")(jobs.submit)
+app.command("preflight")(preflight.preflight_)
+app.command("jobs")(jobs.jobs_)
+app.command("status")(jobs.status)
+app.command("logs")(jobs.logs)
+app.command("stop")(jobs.stop)
 app.command("config")(settings.show)
 app.command("export")(results.export)
 app.command("embed")(results.embed)
@@ -53,6 +62,7 @@ app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
+app.add_typer(k8s.app, name="k8s")
 
 
 @app.callback()

@@ -7,6 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 Event = dict[str, Any]
+NAMESPACE = "mhe"
+STOP_NOW = "stop_now"
+"""The event by which the driver hears that it must not wait for a checkpoint."""
+
+
+def name_of(path: str) -> str:
+    """The mailbox's name in a cluster: one run, wherever it was started, has one mailbox."""
+    return f"mailbox:{path}"
 
 
 class Mailbox:
@@ -16,8 +24,10 @@ class Mailbox:
         self._events: list[Event] = []
         self._stopping = False
 
-    def stop(self) -> None:
-        """Ask the workers to save the run and leave."""
+    def stop(self, now: bool = False) -> None:
+        """Ask the workers to save the run and leave; with `now`, the driver to end without that."""
+        if now:
+            self._events.append({"event": STOP_NOW})
         self._stopping = True
 
     def stopping(self) -> bool:

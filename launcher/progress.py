@@ -71,7 +71,7 @@ class Display:
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
         if not self._console.is_terminal:
-            yield self._announce(what)
+            yield announcement(self._say, what)
             return
         columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
         with _progress(self._console, *columns) as bar:
@@ -84,6 +84,7 @@ class Display:
         draw = {
             "start": self._start,
             "metrics": self._metrics,
+            "bad_samples": self._bad_samples,
             "evaluation": self._evaluation,
             "checkpoint": self._checkpoint,
             "checkpoint_failed": self._checkpoint_failed,
@@ -92,6 +93,8 @@ class Display:
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
+            "waiting": lambda told: self.waiting(told["what"]),
+            "stopping": lambda told: self.waiting("saving, then stopping"),
         }
         draw[event["event"]](event)
 
@@ -134,6 +137,10 @@ class Display:
         figures = ", ".join(f"{name} {value}" for name, value in accuracies(event))
         self._say(f"step {event['step']:,}  held-out: {figures}")
 
+    def _bad_samples(self, event: Event) -> None:
+        count = f"{event['count']:,} bad samples so far, replaced by others"
+        self._say(f"[yellow]step {event['step']:,}  {count}[/]")
+
     def _checkpoint(self, event: Event) -> None:
         self._say(f"[dim]step {event['step']:,}  checkpoint {escape(str(event['path']))}[/]")
 
@@ -142,9 +149,6 @@ class Display:
             f"[bold red]step {event['step']:,}  no checkpoint:[/] {escape(event['message'])}; "
             "training goes on, the last good one stands"
         )
-
-    def _preempted(self, event: Event) -> None:
-        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
 
     def _diverged(self, event: Event) -> None:
         self._say(
@@ -162,6 +166,9 @@ class Display:
         first_line = event["message"].strip().splitlines()[0]
         self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(first_line[:200])}")
 
+    def _preempted(self, event: Event) -> None:
+        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
+
     def _end(self, event: Event) -> None:
         self.summary = event["summary"]
         if self._bar:
@@ -175,17 +182,18 @@ class Display:
             self._spinner.stop()
             self._spinner = None
 
-    def _announce(self, what: str) -> Callable[[int, int], None]:
-        """A progress callback that says once what is going on."""
-        told = False
 
-        def _tell(done: int, total: int) -> None:
-            nonlocal told
-            if not told:
-                self._say(what)
-            told = True
+def announcement(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """A progress callback that says once what is going on."""
+    told = False
 
-        return _tell
+    def _tell(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            say(what)
+        told = True
+
+    return _tell
 
 
 def _bar(terminal: Console) -> Progress:

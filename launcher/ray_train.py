@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher import elastic, runs, worker
-from launcher.interrupts import deferred, undisturbed
-from launcher.mailbox import Event, Mailbox
+from launcher.interrupts import Interrupted, deferred, undisturbed
+from launcher.mailbox import NAMESPACE, STOP_NOW, Event, Mailbox, name_of
 from mhe_dist.config import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines import stopping
 
 POLL_S = 0.25
+GRACE_S = 120.0  # that a run has for its checkpoint once it is asked to stop
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
 
 DRIVER_ENVIRONMENT = {
@@ -49,31 +51,88 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
     Raises:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
-        Preempted: SIGTERM came, and the run saved itself within `scale.grace_s`.
+        Preempted: SIGTERM came, and the run saved itself within `GRACE_S`.
     """
+    with local_cluster(config):
+        _train(config, handle)
+
+
+def train_on(address: str, config: Config, handle: Callable[[Event], None]) -> None:
+    """Run a config on an existing Ray cluster, and return when it has ended; see `train`.
+
+    Args:
+        address: of the cluster; "auto" for the one that this process belongs to.
+        config: what to run.
+        handle: called with each event, in order.
+    """
+    with attached(address):
+        _train(config, handle)
+
+
+def _train(config: Config, handle: Callable[[Event], None]) -> None:
     told = threading.Event()
+    fit: _Fit | None = None
 
-    def stop() -> None:
+    def _stop() -> None:
         told.set()
-        mailbox.stop.remote()
+        handle({"event": "stopping"})
+        if fit:
+            fit.stop()
 
-    with local_cluster(config), deferred(stop, config.scale.grace_s) as check:
+    with deferred(_stop, GRACE_S) as check:
+        fit = _Fit(config)
+
+        def _ended() -> bool:
+            check()
+            return fit.ended()
+
+        fit.watch(_ended, handle, told.is_set)
+
+
+class _Fit:
+    """Ray Train at work, seen from the driver."""
+
+    def __init__(self, config: Config) -> None:
         import ray
 
-        actor: Any = ray.remote(num_cpus=0)(Mailbox)
-        task: Any = ray.remote(num_cpus=0, max_retries=0)(_fit)
-        mailbox = actor.remote()
+        # Both stay on the driver's node: a lost node of workers must not take them along.
+        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+        name = name_of(runs.absolute(config.run.path))
+        actor: Any = ray.remote(num_cpus=0, label_selector=here)(Mailbox)
+        task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_fit)
+        try:
+            self._mailbox = actor.options(name=name).remote()
+        except ValueError as taken:  # Ray's answer to a name that is in use
+            raise UserError(
+                f"{config.run.path} is being trained by another job of this cluster: "
+                "mhe jobs lists it, mhe stop ends it"
+            ) from taken
         # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
         # the whole process, from native code, before anything can be tidied up.
-        fit = task.remote(_settings(config, mailbox))
+        self._task = task.remote(_settings(config, self._mailbox))
 
-        def ended() -> bool:
-            check()
-            return bool(ray.wait([fit], timeout=POLL_S)[0])
+    def ended(self) -> bool:
+        """Whether Ray Train has come to its end; waits a moment for that."""
+        import ray
 
-        follow(ended, lambda: ray.get(mailbox.take.remote()), handle, told.is_set)
+        return bool(ray.wait([self._task], timeout=POLL_S)[0])
+
+    def stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._mailbox.stop.remote()
+
+    def watch(
+        self,
+        ended: Callable[[], bool],
+        handle: Callable[[Event], None],
+        told_to_stop: Callable[[], bool],
+    ) -> None:
+        """Hand on events until `ended`; raise what ended the run if that is not its last step."""
+        import ray
+
+        follow(ended, lambda: ray.get(self._mailbox.take.remote()), handle, told_to_stop)
         try:
-            ray.get(fit)
+            ray.get(self._task)
         except ray.exceptions.RayError as failure:
             raise RunError(_reason(failure)) from failure
 
@@ -87,16 +146,45 @@ def follow(
     """Hand on events until the run has ended, and raise a worker's final failure at once.
 
     A worker that was preempted is a lost worker, unless the whole run was told to stop.
+
+    Raises:
+        Preempted: the run was told to stop, and has saved.
+        Interrupted: somebody asked the driver not to wait for that.
     """
     done = False
     while not done:
         done = ended()
         for event in take():
+            if event["event"] == STOP_NOW:
+                raise Interrupted(signal.SIGTERM)
             handle(event)
             if event["event"] == "failed" and event["final"]:
                 raise _error(event)
             if event["event"] == "preempted" and told_to_stop():
                 raise Preempted(event["message"])
+
+
+@contextmanager
+def attached(address: str) -> Iterator[None]:
+    """This process as a driver of an existing Ray cluster for the length of a `with` block.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    os.environ.update(DRIVER_ENVIRONMENT)
+    import ray
+
+    try:
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        with undisturbed():
+            ray.shutdown()
 
 
 @contextmanager
@@ -168,7 +256,9 @@ def _fit(settings: dict[str, Any]) -> None:
             num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,
             elastic_resize_monitor_interval_s=elastic.LOOK_AROUND_S,
             use_gpu=scale.gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu)},
+            resources_per_worker=worker.resources(config),
+            placement_strategy=scale.placement.upper(),
+            accelerator_type=scale.accelerator_type or None,
         ),
         run_config=RunConfig(
             name="ray",

@@ -37,6 +37,7 @@ def figures(summary: dict[str, Any]) -> Iterator[Row]:
         yield "loss", f"{training['loss']:.3f}"
     if heldout:
         yield from accuracies(heldout)
+    yield "bad samples", f"{summary.get('bad_samples', 0):,}"
     yield "speed", f"{summary['images_per_s']:,.0f} images/s"
     phases = summary["phases"].items()
     yield "time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
@@ -53,6 +54,8 @@ def places(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
         yield f"backbone ({name})", export["path"]
     yield "pictures", f"{path}/plots"
     yield "metrics, one line per step", f"{path}/metrics.jsonl"
+    if summary.get("bad_samples"):
+        yield "bad samples by name", f"{path}/bad_samples.jsonl"
     yield "checkpoints", summary["checkpoints"]
     yield "settings", f"{path}/config.yaml"
     yield "logs", f"{path}/logs"

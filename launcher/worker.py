@@ -21,6 +21,11 @@ NO_TELEMETRY = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
 }
+NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+}
 
 
 def environment(config: Config) -> dict[str, str]:
@@ -31,7 +36,14 @@ def environment(config: Config) -> dict[str, str]:
     """
     threads = str(config.scale.cpus_per_worker)
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return variables | (NCCL if config.scale.gpu else {})
+
+
+def resources(config: Config) -> dict[str, float]:
+    """What Ray must reserve for one worker."""
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
 
 
 def train(settings: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ class MicroBatch:
 
     Attributes:
         index: canonical number of the micro-batch in the step, in `[0, n)`.
-        images: uint8 `[B, 3, H, W]`, on the host.
+        images: uint8 `[B, 3, H, W]`, on the host; best channels last in memory.
         labels: int64 `[B]`, on the host.
         keys: the samples' keys, for messages and for the record of a run.
     """

@@ -87,10 +87,27 @@ class RemoteConfig(Section):
     cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
 
 
+class MixConfig(Section):
+    """A further data set; its classes are others than those of the sets before it."""
+
+    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Passes over it in an epoch; 0.5: a random half."
+    )
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+
+
 class DataConfig(Section):
     """Where the images are, in which order they come and how they are prepared."""
 
     shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+    images_per_class: int = Field(
+        0, ge=0, description="Most images of a class in an epoch, drawn anew each time; 0: all."
+    )
+    mix: list[MixConfig] = Field(
+        [], description="Further data sets, each with shards, weight and classes."
+    )
     glyphs: GlyphsConfig | None = Field(
         None, description="If set, make the glyph data set there when it is missing."
     )
@@ -297,12 +314,18 @@ class ScaleConfig(Section):
     )
     gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
     cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="Further Ray resources of a worker, by name: memory (bytes), your own."
+    )
+    accelerator_type: str = Field(
+        "", description="Kind of accelerator as Ray names it, such as H100; empty: any."
+    )
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="pack: few nodes, so that samples travel a short way; spread: many."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
     max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
     timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
-    grace_s: PositiveFloat = Field(
-        25.0, description="Seconds that a run which gets SIGTERM may take to save itself."
-    )
 
     @model_validator(mode="before")
     @classmethod

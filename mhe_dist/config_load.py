@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from mhe_dist import config_words
 from mhe_dist.config import Config, misfits
 from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
 
 COMMAND_LINE = "command line"
 Check = Callable[[Config], Iterable[tuple[str, str]]]
@@ -121,14 +122,14 @@ def to_yaml(config: Config) -> str:
 def save(config: Config, url: str) -> None:
     """Write the resolved configuration as YAML that `load` reads back, to a path or fsspec URL.
 
-    The file appears as a whole or not at all.
+    The file appears as a whole or not at all. Secrets are masked: it is kept, copied and shown.
     """
     from fsspec.core import url_to_fs
 
     files, name = url_to_fs(url)
     files.makedirs(files._parent(name), exist_ok=True)
     with files.transaction, files.open(name, "wb") as file:
-        file.write(to_yaml(config).encode())
+        file.write(to_yaml(Config.model_validate(masked(to_dict(config)))).encode())
 
 
 def describe(config: Config) -> list[Entry]:

@@ -17,6 +17,11 @@ def total_steps(config: Config, samples: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
+def epochs_ended(config: Config, samples: int, steps: int) -> int:
+    """Epochs of `samples` images that the first `steps` steps have completed."""
+    return steps * config.train.global_batch // samples
+
+
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
     """Learning rate of a step, counted from 0.
 

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["finished", "failed", "killed"]
 Metrics = Mapping[str, float]
+COMMIT_VARIABLE = "MHE_GIT_COMMIT"
+"""Says the commit of code that was sent to a cluster without its repository."""
 _VERSIONED = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "mhe")
 
 
@@ -63,6 +65,15 @@ class Tracker(Protocol):
         """Keep a copy of a file or of a folder, under `folder`; it must not change afterwards."""
         ...
 
+    def model(self, path: str, name: str) -> None:
+        """Keep a copy of an MLflow model's folder and register it; it must not change afterwards.
+
+        Args:
+            path: the folder (`mhe_dist.mlflow_model.write`).
+            name: of the registered model, which gets a new version.
+        """
+        ...
+
     def close(self, status: Status = "finished") -> None:
         """Say how the run ended and see the record safely stored."""
         ...
@@ -80,6 +91,9 @@ class NullTracker:
         """Keep nothing."""
 
     def artifact(self, path: str, folder: str = "") -> None:
+        """Keep nothing."""
+
+    def model(self, path: str, name: str) -> None:
         """Keep nothing."""
 
     def close(self, status: Status = "finished") -> None:
@@ -147,6 +161,9 @@ class JsonlTracker:
     def artifact(self, path: str, folder: str = "") -> None:
         """Nothing: the run's folder holds its files already."""
 
+    def model(self, path: str, name: str) -> None:
+        """Nothing: the run's folder holds it already."""
+
     def close(self, status: Status = "finished") -> None:
         """Close the file."""
         if self._file is not None:
@@ -184,6 +201,11 @@ class Trackers:
         """Hand the file or folder to each."""
         for tracker in self._trackers:
             tracker.artifact(path, folder)
+
+    def model(self, path: str, name: str) -> None:
+        """Hand the model to each."""
+        for tracker in self._trackers:
+            tracker.model(path, name)
 
     def close(self, status: Status = "finished") -> None:
         """Close each, in order; the first failure is raised when all have been asked."""
@@ -265,7 +287,7 @@ def mlflow_uri(config: Config) -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """Versions of the libraries, and the git commit of this code where it runs from a checkout."""
+    """Versions of the libraries, and the git commit of this code where that is known."""
     return dict(_environment())
 
 
@@ -281,6 +303,8 @@ def _environment() -> dict[str, str]:
     if commit:
         changed = _git("status", "--porcelain", "--untracked-files=no")
         tags["git_commit"] = f"{commit}-dirty" if changed else commit
+    elif sent := os.environ.get(COMMIT_VARIABLE):
+        tags["git_commit"] = sent
     return tags
 
 

@@ -14,13 +14,14 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
+from mhe_dist.mlflow_system import watch_system
 from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.spool import Record, Spool
 from mhe_dist.tracking import Metrics, Status
@@ -28,7 +29,7 @@ from mhe_dist.tracking import Metrics, Status
 logger = logging.getLogger(__name__)
 
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-_QUIET = {
+QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -41,9 +42,9 @@ _GATHER_S = 1.0  # records that arrive within this time travel together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
-_MESSAGE_LENGTH = 300
+MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
-_METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
+METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH = 6000, 5000, 250
 
 
@@ -53,6 +54,14 @@ class _Artifact:
 
     path: str
     folder: str
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model's folder to copy and to register."""
+
+    path: str
+    name: str
 
 
 @dataclass(frozen=True)
@@ -91,14 +100,14 @@ class MlflowTracker:
                 f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
                 "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"
             )
-        for name, value in _QUIET.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         self._spool = spool
         run_id = (spool.run_id if spool else None) or run_id
         self._store = _Store(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
-        self._queue: queue.Queue[Record | _Artifact | _End] = queue.Queue(_QUEUE_LIMIT)
+        self._queue: queue.Queue[Record | _Artifact | _Model | _End] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
@@ -124,6 +133,7 @@ class MlflowTracker:
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
         for record in self._spool.take_up(step) if self._spool else []:
             self._put(record)
+        self._store.step = step
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -141,6 +151,10 @@ class MlflowTracker:
         """Queue the file or folder; it must not change afterwards."""
         self._put(_Artifact(path, folder))
 
+    def model(self, path: str, name: str) -> None:
+        """Queue the folder of a model and its registration."""
+        self._put(_Model(path, name))
+
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
         if not self._thread.is_alive():
@@ -157,7 +171,7 @@ class MlflowTracker:
                 ", and `mhe sync` sends them later" if self._spool else "",
             )
 
-    def _put(self, entry: Record | _Artifact | _End) -> None:
+    def _put(self, entry: Record | _Artifact | _Model | _End) -> None:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
@@ -188,7 +202,7 @@ class MlflowTracker:
             if self._queue.empty():
                 self._spool.clear()
 
-    def _gather(self) -> list[Record | _Artifact | _End]:
+    def _gather(self) -> list[Record | _Artifact | _Model | _End]:
         """The next entry and those that follow it closely."""
         entries = [self._queue.get()]
         self._closing.wait(_GATHER_S)
@@ -209,10 +223,10 @@ class MlflowTracker:
                 return True
             except Exception as error:  # a thread's last defence: nothing here may end the run
                 if is_permanent(error):
-                    logger.warning("MLflow refuses: %s", scrub(str(error))[:_MESSAGE_LENGTH])
+                    logger.warning("MLflow refuses: %s", scrub(str(error))[:MESSAGE_LENGTH])
                     return False
                 if not self._down:
-                    message = scrub(str(error))[:_MESSAGE_LENGTH]
+                    message = scrub(str(error))[:MESSAGE_LENGTH]
                     logger.warning("MLflow fails, will go on trying: %s", message)
             self._down = True
             self._attempted.set()
@@ -243,6 +257,9 @@ class _Store:
         self._params: dict[str, str] = {}
         self._tags: dict[str, str] = {}
         self._client: Any = None
+        self.step = 0  # first one that this process records
+        self._restart: str | None = None  # id of the child run of a process that goes on
+        self._system: Any = None
 
     def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
         """Remember what `open` will log; the commit also where MLflow's pages look for it."""
@@ -262,11 +279,13 @@ class _Store:
             self.run_id, known = run.info.run_id, {}
         else:
             self._client.update_run(self.run_id, status="RUNNING")
+            self._restart = self._child()
         changed = {
             k: v for k, v in self._params.items() if k in known and known[k] != v[:_PARAM_LENGTH]
         }
         self._log_params({k: v for k, v in self._params.items() if k not in known})
         self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
+        self._system = watch_system(self.uri, self.run_id)
 
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
@@ -280,6 +299,8 @@ class _Store:
             records = []
             if isinstance(entry, _Artifact):
                 calls.append((partial(self._log_artifact, entry), 1))
+            elif isinstance(entry, _Model):
+                calls.append((partial(self._log_model, entry), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
@@ -292,8 +313,8 @@ class _Store:
             for record in records
             for name, value in record.metrics.items()
         ]
-        starts = range(0, len(metrics), _METRICS_PER_CALL)
-        pieces = [metrics[start : start + _METRICS_PER_CALL] for start in starts]
+        starts = range(0, len(metrics), METRICS_PER_CALL)
+        pieces = [metrics[start : start + METRICS_PER_CALL] for start in starts]
         return [(partial(self._log_metrics, piece), len(piece)) for piece in pieces]
 
     def _log_metrics(self, metrics: list[Any]) -> None:
@@ -351,44 +372,33 @@ class _Store:
         # A folder goes there under its own name.
         self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
 
+    def _log_model(self, model: _Model) -> None:
+        """Copy the folder to `model` of the run, and make it the next version of its name."""
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(self.run_id, model.path, "model")
+        try:
+            self._client.create_registered_model(model.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+        self._client.create_model_version(model.name, place, self.run_id)
+
+    def _child(self) -> str:
+        """A run below this one, for what this process does of it."""
+        run = self._client.create_run(
+            self._client.get_run(self.run_id).info.experiment_id,
+            run_name=f"{self._run_name} from step {self.step}",
+            tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
+        )
+        return str(run.info.run_id)
+
     def _end(self, status: Status) -> None:
-        self._client.set_terminated(self.run_id, status.upper())
-
-
-def append(
-    uri: str, run_id: str, step: int, metrics: Metrics, files: Sequence[str], folder: str
-) -> None:
-    """Add to a run that exists, whatever its status, and leave that as it is.
-
-    Args:
-        uri: of the server or database.
-        run_id: of the run.
-        step: that the values belong to.
-        metrics: name -> value.
-        files: local files to copy into `folder` of the artifacts.
-        folder: see `files`.
-
-    Raises:
-        RunError: MLflow cannot be reached, or refuses.
-    """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    import sqlalchemy.exc
-    from mlflow.entities import Metric
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    now = int(time.time() * 1000)
-    entries = [Metric(metric_name(n), float(v), now, step) for n, v in metrics.items()]
-    try:
-        client = MlflowClient(uri)
-        for i in range(0, len(entries), _METRICS_PER_CALL):
-            client.log_batch(run_id, metrics=entries[i : i + _METRICS_PER_CALL])
-        for file in files:
-            client.log_artifact(run_id, file, folder)
-    except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        message = scrub(str(error))[:_MESSAGE_LENGTH]
-        raise RunError(f"MLflow at {scrub(uri)} did not take the results: {message}") from error
+        if self._system:
+            self._system.finish()
+        for run_id in filter(None, (self._restart, self.run_id)):
+            self._client.set_terminated(run_id, status.upper())
 
 
 def metric_name(name: str) -> str:

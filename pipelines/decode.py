@@ -18,12 +18,17 @@ class Undecodable(Exception):
     """The bytes are no image, or a damaged one; the message says what the decoder said."""
 
 
-def decode(data: bytes, side: int) -> Pixels:
+def decode(data: bytes, side: int, into: Pixels | None = None) -> Pixels:
     """Decode an image to uint8 `[side, side, 3]`, RGB; a grey one to `[side, side]`.
 
     JPEG goes through simplejpeg, everything that needs more care through Pillow: other formats,
     grey of 16 bits, palettes, and a stored orientation, which is applied. An image of another size
     is scaled so that its shorter side fits, and cut to the middle square.
+
+    Args:
+        data: the encoded image.
+        side: of the result, in pixels.
+        into: uint8 `[side, side, 3]`, contiguous; the result may be written there, or not.
 
     Raises:
         Undecodable: the image cannot be read completely.
@@ -32,7 +37,7 @@ def decode(data: bytes, side: int) -> Pixels:
         # The orientation, if any, is in an Exif block at the beginning.
         if data.startswith(_JPEG) and b"Exif\0\0" not in data[:256]:
             try:
-                pixels = _by_simplejpeg(data, side)
+                pixels = _by_simplejpeg(data, side, into)
             except ValueError:
                 pixels = _by_pillow(data)  # a colour space like CMYK; damage raises once more
         else:
@@ -42,12 +47,13 @@ def decode(data: bytes, side: int) -> Pixels:
     return pixels if pixels.shape[:2] == (side, side) else _fit(pixels, side)
 
 
-def _by_simplejpeg(data: bytes, side: int) -> Pixels:
+def _by_simplejpeg(data: bytes, side: int, into: Pixels | None) -> Pixels:
     """Decode at the smallest of the format's own scales that is not smaller than `side`."""
-    is_grey = simplejpeg.decode_jpeg_header(data)[2] == "Gray"
-    space = "GRAY" if is_grey else "RGB"
-    pixels = simplejpeg.decode_jpeg(data, space, min_height=side, min_width=side)
-    return pixels[:, :, 0] if is_grey else pixels
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space == "Gray":
+        return simplejpeg.decode_jpeg(data, "GRAY", min_height=side, min_width=side)[:, :, 0]
+    buffer = into if height == width == side else None
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=side, min_width=side, buffer=buffer)
 
 
 def _by_pillow(data: bytes) -> Pixels:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fsspec
+import torch
 from torch import Tensor
 
-from mhe_dist import backbone, export
+from mhe_dist import backbone, export, mlflow_model
+from mhe_dist.errors import RunError
+from mhe_dist.redact import scrub
 from mhe_dist.tracking import mlflow_uri
-from pipelines import report
+from pipelines import bad_samples, report
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.shards import ShardIndex
 from pipelines.stream import read_in_order
 
 if TYPE_CHECKING:
@@ -43,17 +48,31 @@ def finish(run: Run) -> dict[str, Any]:
 
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
-    model = backbone.rebuild(config.model, config.data.image_size, tensors)
-    images, *_ = read_in_order(
-        run.index, 0, min(PARITY_IMAGES, run.index.samples), config.data.image_size
-    )
+    rebuilt = backbone.rebuild(config.model, config.data.image_size, tensors)
+    images = _some_images(run.index, config.data.image_size)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = export.write(name, model, config, folder, images)
+        path, difference = export.write(name, rebuilt, config, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.event("export", format=name, path=path, max_difference=difference)
+    if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
+        model = mlflow_model.write(
+            exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
+        )
+        run.tracker.model(model, config.run.name)
     return exports
+
+
+def _some_images(index: ShardIndex, side: int) -> Tensor:
+    """uint8 `[n, 3, side, side]`: the first good ones; a bad one must not end a trained run."""
+    images: list[Tensor] = []
+    for number in range(index.samples):
+        with suppress(RunError):
+            images.append(read_in_order(index, number, number + 1, side)[0])
+        if len(images) == PARITY_IMAGES:
+            break
+    return torch.cat(images)
 
 
 def _draw(run: Run, evaluation: Evaluation) -> None:
@@ -61,9 +80,12 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     folder = Path(run.config.run.path)
     if evaluation.details:
         evaluation.save(folder / "evaluation.npz")
+        run.tracker.artifact(str(folder / "evaluation.npz"))
     report.draw(str(folder), run.config)
     run.tracker.artifact(str(folder / "plots"))
     run.tracker.artifact(str(folder / "config.yaml"))
+    if run.bad_samples.total.count:
+        run.tracker.artifact(str(folder / bad_samples.FILE))
 
 
 def _summary(
@@ -76,9 +98,10 @@ def _summary(
         "run": config.run.path,
         "steps": run.total_steps,
         "classes": run.index.num_classes,
-        "samples": run.index.samples,
+        "samples": run.samples,
         "world_size": run.place.world_size,
         "precision": run.engine.precision,
+        "bad_samples": run.bad_samples.total.count,
         "resumed_from": progress.resumed_from,
         "images_per_s": recorder.images / seconds if seconds else 0.0,
         "phases": {name: round(value, 2) for name, value in recorder.phases.items()},
@@ -87,7 +110,7 @@ def _summary(
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
         "failed_checkpoints": run.saver.failures,
-        "mlflow": {"uri": mlflow_uri(config), "run_id": run.tracker.run_id}
+        "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,
     }

@@ -11,12 +11,15 @@ samples of a stream are permuted inside *windows* of consecutive ones. A step ta
 
 So no batch is short, a sample comes exactly once in an epoch of its stream, and the step alone says
 what is next. Streams whose lengths differ by one drift apart by one sample per epoch.
+
+Where a `Choice` says which samples of each shard are in an epoch, the others are left out before
+all this, as if the shards did not hold them. All epochs have the same number of samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,20 @@ from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 
 Ints = npt.NDArray[np.int64]
+
+Chosen = list[Ints | None]
+"""For each shard the numbers of its samples that are in an epoch, sorted; None: all of them."""
+
+
+class Choice(Protocol):
+    """Which samples are in an epoch (`view.View`)."""
+
+    @property
+    def epoch_samples(self) -> int:
+        """How many, in every epoch."""
+
+    def draw(self, epoch: int) -> Chosen:
+        """The samples of an epoch."""
 
 
 class Piece(NamedTuple):
@@ -51,6 +68,20 @@ class Window(NamedTuple):
     size: int
 
 
+class _Layout(NamedTuple):
+    """An epoch.
+
+    Attributes:
+        shards: numbers of the shards in their order.
+        starts: where each of them begins in the concatenation, and where the last one ends.
+        chosen: by number of the shard; None: all samples of all shards.
+    """
+
+    shards: Ints
+    starts: Ints
+    chosen: Chosen | None
+
+
 class Draw(NamedTuple):
     """Consecutive places `[start, stop)` of a permuted window."""
 
@@ -70,7 +101,14 @@ def permutation(count: int, rng: np.random.Generator) -> Ints:
 class Order:
     """The order of the samples of a data set."""
 
-    def __init__(self, shard_samples: Sequence[int], streams: int, window: int, seed: int) -> None:
+    def __init__(
+        self,
+        shard_samples: Sequence[int],
+        streams: int,
+        window: int,
+        seed: int,
+        choice: Choice | None = None,
+    ) -> None:
         """Describe the data set.
 
         Args:
@@ -78,19 +116,21 @@ class Order:
             streams: S.
             window: most samples that are permuted together.
             seed: of the run.
+            choice: which samples are in an epoch; None: all.
 
         Raises:
             UserError: there are fewer samples than streams.
         """
         self.shard_samples = np.asarray(shard_samples, np.int64)
-        self.samples = int(self.shard_samples.sum())
+        self.choice = choice
+        self.samples = choice.epoch_samples if choice else int(self.shard_samples.sum())
         self.streams, self.window, self.seed = streams, window, seed
         if self.samples < streams:
             raise UserError(
-                f"data.streams={streams}: the shards hold {self.samples} samples only; give at "
-                f"most that many streams"
+                f"data.streams={streams}: an epoch has {self.samples} samples only; give at most "
+                f"that many streams"
             )
-        self._layouts: dict[int, tuple[Ints, Ints]] = {}
+        self._layouts: dict[int, _Layout] = {}
 
     def bounds(self, stream: int) -> tuple[int, int]:
         """First and last + 1 place of a stream in the concatenation of an epoch."""
@@ -133,27 +173,45 @@ class Order:
 
     def pieces(self, window: Window) -> list[Piece]:
         """Where the samples of a window lie, in reading order."""
-        shards, starts = self._layout(window.epoch)
+        layout = self._layout(window.epoch)
         first = self.bounds(window.stream)[0] + window.start
         last = first + window.size
-        pieces = []
-        at = int(np.searchsorted(starts, first, side="right")) - 1
+        pieces: list[Piece] = []
+        at = int(np.searchsorted(layout.starts, first, side="right")) - 1
         while first < last:
-            stop = min(last, int(starts[at + 1]))
+            stop = min(last, int(layout.starts[at + 1]))
             if stop > first:  # a shard may be empty
-                begin = int(starts[at])
-                pieces.append(Piece(int(shards[at]), first - begin, stop - begin))
+                begin = int(layout.starts[at])
+                piece = Piece(int(layout.shards[at]), first - begin, stop - begin)
+                pieces += _runs(piece, layout.chosen[piece.shard] if layout.chosen else None)
             first, at = stop, at + 1
         return pieces
 
-    def _layout(self, epoch: int) -> tuple[Ints, Ints]:
-        """The shards of an epoch in its order, and where each begins in the concatenation."""
+    def _layout(self, epoch: int) -> _Layout:
         if epoch not in self._layouts:
             # Streams are at most a sample per epoch apart, so few epochs are in use at a time.
             for old in list(self._layouts)[:-3]:
                 del self._layouts[old]
             rng = generator(self.seed, "order/shards", epoch)
             shards = permutation(len(self.shard_samples), rng)
-            starts = np.cumsum(np.append(0, self.shard_samples[shards]), dtype=np.int64)
-            self._layouts[epoch] = shards, starts
+            chosen = self.choice.draw(epoch) if self.choice else None
+            sizes = self.shard_samples if chosen is None else self._sizes(chosen)
+            starts = np.cumsum(np.append(0, sizes[shards]), dtype=np.int64)
+            self._layouts[epoch] = _Layout(shards, starts, chosen)
         return self._layouts[epoch]
+
+    def _sizes(self, chosen: Chosen) -> Ints:
+        pairs = zip(self.shard_samples, chosen, strict=True)
+        return np.array([size if c is None else len(c) for size, c in pairs], np.int64)
+
+
+def _runs(piece: Piece, chosen: Ints | None) -> list[Piece]:
+    """The consecutive samples that a piece of the chosen ones of a shard is made of."""
+    if chosen is None:
+        return [piece]
+    numbers = chosen[piece.start : piece.stop]
+    breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+    firsts = numbers[np.append(0, breaks)]
+    lasts = numbers[np.append(breaks, len(numbers)) - 1]
+    pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
+    return [Piece(piece.shard, first, last + 1) for first, last in pairs]

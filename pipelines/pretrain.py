@@ -7,27 +7,27 @@ in one process.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mhe_dist import backbone, config_load, heads, initial, schedule, topology, tracking
-from mhe_dist.batch import StepBatch
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
 from mhe_dist.config import CheckpointConfig, Config
 from mhe_dist.engine import Engine
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.guard import Guard
 from mhe_dist.heads import Head, HeadSpec
+from mhe_dist.redact import masked
 from mhe_dist.retention import Keep
 from mhe_dist.seeds import seed_torch
 from mhe_dist.stuck import watched
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import Ask, Loop, StepInfo
-from pipelines import divergence, finish, inheritance, stopping
+from pipelines import divergence, finish, inheritance, stopping, view
+from pipelines.bad_samples import BadSamples
 from pipelines.divergence import RolledBack
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
@@ -88,8 +88,9 @@ class Run:
 
     def __init__(self, config: Config, place: Topology, report: Report) -> None:
         self.config, self.place = config, place
-        self.index = ShardIndex.load(config.data.shards)
-        self.total_steps = schedule.total_steps(config, self.index.samples)
+        self.index = view.open_data(config.data, config.run.seed)
+        self.samples = view.epoch_samples(self.index)
+        self.total_steps = schedule.total_steps(config, self.samples)
         self.engine = Engine(_initial_model(config), config, place)
         self.head = _make_head(config, self.index, place)
         self.store = CheckpointStore(
@@ -105,9 +106,10 @@ class Run:
         )
         self.versions = tracking.environment_tags()
         self.restart = Restart()
-        self.progress, run_id = self._restore()
+        self.progress, run_id, bad_samples = self._restore()
         if place.is_first:
             self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
+        self.bad_samples = BadSamples(place, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
         self.guard = Guard(config.guard)
@@ -124,14 +126,17 @@ class Run:
             lost_steps=self.restart.lost_steps,
             passed_over=self.store.rejected,
             classes=self.index.num_classes,
-            samples=self.index.samples,
+            samples=self.samples,
             precision=self.engine.precision,
         )
-        steps = self.loop.steps(self._batches())
-        for info in self.restart.noted(self.progress.step, steps, self.recorder):
-            self.recorder.add(info)
-            self.progress.step = info.step + 1
-            self._after_step(info)
+        self.batches = self.loader()
+        without = divergence.skipped(self.config.run.path) - {self.total_steps - 1}
+        steps = self.loop.steps(batch for batch in self.batches if batch.step not in without)
+        with self.batches.watched():
+            for info in self.restart.noted(self.progress.step, steps, self.recorder):
+                self.recorder.add(info)
+                self.progress.step = info.step + 1
+                self._after_step(info)
         self.saver.wait()
 
     def evaluate(self) -> Evaluation:
@@ -148,6 +153,7 @@ class Run:
         """Checkpoint what a resumed run needs; written while training goes on."""
         self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
+            self.bad_samples.gather(self.batches.faults)
             rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
             owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
             self.saver.save(
@@ -160,6 +166,9 @@ class Run:
         evaluating = _due(done, config.evaluate.every_steps) and not last
         if done % config.train.log_every == 0 or last:
             self._flush()
+        if self._epochs(done) > self._epochs(done - 1) or last:
+            self.bad_samples.gather(self.batches.faults)
+            self.recorder.bad_samples(done, self.bad_samples.total)
         if evaluating:
             self.evaluate()
         if self.saver.due(done, evaluating) or info.asked or last:
@@ -179,43 +188,47 @@ class Run:
         if (trouble := self.guard.look(self.recorder.flush())) is not None:
             divergence.handle(self, trouble)
 
-    def _batches(self) -> Iterator[StepBatch]:
+    def _epochs(self, steps: int) -> int:
+        return schedule.epochs_ended(self.config, self.samples, steps)
+
+    def loader(self) -> Loader:
+        """The batches of the remaining steps."""
         mine = self.place.share(self.config.train.micro_batches)
-        loader = Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
-        without = divergence.skipped(self.config.run.path) - {self.total_steps - 1}
-        return (batch for batch in loader if batch.step not in without)
+        return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
 
     def _description(self) -> dict[str, Any]:
         return {
             "step": self.progress.step,
             "images": self.progress.images + self.recorder.images,
-            "config": self.config.model_dump(mode="json"),
+            "bad_samples": self.bad_samples.state(),
+            "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
             "classes": self.index.num_classes,
-            "samples": self.index.samples,
+            "samples": self.samples,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
             "scores": self.recorder.scores(self.progress.step),
             "versions": self.versions,
         }
 
-    def _restore(self) -> tuple[Progress, str | None]:
+    def _restore(self) -> tuple[Progress, str | None, dict[str, Any] | None]:
+        """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
             inheritance.take_over(self.config, self.head, self.place)
-            return Progress(), None
+            return Progress(), None, None
         found = checkpoint.run
         if found["data_digest"] == inheritance.NO_DATA:
             inheritance.refuse_classes(found["classes"], self.index, self.config)
         elif found["data_digest"] != self.index.digest:
             raise UserError(
                 f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
-                f"the run's checkpoint, {found['data_digest']}: train on the same shards, or give "
-                "the run another name (run.name)"
+                f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
+                "and mix (data.*), or give the run another name (run.name)"
             )
         self._load(checkpoint)
         progress = Progress(found["step"], found["images"], checkpoint.path)
-        return progress, found["run_id"]
+        return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
         self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
@@ -232,6 +245,7 @@ class Run:
             "data_digest": self.index.digest,
             "world_size": str(self.place.world_size),
             "precision": self.engine.precision,
+            "checkpoints": f"{self.config.run.path}/checkpoints",
         }
         tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
         return tracker
@@ -254,7 +268,7 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
         config.run.seed,
         config.train.micro_batches,
         folder=folder,
-        epoch_steps=index.samples / config.train.global_batch,
+        epoch_steps=view.epoch_samples(index) / config.train.global_batch,
     )
     return heads.build(spec, place)
 

@@ -15,6 +15,7 @@ from mhe_dist.timing import Stopwatch
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
 from mhe_dist.train import StepInfo
+from pipelines.bad_samples import Faults
 
 Event = dict[str, Any]
 Report = Callable[[Event], None]
@@ -112,6 +113,12 @@ class Recorder:
     def note(self, step: int, metrics: dict[str, float]) -> None:
         """Record values of the state after `step` steps, beside those of the last of them."""
         self._tracker.log(max(0, step - 1), metrics)
+
+    def bad_samples(self, step: int, found: Faults) -> None:
+        """Record how many bad samples there were in the first `step` steps."""
+        self._tracker.log(max(0, step - 1), {"bad_samples": float(found.count)})
+        if found.count:
+            self.event("bad_samples", step=step, count=found.count)
 
     def event(self, name: str, **values: Any) -> None:
         """Tell whoever watches, from the first rank."""

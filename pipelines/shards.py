@@ -152,6 +152,10 @@ class ShardIndex:
         url = self.shards[shard].url
         return url if urls.is_absolute(url) else f"{self.folder}/{url}"
 
+    def place(self, shard: int, inside: int) -> str:
+        """What messages call a sample."""
+        return f"sample {inside} of {self.url(shard)}"
+
     @cached_property
     def fields(self) -> tuple[str, ...] | None:
         """Extensions of the images, the best first, of shards that somebody else wrote.

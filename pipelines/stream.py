@@ -13,10 +13,9 @@ pixels.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,42 +28,28 @@ from mhe_dist.config import AugmentConfig, Config, DataConfig
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.topology import share
 from pipelines.augment import Noise, augment
+from pipelines.bad_samples import Faults
 from pipelines.decode import Pixels
 from pipelines.fetch import Damaged, Example, example, read_piece
-from pipelines.order import Order, Piece, Window
-from pipelines.shards import ShardIndex
+from pipelines.notes import DECODING, READING, WAITING, Notes, last_words
+from pipelines.order import Ints, Order, Piece, Window
+from pipelines.shards import Fault, ShardIndex
+from pipelines.slots import Slots
+from pipelines.view import View
 from pipelines.windows import WindowReader
-
-log = logging.getLogger(__name__)
-
-
-class Fault(NamedTuple):
-    """A bad sample: where it is, and what is wrong with it."""
-
-    place: str
-    reason: str
-
-
-@dataclass
-class Faults:
-    """The bad samples that a loader met.
-
-    Attributes:
-        seen: samples drawn so far, good or bad.
-        count: bad ones among them; a sample counts each time it is drawn.
-        samples: where each bad sample is -> what is wrong with it.
-    """
-
-    seen: int = 0
-    count: int = 0
-    samples: dict[str, str] = field(default_factory=dict)
 
 
 class Part(NamedTuple):
-    """What one loader process makes of a micro-batch, or the failure that ends its work."""
+    """What one loader process makes of a micro-batch, or the failure that ends its work.
 
-    images: Tensor
-    labels: Tensor
+    Attributes:
+        process, turn: where its images are, see `Slots.of`.
+        labels: int64; not a tensor, which would cost a piece of shared memory of its own.
+    """
+
+    process: int
+    turn: int
+    labels: Ints
     keys: list[str]
     faults: list[Fault]
     failure: str = ""
@@ -89,7 +74,7 @@ class Loader:
         """Prepare; reading begins with the iteration.
 
         Args:
-            index: the data set.
+            index: the data set, or a view.
             config: of the run; `data`, `train` and `run.seed` matter here.
             micro_batches: which of a step's canonical micro-batches this rank computes.
             start_step: where to begin; nothing before it is read, except the rest of its windows.
@@ -98,9 +83,11 @@ class Loader:
         Raises:
             UserError: fewer samples than streams.
         """
+        self._index = index
         data = config.data
         sizes = [shard.samples for shard in index.shards]
-        self.order = Order(sizes, data.streams, data.shuffle_window, config.run.seed)
+        choice = index if isinstance(index, View) else None
+        self.order = Order(sizes, data.streams, data.shuffle_window, config.run.seed, choice)
         self.faults = Faults()
         self._data = data
         self._micro_batches = micro_batches
@@ -109,12 +96,17 @@ class Loader:
         streams = range(micro_batches.start * per_batch, micro_batches.stop * per_batch)
         self._epoch = sum(self.order.length(stream) for stream in streams)
         self._processes = max(1, min(data.loader_workers, per_batch))
+        self._notes = Notes(self._processes)
+        per_part = -(-per_batch // self._processes) * (config.train.global_batch // data.streams)
+        self._slots = Slots(self._processes, data.prefetch, per_part, data.image_size)
         self._source = _Source(
             index,
             self.order,
             config,
             [range(i * per_batch, (i + 1) * per_batch) for i in micro_batches],
             self._steps,
+            self._notes,
+            self._slots,
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -124,12 +116,13 @@ class Loader:
             RunError: a shard or too many samples cannot be read, or a loader process died.
         """
         parts = iter(self._dataloader())
+        self._notes.watch()
         for step in self._steps:
             begin = time.perf_counter()
             batches = []
             for number in self._micro_batches:
                 taken = [self._accept(part) for part in self._take(parts)]
-                batches.append(_join(number, taken))
+                batches.append(self._join(number, taken))
             yield StepBatch(step, batches, time.perf_counter() - begin)
 
     def _dataloader(self) -> DataLoader[Part]:
@@ -148,32 +141,50 @@ class Loader:
         """One part from each loader process, which torch asks in turn."""
         for _ in range(self._processes):
             try:
-                yield next(parts)
+                part = next(parts)
             except RuntimeError as error:
-                raise RunError(f"a loader process failed: {error}") from error
+                words = last_words(self._notes, self._index) or "the loader failed"
+                raise RunError(f"{words} ({error})") from error
+            yield part
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """For the code that works while the loader's processes do: a death of theirs has its name.
+
+        torch hears of it by a signal, and raises RuntimeError wherever the main thread is then.
+
+        Raises:
+            RunError: a loader process died; says on which sample.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if words := last_words(self._notes, self._index):
+                raise RunError(f"{words} ({error})") from error
+            raise
 
     def _accept(self, part: Part) -> Part:
         """Count a part's bad samples and hold the limit."""
         if part.failure:
             raise RunError(part.failure)
-        self.faults.seen += len(part.keys)
-        self.faults.count += len(part.faults)
-        for fault in part.faults:
-            if fault.place not in self.faults.samples:
-                log.warning("bad sample: %s: %s", fault.place, fault.reason)
-            self.faults.samples[fault.place] = fault.reason
-            if self._data.on_bad_sample == "fail":
-                raise RunError(
-                    f"{fault.place}: {fault.reason}; data.on_bad_sample=skip would go on without it"
-                )
-        allowed = self._data.max_bad_fraction * max(self.faults.seen, self._epoch)
-        if self.faults.count > allowed:
-            raise RunError(
-                f"{self.faults.count} bad samples, more than data.max_bad_fraction="
-                f"{self._data.max_bad_fraction} of {max(self.faults.seen, self._epoch)}; the last: "
-                f"{part.faults[-1].place}: {part.faults[-1].reason}"
-            )
+        self.faults.add(len(part.keys), part.faults)
+        self.faults.check(self._data, self._epoch)
         return part
+
+    def _join(self, number: int, parts: list[Part]) -> MicroBatch:
+        count, side = sum(len(part.keys) for part in parts), self._data.image_size
+        images = np.empty((count, side, side, 3), np.uint8)
+        start = 0
+        for part in parts:
+            stop = start + len(part.keys)
+            images[start:stop] = self._slots.of(part.process, part.turn)[: stop - start]
+            start = stop
+        return MicroBatch(
+            number,
+            torch.from_numpy(images).permute(0, 3, 1, 2),
+            torch.from_numpy(np.concatenate([part.labels for part in parts])),
+            [key for part in parts for key in part.keys],
+        )
 
 
 class _Source(IterableDataset[Part]):
@@ -186,9 +197,13 @@ class _Source(IterableDataset[Part]):
         config: Config,
         streams: list[range],
         steps: range,
+        notes: Notes,
+        slots: Slots,
     ) -> None:
         self.index, self.order, self.data = index, order, config.data
         self.streams, self.steps = streams, steps
+        self.notes, self.slots = notes, slots
+        self.process = self.turn = 0
         self.per_stream = config.train.global_batch // config.data.streams
         self.noise = Noise(config.run.seed)
         self.augmenting = config.data.augment != AugmentConfig()
@@ -201,24 +216,25 @@ class _Source(IterableDataset[Part]):
 
     def _parts(self) -> Iterator[Part]:
         info = get_worker_info()
-        process, processes = (info.id, info.num_workers) if info else (0, 1)
+        self.process, processes = (info.id, info.num_workers) if info else (0, 1)
+        self.turn = 0
+        self.notes.begin(self.process)
         open_windows: dict[int, _OpenWindow] = {}
         for step in self.steps:
             positions = step * self.per_stream, (step + 1) * self.per_stream
             for streams in self.streams:
-                mine = share(len(streams), process, processes)
+                mine = share(len(streams), self.process, processes)
                 try:
                     yield self._part(streams[mine.start : mine.stop], positions, open_windows)
                 except (RunError, UserError) as error:
-                    yield Part(torch.empty(0), torch.empty(0), [], [], str(error))
+                    yield Part(0, 0, np.empty(0, np.int64), [], [], str(error))
                     return
 
     def _part(
         self, streams: range, positions: tuple[int, int], open_windows: dict[int, _OpenWindow]
     ) -> Part:
-        count, side = len(streams) * self.per_stream, self.data.image_size
-        images = np.empty((count, 3, side, side), np.uint8)
-        labels = np.empty(count, np.int64)
+        images = self.slots.of(self.process, self.turn)
+        labels = np.empty(len(streams) * self.per_stream, np.int64)
         keys: list[str] = []
         faults: list[Fault] = []
         self.reader.begin(streams, positions[0])
@@ -227,6 +243,7 @@ class _Source(IterableDataset[Part]):
                 window = open_windows.get(stream)
                 if window is None or window.window != draw.window:
                     open_windows.pop(stream, None)  # first let go of the old bytes
+                    self._note(READING, self._first(draw.window))
                     fetched = self.reader.take(draw.window)
                     faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
                     window = _OpenWindow(
@@ -234,21 +251,34 @@ class _Source(IterableDataset[Part]):
                     )
                     open_windows[stream] = window
                 for place in range(draw.start, draw.stop):
-                    sample, found = window.read(place)
+                    number = window.number(place)
+                    self._note(DECODING, number)
+                    row = images[len(keys)]
+                    sample, found = window.read(place, row)
                     faults += found
-                    images[len(keys)] = self._augmented(sample, window, place)
+                    self._finish(sample, draw.window.epoch, number, row)
                     labels[len(keys)] = sample.label
                     keys.append(sample.key)
             self.reader.look_ahead(stream, *positions)
-        return Part(torch.from_numpy(images), torch.from_numpy(labels), keys, faults)
+        self._note(WAITING, number)
+        self.turn += 1
+        return Part(self.process, self.turn - 1, labels, keys, faults)
 
-    def _augmented(self, sample: Example, window: _OpenWindow, place: int) -> Pixels:
-        """uint8 `[3, side, side]`, or `[side, side]` for each of the three."""
+    def _note(self, doing: int, sample: int) -> None:
+        self.notes.write(self.process, doing, sample)
+
+    def _first(self, window: Window) -> int:
+        piece = self.order.pieces(window)[0]
+        return int(self.index.starts[piece.shard]) + piece.start
+
+    def _finish(self, sample: Example, epoch: int, number: int, row: Pixels) -> None:
+        """Put the augmented image into its row `[side, side, 3]`, where it may lie already."""
         image = sample.image
         if self.augmenting:
-            draws = self.noise.draws(window.window.epoch, window.number(place))
-            image = augment(image, self.data.augment, draws)
-        return _channels_first(image)
+            image = augment(image, self.data.augment, self.noise.draws(epoch, number))
+        elif np.may_share_memory(image, row):
+            return
+        row[:] = image if image.ndim == 3 else image[:, :, None]
 
 
 class _OpenWindow:
@@ -275,8 +305,10 @@ class _OpenWindow:
         shard, inside = self._where[self._permuted[place]]
         return int(self._index.starts[shard]) + inside
 
-    def read(self, place: int) -> tuple[Example, list[Fault]]:
+    def read(self, place: int, into: Pixels) -> tuple[Example, list[Fault]]:
         """The sample at a place, or its substitute and the fault of the one that belongs there.
+
+        Its image may lie in `into`, see `decode`.
 
         Raises:
             RunError: no sample of the window can be used.
@@ -285,7 +317,7 @@ class _OpenWindow:
         for turn in range(self.window.size):
             at = int(self._permuted[(place + turn) % self.window.size])
             try:
-                return self._example(at), faults[:1]
+                return self._example(at, into), faults[:1]
             except Damaged as error:
                 faults.append(Fault(self._name(at), str(error)))
         raise RunError(
@@ -293,13 +325,13 @@ class _OpenWindow:
             f"{faults[0].reason}"
         )
 
-    def _example(self, at: int) -> Example:
+    def _example(self, at: int, into: Pixels) -> Example:
         shard, inside = self._where[at]
-        return _example(self._index, shard, inside, self._raw[at], self._data.image_size)
+        return _example(self._index, shard, inside, self._raw[at], self._data.image_size, into)
 
     def _name(self, at: int) -> str:
         shard, inside = self._where[at]
-        return f"sample {inside} of {self._index.url(shard)}"
+        return self._index.place(shard, inside)
 
 
 def read_in_order(
@@ -321,7 +353,7 @@ def read_in_order(
             try:
                 sample = _example(index, piece.shard, inside, raw, image_size)
             except Damaged as error:
-                raise RunError(f"sample {inside} of {index.url(piece.shard)}: {error}") from error
+                raise RunError(f"{index.place(piece.shard, inside)}: {error}") from error
             images[len(keys)] = _channels_first(sample.image)
             labels[len(keys)] = sample.label
             keys.append(sample.key)
@@ -338,11 +370,18 @@ def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]
         start, shard = max(start, end), shard + 1
 
 
-def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: int) -> Example:
+def _example(
+    index: ShardIndex,
+    shard: int,
+    inside: int,
+    raw: memoryview,
+    side: int,
+    into: Pixels | None = None,
+) -> Example:
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[inside + 1] - offsets[inside])
     told = index.told(shard, inside)
-    sample = example(raw, length, side, index.num_classes, told)
+    sample = example(raw, length, side, index.num_classes, told, into)
     # What a tar says of itself has no checksum.
     if told is None and labels is not None and sample.label != labels[inside]:
         raise Damaged(f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}")
@@ -352,18 +391,6 @@ def _example(index: ShardIndex, shard: int, inside: int, raw: memoryview, side: 
 def _channels_first(image: Pixels) -> Pixels:
     """`[3, H, W]`; a grey image stays `[H, W]` and is broadcast where it is assigned."""
     return image.transpose(2, 0, 1) if image.ndim == 3 else image
-
-
-def _join(number: int, parts: Iterable[Part]) -> MicroBatch:
-    parts = list(parts)
-    if len(parts) == 1:
-        return MicroBatch(number, parts[0].images, parts[0].labels, parts[0].keys)
-    return MicroBatch(
-        number,
-        torch.cat([part.images for part in parts]),
-        torch.cat([part.labels for part in parts]),
-        [key for part in parts for key in part.keys],
-    )
 
 
 def _as_is(part: Any) -> Any:

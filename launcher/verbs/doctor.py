@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -14,9 +13,8 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import console
+from launcher import console, machine
 
-PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "onnx")
 GIB = 2**30
 Row = tuple[str, str, str]
 """What was looked at, what was found, and what to do about it; empty if nothing."""
@@ -41,13 +39,13 @@ def doctor() -> None:
 def findings() -> Iterator[Row]:
     """Everything that was looked at."""
     yield "python", platform.python_version(), ""
-    for package in PACKAGES:
+    for package in machine.PACKAGES:
         yield _version(package)
     yield "cores", str(os.cpu_count()), ""
     yield _free("memory", psutil.virtual_memory().available, 4, "a run needs about 4 GiB")
     yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
     yield _shared_memory()
-    yield "GPUs", _gpus() or "none: runs use the CPU (scale.gpu=false)", ""
+    yield "GPUs", "; ".join(machine.gpus()) or "none: runs use the CPU (scale.gpu=false)", ""
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "C++ compiler", compiler or "none; not needed", ""
     yield _loopback()
@@ -71,15 +69,6 @@ def _shared_memory() -> Row:
         return name, "no /dev/shm", "set data.loader_workers=0"
     advice = "give the container more (docker run --shm-size=2g) or set data.loader_workers=0"
     return _free(name, shutil.disk_usage("/dev/shm").free, 1, advice)
-
-
-def _gpus() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    result = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    return "; ".join(result.stdout.splitlines()) if result.returncode == 0 else ""
 
 
 def _loopback() -> Row:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from pydantic_core import to_jsonable_python
 from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
@@ -68,7 +69,7 @@ def _is_changed(entry: Entry) -> bool:
 
 def _text(value: Any) -> str:
     """A value as it would stand in the YAML."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    text = yaml.safe_dump(
+        to_jsonable_python(value), default_flow_style=True, width=1000, allow_unicode=True
+    )
     return str(text).removesuffix("\n").removesuffix("\n...")

@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from launcher import checks, console, ray_train, runs, summary
+from launcher import checks, console, execute, runs, summary
 from launcher.interrupts import Interrupted, interruptible
 from launcher.progress import Display
 from launcher.verbs.settings import ConfigFile, Overrides
@@ -28,7 +28,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
     """
-    settings = config_load.load(config, overrides or [], [checks.data])
+    settings = config_load.load(config, overrides or [], [checks.data, checks.backbone])
     checks.refuse_another_run(settings)
     path = settings.run.path
     if (done := runs.summary(path)) is not None:
@@ -38,23 +38,11 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     display = Display()
     try:
         with interruptible(), console.only_ours(runs.logs_folder(settings) / "driver.log"), display:
-            _run(settings, display)
+            execute.run(settings, display)
     except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(settings))
         raise typer.Exit(stop.exit_code) from None
     summary.show(settings, display.summary or {})
-
-
-def _run(settings: Config, display: Display) -> None:
-    if settings.data.glyphs is not None:
-        from pipelines.parallel import cores
-        from pipelines.sources.glyphs import ensure_glyphs
-
-        with display.counting("drawing the data set") as progress:
-            ensure_glyphs(settings, progress, cores())
-    config_load.save(settings, f"{settings.run.path}/config.yaml")
-    display.waiting(f"starting Ray and {settings.scale.workers} workers: about 20 s")
-    ray_train.train(settings, display.handle)
 
 
 def _how_to_go_on(settings: Config) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from mhe_dist.tracking import Metrics
-from mhe_dist.tracking_mlflow import append
+from mhe_dist.tracking_append import append
 from pipelines import pictures, urls
 from pipelines.report import STYLE
 

@@ -15,6 +15,7 @@ from mhe_dist.heads.rows import RowHead
 from mhe_dist.topology import Topology
 from pipelines import inheritance, pretrain
 from pipelines.recorder import ignore
+from pipelines.shards import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
 
@@ -80,7 +81,7 @@ def test_a_grown_run_goes_on_with_the_old_rows_and_new_ones(
     checkpoint = inheritance.source(trained.run.path)
     inheritance.grow(checkpoint, GROWN, f"{config.run.path}/checkpoints")
     with pytest.raises(UserError, match=r"has 30 classes.*was grown to 40"):
-        inheritance.refuse_classes(GROWN, pretrain.ShardIndex.load(trained.data.shards), trained)
+        inheritance.refuse_classes(GROWN, ShardIndex.load(trained.data.shards), trained)
 
     config.data.shards = tiny.write_shards(tmp_path / "shards", GROWN)
     config.train.max_steps = 15

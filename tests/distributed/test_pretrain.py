@@ -20,6 +20,9 @@ from mhe_dist.guard import Diverged
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import read_records
 from pipelines import pretrain, stopping
+from pipelines.bad_samples import FILE
+from pipelines.shards import ShardIndex
+from pipelines.stream import Loader
 from tests import tiny
 
 
@@ -190,3 +193,36 @@ def test_divergence_leaves_a_bundle_and_stops_or_goes_back(
     assert all(math.isfinite(loss) for loss in losses.values())
     (restart,) = [r for r in records if "restarts" in r]
     assert (restart["restarts"], restart["restart_lost_steps"]) == (1, 5)
+
+
+def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_path: Path) -> None:
+    index = ShardIndex.load(tiny.write_shards(tmp_path / "train"))
+    damaged = [(0, 3), (1, 50), (2, 7)]  # shard, sample
+    for shard, inside in damaged:
+        with open(index.url(shard), "r+b") as tar:
+            tar.seek(int(index.shards[shard].offsets[inside]) + 600)
+            tar.write(b"\0" * 200)
+    config = tiny.config(
+        *(tmp_path, index.folder),
+        data={"max_bad_fraction": 1.0},
+        train={"max_steps": 12},
+        checkpoint={"every_steps": 5},
+    )
+    assert run(run_distributed, config, 1, stop_at=9) == [False]
+    assert run(run_distributed, config, 2) == [True, True]
+
+    def draws(steps: int) -> int:
+        loader = Loader(index, config, range(4), 0, steps)
+        list(loader)
+        return loader.faults.count
+
+    folder = Path(config.run.path)
+    records = read_records(folder / "metrics.jsonl")
+    # 360 images, 64 a step: steps 6 and 12 complete an epoch.
+    counts = {r["step"] + 1: r["bad_samples"] for r in records if "bad_samples" in r}
+    assert counts == {6: draws(6), 12: draws(12)}
+    assert 0 < draws(5) < counts[12]  # the checkpoint has some, and the resumed run has more
+    assert json.loads((folder / "summary.json").read_text())["bad_samples"] == counts[12]
+    named = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    assert sorted(line["place"] for line in named) == [index.place(*at) for at in damaged]
+    assert all(".jpg: " in line["reason"] for line in named)

@@ -111,8 +111,10 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
         ("run.name=null", "must be text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
         ("head.mhp.lengths=7", "must be a list, each item a whole number greater than 0"),
         ("optim.betas=[1, 2, 3]", "must be a list of 2, each a number at least 0 and less than 1"),
-        ("export.formats=[tf]", "must be a list, each item one of timm, onnx, torch-export, "
-         "mlflow"),
+        (
+            "export.formats=[tf]",
+            "must be a list, each item one of timm, onnx, torch-export, mlflow",
+        ),
         ("model.kwargs=3", "must be a block of keys"),
         ("checkpoint=often", "must be a block of keys (every_steps, every_minutes, keep_last, "
          "keep_every, keep_best)"),

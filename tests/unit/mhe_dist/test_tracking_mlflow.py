@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from mhe_dist import tracking_mlflow
+from mhe_dist import tracking_append, tracking_mlflow
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking import Tracker
 from mhe_dist.tracking_mlflow import MlflowTracker, metric_name
@@ -224,7 +224,7 @@ def test_results_are_added_to_a_run_that_stays_as_it_is(place, tmp_path):
     mlflow.close("failed")
     (tmp_path / "roc.png").write_bytes(b"picture")
     figures = {"verification/lfw/tar@far=1e-3": 0.75, "verification/lfw/accuracy": 0.9}
-    tracking_mlflow.append(
+    tracking_append.append(
         place[0], mlflow.run_id, 40, figures, [str(tmp_path / "roc.png")], "evaluation"
     )
     run = client(place).get_run(mlflow.run_id)
@@ -233,4 +233,4 @@ def test_results_are_added_to_a_run_that_stays_as_it_is(place, tmp_path):
     kept = client(place).list_artifacts(mlflow.run_id, "evaluation")
     assert [file.path for file in kept] == ["evaluation/roc.png"]
     with pytest.raises(RunError, match="did not take the results"):
-        tracking_mlflow.append(place[0], "0" * 32, 40, figures, [], "evaluation")
+        tracking_append.append(place[0], "0" * 32, 40, figures, [], "evaluation")

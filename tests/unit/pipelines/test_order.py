@@ -139,5 +139,5 @@ def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
 
 
 def test_more_streams_than_samples_are_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.streams=9: the shards hold 8 samples"):
+    with pytest.raises(UserError, match=r"data\.streams=9: an epoch has 8 samples"):
         Order([5, 3], streams=9, window=4, seed=0)

@@ -1,0 +1,50 @@
+"""A whole run, in the terminal or in a job of a cluster: data, settings, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from launcher import checks, ray_train
+from launcher.mailbox import Event
+from mhe_dist import config_load
+from mhe_dist.config import Config
+
+
+class Watcher(Protocol):
+    """Who is told what goes on."""
+
+    def waiting(self, what: str) -> None:
+        """Something begins that gives no sign for a while."""
+
+    def counting(self, what: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Work that is not a run; the function is called with what is done of how much."""
+
+    def handle(self, event: Event) -> None:
+        """An event of the run."""
+
+
+def run(config: Config, watcher: Watcher, address: str = "") -> None:
+    """Make the data set if it is to be made, keep the settings, train to the end.
+
+    Args:
+        config: of the run.
+        watcher: is told what goes on.
+        address: Ray cluster to train on; empty: one of this machine, for this run alone.
+    """
+    if config.data.glyphs is not None:
+        from pipelines.parallel import cores
+        from pipelines.sources.glyphs import ensure_glyphs
+
+        with watcher.counting("drawing the data set") as progress:
+            ensure_glyphs(config, progress, cores())
+    checks.choice(config)
+    config_load.save(config, f"{config.run.path}/config.yaml")
+    workers = config.scale.workers
+    if address:
+        watcher.waiting(f"waiting for {workers} workers")
+        ray_train.train_on(address, config, watcher.handle)
+    else:
+        watcher.waiting(f"starting Ray and {workers} workers: about 20 s")
+        ray_train.train(config, watcher.handle)

@@ -1,0 +1,136 @@
+"""What a submitted job does on the cluster: `python -m launcher.job run CONFIG`, and its helpers.
+
+Its log holds an event per line (`event_lines.py`) and, last of all, the error if there was one.
+Exit codes are those of `mhe`, and 75 for a run that was asked to stop and has saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from launcher import checks, execute, probe, ray_train, runs, worker
+from launcher import preflight as judge
+from launcher.event_lines import EventLines
+from launcher.interrupts import Interrupted
+from launcher.mailbox import NAMESPACE, name_of
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.errors import Preempted, UserError
+from mhe_dist.redact import scrub
+from pipelines import shards
+
+CLUSTER = "auto"  # the one that started this process
+NODES_S = 40.0
+
+
+def main(arguments: list[str]) -> int:
+    """Do what a job is for, `VERB ARGUMENT`, and give its exit code."""
+    verb, argument = arguments
+    try:
+        VERBS[verb](argument)
+    except (Interrupted, Preempted) as stop:
+        return stop.exit_code
+    except Exception as error:
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        name = "" if type(error).__module__ == "mhe_dist.errors" else f"{type(error).__name__}: "
+        sys.stderr.write(f"error: {name}{scrub(str(error))}\n")
+        return 2 if isinstance(error, UserError) else 1
+    return 0
+
+
+def run(file: str) -> None:
+    """Train, evaluate and export the run of a YAML file on this cluster."""
+    config = config_load.load(file, checks=[checks.data, checks.backbone])
+    checks.refuse_another_run(config)
+    lines = EventLines(sys.stdout)
+    if (done := runs.summary(config.run.path)) is not None:
+        lines.handle({"event": "end", "summary": done})
+        return
+    execute.run(config, lines, CLUSTER)
+
+
+def stop_now(path: str) -> None:
+    """Tell the driver of the run at `path` not to wait for a checkpoint."""
+    import ray
+
+    ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
+    try:
+        ray.get(ray.get_actor(name_of(path)).stop.remote(now=True))
+    except ValueError:  # no such actor: the run has ended, or has not begun
+        sys.stderr.write(f"no run at {path} is being trained\n")
+
+
+def probe_nodes(file: str) -> None:
+    """Ask every node what it has and reaches."""
+    preflight(file, trying=False)
+
+
+def preflight(file: str, trying: bool = True) -> None:
+    """Ask every node, then try a worker's share on one if nothing speaks against it."""
+    import ray
+
+    config = config_load.load(file)
+    os.environ.update(ray_train.DRIVER_ENVIRONMENT)
+    ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
+    lines = EventLines(sys.stdout)
+    found = _ask_nodes(config)
+    lines.handle({"event": "nodes", "nodes": found})
+    if not trying or judge.reasons(config, found):
+        return
+    task = ray.remote(num_cpus=0)(_try)
+    needs: dict[str, Any] = {"env_vars": worker.environment(config)}
+    measured = ray.get(task.options(num_gpus=int(config.scale.gpu), runtime_env=needs).remote(file))
+    lines.handle({"event": "trial", "measured": measured})
+
+
+def _ask_nodes(config: Config) -> list[judge.Node]:
+    """What each living node says of itself; a node that does not answer in time says only that."""
+    import ray
+
+    asked = {}
+    for told in ray.nodes():
+        if told["Alive"]:
+            here = {"ray.io/node-id": told["NodeID"]}
+            task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(probe.node)
+            asked[task.remote(config)] = told
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_S)
+    silent = [told["NodeManagerHostname"] for ref, told in asked.items() if ref not in ready]
+    if silent:
+        raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {', '.join(silent)}")
+    return [{**ray.get(ref), "resources": asked[ref]["Resources"]} for ref in ready]
+
+
+def _try(file: str) -> dict[str, Any] | None:
+    """A trial in a process of its own: one that a worker's memory can be told from."""
+    from launcher.verbs.preflight import try_here
+
+    return try_here(config_load.load(file))
+
+
+def trial(file: str) -> None:
+    """Print what a worker's share needs as a line of JSON; null while there is no data set."""
+    import ray.train.torch  # noqa: F401  # its memory is a part of a worker's
+
+    from pipelines import trial as trials
+
+    config = config_load.load(file)
+    measured = trials.predicted(config) if shards.exists(config.data.shards) else None
+    sys.stdout.write(json.dumps(measured) + "\n")
+
+
+VERBS: dict[str, Callable[[str], None]] = {
+    "run": run,
+    "stop-now": stop_now,
+    "probe": probe_nodes,
+    "preflight": preflight,
+    "trial": trial,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,261 @@
+"""`mhe submit`, `jobs`, `status`, `logs`, `stop`: runs on a Ray cluster."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher import checks, console, event_lines, jobs, package, runs
+from launcher.interrupts import Interrupted, interruptible
+from launcher.progress import duration
+from launcher.replay import draw
+from launcher.verbs.preflight import check, on_cluster
+from launcher.verbs.settings import ConfigFile, Overrides
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.redact import masked, scrub
+from mhe_dist.tracking import mlflow_uri
+
+STOP_NOW_S = 30.0
+_STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}
+
+Address = Annotated[
+    str,
+    typer.Option(
+        help=f"Dashboard of the cluster; else {jobs.ADDRESS_VARIABLE}, else {jobs.DEFAULT_ADDRESS}."
+    ),
+]
+JobName = Annotated[
+    str, typer.Argument(metavar="ID", help="Id of a job, or name of a run: its newest job.")
+]
+
+
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Watch the run; exit as it does.")
+    ] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE or NAME: a variable for the workers; never a secret."),
+    ] = None,
+    preflight: Annotated[
+        bool, typer.Option(help="First see whether the run can work there (mhe preflight).")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option(help="Show all that would be sent, send nothing.")
+    ] = False,
+) -> None:
+    """Train, evaluate and export a run as a job of a Ray cluster.
+
+    The code of mhe and the resolved settings are sent; data and results stay where the settings
+    say: at URLs, or on a file system that every node sees. The same run again goes on where it
+    stopped; one that is being trained is refused.
+
+    Example: mhe submit configs/quickstart.yaml --address http://127.0.0.1:8265 --follow
+    """
+    settings = package.portable(config_load.load(config, overrides or [], [checks.backbone]))
+    variables = jobs.passed_on(env or [])
+    if dry_run:
+        with jobs.staging() as folder:
+            sent = jobs.prepare(settings, jobs.resolve(address), 1, variables, folder)
+            _show(settings, sent, jobs.resolve(address))
+        return
+    cluster = jobs.Cluster(address)
+    cluster.refuse_running(settings)
+    if preflight:
+        with console.out.status("preflight"):
+            check(settings, on_cluster(settings, cluster, trial=False), trial=False)
+    with jobs.staging() as folder:
+        attempt = cluster.attempts(settings.run.name) + 1
+        sent = jobs.prepare(settings, cluster.address, attempt, variables, folder)
+        cluster.submit(sent)
+    _announce(settings, sent, cluster.address)
+    if follow:
+        _follow(cluster, sent.id)
+
+
+def jobs_(address: Address = "") -> None:
+    """List the jobs of a cluster, newest first.
+
+    Example: mhe jobs --address http://127.0.0.1:8265
+    """
+    found = jobs.Cluster(address).jobs()
+    table = Table("job", "run", "status", "started", "time", box=None, padding=(0, 2, 0, 0))
+    for job in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
+        table.add_row(job.id, job.run or "-", _status(job), began, _length(job))
+    if found:
+        console.out.print(table)
+    else:
+        console.say("No jobs.")
+
+
+def status(job_id: JobName, address: Address = "") -> None:
+    """Say how a job is doing, and exit as it did: 0 also while it runs, 75 if it was stopped.
+
+    Example: mhe status quickstart
+    """
+    cluster = jobs.Cluster(address)
+    job = cluster.find(job_id)
+    console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
+    for name, value in _facts(job, cluster):
+        console.say(f"  {name}: {escape(value)}")
+    if job.status == "failed":
+        console.say(escape(scrub(job.message)))
+    raise typer.Exit(job.code)
+
+
+def logs(
+    job_id: JobName,
+    address: Address = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job is over; exit as it does.")
+    ] = False,
+) -> None:
+    """Show what a job did, and with -f what it does. Its workers' own logs are in the run's folder.
+
+    Example: mhe logs quickstart -f
+    """
+    cluster = jobs.Cluster(address)
+    job = cluster.find(job_id)
+    if follow:
+        _follow(cluster, job.id)
+    draw(cluster.output(job.id).splitlines())
+
+
+def stop(
+    job_id: JobName,
+    address: Address = "",
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for a checkpoint.")] = False,
+) -> None:
+    """Let a run save a checkpoint and stop; the same `mhe submit` goes on with it.
+
+    Example: mhe stop quickstart
+    """
+    cluster = jobs.Cluster(address)
+    job = cluster.find(job_id)
+    if job.is_over:
+        console.say(f"{escape(job.id)} has {_status(job)} already.")
+        return
+    cluster.stop(job, now)
+    with console.out.status("ending it" if now else "waiting for its checkpoint"):
+        job = cluster.wait(job.id, STOP_NOW_S if now else jobs.GRACE_S + STOP_NOW_S)
+    newest = runs.newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
+    console.say(
+        f"{escape(job.id)}: {_status(job)}." + (f" It goes on from {newest}." * bool(newest))
+    )
+    if not job.is_over:
+        raise typer.Exit(1)
+
+
+def _show(config: Config, sent: jobs.Submission, address: str) -> None:
+    """All that a submission consists of."""
+    console.say(f"[bold]Job[/] {escape(sent.id)} on {escape(scrub(address))}")
+    console.say(f"  {escape(sent.entrypoint)}")
+    console.say("\n[bold]Placement[/]")
+    for line in _placement(config):
+        console.say(f"  {escape(line)}")
+    console.say("\n[bold]Environment[/]")
+    for name, value in sorted(sent.environment.items()):
+        console.say(f"  {escape(f'{name}={value}')}")
+    files = sent.package.files
+    console.say(
+        f"\n[bold]Working directory[/]: {len(files)} files, {sent.package.bytes / 1024:,.0f} KiB"
+    )
+    for name in files:
+        console.say(f"  {escape(name)}")
+    console.say(f"\n[bold]{package.SETTINGS}[/]")
+    shown = Config.model_validate(masked(config_load.to_dict(config)))
+    console.say(escape(config_load.to_yaml(shown)))
+
+
+def _placement(config: Config) -> Iterable[str]:
+    from launcher import worker
+
+    needs = ", ".join(f"{name}: {value:g}" for name, value in worker.resources(config).items())
+    kind = f" on {config.scale.accelerator_type}" if config.scale.accelerator_type else ""
+    yield f"{config.scale.workers} workers ({config.scale.placement}){kind}, each with {needs}"
+
+
+def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
+    name = shlex.quote(sent.id)
+    where = f" --address {address}" if address != jobs.DEFAULT_ADDRESS else ""
+    console.say(f"Job [bold]{escape(sent.id)}[/] is submitted.")
+    rows = [("dashboard", f"{address}/#/jobs/{sent.id}"), ("results", config.run.path)]
+    if config.tracking.mlflow:
+        rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
+    for what, link in rows:
+        console.say(f"  {what}: {escape(link)}")
+    if not jobs.is_loopback(address) and not _has_token():
+        console.say(
+            "[yellow]warning:[/] this cluster takes jobs from anybody who reaches it; start it "
+            "with RAY_AUTH_MODE=token (docs/clusters.md)"
+        )
+    console.list_commands(
+        "Next",
+        [
+            ("watch it", f"mhe logs {name} -f{where}"),
+            ("how it does", f"mhe status {name}{where}"),
+            ("save and stop", f"mhe stop {name}{where}"),
+        ],
+    )
+
+
+def _has_token() -> bool:
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    return bool(is_token_auth_enabled())
+
+
+def _follow(cluster: jobs.Cluster, job_id: str) -> None:
+    """Draw what a job does until it is over, then exit as it did."""
+    try:
+        with interruptible():
+            summary = draw(event_lines.split(cluster.follow(job_id)))
+    except Interrupted as stop_:
+        console.say(f"[yellow]The job goes on.[/] mhe logs {escape(job_id)} -f watches it again.")
+        raise typer.Exit(stop_.exit_code) from None
+    job = cluster.find(job_id)
+    console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
+    if summary:
+        console.list_commands("Where it is", [("results", summary["run"])])
+    raise typer.Exit(job.code)
+
+
+def _facts(job: jobs.Job, cluster: jobs.Cluster) -> Iterable[tuple[str, str]]:
+    yield "dashboard", f"{cluster.address}/#/jobs/{job.id}"
+    if not job.path:
+        return
+    yield "run", job.path
+    events = [event_lines.parse(line) for line in cluster.output(job.id).splitlines()]
+    kinds = {event["event"]: event for event in events if event}
+    if "start" in kinds and (newest := kinds.get("metrics")):
+        yield "step", f"{newest['step'] + 1:,} of {kinds['start']['steps']:,}"
+        yield "loss", f"{newest['loss']:.3f}"
+        yield "speed", f"{newest['images_per_s']:,.0f} images/s"
+    if "checkpoint" in kinds:
+        yield "checkpoint", f"of step {kinds['checkpoint']['step']:,}"
+    if job.exit_code:
+        yield "exit code", str(job.exit_code)
+
+
+def _status(job: jobs.Job) -> str:
+    style = _STYLES.get(job.status, "")
+    return f"[{style}]{job.status}[/]" if style else job.status
+
+
+def _length(job: jobs.Job) -> str:
+    return duration(max(0.0, (job.ended or time.time()) - job.started))
+
+
+def _is_visible(path: str) -> bool:
+    return not runs.is_local(path) or runs.exists(path)

@@ -1,0 +1,173 @@
+"""`mhe k8s ...`: runs as RayJobs of a Kubernetes cluster with the KubeRay operator."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher import checks, console, event_lines, manifests
+from launcher.interrupts import Interrupted, interruptible
+from launcher.kubernetes import Kubernetes, State
+from launcher.manifests import Place
+from launcher.replay import draw
+from launcher.verbs.settings import ConfigFile, Overrides
+from mhe_dist import config_load
+from mhe_dist.config import Config
+
+app = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, as RayJobs of KubeRay.")
+
+DEFAULT = Place()
+JobName = Annotated[
+    str, typer.Argument(metavar="NAME", help="A RayJob, or a run: its last RayJob.")
+]
+Namespace = Annotated[str, typer.Option(help="Namespace of the RayJobs.")]
+Context = Annotated[str, typer.Option(help="Context of the kubeconfig; the current if left out.")]
+Image = Annotated[str, typer.Option(help="Image with mhe, by digest where it matters.")]
+Claim = Annotated[
+    str, typer.Option(help="PersistentVolumeClaim for /data; left out: data and runs at URLs.")
+]
+Secret = Annotated[str, typer.Option(help="Secret whose keys become variables of the pods.")]
+Queue = Annotated[str, typer.Option(help="LocalQueue of Kueue, which starts all pods or none.")]
+Memory = Annotated[str, typer.Option(help="Memory of a worker.")]
+
+
+@app.callback()
+def k8s() -> None:
+    """Runs on Kubernetes, as RayJobs of KubeRay."""
+
+
+@app.command()
+def render(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    namespace: Namespace = DEFAULT.namespace,
+    image: Image = DEFAULT.image,
+    claim: Claim = DEFAULT.claim,
+    secret: Secret = DEFAULT.secret,
+    queue: Queue = DEFAULT.queue,
+    memory: Memory = DEFAULT.memory,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="A RayCluster for `mhe submit`, not a RayJob.")
+    ] = False,
+) -> None:
+    """Print what would be sent: a RayJob and its settings, as YAML for `kubectl apply -f -`.
+
+    Example: mhe k8s render configs/quickstart.yaml --claim mhe-data | kubectl apply -f -
+    """
+    settings = _load(config, overrides)
+    place = Place(image, namespace, claim, secret, queue, memory)
+    if cluster:
+        made = [manifests.raycluster(settings, place)]
+    else:
+        job = manifests.rayjob(settings, place)
+        made = [job, manifests.settings(settings, place, job["metadata"]["name"])]
+    typer.echo(manifests.to_yaml(made), nl=False)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    namespace: Namespace = DEFAULT.namespace,
+    context: Context = "",
+    image: Image = DEFAULT.image,
+    claim: Claim = DEFAULT.claim,
+    secret: Secret = DEFAULT.secret,
+    queue: Queue = DEFAULT.queue,
+    memory: Memory = DEFAULT.memory,
+) -> None:
+    """Train a run as a RayJob. The same run again goes on where it stopped.
+
+    Example: mhe k8s submit run.yaml --image registry.example/mhe@sha256:... --claim mhe-data
+    """
+    settings = _load(config, overrides)
+    place = Place(image, namespace, claim, secret, queue, memory)
+    name = Kubernetes(namespace, context).submit(settings, place)
+    console.say(f"RayJob [bold]{escape(name)}[/] is made in namespace {escape(namespace)}.")
+    console.list_commands(
+        "Next",
+        [
+            ("watch it", f"mhe k8s logs {name} -f"),
+            ("how it does", f"mhe k8s status {name}"),
+            ("save and stop", f"mhe k8s stop {name}"),
+        ],
+    )
+
+
+@app.command()
+def status(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="All RayJobs if left out.")] = "",
+    namespace: Namespace = DEFAULT.namespace,
+    context: Context = "",
+) -> None:
+    """Say how RayJobs are doing; with a name, exit as it did: 0 also while it runs.
+
+    Example: mhe k8s status quickstart
+    """
+    api = Kubernetes(namespace, context)
+    found = [api.find(name)] if name else api.states()
+    table = Table("rayjob", "run", "job", "deployment", "", box=None, padding=(0, 2, 0, 0))
+    for state in found:
+        row = (state.name, state.run or "-", state.job or "-", state.deployment or "-")
+        table.add_row(*row, escape(state.message))
+    console.out.print(table)
+    if name:
+        raise typer.Exit(found[0].code)
+
+
+@app.command()
+def logs(
+    name: JobName,
+    namespace: Namespace = DEFAULT.namespace,
+    context: Context = "",
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Until the run ends; exit as it does.")
+    ] = False,
+) -> None:
+    """Show what a run did, and with -f what it does.
+
+    Example: mhe k8s logs quickstart -f
+    """
+    api = Kubernetes(namespace, context)
+    state = api.find(name)
+    try:
+        with interruptible():
+            draw(event_lines.split(api.output(state.name, follow)))
+    except Interrupted as stop_:
+        raise typer.Exit(stop_.exit_code) from None
+    if follow:
+        raise typer.Exit(api.find(state.name).code)
+
+
+@app.command()
+def stop(
+    name: JobName,
+    namespace: Namespace = DEFAULT.namespace,
+    context: Context = "",
+    now: Annotated[
+        bool, typer.Option("--now", help="Delete the RayJob; do not wait for a checkpoint.")
+    ] = False,
+) -> None:
+    """Let a run save a checkpoint and stop; the same `mhe k8s submit` goes on with it.
+
+    Example: mhe k8s stop quickstart
+    """
+    api = Kubernetes(namespace, context)
+    state = api.find(name)
+    if state.is_over:
+        console.say(f"{escape(state.name)} is over: {_word(state)}.")
+        return
+    api.stop(state, now)
+    what = "is deleted" if now or not state.cluster else "saves and stops"
+    console.say(f"{escape(state.name)} {what}; mhe k8s status {escape(state.name)} says when.")
+
+
+def _load(config: str, overrides: list[str] | None) -> Config:
+    return config_load.load(config, overrides or [], [checks.backbone])
+
+
+def _word(state: State) -> str:
+    return (state.job or state.deployment).lower()

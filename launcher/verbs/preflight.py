@@ -1,0 +1,169 @@
+"""`mhe preflight`: whether a run would work on a cluster or here, and what it would cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher import (
+    checks,
+    console,
+    event_lines,
+    jobs,
+    machine,
+    package,
+    preflight,
+    probe,
+    worker,
+)
+from launcher.verbs.settings import ConfigFile, Overrides
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.errors import RunError, UserError
+
+NODES_S = 60.0  # what stands in the way is told as soon as it is known
+TRIAL_S = 120.0
+
+
+def preflight_(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(help="Dashboard of a cluster; left out: this machine.")
+    ] = "",
+    trial: Annotated[
+        bool, typer.Option(help="Try a few steps, to predict memory and time.")
+    ] = True,
+) -> None:
+    """Say whether a run would work, with every reason why not, and what it would cost.
+
+    Each node is asked for its versions and devices and whether it reaches data, results and
+    MLflow. Then one worker's share is tried for a few steps, and nothing of it is kept.
+
+    Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
+    """
+    settings = package.portable(config_load.load(config, overrides or [], [checks.backbone]))
+    events = (
+        on_cluster(settings, jobs.Cluster(address), trial) if address else here(settings, trial)
+    )
+    prediction = check(settings, events, trial)
+    if prediction:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in preflight.rows(prediction):
+            table.add_row(name, escape(value))
+        console.out.print(table)
+    console.say("Nothing stands in the way.")
+
+
+def check(
+    config: Config, events: Iterator[dict[str, Any]], trial: bool
+) -> preflight.Prediction | None:
+    """Judge what comes in; the prediction, if a trial is wanted and possible.
+
+    Raises:
+        UserError: the run cannot work; the message holds every reason.
+    """
+    nodes = next(events)["nodes"]
+    _refuse(preflight.reasons(config, nodes))
+    if not trial:
+        return None
+    measured = next(events)["measured"]
+    if measured is None:
+        console.say("No prediction: the data set is made when the run begins.")
+        return None
+    prediction = preflight.predict(config, measured, nodes)
+    _refuse(preflight.shortages(config, prediction, nodes))
+    return prediction
+
+
+def here(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
+    """What this machine says, then what a trial in a process of its own measured."""
+    found = probe.node(config)
+    # `mhe train` gives its workers as many of Ray's CPUs as they ask for.
+    cpus = config.scale.workers * config.scale.cpus_per_worker
+    resources = {"CPU": float(cpus), "GPU": float(len(machine.gpus()))}
+    yield {"nodes": [{**found, "resources": resources}]}
+    yield {"measured": try_here(config) if trial else None}
+
+
+def try_here(config: Config) -> dict[str, Any] | None:
+    """What a trial measures on this machine; None while the data set is still to be made.
+
+    Raises:
+        RunError: the trial failed; the message holds its last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
+        file = Path(folder) / package.SETTINGS
+        file.write_text(config_load.to_yaml(config), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.job", "trial", str(file)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **worker.environment(config)},
+            capture_output=True,
+            text=True,
+            timeout=TRIAL_S,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise RunError("the trial failed: " + "\n".join(done.stderr.strip().splitlines()[-3:]))
+    measured: dict[str, Any] | None = json.loads(lines[-1])
+    return measured
+
+
+def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[dict[str, Any]]:
+    """What the nodes of a cluster say, then what a trial there measured.
+
+    Raises:
+        UserError: the nodes did not answer in time.
+        RunError: the job failed.
+    """
+    verb = "preflight" if trial else "probe"
+    with jobs.staging() as folder:
+        sent = jobs.prepare(config, cluster.address, int(time.time()), {}, folder, verb)
+        cluster.submit(sent)
+        events = _events(cluster, sent.id)
+        try:
+            yield from events
+        finally:
+            job = cluster.find(sent.id)
+            if not job.is_over:
+                cluster.stop(job)
+
+
+def _events(cluster: jobs.Cluster, job_id: str) -> Iterator[dict[str, Any]]:
+    """The events of the job, each as soon as it is there."""
+    deadline, seen = time.monotonic() + NODES_S, 0
+    while True:
+        job = cluster.find(job_id)
+        lines = cluster.output(job_id).splitlines() if job.status != "pending" else []
+        events = [event for line in lines if (event := event_lines.parse(line))]
+        for event in events[seen:]:
+            deadline = time.monotonic() + TRIAL_S
+            yield event
+        seen = len(events)
+        if job.is_over and seen < 2:
+            raise RunError(f"preflight on {cluster.address} failed: {job.message.strip()}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{cluster.address} did not answer in time: mhe jobs shows what keeps it busy; "
+                f"--no-preflight goes without"
+            )
+        time.sleep(jobs.POLL_S)
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        count = f"{len(found)} reason{'s' if len(found) > 1 else ''}"
+        raise UserError("\n  ".join([f"this run cannot work there, for {count}:", *found]))

@@ -1,0 +1,125 @@
+"""A Ray cluster of several raylets on this machine's loopback, with a token of its own.
+
+They live in a process of their own, because what Ray reads from the environment it reads once:
+`python -m tests.e2e.raylets` starts the head and then obeys the lines that it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+END_S = 30.0
+PORTS = range(20_000, 32_000)  # what Ray gives to nobody and the system to nobody
+
+
+class Raylets:
+    """Nodes of one CPU each, the first one the head; all processes end with the `with` block.
+
+    Attributes:
+        address: of the Jobs API.
+        environment: variables for a process that speaks to the cluster.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # socket paths are short
+        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        variables = {
+            "RAY_TMPDIR": self._folder,
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the nodes' address
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_period_ms": "1000",  # a lost node is noticed in seconds
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+        }
+        with Path(self._folder, "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.raylets"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, **variables, **self.environment},
+            )
+        self.address = self._ask("head")
+
+    def add(self) -> str:
+        """Start another node; its name."""
+        return self._ask("add")
+
+    def kill(self, node: str) -> None:
+        """End a node at once, as a power cut does."""
+        self._ask(f"kill {node}")
+
+    def __enter__(self) -> Raylets:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait(END_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        for answer in self._process.stdout:
+            if answer.startswith("{"):
+                return str(json.loads(answer)["answer"])
+        raise RuntimeError(Path(self._folder, "log").read_text())
+
+
+def serve() -> None:
+    """Start nodes and end them as the lines of standard input say."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    nodes: dict[str, Any] = {}
+    for line in sys.stdin:
+        verb, *rest = line.split()
+        if verb == "kill":
+            cluster.remove_node(nodes.pop(rest[0]), allow_graceful=False)
+            answer = ""
+        else:
+            options = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 0}
+            if verb == "head":
+                options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+                options |= {"dashboard_port": _free_port()}
+            else:  # as on two machines: else one node's copy of a job's code replaces the other's
+                options["temp_dir"] = f"{os.environ['RAY_TMPDIR']}/{len(nodes)}"
+            node = cluster.add_node(object_store_memory=100 * 2**20, **options)
+            nodes[node.unique_id] = node
+            answer = f"http://{node.webui_url}" if verb == "head" else node.unique_id
+        sys.stdout.write(json.dumps({"answer": answer}) + "\n")
+        sys.stdout.flush()
+    cluster.shutdown()
+
+
+def _free_port() -> int:
+    for port in PORTS:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise OSError("no free port")
+
+
+if __name__ == "__main__":
+    serve()

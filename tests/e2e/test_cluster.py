@@ -1,0 +1,161 @@
+"""Two nodes for real: submitted over the Jobs API, watched, stopped, resumed, and hit.
+
+One story, because each start of a cluster and of a run costs half a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mhe_dist import config_load
+from mhe_dist.errors import Preempted
+from tests import tiny
+from tests.e2e.raylets import ROOT, Raylets
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 160
+MHE = "from launcher.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Raylets]:
+    with Raylets() as raylets:
+        raylets.add()
+        yield raylets
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    config = tiny.config(
+        tmp_path / "runs",
+        tiny.write_shards(tmp_path / "train"),
+        run={"name": "both"},
+        train={"max_steps": STEPS, "epochs": 1000},
+        scale={"workers": 2},
+        checkpoint={"every_steps": 20},
+        export={"formats": ["timm"]},
+    )
+    path = tmp_path / "both.yaml"
+    config_load.save(config, str(path))
+    return path
+
+
+class Terminal:
+    """Somebody who types commands; `mhe` is that of this checkout."""
+
+    def __init__(self, cluster: Raylets) -> None:
+        self.environment = {
+            **os.environ,
+            **cluster.environment,
+            "RAY_API_SERVER_ADDRESS": cluster.address,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "COLUMNS": "200",
+        }
+
+    def start(self, *words: str, **variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", MHE, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**self.environment, **variables},
+        )
+
+    def mhe(self, *words: str, **variables: str) -> tuple[int, str]:
+        process = self.start(*words, **variables)
+        said, _ = process.communicate(timeout=150)
+        return process.returncode, said
+
+
+def until(process: subprocess.Popen[str], part: str) -> str:
+    """Output up to the line that holds `part`."""
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if part in line:
+            return seen
+    pytest.fail(f"ended without {part!r}:\n{seen}")
+
+
+def train_workers(folder: str) -> list[psutil.Process]:
+    """The processes that train with the run's code, one per rank."""
+    found = []
+    for process in psutil.process_iter(["name", "environ"]):
+        name, variables = process.info["name"] or "", process.info["environ"] or {}
+        if "RayTrainWorker" in name and variables.get("RAY_AUTH_TOKEN") == folder:
+            found.append(process)
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
+    terminal = Terminal(cluster)
+    run = config_load.load(str(config))
+
+    code, said = terminal.mhe("jobs", RAY_AUTH_TOKEN="0" * 32)
+    assert code == 2 and "RAY_AUTH_TOKEN" in said
+
+    code, said = terminal.mhe("submit", str(config))
+    assert code == 0, said
+    assert f"{cluster.address}/#/jobs/both-1" in said
+    watching = terminal.start("logs", "both", "-f")
+    until(watching, "checkpoint")
+
+    code, said = terminal.mhe("submit", str(config))
+    assert code == 2 and "job both-1 is running with this run" in said
+    code, said = terminal.mhe("status", "both")
+    assert code == 0 and "running" in said and f"of {STEPS}" in said
+    workers = train_workers(cluster.environment["RAY_AUTH_TOKEN"])
+    assert len({worker.ppid() for worker in workers}) == 2, "one worker on each node"
+
+    code, said = terminal.mhe("stop", "both")
+    assert code == 0 and "stopped" in said and "It goes on from" in said, said
+    rest, _ = watching.communicate(timeout=30)
+    assert watching.returncode == Preempted.exit_code, rest
+    assert terminal.mhe("status", "both-1")[0] == Preempted.exit_code
+    stopped_at = len(tiny.per_step(run)[0])
+    assert 20 <= stopped_at < STEPS
+
+    going_on = terminal.start("submit", str(config), "--follow")
+    said = until(going_on, "checkpoint")
+    assert f"Resumed at step {stopped_at}" in said
+    train_workers(cluster.environment["RAY_AUTH_TOKEN"])[0].kill()
+    rest, _ = going_on.communicate(timeout=150)
+    assert going_on.returncode == 0, rest
+    assert "Resumed at step" in rest, "after the kill"
+    assert Path(run.run.path, "export", "timm", "config.json").exists()
+    losses, _ = tiny.per_step(run)
+    assert len(losses) == STEPS
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+    code, said = terminal.mhe("jobs")
+    assert code == 0
+    rows = [line.split() for line in said.splitlines()]
+    listed = [(row[0], row[2]) for row in rows if row[1] == "both"]
+    assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]
+
+
+@pytest.mark.timeout(120)
+def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config: Path) -> None:
+    begin = time.monotonic()
+    words = ["data.shards=/nowhere", "run.name=lost", "run.dir=/proc/runs", "scale.workers=4"]
+    code, said = Terminal(cluster).mhe("submit", str(config), *words, "--follow")
+    seconds = time.monotonic() - begin
+    assert code == 2, said
+    for part in ("3 reasons", "data.shards: there is no", "run.dir: /proc/runs", "room for 2"):
+        assert part in said
+    assert seconds < 20 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1), seconds
+    code, said = Terminal(cluster).mhe("submit", str(config), *words, "--follow", "--no-preflight")
+    assert code == 2, said
+    assert "data.shards=/nowhere" in said and "index.json" in said

@@ -1,0 +1,139 @@
+"""A real `mlflow server` process: what a run leaves there, and what it must not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhe_dist.tracking_mlflow import MlflowTracker
+from pipelines import pretrain
+from tests import tiny
+
+pytestmark = pytest.mark.e2e
+
+SECRET = "planted-horse-battery"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=folder, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while not _answers(uri):
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.3)
+        yield uri, folder
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(uri: str) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"{uri}/health", timeout=2).status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.timeout(200)
+def test_what_a_run_leaves_on_a_server(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow.onnx
+    import onnxruntime
+    from mlflow.tracking import MlflowClient
+
+    uri, folder = server
+    monkeypatch.setenv("PLANTED_TOKEN", SECRET)
+    address = uri.replace("://", f"://me:{SECRET}@")
+    config = tiny.config(
+        tmp_path / "runs",
+        tiny.write_shards(tmp_path / "train"),
+        run={"name": "served"},
+        tracking={"mlflow": True, "uri": address, "experiment": "tests"},
+        evaluate={"shards": tiny.write_shards(tmp_path / "heldout", 10, 1000), "pairs": 100},
+        export={"formats": ["onnx"]},
+    )
+    summary = pretrain.main(config)
+    client = MlflowClient(uri)
+    run = client.get_run(summary["mlflow"]["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["optim.lr"] == "0.02"
+    assert {"git_commit", "data_digest", "world_size", "version.torch", "checkpoints"} <= set(
+        run.data.tags
+    )
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 24
+    kept = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "plots", "evaluation.npz", "model"} <= kept
+
+    (version,) = client.search_model_versions("name = 'served'")
+    assert version.run_id == run.info.run_id
+    local = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="model", tracking_uri=uri, dst_path=str(tmp_path)
+    )
+    info = mlflow.models.get_model_info(local)
+    shape = info.signature.inputs.inputs[0].shape
+    assert shape == (-1, 3, tiny.SIDE, tiny.SIDE)
+    assert info.signature.outputs.inputs[0].shape == (-1, config.model.embedding_dim)
+    assert info.saved_input_example_info
+    session = onnxruntime.InferenceSession(
+        mlflow.onnx.load_model(local).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    name = session.get_inputs()[0].name
+    (out,) = session.run(None, {name: torch.zeros(2, *shape[1:]).numpy()})
+    assert out.shape == (2, config.model.embedding_dim)
+
+    for path in (p for root in (folder, tmp_path) for p in root.rglob("*") if p.is_file()):
+        assert SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.timeout(100)
+def test_a_restart_is_a_child_and_logging_costs_a_step_nothing(server: tuple[str, Path]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    uri, _ = server
+    first = MlflowTracker(uri, "tests", "again")
+    first.start({"a": 1}, {"world_size": "2"})
+    first.log(0, {"loss": 1.0})
+    first.close("failed")
+    second = MlflowTracker(uri, "tests", "again", first.run_id)
+    second.start({"a": 1}, {"world_size": "1"}, step=1)
+    assert second.run_id == first.run_id
+    metrics = {f"metric_{i}": float(i) for i in range(12)}
+    begin = time.perf_counter()
+    for step in range(1, 501):
+        second.log(step, metrics)
+    cost = (time.perf_counter() - begin) / 500
+    second.close()
+
+    client = MlflowClient(uri)
+    parent = client.get_run(str(first.run_id))
+    (child,) = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{first.run_id}'"
+    )
+    assert child.info.run_name == "again from step 1"
+    assert (child.data.tags["world_size"], child.data.tags["step"]) == ("1", "1")
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    assert len(client.get_metric_history(str(first.run_id), "metric_3")) == 500
+    assert cost < 0.01 * 0.03, f"{cost * 1e6:.0f} us: more than 1 % of a step of 30 ms"
