@@ -119,7 +119,8 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": metadata,
-        "data": {SETTINGS: config_load.to_yaml(config)},
+        # Only what was set: a manifest that is kept stays right when there are new keys.
+        "data": {SETTINGS: config_load.to_yaml(config, changed_only=True)},
     }
 
 

@@ -114,9 +114,15 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that `load` reads back: text that looks like a number is quoted."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+def to_yaml(config: Config, changed_only: bool = False) -> str:
+    """The configuration as YAML that `load` reads back: text that looks like a number is quoted.
+
+    Args:
+        config: what to write.
+        changed_only: leave out what has its default value.
+    """
+    values = config.model_dump(mode="json", exclude_defaults=changed_only)
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def save(config: Config, url: str) -> None:

@@ -20,9 +20,9 @@ from mhe_dist.errors import Preempted
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
-STEPS = 160
+STEPS = 800  # commands take seconds on a busy machine: the run must outlast some of them
 MHE = "from launcher.cli import main; main()"
 
 
@@ -88,12 +88,12 @@ def until(process: subprocess.Popen[str], part: str) -> str:
     pytest.fail(f"ended without {part!r}:\n{seen}")
 
 
-def train_workers(folder: str) -> list[psutil.Process]:
-    """The processes that train with the run's code, one per rank."""
+def train_workers(token: str) -> list[psutil.Process]:
+    """The processes that train on the cluster with that token, one per rank."""
     found = []
     for process in psutil.process_iter(["name", "environ"]):
         name, variables = process.info["name"] or "", process.info["environ"] or {}
-        if "RayTrainWorker" in name and variables.get("RAY_AUTH_TOKEN") == folder:
+        if "RayTrainWorker" in name and variables.get("RAY_AUTH_TOKEN") == token:
             found.append(process)
     return found
 
@@ -111,13 +111,13 @@ def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
     assert f"{cluster.address}/#/jobs/both-1" in said
     watching = terminal.start("logs", "both", "-f")
     until(watching, "checkpoint")
+    workers = train_workers(cluster.environment["RAY_AUTH_TOKEN"])
+    assert len({worker.ppid() for worker in workers}) == 2, "one worker on each node"
 
     code, said = terminal.mhe("submit", str(config))
     assert code == 2 and "job both-1 is running with this run" in said
     code, said = terminal.mhe("status", "both")
     assert code == 0 and "running" in said and f"of {STEPS}" in said
-    workers = train_workers(cluster.environment["RAY_AUTH_TOKEN"])
-    assert len({worker.ppid() for worker in workers}) == 2, "one worker on each node"
 
     code, said = terminal.mhe("stop", "both")
     assert code == 0 and "stopped" in said and "It goes on from" in said, said

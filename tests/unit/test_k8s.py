@@ -16,6 +16,7 @@ import yaml
 
 from launcher import cli, manifests
 from launcher.manifests import Place
+from mhe_dist import config_load
 from mhe_dist.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -197,6 +198,15 @@ def test_any_run_makes_a_valid_rayjob(gpu: bool) -> None:
     assert limits["memory"] == "8Gi"
     check_ray(manifests.raycluster(settings, place))
     kubernetes_validate.validate(manifests.settings(settings, place, "a"), KUBERNETES, strict=True)
+
+
+def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
+    source = str(ROOT / "configs" / "quickstart.yaml")
+    before = config_load.load(source, ["optim.lr=0.3", "run.name='007'"])
+    made = manifests.settings(before, Place(), "a")
+    file = tmp_path / "run.yaml"
+    file.write_text(made["data"]["run.yaml"])
+    assert config_load.load(str(file)) == before
 
 
 @pytest.mark.parametrize(
