@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster check format install constraints clean
+.PHONY: help train test chaos cluster check format install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -17,6 +17,9 @@ train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation
 
 test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
 	$(BIN)/python -m pytest
+
+chaos: $(INSTALLED)  ## Many random faults; the seed is printed, MHE_CHAOS_SEED=... repeats it
+	MHE_CHAOS_FAULTS=$${MHE_CHAOS_FAULTS:-28} $(BIN)/python -m pytest -s tests/chaos
 
 cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets: not yet stable on a busy machine
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py

@@ -21,7 +21,7 @@ TRAIN, HELDOUT = "train", "heldout"
 
 # Keys that do not change what is learnt: where and how fast a run computes, what it tells.
 FREE = (
-    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*"),
+    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
     *("data.remote.*", "head.bank.memory", "head.bank.path"),
     # Files that may move; what is in them the digest of the data holds.
@@ -47,6 +47,8 @@ def data(config: Config) -> Iterable[Mistake]:
                 return  # where the held-out set would be made follows from data.shards
     if (source := config.model.init_from) and not runs.exists(source):
         yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
+    if (source := config.head.init_from) and not runs.exists(source):
+        yield "head.init_from", "does not exist; give a run or one of its step_* folders"
     for place in config.evaluate.verification:
         if not runs.exists(place):
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"

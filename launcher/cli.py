@@ -23,6 +23,7 @@ from launcher.verbs import (
     preflight,
     results,
     settings,
+    sync,
     train,
 )
 from mhe_dist.errors import UserError
@@ -55,6 +56,7 @@ app.command("config")(settings.show)
 app.command("export")(results.export)
 app.command("embed")(results.embed)
 app.command("report")(results.report)
+app.command("sync")(sync.sync)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")

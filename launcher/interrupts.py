@@ -63,7 +63,7 @@ def deferred(
             gently()
         patient = len(noted) == 1 and deadline and time.monotonic() < deadline[0]
         if noted and not patient:
-            raise Interrupted(noted[0])
+            raise Interrupted(noted[-1] if deadline else noted[0])
 
     with _handling(lambda signum, frame: noted.append(signum)):
         yield check

@@ -87,12 +87,14 @@ class Display:
             "bad_samples": self._bad_samples,
             "evaluation": self._evaluation,
             "checkpoint": self._checkpoint,
+            "checkpoint_failed": self._checkpoint_failed,
+            "preempted": self._preempted,
+            "diverged": self._diverged,
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
             "waiting": lambda told: self.waiting(told["what"]),
             "stopping": lambda told: self.waiting("saving, then stopping"),
-            "preempted": self._preempted,
         }
         draw[event["event"]](event)
 
@@ -100,6 +102,8 @@ class Display:
         if event["resumed_from"]:
             source = escape(event["resumed_from"])
             self._say(f"[green]Resumed[/] at step {event['step']:,} from {source}.")
+        for name, reason in event.get("passed_over", {}).items():
+            self._say(f"[yellow]Passed over[/] checkpoint {escape(name)}: {escape(reason)}")
         images, classes = event["samples"], event["classes"]
         self._say(f"{images:,} images of {classes:,} classes, {event['steps']:,} steps.")
         self._steps, self._begun = event["steps"], (self._clock(), event["step"])
@@ -139,6 +143,18 @@ class Display:
 
     def _checkpoint(self, event: Event) -> None:
         self._say(f"[dim]step {event['step']:,}  checkpoint {escape(str(event['path']))}[/]")
+
+    def _checkpoint_failed(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  no checkpoint:[/] {escape(event['message'])}; "
+            "training goes on, the last good one stands"
+        )
+
+    def _diverged(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  {escape(event['what'])};[/] "
+            f"step, samples, norms and batch are in {escape(event['bundle'])}"
+        )
 
     def _export(self, event: Event) -> None:
         self._say(

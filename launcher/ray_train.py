@@ -13,14 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher import runs, worker
+from launcher import elastic, runs, worker
 from launcher.interrupts import Interrupted, deferred, undisturbed
 from launcher.mailbox import NAMESPACE, STOP_NOW, Event, Mailbox, name_of
 from mhe_dist.config import Config
 from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines import stopping
 
 POLL_S = 0.25
-GRACE_S = 120.0  # that a run has for its checkpoint once its job is asked to stop
+GRACE_S = 120.0  # that a run has for its checkpoint once it is asked to stop
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
 
 DRIVER_ENVIRONMENT = {
@@ -50,7 +51,7 @@ def train(config: Config, handle: Callable[[Event], None]) -> None:
     Raises:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
-        Preempted: SIGTERM came, and the run saved itself in time.
+        Preempted: SIGTERM came, and the run saved itself within `GRACE_S`.
     """
     with local_cluster(config):
         _train(config, handle)
@@ -219,7 +220,7 @@ def local_cluster(config: Config) -> Iterator[None]:
 def _check_resources(config: Config, resources: dict[str, float]) -> None:
     """Refuse what Ray would wait for without end."""
     gpus = int(resources.get("GPU", 0))
-    if config.scale.gpu and gpus < config.scale.workers:
+    if config.scale.gpu and gpus < config.scale.fewest:
         raise UserError(
             f"scale.workers={config.scale.workers} with scale.gpu=true needs a GPU for each one; "
             f"this machine has {gpus}. Lower scale.workers or set scale.gpu=false."
@@ -239,19 +240,21 @@ def _settings(config: Config, mailbox: Any) -> dict[str, Any]:
 
 def _fit(settings: dict[str, Any]) -> None:
     """Run Ray Train's controller to its end, in a process of its own."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
     config = Config.model_validate(settings["config"])
     scale = config.scale
-    trainer = TorchTrainer(
-        worker.train,
+    trainer = elastic.trainer(
+        config,
+        train_loop_per_worker=worker.train,
         train_loop_config=settings,
         torch_config=TorchConfig(
             backend="nccl" if scale.gpu else "gloo", timeout_s=int(scale.timeout_s)
         ),
         scaling_config=ScalingConfig(
-            num_workers=scale.workers,
+            num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,
+            elastic_resize_monitor_interval_s=elastic.LOOK_AROUND_S,
             use_gpu=scale.gpu,
             resources_per_worker=worker.resources(config),
             placement_strategy=scale.placement.upper(),
@@ -261,10 +264,23 @@ def _fit(settings: dict[str, Any]) -> None:
             name="ray",
             storage_path=settings["storage"],
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            worker_runtime_env={"env_vars": worker.environment(config)},  # type: ignore[call-arg]
+            callbacks=[_listening()],
+            worker_runtime_env={"env_vars": worker.environment(config)},
         ),
     )
     trainer.fit()
+
+
+def _listening() -> Any:
+    """What lets a worker hear SIGTERM: handlers can be set on its main thread alone, and training
+    runs on another one."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Listening(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            worker_group.execute(stopping.listen)
+
+    return Listening()
 
 
 def _error(event: Event) -> Exception:

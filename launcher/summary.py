@@ -41,6 +41,8 @@ def figures(summary: dict[str, Any]) -> Iterator[Row]:
     yield "speed", f"{summary['images_per_s']:,.0f} images/s"
     phases = summary["phases"].items()
     yield "time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
+    for failure in summary.get("failed_checkpoints", []):
+        yield "checkpoint that failed", failure
     if summary["resumed_from"]:
         yield "resumed from", summary["resumed_from"]
 

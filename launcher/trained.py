@@ -82,7 +82,7 @@ def _checkpoint(run: str) -> tuple[str, Checkpoint]:
             raise UserError(f"{run} is not a complete checkpoint: {trouble}")
         return runs.find(folder.rpartition("/")[0]), Checkpoint(run, int(name[5:]))
     path = runs.find(run)
-    newest = CheckpointStore(f"{path}/checkpoints", Topology(), keep_last=1).newest()
+    newest = CheckpointStore(f"{path}/checkpoints", Topology()).newest()
     if newest is None:
         raise UserError(f"{path} has no complete checkpoint yet: mhe train goes on with it")
     return path, newest

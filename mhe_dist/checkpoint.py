@@ -17,7 +17,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -25,17 +24,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhe_dist import retention
-from mhe_dist.checkpoint_files import RUN, FileEntry, Folder, Writer
+from mhe_dist.checkpoint_files import FileEntry, Folder, Writer
+from mhe_dist.checkpoint_read import Checkpoint, first_failure
 from mhe_dist.errors import RunError
+from mhe_dist.retention import Keep
 from mhe_dist.topology import Topology
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step_(\d{8,})$")
+READ_ONLY = Keep()  # of a store that nobody saves to
 _WRITE_TIMEOUT_S = 3600.0  # a rank may wait this long for the slowest writer
 
 # DCP warns that `no_dist` works without collectives, which is why it is given. Filtered for good:
@@ -66,78 +66,30 @@ class Saved:
     error: str | None = None
 
 
-class Checkpoint:
-    """A complete checkpoint.
-
-    Attributes:
-        path: URL of its folder.
-        step: its step.
-    """
-
-    def __init__(self, path: str, step: int) -> None:
-        self.path = path
-        self.step = step
-
-    @cached_property
-    def run(self) -> dict[str, Any]:
-        """What was given to `save` as `run`."""
-        return Folder(self.path).read_json(RUN)
-
-    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name -> (shape, dtype) of every tensor."""
-        return {
-            name: (tuple(entry.size), entry.properties.dtype)
-            for name, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-
-    @cached_property
-    def _metadata(self) -> Any:
-        return FsspecReader(self.path).read_metadata()
-
-    def load(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Tensors on the host, whose names `wanted` picks; no other bytes are read.
-
-        Every rank may load other names; nobody waits for anybody.
-
-        Raises:
-            RunError: the files cannot be read.
-        """
-        tensors = {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (shape, dtype) in self.names().items()
-            if wanted(name)
-        }
-        try:
-            # With collectives DCP would ask all ranks to load the same names.
-            dcp.load(tensors, storage_reader=FsspecReader(self.path), no_dist=True)
-        except dcp.CheckpointException as error:
-            raise RunError(f"{self.path}: {_first_failure(error)}") from error
-        return tensors
-
-
 class CheckpointStore:
     """The checkpoints of a run, in one folder or under one URL.
 
     Attributes:
-        rejected: folder name -> why the last `newest` did not take it for a checkpoint.
+        rejected: folder name -> why the last `newest` did not take it for a checkpoint; on rank 0
+            until it is written anew.
     """
 
-    def __init__(self, root: str, topology: Topology, keep_last: int) -> None:
+    def __init__(self, root: str, topology: Topology, keep: Keep = READ_ONLY) -> None:
         """All ranks must call.
 
         Args:
             root: folder or fsspec URL that holds the `step_*` folders.
             topology: this rank's place.
-            keep_last: complete checkpoints that are kept.
+            keep: which complete checkpoints stay when a newer one is complete.
         """
         self.rejected: dict[str, str] = {}
         self._root = root.rstrip("/")
         self._topology = topology
-        self._keep_last = keep_last
+        self._keep = keep
         self._group = topology.side_group(_WRITE_TIMEOUT_S)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | None = None
+        self._copies: dict[str, Tensor] = {}
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -164,12 +116,10 @@ class CheckpointStore:
         before = self.wait()
         begin = time.perf_counter()
         mine = share_by_size(replicated, self._topology.world_size)[self._topology.rank]
-        copies = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in ({n: replicated[n] for n in mine} | owned).items()
-        }
+        given = {name: replicated[name] for name in mine} | owned
+        self._copies = {n: _copied(tensor, self._copies.get(n)) for n, tensor in given.items()}
         self._thread = threading.Thread(
-            target=self._write, args=(step, copies, run, begin), name=f"checkpoint-{step}"
+            target=self._write, args=(step, self._copies, run, begin), name=f"checkpoint-{step}"
         )
         self._thread.start()
         return before
@@ -209,7 +159,7 @@ class CheckpointStore:
         # Whatever went wrong, training must go on; the caller gets the reason. (DCP's exception is
         # no Exception.)
         except (Exception, dcp.CheckpointException) as failure:
-            error = _first_failure(failure)
+            error = first_failure(failure)
         self._outcome = Saved(step, path, size, time.perf_counter() - begin, error)
 
     def _prepare(self, path: str) -> bool:
@@ -221,8 +171,7 @@ class CheckpointStore:
         def clear() -> bool:
             """Whether the folder is free now."""
             folder = Folder(path)
-            name = path.rsplit("/", 1)[1]
-            if name not in self.rejected and not isinstance(folder.manifest(), str):
+            if self._is_complete(path):
                 return False
             folder.remove()
             return True
@@ -244,9 +193,10 @@ class CheckpointStore:
             """Bytes of the finished checkpoint."""
             files = {name: entry for part in gathered for name, entry in part.items()}
             size = Folder(path).finish(files, run)
+            self.rejected.pop(_name(path), None)
             try:
                 self._forget_old()
-            except OSError as failure:  # this one is complete all the same
+            except (OSError, ValueError) as failure:  # this one is complete all the same
                 logger.warning("old checkpoints in %s cannot be deleted: %s", self._root, failure)
             return size
 
@@ -259,7 +209,7 @@ class CheckpointStore:
             try:
                 box[0] = work()
             except Exception as failure:  # told to every rank below, which raises it
-                box[1] = _first_failure(failure)
+                box[1] = first_failure(failure)
         if self._topology.world_size > 1:
             dist.broadcast_object_list(box, src=0, group=self._group)
         if box[1] is not None:
@@ -267,11 +217,19 @@ class CheckpointStore:
         return box[0]
 
     def _forget_old(self) -> None:
-        history = {
-            step: not isinstance(Folder(self._path(step)).manifest(), str) for step in self._steps()
-        }
-        for step in retention.to_delete(history, self._keep_last):
-            Folder(self._path(step)).remove()
+        paths = {step: self._path(step) for step in self._steps()}
+        history = {step: self._is_complete(path) for step, path in paths.items()}
+        scores = {}
+        for step in [s for s, complete in history.items() if complete and self._keep.best]:
+            score = self._keep.score(Checkpoint(paths[step], step).run.get("scores", {}))
+            if score is not None:
+                scores[step] = score
+        for step in retention.to_delete(history, self._keep, scores):
+            Folder(paths[step]).remove()
+
+    def _is_complete(self, path: str) -> bool:
+        """Whether the last `newest` would have taken it for a checkpoint, by its files' sizes."""
+        return _name(path) not in self.rejected and not isinstance(Folder(path).manifest(), str)
 
     # -- discovery -----------------------------------------------------------------------------
 
@@ -287,8 +245,30 @@ class CheckpointStore:
             reason = self._reason_against(path)
             if reason is None:
                 return Checkpoint(path, step)
-            self.rejected[path.rsplit("/", 1)[1]] = reason
+            self.rejected[_name(path)] = reason
         return None
+
+    def go_back(self, step: int) -> bool:
+        """Delete the checkpoints of more than `step` steps, if an older complete one stands.
+
+        All ranks must call. Where there is no checkpoint at all nothing needs to be deleted.
+
+        Returns:
+            Whether the newest checkpoint, if there is one, is now of `step` steps at most.
+        """
+
+        def forget() -> bool:
+            """Whether there was a way back."""
+            steps = self._steps()
+            good = [s for s in steps if s <= step and self._is_complete(self._path(s))]
+            newer = [s for s in steps if s > step]
+            if newer and not good:
+                return False
+            for late in newer:
+                Folder(self._path(late)).remove()
+            return True
+
+        return self._on_first(forget)
 
     def _reason_against(self, path: str) -> str | None:
         folder = Folder(path)
@@ -326,6 +306,18 @@ class CheckpointStore:
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
+def _copied(tensor: Tensor, used: Tensor | None) -> Tensor:
+    """A copy on the host, in the memory of the copy before where it fits: fresh pages cost more
+    than what is written to them."""
+    if used is None or used.shape != tensor.shape or used.dtype != tensor.dtype:
+        used = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return used.copy_(tensor.detach())
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[1]
+
+
 def share_by_size(tensors: dict[str, Tensor], ranks: int) -> list[list[str]]:
     """Names for each rank such that the bytes are balanced; the same on all ranks."""
     shares: list[list[str]] = [[] for _ in range(ranks)]
@@ -335,13 +327,3 @@ def share_by_size(tensors: dict[str, Tensor], ranks: int) -> list[list[str]]:
         shares[rank].append(name)
         loads[rank] += tensors[name].nbytes
     return shares
-
-
-def _first_failure(error: BaseException) -> str:
-    """One line of an error; of DCP's, which quotes every rank's traceback, the first cause."""
-    if isinstance(error, dcp.CheckpointException) and error.failures:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    if isinstance(error, RunError):  # rank 0's own words
-        return str(error)
-    return f"{type(error).__name__}: {error}"

@@ -138,6 +138,9 @@ class HeadConfig(Section):
     kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
         "mhs", description="Which head; the block of the same name configures it."
     )
+    init_from: str = Field(
+        "", description="Run or step_* folder whose rows a new run begins with; empty: none."
+    )
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
     optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
@@ -201,7 +204,15 @@ class TrainConfig(Section):
 class ScaleConfig(Section):
     """The workers and what each one gets."""
 
-    workers: PositiveInt = Field(1, description="W: number of workers (ranks).")
+    workers: PositiveInt = Field(
+        1, description="W: number of workers (ranks); {min: a, max: b} sets min_workers, too."
+    )
+    min_workers: int = Field(
+        0,
+        ge=0,
+        description="Fewest workers that the run goes on with when some are lost, until there is "
+        "room for more again; 0: exactly scale.workers.",
+    )
     gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
     cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
     resources: dict[str, PositiveFloat] = Field(
@@ -216,6 +227,25 @@ class ScaleConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
     max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
     timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, values: Any) -> Any:
+        """`workers: {min: a, max: b}` is `workers: b` with `min_workers: a`."""
+        found = values.get("workers") if isinstance(values, dict) else None
+        if not isinstance(found, dict) or found.keys() != {"min", "max"}:
+            return values
+        return {**values, "workers": found["max"], "min_workers": found["min"]}
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return 0 < self.min_workers < self.workers
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.min_workers or self.workers
 
 
 class EvaluateConfig(Section):
@@ -235,8 +265,33 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     """When to save and what to keep."""
 
-    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: at the end only.")
+    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: none by steps.")
+    every_minutes: float = Field(
+        0.0, ge=0, description="Minutes after a save when another is due; 0: none by time."
+    )
     keep_last: PositiveInt = Field(2, description="Newest complete checkpoints that are kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints of steps that this divides are kept; 0: none."
+    )
+    keep_best: str = Field(
+        "",
+        description="Held-out metric, such as rank1, whose best checkpoint is kept too; -NAME: the "
+        "lowest is the best. Every evaluated step is then saved; empty: none.",
+    )
+
+
+class GuardConfig(Section):
+    """What counts as divergence, and what follows from it."""
+
+    on_divergence: Literal["stop", "rollback", "ignore"] = Field(
+        "stop",
+        description="When the loss or the gradient is not finite: end the run, or go back to the "
+        "checkpoint before and leave those batches out; a bundle in divergence/ says more.",
+    )
+    spike: float = Field(
+        0.0, ge=0, description="A loss this many times the running mean diverges, too; 0: never."
+    )
+    max_rollbacks: int = Field(3, ge=0, description="Rollbacks after which the run ends.")
 
 
 class TrackingConfig(Section):
@@ -269,8 +324,14 @@ class Config(Section):
     scale: ScaleConfig = Field(ScaleConfig(), description="Workers.")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out evaluation.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
+    guard: GuardConfig = Field(GuardConfig(), description="Divergence.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     export: ExportConfig = Field(ExportConfig(), description="Exported backbone.")
+
+    def group_sizes(self) -> list[int]:
+        """Numbers of workers that the run can have: they divide the micro-batches of a step."""
+        sizes = range(self.scale.fewest, self.scale.workers + 1)
+        return [size for size in sizes if self.train.micro_batches % size == 0]
 
     @model_validator(mode="after")
     def _pieces_fit(self, info: ValidationInfo) -> Config:
@@ -285,8 +346,12 @@ def misfits(config: Config) -> list[str]:
 
     Micro-batches, workers and streams must divide one another (DESIGN section 5).
     """
-    train, data, workers = config.train, config.data, config.scale.workers
+    train, data, scale = config.train, config.data, config.scale
     wrong = []
+    if scale.min_workers > scale.workers:
+        wrong.append(
+            f"scale.min_workers={scale.min_workers} is more than scale.workers={scale.workers}"
+        )
     if train.global_batch % train.micro_batch:
         wrong.append(
             f"train.global_batch={train.global_batch} is not a multiple of "
@@ -295,8 +360,11 @@ def misfits(config: Config) -> list[str]:
     else:
         sizes = "train.global_batch / train.micro_batch"
         step = f"{train.micro_batches} micro-batches of a step ({sizes})"
-        if train.micro_batches % workers:
-            wrong.append(f"scale.workers={workers} does not divide the {step}")
+        if not config.group_sizes() and scale.min_workers <= scale.workers:
+            between = f"no number from scale.min_workers={scale.min_workers} to "
+            prefix = between if scale.elastic else ""
+            verb = "divides" if scale.elastic else "does not divide"
+            wrong.append(f"{prefix}scale.workers={scale.workers} {verb} the {step}")
         if data.streams % train.micro_batches:
             wrong.append(f"data.streams={data.streams} is not a multiple of the {step}")
     if train.global_batch % data.streams:
@@ -309,11 +377,19 @@ def misfits(config: Config) -> list[str]:
             f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
             "disk of each host"
         )
-    wrong += _head_misfits(config.head, workers)
+    wrong += _head_misfits(config.head, max(config.group_sizes(), default=scale.workers))
     if config.optim.ema and config.scale.zero_stage == 3:
         wrong.append(
             f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
             "scale.zero_stage=3 cuts them"
+        )
+    evaluate = config.evaluate
+    evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)
+    if config.checkpoint.keep_best and not evaluated:
+        wrong.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
+            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
+            "has a score"
         )
     if config.optim.final_lr > config.optim.lr:
         wrong.append(

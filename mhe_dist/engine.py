@@ -116,6 +116,8 @@ class Engine:
         for group in self._inner_optimizer.param_groups:
             group["lr"] = lr
         self._statistics.finish()
+        # In every step, or a save in between would change how the statistics are rounded later.
+        self.synchronise_buffers()
         if self._stage < 3:
             self._norm = self._clip()
         self._ds.step()

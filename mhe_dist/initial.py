@@ -48,7 +48,7 @@ def _checkpoint(source: str) -> Checkpoint | None:
         return Checkpoint(source, int(name.removeprefix("step_")))
     if not filesystem.exists(f"{path}/checkpoints"):
         return None
-    newest = CheckpointStore(f"{source}/checkpoints", Topology(), keep_last=1).newest()
+    newest = CheckpointStore(f"{source}/checkpoints", Topology()).newest()
     if newest is None:
         raise UserError(f"model.init_from={source}: the run has no complete checkpoint")
     return newest

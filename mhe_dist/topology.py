@@ -45,14 +45,6 @@ class Topology:
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all ranks must call."""
-        if self.world_size == 1:
-            return flag
-        flags = torch.tensor([int(flag)], dtype=torch.int32)
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.host_group)
-        return bool(flags.item())
-
     def side_group(self, timeout_s: float) -> Group:
         """A group of its own for work in the background (host tensors); all ranks must call."""
         if self.world_size == 1:
@@ -77,13 +69,18 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
+    # Of groups that libraries make without saying how long; DeepSpeed does.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group(backend, timeout=timeout)
     world = dist.group.WORLD
-    host_group = world if backend == "gloo" else cast(Group, dist.new_group(backend="gloo"))
+    host_group = world
+    if backend != "gloo":
+        host_group = cast(Group, dist.new_group(backend="gloo", timeout=timeout))
     return Topology(dist.get_rank(), dist.get_world_size(), device, world, host_group)
 
 

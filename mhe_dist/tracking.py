@@ -7,23 +7,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from importlib import metadata
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import fsspec
 
 from mhe_dist.config import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.mirror import Mirror
+
+logger = logging.getLogger(__name__)
 
 Status = Literal["finished", "failed", "killed"]
 Metrics = Mapping[str, float]
@@ -113,7 +118,8 @@ class JsonlTracker:
         if "://" in path:
             self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
             self._mirror = Mirror(self._path, path)
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._waiting, self._refused = "", False
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Drop the lines of steps >= `step` and open the file; config and tags are not its."""
@@ -122,23 +128,35 @@ class JsonlTracker:
             self._mirror.fetch()
         kept = [r for r in read_records(self._path) if r["step"] < step]
         _replace(self._path, "".join(map(_line, kept)))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line.
+        """Append one line; where the disk refuses it, it waits for the next one, and that is told.
 
         Raises:
-            RunError: the file cannot be written, for instance because the disk is full.
+            RunError: there is no `start` before.
         """
         if self._file is None:
             raise RunError(f"{self._name}: log() before start()")
-        try:
-            self._file.write(_line({"step": step, "time": round(time.time(), 3), **metrics}))
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self._name}: cannot write the record of the run: {error}") from error
+        self._waiting += _line({"step": step, "time": round(time.time(), 3), **metrics})
+        self._write()
         if self._mirror:
             self._mirror.update()
+
+    def _write(self) -> None:
+        """Write what waits as a whole or not at all."""
+        assert self._file is not None
+        size, data = os.fstat(self._file.fileno()).st_size, self._waiting.encode()
+        try:
+            while data:
+                data = data[self._file.write(data) or 0 :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            if not self._refused:
+                logger.error("%s: cannot be written, will go on trying: %s", self._name, error)
+            self._refused = True
+        else:
+            self._waiting, self._refused = "", False
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Nothing: the run's folder holds its files already."""
@@ -149,6 +167,7 @@ class JsonlTracker:
     def close(self, status: Status = "finished") -> None:
         """Close the file."""
         if self._file is not None:
+            self._write()
             self._file.close()
             self._file = None
             if self._mirror:
@@ -210,18 +229,42 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
         return NullTracker()
     trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
     if config.tracking.mlflow:
-        from mhe_dist.tracking_mlflow import MlflowTracker
-
-        trackers.append(
-            MlflowTracker(
-                uri=mlflow_uri(config),
-                experiment=config.tracking.experiment,
-                run_name=config.run.name,
-                run_id=run_id,
-                artifacts="" if "://" in config.run.dir else f"{config.run.dir}/mlartifacts",
-            )
-        )
+        trackers.append(_mlflow(config, run_id))
     return Trackers(trackers)
+
+
+def _mlflow(config: Config, run_id: str | None) -> Tracker:
+    from mhe_dist.spool import Spool
+    from mhe_dist.tracking_mlflow import MlflowTracker
+
+    remote = "://" in config.run.dir
+    return MlflowTracker(
+        uri=mlflow_uri(config),
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        run_id=run_id,
+        artifacts="" if remote else f"{config.run.dir}/mlartifacts",
+        spool=None if remote else Spool(Path(config.run.path) / "mlflow"),
+    )
+
+
+def sync(config: Config) -> int:
+    """Send what of a run's metrics waits on disk for MLflow; the number of records.
+
+    Raises:
+        RunError: MLflow has not taken all of them.
+    """
+    from mhe_dist.spool import Spool
+
+    spool = Spool(Path(config.run.path) / "mlflow")
+    waiting = len(spool)
+    if waiting:
+        tracker = _mlflow(config, None)
+        tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
+        tracker.close()
+        if len(spool):
+            raise RunError(f"{len(spool)} of {waiting} records still wait: see the log")
+    return waiting
 
 
 def mlflow_uri(config: Config) -> str:

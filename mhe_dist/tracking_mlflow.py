@@ -1,8 +1,8 @@
 """MLflow as a tracker that costs a step nothing and that no outage stops.
 
-`log` puts a record into a queue; one thread sends what has gathered there, in order. While the
-server cannot be reached the thread keeps trying and the queue grows, up to a limit; whatever does
-not reach MLflow is counted, and is in `metrics.jsonl` all the same.
+`log` puts a record into a queue and on disk (`spool.py`); one thread sends what has gathered there,
+in order. While the server cannot be reached the thread keeps trying; what has not arrived when the
+process ends, whatever ended it, is sent when the run goes on, or by `mhe sync`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from mhe_dist.errors import UserError
 from mhe_dist.mlflow_system import watch_system
 from mhe_dist.redact import flat, masked, scrub
+from mhe_dist.spool import Record, Spool
 from mhe_dist.tracking import Metrics, Status
 
 logger = logging.getLogger(__name__)
@@ -45,15 +46,6 @@ MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
 METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, _NAME_LENGTH = 6000, 5000, 250
-
-
-@dataclass(frozen=True)
-class _Record:
-    """Metrics of a step."""
-
-    step: int
-    time_ms: int
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -89,6 +81,7 @@ class MlflowTracker:
         run_name: str,
         run_id: str | None = None,
         artifacts: str = "",
+        spool: Spool | None = None,
     ) -> None:
         """Args:
             uri: of the server or database, with its credentials if it needs any.
@@ -96,6 +89,7 @@ class MlflowTracker:
             run_name: what people call the run.
             run_id: the run to go on with; None: a new one.
             artifacts: local folder for the artifacts of a new experiment in a local database.
+            spool: where records wait on disk; it knows the run id better than `run_id`.
 
         Raises:
             UserError: MLflow has no store for that URI.
@@ -108,15 +102,18 @@ class MlflowTracker:
             )
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        self._spool = spool
+        run_id = (spool.run_id if spool else None) or run_id
         self._store = _Store(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
-        self._queue: queue.Queue[_Record | _Artifact | _Model | _End] = queue.Queue(_QUEUE_LIMIT)
+        self._queue: queue.Queue[Record | _Artifact | _Model | _End] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
         self._lost = 0
         self._down = False
+        self._cut_short = False
         self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
 
     @property
@@ -134,13 +131,21 @@ class MlflowTracker:
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
+        for record in self._spool.take_up(step) if self._spool else []:
+            self._put(record)
         self._store.step = step
         self._thread.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue the values; their names lose the characters that MLflow refuses."""
         named = {metric_name(name): float(value) for name, value in metrics.items()}
-        self._put(_Record(step, int(time.time() * 1000), named))
+        record = Record(step, int(time.time() * 1000), named)
+        if self._spool is None:
+            self._put(record)
+            return
+        with self._spool.lock:
+            self._spool.add(record)
+            self._put(record)
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Queue the file or folder; it must not change afterwards."""
@@ -160,30 +165,44 @@ class MlflowTracker:
         self._thread.join(_CLOSE_S + 5)
         if self._lost or self._thread.is_alive():
             logger.warning(
-                "%s values did not reach MLflow at %s; metrics.jsonl has them",
+                "%s values did not reach MLflow at %s; metrics.jsonl has them%s",
                 "some" if self._thread.is_alive() else self._lost,
                 scrub(self._store.uri),
+                ", and `mhe sync` sends them later" if self._spool else "",
             )
 
-    def _put(self, entry: _Record | _Artifact | _Model | _End) -> None:
+    def _put(self, entry: Record | _Artifact | _Model | _End) -> None:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
             self._lost += 1
+            self._cut_short = True
 
     def _work(self) -> None:
         """The thread: open the run, then send what comes until the end of the record."""
         opened = self._persist(self._store.open)
+        self._cut_short |= not opened
+        if self._spool and self._store.run_id:
+            self._spool.run_id = self._store.run_id
         self._attempted.set()
         while True:
             entries = self._gather()
             for send, count in self._store.calls(entries):
                 if not (opened and self._persist(send)):
                     self._lost += count
+            self._settle()
             if any(isinstance(entry, _End) for entry in entries):
                 return
 
-    def _gather(self) -> list[_Record | _Artifact | _Model | _End]:
+    def _settle(self) -> None:
+        """Empty the spool if all that was queued has arrived; what MLflow refuses stays refused."""
+        if self._spool is None or self._cut_short:
+            return
+        with self._spool.lock:
+            if self._queue.empty():
+                self._spool.clear()
+
+    def _gather(self) -> list[Record | _Artifact | _Model | _End]:
         """The next entry and those that follow it closely."""
         entries = [self._queue.get()]
         self._closing.wait(_GATHER_S)
@@ -212,6 +231,7 @@ class MlflowTracker:
             self._down = True
             self._attempted.set()
             if time.monotonic() + pause > self._deadline:
+                self._cut_short = True
                 return False
             pause = self._rest(pause)
 
@@ -270,9 +290,9 @@ class _Store:
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
         calls: list[tuple[Callable[[], None], int]] = []
-        records: list[_Record] = []
+        records: list[Record] = []
         for entry in entries:
-            if isinstance(entry, _Record):
+            if isinstance(entry, Record):
                 records.append(entry)
                 continue
             calls += self._metric_calls(records)
@@ -285,7 +305,7 @@ class _Store:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
 
-    def _metric_calls(self, records: list[_Record]) -> list[tuple[Callable[[], None], int]]:
+    def _metric_calls(self, records: list[Record]) -> list[tuple[Callable[[], None], int]]:
         from mlflow.entities import Metric
 
         metrics = [

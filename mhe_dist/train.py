@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import IntFlag
+from functools import reduce
+from operator import or_
 from typing import Protocol, TypeVar
 
 import torch
@@ -39,6 +42,14 @@ class Trainable(Protocol):
         """Norm of the last step's gradient."""
 
 
+class Ask(IntFlag):
+    """What a rank may ask of all ranks; it travels with what they exchange in every step anyway."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """What happened in one step, as one rank saw it.
@@ -50,6 +61,7 @@ class StepInfo:
         samples: digest of the keys of the global batch, the same for any W.
         images: images of the global batch.
         wait_s: seconds this rank waited for data.
+        asked: what any rank asked since the step before, the same on all ranks.
     """
 
     step: int
@@ -58,6 +70,11 @@ class StepInfo:
     samples: str
     images: int
     wait_s: float
+    asked: Ask = Ask.NOTHING
+
+
+def _nothing() -> Ask:
+    return Ask.NOTHING
 
 
 @dataclass
@@ -70,6 +87,7 @@ class Loop:
         topology: this rank's place.
         micro_batch: B.
         rate: step -> learning rate.
+        ask: what this rank asks of all, looked at once per step.
         head_time: what the head takes of a step.
     """
 
@@ -78,7 +96,10 @@ class Loop:
     topology: Topology
     micro_batch: int
     rate: Callable[[int], float]
+    ask: Callable[[], Ask] = _nothing
     head_time: Stopwatch = field(init=False)
+    _asked: Ask = field(init=False, default=Ask.NOTHING)
+    _doing: str = field(init=False, default="nothing")
 
     def __post_init__(self) -> None:
         self.head_time = Stopwatch(self.topology.device)
@@ -87,21 +108,34 @@ class Loop:
         """Train on `batches`, one step each; the labels of the next one are known by then."""
         for (batch, met), following in pairs((batch, self._meet(batch)) for batch in batches):
             labels, samples = met
+            self._now("the head's plan", batch.step)
             self._plan(batch, labels)
             if following:
                 self.head.expect(following[0].step, following[1][0])
             outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
             lr = self.rate(batch.step)
+            self._now("the reduction of the gradients", batch.step)
             self.engine.step(lr)
+            self._now("the update of the head's rows", batch.step)
             with self.head_time.running():
                 self.head.step(lr)
             metrics = _mean(outputs)
             if (norm := self.engine.grad_norm()) is not None:
                 metrics["grad_norm"] = norm.detach()
             images = int((labels != NO_SAMPLE).sum())
-            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s)
+            asked, self._asked = self._asked, Ask.NOTHING
+            self._now("what follows on the end", batch.step)
+            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, asked)
+
+    def doing(self) -> str:
+        """What this rank does now, for messages."""
+        return self._doing
+
+    def _now(self, doing: str, step: int) -> None:
+        self._doing = f"{doing} of step {step}"
 
     def _micro_batch(self, step: int, part: MicroBatch) -> dict[str, Tensor]:
+        self._now(f"micro-batch {part.index}", step)
         embeddings = self.engine.forward(part.images, step, part.index)
         with self.head_time.running():
             output = self.head(embeddings, part.labels)
@@ -109,13 +143,20 @@ class Loop:
         return {"loss": output.loss.detach(), **output.metrics}
 
     def _meet(self, batch: StepBatch) -> tuple[Tensor, str]:
-        """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys."""
-        rows = torch.full((len(batch.micro_batches), self.micro_batch + 1), NO_SAMPLE)
+        """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys.
+
+        What the ranks ask travels with them.
+        """
+        self._now("the exchange of labels", batch.step)
+        rows = torch.full((len(batch.micro_batches), self.micro_batch + 2), NO_SAMPLE)
+        rows[:, 0] = self.ask()
         for row, part in zip(rows, batch.micro_batches, strict=True):
-            row[0] = _digest(part.keys)
-            row[1 : len(part.labels) + 1] = part.labels
+            row[1] = _digest(part.keys)
+            row[2 : len(part.labels) + 2] = part.labels
         rows = gather_rows(rows, self.topology)
-        return rows[:, 1:], hashlib.blake2b(rows[:, 0].numpy().tobytes(), digest_size=8).hexdigest()
+        self._asked |= Ask(reduce(or_, rows[:, 0].tolist()))
+        keys = hashlib.blake2b(rows[:, 1].numpy().tobytes(), digest_size=8)
+        return rows[:, 2:], keys.hexdigest()
 
     def _plan(self, batch: StepBatch, labels: Tensor) -> None:
         with self.head_time.running():

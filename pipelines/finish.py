@@ -93,7 +93,7 @@ def _summary(
 ) -> dict[str, Any]:
     """Figures of the whole run, and where everything is."""
     recorder, progress, config = run.recorder, run.progress, run.config
-    seconds = recorder.phases["train"]
+    seconds = recorder.phases.get("train", 0.0)
     return {
         "run": config.run.path,
         "steps": run.total_steps,
@@ -109,6 +109,7 @@ def _summary(
         "heldout": results,
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
+        "failed_checkpoints": run.saver.failures,
         "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,

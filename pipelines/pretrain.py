@@ -7,7 +7,6 @@ in one process.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,24 +14,29 @@ import torch
 
 from mhe_dist import backbone, config_load, heads, initial, schedule, topology, tracking
 from mhe_dist.checkpoint import Checkpoint, CheckpointStore
-from mhe_dist.config import Config
+from mhe_dist.config import CheckpointConfig, Config
 from mhe_dist.engine import Engine
 from mhe_dist.errors import Preempted, UserError
+from mhe_dist.guard import Guard
 from mhe_dist.heads import Head, HeadSpec
 from mhe_dist.redact import masked
+from mhe_dist.retention import Keep
 from mhe_dist.seeds import seed_torch
+from mhe_dist.stuck import watched
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import Tracker
-from mhe_dist.train import Loop
-from pipelines import finish, stopping, view
+from mhe_dist.train import Ask, Loop, StepInfo
+from pipelines import divergence, finish, inheritance, stopping, view
 from pipelines.bad_samples import BadSamples
+from pipelines.divergence import RolledBack
 from pipelines.evaluate import cadence
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.inheritance import HEAD
 from pipelines.recorder import Recorder, Report, ignore
+from pipelines.restarts import Restart
+from pipelines.saving import Saver
 from pipelines.shards import ShardIndex
 from pipelines.stream import Loader
-
-HEAD = "head/"
 
 
 def main(config: Config, report: Report = ignore) -> dict[str, Any]:
@@ -47,20 +51,27 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
 
     Raises:
         Preempted: a rank was told to stop (`pipelines.stopping`); everything is saved.
+        Stuck: a rank did not come to a collective within `scale.timeout_s`.
+        Diverged: the run no longer learns (`pipelines.divergence`).
     """
     place = topology.connect(config.scale.timeout_s)
-    run = Run(config, place, report)
-    try:
-        run.train()
-        summary = finish.finish(run)
-    except Preempted:
-        run.tracker.close("killed")
-        raise
-    except BaseException:
-        run.tracker.close("failed")
-        raise
-    run.tracker.close("finished")
-    return summary
+    while True:
+        run = Run(config, place, report)
+        try:
+            with watched(place, run.loop.doing):
+                run.train()
+                summary = finish.finish(run)
+        except Preempted:
+            run.tracker.close("killed")
+            raise
+        except RolledBack:
+            run.tracker.close("failed")
+            continue
+        except BaseException:
+            run.tracker.close("failed")
+            raise
+        run.tracker.close("finished")
+        return summary
 
 
 @dataclass
@@ -83,7 +94,7 @@ class Run:
         self.engine = Engine(_initial_model(config), config, place)
         self.head = _make_head(config, self.index, place)
         self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", place, config.checkpoint.keep_last
+            f"{config.run.path}/checkpoints", place, _keep(config.checkpoint)
         )
         self.loop = Loop(
             self.engine,
@@ -91,12 +102,18 @@ class Run:
             place,
             config.train.micro_batch,
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
+            self._ask,
         )
         self.versions = tracking.environment_tags()
+        self.restart = Restart()
         self.progress, run_id, bad_samples = self._restore()
+        if place.is_first:
+            self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
         self.bad_samples = BadSamples(place, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+        self.guard = Guard(config.guard)
+        self.saver = Saver(config.checkpoint, self.store, self.recorder)
 
     def train(self) -> None:
         """The remaining steps, with records, evaluations and checkpoints between them."""
@@ -106,19 +123,21 @@ class Run:
             step=self.progress.step,
             steps=self.total_steps,
             resumed_from=self.progress.resumed_from,
+            lost_steps=self.restart.lost_steps,
+            passed_over=self.store.rejected,
             classes=self.index.num_classes,
             samples=self.samples,
             precision=self.engine.precision,
         )
         self.batches = self.loader()
+        without = divergence.skipped(self.config.run.path) - {self.total_steps - 1}
+        steps = self.loop.steps(batch for batch in self.batches if batch.step not in without)
         with self.batches.watched():
-            for info in self.loop.steps(self.batches):
+            for info in self.restart.noted(self.progress.step, steps, self.recorder):
                 self.recorder.add(info)
                 self.progress.step = info.step + 1
-                self._after_step()
-                if self.place.any(stopping.told()) and self.progress.step < self.total_steps:
-                    self._leave()
-        self.store.wait()
+                self._after_step(info)
+        self.saver.wait()
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
@@ -132,41 +151,42 @@ class Run:
 
     def save(self) -> None:
         """Checkpoint what a resumed run needs; written while training goes on."""
+        self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
-            begin = time.perf_counter()
             self.bad_samples.gather(self.batches.faults)
             rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
             owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
-            self.store.save(
+            self.saver.save(
                 self.progress.step, self.engine.state() | rows, owned, self._description()
             )
-        self.recorder.event(
-            "checkpoint",
-            step=self.progress.step,
-            path=f"{self.config.run.path}/checkpoints",
-            seconds=time.perf_counter() - begin,
-        )
 
-    def _after_step(self) -> None:
+    def _after_step(self, info: StepInfo) -> None:
         done, config = self.progress.step, self.config
         last = done == self.total_steps
+        evaluating = _due(done, config.evaluate.every_steps) and not last
         if done % config.train.log_every == 0 or last:
-            self.recorder.flush()
+            self._flush()
         if self._epochs(done) > self._epochs(done - 1) or last:
             self.bad_samples.gather(self.batches.faults)
             self.recorder.bad_samples(done, self.bad_samples.total)
-        if _due(done, config.evaluate.every_steps) and not last:
+        if evaluating:
             self.evaluate()
-        if _due(done, config.checkpoint.every_steps) or last:
+        if self.saver.due(done, evaluating) or info.asked or last:
             self.save()
+        self.saver.poll()
+        if Ask.STOP in info.asked and not last:
+            self.saver.wait()
+            raise Preempted(f"told to stop after step {done}; {self.saver.state}")
 
-    def _leave(self) -> None:
-        """Save, unless this step has been, and end the run here."""
-        if not _due(self.progress.step, self.config.checkpoint.every_steps):
-            self.recorder.flush()
-            self.save()
-        self.store.wait()
-        raise Preempted(f"told to stop after step {self.progress.step}; it is saved")
+    def _ask(self) -> Ask:
+        """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
+        save = Ask.SAVE if self.place.is_first and self.saver.overdue() else Ask.NOTHING
+        return save | Ask.STOP if stopping.told() else save
+
+    def _flush(self) -> None:
+        """Record the window of steps, and see whether they were sound."""
+        if (trouble := self.guard.look(self.recorder.flush())) is not None:
+            divergence.handle(self, trouble)
 
     def _epochs(self, steps: int) -> int:
         return schedule.epochs_ended(self.config, self.samples, steps)
@@ -183,8 +203,11 @@ class Run:
             "bad_samples": self.bad_samples.state(),
             "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
+            "classes": self.index.num_classes,
+            "samples": self.samples,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
+            "scores": self.recorder.scores(self.progress.step),
             "versions": self.versions,
         }
 
@@ -192,9 +215,12 @@ class Run:
         """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
+            inheritance.take_over(self.config, self.head, self.place)
             return Progress(), None, None
         found = checkpoint.run
-        if found["data_digest"] != self.index.digest:
+        if found["data_digest"] == inheritance.NO_DATA:
+            inheritance.refuse_classes(found["classes"], self.index, self.config)
+        elif found["data_digest"] != self.index.digest:
             raise UserError(
                 f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
                 f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
@@ -247,10 +273,19 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
     return heads.build(spec, place)
 
 
+def _keep(config: CheckpointConfig) -> Keep:
+    return Keep(config.keep_last, config.keep_every, config.keep_best)
+
+
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
 if __name__ == "__main__":
-    main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    stopping.listen()
+    try:
+        main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     topology.disconnect()

@@ -49,6 +49,7 @@ class Recorder:
         self.phases: dict[str, float] = {}
         self.images = 0
         self.last: dict[str, float] = {}
+        self._scored: tuple[int, dict[str, float]] = (-1, {})
 
     def add(self, info: StepInfo) -> None:
         """Take in a step."""
@@ -60,9 +61,17 @@ class Recorder:
         self._extras[info.step] = {"lr": info.lr, "sample_digest": float(digest)}
         self._images += info.images
 
-    def flush(self) -> None:
-        """Close the window: one reduction, one record per step, one event; all ranks must call."""
-        steps = max(1, len(self._extras))
+    def flush(self) -> list[tuple[int, dict[str, float]]]:
+        """Close the window: one reduction, one record per step, one event; all ranks must call.
+
+        Nothing happens when no step was added.
+
+        Returns:
+            (step, record) of each step, the same losses and metrics on all ranks.
+        """
+        if not self._extras:
+            return []
+        steps = len(self._extras)
         self._window.add({"head_time": self._head_time.take() / steps})
         self._window.add(memory(self._topology.device), kind="max")
         seconds = time.perf_counter() - self._begin
@@ -75,12 +84,12 @@ class Recorder:
             if step == records[-1][0]:
                 record.update(rates)
             self._tracker.log(step, record)
-        if records:
-            step, self.last = records[-1]
-            self.event("metrics", step=step, **self.last)
+        step, self.last = records[-1]
+        self.event("metrics", step=step, **self.last)
         self._add_phase("train", seconds)
         self.images += self._images
         self._extras, self._images, self._begin = {}, 0, time.perf_counter()
+        return records
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -93,8 +102,17 @@ class Recorder:
 
     def results(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation after `step` steps."""
-        self._tracker.log(max(0, step - 1), {f"heldout/{k}": v for k, v in metrics.items()})
+        self._scored = step, metrics
+        self.note(step, {f"heldout/{k}": v for k, v in metrics.items()})
         self.event("evaluation", step=step, **metrics)
+
+    def scores(self, step: int) -> dict[str, float]:
+        """What the evaluation after `step` steps found; empty if there was none."""
+        return self._scored[1] if self._scored[0] == step else {}
+
+    def note(self, step: int, metrics: dict[str, float]) -> None:
+        """Record values of the state after `step` steps, beside those of the last of them."""
+        self._tracker.log(max(0, step - 1), metrics)
 
     def bad_samples(self, step: int, found: Faults) -> None:
         """Record how many bad samples there were in the first `step` steps."""

@@ -92,7 +92,7 @@ def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Conf
     torch.manual_seed(1)
     model = backbone.build(settings.model, settings.data.image_size)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology(), 1)
+    store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology())
     store.save(24, state, {}, {"step": 24, "run_id": None})
     store.wait()
     config_load.save(settings, f"{settings.run.path}/config.yaml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from launcher.verbs import bench_data, bench_head
+from launcher.verbs import bench_checkpoint, bench_data, bench_head
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts beside what they are compared with.")
 
@@ -15,4 +15,5 @@ def bench() -> None:
 
 
 app.command("head")(bench_head.head)
+app.command("checkpoint")(bench_checkpoint.checkpoint)
 app.command("data")(bench_data.data)

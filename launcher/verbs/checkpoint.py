@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher import console, runs
+from launcher.verbs import checkpoint_grow
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 Tensors = dict[str, "tuple[tuple[int, ...], torch.dtype]"]
 MIB = 2**20
 
-app = typer.Typer(no_args_is_help=True, help="Look into checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, grow them.")
+
+
+app.command("grow")(checkpoint_grow.grow)
+app.command("verify")(checkpoint_grow.verify)
 
 
 @app.callback()

@@ -23,7 +23,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     Starts Ray on the loopback interface with `scale.workers` workers, shows a progress bar, and
     ends with a summary of what was reached and where it is. The same command goes on with a run
     that was interrupted, from its newest complete checkpoint, and says so; a run that is complete
-    it leaves alone. Logs of the workers and of Ray are in `logs/` of the run.
+    it leaves alone. SIGTERM makes the run save itself first; the exit code is then 75. Logs of the
+    workers and of Ray are in `logs/` of the run.
 
     Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
     """

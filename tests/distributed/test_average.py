@@ -47,7 +47,7 @@ def train_twice(place: Topology, whole: dict, resumed: dict) -> bool:
 
 
 def tensors(config: Config, step: int) -> dict[str, torch.Tensor]:
-    store = CheckpointStore(f"{config.run.path}/checkpoints", Topology(), 2)
+    store = CheckpointStore(f"{config.run.path}/checkpoints", Topology())
     newest = store.newest()
     assert newest is not None
     assert newest.step == step

@@ -22,6 +22,7 @@ from mhe_dist import checkpoint_files
 from mhe_dist.checkpoint import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.checkpoint_files import MANIFEST
 from mhe_dist.errors import RunError
+from mhe_dist.retention import Keep
 from mhe_dist.topology import Topology
 
 GROUPS = 5
@@ -47,7 +48,7 @@ def owned(place: Topology, step: int) -> dict[str, Tensor]:
 
 
 def save(place: Topology, root: str, steps: list[int], keep_last: int = 2) -> list[Any]:
-    store = CheckpointStore(root, place, keep_last)
+    store = CheckpointStore(root, place, Keep(keep_last))
     ends = [
         store.save(s, replicated(s), owned(place, s), {"step": s, "by": place.rank}) for s in steps
     ]
@@ -58,7 +59,7 @@ def save(place: Topology, root: str, steps: list[int], keep_last: int = 2) -> li
 
 def load(place: Topology, root: str) -> dict[str, Any]:
     """What this rank's share is, read selectively."""
-    store = CheckpointStore(root, place, 2)
+    store = CheckpointStore(root, place)
     checkpoint = store.newest()
     if checkpoint is None:
         return {"step": None, "rejected": store.rejected}
@@ -120,12 +121,12 @@ def test_any_fsspec_url() -> None:
 
 
 def test_an_empty_or_missing_folder_holds_none(tmp_path: Path) -> None:
-    assert CheckpointStore(str(tmp_path), ALONE, 1).newest() is None
-    assert CheckpointStore(str(tmp_path / "none"), ALONE, 1).newest() is None
+    assert CheckpointStore(str(tmp_path), ALONE).newest() is None
+    assert CheckpointStore(str(tmp_path / "none"), ALONE).newest() is None
 
 
 def test_the_caller_may_change_its_tensors_at_once(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    store = CheckpointStore(str(tmp_path), ALONE)
     weight, rows = torch.ones(1000, 100), torch.ones(1000, 100)
     store.save(1, {"weight": weight}, {"rows": rows}, {})
     weight.zero_()
@@ -194,7 +195,7 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage) ->
 
 
 def load_then_save_again(place: Topology, root: str) -> dict[str, Any]:
-    store = CheckpointStore(root, place, 2)
+    store = CheckpointStore(root, place)
     before = store.newest()
     store.save(2, replicated(2), owned(place, 2), {})
     store.wait()
@@ -225,10 +226,9 @@ import sys, time
 sys.path[:0] = sys.argv[2:]
 import torch
 from mhe_dist import checkpoint_files
-from mhe_dist import checkpoint_files
 from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.topology import Topology
-store = CheckpointStore(sys.argv[1], Topology(), 1)
+store = CheckpointStore(sys.argv[1], Topology())
 store.save(1, {"weight": torch.ones(3)}, {}, {})
 store.wait()
 finish = checkpoint_files.Folder.finish
@@ -249,7 +249,7 @@ def test_killed_before_the_manifest_leaves_the_one_before(tmp_path: Path) -> Non
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.kill()
-    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    store = CheckpointStore(str(tmp_path), ALONE)
     found = store.newest()
     assert found is not None and found.step == 1
     assert "no manifest.json" in store.rejected["step_00000002"]
@@ -279,7 +279,7 @@ REFUSED = ["__1_0.distcp", ".metadata", "manifest.json"]
 def save_to_a_full_disk(place: Topology) -> list[list[Any]]:
     """Memory is each rank's own here, so nothing is looked for afterwards."""
     fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
-    store = CheckpointStore("fulldisk://run", place, 2)
+    store = CheckpointStore("fulldisk://run", place)
     results = []
     for step, refused in enumerate(REFUSED):
         FullDisk.refused = refused
@@ -308,7 +308,7 @@ def test_a_failed_write_is_told_and_the_next_one_works(run_distributed) -> None:
 
 def test_a_failed_write_leaves_the_last_good_one() -> None:
     fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
-    store = CheckpointStore("fulldisk://alone", ALONE, 1)
+    store = CheckpointStore("fulldisk://alone", ALONE)
     store.save(1, replicated(1), {}, {})
     store.wait()
     FullDisk.refused = "step_00000002/manifest.json"
@@ -322,7 +322,7 @@ def test_a_failed_write_leaves_the_last_good_one() -> None:
 
 def test_files_that_vanish_under_a_load_are_a_run_error(tmp_path: Path) -> None:
     save(ALONE, str(tmp_path), [1])
-    found = CheckpointStore(str(tmp_path), ALONE, 1).newest()
+    found = CheckpointStore(str(tmp_path), ALONE).newest()
     assert found is not None
     found.names()
     os.unlink(tmp_path / "step_00000001" / "__0_0.distcp")
@@ -331,7 +331,7 @@ def test_files_that_vanish_under_a_load_are_a_run_error(tmp_path: Path) -> None:
 
 
 def test_poll_does_not_wait(tmp_path: Path, monkeypatch) -> None:
-    store = CheckpointStore(str(tmp_path), ALONE, 1)
+    store = CheckpointStore(str(tmp_path), ALONE)
     write, go = store._write, threading.Event()
 
     def write_later(*args: Any) -> None:
@@ -365,3 +365,27 @@ def test_shares_are_balanced_and_complete() -> None:
     assert sorted(name for share in shares for name in share) == sorted(tensors)
     loads = [sum(tensors[name].nbytes for name in share) for share in shares]
     assert max(loads) - min(loads) <= 19 * 4
+
+
+def test_a_damaged_newer_one_does_not_cost_a_good_older_one(tmp_path: Path) -> None:
+    """Its sizes are right, so only discovery knows: it must not count as the newest one kept."""
+    save(ALONE, str(tmp_path), [1, 5])
+    flip_a_byte(tmp_path / "step_00000005")
+    store = CheckpointStore(str(tmp_path), ALONE)
+    found = store.newest()
+    assert found is not None and found.step == 1
+    store.save(3, replicated(3), owned(ALONE, 3), {})
+    store.wait()
+    assert load(ALONE, str(tmp_path))["step"] == 3
+    store.save(5, replicated(5), owned(ALONE, 5), {})
+    store.wait()
+    assert load(ALONE, str(tmp_path))["step"] == 5
+    assert folders(tmp_path) == ["step_00000005"]
+
+
+def test_the_best_one_is_known_by_its_score(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), ALONE, Keep(1, every=30, best="rank1"))
+    for step, rank1 in [(10, 0.2), (20, 0.9), (30, 0.3), (40, 0.8), (50, float("nan"))]:
+        store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": rank1}})
+    store.wait()
+    assert folders(tmp_path) == ["step_00000020", "step_00000030", "step_00000050"]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.config import Config
+from mhe_dist.engine import Engine
+from mhe_dist.errors import Preempted
+from mhe_dist.guard import Diverged
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import read_records
-from pipelines import pretrain
+from pipelines import pretrain, stopping
 from pipelines.bad_samples import FILE
 from pipelines.shards import ShardIndex
 from pipelines.stream import Loader
@@ -50,7 +57,7 @@ def run(run_distributed, config: Config, world_size: int, stop_at: int = 0) -> l
 
 def state(config: Config) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint of a run."""
-    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology(), 2).newest()
+    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
     assert found is not None and found.run["step"] == config.train.max_steps
     return found.load(lambda name: True)
 
@@ -98,6 +105,94 @@ def test_a_resumed_run_is_the_same_run(
     assert resumed.keys() == whole.keys()
     different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
     assert different == []
+
+
+def run_preempted(place: Topology, config: dict) -> str:
+    """The last rank is told to stop while the first window of steps is trained."""
+
+    def report(event: dict) -> None:
+        if event["event"] == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping.listen()
+    if place.rank == place.world_size - 1 > 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        pretrain.main(Config.model_validate(config), report if place.world_size == 1 else print)
+    except Preempted as stop:
+        return str(stop)
+    return ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
+    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
+) -> None:
+    """Whichever rank gets the signal, all stop after the same step, which no interval divides."""
+    config = undisturbed.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    values = config.model_dump()
+    values["scale"]["workers"] = world_size
+    said = run_distributed(run_preempted, world_size, values)
+    assert said == ["told to stop after step 1; everything is saved"] * world_size
+    found = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
+    assert found is not None and found.step == 1
+    assert run(run_distributed, config, 1) == [True]
+    assert tiny.per_step(config)[1] == tiny.per_step(undisturbed)[1]
+    if world_size == 1:
+        assert tiny.per_step(config) == tiny.per_step(undisturbed)
+
+
+def run_with_a_poisoned_step(place: Topology, config: dict) -> list[dict]:
+    """Step 13 makes the network's output infinite, whenever it is trained on."""
+    forward = Engine.forward
+
+    def poisoned(engine: Engine, images: torch.Tensor, step: int, part: int) -> torch.Tensor:
+        embeddings = forward(engine, images, step, part)
+        return embeddings * float("inf") if step == 13 and part == 0 else embeddings
+
+    Engine.forward = poisoned
+    events: list[dict] = []
+    try:
+        pretrain.main(Config.model_validate(config), events.append)
+    except Diverged as stop:
+        events.append({"event": "stopped", "message": str(stop)})
+    kinds = ("start", "diverged", "stopped", "end")
+    keys = ("event", "step", "message", "bundle")
+    return [{k: v for k, v in e.items() if k in keys} for e in events if e["event"] in kinds]
+
+
+@pytest.mark.parametrize(("policy", "world_size"), [("rollback", 2), ("stop", 1)])
+def test_divergence_leaves_a_bundle_and_stops_or_goes_back(
+    run_distributed, undisturbed: Config, tmp_path: Path, policy: str, world_size: int
+) -> None:
+    config = undisturbed.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    config.guard.on_divergence = policy  # type: ignore[assignment]
+    values = config.model_dump()
+    values["scale"]["workers"] = world_size
+    events = run_distributed(run_with_a_poisoned_step, world_size, values)[0]
+    bundle = Path(config.run.path) / "divergence" / "step_00000013"
+    diverged = {"event": "diverged", "step": 13, "bundle": str(bundle)}
+    assert events[:2] == [{"event": "start", "step": 0}, diverged]
+    report = json.loads((bundle / "report.json").read_text())
+    assert report["step"] == 13
+    assert any(name.endswith("conv1.weight") for name in report["norms"])
+    batches = [np.load(bundle / f"micro_batch_{i:05d}.npz") for i in range(4)]
+    assert all(b["images"].shape == (16, 3, tiny.SIDE, tiny.SIDE) for b in batches)
+    assert len({key for b in batches for key in b["keys"].tolist()}) == 64
+    if policy == "stop":
+        assert "step 13: the loss is nan" in events[2]["message"]
+        return
+    assert events[2:] == [{"event": "start", "step": 10}, {"event": "end"}]
+    records = read_records(f"{config.run.path}/metrics.jsonl")
+    losses = {r["step"]: r["loss"] for r in records if "loss" in r}
+    assert sorted(losses) == [step for step in range(24) if step not in (12, 13)]
+    wanted, _ = tiny.per_step(undisturbed)
+    assert [losses[step] for step in range(10)] == pytest.approx(wanted[:10], rel=1e-4)
+    assert all(math.isfinite(loss) for loss in losses.values())
+    (restart,) = [r for r in records if "restarts" in r]
+    assert (restart["restarts"], restart["restart_lost_steps"]) == (1, 5)
 
 
 def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher import ray_train, worker
+from launcher import elastic, ray_train, worker
 from mhe_dist.config import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
 
 FAILED = {"event": "failed", "rank": 1, "message": "model.name=x", "kind": "UserError"}
 
@@ -40,6 +40,19 @@ def test_a_final_failure_ends_the_run_at_once(user: bool, kind: type[Exception])
 def test_a_lost_worker_does_not_end_the_run() -> None:
     events = [{**FAILED, "user": False, "final": False}, {"event": "end"}]
     assert follow(events[:1], events[1:]) == events
+
+
+def test_a_preempted_worker_is_a_lost_worker_unless_the_run_was_told_to_stop() -> None:
+    event = {"event": "preempted", "rank": 1, "message": "told to stop after step 7"}
+    assert follow([event], [{"event": "end"}]) == [event, {"event": "end"}]
+    with pytest.raises(Preempted, match="after step 7"):
+        ray_train.follow(lambda: False, lambda: [event], lambda event: None, lambda: True)
+
+
+@pytest.mark.parametrize(("available", "size"), [(0, 0), (1, 1), (3, 2), (4, 4), (9, 4)])
+def test_the_group_is_the_largest_that_divides_the_micro_batches(available: int, size: int) -> None:
+    values = {"data": {"shards": "x"}, "scale": {"workers": {"min": 1, "max": 6}}}
+    assert elastic.group_size(available, Config.model_validate(values)) == size
 
 
 class WorkersFailed(Exception):

@@ -38,6 +38,25 @@ def test_a_deferred_signal_is_raised_where_it_is_safe() -> None:
         signal.raise_signal(signal.SIGINT)
 
 
+def test_sigterm_is_answered_gently_once_and_then_not() -> None:
+    asked: list[int] = []
+    with pytest.raises(Interrupted) as caught, deferred(lambda: asked.append(1), 60.0) as check:
+        signal.raise_signal(signal.SIGTERM)
+        check()
+        check()
+        assert asked == [1]
+        signal.raise_signal(signal.SIGINT)
+        check()
+    assert caught.value.exit_code == 128 + signal.SIGINT
+    with deferred(lambda: asked.append(2), 60.0):
+        signal.raise_signal(signal.SIGTERM)
+    assert asked == [1, 2], "also at the end of the block, which then ends well"
+    with pytest.raises(Interrupted), deferred(lambda: asked.append(3), 0.0) as check:
+        signal.raise_signal(signal.SIGTERM)
+        check()
+        check()
+
+
 def test_tidying_up_is_not_interrupted() -> None:
     with interruptible():
         with undisturbed():

@@ -116,7 +116,8 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
             "must be a list, each item one of timm, onnx, torch-export, mlflow",
         ),
         ("model.kwargs=3", "must be a block of keys"),
-        ("checkpoint=often", "must be a block of keys (every_steps, keep_last)"),
+        ("checkpoint=often", "must be a block of keys (every_steps, every_minutes, keep_last, "
+         "keep_every, keep_best)"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_with_what_is_right(override: str, words: str) -> None:
@@ -143,7 +144,7 @@ def test_the_item_of_a_list_is_named() -> None:
         ("momentum", "did you mean head.optim.momentum or optim.momentum?"),
         ("scale.global_batch", "did you mean train.global_batch?"),
         ("xyzzy", "the configuration has run, data, model, head, optim, train, scale, evaluate, "
-         "checkpoint, tracking, export"),
+         "checkpoint, guard, tracking, export"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_told_with_the_likely_one(key: str, hint: str) -> None:
@@ -155,7 +156,7 @@ def test_an_unknown_block_is_one_mistake_with_its_line(file: str) -> None:
     assert mistakes(file) == [
         "hed (run.yaml:3): there is no such key; did you mean head?",
         "3=4 (run.yaml:6): there is no such key; the configuration has run, data, model, head, "
-        "optim, train, scale, evaluate, checkpoint, tracking, export",
+        "optim, train, scale, evaluate, checkpoint, guard, tracking, export",
     ]
 
 
@@ -193,6 +194,29 @@ def test_misfits_are_told_although_other_keys_are_wrong() -> None:
     assert mistakes(None, "data.remote.cache_dir=s3://b/c") == [
         "data.remote.cache_dir=s3://b/c is a URL; it has to be a folder of a disk of each host"
     ]
+
+
+def elastic(workers: str) -> Config:
+    """A run of six micro-batches."""
+    sizes = ["train.global_batch=96", "train.micro_batch=16", "data.streams=6"]
+    return load(None, ["data.shards=x", *sizes, f"scale.workers={workers}"])
+
+
+def test_workers_may_be_a_range_of_those_that_divide_the_micro_batches() -> None:
+    config = elastic("{min: 2, max: 5}")
+    assert (config.scale.min_workers, config.scale.workers, config.scale.elastic) == (2, 5, True)
+    assert config.group_sizes() == [2, 3]
+    assert elastic("3").group_sizes() == [3]
+    assert not elastic("3").scale.elastic
+    with pytest.raises(UserError, match=r"no number from scale\.min_workers=4 to scale\.workers=5"):
+        elastic("{min: 4, max: 5}")
+    with pytest.raises(UserError, match=r"scale\.min_workers=3 is more than scale\.workers=2"):
+        elastic("{min: 3, max: 2}")
+
+
+def test_the_best_checkpoint_needs_evaluations() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best=rank1 needs evaluate\.shards"):
+        load(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
 
 
 def test_a_wrong_key_is_not_blamed_twice() -> None:

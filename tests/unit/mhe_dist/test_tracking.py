@@ -1,7 +1,7 @@
 """The record of a run: JSON lines, and several trackers as one."""
 
 import math
-from pathlib import Path
+import resource
 
 import pytest
 
@@ -78,11 +78,24 @@ def test_a_spoiled_line_is_named(tmp_path):
         read_records(path)
 
 
-def test_a_full_disk_names_the_file():
-    tracker = JsonlTracker("unused")
-    tracker._file = Path("/dev/full").open("w")  # noqa: SIM115 - what is left unwritten stays so
-    with pytest.raises(RunError, match="unused: cannot write"):
-        tracker.log(0, {"loss": 1.0})
+def test_a_full_disk_costs_no_record_and_is_told_once(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(str(path))
+    tracker.start({}, {})
+    tracker.log(0, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 1.0})
+        assert steps(path) == [0]
+        assert path.read_text().endswith("\n"), "no half of a line stays"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    assert steps(path) == [0, 1, 2, 3]
+    assert caplog.text.count("cannot be written, will go on trying") == 1
 
 
 def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):

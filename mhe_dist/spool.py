@@ -1,0 +1,80 @@
+"""Metrics that wait on disk until a server has them: neither outages nor crashes cost any.
+
+A record is written here before it is queued, and the file is emptied when all of it has arrived. A
+process that dies in between sends some records twice, with the same time and value; MLflow keeps
+one of each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """Metrics of a step."""
+
+    step: int
+    time_ms: int
+    metrics: dict[str, float]
+
+
+class Spool:
+    """One file of JSON lines, and the id of the run that they belong to beside it.
+
+    Attributes:
+        lock: held while a record is added and queued, so that `clear` knows what was queued.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: made when it is missing."""
+        self.lock = threading.RLock()
+        self._file, self._id = folder / "waiting.jsonl", folder / "run_id"
+        self._failed = False
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def run_id(self) -> str | None:
+        """The run that the records belong to, if it was ever opened."""
+        return self._id.read_text().strip() or None if self._id.exists() else None
+
+    @run_id.setter
+    def run_id(self, run_id: str) -> None:
+        self._id.write_text(run_id)
+
+    def take_up(self, step: int) -> list[Record]:
+        """What waits, but for steps from `step` on, which will be recorded anew."""
+        if not self._file.exists():
+            return []
+        lines = self._file.read_text().split("\n")[:-1]  # the last one may be torn
+        kept = [record for line in lines if (record := Record(*json.loads(line))).step < step]
+        self._file.write_text("".join(map(_line, kept)))
+        return kept
+
+    def add(self, record: Record) -> None:
+        """Write a record; a disk that refuses it is told of once and costs the record alone."""
+        try:
+            with self._file.open("a") as file:
+                file.write(_line(record))
+        except OSError as error:
+            if not self._failed:
+                logger.warning("metrics cannot wait for MLflow in %s: %s", self._file, error)
+            self._failed = True
+
+    def clear(self) -> None:
+        """Everything has arrived."""
+        with self.lock:
+            if self._file.exists() and self._file.stat().st_size:
+                self._file.write_text("")
+
+    def __len__(self) -> int:
+        return len(self._file.read_text().splitlines()) if self._file.exists() else 0
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record) + "\n"

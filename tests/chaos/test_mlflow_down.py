@@ -1,0 +1,106 @@
+"""An MLflow server that is killed and comes back: training goes on, and it gets every value."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from mhe_dist import tracking, tracking_mlflow
+from mhe_dist.config import Config
+from mhe_dist.spool import Record, Spool
+from mhe_dist.tracking import open_tracker
+from tests.chaos.ranks import free_port
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server` on the loopback interface, killed at the end of the block."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1", "--backend-store-uri"]
+    command += [f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+    )
+    try:
+        until(lambda: healthy(port), 120)
+        yield process
+    finally:
+        os.killpg(process.pid, 9)  # its workers too; the session is its own
+        process.wait()
+
+
+def healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def until(true: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def losses(port: int, run_id: str) -> list[tuple[int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    history = MlflowClient(f"http://127.0.0.1:{port}").get_metric_history(run_id, "loss")
+    return sorted((m.step, m.value) for m in history)
+
+
+def test_a_server_killed_and_restarted_gets_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking_mlflow, "_GATHER_S", 0.05)
+    monkeypatch.setattr(tracking_mlflow, "_PAUSE_S", 0.2)
+    monkeypatch.setattr(tracking_mlflow, "_CLOSE_S", 1.0)
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    values = {"run": {"dir": str(tmp_path)}, "data": {"shards": "x"}, "tracking": {"uri": uri}}
+    config = Config.model_validate(values)
+    spool = Spool(tmp_path / "run" / "mlflow")
+    with server(tmp_path, port):
+        first = open_tracker(config, is_first=True)
+        first.start({}, {})
+        for step in range(10):
+            first.log(step, {"loss": float(step)})
+        run_id = first.run_id
+        assert run_id is not None
+        until(lambda: len(spool) == 0, 30)
+    begin = time.monotonic()
+    for step in range(10, 20):
+        first.log(step, {"loss": float(step)})
+    assert time.monotonic() - begin < 1, "an outage costs the run nothing"
+    first.close("failed")
+    assert len(spool) == 10, "what did not arrive waits on disk"
+
+    second = open_tracker(config, is_first=True)  # the run goes on at step 15 while it is down
+    second.start({}, {}, step=15)
+    for step in range(15, 25):
+        second.log(step, {"loss": float(step)})
+    with server(tmp_path, port):
+        until(lambda: len(spool) == 0, 60)
+        assert second.run_id == run_id
+        second.close()
+        assert losses(port, run_id) == [(step, float(step)) for step in range(25)]
+        spool.add(Record(25, int(time.time() * 1000), {"loss": 25.0}))  # left by a killed process
+        assert tracking.sync(config) == 1
+        assert losses(port, run_id)[-1] == (25, 25.0)
+    assert tracking.sync(config) == 0

@@ -1,0 +1,116 @@
+"""A run under Ray whose worker is killed and that is then told to stop: nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.tracking import read_records
+from tests import tiny
+from tests.conftest import run_ranks
+from tests.golden.record import train
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+
+MHE = str(Path(sys.executable).parent / "mhe")
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    folder = tmp_path_factory.mktemp("ray")
+    return tiny.config(
+        folder / "runs",
+        tiny.write_shards(folder / "train"),
+        run={"name": "killed"},
+        train={"max_steps": STEPS, "epochs": 1000},
+        scale={"workers": 2},
+        checkpoint={"every_steps": 20},
+        tracking={"mlflow": True},
+    )
+
+
+def mhe_train(config: Config, folder: Path) -> subprocess.Popen[str]:
+    path = folder / "config.yaml"
+    config_load.save(config, str(path))
+    return subprocess.Popen(
+        [MHE, "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def until(process: subprocess.Popen[str], part: str) -> str:
+    assert process.stdout
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if part in line:
+            return seen
+    pytest.fail(f"ended without {part!r}:\n{seen}")
+
+
+def a_worker(session: int) -> psutil.Process:
+    """A training worker of the session."""
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and "RayTrainWorker" in " ".join(
+                process.cmdline()
+            ):
+                return process
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    pytest.fail("no worker")
+
+
+def test_a_killed_worker_and_sigterm_change_nothing(config: Config, tmp_path: Path) -> None:
+    first = mhe_train(config, tmp_path)
+    until(first, "checkpoint")
+    a_worker(first.pid).kill()
+    said = until(first, "Resumed at step")
+    said += until(first, "checkpoint")
+    os.kill(first.pid, signal.SIGTERM)
+    rest, _ = first.communicate(timeout=100)
+    assert first.returncode == 75, said + rest
+    assert "everything is saved" in rest
+    assert "goes on from" in rest
+
+    second = mhe_train(config, tmp_path)
+    said, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, said
+    assert "Resumed at step" in said
+
+    undisturbed = config.model_copy(deep=True)
+    undisturbed.run.name, undisturbed.tracking.mlflow = "undisturbed", False
+    run_ranks(train, 2, undisturbed.model_dump())
+    assert tiny.per_step(config) == tiny.per_step(undisturbed)
+    records = read_records(f"{config.run.path}/metrics.jsonl")
+    restarts = {r["restarts"]: r["restart_lost_steps"] for r in records if "restarts" in r}
+    assert restarts.keys() == {1.0, 2.0}
+    assert restarts[2.0] == 0, "a preempted run does nothing again"
+    times = [r for r in records if "restart_seconds" in r]
+    assert times[0]["restart_seconds"] < 60
+    assert_one_mlflow_run(config)
+
+
+def assert_one_mlflow_run(config: Config) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{config.run.dir}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("mhe").experiment_id])
+    (run,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["restarts"] == 2
+    steps = {m.step for m in client.get_metric_history(run.info.run_id, "loss")}
+    assert steps == set(range(STEPS))

@@ -1,0 +1,83 @@
+"""A run that goes on with other numbers of workers and other ZeRO stages is the same run.
+
+What depends on the number of workers is the order in which the backbone's gradients are summed, so
+losses agree to rounding; a small learning rate keeps that from growing (tests/tiny.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhe_dist.config import Config
+from mhe_dist.errors import Preempted
+from mhe_dist.topology import Topology
+from pipelines import pretrain, stopping
+from pipelines.recorder import ignore
+from tests import tiny
+
+STEPS = 30
+
+
+def go_on(place: Topology, config: dict[str, Any], until: int) -> list[str]:
+    """Train until all are told to stop, after step `until`; tensors that loading changed."""
+
+    def report(event: dict[str, Any]) -> None:
+        if event["event"] == "metrics" and event["step"] >= until:
+            stopping.stop()
+
+    changed = loaded_otherwise(place, config)
+    try:
+        pretrain.main(Config.model_validate(config), report)
+    except Preempted:
+        assert until < STEPS
+    else:
+        assert until == STEPS
+    return changed
+
+
+def loaded_otherwise(place: Topology, config: dict[str, Any]) -> list[str]:
+    """Tensors of the newest checkpoint that this rank's freshly loaded state does not equal."""
+    run = pretrain.Run(Config.model_validate(config), place, ignore)
+    run.tracker.close()
+    newest = run.store.newest()
+    if newest is None:
+        return []
+    rows = {pretrain.HEAD + name: tensor for name, tensor in run.head.state().items()}
+    state = run.engine.state() | rows
+    saved = newest.load(lambda name: name in state)
+    assert rows and saved.keys() == state.keys()
+    return [name for name, tensor in state.items() if not torch.equal(tensor, saved[name])]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stages"), [({"lr": 2e-4}, (1, 1, 1)), ({"kind": "adamw", "lr": 1e-4}, (0, 3, 1))]
+)
+def test_two_one_three_workers_in_mid_epoch(
+    run_distributed, tmp_path: Path, optimizer: dict[str, Any], stages: tuple[int, int, int]
+) -> None:
+    config = tiny.config(
+        tmp_path,
+        tiny.write_shards(tmp_path / "shards"),
+        data={"streams": 24},
+        head={"optim": {"kind": optimizer.get("kind", "sgd")}},
+        optim=optimizer | {"warmup_steps": 100},
+        train={"max_steps": STEPS, "global_batch": 96},
+    )
+    for workers, stage, until in zip((2, 1, 3), stages, (9, 19, STEPS), strict=True):
+        values = config.model_dump()
+        values["scale"] |= {"workers": workers, "zero_stage": stage}
+        changed = run_distributed(go_on, workers, values, until)
+        assert changed == [[]] * workers, f"loaded by {workers} workers at ZeRO {stage}"
+    undisturbed = config.model_copy(deep=True)
+    undisturbed.run.name = "undisturbed"
+    values = undisturbed.model_dump()
+    values["scale"] |= {"workers": 2, "zero_stage": stages[0]}
+    run_distributed(go_on, 2, values, STEPS)
+    losses, keys = tiny.per_step(config)
+    wanted, wanted_keys = tiny.per_step(undisturbed)
+    assert keys == wanted_keys
+    assert losses == pytest.approx(wanted, rel=1e-4)

@@ -1,0 +1,11 @@
+"""What the processes of tests have imported before they are forked."""
+
+import torch
+
+from mhe_dist.engine import import_deepspeed
+from pipelines import pretrain
+
+torch.set_num_threads(1)
+import_deepspeed(torch.device("cpu"))
+
+__all__ = ["pretrain"]
