@@ -22,7 +22,7 @@ from tests.e2e.raylets import ROOT, Raylets
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
-STEPS = 800  # commands take seconds on a busy machine: the run must outlast some of them
+STEPS = 200  # commands take seconds on a busy machine: the run must outlast some of them
 MHE = "from launcher.cli import main; main()"
 
 
