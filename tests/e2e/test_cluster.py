@@ -98,7 +98,7 @@ def train_workers(token: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
     terminal = Terminal(cluster)
     run = config_load.load(str(config))
