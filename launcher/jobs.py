@@ -27,12 +27,13 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
-READY_S = 60.0  # a cluster answers before it can take jobs, on a busy machine long before
+READY_S = 20.0  # a cluster that has just started answers before it can take jobs
 POLL_S = 0.5
 GRACE_S = round(ray_train.GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
 
 RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
+_NO_AGENT = "No available agent"
 _CHATTY = (  # they tell of each upload and hang-up
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -138,8 +139,14 @@ class Cluster:
                     )
                 return
             except RunError as error:
-                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                if _NO_AGENT not in str(error):
                     raise
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.address} answers but takes no jobs: no node runs Ray's job agent. "
+                        "Where another cluster on the head's machine holds its port, start this "
+                        "one with --dashboard-agent-listen-port=..."
+                    ) from error
             time.sleep(POLL_S)
 
     def jobs(self) -> list[Job]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -102,7 +103,10 @@ def serve() -> None:
             options = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 0}
             if verb == "head":
                 options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-                options |= {"dashboard_port": _free_port()}
+                # Left to itself the head's agent takes a fixed port: a second cluster on this
+                # machine would start, and never take a job.
+                dashboard, agent = _free_ports(2)
+                options |= {"dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
             else:  # as on two machines: else one node's copy of a job's code replaces the other's
                 options["temp_dir"] = f"{os.environ['RAY_TMPDIR']}/{len(nodes)}"
             node = cluster.add_node(object_store_memory=100 * 2**20, **options)
@@ -113,11 +117,15 @@ def serve() -> None:
     cluster.shutdown()
 
 
-def _free_port() -> int:
-    for port in PORTS:
+def _free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, drawn at random, so that two clusters seldom want the same."""
+    free = []
+    for port in random.sample(PORTS, len(PORTS)):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
-                return port
+                free.append(port)
+        if len(free) == count:
+            return free
     raise OSError("no free port")
 
 
