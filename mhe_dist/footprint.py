@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mhe_dist import backbone
-from mhe_dist.config import Config, HeadConfig, OptimConfig
+from mhe_dist.config import Config, OptimConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.engine_settings import deepspeed_settings
 
 FLOAT = 4

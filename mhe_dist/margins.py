@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mhe_dist.config import MarginConfig
+from mhe_dist.config_head import MarginConfig
 
 _EDGE: Final = 1e-6  # beyond |cosine| = 1 - _EDGE, phi goes on along its tangent
 _ADAFACE_EDGE: Final = 1e-3  # AdaFace keeps the angle with its margin inside [edge, pi - edge]

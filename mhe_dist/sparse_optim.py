@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank import Bank, Units
-from mhe_dist.config import HeadOptimConfig
+from mhe_dist.config_head import HeadOptimConfig
 
 
 class LowRank(NamedTuple):

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 
 from mhe_dist.errors import RunError
+from mhe_dist.mlflow_store import METRICS_PER_CALL
 from mhe_dist.redact import scrub
 from mhe_dist.tracking import Metrics
-from mhe_dist.tracking_mlflow import MESSAGE_LENGTH, METRICS_PER_CALL, QUIET, metric_name
+from mhe_dist.tracking_mlflow import MESSAGE_LENGTH, QUIET, metric_name
 
 
 def append(

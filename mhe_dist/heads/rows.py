@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mhe_dist import seeds, sparse_optim
 from mhe_dist.bank import Bank, Units
 from mhe_dist.collectives import all_reduce, gather_rows
-from mhe_dist.config import HeadConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads.base import Head, Prediction
 from mhe_dist.heads.repartition import Permutations, move
 from mhe_dist.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms

@@ -18,7 +18,7 @@ from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(900)]
 
 MHE = str(Path(sys.executable).parent / "mhe")
 STEPS = 120

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhe_dist import bank
-from mhe_dist.config import BankConfig, HeadConfig, MarginConfig
+from mhe_dist.config_head import BankConfig, HeadConfig, MarginConfig
 from mhe_dist.heads import HeadSpec, across, build, pairs, softmax
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.rows import RowHead

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist.config import HeadConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads import build
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.leveled import LevelHead

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.config import HeadConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads import HeadSpec, build
 from mhe_dist.heads.stable import LEAST_ROWS
 from mhe_dist.topology import Topology

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.config import MarginConfig
+from mhe_dist.config_head import MarginConfig
 from mhe_dist.margins import (
     INITIAL_NORMS,
     Margin,

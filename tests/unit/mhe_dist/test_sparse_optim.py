@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mhe_dist import sparse_optim
 from mhe_dist.bank import Bank
-from mhe_dist.config import HeadOptimConfig
+from mhe_dist.config_head import HeadOptimConfig
 from mhe_dist.sparse_optim import Dense, LowRank, RowGradient
 
 UNITS, LENGTH, WIDTH, LR = 6, 2, 3, 0.05

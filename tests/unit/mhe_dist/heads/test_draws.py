@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from mhe_dist.config import HeadConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads import HeadSpec, build
 from mhe_dist.heads.gathered import GatheredHead
 from mhe_dist.heads.rows import RowHead

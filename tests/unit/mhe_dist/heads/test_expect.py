@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank import Bank
-from mhe_dist.config import HeadConfig
+from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads import HeadSpec, build
 from mhe_dist.heads.rows import RowHead
 from mhe_dist.topology import Topology
