@@ -85,45 +85,27 @@ def count(number: int) -> str:
 
 def ratios(results: Sequence[Result], bare: dict[str, float] | None) -> list[tuple[str, str]]:
     """What the table is about, as `(what, figure)`."""
+    figures = {(r.case.kind, r.case.classes): r.figures for r in results}
     found: list[tuple[str, str]] = []
-    routed = sorted(
-        (r for r in results if r.case.kind == "mhs"), key=lambda result: result.case.classes
-    )
-    for smaller in routed[:-1]:
-        largest = routed[-1]
-        sizes = f"{count(largest.case.classes)} over {count(smaller.case.classes)} classes"
-        slower = largest.figures["step"] / smaller.figures["step"]
-        found.append((f"mhs route, {sizes}", f"{slower:.2f} x the time"))
-    for kind in ("partial_fc", "full", "mhs_gather"):
-        pairs = [
-            (r, other)
-            for r in routed
-            for other in results
-            if other.case.kind == kind and other.case.classes == r.case.classes
-        ]
-        for r, other in pairs[-1:]:
-            found.append(
-                (
-                    f"{NAMES[kind]} over mhs route, {count(r.case.classes)} classes",
-                    f"{other.figures['step'] / r.figures['step']:.1f} x the time",
-                )
-            )
-    for r in routed[-1:]:
-        extra = r.figures["peak"] - r.figures["touched"]
-        whole = 1 + max(0.0, extra) / r.figures["bank"]
-        found.append(
-            (
-                f"mhs route, {count(r.case.classes)} classes, all it takes over rows and state",
-                f"{whole:.2f} x the memory",
-            )
-        )
+    sizes = sorted(classes for kind, classes in figures if kind == "mhs")
+    if sizes:
+        largest = figures["mhs", sizes[-1]]
+        for smaller in sizes[:-1]:
+            slower = largest["step"] / figures["mhs", smaller]["step"]
+            over = f"{count(sizes[-1])} over {count(smaller)} classes"
+            found.append((f"mhs route, {over}", f"{slower:.2f} x the time"))
+        for kind in ("partial_fc", "full", "mhs_gather"):
+            common = [classes for classes in sizes if (kind, classes) in figures]
+            for classes in common[-1:]:
+                times = figures[kind, classes]["step"] / figures["mhs", classes]["step"]
+                over = f"{NAMES[kind]} over mhs route, {count(classes)} classes"
+                found.append((over, f"{times:.1f} x the time"))
+        whole = 1 + max(0.0, largest["peak"] - largest["touched"]) / largest["bank"]
+        over = f"mhs route, {count(sizes[-1])} classes, all it takes over rows and state"
+        found.append((over, f"{whole:.2f} x the memory"))
     if bare:
-        found.append(
-            (
-                "mhs route on one rank over its bare products",
-                f"{bare['step'] / bare['bare']:.2f} x the time",
-            )
-        )
+        times = bare["step"] / bare["bare"]
+        found.append(("mhs route on one rank over its bare products", f"{times:.2f} x the time"))
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Final
 from unittest import mock
 
@@ -37,12 +36,7 @@ class Traffic:
             self._patches.enter_context(mock.patch.object(dist, name, counted))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._patches.close()
 
     def _counted(self, collective: Callable[..., Any], position: int) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Final, NamedTuple
 
 from fsspec.utils import get_protocol
@@ -69,12 +68,7 @@ class WindowReader:
     def __enter__(self) -> WindowReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._coming.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 

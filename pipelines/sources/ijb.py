@@ -10,13 +10,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.decode import Undecodable, decode_whole
 from pipelines.sources.align import align
 from pipelines.sources.image_folder import inside
+from pipelines.stacked import stacked
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -57,15 +57,14 @@ class Ijb:
         Raises:
             RunError: one of them cannot be used; an evaluation leaves nothing out.
         """
-        pixels = np.empty((stop - start, side, side, 3), np.uint8)
-        for number in range(start, stop):
-            place = self.root / "loose_crop" / self.names[number]
-            try:
-                image = decode_whole(place.read_bytes())
-                pixels[number - start] = align(image, self.landmarks[number], side)
-            except (OSError, Undecodable, ValueError) as error:
-                raise RunError(f"{place}: cannot be used: {error}") from error
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return stacked(self._face, start, stop, side)
+
+    def _face(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        place = self.root / "loose_crop" / self.names[number]
+        try:
+            return align(decode_whole(place.read_bytes()), self.landmarks[number], side)
+        except (OSError, Undecodable, ValueError) as error:
+            raise RunError(f"{place}: cannot be used: {error}") from error
 
     def pairs(self) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_]]]:
         """The 1:1 protocol in pieces: template, template, of one subject."""

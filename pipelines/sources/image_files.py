@@ -17,6 +17,7 @@ from mhe_dist.errors import RunError, UserError
 from pipelines import urls
 from pipelines.decode import Undecodable, decode
 from pipelines.sources.image_folder import below, inside, is_image
+from pipelines.stacked import stacked
 
 Ints = npt.NDArray[np.int64]
 
@@ -53,20 +54,19 @@ class ImageFiles:
         Raises:
             RunError: one of them cannot be read, and bad ones are not skipped.
         """
+        return stacked(self._image, start, stop, side)
+
+    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        path = self.paths[number]
         filesystem, root = urls.find(self.root)
-        pixels = np.zeros((stop - start, side, side, 3), np.uint8)
-        for number in range(start, stop):
-            path = self.paths[number]
-            try:
-                image = decode(bytes(filesystem.cat_file(f"{root}/{path}")), side)
-            except (OSError, Undecodable) as error:
-                if not self.skip_bad:
-                    raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
-                log.warning("left out: %s/%s: %s", self.root, path, error)
-                self.bad[number] = 1
-                continue
-            pixels[number - start] = image if image.ndim == 3 else image[:, :, None]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        try:
+            return decode(bytes(filesystem.cat_file(f"{root}/{path}")), side)
+        except (OSError, Undecodable) as error:
+            if not self.skip_bad:
+                raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
+            log.warning("left out: %s/%s: %s", self.root, path, error)
+            self.bad[number] = 1
+            return np.zeros((side, side, 3), np.uint8)
 
 
 def every(root: str, skip_bad: bool = False) -> ImageFiles:

@@ -16,12 +16,12 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines import urls
 from pipelines.decode import Undecodable, decode
+from pipelines.stacked import stacked
 
 _TYPES: Final = ("u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
 _MAX_ITEM: Final = 1 << 26  # bytes of an image: more than any, and no memory that matters
@@ -52,14 +52,13 @@ class VerificationBin:
         Raises:
             RunError: one of them cannot be decoded; an evaluation leaves nothing out.
         """
-        pixels = np.empty((stop - start, side, side, 3), np.uint8)
-        for number in range(start, stop):
-            try:
-                image = decode(self.images[number], side)
-            except Undecodable as error:
-                raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
-            pixels[number - start] = image if image.ndim == 3 else image[:, :, None]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return stacked(self._image, start, stop, side)
+
+    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        try:
+            return decode(self.images[number], side)
+        except Undecodable as error:
+            raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
 
 
 def read_bin(url: str) -> VerificationBin:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,37 +13,9 @@ from mhe_dist.config import Config
 from mhe_dist.spool import Record, Spool
 from mhe_dist.tracking import open_tracker
 from tests.chaos.ranks import free_port
+from tests.mlflow_server import server
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
-
-
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """`mlflow server` on the loopback interface, killed at the end of the block."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1", "--backend-store-uri"]
-    command += [f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
-    process = subprocess.Popen(
-        command,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
-    )
-    try:
-        until(lambda: healthy(port), 120)
-        yield process
-    finally:
-        os.killpg(process.pid, 9)  # its workers too; the session is its own
-        process.wait()
-
-
-def healthy(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def until(true: Callable[[], bool], seconds: float) -> None:

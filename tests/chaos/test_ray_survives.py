@@ -1,11 +1,10 @@
-"""A run under Ray whose worker is killed and that is then told to stop: nothing is lost."""
+"""A run under Ray: a worker is killed, then the command, then it is told to stop."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -17,11 +16,11 @@ from mhe_dist.tracking import read_records
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
+from tests.terminal import mhe, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(900)]
 
-MHE = str(Path(sys.executable).parent / "mhe")
-STEPS = 120
+STEPS = 160
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def mhe_train(config: Config, folder: Path) -> subprocess.Popen[str]:
     path = folder / "config.yaml"
     config_load.save(config, str(path))
-    return subprocess.Popen(
-        [MHE, "train", str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
-    )
-
-
-def until(process: subprocess.Popen[str], part: str) -> str:
-    assert process.stdout
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if part in line:
-            return seen
-    pytest.fail(f"ended without {part!r}:\n{seen}")
+    return mhe("train", str(path))
 
 
 def a_worker(session: int) -> psutil.Process:
@@ -74,21 +56,28 @@ def a_worker(session: int) -> psutil.Process:
     pytest.fail("no worker")
 
 
-def test_a_killed_worker_and_sigterm_change_nothing(config: Config, tmp_path: Path) -> None:
+def test_a_killed_worker_a_killed_command_and_sigterm_change_nothing(
+    config: Config, tmp_path: Path
+) -> None:
     first = mhe_train(config, tmp_path)
     until(first, "checkpoint")
     a_worker(first.pid).kill()
-    said = until(first, "Resumed at step")
-    said += until(first, "checkpoint")
-    os.kill(first.pid, signal.SIGTERM)
-    rest, _ = first.communicate(timeout=100)
-    assert first.returncode == 75, said + rest
+    until(first, "Resumed at step")
+    until(first, "checkpoint")
+    first.kill()
+
+    second = mhe_train(config, tmp_path)
+    said = until(second, "Resumed at step")
+    said += until(second, "checkpoint")
+    os.kill(second.pid, signal.SIGTERM)
+    rest, _ = second.communicate(timeout=100)
+    assert second.returncode == 75, said + rest
     assert "everything is saved" in rest
     assert "goes on from" in rest
 
-    second = mhe_train(config, tmp_path)
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, said
+    third = mhe_train(config, tmp_path)
+    said, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, said
     assert "Resumed at step" in said
 
     undisturbed = config.model_copy(deep=True)
@@ -97,8 +86,8 @@ def test_a_killed_worker_and_sigterm_change_nothing(config: Config, tmp_path: Pa
     assert tiny.per_step(config) == tiny.per_step(undisturbed)
     records = read_records(f"{config.run.path}/metrics.jsonl")
     restarts = {r["restarts"]: r["restart_lost_steps"] for r in records if "restarts" in r}
-    assert restarts.keys() == {1.0, 2.0}
-    assert restarts[2.0] == 0, "a preempted run does nothing again"
+    assert restarts.keys() == {1.0, 2.0, 3.0}
+    assert restarts[3.0] == 0, "a preempted run does nothing again"
     times = [r for r in records if "restart_seconds" in r]
     assert times[0]["restart_seconds"] < 60
     assert_one_mlflow_run(config)
@@ -111,6 +100,6 @@ def assert_one_mlflow_run(config: Config) -> None:
     runs = client.search_runs([client.get_experiment_by_name("mhe").experiment_id])
     (run,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert run.info.status == "FINISHED"
-    assert run.data.metrics["restarts"] == 2
+    assert run.data.metrics["restarts"] == 3
     steps = {m.step for m in client.get_metric_history(run.info.run_id, "loss")}
     assert steps == set(range(STEPS))

@@ -19,6 +19,7 @@ from mhe_dist import config_load
 from mhe_dist.errors import Preempted
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
+from tests.terminal import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
@@ -77,17 +78,6 @@ class Terminal:
         return process.returncode, said
 
 
-def until(process: subprocess.Popen[str], part: str) -> str:
-    """Output up to the line that holds `part`."""
-    assert process.stdout
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if part in line:
-            return seen
-    pytest.fail(f"ended without {part!r}:\n{seen}")
-
-
 def train_workers(token: str) -> list[psutil.Process]:
     """The processes that train on the cluster with that token, one per rank."""
     found = []
@@ -144,6 +134,24 @@ def test_a_run_over_two_nodes(cluster: Raylets, config: Path) -> None:
     rows = [line.split() for line in said.splitlines()]
     listed = [(row[0], row[2]) for row in rows if row[1] == "both"]
     assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_without_a_lost_node(config: Path) -> None:
+    run = config_load.load(str(config))
+    with Raylets() as cluster:
+        node = cluster.add()
+        words = ["submit", str(config), "scale.workers={min: 1, max: 2}", "--follow"]
+        process = Terminal(cluster).start(*words)
+        until(process, "checkpoint")
+        cluster.kill(node)
+        said = until(process, "Resumed at step")
+        said += until(process, "checkpoint")
+        assert len(train_workers(cluster.environment["RAY_AUTH_TOKEN"])) == 1
+        rest, _ = process.communicate(timeout=150)
+        assert process.returncode == 0, said + rest
+    losses, _ = tiny.per_step(run)
+    assert len(losses) == STEPS
 
 
 @pytest.mark.timeout(120)

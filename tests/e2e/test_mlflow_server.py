@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +11,8 @@ import torch
 
 from mhe_dist.tracking_mlflow import MlflowTracker
 from pipelines import pretrain
-from tests import tiny
+from tests import mlflow_server, tiny
+from tests.chaos.ranks import free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -26,34 +21,9 @@ SECRET = "planted-horse-battery"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--workers", "1"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=folder, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while not _answers(uri):
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.3)
-        yield uri, folder
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _answers(uri: str) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"{uri}/health", timeout=2).status == 200)
-    except OSError:
-        return False
+    folder, port = tmp_path_factory.mktemp("mlflow"), free_port()
+    with mlflow_server.server(folder, port):
+        yield f"http://127.0.0.1:{port}", folder
 
 
 @pytest.mark.timeout(200)

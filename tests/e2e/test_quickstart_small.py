@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,11 +12,11 @@ import pytest
 
 from mhe_dist import config_load
 from tests import tiny
+from tests.terminal import mhe, until
 
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
-MHE = str(Path(sys.executable).parent / "mhe")
 STEPS, SAVE_EVERY = 120, 20
 
 
@@ -39,29 +37,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     config_load.save(config, str(path))
     return path
-
-
-def mhe(*words: str) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own, as a terminal does."""
-    return subprocess.Popen(
-        [MHE, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
-    )
-
-
-def until(process: subprocess.Popen[str], part: str) -> str:
-    """Output up to the line that holds `part`."""
-    assert process.stdout
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if part in line:
-            return seen
-    pytest.fail(f"ended without {part!r}:\n{seen}")
 
 
 def left_behind(session: int) -> list[psutil.Process]:
