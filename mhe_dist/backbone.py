@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
+import shutil
 from typing import Any
 
 import timm
@@ -41,6 +43,21 @@ def pixels(images: Tensor) -> Tensor:
     """
     images = images.contiguous(memory_format=torch.channels_last)
     return images.float().div_(127.5).sub_(1.0)
+
+
+def compile_in_place(model: nn.Module, device: torch.device) -> None:
+    """Compile what a call of `model` does, at its first call; names and copies stay as they are.
+
+    Raises:
+        UserError: a CPU's code needs a C++ compiler, and there is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"model.compile=true needs a C++ compiler on a CPU, but there is no {compiler}: "
+            "install one, name it in CXX, or set model.compile=false"
+        )
+    model.compile()
 
 
 def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:

@@ -47,6 +47,9 @@ class ModelConfig(Section):
     grad_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory."
     )
+    compile: bool = Field(
+        False, description="torch.compile the backbone; on a CPU that needs a C++ compiler."
+    )
 
 
 class OptimConfig(Section):
@@ -274,6 +277,11 @@ def misfits(config: Config) -> list[str]:
         wrong.append(
             f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
             "scale.zero_stage=3 cuts them"
+        )
+    if config.model.compile and config.scale.zero_stage == 3:
+        wrong.append(
+            "model.compile=true takes the network as one piece, but scale.zero_stage=3 cuts its "
+            "weights layer by layer"
         )
     evaluate = config.evaluate
     evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mhe_dist import topology as places
 from mhe_dist.average import PREFIX, AveragedWeights
-from mhe_dist.backbone import pixels
+from mhe_dist.backbone import compile_in_place, pixels
 from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import deepspeed_settings, make_optimizer, resolve_precision
@@ -44,10 +44,12 @@ class Engine:
 
         Args:
             model: uint8-range images, normalised to [-1, 1], `[B, 3, H, W]` -> embeddings `[B, D]`.
-            config: `optim`, `train`, `scale.zero_stage` and `run.seed` are used.
+            config: `optim`, `train`, `model.compile`, `scale.zero_stage` and `run.seed` are used.
             topology: this rank's place.
         """
         self.model = model.to(topology.device)
+        if config.model.compile:
+            compile_in_place(self.model, topology.device)
         self.precision = resolve_precision(config.train.precision, topology.device)
         self._topology = topology
         self._seed = config.run.seed

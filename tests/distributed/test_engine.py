@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -174,6 +175,12 @@ def test_equals_plain_float64_training_on_one_and_two_ranks(run_distributed) -> 
     assert not torch.equal(
         dropouts[0]["state"]["model.fc.weight"], expected["sgd"]["net"].fc.weight.float()
     )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_compiled_network_equals_plain_training(run_distributed) -> None:
+    (result,) = run_distributed(run, 1, CASES["sgd"] | {"model.compile": True}, 4)
+    assert_equals_reference(result, reference(CASES["sgd"], 4), 4)
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

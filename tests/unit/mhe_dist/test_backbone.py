@@ -101,3 +101,9 @@ def test_rebuild_makes_a_plain_copy_and_draws_nothing() -> None:
     assert torch.equal(copy(images), model.eval()(images))
     with pytest.raises(UserError, match="does not fit the weights"):
         backbone.rebuild(config(embedding_dim=13), 32, state)
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="there is no no-such-compiler"):
+        backbone.compile_in_place(nn.Linear(2, 2), torch.device("cpu"))

@@ -219,6 +219,11 @@ def test_the_best_checkpoint_needs_evaluations() -> None:
         load(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
 
 
+def test_a_network_is_compiled_whole() -> None:
+    with pytest.raises(UserError, match=r"model\.compile=true .* scale\.zero_stage=3"):
+        load(None, ["data.shards=x", "model.compile=true", "scale.zero_stage=3"])
+
+
 def test_a_wrong_key_is_not_blamed_twice() -> None:
     assert mistakes(None, "train.micro_batch=-7", "train.global_batch=96") == [
         "train.micro_batch=-7 (command line): must be a whole number greater than 0",
