@@ -83,7 +83,9 @@ def _measure(cases: list[Case]) -> tuple[list[Result], dict[str, float] | None]:
     for number, case in enumerate(cases, 1):
         if _fits(case):
             with console.out.status(f"{number} of {len(cases)}: {_title(case)}"):
-                results.append(Result(case, bench.run(case, device)))
+                figures = bench.run(case, device)
+            console.out.print(f"{_title(case)}: {1e3 * figures['step']:,.0f} ms")
+            results.append(Result(case, figures))
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
     plain = device == "cpu" and (cases[0].memory, cases[0].dtype) == ("device", "float32")

@@ -29,7 +29,6 @@ def test_the_figures_are_those_of_the_head(results: list[head_report.Result]) ->
     by_kind = {result.case.kind: result.figures for result in results}
     for figures in by_kind.values():
         assert figures["bank"] == 64 * 16 * 4 * 2
-        assert 0 < figures["touched"] <= figures["bank"]
         assert figures["steps"] == 2  # the first one warms up
         assert min(figures[name] for name in (*head.PHASES, "step")) > 0
     assert by_kind["full"]["classes_seen"] == 64
