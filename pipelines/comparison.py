@@ -144,7 +144,7 @@ class Claim(NamedTuple):
         holds = "holds" if below <= self.points else "does **not** hold"
         return (
             f"{self.easy}: {mine.title} {_points(ours)}, {theirs.title} {_points(full)}, a "
-            f"difference of {-below:+.2f} points. At most {self.points:g} below: {holds}."
+            f"difference of {0 - below:+.2f} points. At most {self.points:g} below: {holds}."
         )
 
     def _hard(self, mine: Compared, theirs: Compared) -> str:
