@@ -137,7 +137,7 @@ FULL = Study(
     ),
     config="glyphs_cjk_full.yaml",
     variants=(
-        _head("mhs", "MHS, L = 128, own + 63", "kind=mhs"),
+        _head("mhs", "MHS {735;128} own + 72", "kind=mhs"),
         _head("partial_fc", "PartialFC 0.1", "kind=partial_fc", "partial_fc.rate=0.1"),
     ),
     typefaces=SMALL.typefaces,

@@ -143,15 +143,16 @@ class Claim(NamedTuple):
         below = round(100 * (full - ours), 6)  # 0.3 is 0.3, whatever a difference of floats is
         holds = "holds" if below <= self.points else "does **not** hold"
         return (
-            f"{self.easy}: {mine.title} {_points(ours)}, {theirs.title} {_points(full)}, a "
+            f"Rank-1, {self.easy}: {mine.title} {_points(ours)}, {theirs.title} {_points(full)}, a "
             f"difference of {0 - below:+.2f} points. At most {self.points:g} below: {holds}."
         )
 
     def _hard(self, mine: Compared, theirs: Compared) -> str:
         ours, full = (each.spread(RANK1, self.hard) for each in (mine, theirs))
+        seeds = f"from {_points(full.low)} to {_points(full.high)}"
         text = (
-            f"{self.hard}: {mine.title} {_points(ours.mean)}, {theirs.title} {_points(full.mean)}, "
-            f"whose seeds lie from {_points(full.low)} to {_points(full.high)}."
+            f"Rank-1, {self.hard}: {mine.title} {_points(ours.mean)}, {theirs.title} "
+            f"{_points(full.mean)}, whose seeds lie {seeds}."
         )
         if len(theirs.outcomes) < 2:
             return f"{text} Within the spread of the seeds: not decided, it takes two seeds."

@@ -15,10 +15,11 @@ Written by `mhe reproduce`, not by hand: its next call replaces it.
 
 - rank-1: share of the probes whose own class is the nearest in the gallery.
 - TAR: share of the right gallery-probe pairs above the threshold that at most 1 in 10,000 wrong
-  pairs exceeds. Both in percent: mean over the seeds (lowest to highest).
+  pairs exceeds (FAR 1e-4). Both in percent: mean over the seeds (lowest to highest).
 - classes seen: in the softmax of a sample, mean over the run.
 - head, ms: time of a step in the head, median over the run. images/s: of all workers together,
-  while training. memory: largest of a worker process, libraries included. minutes: of training.
+  while training. memory: largest of a worker process, libraries included. minutes: of training,
+  since the last resume where a run was interrupted.
 """
 
 

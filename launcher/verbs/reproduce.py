@@ -78,9 +78,9 @@ def settings(plan: Planned, overrides: list[str], out: str) -> Config:
     """
     words = [*plan.overrides, *overrides, f"run.dir={out}"]
     config = config_load.load(plan.study.file, words, [checks.data, checks.backbone])
-    if plan.study.minutes:
-        before = runs.settings(config.run.path)
-        config.train.max_steps = before["train"]["max_steps"] if before else config.train.max_steps
+    before = runs.settings(config.run.path)
+    if plan.study.minutes and before and not config.train.max_steps:
+        config.train.max_steps = before["train"]["max_steps"]  # what a trial found
     checks.refuse_another_run(config)
     return config
 
