@@ -21,6 +21,7 @@ from launcher.verbs import (
     jobs,
     k8s,
     preflight,
+    reproduce,
     results,
     settings,
     sync,
@@ -56,6 +57,7 @@ app.command("config")(settings.show)
 app.command("export")(results.export)
 app.command("embed")(results.embed)
 app.command("report")(results.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("sync")(sync.sync)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")

@@ -33,12 +33,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
         watcher: is told what goes on.
         address: Ray cluster to train on; empty: one of this machine, for this run alone.
     """
-    if config.data.glyphs is not None:
-        from pipelines.parallel import cores
-        from pipelines.sources.glyphs import ensure_glyphs
-
-        with watcher.counting("drawing the data set") as progress:
-            ensure_glyphs(config, progress, cores())
+    make_data(config, watcher)
     checks.choice(config)
     config_load.save(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
@@ -48,3 +43,14 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
     else:
         watcher.waiting(f"starting Ray and {workers} workers: about 20 s")
         ray_train.train(config, watcher.handle)
+
+
+def make_data(config: Config, watcher: Watcher) -> None:
+    """Make the data set of a config if it is missing and to be made."""
+    if config.data.glyphs is None:
+        return
+    from pipelines.parallel import cores
+    from pipelines.sources.glyphs import ensure_glyphs
+
+    with watcher.counting("drawing the data set") as progress:
+        ensure_glyphs(config, progress, cores())

@@ -223,5 +223,10 @@ def accuracies(heldout: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("rank-1", f"{heldout['rank1']:.1%} (chance {heldout['chance']:.1%})"))
         rows.append(("verification", f"{heldout['accuracy']:.1%}"))
     rows += [(k.upper(), f"{v:.1%}") for k, v in heldout.items() if k.startswith("tar@")]
+    for key, value in heldout.items():
+        if key.endswith("/rank1"):
+            name = key.removesuffix("/rank1")
+            rows.append((f"{name}: rank-1", f"{value:.1%}"))
+            rows.append((f"{name}: TAR@FAR=1E-4", f"{heldout[f'{name}/tar@far=1e-4']:.1%}"))
     sets = [key for key in heldout if key.endswith("/accuracy")]
     return rows + [(key.removesuffix("/accuracy"), f"{heldout[key]:.2%}") for key in sets]

@@ -152,6 +152,11 @@ class EvaluateConfig(Section):
         6000, description="Pairs drawn for 1:1 verification, half of them same."
     )
     flip: bool = Field(False, description="Add the embedding of the mirrored image.")
+    typefaces: dict[str, str] = Field(
+        {},
+        description="Glyphs: figures for the probes of some typefaces alone, each by a name of "
+        "yours and a pattern (* and ?) of font files.",
+    )
     verification: list[str] = Field(
         [], description="InsightFace .bin files (lfw.bin, ...) to verify on at each evaluation."
     )

@@ -64,6 +64,7 @@ def heldout(
     config = found.config
     if shards:
         config.evaluate.shards = shards
+        config.evaluate.typefaces = {}  # they are those of the run's own set
     if flip is not None:
         config.evaluate.flip = flip
     if not config.evaluate.shards:

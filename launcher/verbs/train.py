@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 import typer
 from rich.markup import escape
@@ -35,14 +36,23 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
         summary.show(settings, done)
         return
+    summary.show(settings, to_the_end(settings))
+
+
+def to_the_end(config: Config) -> dict[str, Any]:
+    """Train a run on this machine, or go on with it, and give its summary.
+
+    Raises:
+        typer.Exit: it was told to stop; what to type to go on has been said.
+    """
     display = Display()
     try:
-        with interruptible(), console.only_ours(runs.logs_folder(settings) / "driver.log"), display:
-            execute.run(settings, display)
+        with interruptible(), console.only_ours(runs.logs_folder(config) / "driver.log"), display:
+            execute.run(config, display)
     except (Interrupted, Preempted) as stop:
-        console.say(_how_to_go_on(settings))
+        console.say(_how_to_go_on(config))
         raise typer.Exit(stop.exit_code) from None
-    summary.show(settings, display.summary or {})
+    return display.summary or {}
 
 
 def _how_to_go_on(settings: Config) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -51,7 +53,9 @@ def run(embed: Embed, config: Config, topology: Topology) -> Evaluation:
     The metrics are `rank1`, `rank5` (share of probes whose class is among the k best of the
     gallery), `chance` (of rank1), `accuracy` and `accuracy_std` (ten folds of drawn pairs),
     `tar@far=1e-2` and so on (all pairs of gallery and probe, at the lowest threshold whose FAR does
-    not exceed the target), and the sizes `probes`, `gallery`, `pairs`, `impostors`.
+    not exceed the target), and the sizes `probes`, `gallery`, `pairs`, `impostors`. For each name
+    in `config.evaluate.typefaces` there are `name/rank1`, `name/tar@far=1e-2` and so on,
+    `name/probes`: those of its typefaces against the whole gallery.
 
     Args:
         embed: see `embeddings.Embed`.
@@ -66,7 +70,7 @@ def run(embed: Embed, config: Config, topology: Topology) -> Evaluation:
     result, message = Evaluation({}, {}), ""
     if found is not None:
         try:
-            result = _score(found, config)
+            result = _score(found, config, index)
         except UserError as error:
             # Told to the others, who would wait for the metrics until their timeout.
             message = f"{config.evaluate.shards}: {error}"
@@ -84,21 +88,56 @@ def from_first(value: Any, topology: Topology) -> Any:
     return box[0]
 
 
-def _score(found: EmbeddedSet, config: Config) -> Evaluation:
+def _score(found: EmbeddedSet, config: Config, index: ShardIndex) -> Evaluation:
     rows = normalised(found.embeddings)
     pairs = draw_pairs(found.labels, config.evaluate.pairs, config.run.seed)
     folds = accuracy(squared_distances(rows, pairs), pairs.same)
     gallery, probes = np.flatnonzero(found.gallery), np.flatnonzero(~found.gallery)
     result = compare(rows[gallery], found.labels[gallery], rows[probes], found.labels[probes])
-    metrics = {f"rank{k}": result.rank(k) for k in RANKS}
+    metrics = _figures(result)
     metrics |= {"chance": result.chance(1), "accuracy": folds.mean, "accuracy_std": folds.std}
-    metrics |= {far_name(far): result.pairs.tar(far) for far in FARS}
     sizes = {"probes": probes, "gallery": gallery, "pairs": pairs.same}
     metrics |= {name: float(len(numbers)) for name, numbers in sizes.items()}
     metrics["impostors"] = float(result.pairs.impostors)
+    for name, some in _of_typefaces(config.evaluate.typefaces, index, probes):
+        part = compare(rows[gallery], found.labels[gallery], rows[some], found.labels[some])
+        metrics |= {f"{name}/{key}": value for key, value in _figures(part).items()}
+        metrics[f"{name}/probes"] = float(len(some))
     far, tar = result.pairs.curve(0.1)
     roc = {"far": far, "tar": tar}
     return Evaluation(metrics, roc | _neighbours(result, found.labels, gallery, probes))
+
+
+def _figures(result: Comparison) -> dict[str, float]:
+    ranks = {f"rank{k}": result.rank(k) for k in RANKS}
+    return ranks | {far_name(far): result.pairs.tar(far) for far in FARS}
+
+
+def _of_typefaces(
+    patterns: dict[str, str], index: ShardIndex, probes: npt.NDArray[np.int64]
+) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """For each name, the probes in the typefaces of its pattern.
+
+    Raises:
+        UserError: the set does not say its typefaces, or no probe is in one of a pattern.
+    """
+    if not patterns:
+        return
+    if "fonts" not in index.meta:
+        raise UserError(
+            "evaluate.typefaces: only sets of `mhe data glyphs` say which typeface an image is in"
+        )
+    fonts, font = index.meta["fonts"], np.asarray(index.meta["font"], np.int64)[probes]
+    for name, pattern in patterns.items():
+        wanted = [n for n, file in enumerate(fonts) if fnmatch(file.partition("#")[0], pattern)]
+        some = probes[np.isin(font, wanted)]
+        if not len(some):
+            known = ", ".join(fonts[n] for n in np.unique(font))
+            raise UserError(
+                f"evaluate.typefaces.{name}={pattern}: no probe is in such a typeface; "
+                f"there are {known}"
+            )
+        yield name, some
 
 
 def _neighbours(

@@ -43,7 +43,10 @@ def find_fonts(folder: str) -> list[FontFile]:
         found[digest] = FontFile(name, str(path), digest)
     if not found:
         endings = ", ".join(_SUFFIXES)
-        raise UserError(f"data.glyphs.fonts={folder}: no font file ({endings}) here or below")
+        raise UserError(
+            f"data.glyphs.fonts={folder}: no font file ({endings}) here or below; "
+            f"docs/data.md names Debian packages that hold some"
+        )
     return sorted(found.values())
 
 

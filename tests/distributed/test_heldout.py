@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -154,3 +155,37 @@ def test_a_model_of_nan_scores_nothing(tmp_path, caplog):
     assert metrics["tar@far=1e-2"] == 0.0
     assert metrics["accuracy"] == 0.5
     assert "44 of 44 embeddings are not finite" in caplog.text
+
+
+FONTS = {
+    "fonts": ["plain.ttf", "easy-bold.ttf", "easy.ttc#1", "hard.ttf"],
+    "font": [number % PER_CLASS for number in range(CLASSES * PER_CLASS)],
+}
+
+
+def test_figures_for_the_probes_of_some_typefaces(tmp_path):
+    folder = str(tmp_path / "set")
+    write_set(folder, FONTS)
+    settings = config(folder)
+    settings.evaluate.typefaces = {"easy": "easy*", "hard": "hard.tt?", "all": "*"}
+    metrics = heldout.evaluate(Embed(), settings, Topology())
+    sizes = [metrics[f"{name}/probes"] for name in ("easy", "hard", "all")]
+    assert sizes == [2 * CLASSES, CLASSES, 3 * CLASSES]
+    for key in ("rank1", "rank5", "tar@far=1e-2", "tar@far=1e-4"):
+        assert metrics[f"all/{key}"] == metrics[key]
+    both = (2 * metrics["easy/rank1"] + metrics["hard/rank1"]) / 3  # all meet the same gallery
+    assert both == pytest.approx(metrics["rank1"], abs=1e-12)
+
+
+def test_typefaces_that_are_not_there_are_refused(tmp_path):
+    told, silent = str(tmp_path / "told"), str(tmp_path / "silent")
+    write_set(told, FONTS)
+    write_set(silent)
+    for folder, message in (
+        (told, r"evaluate.typefaces.soft=soft\*: no probe .*; there are easy-bold.ttf, easy.ttc#1"),
+        (silent, "only sets of `mhe data glyphs` say which typeface"),
+    ):
+        settings = config(folder)
+        settings.evaluate.typefaces = {"soft": "soft*"}
+        with pytest.raises(UserError, match=message):
+            heldout.evaluate(Embed(), settings, Topology())

@@ -14,6 +14,7 @@ PACKAGES = ("launcher", "benchmarks", "pipelines", "mhe_dist")  # an import may 
 BOTTOM = (
     "config",
     "config_data",
+    "config_head",
     "config_section",
     "labels",
     "margins",

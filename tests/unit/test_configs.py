@@ -48,7 +48,11 @@ def test_the_heads_are_the_papers(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "classes", "share"),
-    [("glint360k_r100", 360_232, 0.1), ("webface42m_r100", 2_059_906, 0.02)],
+    [
+        ("glint360k_r100", 360_232, 0.1),
+        ("webface42m_r100", 2_059_906, 0.02),
+        ("glyphs_cjk_full", 93_966, 0.1),
+    ],
 )
 def test_a_sample_sees_the_share_of_the_classes_that_the_header_says(
     name: str, classes: int, share: float

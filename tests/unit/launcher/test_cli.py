@@ -22,7 +22,7 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
     *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["embed"], ["doctor"]),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
-    *(["bench"], ["bench", "head"], ["bench", "data"]),
+    *(["bench"], ["bench", "head"], ["bench", "data"], ["reproduce"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),
     *(["evaluate", verb] for verb in ("heldout", "verification", "ijb", "identification", "probe")),
 ]

@@ -134,3 +134,11 @@ def test_durations(seconds: float, words: str) -> None:
 
 def test_accuracies_leave_out_sizes() -> None:
     assert [name for name, _ in accuracies(HELDOUT)] == ["rank-1", "verification", "TAR@FAR=1E-3"]
+
+
+def test_accuracies_name_the_typefaces() -> None:
+    brush = {"brush/rank1": 0.6, "brush/tar@far=1e-3": 0.5, "brush/tar@far=1e-4": 0.4}
+    assert accuracies(HELDOUT | brush)[3:] == [
+        ("brush: rank-1", "60.0%"),
+        ("brush: TAR@FAR=1E-4", "40.0%"),
+    ]

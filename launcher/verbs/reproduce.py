@@ -1,0 +1,116 @@
+"""`mhe reproduce`: the comparisons of docs/results.md, from one command each."""
+
+from __future__ import annotations
+
+import shlex
+from enum import Enum
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from launcher import checks, console, execute, preflight, runs, study_page
+from launcher.progress import Display, accuracies, duration
+from launcher.studies import STUDIES, Planned, planned
+from launcher.verbs import data_import
+from launcher.verbs import preflight as preflight_verb
+from launcher.verbs.settings import Overrides
+from launcher.verbs.train import to_the_end
+from mhe_dist import config_load
+from mhe_dist.config import Config
+from mhe_dist.errors import UserError
+
+SHARE = 0.9  # of the minutes that training may take; the rest is what a trial does not foresee
+
+Name = Enum("Name", {name: name for name in STUDIES}, type=str)  # type: ignore[misc]
+
+
+def reproduce(
+    study: Annotated[Name, typer.Argument(help="Which comparison.")],
+    overrides: Overrides = None,
+    seeds: Annotated[
+        int, typer.Option(min=0, help="Seeds of each variant; 0: as many as the study has.")
+    ] = 0,
+    only: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Train these variants alone; others stay.")
+    ] = "",
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Or only write the page of what is there.")
+    ] = True,
+    out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/reproduce",
+    page: Annotated[str, typer.Option(help="The page; pictures go beside it.")] = "docs/results.md",
+) -> None:
+    """Train every variant of a comparison, and write the page with tables and pictures.
+
+    small: 6,000 classes under seven heads, three seeds each. full: more than 80,000 classes, two
+    heads, half an hour each. paper100: the paper's heads at 100 classes. Each run is one of
+    `mhe train`, with a name of its own in the output folder. The same command goes on where it
+    was interrupted, and keeps what is complete; the page is written after every run.
+
+    Example: mhe reproduce small --only full,mhs_own_plus --seeds 1
+    """
+    chosen = STUDIES[study.value]
+    names = [name.strip() for name in only.split(",")] if only else []
+    count = seeds or chosen.seeds
+    plans = list(planned(chosen, chosen.chosen(names), count))
+    configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
+    for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
+        console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
+        _train(config, plan.study.minutes)
+        study_page.write(page, out, chosen, count)
+    written = study_page.write(page, out, chosen, count)
+    console.list_commands("Where it is", [("page and pictures", ", ".join(written)), ("runs", out)])
+    missing = [row for row in study_page.compare(chosen, out, count) if row.missing]
+    for row in missing:
+        console.say(f"[yellow]Not complete:[/] {escape(row.unfinished)}")
+    again = ["mhe", "reproduce", chosen.name, *(overrides or [])]
+    again += ["--seeds", str(count), "--out", out, "--page", page]
+    steps = [("train what is missing", shlex.join(again))] if missing else []
+    steps.append(("a run on a page", f"mhe report {out}/{plans[0].name}"))
+    console.list_commands("Next", steps)
+
+
+def settings(plan: Planned, overrides: list[str], out: str) -> Config:
+    """The config of a run; `overrides` are those of the command line, for all runs.
+
+    Raises:
+        UserError: a mistake in them, or a run of that name was begun with other settings.
+    """
+    words = [*plan.overrides, *overrides, f"run.dir={out}"]
+    config = config_load.load(plan.study.file, words, [checks.data, checks.backbone])
+    before = runs.settings(config.run.path)
+    if plan.study.minutes and before and not config.train.max_steps:
+        config.train.max_steps = before["train"]["max_steps"]  # what a trial found
+    checks.refuse_another_run(config)
+    return config
+
+
+def _train(config: Config, minutes: float) -> None:
+    """Train a run to its end, if it is not complete."""
+    summary = runs.summary(config.run.path)
+    if summary is None:
+        if minutes and not config.train.max_steps:
+            config.train.max_steps = _steps_in(minutes, config)
+        summary = to_the_end(config)
+    figures = ", ".join(f"{name} {value}" for name, value in accuracies(summary["heldout"]))
+    console.say(f"complete: {figures}")
+
+
+def _steps_in(minutes: float, config: Config) -> int:
+    """How many steps of a run take that long, as a trial of one worker's share predicts."""
+    with data_import.resumable(), Display() as display:
+        execute.make_data(config, display)
+        display.waiting("trying some steps, to see how far the time goes")
+        found = preflight_verb.check(config, preflight_verb.here(config, True), True)
+    if found is None:
+        raise UserError(f"data.shards={config.data.shards}: nothing is there to try steps on")
+    steps = steps_in(60 * minutes, found)
+    console.say(
+        f"A step takes about {found.step_s:.2f} s: {steps:,} steps in {duration(60 * minutes)}."
+    )
+    return steps
+
+
+def steps_in(seconds: float, found: preflight.Prediction) -> int:
+    """Steps that fit in that time, with some to spare."""
+    return max(1, int(SHARE * seconds / found.step_s))
