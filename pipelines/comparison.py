@@ -103,10 +103,14 @@ class Compared:
         ]
         return f"{self.title}: seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
 
-    def spread(self, metric: str, typeface: str = "") -> Spread:
-        """A held-out metric over the seeds, of all probes or of a typeface."""
+    def values(self, metric: str, typeface: str = "") -> list[float]:
+        """A held-out metric of each seed, of all probes or of a typeface."""
         key = f"{typeface}/{metric}" if typeface else metric
-        return Spread.of([outcome.heldout[key] for outcome in self.outcomes])
+        return [outcome.heldout[key] for outcome in self.outcomes]
+
+    def spread(self, metric: str, typeface: str = "") -> Spread:
+        """The same over the seeds."""
+        return Spread.of(self.values(metric, typeface))
 
     def mean(self, attribute: str) -> float:
         """Mean of an attribute of the outcomes."""

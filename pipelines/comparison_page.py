@@ -81,9 +81,10 @@ def _section(part: Part, picture: str) -> Iterator[str]:
     yield f"{part.text}\n"
     complete = [each for each in part.compared if each.outcomes]
     if complete:
-        first = complete[0].outcomes[0].heldout
-        sizes = [f"{_size(first, name):,} ({title})" for name, title in part.columns]
-        yield f"Probes: {', '.join(sizes)}, against {int(first['gallery']):,} enrolled.\n"
+        first = complete[0]
+        probes = [(int(first.values("probes", name)[0]), title) for name, title in part.columns]
+        sizes = ", ".join(f"{count:,} ({title})" for count, title in probes)
+        yield f"Probes: {sizes}, against {int(first.values('gallery')[0]):,} enrolled.\n"
         yield from _table(part, complete)
         yield f"\n![{part.title}]({picture})\n"
     if part.claim and complete:
@@ -92,10 +93,6 @@ def _section(part: Part, picture: str) -> Iterator[str]:
     missing = [each.unfinished for each in part.compared if each.missing]
     if missing:
         yield f"Not complete: {'; '.join(missing)}.\n"
-
-
-def _size(heldout: dict[str, float], typeface: str) -> int:
-    return int(heldout[f"{typeface}/probes" if typeface else "probes"])
 
 
 def _table(part: Part, complete: Sequence[Compared]) -> Iterator[str]:

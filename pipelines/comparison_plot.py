@@ -43,9 +43,8 @@ def draw(compared: Sequence[Compared], columns: Sequence[tuple[str, str]]) -> Fi
 def _panel(axes: Axes, shown: Sequence[Compared], figure: tuple[str, str], colour: str) -> None:
     """One figure: (typeface, metric)."""
     typeface, metric = figure
-    key = f"{typeface}/{metric}" if typeface else metric
     for place, each in enumerate(shown):
-        values = [100 * outcome.heldout[key] for outcome in each.outcomes]
+        values = [100 * value for value in each.values(metric, typeface)]
         mean = 100 * each.spread(metric, typeface).mean
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5)
         axes.plot([mean], [place], "|", color=colour, markersize=15, markeredgewidth=2.2)

@@ -116,7 +116,7 @@ class Recorder:
 
     def bad_samples(self, step: int, found: Faults) -> None:
         """Record how many bad samples there were in the first `step` steps."""
-        self._tracker.log(max(0, step - 1), {"bad_samples": float(found.count)})
+        self.note(step, {"bad_samples": float(found.count)})
         if found.count:
             self.event("bad_samples", step=step, count=found.count)
 
