@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import runs
 from mhe_dist.config import Config
-from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -72,17 +71,11 @@ def load(run: str, device: torch.device | None = None) -> Trained:
 
 def _checkpoint(run: str) -> tuple[str, Checkpoint]:
     """Path of a run, and the checkpoint that is meant."""
-    from mhe_dist.checkpoint import Checkpoint, CheckpointStore
-    from mhe_dist.checkpoint_files import Folder
-    from mhe_dist.topology import Topology
+    from pipelines import inheritance
 
     folder, _, name = run.rpartition("/")
     if name.startswith("step_"):
-        if isinstance(trouble := Folder(run).manifest(), str):
-            raise UserError(f"{run} is not a complete checkpoint: {trouble}")
-        return runs.find(folder.rpartition("/")[0]), Checkpoint(run, int(name[5:]))
+        found = inheritance.source(run)
+        return runs.find(folder.rpartition("/")[0]), found
     path = runs.find(run)
-    newest = CheckpointStore(f"{path}/checkpoints", Topology()).newest()
-    if newest is None:
-        raise UserError(f"{path} has no complete checkpoint yet: mhe train goes on with it")
-    return path, newest
+    return path, inheritance.source(path)

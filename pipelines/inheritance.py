@@ -39,7 +39,7 @@ def source(url: str) -> Checkpoint:
     if not name.startswith("step_"):
         found = CheckpointStore(f"{url}/checkpoints", Topology()).newest()
         if found is None:
-            raise UserError(f"{url}/checkpoints holds no complete checkpoint")
+            raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
     if isinstance(reason := Folder(url).manifest(), str):
         raise UserError(f"{url} is not a complete checkpoint: {reason}")
