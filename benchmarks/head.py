@@ -2,7 +2,8 @@
 
 Every step is run twice with the same labels and draws. The first time rows are made that no step
 met before; the second time is what a step costs in a long run. Each case has processes of its own,
-so that its peak memory is its own.
+so that its peak memory is its own. What a machine does besides changes over minutes, so times whose
+ratio counts are taken again in turn, step by step.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +37,7 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
 }
 PHASES: Final = ("plan", "forward", "backward", "update")
 LR: Final = 0.1
+AGAIN: Final = 3  # times that a step is repeated where steps take turns
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,15 @@ def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
     }
 
 
+def run_in_turn(cases: Sequence[Case], device: str | None = "cpu") -> list[float]:
+    """Median seconds of a step of each case, on the slowest rank, the cases taking turns."""
+    with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
+        args = (list(cases), folder)
+        world_size = cases[0].world_size
+        ranks = run_ranks(_measure_in_turn, world_size, *args, device=device, timeout_s=900.0)
+    return np.median(np.max(ranks, axis=0), axis=1).tolist()
+
+
 def run_bare(case: Case) -> dict[str, float]:
     """A routed step on one rank beside the bare products of its shapes, in turn.
 
@@ -157,6 +169,23 @@ def _measure(place: Topology, case: Case, folder: str) -> dict[str, Any]:
     }
 
 
+def _measure_in_turn(place: Topology, cases: list[Case], folder: str) -> list[list[float]]:
+    """Seconds of the steps of each case."""
+    heads = [build(case.spec(f"{folder}/{i}"), place) for i, case in enumerate(cases)]
+    rng = torch.Generator().manual_seed(1)
+    seconds: list[list[float]] = [[] for _ in cases]
+    begin = time.perf_counter()
+    for step in range(cases[0].steps):
+        for case, head, taken in zip(cases, heads, seconds, strict=True):
+            labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
+            x = torch.randn(case.batch, case.width, generator=rng)
+            _step(head, step, labels, x, place)
+            taken.extend(sum(_step(head, step, labels, x, place)[0]) for _ in range(AGAIN))
+        if _late(time.perf_counter() - begin, cases[0].seconds, place):
+            break
+    return seconds
+
+
 def _measure_bare(place: Topology, case: Case) -> dict[str, list[float]]:
     head = build(case.spec(""), place)
     assert isinstance(head, MhsRoute)
@@ -168,7 +197,7 @@ def _measure_bare(place: Topology, case: Case) -> dict[str, list[float]]:
         _step(head, step, labels, x, place)
         products = BareProducts(head, step, labels)
         products.run()
-        for _ in range(3):
+        for _ in range(AGAIN):
             begin = time.perf_counter()
             products.run()
             bare.append(time.perf_counter() - begin)
@@ -224,6 +253,6 @@ def _meet_all_rows(head: Any) -> None:
         bank.write(units, {name: bank.read(units, name).clone() for name in bank.fields}, step=0)
 
 
-def fits(case: Case) -> bool:
-    """Whether this machine has the memory for a case now."""
-    return case.needed_bytes < psutil.virtual_memory().available
+def fit(cases: Sequence[Case]) -> bool:
+    """Whether this machine has the memory for all cases at once now."""
+    return sum(case.needed_bytes for case in cases) < psutil.virtual_memory().available

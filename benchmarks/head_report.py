@@ -41,6 +41,19 @@ class Result:
     figures: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Times that were taken in turn, whose ratios count.
+
+    Attributes:
+        mhs: seconds of a routed step by number of classes.
+        bare: of a routed `step` on one rank and of its `bare` products.
+    """
+
+    mhs: dict[int, float]
+    bare: dict[str, float] | None
+
+
 def table(results: Sequence[Result]) -> Table:
     """One line per case."""
     out = Table(title="One step of the head", title_justify="left", box=box.SIMPLE_HEAD)
@@ -84,17 +97,17 @@ def count(number: int) -> str:
     return str(number)
 
 
-def ratios(results: Sequence[Result], bare: dict[str, float] | None) -> list[tuple[str, str]]:
+def ratios(results: Sequence[Result], turns: Turns) -> list[tuple[str, str]]:
     """What the table is about, as `(what, figure)`."""
     figures = {(r.case.kind, r.case.classes): r.figures for r in results}
     found: list[tuple[str, str]] = []
+    *smaller, most = sorted(turns.mhs) or [0]
+    for few in smaller:
+        over = f"mhs route, {count(most)} over {count(few)} classes"
+        found.append((over, f"{turns.mhs[most] / turns.mhs[few]:.2f} x the time"))
     sizes = sorted(classes for kind, classes in figures if kind == "mhs")
     if sizes:
         largest = figures["mhs", sizes[-1]]
-        for smaller in sizes[:-1]:
-            slower = largest["step"] / figures["mhs", smaller]["step"]
-            over = f"{count(sizes[-1])} over {count(smaller)} classes"
-            found.append((f"mhs route, {over}", f"{slower:.2f} x the time"))
         for kind in ("partial_fc", "full", "mhs_gather"):
             common = [classes for classes in sizes if (kind, classes) in figures]
             for classes in common[-1:]:
@@ -104,8 +117,8 @@ def ratios(results: Sequence[Result], bare: dict[str, float] | None) -> list[tup
         if results[0].case.memory != "file":
             over = f"mhs route, {count(sizes[-1])} classes, all that it takes over rows and state"
             found.append((over, f"{largest['peak'] / largest['bank']:.2f} x the memory"))
-    if bare:
-        times = bare["step"] / bare["bare"]
+    if turns.bare:
+        times = turns.bare["step"] / turns.bare["bare"]
         found.append(("mhs route on one rank over its bare products", f"{times:.2f} x the time"))
     return found
 
@@ -132,8 +145,8 @@ def _curves(
     axes.set(title=title, xlabel="classes", ylabel=unit, xscale="log", yscale="log")
 
 
-def save(results: Sequence[Result], bare: dict[str, float] | None, file: Path) -> None:
+def save(results: Sequence[Result], turns: Turns, file: Path) -> None:
     """Everything as JSON."""
     cases = [{"case": asdict(r.case), "figures": r.figures} for r in results]
-    found = {"cases": cases, "bare": bare, "ratios": dict(ratios(results, bare))}
+    found = {"cases": cases, "in_turn": asdict(turns), "ratios": dict(ratios(results, turns))}
     file.write_text(json.dumps(found, indent=2) + "\n")

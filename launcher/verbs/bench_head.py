@@ -13,7 +13,7 @@ from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
     from benchmarks.head import Case
-    from benchmarks.head_report import Result
+    from benchmarks.head_report import Result, Turns
 
 CLASSES = "125_000,1_000_000,4_000_000,8_000_000"
 KINDS = "full,partial_fc,mhs_gather,mhs"
@@ -56,7 +56,8 @@ def head(
 
     256 samples per rank, embeddings of 128, SGD with momentum. Every step is run twice on the same
     labels; the second time counts, what the first one took longer is the first touch of its rows.
-    A case that does not fit in the memory that is free now is left out, by name.
+    Then the numbers of classes take turns, step by step, for the ratios of mhs. A case that does
+    not fit in the memory that is free now is left out, by name.
 
     Example: mhe bench head --kinds partial_fc,mhs --classes 1_000_000,8_000_000
     """
@@ -74,10 +75,10 @@ def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[Case]:
     return [Case(kind, count, **settings) for kind in chosen for count in _counts(classes)]
 
 
-def _measure(cases: list[Case]) -> tuple[list[Result], dict[str, float] | None]:
-    """The cases that fit, and the bare products where rows lie as they are used."""
+def _measure(cases: list[Case]) -> tuple[list[Result], Turns]:
+    """The cases that fit, and what is measured in turn."""
     from benchmarks import head as bench
-    from benchmarks.head_report import Result
+    from benchmarks.head_report import Result, Turns
 
     device, results = _device(), []
     for number, case in enumerate(cases, 1):
@@ -89,17 +90,19 @@ def _measure(cases: list[Case]) -> tuple[list[Result], dict[str, float] | None]:
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
     plain = device == "cpu" and (cases[0].memory, cases[0].dtype) == ("device", "float32")
+    with console.out.status("mhs, in turn over the classes"):
+        mhs = _in_turn(cases, device)
     with console.out.status("the bare products"):
-        return results, _bare(cases) if plain else None
+        return results, Turns(mhs, _bare(cases) if plain else None)
 
 
-def _show(results: list[Result], bare: dict[str, float] | None, folder: Path) -> None:
+def _show(results: list[Result], turns: Turns, folder: Path) -> None:
     from benchmarks import head_report as report
 
     folder.mkdir(parents=True, exist_ok=True)
     console.out.print(report.table(results))
-    console.list_commands("Ratios", report.ratios(results, bare))
-    report.save(results, bare, folder / "head.json")
+    console.list_commands("Ratios", report.ratios(results, turns))
+    report.save(results, turns, folder / "head.json")
     report.plot(results, folder / "head.png")
     places = [("plot", f"{folder}/head.png"), ("figures", f"{folder}/head.json")]
     console.list_commands("Where it is", places)
@@ -136,9 +139,9 @@ def _title(case: Case) -> str:
 
 
 def _fits(case: Case) -> bool:
-    from benchmarks.head import fits
+    from benchmarks.head import fit
 
-    if fits(case):
+    if fit([case]):
         return True
     console.say(
         f"[yellow]left out:[/] {_title(case)} needs about {case.needed_bytes / 2**30:.0f} GiB, "
@@ -147,15 +150,29 @@ def _fits(case: Case) -> bool:
     return False
 
 
+def _in_turn(cases: list[Case], device: str | None) -> dict[int, float]:
+    """Seconds of a routed step by classes: the most, and those that fit in memory beside them."""
+    from benchmarks.head import fit, run_in_turn
+
+    chosen: list[Case] = []
+    for case in sorted(cases, key=lambda case: -case.classes):
+        if case.kind == "mhs" and fit([*chosen, case]):
+            chosen.append(case)
+    if len(chosen) < 2:
+        return {}
+    seconds = run_in_turn(chosen, device)
+    return {case.classes: taken for case, taken in zip(chosen, seconds, strict=True)}
+
+
 def _bare(cases: list[Case]) -> dict[str, float] | None:
     """The routed step beside its products, at the smallest C with more heads than samples."""
     from dataclasses import replace
 
-    from benchmarks.head import fits, run_bare
+    from benchmarks.head import fit, run_bare
 
     fitting = [
         case
         for case in cases
-        if case.kind == "mhs" and case.classes > case.batch * case.length and fits(case)
+        if case.kind == "mhs" and case.classes > case.batch * case.length and fit([case])
     ]
     return run_bare(replace(fitting[0], world_size=1, steps=10)) if fitting else None

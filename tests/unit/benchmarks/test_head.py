@@ -41,15 +41,21 @@ def test_a_routed_embedding_travels_there_and_back(results: list[head_report.Res
 
 
 def test_report(results: list[head_report.Result], tmp_path: Path) -> None:
-    bare = {"step": 2.0, "bare": 1.0}
+    turns = head_report.Turns({64: 2.0, 512: 3.0}, {"step": 2.0, "bare": 1.0})
     assert head_report.table(results).row_count == len(results)
-    assert ("mhs route on one rank over its bare products", "2.00 x the time") in (
-        head_report.ratios(results, bare)
-    )
+    ratios = dict(head_report.ratios(results, turns))
+    assert ratios["mhs route on one rank over its bare products"] == "2.00 x the time"
+    assert ratios["mhs route, 512 over 64 classes"] == "1.50 x the time"
     head_report.plot(results, tmp_path / "head.png")
-    head_report.save(results, bare, tmp_path / "head.json")
+    head_report.save(results, turns, tmp_path / "head.json")
     assert (tmp_path / "head.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "head.json").read_text())["cases"]) == len(results)
+
+
+def test_cases_take_turns_in_the_same_processes() -> None:
+    seconds = head.run_in_turn([head.Case("mhs", classes, **SMALL) for classes in (512, 64)])
+    assert len(seconds) == 2
+    assert min(seconds) > 0
 
 
 def _send(place: Topology) -> int:
