@@ -80,6 +80,21 @@ def newest_checkpoint(path: str) -> str | None:
     return f"{path}/checkpoints/{steps[-1]}" if steps else None
 
 
+def step_folder(url: str) -> str:
+    """The checkpoint's folder that is meant by its own URL, or by its run: the newest one.
+
+    Raises:
+        UserError: there is no run, or it has no complete checkpoint yet.
+    """
+    url = url.rstrip("/")
+    if url.rpartition("/")[2].startswith("step_"):
+        return url
+    newest = newest_checkpoint(find(url))
+    if newest is None:
+        raise UserError(f"{url} has no complete checkpoint yet")
+    return newest
+
+
 def find(run: str) -> str:
     """Path of a run that is named by its path, its URL or its name in `runs/`.
 

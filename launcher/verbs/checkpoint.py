@@ -46,7 +46,7 @@ def inspect(
     from mhe_dist.checkpoint import Checkpoint
     from mhe_dist.checkpoint_files import Folder
 
-    path = _step_folder(url)
+    path = runs.step_folder(url)
     manifest = Folder(path).manifest()
     if isinstance(manifest, str):
         raise UserError(f"{path} is not a complete checkpoint: {manifest}")
@@ -65,17 +65,6 @@ def inspect(
     if not every:
         command = f"mhe checkpoint inspect {path} --all"
         console.list_commands("Next", [("see every tensor", command)])
-
-
-def _step_folder(url: str) -> str:
-    """The folder of the checkpoint that `url` means."""
-    url = url.rstrip("/")
-    if url.rpartition("/")[2].startswith("step_"):
-        return url
-    newest = runs.newest_checkpoint(runs.find(url))
-    if newest is None:
-        raise UserError(f"{url} has no complete checkpoint yet")
-    return newest
 
 
 def _by_kind(tensors: Tensors) -> Iterable[tuple[str, str, str]]:

@@ -46,11 +46,8 @@ def verify(url: Url) -> None:
     Example: mhe checkpoint verify runs/quickstart
     """
     from mhe_dist.checkpoint_files import Folder
-    from pipelines import inheritance
 
-    name = url.rstrip("/").rpartition("/")[2]
-    path = url.rstrip("/") if name.startswith("step_") else None
-    folder = Folder(path or inheritance.source(runs.find(url)).path)
+    folder = Folder(runs.step_folder(url))
     files = folder.manifest()
     if isinstance(files, str):
         raise RunError(f"{folder.url}: {files}")

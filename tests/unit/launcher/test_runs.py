@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
 
-from launcher import runs
+from launcher import cli, runs
+from mhe_dist.checkpoint_files import FileEntry, Folder
 from mhe_dist.config import Config
 from mhe_dist.errors import UserError
 
@@ -66,3 +68,24 @@ def test_absolute_leaves_urls_alone(run: Path) -> None:
 def test_a_place_that_nothing_can_read() -> None:
     with pytest.raises(UserError, match="nosuch://a cannot be read"):
         runs.exists("nosuch://a")
+
+
+def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["checkpoint", "verify", "first"]) == 2
+    assert "no complete checkpoint yet" in capsys.readouterr().err
+    for step in (10, 20):
+        folder = run / "checkpoints" / f"step_{step:09d}"
+        folder.mkdir(parents=True)
+        (folder / "0.distcp").write_bytes(b"rows")
+        entry = FileEntry(4, f"{zlib.crc32(b'rows'):08x}")
+        Folder(str(folder)).finish({"0.distcp": entry}, {"step": step})
+    assert cli.run(["checkpoint", "verify", "first"]) == 0
+    assert "2 files" in capsys.readouterr().out
+    (run / "checkpoints" / "step_000000020" / "0.distcp").write_bytes(b"rots")
+    assert cli.run(["checkpoint", "verify", "first"]) == 1
+    said = capsys.readouterr().err
+    assert "step_000000020" in said
+    assert "0.distcp has CRC-32" in said
+    assert cli.run(["checkpoint", "verify", str(run / "checkpoints" / "step_000000010")]) == 0
