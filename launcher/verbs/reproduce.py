@@ -54,11 +54,11 @@ def reproduce(
     count = seeds or chosen.seeds
     plans = list(planned(chosen, chosen.chosen(names), count))
     configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
+    written = study_page.write(page, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(config, plan.study.minutes)
-        study_page.write(page, out, chosen, count)
-    written = study_page.write(page, out, chosen, count)
+        written = study_page.write(page, out, chosen, count)
     console.list_commands("Where it is", [("page and pictures", ", ".join(written)), ("runs", out)])
     missing = [row for row in study_page.compare(chosen, out, count) if row.missing]
     for row in missing:
