@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.products import BareProducts
-from benchmarks.ranks import run_ranks
 from benchmarks.traffic import Traffic
 from mhe_dist.collectives import all_reduce
 from mhe_dist.config_head import HeadConfig
 from mhe_dist.heads import Head, HeadSpec, build
 from mhe_dist.heads.mhs_route import MhsRoute
+from mhe_dist.local_ranks import run_ranks
 from mhe_dist.topology import Topology
 
 KINDS: Final[dict[str, dict[str, Any]]] = {

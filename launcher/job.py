@@ -26,13 +26,14 @@ from pipelines import shards
 
 CLUSTER = "auto"  # the one that started this process
 NODES_S = 40.0
+LIBRARIES = ["ray.train.torch", "mlflow"]  # a worker's, whose memory counts
 
 
 def main(arguments: list[str]) -> int:
-    """Do what a job is for, `VERB ARGUMENT`, and give its exit code."""
-    verb, argument = arguments
+    """Do what a job is for, `VERB ARGUMENT...`, and give its exit code."""
+    verb, *rest = arguments
     try:
-        VERBS[verb](argument)
+        VERBS[verb](*rest)
     except (Interrupted, Preempted) as stop:
         return stop.exit_code
     except Exception as error:
@@ -72,7 +73,7 @@ def probe_nodes(file: str) -> None:
 
 
 def preflight(file: str, trying: bool = True) -> None:
-    """Ask every node, then try a worker's share on one if nothing speaks against it."""
+    """Ask every node, then let one try its workers' share if nothing speaks against it."""
     import ray
 
     config = config_load.load(file)
@@ -83,9 +84,10 @@ def preflight(file: str, trying: bool = True) -> None:
     lines.handle({"event": "nodes", "nodes": found})
     if not trying or judge.reasons(config, found):
         return
-    task = ray.remote(num_cpus=0)(_try)
+    workers = judge.workers_per_node(config, found)
+    task = ray.remote(num_cpus=0, num_gpus=workers * int(config.scale.gpu))(_try)
     needs: dict[str, Any] = {"env_vars": worker.environment(config)}
-    measured = ray.get(task.options(num_gpus=int(config.scale.gpu), runtime_env=needs).remote(file))
+    measured = ray.get(task.options(runtime_env=needs).remote(file, workers))
     lines.handle({"event": "trial", "measured": measured})
 
 
@@ -106,25 +108,25 @@ def _ask_nodes(config: Config) -> list[judge.Node]:
     return [{**ray.get(ref), "resources": asked[ref]["Resources"]} for ref in ready]
 
 
-def _try(file: str) -> dict[str, Any] | None:
-    """A trial in a process of its own: one that a worker's memory can be told from."""
+def _try(file: str, workers: int) -> dict[str, Any] | None:
+    """A trial in processes of its own, away from Ray's threads and memory."""
     from launcher.verbs.preflight import try_here
 
-    return try_here(config_load.load(file))
+    return try_here(config_load.load(file), workers)
 
 
-def trial(file: str) -> None:
-    """Print what a worker's share needs as a line of JSON; null while there is no data set."""
-    import ray.train.torch  # noqa: F401  # its memory is a part of a worker's
-
+def trial(file: str, workers: str) -> None:
+    """Print what some workers need as a line of JSON; null while there is no data set."""
     from pipelines import trial as trials
 
     config = config_load.load(file)
-    measured = trials.predicted(config) if shards.exists(config.data.shards) else None
+    measured = None
+    if shards.exists(config.data.shards):
+        measured = trials.predicted(config, int(workers), LIBRARIES)
     sys.stdout.write(json.dumps(measured) + "\n")
 
 
-VERBS: dict[str, Callable[[str], None]] = {
+VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "stop-now": stop_now,
     "probe": probe_nodes,

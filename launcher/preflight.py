@@ -37,18 +37,25 @@ def reasons(config: Config, nodes: list[Node]) -> list[str]:
     return [*_places(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
 
 
-def predict(config: Config, measured: dict[str, Any], nodes: list[Node]) -> Prediction:
+def workers_per_node(config: Config, nodes: list[Node]) -> int:
+    """Workers on the fullest node; packed, Ray fills a node before it goes to the next."""
+    scale = config.scale
+    spread = math.ceil(scale.workers / len(nodes))
+    if scale.placement in ("spread", "strict_spread"):
+        return spread
+    return max(spread, min(scale.workers, max(places(config, node) for node in nodes)))
+
+
+def predict(config: Config, measured: dict[str, Any]) -> Prediction:
     """Memory and time of each worker.
 
     The counted parts say what the memory is for. The peak is the trial's, with the rows that it
     did not meet, or what a checkpoint copies if that is more than the backward pass needs. A step
-    takes what it took the trial alone, or what all workers of the fullest node and their loaders
-    need of its cores, if that is more.
+    takes what it took all workers of a node in the trial.
 
     Args:
         config: of the run.
         measured: what `pipelines.trial.predicted` gives.
-        nodes: the nodes that the workers share.
     """
     counted, trial = measured["footprint"], measured["trial"]
     libraries = ("libraries", trial["base_bytes"])
@@ -56,24 +63,23 @@ def predict(config: Config, measured: dict[str, Any], nodes: list[Node]) -> Pred
     rows = max(0, counted["rows"] - trial["rows_bytes"])
     copies = counted["weights"] + counted["optimizer"] + counted["rows"]
     memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
-    step = trial["step_s"] if config.scale.gpu else trial["compute_s"]
-    crowd = math.ceil(config.scale.workers / len(nodes))
-    work = crowd * (trial["compute_s"] + trial["loader_s"])
-    step = max(step, work / min(node["cpus"] for node in nodes))
+    step = trial["step_s"]
     steps = measured["samples"] / config.train.global_batch
     return Prediction(parts, memory, trial["device_bytes"], step, step * steps)
 
 
 def shortages(config: Config, prediction: Prediction, nodes: list[Node]) -> list[str]:
     """Why the predicted memory does not fit, and what would have to change."""
-    crowd = math.ceil(config.scale.workers / len(nodes))
+    crowd = workers_per_node(config, nodes)
     there = min(node["memory"] for node in nodes)
     if crowd * prediction.memory <= there:
         return []
+    spread = math.ceil(config.scale.workers / len(nodes)) < crowd
     largest = max(prediction.parts[1:], key=lambda part: part[1], default=("", 0))[0]
     return [
         f"{crowd} workers on a node need {_gib(crowd * prediction.memory)}, and "
-        f"{_gib(there)} are free. Most of a worker's own memory is {largest}: {_cure(largest)}."
+        f"{_gib(there)} are free. Most of a worker's own memory is {largest}: {_cure(largest)}"
+        f"{', or set scale.placement=spread' if spread else ''}."
     ]
 
 
@@ -118,22 +124,29 @@ def _disagreements(nodes: list[Node]) -> Iterable[str]:
 
 def _too_few(config: Config, nodes: list[Node]) -> Iterable[str]:
     """Whether Ray would wait for ever for places."""
-    needs = {name: amount for name, amount in worker.resources(config).items() if amount}
-    kind = config.scale.accelerator_type
-    if kind:
-        needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
-    places = sum(_fits(needs, node["resources"]) for node in nodes)
-    if places < config.scale.workers:
-        wants = ", ".join(f"{name} {amount:g}" for name, amount in needs.items())
+    room = sum(places(config, node) for node in nodes)
+    if room < config.scale.workers:
+        wants = ", ".join(f"{name} {amount:g}" for name, amount in _needs(config).items())
         yield (
-            f"scale.workers={config.scale.workers}: there is room for {places}, each with {wants}, "
+            f"scale.workers={config.scale.workers}: there is room for {room}, each with {wants}, "
             f"on {len(nodes)} nodes. Lower scale.workers, scale.cpus_per_worker or "
             "scale.resources, or add nodes."
         )
 
 
-def _fits(needs: dict[str, float], has: dict[str, float]) -> int:
-    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())
+def places(config: Config, node: Node) -> int:
+    """How many workers have room on a node."""
+    has = node["resources"]
+    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in _needs(config).items())
+
+
+def _needs(config: Config) -> dict[str, float]:
+    """What one worker needs of a node, by Ray's names."""
+    needs = {name: amount for name, amount in worker.resources(config).items() if amount}
+    kind = config.scale.accelerator_type
+    if kind:
+        needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
+    return needs
 
 
 def _cure(part: str) -> str:

@@ -17,6 +17,7 @@ _URL_QUERY = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST_SECRET = 6
+_WORKING_FOLDERS = ("PWD", "OLDPWD")  # set by every shell; elsewhere `pwd` means a password
 
 
 def is_secret_name(name: str) -> bool:
@@ -37,7 +38,11 @@ def scrub(text: str) -> str:
 
 def environment_secrets() -> list[str]:
     """Values of the environment variables whose names say that they are secret, longest first."""
-    values = {value for name, value in os.environ.items() if is_secret_name(name)}
+    values = {
+        value
+        for name, value in os.environ.items()
+        if is_secret_name(name) and name not in _WORKING_FOLDERS
+    }
     return sorted((v for v in values if len(v) >= _SHORTEST_SECRET), key=len, reverse=True)
 
 

@@ -13,11 +13,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-from benchmarks import ranks
+from mhe_dist import local_ranks
 
 # Ranks are forked from one process that has imported what they need: seconds less for each.
 multiprocessing.set_forkserver_preload(["tests.preload"])
-run_ranks = partial(ranks.run_ranks, start_method="forkserver")
+run_ranks = partial(local_ranks.run_ranks, start_method="forkserver")
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("no deadline", deadline=None)
@@ -26,5 +26,5 @@ settings.load_profile("no deadline")
 
 @pytest.fixture
 def run_distributed() -> Callable[..., list[Any]]:
-    """`run_distributed(fn, world_size, *args)`: see `benchmarks.ranks.run_ranks`."""
+    """`run_distributed(fn, world_size, *args)`: see `mhe_dist.local_ranks.run_ranks`."""
     return run_ranks

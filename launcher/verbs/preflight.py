@@ -49,7 +49,7 @@ def preflight_(
     """Say whether a run would work, with every reason why not, and what it would cost.
 
     Each node is asked for its versions and devices and whether it reaches data, results and
-    MLflow. Then one worker's share is tried for a few steps, and nothing of it is kept.
+    MLflow. Then the workers of one node try a few steps together, and nothing of that is kept.
 
     Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
     """
@@ -82,7 +82,7 @@ def check(
     if measured is None:
         console.say("No prediction: the data set is made when the run begins.")
         return None
-    prediction = preflight.predict(config, measured, nodes)
+    prediction = preflight.predict(config, measured)
     _refuse(preflight.shortages(config, prediction, nodes))
     return prediction
 
@@ -94,11 +94,11 @@ def here(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
     cpus = config.scale.workers * config.scale.cpus_per_worker
     resources = {"CPU": float(cpus), "GPU": float(len(machine.gpus()))}
     yield {"nodes": [{**found, "resources": resources}]}
-    yield {"measured": try_here(config) if trial else None}
+    yield {"measured": try_here(config, config.scale.workers) if trial else None}
 
 
-def try_here(config: Config) -> dict[str, Any] | None:
-    """What a trial measures on this machine; None while the data set is still to be made.
+def try_here(config: Config, workers: int) -> dict[str, Any] | None:
+    """What a trial of some workers measures here; None while the data set is still to be made.
 
     Raises:
         RunError: the trial failed; the message holds its last words.
@@ -107,7 +107,7 @@ def try_here(config: Config) -> dict[str, Any] | None:
         file = Path(folder) / package.SETTINGS
         file.write_text(config_load.to_yaml(config), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "launcher.job", "trial", str(file)],
+            [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
             cwd=Path(__file__).parents[2],
             env={**os.environ, **worker.environment(config)},
             capture_output=True,

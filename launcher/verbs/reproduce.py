@@ -97,7 +97,7 @@ def _train(config: Config, minutes: float) -> None:
 
 
 def _steps_in(minutes: float, config: Config) -> int:
-    """How many steps of a run take that long, as a trial of one worker's share predicts."""
+    """How many steps of a run take that long, as a trial of all workers predicts."""
     with data_import.resumable(), Display() as display:
         execute.make_data(config, display)
         display.waiting("trying some steps, to see how far the time goes")

@@ -85,8 +85,6 @@ MEASURED = {
     },
     "trial": {
         "step_s": 0.9,
-        "compute_s": 0.5,
-        "loader_s": 0.3,
         "peak_bytes": int(2.5 * GIB),
         "base_bytes": int(0.9 * GIB),
         "device_bytes": 0,
@@ -97,31 +95,40 @@ MEASURED = {
 
 
 def test_memory_is_that_of_the_trial_and_of_the_rows_it_did_not_meet() -> None:
-    found = preflight.predict(config(), MEASURED, [node()])
+    found = preflight.predict(config(), MEASURED)
     assert found.memory == pytest.approx(2.9 * GIB, rel=1e-6)
     assert dict(found.parts)["libraries"] == int(0.9 * GIB)
 
 
 def test_a_checkpoint_s_copies_count_where_they_are_more_than_the_activations() -> None:
     measured = {**MEASURED, "footprint": {**MEASURED["footprint"], "activations": 0}}
-    assert preflight.predict(config(), measured, [node()]).memory == pytest.approx(
+    assert preflight.predict(config(), measured).memory == pytest.approx(
         (2.9 + 0.9) * GIB, rel=1e-6
     )
 
 
-def test_workers_share_the_cores_of_a_node() -> None:
-    alone = preflight.predict(config(), MEASURED, [node(cpus=4)])
-    assert (alone.step_s, alone.epoch_s) == (0.5, pytest.approx(5.0))
-    crowded = preflight.predict(config(scale={"workers": 4}), MEASURED, [node(cpus=2)])
-    assert crowded.step_s == pytest.approx(4 * 0.8 / 2)
+def test_time_is_that_of_the_trial_s_steps() -> None:
+    found = preflight.predict(config(train={"global_batch": 512}), MEASURED)
+    assert (found.step_s, found.epoch_s) == (0.9, pytest.approx(9.0))
+
+
+@pytest.mark.parametrize(
+    ("placement", "workers"), [("pack", 3), ("strict_pack", 3), ("spread", 2), ("strict_spread", 2)]
+)
+def test_a_trial_has_as_many_workers_as_the_fullest_node(placement: str, workers: int) -> None:
+    settings = config(scale={"workers": 4, "placement": placement})
+    assert preflight.workers_per_node(settings, [node("a", 3), node("b", 2)]) == workers
 
 
 def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     settings = config(scale={"workers": 4})
-    found = preflight.predict(settings, MEASURED, [node()])
+    found = preflight.predict(settings, MEASURED)
     (told,) = preflight.shortages(settings, found, [node()])
     assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in told
     assert "lower train.micro_batch" in told
+    (told,) = preflight.shortages(settings, found, [node(), node("b")])
+    assert told.endswith(", or set scale.placement=spread.")
+    settings.scale.placement = "spread"
     assert preflight.shortages(settings, found, [node(), node("b")]) == []
 
 

@@ -68,3 +68,11 @@ def test_flat():
         "a.e": {},
         "f": None,
     }
+
+
+def test_the_working_folder_is_no_secret(monkeypatch):
+    monkeypatch.setenv("PWD", "/home/somebody")
+    monkeypatch.setenv("OLDPWD", "/home/elsewhere")
+    monkeypatch.setenv("DB_PWD", "s3cr3t-value")
+    told = "/home/somebody/runs and /home/elsewhere with s3cr3t-value"
+    assert scrub(told) == "/home/somebody/runs and /home/elsewhere with ***"
