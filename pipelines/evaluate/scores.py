@@ -72,8 +72,15 @@ class PairScores(NamedTuple):
         return self._above(best), best / self.impostors if self.impostors else 0.0
 
     def curve(self, highest_far: float, points: int = 200) -> tuple[Floats, Floats]:
-        """FAR and TAR, both `[points]`, from one impostor accepted to `highest_far` of them."""
-        far = np.geomspace(1 / max(self.impostors, 1 / highest_far), highest_far, points)
+        """FAR and TAR, from one impostor accepted to `highest_far` of them.
+
+        Returns:
+            arrays of `points` evenly on a logarithmic scale and, where they are within, `FARS`: what
+            is read off the curve there is what is reported.
+        """
+        lowest = 1 / max(self.impostors, 1 / highest_far)
+        within = [far for far in FARS if lowest <= far <= highest_far]
+        far = np.union1d(np.geomspace(lowest, highest_far, points), within)
         return far, np.array([self.tar(value) for value in far])
 
     def _above(self, allowed: int) -> float:

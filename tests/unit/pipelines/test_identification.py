@@ -8,7 +8,7 @@ import pytest
 from mhe_dist.errors import UserError
 from pipelines.evaluate import identification
 from pipelines.evaluate.identification import Comparison, compare
-from pipelines.evaluate.scores import PairScores
+from pipelines.evaluate.scores import FARS, PairScores
 
 EXACT = 1e-12
 
@@ -83,6 +83,15 @@ def test_tar_equals_the_roc_of_scikit_learn_and_of_torchmetrics(case, found):
         assert found.pairs.tar(target) == pytest.approx(tar[far <= target].max(), abs=EXACT)
         reached = torch_tar[torch_far <= target].max().item()
         assert found.pairs.tar(target) == pytest.approx(reached, abs=1e-6)  # float32 there
+
+
+def test_the_curve_goes_through_what_is_reported(found):
+    far, tar = found.pairs.curve(0.1)
+    assert (np.diff(far) > 0).all() and (np.diff(tar) >= 0).all()
+    inside = [target for target in FARS if target >= 1 / found.pairs.impostors]
+    assert inside and [tar[far == target].item() for target in inside] == [
+        found.pairs.tar(target) for target in inside
+    ]
 
 
 def test_the_nearest_are_the_best_in_order(case, found):
