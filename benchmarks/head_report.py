@@ -11,7 +11,6 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich import box
 from rich.table import Table
 
 from benchmarks.head import PHASES, Case
@@ -56,8 +55,9 @@ class Turns:
 
 def table(results: Sequence[Result]) -> Table:
     """One line per case."""
-    out = Table(title="One step of the head", title_justify="left", box=box.SIMPLE_HEAD)
-    out.padding, out.pad_edge = (0, 1, 0, 0), False  # twelve columns on 80 characters
+    # No box: its rules between twelve columns would not leave room for them on 80 characters.
+    out = Table(title="One step of the head", title_justify="left", box=None)
+    out.padding, out.pad_edge = (0, 1, 0, 0), False
     out.caption_justify = "left"
     out.caption = _CAPTION
     for name in (
@@ -143,6 +143,9 @@ def _curves(
         )
         axes.plot(*zip(*mine, strict=True), marker="o", label=NAMES[kind], color=COLOURS[kind])
     axes.set(title=title, xlabel="classes", ylabel=unit, xscale="log", yscale="log")
+    sizes = sorted({result.case.classes for result in results})
+    axes.set_xticks(sizes, [count(size) for size in sizes])
+    axes.minorticks_off()
 
 
 def save(results: Sequence[Result], turns: Turns, file: Path) -> None:
