@@ -21,7 +21,7 @@ test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
 chaos: $(INSTALLED)  ## Many random faults; the seed is printed, MHE_CHAOS_SEED=... repeats it
 	MHE_CHAOS_FAULTS=$${MHE_CHAOS_FAULTS:-28} $(BIN)/python -m pytest -s -m chaos
 
-cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets: not yet stable on a busy machine
+cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone: two minutes of make test
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
 
 check: $(INSTALLED)  ## Format, lint and types, without changing a file

@@ -29,6 +29,7 @@ class Raylets:
     Attributes:
         address: of the Jobs API.
         environment: variables for a process that speaks to the cluster.
+        others: names of the nodes beside the head.
     """
 
     def __init__(self) -> None:
@@ -54,14 +55,15 @@ class Raylets:
                 env={**os.environ, **variables, **self.environment},
             )
         self.address = self._ask("head")
+        self.others: list[str] = []
 
-    def add(self) -> str:
-        """Start another node; its name."""
-        return self._ask("add")
+    def add(self) -> None:
+        """Start another node."""
+        self.others.append(self._ask("add"))
 
-    def kill(self, node: str) -> None:
-        """End a node at once, as a power cut does."""
-        self._ask(f"kill {node}")
+    def lose(self) -> None:
+        """End a node beside the head at once, as a power cut does."""
+        self._ask(f"kill {self.others.pop()}")
 
     def __enter__(self) -> Raylets:
         return self
