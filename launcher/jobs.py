@@ -111,10 +111,14 @@ class Cluster:
         self.address = resolve(address)
         _reach(self.address)
         with _translated(self.address):
+            from ray._private.authentication import authentication_token_setup as authentication
             from ray.job_submission import JobSubmissionClient
 
             for name in _CHATTY:
                 logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(authentication.__name__).setLevel(logging.ERROR)
+            # As `ray start` does, which asks for a token once `ray.init` has left one in the home.
+            authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
             self._client = JobSubmissionClient(self.address)
 
     def submit(self, submission: Submission) -> None:
@@ -385,8 +389,8 @@ def _translated(address: str) -> Iterator[None]:
         kind, text = type(error).__name__, scrub(str(error))
         if kind == "AuthenticationError":
             raise UserError(
-                f"{address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or the file "
-                "~/.ray/auth_token to the token that the cluster was started with"
+                f"{address} wants another token: set RAY_AUTH_TOKEN, or the file "
+                "~/.ray/auth_token, to the token that the cluster was started with"
             ) from error
         if "already exists" in text:
             raise UserError(

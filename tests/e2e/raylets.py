@@ -28,14 +28,16 @@ class Raylets:
 
     Attributes:
         address: of the Jobs API.
-        environment: variables for a process that speaks to the cluster.
+        token: for whoever speaks to the cluster.
         others: names of the nodes beside the head.
     """
 
     def __init__(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # socket paths are short
-        self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.token = secrets.token_hex(16)
         variables = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
             "RAY_TMPDIR": self._folder,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the nodes' address
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -52,7 +54,7 @@ class Raylets:
                 stderr=log,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, **variables, **self.environment},
+                env={**os.environ, **variables},
             )
         self.address = self._ask("head")
         self.others: list[str] = []

@@ -56,8 +56,8 @@ class Terminal:
     def __init__(self, cluster: Raylets) -> None:
         self.environment = {
             **os.environ,
-            **cluster.environment,
             "RAY_API_SERVER_ADDRESS": cluster.address,
+            "RAY_AUTH_TOKEN": cluster.token,  # and no RAY_AUTH_MODE: who has a token, uses it
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200",
@@ -116,7 +116,7 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     assert f"{cluster.address}/#/jobs/both-1" in said
     watching = terminal.start("logs", "both", "-f")
     until(watching, "checkpoint")
-    workers = train_workers(cluster.environment["RAY_AUTH_TOKEN"])
+    workers = train_workers(cluster.token)
     assert len({worker.ppid() for worker in workers}) == 2, "one worker on each node"
 
     code, said = terminal.mhe("submit", str(config))
@@ -138,7 +138,7 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     cluster.lose()
     until(going_on, "Resumed at step")
     until(going_on, "checkpoint")
-    assert len(train_workers(cluster.environment["RAY_AUTH_TOKEN"])) == 1, "on what is left"
+    assert len(train_workers(cluster.token)) == 1, "on what is left"
     rest, _ = going_on.communicate(timeout=150)
     assert going_on.returncode == 0, rest
     assert Path(run.run.path, "export", "timm", "config.json").exists()
