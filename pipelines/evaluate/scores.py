@@ -75,7 +75,7 @@ class PairScores(NamedTuple):
         """FAR and TAR, from one impostor accepted to `highest_far` of them.
 
         Returns:
-            arrays of `points` evenly on a logarithmic scale and, where they are within, `FARS`: what
+            arrays of `points` evenly on a logarithmic scale and, if they are within, `FARS`: what
             is read off the curve there is what is reported.
         """
         lowest = 1 / max(self.impostors, 1 / highest_far)
