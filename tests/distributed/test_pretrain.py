@@ -77,10 +77,9 @@ def test_it_learns(undisturbed: Config) -> None:
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
-# What rounding changes grows from step to step; with four ranks it is above 1e-4 at step 19.
-@pytest.mark.parametrize(("world_size", "compared"), [(2, 20), (4, 10)])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_more_ranks_see_the_same_batches_and_losses(
-    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int, compared: int
+    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
 ) -> None:
     config = undisturbed.model_copy(deep=True)
     config.run.dir = str(tmp_path)
@@ -88,7 +87,24 @@ def test_more_ranks_see_the_same_batches_and_losses(
     losses, digests = tiny.per_step(config)
     wanted, wanted_digests = tiny.per_step(undisturbed)
     assert digests == wanted_digests
-    assert losses[:compared] == pytest.approx(wanted[:compared], rel=1e-4)
+    # Later, sooner on some processors than on others, the network makes 1e-4 of rounding within
+    # three steps (tests/tiny.py).
+    assert losses[:10] == pytest.approx(wanted[:10], rel=1e-5)
+
+
+def test_more_ranks_have_the_same_losses_to_the_end_at_a_small_rate(
+    run_distributed, undisturbed: Config, tmp_path: Path
+) -> None:
+    slow = undisturbed.model_copy(deep=True)
+    slow.run.dir, slow.optim.lr = str(tmp_path), 2e-4
+    losses = {}
+    for world_size in (1, 2, 4):
+        slow.run.name = f"on{world_size}"
+        assert all(run(run_distributed, slow, world_size))
+        losses[world_size], _ = tiny.per_step(slow)
+    assert len(losses[1]) == 24
+    assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[4] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])
