@@ -124,7 +124,9 @@ SMALL = Study(
     ),
     seeds=3,
     typefaces=(("wenkai", "LXGW WenKai, easy"), ("brush", "Kouzan brush, hard")),
-    claim=Claim("mhs_own_plus", "full", easy="wenkai", points=0.3, hard="brush"),
+    claim=Claim(
+        *("mhs_own_plus", "full"), easy="wenkai", points=0.3, hard="brush", alike="partial_fc"
+    ),
 )
 
 FULL = Study(

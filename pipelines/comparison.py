@@ -125,6 +125,8 @@ class Claim(NamedTuple):
         easy: typeface on which rank-1 may be `points` of a percent lower at most.
         points: see `easy`.
         hard: typeface on which the mean may not be below the lowest seed of the reference.
+        alike: name of a third variant, whose samples meet about as many classes as those of
+            `variant` but other ones; it tells whether a difference comes with their number.
     """
 
     variant: str
@@ -132,6 +134,7 @@ class Claim(NamedTuple):
     easy: str
     points: float
     hard: str
+    alike: str = ""
 
     def judge(self, compared: Sequence[Compared]) -> list[str]:
         """What the figures say of it: a sentence for each typeface."""
@@ -140,16 +143,42 @@ class Claim(NamedTuple):
         for each in (mine, theirs):
             if not each.outcomes:
                 return [f"Not decided yet: no run of {each.title} is complete."]
-        return [self._easy(mine, theirs), self._hard(mine, theirs)]
+        sentences = [self._easy(mine, theirs), self._hard(mine, theirs)]
+        third = found.get(self.alike)
+        if third and third.outcomes and self._below(mine, theirs) > self.points:
+            sentences.append(self._why(third, mine, theirs))
+        return sentences
 
     def _easy(self, mine: Compared, theirs: Compared) -> str:
         ours, full = (each.spread(RANK1, self.easy).mean for each in (mine, theirs))
-        below = round(100 * (full - ours), 6)  # 0.3 is 0.3, whatever a difference of floats is
+        below = self._below(mine, theirs)
         holds = "holds" if below <= self.points else "does **not** hold"
         return (
             f"Rank-1, {self.easy}: {mine.title} {_points(ours)}, {theirs.title} {_points(full)}, a "
             f"difference of {0 - below:+.2f} points. At most {self.points:g} below: {holds}."
         )
+
+    def _why(self, third: Compared, mine: Compared, theirs: Compared) -> str:
+        """Whether who meets as few classes in another way loses as much."""
+        lost, ours = self._below(third, theirs), self._below(mine, theirs)
+        met = ", ".join(
+            f"{each.mean('classes_seen'):,.0f} with {each.title}" for each in (third, mine, theirs)
+        )
+        text = (
+            f"Classes that a sample meets in a step: {met}. {third.title} is {lost:.2f} points below "
+            f"{theirs.title} on {self.easy}: "
+        )
+        if lost >= 0.5 * ours:
+            return text + (
+                "most of the difference comes with meeting fewer classes in as many steps, not with "
+                "how they are chosen."
+            )
+        return text + "meeting fewer classes is not what most of the difference comes with."
+
+    def _below(self, mine: Compared, theirs: Compared) -> float:
+        """By how many points a variant is below another on the easy typeface."""
+        ours, full = (each.spread(RANK1, self.easy).mean for each in (mine, theirs))
+        return round(100 * (full - ours), 6)  # 0.3 is 0.3, whatever a difference of floats is
 
     def _hard(self, mine: Compared, theirs: Compared) -> str:
         ours, full = (each.spread(RANK1, self.hard) for each in (mine, theirs))

@@ -73,6 +73,27 @@ def test_a_claim_is_judged_by_the_figures(mine: tuple[float, float], easy: str, 
     assert "FULL 62.50, whose seeds lie from 60.00 to 65.00" in found[1]
 
 
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (
+            0.985,
+            "OTHER is 1.50 points below FULL on easy: most of the difference comes with meeting",
+        ),
+        (0.995, "OTHER is 0.50 points below FULL on easy: meeting fewer classes is not what most"),
+    ],
+)
+def test_a_claim_that_does_not_hold_says_whether_another_choice_loses_as_much(
+    other: float, reason: str
+) -> None:
+    claim = CLAIM._replace(alike="other")
+    third, full = compared("other", (other, 0.6)), compared("full", (1.0, 0.60), (1.0, 0.65))
+    told = claim.judge([compared("sampled", (0.98, 0.6)), third, full])
+    assert reason in told[2] and "1,234 with OTHER, 1,234 with SAMPLED" in told[2]
+    assert len(claim.judge([compared("sampled", (0.998, 0.6)), third, full])) == 2
+    assert len(claim.judge([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 2
+
+
 def test_a_claim_waits_for_runs() -> None:
     one = [compared("sampled", (1.0, 0.6)), compared("full", (1.0, 0.6))]
     assert CLAIM.judge(one)[1].endswith("not decided, it takes two seeds.")
