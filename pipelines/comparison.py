@@ -165,13 +165,13 @@ class Claim(NamedTuple):
             f"{each.mean('classes_seen'):,.0f} with {each.title}" for each in (third, mine, theirs)
         )
         text = (
-            f"Classes that a sample meets in a step: {met}. {third.title} is {lost:.2f} points below "
+            f"Classes that a sample meets: {met}. {third.title} is {lost:.2f} points below "
             f"{theirs.title} on {self.easy}: "
         )
         if lost >= 0.5 * ours:
             return text + (
-                "most of the difference comes with meeting fewer classes in as many steps, not with "
-                "how they are chosen."
+                "most of the difference comes with meeting fewer classes in as many steps, "
+                "not with how they are chosen."
             )
         return text + "meeting fewer classes is not what most of the difference comes with."
 
