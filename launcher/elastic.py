@@ -37,16 +37,18 @@ def trainer(config: Config, **arguments: Any) -> Any:
 
     class Fixed(FixedScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
+            """Reserve, for a short time."""
             _shorten_leases()
             super().after_controller_start(train_run_context)
 
     class Elastic(ElasticScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
+            """Reserve, for a short time."""
             _shorten_leases()
             super().after_controller_start(train_run_context)
 
         def make_decision_for_non_running_worker_group(self) -> Any:
-            # Ray looks at the nodes every 20 s; a group that waits wants to know of a lost one now.
+            """Decide by the nodes that there are now: Ray looks at them every 20 s."""
             self._autoscaling_coordinator.get_reserved_resources.remote(
                 self._requester_id, recompute=True
             )

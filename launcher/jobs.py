@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shlex
-import socket
 import sys
 import tempfile
 import time
@@ -15,18 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from launcher import package, ray_train, worker
+from launcher import dashboard, package, ray_train, worker
 from mhe_dist.config import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import is_secret_name, scrub
 from mhe_dist.tracking import COMMIT_VARIABLE, environment_tags
 
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-CONNECT_S = 5.0
 READY_S = 20.0  # a cluster that has just started answers before it can take jobs
 POLL_S = 0.5
 GRACE_S = round(ray_train.GRACE_S) + 10
@@ -34,11 +27,6 @@ GRACE_S = round(ray_train.GRACE_S) + 10
 
 RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
 _NO_AGENT = "No available agent"
-_CHATTY = (  # they tell of each upload and hang-up
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 _CODES = {"SUCCEEDED": 0, "STOPPED": Preempted.exit_code}
 
 
@@ -108,18 +96,8 @@ class Cluster:
         Raises:
             UserError: nothing answers there, or it wants a token.
         """
-        self.address = resolve(address)
-        _reach(self.address)
-        with _translated(self.address):
-            from ray._private.authentication import authentication_token_setup as authentication
-            from ray.job_submission import JobSubmissionClient
-
-            for name in _CHATTY:
-                logging.getLogger(name).setLevel(logging.WARNING)
-            logging.getLogger(authentication.__name__).setLevel(logging.ERROR)
-            # As `ray start` does, which asks for a token once `ray.init` has left one in the home.
-            authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-            self._client = JobSubmissionClient(self.address)
+        self.address = dashboard.resolve(address)
+        self._client = dashboard.client(self.address)
 
     def submit(self, submission: Submission) -> None:
         """Start a job.
@@ -134,7 +112,7 @@ class Cluster:
         deadline = time.monotonic() + READY_S
         while True:
             try:
-                with _translated(self.address):
+                with dashboard.translated(self.address):
                     self._client.submit_job(
                         entrypoint=submission.entrypoint,
                         submission_id=submission.id,
@@ -155,7 +133,7 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted, of other programs too, newest first."""
-        with _translated(self.address):
+        with dashboard.translated(self.address):
             details = self._client.list_jobs()
         found = [_job(detail) for detail in details if detail.submission_id]
         return sorted(found, key=lambda job: job.started, reverse=True)
@@ -193,7 +171,7 @@ class Cluster:
 
     def output(self, job_id: str) -> str:
         """What a job has printed so far."""
-        with _translated(self.address):
+        with dashboard.translated(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
@@ -217,7 +195,7 @@ class Cluster:
         Ray knows one way to stop a job, the signal that asks it to save. Not to wait for that is
         told to the job by another, small one.
         """
-        with _translated(self.address):
+        with dashboard.translated(self.address):
             self._client.stop_job(job.id)
             if now and job.path:
                 env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
@@ -234,26 +212,6 @@ class Cluster:
         while not (job := self.find(job_id)).is_over and time.monotonic() < deadline:
             time.sleep(POLL_S)
         return job
-
-
-def resolve(address: str) -> str:
-    """The address that is meant: as given, or of the environment, or of this machine.
-
-    Raises:
-        UserError: it is no `http(s)://` URL.
-    """
-    address = address or os.environ.get(ADDRESS_VARIABLE, "") or DEFAULT_ADDRESS
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
-            f"--address={scrub(address)}: give the cluster's dashboard, http://HEAD:8265"
-        )
-    return address.rstrip("/")
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an address is on this machine."""
-    return urlsplit(address).hostname in LOOPBACK
 
 
 def prepare(
@@ -332,7 +290,7 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _python(address: str) -> str:
     """The interpreter of the job: ours on this machine, else what the nodes call python."""
-    return sys.executable if is_loopback(address) else "python"
+    return sys.executable if dashboard.is_loopback(address) else "python"
 
 
 def _pieces(stream: Any, skip: int) -> Iterator[str]:
@@ -365,39 +323,3 @@ def _job(detail: Any) -> Job:
         message=detail.message or "",
         runtime_env=detail.runtime_env or {},
     )
-
-
-def _reach(address: str) -> None:
-    """See in a few seconds whether anything listens there: Ray's client would wait for ever."""
-    parts = urlsplit(address)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        socket.create_connection((str(parts.hostname), port), CONNECT_S).close()
-    except OSError as error:
-        raise UserError(
-            f"no Ray cluster answers at {scrub(address)} ({error}). Name the dashboard of a "
-            f"running one with --address or {ADDRESS_VARIABLE}, or start one here: ray start --head"
-        ) from error
-
-
-@contextmanager
-def _translated(address: str) -> Iterator[None]:
-    """Ray's errors in our words."""
-    try:
-        yield
-    except Exception as error:
-        kind, text = type(error).__name__, scrub(str(error))
-        if kind == "AuthenticationError":
-            raise UserError(
-                f"{address} wants another token: set RAY_AUTH_TOKEN, or the file "
-                "~/.ray/auth_token, to the token that the cluster was started with"
-            ) from error
-        if "already exists" in text:
-            raise UserError(
-                "this run has just been submitted by somebody else: mhe jobs"
-            ) from error
-        if isinstance(error, ConnectionError):
-            raise UserError(f"{address} is not a Ray dashboard: {text}") from error
-        if isinstance(error, RuntimeError):
-            raise RunError(f"{address}: {text}") from error
-        raise

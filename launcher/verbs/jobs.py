@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import checks, console, event_lines, jobs, package, runs
+from launcher import checks, console, dashboard, event_lines, jobs, package, runs
 from launcher.interrupts import Interrupted, interruptible
 from launcher.progress import duration
 from launcher.replay import draw
@@ -28,7 +28,8 @@ _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped":
 Address = Annotated[
     str,
     typer.Option(
-        help=f"Dashboard of the cluster; else {jobs.ADDRESS_VARIABLE}, else {jobs.DEFAULT_ADDRESS}."
+        help=f"Dashboard of the cluster; else {dashboard.ADDRESS_VARIABLE}, "
+        f"else {dashboard.DEFAULT_ADDRESS}."
     ),
 ]
 JobName = Annotated[
@@ -66,8 +67,8 @@ def submit(
     variables = jobs.passed_on(env or [])
     if dry_run:
         with jobs.staging() as folder:
-            sent = jobs.prepare(settings, jobs.resolve(address), 1, variables, folder)
-            _show(settings, sent, jobs.resolve(address))
+            sent = jobs.prepare(settings, dashboard.resolve(address), 1, variables, folder)
+            _show(settings, sent, dashboard.resolve(address))
         return
     cluster = jobs.Cluster(address)
     cluster.refuse_running(settings)
@@ -188,14 +189,14 @@ def _placement(config: Config) -> Iterable[str]:
 
 def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
     name = shlex.quote(sent.id)
-    where = f" --address {address}" if address != jobs.DEFAULT_ADDRESS else ""
+    where = f" --address {address}" if address != dashboard.DEFAULT_ADDRESS else ""
     console.say(f"Job [bold]{escape(sent.id)}[/] is submitted.")
     rows = [("dashboard", f"{address}/#/jobs/{sent.id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
         rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
     for what, link in rows:
         console.say(f"  {what}: {escape(link)}")
-    if not jobs.is_loopback(address) and not _has_token():
+    if not dashboard.is_loopback(address) and not _has_token():
         console.say(
             "[yellow]warning:[/] this cluster takes jobs from anybody who reaches it; start it "
             "with RAY_AUTH_MODE=token (docs/clusters.md)"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from launcher import cli, event_lines, jobs, package
+from launcher import cli, dashboard, event_lines, jobs, package
 from mhe_dist import config_load
 from mhe_dist.config import Config
 from mhe_dist.errors import Preempted, UserError
@@ -115,13 +115,13 @@ def test_a_dry_run_shows_everything_but_secrets(
 
 
 def test_an_address_comes_from_the_option_the_environment_or_this_machine(monkeypatch) -> None:
-    monkeypatch.delenv(jobs.ADDRESS_VARIABLE, raising=False)
-    assert jobs.resolve("") == "http://127.0.0.1:8265"
-    monkeypatch.setenv(jobs.ADDRESS_VARIABLE, "https://head/")
-    assert jobs.resolve("") == "https://head"
-    assert jobs.resolve("http://other:1") == "http://other:1"
+    monkeypatch.delenv(dashboard.ADDRESS_VARIABLE, raising=False)
+    assert dashboard.resolve("") == "http://127.0.0.1:8265"
+    monkeypatch.setenv(dashboard.ADDRESS_VARIABLE, "https://head/")
+    assert dashboard.resolve("") == "https://head"
+    assert dashboard.resolve("http://other:1") == "http://other:1"
     with pytest.raises(UserError, match="http://HEAD:8265"):
-        jobs.resolve("head:6379")
+        dashboard.resolve("head:6379")
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:

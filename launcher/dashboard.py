@@ -1,0 +1,99 @@
+"""The dashboard of a Ray cluster: which one is meant, whether it answers, and its Jobs client."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.redact import scrub
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+CONNECT_S = 5.0
+_CHATTY = (  # they tell of each upload and hang-up
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
+
+def resolve(address: str) -> str:
+    """The address that is meant: as given, or of the environment, or of this machine.
+
+    Raises:
+        UserError: it is no `http(s)://` URL.
+    """
+    address = address or os.environ.get(ADDRESS_VARIABLE, "") or DEFAULT_ADDRESS
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(
+            f"--address={scrub(address)}: give the cluster's dashboard, http://HEAD:8265"
+        )
+    return address.rstrip("/")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is on this machine."""
+    return urlsplit(address).hostname in LOOPBACK
+
+
+def client(address: str) -> Any:
+    """A `JobSubmissionClient` of the dashboard at an address that `resolve` gave.
+
+    Raises:
+        UserError: nothing answers there, or it wants another token.
+    """
+    _reach(address)
+    with translated(address):
+        from ray._private.authentication import authentication_token_setup as authentication
+        from ray.job_submission import JobSubmissionClient
+
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(authentication.__name__).setLevel(logging.ERROR)
+        # As `ray start` does, which asks for a token once `ray.init` has left one in the home.
+        authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        return JobSubmissionClient(address)
+
+
+@contextmanager
+def translated(address: str) -> Iterator[None]:
+    """Ray's errors in our words."""
+    try:
+        yield
+    except Exception as error:
+        kind, text = type(error).__name__, scrub(str(error))
+        if kind == "AuthenticationError":
+            raise UserError(
+                f"{address} wants another token: set RAY_AUTH_TOKEN, or the file "
+                "~/.ray/auth_token, to the token that the cluster was started with"
+            ) from error
+        if "already exists" in text:
+            raise UserError(
+                "this run has just been submitted by somebody else: mhe jobs"
+            ) from error
+        if isinstance(error, ConnectionError):
+            raise UserError(f"{address} is not a Ray dashboard: {text}") from error
+        if isinstance(error, RuntimeError):
+            raise RunError(f"{address}: {text}") from error
+        raise
+
+
+def _reach(address: str) -> None:
+    """See in a few seconds whether anything listens there: Ray's client would wait for ever."""
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((str(parts.hostname), port), CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"no Ray cluster answers at {scrub(address)} ({error}). Name the dashboard of a "
+            f"running one with --address or {ADDRESS_VARIABLE}, or start one here: ray start --head"
+        ) from error
