@@ -19,7 +19,8 @@ Written by `mhe reproduce`, not by hand: its next call replaces it.
 - classes seen: in the softmax of a sample, mean over the run.
 - head, ms: time of a step in the head, median over the run. images/s: of all workers together,
   while training. memory: largest of a worker process, libraries included. minutes: of training,
-  since the last resume where a run was interrupted.
+  since the last resume where a run was interrupted. Times compare only where the machine had
+  nothing else to do in any of the runs, which nobody checks.
 """
 
 
