@@ -32,21 +32,20 @@ def trainer(config: Config, **arguments: Any) -> Any:
     from ray.train.v2._internal.execution.scaling_policy import (
         ElasticScalingPolicy,
         FixedScalingPolicy,
+        ScalingPolicy,
     )
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    class Fixed(FixedScalingPolicy):
+    class Leased(ScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
             """Reserve, for a short time."""
             _shorten_leases()
             super().after_controller_start(train_run_context)
 
-    class Elastic(ElasticScalingPolicy):
-        def after_controller_start(self, train_run_context: Any) -> None:
-            """Reserve, for a short time."""
-            _shorten_leases()
-            super().after_controller_start(train_run_context)
+    class Fixed(Leased, FixedScalingPolicy):
+        pass
 
+    class Elastic(Leased, ElasticScalingPolicy):
         def make_decision_for_non_running_worker_group(self) -> Any:
             """Decide by the nodes that there are now: Ray looks at them every 20 s."""
             self._autoscaling_coordinator.get_reserved_resources.remote(
