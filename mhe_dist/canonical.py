@@ -1,8 +1,8 @@
 """BatchNorm's running statistics as a function of the step, not of the number of ranks.
 
 Every micro-batch of a step updates the statistics once, from the values at the step's start; the
-step's result is the mean over its micro-batches (DESIGN section 5). A rank takes the mean over its
-own ones, then all take the mean over the ranks: one small reduction that nobody waits for.
+step's result is the mean over its micro-batches (DESIGN section 5). The sum is taken in float64, so
+its order does not show (gradient_sum.py says why that matters): one small reduction per step.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ class RunningStatistics:
         self._start = [torch.empty_like(b) for b in self.values]
         self._start_counts = [torch.empty_like(b) for b in self._counts]
         self._end_counts = [torch.empty_like(b) for b in self._counts]
-        self._sums = [torch.empty_like(b) for b in self.values]
+        self._sums = [torch.empty_like(b, dtype=torch.float64) for b in self.values]
         self._seen = 0
-        self.synchronised = True
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the buffers are those of a micro-batch: of this rank, in a step begun."""
+        return self._seen > 0
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -58,30 +62,23 @@ class RunningStatistics:
             torch._foreach_add_(self._sums, self.values)
         torch._foreach_copy_(self._end_counts, self._counts)
         self._seen += 1
-        self.synchronised = False
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """At the end of a step: the mean over the micro-batches of this rank.
+    def finish(self, topology: Topology) -> None:
+        """At the end of a step: the mean over the micro-batches of all ranks; all ranks must call.
 
         What a forward pass that was repeated in the backward pass (gradient checkpointing) made of
         the statistics is forgotten.
         """
         if self._seen and self.values:
-            torch._foreach_copy_(self.values, self._sums)
-            torch._foreach_div_(self.values, float(self._seen))
-            torch._foreach_copy_(self._counts, self._end_counts)
-        self._seen = 0
-
-    @torch.no_grad()
-    def synchronise(self, topology: Topology) -> None:
-        """Take the mean over the ranks; all ranks must call, between two steps."""
-        if self.values and not self.synchronised and topology.world_size > 1:
-            flat = torch.cat([b.flatten() for b in self.values])
-            dist.all_reduce(flat, group=topology.device_group)
-            flat /= topology.world_size
-            pieces = flat.split([b.numel() for b in self.values])
+            sums = torch.cat([s.flatten() for s in self._sums])
+            if topology.world_size > 1:
+                dist.all_reduce(sums, group=topology.device_group)
+            pieces = (sums / (self._seen * topology.world_size)).split(
+                [b.numel() for b in self.values]
+            )
             torch._foreach_copy_(
                 self.values, [p.view_as(b) for p, b in zip(pieces, self.values, strict=True)]
             )
-        self.synchronised = True
+            torch._foreach_copy_(self._counts, self._end_counts)
+        self._seen = 0

@@ -1,8 +1,8 @@
 """The backbone's engine: mixed precision, ZeRO, accumulation. The only file that imports deepspeed.
 
-A step is `forward` and `backward` for each micro-batch of this rank, then `step`. DeepSpeed divides
-each loss by the number of micro-batches of a rank and averages the gradients over the ranks; heads
-scale their losses for that (heads/base.py).
+A step is `forward` and `backward` for each micro-batch of this rank, then `step`. The gradients are
+averaged over the micro-batches of a rank and over the ranks; heads scale their losses for that
+(heads/base.py). In float32 the sum does not depend on the number of ranks (gradient_sum.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mhe_dist.backbone import compile_in_place, pixels
 from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import deepspeed_settings, make_optimizer, resolve_precision
+from mhe_dist.gradient_sum import PreciseSum, sum_precisely
 from mhe_dist.mismatch import refuse_mismatch, shapes
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
@@ -57,6 +58,9 @@ class Engine:
         self._stage = int(config.scale.zero_stage)
         self._accumulated = config.train.micro_batches // topology.world_size
         self._backwards = 0
+        # Micro-batches in what `_gradient_pieces` gives: DeepSpeed averages over the ranks in bf16.
+        exact = self.precision == "float32"
+        self._addends = config.train.micro_batches if exact else self._accumulated
         self._norm: Tensor | None = None
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
@@ -64,6 +68,7 @@ class Engine:
         self._buffer_names = [n for n, _ in model.named_buffers() if n in persistent]
         self._deepspeed = import_deepspeed(topology.device)
         self._ds = self._initialise(config)
+        self._sum = self._sum_precisely() if exact else None
         self._statistics = RunningStatistics(model)
         decay = config.optim.ema
         self._average = AveragedWeights(self._names, decay) if decay else None
@@ -78,6 +83,13 @@ class Engine:
         return self._deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, dist_init_required=None
         )[0]
+
+    def _sum_precisely(self) -> PreciseSum | None:
+        if self._stage > 0:
+            sum_precisely(self._ds.optimizer, self._stage)
+            return None
+        self._ds.enable_backward_allreduce = False
+        return PreciseSum(self._names.values())
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -104,7 +116,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss, a scalar (its scale: heads/base.py)."""
-        self._ds.backward(loss)
+        self._ds.backward(loss, scale_wrt_gas=False)  # `_clip` divides: here it would round
         self._backwards += 1
         if self._backwards < self._accumulated:
             self._ds.step()  # not at the boundary: counts the micro-batch and updates nothing
@@ -117,11 +129,12 @@ class Engine:
             )
         for group in self._inner_optimizer.param_groups:
             group["lr"] = lr
-        self._statistics.finish()
-        # In every step, or a save in between would change how the statistics are rounded later.
-        self.synchronise_buffers()
-        if self._stage < 3:
-            self._norm = self._clip()
+        self._statistics.finish(self._topology)
+        if self._sum is not None:
+            self._sum.reduce(self._topology)
+        self._norm = self._clip()
+        if self._sum is not None:
+            self._sum.give()
         self._ds.step()
         self._backwards = 0
         if self._average is not None:
@@ -130,40 +143,39 @@ class Engine:
     def grad_norm(self) -> Tensor | None:
         """L2 norm of the last step's gradient before clipping, a device scalar; None before a step.
 
-        At ZeRO 3 a non-finite gradient makes DeepSpeed skip the update and the norm is infinite;
-        at the other stages it is applied and the norm says so.
+        A gradient that is not finite is applied, except at ZeRO 3, where DeepSpeed skips the step.
         """
-        if self._stage < 3:
-            return self._norm
-        norm = self._ds.get_global_grad_norm()
-        if norm is None:
-            return None
-        return torch.as_tensor(norm, dtype=torch.float32, device=self._topology.device)
+        return self._norm
 
     @torch.no_grad()
     def _clip(self) -> Tensor:
-        """Norm of the reduced gradient, then scaling by `clip_norm`; never waits for the device."""
+        """Make the mean of the step's gradients of what was reduced, clipped to `clip_norm`.
+
+        Returns its norm before clipping; never waits for the device. The norm is rounded to float32
+        before it is used: the order of its own sum does depend on the partition.
+        """
         pieces = self._gradient_pieces()
-        norm = torch.nn.utils.get_total_norm(pieces)
+        norm = torch.nn.utils.get_total_norm(pieces) / self._addends
         if self._stage > 0 and self._topology.world_size > 1:
             square = norm.square()
             dist.all_reduce(square, group=self._topology.device_group)
             norm = square.sqrt()
+        norm = norm.float()
+        factor = torch.full_like(norm, 1 / self._addends, dtype=pieces[0].dtype)
         if self._optim.clip_norm > 0:
-            torch._foreach_mul_(pieces, torch.clamp(self._optim.clip_norm / (norm + 1e-6), max=1.0))
+            factor *= torch.clamp(self._optim.clip_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(pieces, factor)
         return norm
 
     def _gradient_pieces(self) -> list[Tensor]:
-        """The reduced gradients that this rank holds: all at ZeRO 0, its own share at 1 and 2."""
+        """The reduced gradients that this rank holds: all at ZeRO 0, else its own share."""
+        if self._sum is not None:
+            return [self._sum.flat]
         if self._stage == 0:
             return [p.grad for p in self._names.values() if p.grad is not None]
         return [g for group in self._ds.optimizer.averaged_gradients.values() for g in group]
 
     # -- evaluation ----------------------------------------------------------------------------
-
-    def synchronise_buffers(self) -> None:
-        """Average BatchNorm's running statistics over the ranks; all ranks must call."""
-        self._statistics.synchronise(self._topology)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -178,8 +190,8 @@ class Engine:
         Returns:
             float32 `[B, D]` on the device.
         """
-        if self._topology.world_size > 1 and not self._statistics.synchronised:
-            raise RuntimeError("embed before synchronise_buffers: ranks would disagree")
+        if self._statistics.in_step:
+            raise RuntimeError("embed within a step: ranks would disagree")
         if self.model.training:
             self.model.eval()
         weights = nullcontext() if self._average is None else self._average.in_place()
@@ -199,7 +211,6 @@ class Engine:
         Names do not depend on W or on the ZeRO stage: `model.<parameter>`, `model.<buffer>`,
         `optim.<parameter>.<moment>`, for AdamW `optim.step`, with `optim.ema` `ema.<parameter>`.
         """
-        self.synchronise_buffers()
         tensors = {}
         for name, parameter in self._names.items():
             tensors[f"model.{name}"] = _on_host(self._get(parameter, None))

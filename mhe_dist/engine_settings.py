@@ -45,9 +45,10 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
-    Gradients are reduced in float32 and weights gathered in float32 (no "safe modules"), so that
-    the result depends as little as possible on W, and evaluation sees the true weights. Norm and
-    clipping are done here below stage 3: DeepSpeed's own wait for the device.
+    Gradients are reduced (at precision float32 even in float64: gradient_sum.py) and weights
+    gathered in float32 (no "safe modules"), so that evaluation sees the true weights. Norm and
+    clipping are the engine's: DeepSpeed's own wait for the device, and at stage 3 its norm, which
+    cannot be switched off, watches for overflow only.
     """
     stage = int(config.scale.zero_stage)
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(numel, _LARGEST_BUCKET)}
@@ -56,7 +57,8 @@ def deepspeed_settings(
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulated,
-        "gradient_clipping": config.optim.clip_norm if stage == 3 else 0.0,
+        "gradient_clipping": 0.0,
+        "gradient_allreduce_op": "sum" if precision == "float32" and stage < 3 else "mean",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {

@@ -66,13 +66,15 @@ def count(config: Config, num_classes: int, workers: int, precision: str) -> Foo
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     stage = int(config.scale.zero_stage)
     settings = deepspeed_settings(config, precision, 1, numel)
+    bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
+    gradient = 2 * FLOAT if precision == "float32" else FLOAT  # gradient_sum.py
     return Footprint(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
-        gradients=numel * FLOAT // (workers if stage >= 2 else 1),
+        gradients=numel * gradient // (workers if stage >= 2 else 1),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
         activations=_activations(model, config, precision),
-        communication=settings["zero_optimization"]["reduce_bucket_size"] * FLOAT * (workers > 1),
+        communication=bucket * gradient * (workers > 1),
         rows=_row_bytes(config.head, num_classes, config.model.embedding_dim) // workers,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
     )

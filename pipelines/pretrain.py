@@ -144,7 +144,6 @@ class Run:
         if not cadence.wanted(self.config):
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
-            self.engine.synchronise_buffers()
             evaluation = cadence.run(self.engine.embed, self.config, self.place)
         self.recorder.results(self.progress.step, evaluation.metrics)
         return evaluation

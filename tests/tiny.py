@@ -14,6 +14,7 @@ from mhe_dist.checkpoint import CheckpointStore
 from mhe_dist.config import Config
 from mhe_dist.topology import Topology
 from mhe_dist.tracking import read_records
+from pipelines import inheritance
 from pipelines.shards import Sample, ShardWriter
 
 CLASSES, IMAGES, SIDE = 30, 12, 16
@@ -60,8 +61,8 @@ def config(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
             "groups": 4,
             "mhs": {"length": 4, "extra_heads": 1},
         },
-        # Such a small network is chaotic: what rounding changes grows by a factor per step.
-        # The warm-up keeps that from reaching what tests compare.
+        # Such a small network is chaotic: what rounding changes grows by a factor per step. The
+        # warm-up keeps apart what other processors and heads round otherwise.
         "optim": {"lr": 0.02, "warmup_steps": 100},
         "train": {
             "max_steps": 24,
@@ -84,6 +85,15 @@ def per_step(config: Config) -> tuple[list[float], list[float]]:
     records = [r for r in read_records(f"{config.run.path}/metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in records] == list(range(len(records)))
     return [r["loss"] for r in records], [r["sample_digest"] for r in records]
+
+
+def differing(run: Config, other: Config) -> list[str]:
+    """Names of the tensors whose bits differ between the last checkpoints of two runs."""
+    ours, theirs = (
+        inheritance.source(config.run.path).load(lambda name: True) for config in (run, other)
+    )
+    assert ours.keys() == theirs.keys()
+    return [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
 def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Config:

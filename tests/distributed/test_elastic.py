@@ -1,7 +1,6 @@
 """A run that goes on with other numbers of workers and other ZeRO stages is the same run.
 
-What depends on the number of workers is the order in which the backbone's gradients are summed, so
-losses agree to rounding; a small learning rate keeps that from growing (tests/tiny.py).
+At the full learning rate from the first step on: what rounding changed would soon be seen.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def loaded_otherwise(place: Topology, config: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "stages"), [({"lr": 2e-4}, (1, 1, 1)), ({"kind": "adamw", "lr": 1e-4}, (0, 3, 1))]
+    ("optimizer", "stages"), [({"lr": 0.1}, (1, 1, 1)), ({"kind": "adamw", "lr": 1e-3}, (0, 3, 1))]
 )
 def test_two_one_three_workers_in_mid_epoch(
     run_distributed, tmp_path: Path, optimizer: dict[str, Any], stages: tuple[int, int, int]
@@ -64,7 +63,7 @@ def test_two_one_three_workers_in_mid_epoch(
         tiny.write_shards(tmp_path / "shards"),
         data={"streams": 24},
         head={"optim": {"kind": optimizer.get("kind", "sgd")}},
-        optim=optimizer | {"warmup_steps": 100},
+        optim=optimizer | {"warmup_steps": 0},
         train={"max_steps": STEPS, "global_batch": 96},
     )
     for workers, stage, until in zip((2, 1, 3), stages, (9, 19, STEPS), strict=True):
@@ -80,4 +79,5 @@ def test_two_one_three_workers_in_mid_epoch(
     losses, keys = tiny.per_step(config)
     wanted, wanted_keys = tiny.per_step(undisturbed)
     assert keys == wanted_keys
-    assert losses == pytest.approx(wanted, rel=1e-4)
+    assert losses == pytest.approx(wanted, rel=1e-6), "rounding of the reported mean"
+    assert tiny.differing(config, undisturbed) == []

@@ -15,7 +15,7 @@ def step(model: nn.Module, statistics: RunningStatistics, batches: list[torch.Te
         statistics.begin()
         model(batch)
         statistics.end()
-    statistics.finish()
+    statistics.finish(Topology())
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -42,8 +42,7 @@ def test_other_networks_pass_through() -> None:
     for model in [nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)]:
         statistics = RunningStatistics(model)
         step(model, statistics, [torch.randn(6, 4)])
-        statistics.synchronise(Topology())
-        assert statistics.synchronised
+        assert not statistics.in_step
 
 
 def test_a_frozen_norm_stays() -> None:

@@ -61,9 +61,15 @@ def test_rows_are_shared_by_the_workers_and_carry_their_moments() -> None:
     assert footprint.count(config(head=file), 1000, 1, "float32").rows == 0
 
 
+def test_gradients_are_summed_in_float64_at_float32() -> None:
+    exact, fast = (footprint.count(config(), 10, 2, p) for p in ("float32", "bf16"))
+    assert exact.gradients == 2 * fast.gradients
+    assert exact.communication == 2 * fast.communication
+
+
 def test_zero_shares_the_optimizer() -> None:
     at = {
-        stage: footprint.count(config(scale={"zero_stage": stage}), 10, 4, "float32")
+        stage: footprint.count(config(scale={"zero_stage": stage}), 10, 4, "bf16")
         for stage in range(4)
     }
     assert at[0].optimizer == pytest.approx(at[0].gradients)

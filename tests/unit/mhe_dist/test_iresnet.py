@@ -14,6 +14,7 @@ from mhe_dist.canonical import RunningStatistics
 from mhe_dist.config import ModelConfig
 from mhe_dist.errors import UserError
 from mhe_dist.iresnet import IResNet
+from mhe_dist.topology import Topology
 from pipelines import pretrain
 from tests import tiny
 
@@ -202,7 +203,7 @@ def test_a_repeated_forward_pass_leaves_no_trace() -> None:
             out = model(part)
             statistics.end()
             out.square().mean().backward()
-        statistics.finish()
+        statistics.finish(Topology())
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         results.append(
             buffers | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
