@@ -86,7 +86,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "float32"] = Field(
         "auto",
         description="bf16: autocast of the backbone; auto: bf16 where the hardware multiplies it, "
-        "else float32; fp16 is not offered.",
+        "else float32, whose rounding does not depend on the number of ranks; fp16 is not offered.",
     )
     log_every: PositiveInt = Field(10, description="Steps between two records of the metrics.")
 
