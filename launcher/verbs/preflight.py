@@ -105,7 +105,7 @@ def try_here(config: Config, workers: int) -> dict[str, Any] | None:
     """
     with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
         file = Path(folder) / package.SETTINGS
-        file.write_text(config_load.to_yaml(config), encoding="utf-8")
+        file.write_text(config_load.to_yaml(package.portable(config)), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
             cwd=Path(__file__).parents[2],
