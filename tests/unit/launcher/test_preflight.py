@@ -10,6 +10,7 @@ import pytest
 
 from launcher import cli, preflight, probe
 from launcher.preflight import GIB
+from launcher.verbs import preflight as verb
 from mhe_dist import config_load
 from mhe_dist.config import Config
 from tests import tiny
@@ -157,3 +158,12 @@ def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):
         assert part in said
+
+
+def test_a_trial_finds_data_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_shards(tmp_path / "train", classes=8)
+    monkeypatch.chdir(tmp_path)
+    measured = verb.try_here(tiny.config(Path("runs"), "train"), 1)
+    assert measured is not None and measured["samples"] == 8 * tiny.IMAGES
