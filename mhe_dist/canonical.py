@@ -8,10 +8,10 @@ its order does not show (gradient_sum.py says why that matters): one small reduc
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mhe_dist.collectives import all_reduce
 from mhe_dist.topology import Topology
 
 
@@ -71,12 +71,9 @@ class RunningStatistics:
         the statistics is forgotten.
         """
         if self._seen and self.values:
-            sums = torch.cat([s.flatten() for s in self._sums])
-            if topology.world_size > 1:
-                dist.all_reduce(sums, group=topology.device_group)
-            pieces = (sums / (self._seen * topology.world_size)).split(
-                [b.numel() for b in self.values]
-            )
+            sums = all_reduce(torch.cat([s.flatten() for s in self._sums]), topology)
+            sums /= self._seen * topology.world_size
+            pieces = sums.split([b.numel() for b in self.values])
             torch._foreach_copy_(
                 self.values, [p.view_as(b) for p, b in zip(pieces, self.values, strict=True)]
             )

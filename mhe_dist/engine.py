@@ -22,9 +22,10 @@ from mhe_dist import topology as places
 from mhe_dist.average import PREFIX, AveragedWeights
 from mhe_dist.backbone import compile_in_place, pixels
 from mhe_dist.canonical import RunningStatistics
+from mhe_dist.collectives import all_reduce
 from mhe_dist.config import Config
 from mhe_dist.engine_settings import deepspeed_settings, make_optimizer, resolve_precision
-from mhe_dist.gradient_sum import PreciseSum, sum_precisely
+from mhe_dist.gradient_sum import PRECISE, PreciseSum, sum_dtype, sum_precisely
 from mhe_dist.mismatch import refuse_mismatch, shapes
 from mhe_dist.seeds import seed_torch
 from mhe_dist.topology import Topology
@@ -59,7 +60,7 @@ class Engine:
         self._accumulated = config.train.micro_batches // topology.world_size
         self._backwards = 0
         # Micro-batches in what `_gradient_pieces` gives: DeepSpeed averages over the ranks in bf16.
-        exact = self.precision == "float32"
+        exact = sum_dtype(self.precision) == PRECISE
         self._addends = config.train.micro_batches if exact else self._accumulated
         self._norm: Tensor | None = None
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -116,7 +117,7 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch's loss, a scalar (its scale: heads/base.py)."""
-        self._ds.backward(loss, scale_wrt_gas=False)  # `_clip` divides: here it would round
+        self._ds.backward(loss, scale_wrt_gas=False)  # divided later: here it would round
         self._backwards += 1
         if self._backwards < self._accumulated:
             self._ds.step()  # not at the boundary: counts the micro-batch and updates nothing
@@ -132,7 +133,7 @@ class Engine:
         self._statistics.finish(self._topology)
         if self._sum is not None:
             self._sum.reduce(self._topology)
-        self._norm = self._clip()
+        self._norm = self._average_and_clip()
         if self._sum is not None:
             self._sum.give()
         self._ds.step()
@@ -148,18 +149,16 @@ class Engine:
         return self._norm
 
     @torch.no_grad()
-    def _clip(self) -> Tensor:
-        """Make the mean of the step's gradients of what was reduced, clipped to `clip_norm`.
+    def _average_and_clip(self) -> Tensor:
+        """Divide what was reduced by its micro-batches and clip that mean to `clip_norm`.
 
         Returns its norm before clipping; never waits for the device. The norm is rounded to float32
-        before it is used: the order of its own sum does depend on the partition.
+        before it is used: the order of its own sum depends on the partition.
         """
         pieces = self._gradient_pieces()
         norm = torch.nn.utils.get_total_norm(pieces) / self._addends
         if self._stage > 0 and self._topology.world_size > 1:
-            square = norm.square()
-            dist.all_reduce(square, group=self._topology.device_group)
-            norm = square.sqrt()
+            norm = all_reduce(norm.square(), self._topology).sqrt()
         norm = norm.float()
         factor = torch.full_like(norm, 1 / self._addends, dtype=pieces[0].dtype)
         if self._optim.clip_norm > 0:

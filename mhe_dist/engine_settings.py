@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mhe_dist.config import Config, OptimConfig
+from mhe_dist.gradient_sum import PRECISE, sum_dtype
 
 _LARGEST_BUCKET = 50_000_000  # elements of one gradient reduction; DeepSpeed allocates that many
 
@@ -58,7 +59,7 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulated,
         "gradient_clipping": 0.0,
-        "gradient_allreduce_op": "sum" if precision == "float32" and stage < 3 else "mean",
+        "gradient_allreduce_op": "sum" if sum_dtype(precision) == PRECISE and stage < 3 else "mean",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {

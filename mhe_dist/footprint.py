@@ -15,6 +15,7 @@ from mhe_dist import backbone
 from mhe_dist.config import Config, OptimConfig
 from mhe_dist.config_head import HeadConfig
 from mhe_dist.engine_settings import deepspeed_settings
+from mhe_dist.gradient_sum import sum_dtype
 
 FLOAT = 4
 
@@ -68,7 +69,7 @@ def count(config: Config, num_classes: int, workers: int, precision: str) -> Foo
     settings = deepspeed_settings(config, precision, 1, numel)
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
-    gradient = 2 * FLOAT if precision == "float32" else FLOAT  # gradient_sum.py
+    gradient = sum_dtype(precision).itemsize
     return Footprint(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
         gradients=numel * gradient // (workers if stage >= 2 else 1),

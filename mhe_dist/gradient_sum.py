@@ -17,12 +17,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from mhe_dist.collectives import all_reduce
 from mhe_dist.topology import Topology
 
 PRECISE = torch.float64
+
+
+def sum_dtype(precision: str) -> torch.dtype:
+    """What the gradients of a step are summed in, at the precision "bf16" or "float32"."""
+    return PRECISE if precision == "float32" else torch.float32
 
 
 def sum_precisely(optimizer: Any, stage: int) -> None:
@@ -37,7 +42,7 @@ def sum_precisely(optimizer: Any, stage: int) -> None:
     (bucket,) = optimizer.ipg_buckets.values()
     optimizer.ipg_buckets = {PRECISE: bucket}
     if stage < 3:
-        optimizer.use_separate_grad_accum = optimizer.use_grad_accum_attribute = True
+        optimizer.use_grad_accum_attribute = True
         optimizer.contiguous_gradients = False  # the contiguous copy has the parameters' dtype
         return
     # Of the two ways to reduce, the other divides.
@@ -58,14 +63,12 @@ class PreciseSum:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._parameters = list(parameters)
-        sizes = [p.numel() for p in self._parameters]
-        self.flat = self._parameters[0].new_zeros(sum(sizes), dtype=PRECISE)
+        trained = list(parameters)
+        sizes = [p.numel() for p in trained]
+        self.flat = trained[0].new_zeros(sum(sizes), dtype=PRECISE)
         pieces = self.flat.split(sizes)
-        self._places = {
-            p: piece.view_as(p) for p, piece in zip(self._parameters, pieces, strict=True)
-        }
-        for parameter in self._parameters:
+        self._places = {p: piece.view_as(p) for p, piece in zip(trained, pieces, strict=True)}
+        for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._take)
 
     def _take(self, parameter: Tensor) -> None:
@@ -74,8 +77,7 @@ class PreciseSum:
 
     def reduce(self, topology: Topology) -> None:
         """Add up over the ranks; all ranks must call, once per step."""
-        if topology.world_size > 1:
-            dist.all_reduce(self.flat, group=topology.device_group)
+        all_reduce(self.flat, topology)
 
     def give(self) -> None:
         """Round the sums into the parameters' `grad` and start again from zero."""

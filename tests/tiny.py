@@ -89,9 +89,9 @@ def per_step(config: Config) -> tuple[list[float], list[float]]:
 
 def differing(run: Config, other: Config) -> list[str]:
     """Names of the tensors whose bits differ between the last checkpoints of two runs."""
-    ours, theirs = (
-        inheritance.source(config.run.path).load(lambda name: True) for config in (run, other)
-    )
+    last = [inheritance.source(config.run.path) for config in (run, other)]
+    assert [found.step for found in last] == [run.train.max_steps, other.train.max_steps]
+    ours, theirs = (found.load(lambda name: True) for found in last)
     assert ours.keys() == theirs.keys()
     return [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 

@@ -1,11 +1,11 @@
 """The contract of a head, so that the loop never asks which one it has.
 
-Scale of the gradient: the engine divides the loss by the number `k` of micro-batches that a rank
-accumulates and averages the backbone's gradients over the `W` ranks. A head therefore returns, for
-each micro-batch, `W * k / N` times the sum of the losses of the samples that this rank scores,
-where `N` is the number of samples of the step. Whatever is sharded, the backbone then receives the
-gradient of the mean loss over the global batch. The rows receive that same gradient, undoing the
-engine's `1 / k`; no caller rescales anything.
+Scale of the gradient: the engine averages the backbone's gradients over the `k` micro-batches that
+a rank accumulates and over the `W` ranks. A head therefore returns, for each micro-batch,
+`W * k / N` times the sum of the losses of the samples that this rank scores, where `N` is the
+number of samples of the step. Whatever is sharded, the backbone then receives the gradient of the
+mean loss over the global batch. The rows receive that same gradient, undoing the engine's `1 / k`;
+no caller rescales anything.
 """
 
 from __future__ import annotations
