@@ -1,0 +1,57 @@
+"""Checkpoints of an early version load, and what is saved again is the same, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from torch import Tensor
+
+from mhe_dist import backbone, heads
+from mhe_dist.config import Config
+from mhe_dist.engine import Engine
+from mhe_dist.heads import HeadSpec
+from mhe_dist.topology import Topology
+from pipelines import inheritance
+from pipelines.inheritance import HEAD
+from tests.conftest import run_ranks
+from tests.golden.record_checkpoints import CHECKPOINTS, DIGESTS, HEADS, STEPS, digests
+
+
+def path_of(head: str) -> str:
+    return f"{CHECKPOINTS}/{head}/step_{STEPS:08d}"
+
+
+def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
+    """Load a checkpoint into a new engine and head; digests of what they would save."""
+    checkpoint = inheritance.source(path_of(head))
+    config = Config.model_validate(checkpoint.run["config"])
+    model = backbone.build(config.model, config.data.image_size)
+    engine = Engine(model, config, topology)
+    spec = HeadSpec(
+        config.head,
+        checkpoint.run["classes"],
+        config.model.embedding_dim,
+        config.run.seed,
+        config.train.micro_batches,
+        folder=folder,
+        epoch_steps=checkpoint.run["samples"] / config.train.global_batch,
+    )
+    classifier = heads.build(spec, topology)
+    engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
+    rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD))
+    classifier.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+    state = {HEAD + name: tensor for name, tensor in classifier.state().items()}
+    return digests(engine.state() | state)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_tensors_are_read_as_they_were_written(head: str) -> None:
+    recorded = json.loads(DIGESTS.read_text())[head]
+    assert digests(inheritance.source(path_of(head)).load(lambda _: True)) == recorded
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_run_restores_them(head: str, tmp_path) -> None:
+    (found,) = run_ranks(restore, 1, head, str(tmp_path))
+    assert found == json.loads(DIGESTS.read_text())[head]
