@@ -11,22 +11,13 @@ from typing import Annotated
 
 import typer
 
-from launcher import console
-from launcher.verbs import (
-    bench,
-    checkpoint,
-    data,
-    doctor,
-    evaluate,
-    jobs,
-    k8s,
-    preflight,
-    reproduce,
-    results,
-    settings,
-    sync,
-    train,
-)
+from launcher.terminal import console
+from launcher.verbs import config as settings
+from launcher.verbs import doctor, jobs, k8s, preflight, reproduce, results, train
+from launcher.verbs.bench import app as bench
+from launcher.verbs.checkpoint import app as checkpoint
+from launcher.verbs.data import app as data
+from launcher.verbs.evaluate import app as evaluate
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -58,7 +49,7 @@ app.command("export")(results.export)
 app.command("embed")(results.embed)
 app.command("report")(results.report)
 app.command("reproduce")(reproduce.reproduce)
-app.command("sync")(sync.sync)
+app.command("sync")(results.sync)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")

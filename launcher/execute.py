@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from launcher import checks, ray_train
-from launcher.mailbox import Event
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher.events import Event
+from launcher.preflight import checks
+from launcher.ray_cluster import train as ray_train
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 
 
 class Watcher(Protocol):
@@ -49,8 +50,8 @@ def make_data(config: Config, watcher: Watcher) -> None:
     """Make the data set of a config if it is missing and to be made."""
     if config.data.glyphs is None:
         return
-    from pipelines.parallel import cores
-    from pipelines.sources.glyphs import ensure_glyphs
+    from pipelines.sources.glyphs.build import ensure_glyphs
+    from pipelines.storage.worker_pool import cores
 
     with watcher.counting("drawing the data set") as progress:
         ensure_glyphs(config, progress, cores())

@@ -13,16 +13,21 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from launcher import checks, execute, probe, ray_train, runs, worker
-from launcher import preflight as judge
-from launcher.event_lines import EventLines
-from launcher.interrupts import Interrupted
-from launcher.mailbox import NAMESPACE, name_of
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher import execute
+from launcher.preflight import checks
+from launcher.preflight import node_probe as probe
+from launcher.preflight import predict as judge
+from launcher.ray_cluster import train as ray_train
+from launcher.ray_cluster import worker
+from launcher.ray_cluster.mailbox import NAMESPACE, name_of
+from launcher.signals import Interrupted
+from launcher.terminal.event_log import EventLines
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
-from pipelines import shards
+from pipelines.runs import folder as runs
+from pipelines.shards import index as shards
 
 CLUSTER = "auto"  # the one that started this process
 NODES_S = 40.0
@@ -110,14 +115,14 @@ def _ask_nodes(config: Config) -> list[judge.Node]:
 
 def _try(file: str, workers: int) -> dict[str, Any] | None:
     """A trial in processes of its own, away from Ray's threads and memory."""
-    from launcher.verbs.preflight import try_here
+    from launcher.preflight.trial_process import try_here
 
     return try_here(config_load.load(file), workers)
 
 
 def trial(file: str, workers: str) -> None:
     """Print what some workers need as a line of JSON; null while there is no data set."""
-    from pipelines import trial as trials
+    from pipelines.pretrain import dry_run as trials
 
     config = config_load.load(file)
     measured = None

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import settings
 
-from mhe_dist import local_ranks
+from mhe_dist.distributed import spawn as local_ranks
 
 # Ranks are forked from one process that has imported what they need: seconds less for each.
 multiprocessing.set_forkserver_preload(["tests.preload"])
@@ -26,5 +26,5 @@ settings.load_profile("no deadline")
 
 @pytest.fixture
 def run_distributed() -> Callable[..., list[Any]]:
-    """`run_distributed(fn, world_size, *args)`: see `mhe_dist.local_ranks.run_ranks`."""
+    """`run_distributed(fn, world_size, *args)`: see `mhe_dist.distributed.spawn.run_ranks`."""
     return run_ranks

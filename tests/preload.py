@@ -2,8 +2,8 @@
 
 import torch
 
-from mhe_dist.engine import import_deepspeed
-from pipelines import pretrain
+from mhe_dist.engine.engine import import_deepspeed
+from pipelines.pretrain import main as pretrain
 
 torch.set_num_threads(1)
 import_deepspeed(torch.device("cpu"))

@@ -9,13 +9,14 @@ import numpy as np
 import simplejpeg
 import torch
 
-from mhe_dist import backbone, config_load
-from mhe_dist.checkpoint import CheckpointStore
-from mhe_dist.config import Config
-from mhe_dist.topology import Topology
-from mhe_dist.tracking import read_records
-from pipelines import inheritance
-from pipelines.shards import Sample, ShardWriter
+from mhe_dist.backbone import model as backbone
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.tracking.jsonl import read_records
+from pipelines.runs import warm_start as inheritance
+from pipelines.shards.writer import Sample, ShardWriter
 
 CLASSES, IMAGES, SIDE = 30, 12, 16
 

@@ -13,7 +13,8 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import console, machine
+from launcher.preflight import machine
+from launcher.terminal import console
 
 GIB = 2**30
 Row = tuple[str, str, str]

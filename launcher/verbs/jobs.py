@@ -11,16 +11,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import checks, console, dashboard, event_lines, jobs, package, runs
-from launcher.interrupts import Interrupted, interruptible
-from launcher.progress import duration
-from launcher.replay import draw
+from launcher.preflight import checks
+from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster import dashboard, jobs
+from launcher.signals import Interrupted, interruptible
+from launcher.terminal import console
+from launcher.terminal import event_log as event_lines
+from launcher.terminal.progress import duration
+from launcher.terminal.replay import draw
+from launcher.verbs.config import ConfigFile, Overrides
 from launcher.verbs.preflight import check, on_cluster
-from launcher.verbs.settings import ConfigFile, Overrides
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.redact import masked, scrub
-from mhe_dist.tracking import mlflow_uri
+from mhe_dist.tracking.factory import mlflow_uri
+from pipelines.runs import folder as runs
 
 STOP_NOW_S = 30.0
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}
@@ -180,7 +185,7 @@ def _show(config: Config, sent: jobs.Submission, address: str) -> None:
 
 
 def _placement(config: Config) -> Iterable[str]:
-    from launcher import worker
+    from launcher.ray_cluster import worker
 
     needs = ", ".join(f"{name}: {value:g}" for name, value in worker.resources(config).items())
     kind = f" on {config.scale.accelerator_type}" if config.scale.accelerator_type else ""

@@ -8,14 +8,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import checks, console, event_lines, manifests
-from launcher.interrupts import Interrupted, interruptible
-from launcher.kubernetes import Kubernetes, State
-from launcher.manifests import Place
-from launcher.replay import draw
-from launcher.verbs.settings import ConfigFile, Overrides
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher.kubernetes import manifests
+from launcher.kubernetes.client import Kubernetes, State
+from launcher.kubernetes.manifests import Place
+from launcher.preflight import checks
+from launcher.signals import Interrupted, interruptible
+from launcher.terminal import console
+from launcher.terminal import event_log as event_lines
+from launcher.terminal.replay import draw
+from launcher.verbs.config import ConfigFile, Overrides
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, as RayJobs of KubeRay.")
 

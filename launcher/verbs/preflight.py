@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher import (
-    checks,
-    console,
-    event_lines,
-    jobs,
-    machine,
-    package,
-    preflight,
-    probe,
-    worker,
-)
-from launcher.verbs.settings import ConfigFile, Overrides
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher.preflight import checks, machine
+from launcher.preflight import node_probe as probe
+from launcher.preflight import predict as preflight
+from launcher.preflight.trial_process import TRIAL_S, try_here
+from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster import jobs
+from launcher.terminal import console
+from launcher.terminal import event_log as event_lines
+from launcher.verbs.config import ConfigFile, Overrides
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
 NODES_S = 60.0  # what stands in the way is told as soon as it is known
-TRIAL_S = 120.0
 
 
 def preflight_(
@@ -95,31 +85,6 @@ def here(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
     resources = {"CPU": float(cpus), "GPU": float(len(machine.gpus()))}
     yield {"nodes": [{**found, "resources": resources}]}
     yield {"measured": try_here(config, config.scale.workers) if trial else None}
-
-
-def try_here(config: Config, workers: int) -> dict[str, Any] | None:
-    """What a trial of some workers measures here; None while the data set is still to be made.
-
-    Raises:
-        RunError: the trial failed; the message holds its last words.
-    """
-    with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
-        file = Path(folder) / package.SETTINGS
-        file.write_text(config_load.to_yaml(package.portable(config)), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **worker.environment(config)},
-            capture_output=True,
-            text=True,
-            timeout=TRIAL_S,
-            check=False,
-        )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        raise RunError("the trial failed: " + "\n".join(done.stderr.strip().splitlines()[-3:]))
-    measured: dict[str, Any] | None = json.loads(lines[-1])
-    return measured
 
 
 def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[dict[str, Any]]:

@@ -9,16 +9,21 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from launcher import checks, console, execute, preflight, runs, study_page
-from launcher.progress import Display, accuracies, duration
-from launcher.studies import STUDIES, Planned, planned
-from launcher.verbs import data_import
+from launcher import execute
+from launcher.preflight import checks
+from launcher.preflight import predict as preflight
+from launcher.reproduce import page as study_page
+from launcher.reproduce.studies import STUDIES, Planned, planned
+from launcher.terminal import console
+from launcher.terminal.progress import Display, accuracies, duration
 from launcher.verbs import preflight as preflight_verb
-from launcher.verbs.settings import Overrides
+from launcher.verbs.config import Overrides
+from launcher.verbs.data import convert as data_import
 from launcher.verbs.train import to_the_end
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from pipelines.runs import folder as runs
 
 SHARE = 0.9  # of the minutes that training may take; the rest is what a trial does not foresee
 

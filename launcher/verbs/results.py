@@ -8,8 +8,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from launcher import console, runs
-from launcher.verbs.evaluating import RunName, busy, join
+from launcher.terminal import console
+from launcher.verbs.evaluate.shared import RunName, busy, join
+from mhe_dist.config.schema import Config
+from mhe_dist.tracking import factory as tracking
+from pipelines.runs import folder as runs
 
 PARITY_IMAGES = 64
 SHOWN = 20  # images that were left out
@@ -52,8 +55,8 @@ def export(
     """
     import torch
 
-    from launcher import trained
-    from mhe_dist import export as exporter
+    from mhe_dist.backbone import export as exporter
+    from pipelines.runs import trained
 
     found = trained.load(run)
     folder = out.rstrip("/") or f"{found.path}/export"
@@ -99,8 +102,8 @@ def embed(
 
     Example: mhe embed quickstart --images photos --out photos.npz
     """
-    from launcher import trained
-    from pipelines import embed as embedding
+    from pipelines.evaluate import embed as embedding
+    from pipelines.runs import trained
 
     place = join()
     found = trained.load(run, place.device)
@@ -130,7 +133,7 @@ def report(
 
     Example: mhe report quickstart --out quickstart.html
     """
-    from pipelines import page
+    from pipelines.report import html as page
 
     place = runs.find(run.rstrip("/"))
     target = out or f"{place}/report.html"
@@ -138,3 +141,15 @@ def report(
         sections = page.write(place, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
     console.list_commands("Next", [("see it", f"python -m webbrowser {target}")])
+
+
+def sync(run: RunName) -> None:
+    """Send the metrics of a run that did not reach MLflow, because it was down when the run ended.
+
+    A run that goes on sends them by itself.
+
+    Example: mhe sync quickstart
+    """
+    config = Config.model_validate(runs.settings(runs.find(run)))
+    sent = tracking.sync(config)
+    console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

@@ -9,13 +9,16 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from launcher import checks, console, execute, runs, summary
-from launcher.interrupts import Interrupted, interruptible
-from launcher.progress import Display
-from launcher.verbs.settings import ConfigFile, Overrides
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher import execute
+from launcher.preflight import checks
+from launcher.signals import Interrupted, interruptible
+from launcher.terminal import console, summary
+from launcher.terminal.progress import Display
+from launcher.verbs.config import ConfigFile, Overrides
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
+from pipelines.runs import folder as runs
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhe_dist.topology import Topology
-from pipelines import shards
-from pipelines.shards import ShardIndex
-from pipelines.sources import image_files
-from pipelines.stream import read_in_order
+from mhe_dist.distributed.topology import Topology
+from pipelines.data.sequential import read_in_order
+from pipelines.evaluate.sets import image_files
+from pipelines.shards import index as shards
+from pipelines.shards.index import ShardIndex
 
 BLOCK: Final = 128  # images of one call of `embed`
 

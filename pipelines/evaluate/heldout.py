@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from mhe_dist.config import Config
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
 from pipelines.evaluate.embeddings import Embed, EmbeddedSet, embed_set, normalised
-from pipelines.evaluate.identification import Comparison, compare
-from pipelines.evaluate.pairs import draw_pairs, squared_distances
-from pipelines.evaluate.scores import FARS, far_name
-from pipelines.evaluate.verification import accuracy
-from pipelines.shards import ShardIndex
+from pipelines.evaluate.metrics.identification import Comparison, compare
+from pipelines.evaluate.metrics.pair_sampling import draw_pairs, squared_distances
+from pipelines.evaluate.metrics.roc import FARS, far_name
+from pipelines.evaluate.metrics.verification import accuracy
+from pipelines.shards.index import ShardIndex
 
 RANKS: Final = (1, 5)
 

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
 from pipelines.evaluate.embeddings import Embed, embed_images
-from pipelines.evaluate.identification import compare
-from pipelines.evaluate.scores import Collector, Floats, Ints, PairScores, far_name
-from pipelines.evaluate.templates import dots, pool
-from pipelines.sources.ijb import Ijb
+from pipelines.evaluate.metrics.identification import compare
+from pipelines.evaluate.metrics.roc import Collector, Floats, Ints, PairScores, far_name
+from pipelines.evaluate.metrics.templates import dots, pool
+from pipelines.evaluate.sets.ijb_files import Ijb
 
 FARS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RANKS: Final = (1, 5, 10)

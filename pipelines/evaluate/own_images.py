@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mhe_dist.topology import Topology
-from pipelines.evaluate.all_pairs import compare_all
+from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate.embeddings import Embed, embed_labelled, normalised
-from pipelines.evaluate.identification import compare
-from pipelines.evaluate.scores import FARS, Floats, far_name
+from pipelines.evaluate.metrics.all_pairs import compare_all
+from pipelines.evaluate.metrics.identification import compare
+from pipelines.evaluate.metrics.roc import FARS, Floats, far_name
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
-from pipelines.evaluate.bootstrap import Interval, interval
 from pipelines.evaluate.embeddings import Embed, Images, embed_images, normalised
-from pipelines.evaluate.pairs import Pairs, squared_distances
-from pipelines.evaluate.scores import far_name
-from pipelines.evaluate.verification import (
+from pipelines.evaluate.metrics.bootstrap import Interval, interval
+from pipelines.evaluate.metrics.pair_sampling import Pairs, squared_distances
+from pipelines.evaluate.metrics.roc import far_name
+from pipelines.evaluate.metrics.verification import (
     FOLDS,
     Bools,
     Floats,
@@ -25,8 +25,8 @@ from pipelines.evaluate.verification import (
     fold_slices,
     tar_at_far,
 )
-from pipelines.sources.image_files import read_pairs
-from pipelines.sources.verification_bin import read_bin
+from pipelines.evaluate.sets.image_files import read_pairs
+from pipelines.evaluate.sets.insightface_bin import read_bin
 
 FARS: Final = (1e-2, 1e-3)
 

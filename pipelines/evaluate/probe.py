@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
 from pipelines.evaluate.embeddings import Embed, embed_labelled, normalised
 
 Rows = npt.NDArray[np.float32]

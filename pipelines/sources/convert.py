@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.parallel import Progress, ignore
-from pipelines.shards import Fault, Sample, ShardIndex, ShardWriter
-from pipelines.tables import CLASSES, Table, class_table, skipped_table, write_table
+from pipelines.shards.index import Fault, ShardIndex
+from pipelines.shards.tables import CLASSES, Table, class_table, skipped_table, write_table
+from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.storage.worker_pool import Progress, ignore
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -159,7 +160,7 @@ def _order(count: int, shuffle: bool, source: str) -> Ints:
         return np.arange(count)
     # They import torch, which the processes that write have no use for.
     from mhe_dist.seeds import generator
-    from pipelines.order import permutation
+    from pipelines.data.order import permutation
 
     return permutation(count, generator(0, f"{source}/shuffle"))
 

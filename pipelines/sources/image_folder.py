@@ -18,13 +18,14 @@ from urllib.parse import quote
 import numpy as np
 
 from mhe_dist.errors import RunError, UserError
-from pipelines import urls
-from pipelines.images import EXTENSIONS, extension_of
-from pipelines.parallel import Progress, ignore
-from pipelines.shards import Fault, Sample
+from pipelines.shards.image_format import EXTENSIONS, extension_of
+from pipelines.shards.index import Fault
+from pipelines.shards.writer import Sample
 from pipelines.sources import convert
 from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
-from pipelines.staging import refuse_existing
+from pipelines.storage import urls
+from pipelines.storage.staging import refuse_existing
+from pipelines.storage.worker_pool import Progress, ignore
 
 FILES: Final = "files.tsv"
 _AT_ONCE: Final = 64  # files that a store is asked for together

@@ -17,9 +17,9 @@ from typing import Final, NamedTuple
 import fsspec
 import numpy as np
 
-from pipelines.images import extension_of
-from pipelines.parallel import Progress, ignore
-from pipelines.shards import Fault, Sample
+from pipelines.shards.image_format import extension_of
+from pipelines.shards.index import Fault
+from pipelines.shards.writer import Sample
 from pipelines.sources import convert
 from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
 from pipelines.sources.recordio import (
@@ -36,8 +36,9 @@ from pipelines.sources.recordio import (
     read_index,
     unpack,
 )
-from pipelines.staging import refuse_existing
-from pipelines.urls import Reader, find
+from pipelines.storage.staging import refuse_existing
+from pipelines.storage.urls import Reader, find
+from pipelines.storage.worker_pool import Progress, ignore
 
 _AT_ONCE: Final = 256  # records that are asked for together
 _REPORT_EVERY: Final = 10_000  # records

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.urls import Reader
+from pipelines.storage.urls import Reader
 
 Ints = npt.NDArray[np.int64]
 

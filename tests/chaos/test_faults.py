@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from mhe_dist.config import Config
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
-from pipelines import pretrain, stopping
+from pipelines.pretrain import main as pretrain
+from pipelines.pretrain import preemption as stopping
 from tests import tiny
 from tests.chaos.ranks import environment, free_port
 from tests.conftest import run_ranks

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mhe_dist import tracking, tracking_mlflow
-from mhe_dist.config import Config
-from mhe_dist.spool import Record, Spool
-from mhe_dist.tracking import open_tracker
+from mhe_dist.config.schema import Config
+from mhe_dist.tracking import factory as tracking
+from mhe_dist.tracking import mlflow as tracking_mlflow
+from mhe_dist.tracking.factory import open_tracker
+from mhe_dist.tracking.spool import Record, Spool
 from tests.chaos.ranks import free_port
 from tests.mlflow_server import server
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist import config_load
-from mhe_dist.config import Config
-from mhe_dist.tracking import read_records
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.tracking.jsonl import read_records
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train

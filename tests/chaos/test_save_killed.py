@@ -16,8 +16,8 @@ import torch
 from fsspec.implementations.local import LocalFileOpener
 from torch import Tensor
 
-from mhe_dist.checkpoint import CheckpointStore
-from mhe_dist.topology import Topology
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.distributed.topology import Topology
 
 pytestmark = pytest.mark.chaos
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from mhe_dist.config import Config
-from mhe_dist.stuck import Stuck
-from pipelines import pretrain
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.watchdog import Stuck
+from pipelines.pretrain import main as pretrain
 from tests import tiny
 from tests.chaos.ranks import environment, free_port
 

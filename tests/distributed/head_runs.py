@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist import bank
-from mhe_dist.config_head import BankConfig, HeadConfig, MarginConfig
-from mhe_dist.heads import HeadSpec, across, build, pairs, softmax
+from mhe_dist.bank import bank
+from mhe_dist.config.head import BankConfig, HeadConfig, MarginConfig
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
-from mhe_dist.heads.rows import RowHead
-from mhe_dist.topology import Topology
+from mhe_dist.heads.gathered import softmax as across
+from mhe_dist.heads.multilevel import exchange as pairs
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.routed import softmax
+from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
 from tests.distributed.reference import DenseHead
 

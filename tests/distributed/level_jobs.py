@@ -7,8 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mhe_dist.config_head import HeadConfig
-from mhe_dist.topology import Topology
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.topology import Topology
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import CLASSES, MARGINS, Job, run_all
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist.config_head import HeadConfig
-from mhe_dist.heads import build
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
-from mhe_dist.heads.leveled import LevelHead
-from mhe_dist.topology import Topology
+from mhe_dist.heads.multilevel.base import LevelHead
+from mhe_dist.heads.registry import build
 from tests.distributed.head_runs import LR, STEPS, Job, comparison
 from tests.distributed.reference import DenseHead
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist.config_head import HeadConfig, MarginConfig
+from mhe_dist.config.head import HeadConfig, MarginConfig
 
 
 def angular_target(cosine: Tensor, margin: MarginConfig) -> Tensor:

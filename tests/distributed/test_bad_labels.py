@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhe_dist.heads import HeadSpec, build
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import LabelError
-from mhe_dist.topology import Topology
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
 from tests.distributed.head_runs import HEADS, head_config
 
 

@@ -18,12 +18,12 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
-from mhe_dist import checkpoint_files
-from mhe_dist.checkpoint import CheckpointStore, CheckpointWarning, share_by_size
-from mhe_dist.checkpoint_files import MANIFEST
+from mhe_dist.checkpoint import files as checkpoint_files
+from mhe_dist.checkpoint.files import MANIFEST
+from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_by_size
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
-from mhe_dist.retention import Keep
-from mhe_dist.topology import Topology
 
 GROUPS = 5
 
@@ -226,8 +226,8 @@ import sys, time
 sys.path[:0] = sys.argv[2:]
 import torch
 from mhe_dist import checkpoint_files
-from mhe_dist.checkpoint import CheckpointStore
-from mhe_dist.topology import Topology
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.distributed.topology import Topology
 store = CheckpointStore(sys.argv[1], Topology())
 store.save(1, {"weight": torch.ones(3)}, {}, {})
 store.wait()

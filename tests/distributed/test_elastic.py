@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mhe_dist.config import Config
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted
-from mhe_dist.topology import Topology
-from pipelines import pretrain, stopping
-from pipelines.recorder import ignore
+from pipelines.pretrain import main as pretrain
+from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain.run import Run
 from tests import tiny
 
 STEPS = 30
@@ -40,7 +42,7 @@ def go_on(place: Topology, config: dict[str, Any], until: int) -> list[str]:
 
 def loaded_otherwise(place: Topology, config: dict[str, Any]) -> list[str]:
     """Tensors of the newest checkpoint that this rank's freshly loaded state does not equal."""
-    run = pretrain.Run(Config.model_validate(config), place, ignore)
+    run = Run(Config.model_validate(config), place, ignore)
     run.tracker.close()
     newest = run.store.newest()
     if newest is None:

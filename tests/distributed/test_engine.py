@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mhe_dist import topology
-from mhe_dist.config import Config
-from mhe_dist.engine import Engine
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed import topology
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
 
 N, B, SIZE, D = 6, 4, 8, 5  # micro-batches of a step, images in one, their side, embedding width
 LR = 0.02

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.config_head import HeadConfig
-from mhe_dist.heads import HeadSpec, build
-from mhe_dist.heads.stable import LEAST_ROWS
-from mhe_dist.topology import Topology
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.batch_invariant import LEAST_ROWS
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import gathered_state
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.heads import HeadSpec, build
-from mhe_dist.topology import Topology
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
 from tests.distributed.head_runs import (
     CLASSES,
     HEADS,

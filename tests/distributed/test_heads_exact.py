@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.heads import build
-from mhe_dist.topology import Topology
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.registry import build
 from tests.distributed.head_runs import (
     HEADS,
     MARGINS,

@@ -7,12 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mhe_dist.config import Config
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.topology import Topology
 from pipelines.evaluate import heldout
 from pipelines.evaluate.embeddings import embed_set
-from pipelines.shards import Sample, ShardIndex, ShardWriter
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.writer import Sample, ShardWriter
 
 SIDE, CLASSES, PER_CLASS, BLOCK = 16, 11, 4, 8  # 44 images: 6 blocks, the last one half full
 

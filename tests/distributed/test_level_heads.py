@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.heads import build
 from mhe_dist.heads.base import LabelError
-from mhe_dist.topology import Topology
+from mhe_dist.heads.registry import build
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import Job, run, run_all
 from tests.distributed.level_jobs import CASES, level_config, results

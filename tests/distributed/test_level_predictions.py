@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mhe_dist.heads.leveled import Code
-from mhe_dist.heads.mhp import best_products
-from mhe_dist.labels import digits
-from mhe_dist.topology import Topology
+from mhe_dist.bank.class_layout import digits
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.multilevel.base import Code
+from mhe_dist.heads.multilevel.product import best_products
 from tests.distributed.head_runs import CLASSES, STEPS, Job, run_all
 from tests.distributed.level_jobs import PREDICTIONS, level_config, results
 from tests.distributed.level_runs import LevelOutcome, define

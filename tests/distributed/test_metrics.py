@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from mhe_dist.errors import RunError
-from mhe_dist.metrics import MetricWindow
+from mhe_dist.train.metrics import MetricWindow
 
 
 def record(topology):

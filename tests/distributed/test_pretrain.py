@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from mhe_dist.checkpoint import CheckpointStore
-from mhe_dist.config import Config
-from mhe_dist.engine import Engine
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import Preempted
-from mhe_dist.guard import Diverged
-from mhe_dist.topology import Topology
-from mhe_dist.tracking import read_records
-from pipelines import pretrain, stopping
-from pipelines.bad_samples import FILE
-from pipelines.shards import ShardIndex
-from pipelines.stream import Loader
+from mhe_dist.tracking.jsonl import read_records
+from mhe_dist.train.divergence import Diverged
+from pipelines.data.bad_samples import FILE
+from pipelines.loader.loader import Loader
+from pipelines.pretrain import main as pretrain
+from pipelines.pretrain import preemption as stopping
+from pipelines.shards.index import ShardIndex
 from tests import tiny
 
 

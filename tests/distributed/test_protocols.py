@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mhe_dist.topology import Topology
+from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate import ijb as protocol
 from pipelines.evaluate import pair_sets
-from pipelines.sources import ijb
+from pipelines.evaluate.sets import ijb_files as ijb
 from tests import tiny
-from tests.unit.pipelines import ijb_set
+from tests.unit.pipelines.evaluate import ijb_set
 
 
 def network() -> torch.nn.Module:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist import config_load
+from mhe_dist.config import load as config_load
 from mhe_dist.errors import Preempted
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhe_dist.tracking_mlflow import MlflowTracker
-from pipelines import pretrain
+from mhe_dist.tracking.mlflow import MlflowTracker
+from pipelines.pretrain import main as pretrain
 from tests import mlflow_server, tiny
 from tests.chaos.ranks import free_port
 

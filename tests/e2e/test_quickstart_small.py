@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist import config_load
+from mhe_dist.config import load as config_load
 from tests import tiny
 from tests.terminal import mhe, until
 

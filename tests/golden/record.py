@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mhe_dist.config import Config
-from mhe_dist.topology import Topology
-from pipelines import pretrain
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from pipelines.pretrain import main as pretrain
 from tests import tiny
 from tests.conftest import run_ranks
 

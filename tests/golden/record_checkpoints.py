@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines import inheritance
+from pipelines.runs import warm_start as inheritance
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train

@@ -7,13 +7,14 @@ import json
 import pytest
 from torch import Tensor
 
-from mhe_dist import backbone, heads
-from mhe_dist.config import Config
-from mhe_dist.engine import Engine
-from mhe_dist.heads import HeadSpec
-from mhe_dist.topology import Topology
-from pipelines import inheritance
-from pipelines.inheritance import HEAD
+from mhe_dist.backbone import model as backbone
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.engine import Engine
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
+from pipelines.runs import warm_start as inheritance
+from pipelines.runs.warm_start import HEAD
 from tests.conftest import run_ranks
 from tests.golden.record_checkpoints import CHECKPOINTS, DIGESTS, HEADS, STEPS, digests
 
@@ -37,7 +38,7 @@ def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
         folder=folder,
         epoch_steps=checkpoint.run["samples"] / config.train.global_batch,
     )
-    classifier = heads.build(spec, topology)
+    classifier = build(spec, topology)
     engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
     rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD))
     classifier.load_state({name.removeprefix(HEAD): rows[name] for name in rows})

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhe_dist import backbone, config_load
+from mhe_dist.backbone import model as backbone
+from mhe_dist.config import load as config_load
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RUN_HERE = {"quickstart", "glyphs_100", "glyphs_cjk_small", "glyphs_cjk_full"}

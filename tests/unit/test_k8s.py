@@ -14,10 +14,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from launcher import cli, manifests
-from launcher.manifests import Place
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher import cli
+from launcher.kubernetes import manifests
+from launcher.kubernetes.manifests import Place
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared" / "kuberay"

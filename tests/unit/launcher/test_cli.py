@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli, console, ray_train, runs
-from launcher.interrupts import Interrupted
-from mhe_dist import config_load
-from mhe_dist.config import Config
+from launcher import cli
+from launcher.ray_cluster import train as ray_train
+from launcher.signals import Interrupted
+from launcher.terminal import console
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
+from pipelines.runs import folder as runs
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

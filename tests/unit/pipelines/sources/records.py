@@ -11,8 +11,8 @@ import fsspec
 import numpy as np
 import simplejpeg
 
-from pipelines.images import EXTENSIONS
-from pipelines.shards import ShardIndex
+from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.index import ShardIndex
 from pipelines.sources.recordio import MAGIC, RecordWriter, pack
 
 Item = tuple[list[float], bytes]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.shards import ShardIndex, exists
+from pipelines.shards.index import ShardIndex, exists
 from pipelines.sources.convert import Options
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC

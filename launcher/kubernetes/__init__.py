@@ -1,0 +1,1 @@
+"""Kubernetes: RayJobs, rendered and submitted."""

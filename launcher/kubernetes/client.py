@@ -1,0 +1,220 @@
+"""RayJobs in a Kubernetes cluster, through its official client and the user's kubeconfig."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.kubernetes import manifests
+from launcher.kubernetes.manifests import Place
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import Preempted, RunError, UserError
+
+GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
+DASHBOARD_PORT = 8265
+_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Preempted.exit_code}
+
+
+@dataclass(frozen=True)
+class State:
+    """A RayJob as the operator describes it.
+
+    Attributes:
+        name: of the RayJob.
+        run, path: of mhe's run; empty for a RayJob of another program.
+        job: what Ray says: PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED; empty before it was asked.
+        deployment: what the operator does: Initializing, Running, Complete, Failed, Suspended ...
+        message: why, if the operator says so.
+        job_id, cluster: name of the job in its Ray cluster, and of that; empty before they exist.
+    """
+
+    name: str
+    run: str
+    path: str
+    job: str
+    deployment: str
+    message: str
+    job_id: str
+    cluster: str
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.job in _CODES or self.deployment in ("Complete", "Failed")
+
+    @property
+    def code(self) -> int:
+        """What a command that follows it exits with."""
+        return _CODES.get(self.job, 1) if self.is_over else 0
+
+
+class Kubernetes:
+    """One namespace."""
+
+    def __init__(self, namespace: str, context: str = "") -> None:
+        """Args:
+            namespace: where the RayJobs are.
+            context: of the kubeconfig; empty: the current one.
+
+        Raises:
+            UserError: the package is missing, or there is no usable kubeconfig.
+        """
+        try:
+            import kubernetes
+        except ImportError as error:
+            raise UserError("mhe k8s needs the kubernetes client: pip install mhe[k8s]") from error
+        self.namespace, self._context = namespace, context
+        client = self._client()
+        self._core: Any = kubernetes.client.CoreV1Api(client)
+        self._custom: Any = kubernetes.client.CustomObjectsApi(client)
+
+    def submit(self, config: Config, place: Place) -> str:
+        """Make the RayJob of a run and its settings; the RayJob's name.
+
+        Raises:
+            UserError: a RayJob of this run is not over yet, or the cluster refuses.
+        """
+        known = self.states()
+        for state in known:
+            if state.path == config.run.path and not state.is_over:
+                raise UserError(
+                    f"run.name={config.run.name}: RayJob {state.name} is "
+                    f"{state.deployment.lower() or 'starting'} with this run. Watch it (mhe k8s "
+                    f"logs {state.name} -f) or stop it (mhe k8s stop {state.name})."
+                )
+        attempt = 1
+        while manifests.object_name(config.run.name, attempt) in {state.name for state in known}:
+            attempt += 1
+        job = manifests.rayjob(config, place, attempt)
+        name = str(job["metadata"]["name"])
+        manifests.settings(config, place, name)  # refuses before anything is made
+        with self._translated():
+            made = self._custom.create_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, job
+            )
+            settings = manifests.settings(config, place, name, made["metadata"]["uid"])
+            self._core.create_namespaced_config_map(self.namespace, settings)
+        return name
+
+    def states(self) -> list[State]:
+        """The RayJobs of the namespace."""
+        with self._translated():
+            listed = self._custom.list_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL
+            )
+        return [_state(item) for item in listed["items"]]
+
+    def find(self, name: str) -> State:
+        """The RayJob of that name, or the last one of the run of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        known = self.states()
+        for state in reversed(known):
+            if name in (state.name, state.run):
+                return state
+        names = ", ".join(state.name for state in known) or "none"
+        raise UserError(f"namespace {self.namespace} has no RayJob or run {name!r}; it has {names}")
+
+    def output(self, name: str, follow: bool = False) -> Iterator[str]:
+        """What a run prints, in pieces; with `follow`, until it ends.
+
+        Raises:
+            UserError: there is no output yet, or no longer.
+        """
+        with self._translated():
+            pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}")
+        if not pods.items:
+            raise UserError(
+                f"{name} prints nothing yet, or its pods are gone: mhe k8s status {name}"
+            )
+        with self._translated():
+            stream = self._core.read_namespaced_pod_log(
+                pods.items[-1].metadata.name, self.namespace, follow=follow, _preload_content=False
+            )
+            for chunk in stream.stream():
+                yield chunk.decode("utf-8", "replace")
+
+    def stop(self, state: State, now: bool = False) -> None:
+        """Ask the run to save and stop; with `now`, delete the RayJob and all its pods."""
+        with self._translated():
+            if now or not state.cluster:
+                self._custom.delete_namespaced_custom_object(
+                    GROUP, VERSION, self.namespace, PLURAL, state.name
+                )
+                return
+            self._dashboard(state.cluster).connect_post_namespaced_service_proxy_with_path(
+                f"{state.cluster}-head-svc:{DASHBOARD_PORT}",
+                self.namespace,
+                f"api/jobs/{state.job_id}/stop",
+            )
+
+    def _client(self) -> Any:
+        import kubernetes
+
+        try:
+            return kubernetes.config.new_client_from_config(context=self._context or None)
+        except kubernetes.config.ConfigException as error:
+            raise UserError(f"no usable kubeconfig (KUBECONFIG, --context): {error}") from error
+
+    def _dashboard(self, cluster: str) -> Any:
+        """A client whose requests may go through to a Ray dashboard.
+
+        The token is in the secret that KubeRay makes for a cluster with `authOptions`; the API
+        server keeps the usual header for itself, so Ray takes it from another one as well.
+        """
+        import kubernetes
+
+        client = self._client()
+        client.configuration.safe_chars_for_path_param = "/:"  # the proxied path keeps its slashes
+        token = self._token(cluster)
+        if token:
+            client.set_default_header("X-Ray-Authorization", f"Bearer {token}")
+        return kubernetes.client.CoreV1Api(client)
+
+    def _token(self, cluster: str) -> str:
+        """The token of a Ray cluster; empty for one that wants none."""
+        from kubernetes.client import ApiException
+
+        try:
+            secret = self._core.read_namespaced_secret(cluster, self.namespace)
+        except ApiException as error:
+            if error.status == 404:
+                return ""
+            raise
+        return base64.b64decode(secret.data.get("auth_token", "")).decode()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """The client's errors in our words."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except ApiException as error:
+            text = f"{error.status} {error.reason}: {(error.body or '').strip()[:300]}"
+            if error.status == 404:
+                text += " (is the KubeRay operator installed, and the namespace there?)"
+            kind = UserError if 400 <= (error.status or 500) < 500 else RunError
+            raise kind(f"Kubernetes answers {text}") from error
+        except HTTPError as error:
+            raise UserError(f"Kubernetes does not answer: {error}") from error
+
+
+def _state(item: dict[str, Any]) -> State:
+    metadata, status = item["metadata"], item.get("status") or {}
+    return State(
+        name=metadata["name"],
+        run=metadata.get("labels", {}).get(manifests.RUN_LABEL, ""),
+        path=metadata.get("annotations", {}).get(manifests.PATH_ANNOTATION, ""),
+        job=status.get("jobStatus", ""),
+        deployment=status.get("jobDeploymentStatus", ""),
+        message=status.get("message", ""),
+        job_id=status.get("jobId", ""),
+        cluster=status.get("rayClusterName", ""),
+    )

@@ -1,0 +1,274 @@
+"""What Kubernetes is told: a run as a KubeRay RayJob, or a Ray cluster that stays."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from launcher.ray_cluster import train as ray_train
+from launcher.ray_cluster import worker
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
+
+Manifest = dict[str, Any]
+API = "ray.io/v1"
+RUN_LABEL, PATH_ANNOTATION = "mhe/run", "mhe/path"
+SETTINGS_FOLDER, SETTINGS = "/etc/mhe", "run.yaml"
+USER = 1000
+GRACE_S = 150
+_LONGEST_NAME = 40  # KubeRay adds to it, and 63 is a label's limit
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in Kubernetes a run goes.
+
+    Attributes:
+        image: with mhe in it (Dockerfile), by tag or, better, by digest.
+        namespace: of the RayJob.
+        claim: PersistentVolumeClaim that is mounted at `/data`; empty: data and runs are at URLs.
+        secret: whose keys become variables of all pods (S3 keys, MLFLOW_TRACKING_URI); it may lack.
+        queue: Kueue's LocalQueue, which starts all pods of a run or none; empty: none.
+        memory: of a worker, as Kubernetes writes it.
+        shared_memory: of /dev/shm in a worker.
+    """
+
+    image: str = "mhe:latest"
+    namespace: str = "mhe"
+    claim: str = ""
+    secret: str = "mhe-environment"
+    queue: str = ""
+    memory: str = "4Gi"
+    shared_memory: str = "1Gi"
+
+
+def rayjob(config: Config, place: Place, attempt: int = 1) -> Manifest:
+    """The RayJob that trains a run.
+
+    Raises:
+        UserError: see `settings`.
+    """
+    labels = {**_labels("run"), RUN_LABEL: config.run.name[:63]}
+    if place.queue:
+        labels["kueue.x-k8s.io/queue-name"] = place.queue
+    name = object_name(config.run.name, attempt)
+    return {
+        "apiVersion": API,
+        "kind": "RayJob",
+        "metadata": {
+            "name": name,
+            "namespace": place.namespace,
+            "labels": labels,
+            "annotations": {PATH_ANNOTATION: config.run.path},
+        },
+        "spec": {
+            "entrypoint": f"python -m launcher.job run {SETTINGS_FOLDER}/{SETTINGS}",
+            "submissionMode": "K8sJobMode",
+            "suspend": bool(place.queue),  # Kueue lets it go when there is room for all of it
+            "shutdownAfterJobFinishes": True,
+            "ttlSecondsAfterFinished": 600,
+            "preRunningDeadlineSeconds": 1800,
+            "activeDeadlineSeconds": 14 * 24 * 3600,
+            "backoffLimit": 2,
+            "submitterPodTemplate": _submitter(place),
+            "rayClusterSpec": cluster_spec(config, place, settings_of=name),
+        },
+    }
+
+
+def raycluster(config: Config, place: Place, name: str = "mhe") -> Manifest:
+    """A Ray cluster that stays, as large as a run needs, for `mhe submit`.
+
+    Its head may be lost: what it knows is kept in Redis (k8s/base/redis.yaml).
+    """
+    spec = cluster_spec(config, place)
+    password = {"secretKeyRef": {"name": "mhe-redis", "key": "password"}}
+    spec["gcsFaultToleranceOptions"] = {
+        "redisAddress": "redis:6379",
+        "redisPassword": {"valueFrom": password},
+    }
+    return {
+        "apiVersion": API,
+        "kind": "RayCluster",
+        "metadata": {"name": name, "namespace": place.namespace, "labels": _labels("cluster")},
+        "spec": spec,
+    }
+
+
+def settings(config: Config, place: Place, name: str, owner: str = "") -> Manifest:
+    """The ConfigMap with a run's settings; it goes with the RayJob of that uid.
+
+    Raises:
+        UserError: the settings hold a secret, which a ConfigMap does not keep.
+    """
+    values = config_load.to_dict(config)
+    if masked(values) != values:
+        raise UserError(
+            "the settings hold a secret, which a ConfigMap shows to everybody in the namespace: "
+            "put it into a Secret and name that with --secret (MLFLOW_TRACKING_URI, for instance)"
+        )
+    metadata: Manifest = {"name": name, "namespace": place.namespace, "labels": _labels("run")}
+    if owner:
+        reference = {"apiVersion": API, "kind": "RayJob", "name": name, "uid": owner}
+        metadata["ownerReferences"] = [reference]
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        # Only what was set: a manifest that is kept stays right when there are new keys.
+        "data": {SETTINGS: config_load.to_yaml(config, changed_only=True)},
+    }
+
+
+def to_yaml(made: list[Manifest]) -> str:
+    """Manifests as YAML documents, without anchors: people read and patch them."""
+    dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump_all(made, Dumper=dumper, sort_keys=False)
+
+
+def object_name(run: str, attempt: int) -> str:
+    """The name of a run's n-th RayJob: lower case, digits and dashes."""
+    plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].strip("-")
+    return f"{plain or 'run'}-{attempt}"
+
+
+def cluster_spec(config: Config, place: Place, settings_of: str = "") -> Manifest:
+    """Head and workers: the head computes nothing, a worker pod holds one worker.
+
+    Args:
+        config: `scale` says how many workers and what each one gets.
+        place: where it goes.
+        settings_of: ConfigMap with the settings for the driver, which runs on the head.
+    """
+    from importlib import metadata
+
+    scale = config.scale
+    return {
+        "rayVersion": metadata.version("ray"),
+        "authOptions": {"mode": "token"},
+        "headGroupSpec": {
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "template": _pod("head", config, place, settings_of),
+        },
+        "workerGroupSpecs": [
+            {
+                "groupName": "workers",
+                "replicas": scale.workers,
+                "minReplicas": scale.workers,
+                "maxReplicas": scale.workers,
+                "rayStartParams": {},
+                "template": _pod("worker", config, place, ""),
+            }
+        ],
+    }
+
+
+def _pod(kind: str, config: Config, place: Place, settings_of: str) -> Manifest:
+    volumes = [
+        {"name": "tmp", "emptyDir": {}},
+        {"name": "home", "emptyDir": {}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": place.shared_memory}},
+    ]
+    mounts: list[Manifest] = [
+        {"name": "tmp", "mountPath": "/tmp"},
+        {"name": "home", "mountPath": "/home/mhe"},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+    if place.claim:
+        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": place.claim}})
+        mounts.append({"name": "data", "mountPath": "/data"})
+    if settings_of:
+        volumes.append({"name": "settings", "configMap": {"name": settings_of}})
+        mounts.append({"name": "settings", "mountPath": SETTINGS_FOLDER, "readOnly": True})
+    spec: Manifest = {
+        **_pod_security(),
+        "terminationGracePeriodSeconds": GRACE_S,
+        "containers": [
+            {
+                **_container(f"ray-{kind}", place),
+                "env": _variables(config),
+                "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
+                "resources": _resources(kind, config, place),
+                "volumeMounts": mounts,
+            }
+        ],
+        "volumes": volumes,
+    }
+    if kind == "worker" and config.scale.gpu:
+        spec["tolerations"] = [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
+    return {"metadata": {"labels": _labels(f"ray-{kind}")}, "spec": spec}
+
+
+def _submitter(place: Place) -> Manifest:
+    """The pod that hands the job to the head and repeats its output."""
+    small = {"cpu": "500m", "memory": "512Mi"}
+    spec = {
+        **_pod_security(),
+        "restartPolicy": "Never",
+        "containers": [
+            {
+                **_container("ray-job-submitter", place),
+                "resources": {"requests": small, "limits": small},
+                "volumeMounts": [
+                    {"name": "tmp", "mountPath": "/tmp"},
+                    {"name": "home", "mountPath": "/home/mhe"},
+                ],
+            }
+        ],
+        "volumes": [{"name": "tmp", "emptyDir": {}}, {"name": "home", "emptyDir": {}}],
+    }
+    return {"metadata": {"labels": _labels("submitter")}, "spec": spec}
+
+
+def _container(name: str, place: Place) -> Manifest:
+    return {
+        "name": name,
+        "image": place.image,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+    }
+
+
+def _pod_security() -> Manifest:
+    return {
+        "serviceAccountName": "mhe",
+        "automountServiceAccountToken": False,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+    }
+
+
+def _resources(kind: str, config: Config, place: Place) -> Manifest:
+    if kind == "head":
+        amounts: Manifest = {"cpu": "1", "memory": "4Gi"}
+    else:
+        # One core more for the loader processes.
+        amounts = {"cpu": str(config.scale.cpus_per_worker + 1), "memory": place.memory}
+        if config.scale.gpu:
+            amounts["nvidia.com/gpu"] = "1"
+    return {"requests": dict(amounts), "limits": dict(amounts)}
+
+
+def _variables(config: Config) -> list[dict[str, str]]:
+    values = {**ray_train.DRIVER_ENVIRONMENT, **worker.environment(config), "HOME": "/home/mhe"}
+    return [{"name": name, "value": value} for name, value in sorted(values.items())]
+
+
+def _labels(component: str) -> dict[str, str]:
+    return {"app.kubernetes.io/part-of": "mhe", "app.kubernetes.io/component": component}

@@ -1,0 +1,153 @@
+"""What must be right before anything is started: the data is there, a run is not mixed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from pipelines.runs import folder as runs
+from pipelines.shards import index as shards
+
+Mistake = tuple[str, str]
+"""The dotted key and what is wrong with its value."""
+
+TRAIN, HELDOUT = "train", "heldout"
+
+# Keys that do not change what is learnt: where and how fast a run computes, what it tells.
+FREE = (
+    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
+    *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
+    *("data.remote.*", "head.bank.memory", "head.bank.path"),
+    # Files that may move; what is in them the digest of the data holds.
+    *("data.classes", "data.mix"),
+)
+
+
+def data(config: Config) -> Iterable[Mistake]:
+    """What is wrong with the places of the data (a check of `mhe_dist.config.load.load`).
+
+    Shards must exist; `data.glyphs` makes those that it is known to write: a folder `train`, and
+    the folder `heldout` beside it.
+    """
+    glyphs = config.data.glyphs is not None
+    train, heldout = config.data.shards.rstrip("/"), config.evaluate.shards.rstrip("/")
+    made = set()
+    if glyphs and train.rpartition("/")[2] == TRAIN:
+        made = {train, train.removesuffix(TRAIN) + HELDOUT}
+    for key, place in (("data.shards", train), ("evaluate.shards", heldout)):
+        if place and place not in made and (trouble := _trouble(place)):
+            yield key, f"{trouble}; {_cure(key, glyphs)}"
+            if glyphs:
+                return  # where the held-out set would be made follows from data.shards
+    if (source := config.model.init_from) and not runs.exists(source):
+        yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
+    if (source := config.head.init_from) and not runs.exists(source):
+        yield "head.init_from", "does not exist; give a run or one of its step_* folders"
+    for place in config.evaluate.verification:
+        if not runs.exists(place):
+            yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
+
+
+def backbone(config: Config) -> Iterable[Mistake]:
+    """What is wrong with the name of the backbone (a check of `mhe_dist.config.load.load`).
+
+    timm itself takes seconds to import, so it is asked only about a name that its source does not
+    define in the usual way.
+    """
+    if _defined_by_timm(config.model.name):
+        return
+    from mhe_dist.backbone import model as backbones
+
+    try:
+        backbones.check_name(config.model.name)
+    except UserError as error:
+        yield "model.name", str(error).partition(": ")[2]
+
+
+def _defined_by_timm(name: str) -> bool:
+    """Whether a file of timm's models registers that name."""
+    found = find_spec("timm")
+    folders = (found.submodule_search_locations or []) if found else []
+    definition = f"@register_model\ndef {name}("
+    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
+    return any(definition in file.read_text(encoding="utf-8") for file in files)
+
+
+def _trouble(place: str) -> str:
+    try:
+        return "" if shards.exists(place) else f"there is no {shards.INDEX} in it"
+    except (ImportError, ValueError, OSError) as error:
+        return f"cannot be read: {error}"
+
+
+def _cure(key: str, glyphs: bool) -> str:
+    if not glyphs:
+        return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
+    name = TRAIN if key == "data.shards" else HELDOUT
+    return f"give a folder of indexed shards, or one named {name!r} for data.glyphs to make"
+
+
+def choice(config: Config) -> None:
+    """Refuse a choice of sets, classes and images that cannot be trained on.
+
+    Reads the indexes, if anything is chosen.
+
+    Raises:
+        UserError: names the file and the cure.
+    """
+    from pipelines.data import mixture as view  # brings torch
+
+    if view.chooses(config.data):
+        chosen = view.open_data(config.data, config.run.seed)
+        if view.epoch_samples(chosen) < config.data.streams:
+            raise UserError(
+                f"data.streams={config.data.streams}: an epoch has {view.epoch_samples(chosen)} "
+                "samples only; choose more of them, or give at most that many streams"
+            )
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Keys of two configs that differ and may not, as `(dotted key, old value, new value)`.
+
+    A key that only one of them has, because the other comes from another release, is no change.
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        (key, old[key], new[key])
+        for key in old
+        if key in new and old[key] != new[key] and not any(fnmatch(key, free) for free in FREE)
+    ]
+
+
+def refuse_another_run(config: Config) -> None:
+    """Refuse to go on with a run of the same name that was started with other settings.
+
+    Raises:
+        UserError: names every key with both values, and the cures.
+    """
+    before = runs.settings(config.run.path)
+    if before is None:
+        return
+    differences = changed(before, config_load.to_dict(config))
+    if differences:
+        rows = "\n".join(
+            f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in differences
+        )
+        raise UserError(
+            f"{config.run.path} was started with other settings:\n{rows}\n"
+            f"Take those back to go on with it, or start another run: run.name=..."
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,128 @@
+"""What a node has and what it can reach, looked at from the node itself; nothing is imported."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+from fsspec.core import url_to_fs
+
+from launcher.preflight import checks, machine
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from mhe_dist.redact import scrub
+from mhe_dist.tracking.factory import mlflow_uri
+from pipelines.runs import folder as runs
+
+DEADLINE_S = 10.0
+MLFLOW_S = 5.0
+PROBE = ".mhe-probe"
+Trouble = list[tuple[str, str]]
+
+
+def node(config: Config) -> dict[str, Any]:
+    """Look over this node for a run; plain values, for a trip through JSON.
+
+    Returns:
+        `host`, `python`, `versions` by package, `cpus`, `gpus` (names), `memory` (bytes available),
+        `disk` (bytes free in `run.dir`; None at a URL), and `troubles`: pairs of a key and what is
+        wrong with the place that it names.
+    """
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in machine.PACKAGES},
+        "cpus": psutil.cpu_count() or 1,
+        "gpus": machine.gpus(),
+        "memory": psutil.virtual_memory().available,
+        "disk": _free(config),
+        "troubles": _troubles(config),
+    }
+
+
+def _troubles(config: Config) -> Trouble:
+    """What is wrong with the places of a run; one that does not answer in time is one of it."""
+    looks: dict[str, Callable[[Config], Iterable[tuple[str, str]]]] = {
+        "data.shards": checks.data,
+        "run.dir": _results,
+        "tracking.uri": _mlflow,
+    }
+    # The threads of looks that hang are left behind: waiting for them is what must not happen.
+    pool = ThreadPoolExecutor(len(looks))
+    futures = {key: pool.submit(_listed, look, config) for key, look in looks.items()}
+    wait_for(futures.values(), DEADLINE_S)
+    pool.shutdown(wait=False, cancel_futures=True)
+    late = f"does not answer within {DEADLINE_S:.0f} s"
+    found: Trouble = []
+    for key, future in futures.items():
+        found += future.result() if future.done() else [(key, late)]
+    return found
+
+
+def _listed(look: Callable[[Config], Iterable[tuple[str, str]]], config: Config) -> Trouble:
+    return [(key, scrub(message)) for key, message in look(config)]
+
+
+def _results(config: Config) -> Iterable[tuple[str, str]]:
+    """Write a small file where the run's results will be, read it and remove it."""
+    place = f"{config.run.dir.rstrip('/')}/{PROBE}-{uuid.uuid4().hex}"
+    try:
+        filesystem, path = url_to_fs(place)
+        if runs.is_local(place):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with fsspec.open(place, "wb") as file:
+            file.write(b"mhe")
+        with fsspec.open(place, "rb") as file:
+            read = file.read()
+        filesystem.rm(path)
+    except Exception as error:  # every store has errors of its own
+        yield "run.dir", f"{config.run.dir} cannot be written: {error}"
+    else:
+        if read != b"mhe":
+            yield "run.dir", f"{config.run.dir} does not give back what was written"
+
+
+def _mlflow(config: Config) -> Iterable[tuple[str, str]]:
+    """Ask an MLflow server whether it lives; a database is not asked."""
+    if not config.tracking.mlflow:
+        return
+    try:
+        uri = mlflow_uri(config)
+    except UserError as error:
+        yield "tracking.uri", str(error)
+        return
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=MLFLOW_S) as answer:
+            if answer.status != 200:
+                yield "tracking.uri", f"{uri} answers {answer.status}"
+    except (OSError, ValueError) as error:
+        yield "tracking.uri", f"no MLflow server answers at {uri}: {error}"
+
+
+def _free(config: Config) -> int | None:
+    if not runs.is_local(config.run.dir):
+        return None
+    place = Path(runs.absolute(config.run.dir))
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

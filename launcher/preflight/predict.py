@@ -1,0 +1,165 @@
+"""Would a run work there, and what would it cost? Pure judgement of what nodes and a trial say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from launcher.ray_cluster import worker
+from launcher.terminal.progress import duration
+from mhe_dist.config.schema import Config
+
+GIB = 2.0**30
+Node = dict[str, Any]
+"""What `probe.node` gives, and `resources`: what Ray counts on the node, by name."""
+
+
+class Prediction(NamedTuple):
+    """What a run would need.
+
+    Attributes:
+        parts: (name, bytes) of a worker's memory.
+        memory: bytes of a worker's process at its peak.
+        device: bytes of a worker's GPU; 0 on a CPU.
+        step_s, epoch_s: seconds.
+    """
+
+    parts: list[tuple[str, int]]
+    memory: int
+    device: int
+    step_s: float
+    epoch_s: float
+
+
+def reasons(config: Config, nodes: list[Node]) -> list[str]:
+    """Every reason, in a sentence with its cure, why the run cannot work on these nodes."""
+    return [*_places(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
+
+
+def workers_per_node(config: Config, nodes: list[Node]) -> int:
+    """Workers on the fullest node; packed, Ray fills a node before it goes to the next."""
+    scale = config.scale
+    spread = math.ceil(scale.workers / len(nodes))
+    if scale.placement in ("spread", "strict_spread"):
+        return spread
+    return max(spread, min(scale.workers, max(places(config, node) for node in nodes)))
+
+
+def predict(config: Config, measured: dict[str, Any]) -> Prediction:
+    """Memory and time of each worker.
+
+    The counted parts say what the memory is for. The peak is the trial's, with the rows that it
+    did not meet, or what a checkpoint copies if that is more than the backward pass needs. A step
+    takes what it took all workers of a node in the trial.
+
+    Args:
+        config: of the run.
+        measured: what `pipelines.pretrain.dry_run.predicted` gives.
+    """
+    counted, trial = measured["footprint"], measured["trial"]
+    libraries = ("libraries", trial["base_bytes"])
+    parts = [libraries, *((name, size) for name, size in counted.items() if size)]
+    rows = max(0, counted["rows"] - trial["rows_bytes"])
+    copies = counted["weights"] + counted["optimizer"] + counted["rows"]
+    memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
+    step = trial["step_s"]
+    steps = measured["samples"] / config.train.global_batch
+    return Prediction(parts, memory, trial["device_bytes"], step, step * steps)
+
+
+def shortages(config: Config, prediction: Prediction, nodes: list[Node]) -> list[str]:
+    """Why the predicted memory does not fit, and what would have to change."""
+    crowd = workers_per_node(config, nodes)
+    there = min(node["memory"] for node in nodes)
+    if crowd * prediction.memory <= there:
+        return []
+    spread = math.ceil(config.scale.workers / len(nodes)) < crowd
+    largest = max(prediction.parts[1:], key=lambda part: part[1], default=("", 0))[0]
+    return [
+        f"{crowd} workers on a node need {_gib(crowd * prediction.memory)}, and "
+        f"{_gib(there)} are free. Most of a worker's own memory is {largest}: {_cure(largest)}"
+        f"{', or set scale.placement=spread' if spread else ''}."
+    ]
+
+
+def rows(prediction: Prediction) -> Iterable[tuple[str, str]]:
+    """The prediction as lines of a table."""
+    for name, size in prediction.parts:
+        yield f"memory: {name}", _gib(size)
+    yield "memory of a worker at its peak", _gib(prediction.memory)
+    if prediction.device:
+        yield "memory of its GPU at its peak", _gib(prediction.device)
+    yield "time of a step", f"{prediction.step_s:.3f} s"
+    yield "time of an epoch", duration(prediction.epoch_s)
+
+
+def _places(nodes: list[Node]) -> Iterable[str]:
+    """What nodes cannot reach; the same trouble of several nodes once."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in nodes:
+        for key, message in node["troubles"]:
+            found.setdefault((key, message), []).append(node["host"])
+    for (key, message), hosts in found.items():
+        where = "" if len(nodes) == 1 else f" (on {_listed(hosts, len(nodes))})"
+        yield f"{key}: {message}{where}"
+
+
+def _disagreements(nodes: list[Node]) -> Iterable[str]:
+    """Packages that are missing, or of several versions."""
+    names = {"python": [node["python"] for node in nodes]}
+    for package in nodes[0]["versions"]:
+        names[package] = [node["versions"][package] for node in nodes]
+    for name, versions in names.items():
+        hosts = [node["host"] for node, version in zip(nodes, versions, strict=True) if not version]
+        if hosts:
+            yield f"{name} is missing on {_listed(hosts, len(nodes))}: install it there"
+        elif len(set(versions)) > 1:
+            told = ", ".join(
+                f"{version} on {node['host']}"
+                for version, node in dict(zip(versions, nodes, strict=True)).items()
+            )
+            yield f"{name} is not the same on all nodes ({told}): install one version"
+
+
+def _too_few(config: Config, nodes: list[Node]) -> Iterable[str]:
+    """Whether Ray would wait for ever for places."""
+    room = sum(places(config, node) for node in nodes)
+    if room < config.scale.workers:
+        wants = ", ".join(f"{name} {amount:g}" for name, amount in _needs(config).items())
+        yield (
+            f"scale.workers={config.scale.workers}: there is room for {room}, each with {wants}, "
+            f"on {len(nodes)} nodes. Lower scale.workers, scale.cpus_per_worker or "
+            "scale.resources, or add nodes."
+        )
+
+
+def places(config: Config, node: Node) -> int:
+    """How many workers have room on a node."""
+    has = node["resources"]
+    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in _needs(config).items())
+
+
+def _needs(config: Config) -> dict[str, float]:
+    """What one worker needs of a node, by Ray's names."""
+    needs = {name: amount for name, amount in worker.resources(config).items() if amount}
+    kind = config.scale.accelerator_type
+    if kind:
+        needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
+    return needs
+
+
+def _cure(part: str) -> str:
+    return {
+        "activations": "lower train.micro_batch or data.image_size",
+        "rows": "set head.bank.memory=file or head.bank.dtype=bfloat16, or use more workers",
+        "optimizer": "set scale.zero_stage=2, or use more workers",
+    }.get(part, "use a smaller backbone, or fewer workers on a node")
+
+
+def _listed(hosts: list[str], total: int) -> str:
+    return "every node" if len(hosts) == total else ", ".join(hosts)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,44 @@
+"""A trial of a few steps on this machine, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster import worker
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError
+
+TRIAL_S = 120.0
+
+
+def try_here(config: Config, workers: int) -> dict[str, Any] | None:
+    """What a trial of some workers measures here; None while the data set is still to be made.
+
+    Raises:
+        RunError: the trial failed; the message holds its last words.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
+        file = Path(folder) / package.SETTINGS
+        file.write_text(config_load.to_yaml(package.portable(config)), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **worker.environment(config)},
+            capture_output=True,
+            text=True,
+            timeout=TRIAL_S,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise RunError("the trial failed: " + "\n".join(done.stderr.strip().splitlines()[-3:]))
+    measured: dict[str, Any] | None = json.loads(lines[-1])
+    return measured

@@ -1,0 +1,86 @@
+"""What travels with a job: the code of mhe and the resolved settings of the run, nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mhe_dist.config import load as config_load
+from mhe_dist.config.data import DataConfig, MixConfig
+from mhe_dist.config.schema import Config
+from pipelines.runs import folder as runs
+
+PACKAGES = ("launcher", "mhe_dist", "pipelines")
+SETTINGS = "run.yaml"
+_SQLITE = "sqlite:///"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A folder that is sent.
+
+    Attributes:
+        folder: where it lies until it is sent.
+        files: paths in it, sorted.
+        bytes: their size.
+    """
+
+    folder: Path
+    files: list[str]
+    bytes: int
+
+
+def make(config: Config, folder: Path) -> Package:
+    """Copy the code that runs here and the settings into an empty folder.
+
+    A list of what is sent, not of what is left out: data, runs, environments and whatever else lies
+    beside the code stay where they are. It works from a checkout and from an installed wheel.
+
+    Args:
+        config: of the run; see `portable`.
+        folder: an empty folder.
+    """
+    root = Path(__file__).parents[2]
+    for package in PACKAGES:
+        for source in _sources(root / package):
+            target = folder / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    (folder / SETTINGS).write_text(config_load.to_yaml(config), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    return Package(folder, names, sum(path.stat().st_size for path in files))
+
+
+def portable(config: Config) -> Config:
+    """A copy whose local paths hold in any working directory.
+
+    They mean the same file system on every node: a laptop's own, or one that all nodes mount.
+    """
+    copy = config.model_copy(deep=True)
+    copy.run.dir = runs.absolute(copy.run.dir)
+    sets: list[DataConfig | MixConfig] = [copy.data, *copy.data.mix]
+    for chosen in sets:
+        chosen.shards = runs.absolute(chosen.shards)
+        if chosen.classes:
+            chosen.classes = runs.absolute(chosen.classes)
+    if copy.evaluate.shards:
+        copy.evaluate.shards = runs.absolute(copy.evaluate.shards)
+    if copy.head.bank.path:
+        copy.head.bank.path = runs.absolute(copy.head.bank.path)
+    if copy.data.glyphs is not None and copy.data.glyphs.fonts:
+        copy.data.glyphs.fonts = runs.absolute(copy.data.glyphs.fonts)
+    if copy.data.remote.cache_dir:
+        copy.data.remote.cache_dir = runs.absolute(copy.data.remote.cache_dir)
+    if copy.tracking.uri.startswith(_SQLITE):
+        file = Path(copy.tracking.uri.removeprefix(_SQLITE))
+        copy.tracking.uri = f"{_SQLITE}{file.absolute()}"
+    return copy
+
+
+def _sources(package: Path) -> Iterator[Path]:
+    for path in sorted(package.rglob("*.py")):
+        if "__pycache__" not in path.parts:
+            yield path

@@ -1,0 +1,327 @@
+"""Jobs of a Ray cluster over its Jobs API: submit, list, follow, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster import dashboard, worker
+from launcher.ray_cluster import train as ray_train
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import Preempted, RunError, UserError
+from mhe_dist.redact import is_secret_name, scrub
+from mhe_dist.tracking.environment import COMMIT_VARIABLE, environment_tags
+
+READY_S = 20.0  # a cluster that has just started answers before it can take jobs
+POLL_S = 0.5
+GRACE_S = round(ray_train.GRACE_S) + 10
+"""Seconds that the driver of a stopped run has, before Ray kills it."""
+
+RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
+_NO_AGENT = "No available agent"
+_CODES = {"SUCCEEDED": 0, "STOPPED": Preempted.exit_code}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster knows it.
+
+    Attributes:
+        id: what names it in the Jobs API.
+        run, path: name of its run, and where that is; empty for a job of another program.
+        status: pending, running, stopped, succeeded or failed.
+        exit_code: of the entry point; None while it runs, or when it was ended by a signal.
+        started, ended: seconds since 1970; 0 where it has not.
+        message: what Ray says about it.
+        runtime_env: as it was submitted.
+    """
+
+    id: str
+    run: str
+    path: str
+    status: str
+    exit_code: int | None
+    started: float
+    ended: float
+    message: str
+    runtime_env: dict[str, Any] = field(repr=False)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.status in ("stopped", "succeeded", "failed")
+
+    @property
+    def code(self) -> int:
+        """What a command that follows the job exits with: 0 also for one that is not over."""
+        if not self.is_over:
+            return 0
+        return self.exit_code or _CODES.get(self.status.upper(), 1)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All that is sent to start a job.
+
+    Attributes:
+        id: of the job.
+        entrypoint: shell command.
+        environment: variables of the driver and, through Ray, of the workers.
+        metadata: shown by Ray's dashboard.
+        package: the working directory.
+    """
+
+    id: str
+    entrypoint: str
+    environment: dict[str, str]
+    metadata: dict[str, str]
+    package: package.Package
+
+
+class Cluster:
+    """A Ray cluster that is spoken to over HTTP."""
+
+    def __init__(self, address: str = "") -> None:
+        """Args:
+            address: `http://HOST:PORT` of the dashboard; empty: see `resolve`.
+
+        Raises:
+            UserError: nothing answers there, or it wants a token.
+        """
+        self.address = dashboard.resolve(address)
+        self._client = dashboard.client(self.address)
+
+    def submit(self, submission: Submission) -> None:
+        """Start a job.
+
+        Raises:
+            UserError: a job of that id exists: somebody else has just started the same run.
+        """
+        environment = {
+            "working_dir": str(submission.package.folder),
+            "env_vars": submission.environment,
+        }
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                with dashboard.translated(self.address):
+                    self._client.submit_job(
+                        entrypoint=submission.entrypoint,
+                        submission_id=submission.id,
+                        runtime_env=environment,
+                        metadata=submission.metadata,
+                    )
+                return
+            except RunError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self.address} answers but takes no jobs: no node runs Ray's job agent. "
+                        "Where another cluster on the head's machine holds its port, start this "
+                        "one with --dashboard-agent-listen-port=..."
+                    ) from error
+            time.sleep(POLL_S)
+
+    def jobs(self) -> list[Job]:
+        """The jobs that were submitted, of other programs too, newest first."""
+        with dashboard.translated(self.address):
+            details = self._client.list_jobs()
+        found = [_job(detail) for detail in details if detail.submission_id]
+        return sorted(found, key=lambda job: job.started, reverse=True)
+
+    def find(self, name: str) -> Job:
+        """The job of that id, or the newest one of the run of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        known = self.jobs()
+        for job in known:
+            if name in (job.id, job.run):
+                return job
+        names = ", ".join(job.id for job in known[:8]) or "none"
+        raise UserError(f"{self.address} has no job or run {name!r}; its jobs: {names}")
+
+    def refuse_running(self, config: Config) -> None:
+        """Refuse a run that one of the jobs is training.
+
+        Raises:
+            UserError: names the run and the job.
+        """
+        for job in self.jobs():
+            if job.path == config.run.path and not job.is_over:
+                raise UserError(
+                    f"run.name={config.run.name}: job {job.id} is {job.status} with this run. "
+                    f"Watch it (mhe logs {job.id} -f), stop it (mhe stop {job.id}), or start "
+                    "another run: run.name=..."
+                )
+
+    def attempts(self, name: str) -> int:
+        """How many jobs there were for runs of that name."""
+        return sum(job.run == name for job in self.jobs())
+
+    def output(self, job_id: str) -> str:
+        """What a job has printed so far."""
+        with dashboard.translated(self.address):
+            return str(self._client.get_job_logs(job_id))
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """What a job prints, in pieces, from the beginning until the job is over."""
+        seen = 0
+        while True:
+            try:
+                for chunk in _pieces(self._client.tail_job_logs(job_id), seen):
+                    seen += len(chunk)
+                    yield chunk
+            except (RuntimeError, OSError):
+                pass  # the connection went; whether the job did is asked next
+            if self.find(job_id).is_over:
+                yield self.output(job_id)[seen:]
+                return
+            time.sleep(POLL_S)
+
+    def stop(self, job: Job, now: bool = False) -> None:
+        """Ask a job to save and stop; with `now`, to end without saving.
+
+        Ray knows one way to stop a job, the signal that asks it to save. Not to wait for that is
+        told to the job by another, small one.
+        """
+        with dashboard.translated(self.address):
+            self._client.stop_job(job.id)
+            if now and job.path:
+                env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
+                command = [_python(self.address), "-m", "launcher.job", "stop-now", job.path]
+                self._client.submit_job(
+                    entrypoint=shlex.join(command),
+                    submission_id=f"{job.id}-stop-{int(time.time())}",
+                    runtime_env=env,
+                )
+
+    def wait(self, job_id: str, timeout_s: float) -> Job:
+        """The job once it is over, or as it is after that time."""
+        deadline = time.monotonic() + timeout_s
+        while not (job := self.find(job_id)).is_over and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return job
+
+
+def prepare(
+    config: Config,
+    address: str,
+    attempt: int,
+    variables: dict[str, str],
+    folder: Path,
+    verb: str = "run",
+) -> Submission:
+    """Put together what starts a run as a job.
+
+    Args:
+        config: of the run, with paths that hold anywhere (`package.portable`).
+        address: of the cluster.
+        attempt: number of the job among those of this run; two people who start the same run at
+            the same time get the same id, which Ray gives only once.
+        variables: further variables for the workers.
+        folder: an empty folder, for what is sent.
+        verb: what the job does (`launcher.job`); only one that runs is a job of the run.
+    """
+    command = [_python(address), "-m", "launcher.job", verb, package.SETTINGS]
+    is_run = verb == "run"
+    return Submission(
+        id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
+        entrypoint=shlex.join(command),
+        environment=_environment(config) | variables,
+        metadata={RUN: config.run.name, PLACE: config.run.path} if is_run else {},
+        package=package.make(config, folder),
+    )
+
+
+@contextmanager
+def staging() -> Iterator[Path]:
+    """An empty folder for the length of a `with` block."""
+    with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
+        yield Path(folder)
+
+
+def passed_on(words: list[str]) -> dict[str, str]:
+    """Variables from `NAME=VALUE`, or `NAME` for one that this process has.
+
+    Raises:
+        UserError: it is not set here, or looks like a secret: a cluster shows the variables of its
+            jobs to whoever may list them.
+    """
+    variables = {}
+    for word in words:
+        name, given, value = word.partition("=")
+        if not given:
+            if name not in os.environ:
+                raise UserError(f"--env {name}: there is no such variable here; --env {name}=VALUE")
+            value = os.environ[name]
+        if is_secret_name(name) or scrub(f"{value}") != value:
+            raise UserError(
+                f"--env {name}: looks like a secret, and a Ray cluster shows the variables of its "
+                "jobs. Set it where the nodes are started, or mount it as a Kubernetes secret."
+            )
+        variables[name] = value
+    return variables
+
+
+def _environment(config: Config) -> dict[str, str]:
+    variables = {
+        **ray_train.DRIVER_ENVIRONMENT,
+        **worker.environment(config),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S),
+    }
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri and scrub(uri) == uri:
+        variables["MLFLOW_TRACKING_URI"] = uri
+    if commit := environment_tags().get("git_commit"):
+        variables[COMMIT_VARIABLE] = commit
+    return variables
+
+
+def _python(address: str) -> str:
+    """The interpreter of the job: ours on this machine, else what the nodes call python."""
+    return sys.executable if dashboard.is_loopback(address) else "python"
+
+
+def _pieces(stream: Any, skip: int) -> Iterator[str]:
+    """What an asynchronous stream of texts holds beyond its first `skip` characters."""
+    loop = asyncio.new_event_loop()
+    try:
+        while True:
+            try:
+                chunk = loop.run_until_complete(anext(stream))
+            except StopAsyncIteration:
+                return
+            fresh, skip = chunk[skip:], max(0, skip - len(chunk))
+            if fresh:
+                yield fresh
+    finally:
+        loop.run_until_complete(stream.aclose())
+        loop.close()
+
+
+def _job(detail: Any) -> Job:
+    metadata = detail.metadata or {}
+    return Job(
+        id=detail.submission_id,
+        run=metadata.get(RUN, ""),
+        path=metadata.get(PLACE, ""),
+        status=detail.status.value.lower(),
+        exit_code=detail.driver_exit_code,
+        started=(detail.start_time or 0) / 1000,
+        ended=(detail.end_time or 0) / 1000,
+        message=detail.message or "",
+        runtime_env=detail.runtime_env or {},
+    )

@@ -1,0 +1,84 @@
+"""How workers and the terminal talk: a small Ray actor that holds events, and a word to workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from launcher.events import Event
+
+NAMESPACE = "mhe"
+STOP_NOW = "stop_now"
+"""The event by which the driver hears that it must not wait for a checkpoint."""
+
+
+def name_of(path: str) -> str:
+    """The mailbox's name in a cluster: one run, wherever it was started, has one mailbox."""
+    return f"mailbox:{path}"
+
+
+class Mailbox:
+    """The actor: workers put events in, the driver takes them out, in order."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stopping = False
+
+    def stop(self, now: bool = False) -> None:
+        """Ask the workers to save the run and leave; with `now`, the driver to end without that."""
+        if now:
+            self._events.append({"event": STOP_NOW})
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Whether the driver asked the workers to stop."""
+        return self._stopping
+
+    def put(self, event: Event) -> None:
+        """Keep an event until somebody takes it."""
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        """Hand over the events so far, oldest first, and forget them."""
+        events, self._events = self._events, []
+        return events
+
+
+class Sender:
+    """A worker's end of the mailbox; sending never waits for the driver.
+
+    Args:
+        mailbox: handle of the `Mailbox` actor.
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._last: Any = None
+
+    def __call__(self, event: Event) -> None:
+        """Send an event."""
+        self._last = self._mailbox.put.remote(event)
+
+    def flush(self, timeout_s: float = 30.0) -> None:
+        """Wait until everything sent has arrived: a worker's process may end right after."""
+        import ray
+
+        if self._last is not None:
+            ray.wait([self._last], timeout=timeout_s)
+
+
+def heed(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
+    """Call `stop` once the driver asks the workers to stop; looked at in the background."""
+    import ray
+
+    def _look() -> None:
+        waiting = threading.Event()
+        try:
+            while not ray.get(mailbox.stopping.remote()):
+                waiting.wait(every_s)
+        except ray.exceptions.RayError:  # the driver is gone: the cluster ends this process
+            return
+        stop()
+
+    threading.Thread(target=_look, name="heed", daemon=True).start()

@@ -1,0 +1,102 @@
+"""What runs on each Ray worker: environment and log file, then `pipelines.pretrain.main`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from launcher.ray_cluster.mailbox import Sender, heed
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines.pretrain import preemption as stopping
+
+logger = logging.getLogger(__name__)
+
+NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+}
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Environment variables of a worker's process, set before it imports anything.
+
+    The thread counts are those of the config: two ranks that each start a thread per core are
+    slower than one.
+    """
+    threads = str(config.scale.cpus_per_worker)
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return variables | (NCCL if config.scale.gpu else {})
+
+
+def resources(config: Config) -> dict[str, float]:
+    """What Ray must reserve for one worker."""
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
+
+
+def train(settings: dict[str, Any]) -> None:
+    """Run this worker's rank of the run.
+
+    Args:
+        settings: `config` (the resolved config as a dict), `folder` (the driver's working
+            directory, which relative paths of the config refer to), `logs` (folder of the log
+            files) and `mailbox` (actor handle).
+    """
+    import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    if Path(settings["folder"]).is_dir():
+        os.chdir(settings["folder"])
+    write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
+    send = Sender(settings["mailbox"])
+    heed(settings["mailbox"], stopping.stop)
+    try:
+        _train(Config.model_validate(settings["config"]), send)
+    except Preempted as stop:
+        logger.warning("rank %d: %s", rank, stop)
+        send({"event": "preempted", "rank": rank, "message": str(stop)})
+        raise
+    except Exception as error:
+        logger.exception("rank %d failed", rank)
+        send({"event": "failed", "rank": rank, **_describe(error)})
+        raise
+    finally:
+        send.flush()
+
+
+def _train(config: Config, send: Sender) -> None:
+    from pipelines.pretrain import main as pretrain
+
+    pretrain.main(config, report=send)
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    """What the driver must know: a `final` failure would come back after every restart."""
+    return {
+        "message": str(error) or type(error).__name__,
+        "kind": type(error).__name__,
+        "user": isinstance(error, UserError),
+        "final": isinstance(error, (UserError, RunError)),
+    }
+
+
+def write_output_to(file: Path) -> None:
+    """Append all further output of this process, that of native libraries too, to `file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)

@@ -1,0 +1,1 @@
+"""Studies of many runs, and the page about their results."""

@@ -1,0 +1,57 @@
+"""Events as lines of a job's log: one JSON object each, for `mhe logs`, for grep and for jq."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from launcher.events import Event
+from launcher.terminal.progress import announcement
+
+_START = '{"event": '
+
+
+class EventLines:
+    """Writes what goes on in a run as lines; a `launcher.execute.Watcher`."""
+
+    def __init__(self, sink: IO[str]) -> None:
+        """Args: sink: an open text file, such as standard output."""
+        self._sink = sink
+
+    def waiting(self, what: str) -> None:
+        """Write that something begins."""
+        self.handle({"event": "waiting", "what": what})
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Write that something begins, once it does."""
+        yield announcement(self.waiting, what)
+
+    def handle(self, event: Event) -> None:
+        """Write an event, and when it was."""
+        self._sink.write(json.dumps({**event, "time": round(time.time(), 3)}) + "\n")
+        self._sink.flush()
+
+
+def parse(line: str) -> Event | None:
+    """The event that a line holds; None for a line of another kind."""
+    if not line.startswith(_START):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def split(chunks: Iterator[str]) -> Iterator[str]:
+    """Whole lines, without their ends, of a text that arrives in pieces."""
+    rest = ""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        yield from lines
+    if rest:
+        yield rest

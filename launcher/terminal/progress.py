@@ -1,0 +1,232 @@
+"""What a run looks like in the terminal: a bar that lives, or a plain line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.status import Status
+
+from launcher.events import Event
+from launcher.terminal import console
+
+PLAIN_EVERY_S = 20.0
+
+
+class Display:
+    """Draws the events of a run, as a context manager around it.
+
+    Attributes:
+        summary: what the run achieved, once it has ended.
+    """
+
+    def __init__(
+        self, terminal: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console = terminal or console.out
+        self._clock = clock
+        self._bar = _bar(self._console) if self._console.is_terminal else None
+        self._spinner: Status | None = None
+        self._task: Any = None
+        self._steps = 0
+        self._begun = (0.0, 0)
+        self._next_line = 0.0
+        self.summary: dict[str, Any] | None = None
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_waiting()
+        if self._bar:
+            self._bar.stop()
+
+    def waiting(self, what: str) -> None:
+        """Show that something goes on, until the next event."""
+        if self._console.is_terminal:
+            self._spinner = self._console.status(what)
+            self._spinner.start()
+        else:
+            self._say(what)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
+        if not self._console.is_terminal:
+            yield announcement(self._say, what)
+            return
+        columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
+        with _progress(self._console, *columns) as bar:
+            task = bar.add_task("", visible=False)
+            yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+    def handle(self, event: Event) -> None:
+        """Draw one event (the kinds are those of `pipelines.pretrain.main`)."""
+        self._stop_waiting()
+        draw = {
+            "start": self._start,
+            "metrics": self._metrics,
+            "bad_samples": self._bad_samples,
+            "evaluation": self._evaluation,
+            "checkpoint": self._checkpoint,
+            "checkpoint_failed": self._checkpoint_failed,
+            "preempted": self._preempted,
+            "diverged": self._diverged,
+            "export": self._export,
+            "failed": self._failed,
+            "end": self._end,
+            "waiting": lambda told: self.waiting(told["what"]),
+            "stopping": lambda told: self.waiting("saving, then stopping"),
+        }
+        draw[event["event"]](event)
+
+    def _start(self, event: Event) -> None:
+        if event["resumed_from"]:
+            source = escape(event["resumed_from"])
+            self._say(f"[green]Resumed[/] at step {event['step']:,} from {source}.")
+        for name, reason in event.get("passed_over", {}).items():
+            self._say(f"[yellow]Passed over[/] checkpoint {escape(name)}: {escape(reason)}")
+        images, classes = event["samples"], event["classes"]
+        self._say(f"{images:,} images of {classes:,} classes, {event['steps']:,} steps.")
+        self._steps, self._begun = event["steps"], (self._clock(), event["step"])
+        self._next_line = 0.0
+        if self._bar and self._task is None:
+            self._task = self._bar.add_task("", total=event["steps"], numbers="")
+            self._bar.start()
+        self._advance(event["step"], "")
+
+    def _metrics(self, event: Event) -> None:
+        step = event["step"] + 1  # counted from 0
+        numbers = (
+            f"loss {event['loss']:.3f}  {event['images_per_s']:,.0f} images/s  "
+            f"{event['data_wait']:.0%} waiting for data"
+        )
+        self._advance(step, numbers)
+        if self._bar is None and self._clock() >= self._next_line:
+            self._next_line = self._clock() + PLAIN_EVERY_S
+            self._say(f"step {step:,}/{self._steps:,}  {numbers}  {self._remaining(step)}")
+
+    def _advance(self, step: int, numbers: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+
+    def _remaining(self, step: int) -> str:
+        since, first = self._begun
+        seconds = (self._clock() - since) / (step - first) * (self._steps - step)
+        return f"{duration(seconds)} left"
+
+    def _evaluation(self, event: Event) -> None:
+        figures = ", ".join(f"{name} {value}" for name, value in accuracies(event))
+        self._say(f"step {event['step']:,}  held-out: {figures}")
+
+    def _bad_samples(self, event: Event) -> None:
+        count = f"{event['count']:,} bad samples so far, replaced by others"
+        self._say(f"[yellow]step {event['step']:,}  {count}[/]")
+
+    def _checkpoint(self, event: Event) -> None:
+        self._say(f"[dim]step {event['step']:,}  checkpoint {escape(str(event['path']))}[/]")
+
+    def _checkpoint_failed(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  no checkpoint:[/] {escape(event['message'])}; "
+            "training goes on, the last good one stands"
+        )
+
+    def _diverged(self, event: Event) -> None:
+        self._say(
+            f"[bold red]step {event['step']:,}  {escape(event['what'])};[/] "
+            f"step, samples, norms and batch are in {escape(event['bundle'])}"
+        )
+
+    def _export(self, event: Event) -> None:
+        self._say(
+            f"[dim]exported {event['format']} to {escape(str(event['path']))}; largest difference "
+            f"from the trained model {event['max_difference']:.1e}[/]"
+        )
+
+    def _failed(self, event: Event) -> None:
+        first_line = event["message"].strip().splitlines()[0]
+        self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(first_line[:200])}")
+
+    def _preempted(self, event: Event) -> None:
+        self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
+
+    def _end(self, event: Event) -> None:
+        self.summary = event["summary"]
+        if self._bar:
+            self._bar.stop()
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    def _stop_waiting(self) -> None:
+        if self._spinner:
+            self._spinner.stop()
+            self._spinner = None
+
+
+def announcement(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """A progress callback that says once what is going on."""
+    told = False
+
+    def _tell(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            say(what)
+        told = True
+
+    return _tell
+
+
+def _bar(terminal: Console) -> Progress:
+    return _progress(
+        terminal,
+        TextColumn("training"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(compact=True),
+    )
+
+
+def _progress(terminal: Console, *columns: ProgressColumn) -> Progress:
+    """A bar that leaves stdout and stderr alone: they are redirected while it lives."""
+    return Progress(*columns, console=terminal, redirect_stdout=False, redirect_stderr=False)
+
+
+def duration(seconds: float) -> str:
+    """`seconds` as a person says it: 42 s, 3 min 05 s, 2 h 10 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def accuracies(heldout: dict[str, Any]) -> list[tuple[str, str]]:
+    """The held-out figures that matter as `(name, value)`, chance beside rank-1."""
+    rows = []
+    if "rank1" in heldout:
+        rows.append(("rank-1", f"{heldout['rank1']:.1%} (chance {heldout['chance']:.1%})"))
+        rows.append(("verification", f"{heldout['accuracy']:.1%}"))
+    rows += [(k.upper(), f"{v:.1%}") for k, v in heldout.items() if k.startswith("tar@")]
+    for key, value in heldout.items():
+        if key.endswith("/rank1"):
+            name = key.removesuffix("/rank1")
+            rows.append((f"{name}: rank-1", f"{value:.1%}"))
+            rows.append((f"{name}: TAR@FAR=1E-4", f"{heldout[f'{name}/tar@far=1e-4']:.1%}"))
+    sets = [key for key in heldout if key.endswith("/accuracy")]
+    return rows + [(key.removesuffix("/accuracy"), f"{heldout[key]:.2%}") for key in sets]

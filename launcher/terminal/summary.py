@@ -1,0 +1,76 @@
+"""What a run achieved, as the last screen of `mhe train` shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.terminal.progress import accuracies, duration
+from mhe_dist.config.schema import Config
+
+Row = tuple[str, str]
+
+
+def show(config: Config, summary: dict[str, Any]) -> None:
+    """Print the figures of a complete run, where everything is, and what to type next."""
+    table = Table(title=f"Run {config.run.name}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in figures(summary):
+        table.add_row(name, escape(value))
+    console.out.print()
+    console.out.print(table)
+    console.list_commands("Where it is", places(config, summary))
+    console.list_commands("Next", next_steps(config, summary))
+
+
+def figures(summary: dict[str, Any]) -> Iterator[Row]:
+    """The rows of the table."""
+    training, heldout = summary["training"], summary["heldout"]
+    yield "steps", f"{summary['steps']:,} on {summary['world_size']} workers"
+    yield "data", f"{summary['samples']:,} images of {summary['classes']:,} classes"
+    if "loss" in training:
+        yield "loss", f"{training['loss']:.3f}"
+    if heldout:
+        yield from accuracies(heldout)
+    yield "bad samples", f"{summary.get('bad_samples', 0):,}"
+    yield "speed", f"{summary['images_per_s']:,.0f} images/s"
+    phases = summary["phases"].items()
+    yield "time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
+    for failure in summary.get("failed_checkpoints", []):
+        yield "checkpoint that failed", failure
+    if summary["resumed_from"]:
+        yield "resumed from", summary["resumed_from"]
+
+
+def places(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
+    """Where the results are."""
+    path = config.run.path
+    for name, export in summary["exports"].items():
+        yield f"backbone ({name})", export["path"]
+    yield "pictures", f"{path}/plots"
+    yield "metrics, one line per step", f"{path}/metrics.jsonl"
+    if summary.get("bad_samples"):
+        yield "bad samples by name", f"{path}/bad_samples.jsonl"
+    yield "checkpoints", summary["checkpoints"]
+    yield "settings", f"{path}/config.yaml"
+    yield "logs", f"{path}/logs"
+
+
+def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
+    """What to type next."""
+    path = config.run.path
+    if summary["mlflow"]:
+        yield "see the curves", f"mlflow ui --backend-store-uri {summary['mlflow']['uri']}"
+    if "timm" in summary["exports"]:
+        folder = summary["exports"]["timm"]["path"]
+        load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
+        yield "use the backbone", f'python -c "import timm; {load}"'
+    yield "see it on a page", f"mhe report {path}"
+    yield "evaluate again", f"mhe evaluate {path}"
+    yield "export again", f"mhe export {path}"
+    yield "other fonts as data", "mhe data glyphs --fonts DIR --out DIR"

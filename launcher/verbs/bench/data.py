@@ -1,0 +1,73 @@
+"""`mhe bench data`: the loader beside a bare loop and a plain webdataset pipeline."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.terminal.progress import Display
+
+if TYPE_CHECKING:
+    from pipelines.bench.data import Result
+
+
+def data(
+    shards: Annotated[
+        str, typer.Option(help="Folder of shards of square JPEGs; made-up photos if left out.")
+    ] = "",
+    images: Annotated[int, typer.Option(min=1000, help="How many photos to make up.")] = 20_000,
+    workers: Annotated[int, typer.Option(min=1, help="Loader processes.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each reads everything.")] = 5,
+    out: Annotated[str, typer.Option(help="File or URL for the result.")] = "bench/data.json",
+) -> None:
+    """Measure images/s of the loader beside two others, in turns, on the same shards.
+
+    The others: a bare loop, which reads a tar with tarfile and decodes with simplejpeg in one
+    process; the decoder with hardly a loop at all; and a plain webdataset pipeline with its Pillow
+    decoder and torch's DataLoader. Where others use the machine, too, CPU seconds are the fairer
+    measure.
+
+    Example: mhe bench data --workers 2
+    """
+    from pipelines.bench.data import measure
+    from pipelines.bench.photos import photos
+    from pipelines.shards.index import ShardIndex
+    from pipelines.storage import urls
+
+    with console.out.status("making photos"):
+        index = ShardIndex.load(shards) if shards else photos(images)
+    with Display().counting("reading") as progress:
+        result = measure(index, workers, repeats, progress)
+    with urls.created(out) as stream:
+        stream.write(json.dumps(result.to_dict(), indent=2).encode())
+    console.out.print(_table(result))
+    for name, ratios in result.ratios().items():
+        told = ", ".join(f"[bold]{ratio:.2f}[/] {unit}" for unit, ratio in ratios.items())
+        console.say(f"mhe / {name}: {told}")
+    console.say(f"Result: {escape(out)}")
+    again = shlex.join(["mhe", "bench", "data", "--shards", index.folder])
+    console.list_commands("Next", [("with more processes", f"{again} --workers {workers + 1}")])
+
+
+def _table(result: Result) -> Table:
+    """A row for each contestant; medians."""
+    setting = result.setting
+    title = (
+        f"{setting['images']:,} images of {setting['side']}x{setting['side']}, "
+        f"{setting['mean_bytes']:,} bytes; {setting['workers']} loader processes; "
+        f"medians of {setting['repeats']}; load {setting['load']:.1f} on {setting['cores']} cores"
+    )
+    columns = ("", "images/s", "slowest", "fastest", "per CPU second", "of a worker")
+    table = Table(*columns, title=title, title_justify="left")
+    for name, timing in result.timings.items():
+        rates = sorted(timing.images / seconds for seconds in timing.wall)
+        clocks = [timing.rate(clock) for clock in ("wall", "cpu", "worker")]
+        figures = (clocks[0], rates[0], rates[-1], *clocks[1:])
+        table.add_row(name, *(f"{figure:,.0f}" for figure in figures))
+    return table

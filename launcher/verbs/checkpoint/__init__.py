@@ -1,0 +1,1 @@
+"""`mhe checkpoint`."""

@@ -1,0 +1,59 @@
+"""`mhe checkpoint grow`, `mhe checkpoint verify`: what is done with whole checkpoints."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from launcher.terminal import console
+from launcher.verbs.results import RunName
+from mhe_dist.errors import RunError, UserError
+from pipelines.runs import folder as runs
+
+Url = Annotated[str, typer.Argument(metavar="URL", help="A step_* folder, or a run: its newest.")]
+
+
+def grow(
+    run: RunName,
+    classes: Annotated[int, typer.Option(help="The new number of classes.", min=1)],
+    out: Annotated[str, typer.Option(help="Folder or URL of the run that goes on with them.")],
+) -> None:
+    """Let a run go on with more classes: a new run begins where its newest checkpoint ends.
+
+    Old classes keep their numbers, their rows and their optimizer state. All touched rows are held
+    in memory, twice.
+
+    Example: mhe checkpoint grow quickstart --classes 6000 --out runs/wider
+    """
+    from pipelines.runs import warm_start as inheritance
+
+    if runs.exists(f"{out}/checkpoints"):
+        raise UserError(f"--out {out} has checkpoints already: name a run that does not exist yet")
+    with console.out.status(f"growing {run} to {classes:,} classes"):
+        path = inheritance.grow(
+            inheritance.source(runs.find(run)), classes, f"{out.rstrip('/')}/checkpoints"
+        )
+    console.say(f"Written: {escape(path)}")
+    name = out.rstrip("/").rpartition("/")[2]
+    command = f"mhe train CONFIG run.name={name} data.shards=SHARDS_OF_{classes}_CLASSES"
+    console.list_commands("Next", [("go on", command)])
+
+
+def verify(url: Url) -> None:
+    """Read a whole checkpoint and compare every checksum; exit code 1 if one does not fit.
+
+    Example: mhe checkpoint verify runs/quickstart
+    """
+    from mhe_dist.checkpoint.files import Folder
+
+    folder = Folder(runs.step_folder(url))
+    files = folder.manifest()
+    if isinstance(files, str):
+        raise RunError(f"{folder.url}: {files}")
+    wrong = [said for entry in sorted(files.items()) if (said := folder.wrong([entry]))]
+    if wrong:
+        raise RunError("\n  ".join([f"{folder.url}:", *wrong]))
+    size = sum(entry.bytes for entry in files.values())
+    console.say(f"{escape(folder.url)}: {len(files)} files, {size:,} bytes, every checksum fits.")

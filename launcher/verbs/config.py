@@ -1,0 +1,75 @@
+"""`mhe config`: every key of a run, its value, its meaning, and what is not at its default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic_core import to_jsonable_python
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+
+from launcher.terminal import console
+from mhe_dist.config import load as config_load
+from mhe_dist.config.load import Entry
+
+REQUIRED = "(required)"  # what `describe` says where there is no default
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file."),
+]
+
+
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print YAML that can be run again, without descriptions.")
+    ] = False,
+) -> None:
+    """Show every setting of a run, with its meaning; those that are not the default stand out.
+
+    Example: mhe config configs/quickstart.yaml optim.lr=0.4
+    """
+    resolved = config_load.load(config, overrides or [])
+    if as_yaml:
+        text = yaml.safe_dump(config_load.to_dict(resolved), sort_keys=False, allow_unicode=True)
+        console.out.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+        return
+    entries = config_load.describe(resolved)
+    console.out.print(_table(entries))
+    changed = sum(_is_changed(entry) for entry in entries)
+    console.say(f"{len(entries)} keys, {changed} of them (bold) not at their default.")
+    command = " ".join(["mhe train", config, *(overrides or [])])
+    console.list_commands("Next", [("run it", command), ("as YAML", f"mhe config {config} --yaml")])
+
+
+def _table(entries: list[Entry]) -> Table:
+    table = Table("key", "value", "meaning", box=None, padding=(0, 2, 0, 0))
+    table.columns[0].no_wrap = True
+    section = entries[0].path.rpartition(".")[0]
+    for entry in entries:
+        if entry.path.rpartition(".")[0] != section:
+            table.add_row()
+            section = entry.path.rpartition(".")[0]
+        meaning, style = escape(entry.description), "bold" if _is_changed(entry) else ""
+        if style and entry.default != REQUIRED:
+            meaning += f" [dim](default: {escape(_text(entry.default))})[/]"
+        table.add_row(Text(entry.path, style), Text(_text(entry.value), style), meaning)
+    return table
+
+
+def _is_changed(entry: Entry) -> bool:
+    return bool(entry.value != entry.default)
+
+
+def _text(value: Any) -> str:
+    """A value as it would stand in the YAML."""
+    text = yaml.safe_dump(
+        to_jsonable_python(value), default_flow_style=True, width=1000, allow_unicode=True
+    )
+    return str(text).removesuffix("\n").removesuffix("\n...")

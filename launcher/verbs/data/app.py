@@ -1,0 +1,84 @@
+"""`mhe data ...`: making shards, and looking at them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from launcher.preflight.checks import HELDOUT, TRAIN
+from launcher.terminal import console
+from launcher.terminal.progress import Display
+from launcher.verbs.data import check as data_check
+from launcher.verbs.data import convert as data_import
+from launcher.verbs.data.convert import Processes
+from mhe_dist.config.data import GlyphsConfig
+from pipelines.shards.index import ShardIndex
+from pipelines.storage.worker_pool import cores
+
+DEFAULTS = GlyphsConfig()
+
+app = typer.Typer(no_args_is_help=True, help="Make and check the tar shards that a run streams.")
+
+
+@app.callback()
+def data() -> None:
+    """Make and check the tar shards that a run streams."""
+
+
+app.command()(data_import.recordio)
+app.command()(data_import.folder)
+
+
+@app.command()
+def glyphs(
+    out: Annotated[str, typer.Option(help="Folder for the shards; train/ and heldout/ are made.")],
+    fonts: Annotated[
+        str, typer.Option(help="Folder with fonts in or below it; those of matplotlib if left out.")
+    ] = "",
+    heldout_fonts: Annotated[
+        list[str], typer.Option(help="Names (* and ?) of font files kept for the evaluation.")
+    ] = DEFAULTS.heldout_fonts,
+    heldout_classes: Annotated[
+        int, typer.Option(min=1, help="Characters kept for the evaluation.")
+    ] = DEFAULTS.heldout_classes,
+    min_fonts: Annotated[
+        int, typer.Option(min=1, help="A character needs a glyph in this many font files.")
+    ] = DEFAULTS.min_fonts,
+    max_classes: Annotated[
+        int, typer.Option(min=0, help="Most characters for training, drawn at random; 0: all.")
+    ] = DEFAULTS.max_classes,
+    image_size: Annotated[
+        int, typer.Option(min=1, help="Side of the images in pixels.")
+    ] = DEFAULTS.image_size,
+    processes: Processes = 0,
+) -> None:
+    """Draw the characters of a folder of fonts: a class is a character, its images the typefaces.
+
+    Characters that look alike are one class, blanks are left out. The held-out set has characters
+    that training never sees, also in typefaces that it never sees.
+
+    Example: mhe data glyphs --fonts /usr/share/fonts/truetype/noto --out data/noto
+    """
+    from pipelines.sources.glyphs.build import write_glyphs
+
+    settings = GlyphsConfig(
+        fonts=fonts,
+        heldout_fonts=heldout_fonts,
+        heldout_classes=heldout_classes,
+        min_fonts=min_fonts,
+        max_classes=max_classes,
+        image_size=image_size,
+    )
+    with data_import.resumable(), Display().counting("drawing the data set") as progress:
+        write_glyphs(fonts, out, settings, progress, processes or cores())
+    for name in (TRAIN, HELDOUT):
+        console.say(data_import.describe(ShardIndex.load(f"{out}/{name}")))
+    places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
+    command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
+    console.list_commands("Next", [("train on it", command)])
+
+
+app.command()(data_check.index)
+app.command()(data_check.verify)
+app.command()(data_check.show)

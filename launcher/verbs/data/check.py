@@ -1,0 +1,163 @@
+"""`mhe data index`, `mhe data verify`, `mhe data show`: shards that are there."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.terminal.progress import Display
+from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
+from mhe_dist.errors import UserError
+from pipelines.shards.index import ShardIndex
+from pipelines.sources.convert import DEFAULTS
+from pipelines.sources.webdataset_tar import USUAL, Layout
+from pipelines.storage.worker_pool import cores
+
+if TYPE_CHECKING:
+    from pipelines.data.verify import Report
+
+SHOWN = 5  # problems of a kind that the terminal names
+MEANINGS = {
+    "shard": "tars that are missing, damaged, or not those of the index",
+    "sample": "samples without an image or a label, or with a bad one",
+    "image": "images that cannot be decoded",
+    "label": "labels that the index does not share",
+    "duplicate": "images that are in two classes",
+}
+
+Urls = Annotated[list[str], typer.Argument(metavar="URL...", help="Folders or URLs of data sets.")]
+
+
+def index(
+    tars: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="Tars ({000..099}, *), or their folders.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="Folder or URL for index.json; beside the tars if left out.")
+    ] = "",
+    image: Annotated[
+        str, typer.Option(help="Extensions of the image, the best first: jpg,png.")
+    ] = ",".join(USUAL.images),
+    label: Annotated[
+        str, typer.Option(help="Extension of the label, or a key in JSON: json:label.")
+    ] = USUAL.label,
+    num_classes: Annotated[
+        int, typer.Option(min=0, help="Labels are numbers below this, and stay; 0: find out.")
+    ] = 0,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Take what can be read of damaged tars.")
+    ] = False,
+    max_bad: MaxBad = DEFAULTS.max_bad,
+    processes: Processes = 0,
+) -> None:
+    """Make an index for WebDataset shards that somebody else wrote; no tar is written anew.
+
+    Labels that are not the numbers [0, C) already, texts for example, are given such numbers in
+    the index; classes.tsv says which.
+
+    Example: mhe data index 's3://bucket/imagenet-{000000..000639}.tar' --label json:label
+    """
+    from pipelines.sources.webdataset import index_shards
+
+    images = tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", image))
+    layout = Layout(images, label.strip().lower() if ":" not in label else label, num_classes)
+    with resumable(), Display().counting("reading tars") as progress:
+        made = index_shards(
+            tars, out, layout, skip_damaged, max_bad, processes or cores(), progress
+        )
+    tell(made)
+
+
+def verify(
+    data: Urls,
+    out: Annotated[
+        str, typer.Option(help="Folder or URL for the report (JSON, PNG); replaced if there.")
+    ] = "verify",
+    processes: Processes = 0,
+) -> None:
+    """Read data sets completely and report what is wrong; exit code 1 if anything is.
+
+    Checks sizes and checksums of the tars, and of each sample the name, the label, that the image
+    can be decoded, and that no other class has the same image; counts the images of each class.
+
+    Example: mhe data verify data/ms1mv2
+    """
+    from pipelines.data.verify import verify as read
+    from pipelines.report import verification as verify_report
+    from pipelines.storage.staging import Journal
+
+    sets = [ShardIndex.load(url) for url in data]
+    good = True
+    for name, found in zip(_names(data), sets, strict=True):
+        journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
+        with resumable(), Display().counting(f"reading {name}") as progress:
+            report = read(found, journal, processes or cores(), progress)
+        verify_report.write(report, f"{out}/{name}")
+        journal.remove()
+        _show(report)
+        console.say(f"Report: {escape(f'{out}/{name}')}.json, .png")
+        good = good and report.is_good
+    if not good:
+        raise typer.Exit(1)
+
+
+def _names(data: list[str]) -> list[str]:
+    """A file name for each data set, from its last folder; all of them different."""
+    names: list[str] = []
+    for url in data:
+        parts = url.removesuffix("index.json").rstrip("/").split("/")
+        name = re.sub(r"[^\w-]", "_", parts[-1]) or "data"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
+
+
+def _show(report: Report) -> None:
+    """The report as a table, the first problems of each kind below it."""
+    from pipelines.report.verification import summary
+
+    about = summary(report)
+    console.say(describe(report.data))
+    table = Table(show_header=False)
+    for kind, meaning in MEANINGS.items():
+        count = report.counts.get(kind, 0)
+        table.add_row(meaning, f"[red]{count:,}[/]" if count else "[green]0[/]")
+    table.add_section()
+    table.add_row("usable images", f"{about['usable']:,}")
+    table.add_row("images that their class has already", f"{report.repeated:,}")
+    for name, value in about["images_per_class"].items():
+        table.add_row(name.replace("_", " "), f"{value:,.6g}")
+    console.out.print(table)
+    for kind in MEANINGS:
+        named = [problem for problem in report.problems if problem.kind == kind]
+        for problem in named[:SHOWN]:
+            console.say(f"[red]{kind}[/] {escape(problem.place)}: {escape(problem.reason)}")
+        if len(named) > SHOWN:
+            console.say(f"  and {report.counts[kind] - SHOWN:,} more")
+    console.say("[green]Nothing is wrong.[/]" if report.is_good else "[red]Something is wrong.[/]")
+
+
+def show(
+    data: Annotated[str, typer.Argument(metavar="URL", help="Folder or URL of a data set.")],
+    out: Annotated[str, typer.Option(help="The picture, PNG.")] = "sheet.png",
+    classes: Annotated[int, typer.Option(min=1, help="Classes, one per row.")] = 8,
+    images: Annotated[int, typer.Option(min=1, help="Images of a class, at most.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other classes.")] = 0,
+) -> None:
+    """Draw a contact sheet: some classes at random, some images of each.
+
+    Example: mhe data show data/glyphs/train --out glyphs.png
+    """
+    if not out.lower().endswith(".png"):
+        raise UserError(f"--out {out}: the picture is a PNG; let its name end with .png")
+    from pipelines.report.figures import save
+    from pipelines.report.sample_sheet import sheet
+
+    found = ShardIndex.load(data)
+    save(sheet(found, classes, images, seed), out)
+    console.say(describe(found))
+    console.say(f"Contact sheet: {escape(out)}")

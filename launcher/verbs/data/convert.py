@@ -1,0 +1,138 @@
+"""`mhe data recordio`, `mhe data folder`: other formats to shards."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from launcher.signals import Interrupted, interruptible
+from launcher.terminal import console
+from launcher.terminal.progress import Display
+from pipelines.shards.index import ShardIndex
+from pipelines.sources.convert import DEFAULTS, Converted, Options
+from pipelines.storage.worker_pool import cores
+
+MIB = 1 << 20
+
+Out = Annotated[str, typer.Option(help="Folder or URL for the shards; it must not exist.")]
+ShardMib = Annotated[float, typer.Option(min=0.01, help="About how large a tar is, in MiB.")]
+Shuffle = Annotated[
+    bool, typer.Option(help="In a random order over all classes, which training needs.")
+]
+MaxBad = Annotated[
+    float, typer.Option(min=0, max=1, help="Largest share of samples that may be left out as bad.")
+]
+Processes = Annotated[
+    int, typer.Option(min=0, help="How many work at the same time; 0: one per core.")
+]
+
+
+def recordio(
+    rec: Annotated[str, typer.Option(help="The .rec file; .idx and property lie beside it.")],
+    out: Out,
+    idx: Annotated[
+        bool, typer.Option(help="Read the records that .idx names, or all that there are.")
+    ] = True,
+    shard_mib: ShardMib = DEFAULTS.shard_bytes / MIB,
+    shuffle: Shuffle = DEFAULTS.shuffle,
+    max_bad: MaxBad = DEFAULTS.max_bad,
+    processes: Processes = 0,
+) -> None:
+    """Convert InsightFace RecordIO (MS1MV2, Glint360K, WebFace); images stay byte for byte.
+
+    Labels become class ids in [0, C); classes.tsv beside the tars says which is which. The same
+    command goes on where it was interrupted.
+
+    Example: mhe data recordio --rec faces_emore/train.rec --out data/ms1mv2
+    """
+    from pipelines.sources.insightface import import_recordio
+
+    options = _options(shard_mib, shuffle, max_bad, processes)
+    with resumable(), Display().counting("converting") as progress:
+        # Looking through the records is the smaller part of the work.
+        made = import_recordio(
+            *(rec, out, idx, options),
+            scanning=lambda done, total: progress(10 * done, 100 * total),
+            writing=lambda done, total: progress(10 * total + 90 * done, 100 * total),
+        )
+    tell(made)
+
+
+def folder(
+    root: Annotated[str, typer.Option(help="Folder or URL with one folder of images per class.")],
+    out: Out,
+    lst: Annotated[
+        str, typer.Option(help="An .lst file that names the files below --root and their labels.")
+    ] = "",
+    shard_mib: ShardMib = DEFAULTS.shard_bytes / MIB,
+    shuffle: Shuffle = DEFAULTS.shuffle,
+    max_bad: MaxBad = DEFAULTS.max_bad,
+    processes: Processes = 0,
+) -> None:
+    """Convert a folder of images; they stay byte for byte.
+
+    A class is a folder, with all that is below it, or a label of the .lst file (number, label,
+    path or aligned, path, label; tabs between them). classes.tsv and files.tsv beside the tars say
+    which class and which file is which.
+
+    Example: mhe data folder --root photos --out s3://bucket/photos
+    """
+    from pipelines.sources.image_folder import import_folder
+
+    options = _options(shard_mib, shuffle, max_bad, processes)
+    with resumable(), Display().counting("writing tars") as written:
+        made = import_folder(root, out, lst or None, options, written)
+    tell(made)
+
+
+def _options(shard_mib: float, shuffle: bool, max_bad: float, processes: int) -> Options:
+    return Options(round(shard_mib * MIB), shuffle, processes or cores(), max_bad)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Work that can be interrupted and goes on with the same command."""
+    try:
+        with interruptible():
+            yield
+    except Interrupted as stop:
+        command = shlex.join(["mhe", *sys.argv[1:]])
+        console.say(
+            "[yellow]Stopped.[/] What is finished is kept; the same command goes on with it:\n"
+            f"  [cyan]{escape(command)}[/]"
+        )
+        raise typer.Exit(stop.exit_code) from None
+
+
+def tell(made: Converted) -> None:
+    """Say what a data set holds, what is odd about it, and what to type next."""
+    console.say(describe(made.shards))
+    for warning in made.warnings:
+        console.say(f"[yellow]warning:[/] {escape(warning)}")
+    if made.faults:
+        place = f"{made.shards.folder}/skipped.tsv"
+        console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(place)}")
+    place = shlex.quote(made.shards.folder)
+    console.list_commands(
+        "Next",
+        [
+            ("look at it", f"mhe data show {place}"),
+            ("check it", f"mhe data verify {place}"),
+            ("train on it", f"mhe train CONFIG data.shards={place}"),
+        ],
+    )
+
+
+def describe(index: ShardIndex) -> str:
+    """A data set in a line of markup."""
+    size = sum(shard.bytes for shard in index.shards) / MIB
+    return (
+        f"[bold]{escape(index.folder)}[/]: {index.samples:,} images of {index.num_classes:,} "
+        f"classes, {len(index.shards):,} tars, {size:,.1f} MiB"
+    )

@@ -1,0 +1,1 @@
+"""The network that is pretrained: built, initialised, averaged and exported."""

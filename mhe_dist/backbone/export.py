@@ -1,0 +1,304 @@
+"""The trained backbone for others: timm, ONNX, torch.export, MLflow; each compared with the model.
+
+All hold the timm model alone: the neck is folded into the embedding layer, so nothing needs this
+project to be read (but a timm folder of an IResNet, which timm does not know: import
+`mhe_dist.backbone.iresnet` first). Images go in as `(x / 255 - 0.5) / 0.5`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from mhe_dist.backbone.model import Backbone, fold_neck, model_arguments, pixels
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError, UserError
+
+Format = Literal["timm", "onnx", "torch-export", "mlflow"]
+
+LARGEST_BATCH = 4096  # an upper bound is needed for a free batch size; nothing is allocated for it
+TIMM_TOLERANCE, ONNX_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
+_MLFLOW_NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
+
+
+class Options(NamedTuple):
+    """How a file is written.
+
+    Attributes:
+        opset: ONNX operator set; 0: the exporter's own choice.
+        half: ONNX computes in float16; images and embeddings stay float32.
+        normalise: embeddings get length 1; not in the timm folder, which holds a plain timm model.
+    """
+
+    opset: int = 0
+    half: bool = False
+    normalise: bool = False
+
+
+PLAIN = Options()
+
+
+def write(
+    name: Format,
+    model: Backbone,
+    config: Config,
+    folder: str,
+    images: Tensor,
+    options: Options = PLAIN,
+) -> tuple[str, float]:
+    """Write one format into `folder`: its path there, and the largest difference; see below."""
+    if name == "timm":
+        path = f"{folder}/timm"
+        return path, export_timm(model, config, path, images)
+    if name == "torch-export":
+        path = f"{folder}/backbone.pt2"
+        return path, export_torch(model, config, path, images, options)
+    path = f"{folder}/backbone{'_fp16' if options.half else ''}.onnx"
+    if name == "mlflow":
+        with TemporaryDirectory() as place:
+            export_onnx(model, config, f"{place}/backbone.onnx", images, options)
+            path = f"{folder}/mlflow"
+            return path, export_mlflow(model, f"{place}/backbone.onnx", path, images, options)
+    return path, export_onnx(model, config, path, images, options)
+
+
+def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) -> float:
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        config: of the run; `model` and `data.image_size` are looked at.
+        folder: gets `model.safetensors` and `config.json`; what is there is overwritten.
+        images: uint8 `[N, 3, H, W]` to compare with.
+
+    Returns:
+        The largest difference between the folder's embeddings and the model's.
+
+    Raises:
+        RunError: they differ by more than 1e-4 of the largest embedding value.
+    """
+    from timm.models import save_for_hf
+
+    size, dim = config.data.image_size, config.model.embedding_dim
+    arguments = model_arguments(config.model, size)
+    net = fold_neck(model)
+    net.pretrained_cfg = {  # type: ignore[assignment]
+        "architecture": config.model.name,
+        "input_size": (3, size, size),
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "num_classes": dim,
+        # timm replaces this layer when asked for another number of classes, or for none.
+        "classifier": model.net.pretrained_cfg["classifier"],  # type: ignore[index]
+    }
+    save_for_hf(
+        net,
+        folder,
+        model_config={"num_classes": dim},
+        model_args=arguments,
+        safe_serialization=True,
+    )
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return _compare(model, loaded, images, folder, TIMM_TOLERANCE)
+
+
+def export_onnx(
+    model: Backbone, config: Config, path: str, images: Tensor, options: Options = PLAIN
+) -> float:
+    """Write an ONNX file with input `images` `[N, 3, H, W]` and output `embeddings` `[N, D]`.
+
+    Args:
+        model, config, images: as for `export_timm`.
+        path: of the file; its folder is made.
+        options: see `Options`.
+
+    Returns:
+        The largest difference between ONNX Runtime's embeddings and the model's, over a batch of
+        one and a batch of all images.
+
+    Raises:
+        RunError: they differ by more than 1e-3 of the largest embedding value (float16: 2e-2).
+        UserError: the exporter has no such operator set.
+    """
+    import onnxruntime
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.tmp"
+    example, batch = _example(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Exported(fold_neck(model), options),
+            (example,),
+            temporary,
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            input_names=["images"],
+            output_names=["embeddings"],
+            opset_version=options.opset or None,
+            external_data=False,
+            verbose=False,
+        )
+    _refuse_other_opset(temporary, options.opset)
+    os.replace(temporary, path)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+    def run(batch: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+
+    return _compare_batches(model, run, images, path, options)
+
+
+def export_torch(
+    model: Backbone, config: Config, path: str, images: Tensor, options: Options = PLAIN
+) -> float:
+    """Write a program for `torch.export.load(PATH).module()`, which needs torch alone.
+
+    Args:
+        model, config, images, path, options: as for `export_onnx`; always float32.
+
+    Returns:
+        The largest difference, as for `export_onnx`.
+
+    Raises:
+        RunError: as for `export_onnx`.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    example, batch = _example(config)
+    options = options._replace(half=False)
+    program = torch.export.export(
+        _Exported(fold_neck(model), options), (example,), dynamic_shapes=({0: batch},)
+    )
+    temporary = f"{path}.tmp.pt2"
+    torch.export.save(program, temporary)
+    os.replace(temporary, path)
+    loaded = torch.export.load(path).module()
+    return _compare_batches(model, loaded, images, path, options)
+
+
+def export_mlflow(
+    model: Backbone, onnx_file: str, folder: str, images: Tensor, options: Options = PLAIN
+) -> float:
+    """Write an MLflow model around an ONNX file: `mlflow models predict` and `serve` run it.
+
+    Args:
+        model, images, options: as for `export_onnx`.
+        onnx_file: what `export_onnx` wrote.
+        folder: of the MLflow model; what is there is replaced.
+
+    Returns:
+        The largest difference between what MLflow's pyfunc says and the model.
+
+    Raises:
+        RunError: as for `export_onnx`.
+    """
+    import mlflow.onnx
+    import numpy as np
+    import onnx
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    shape = (-1, *images.shape[1:])
+    with torch.no_grad():
+        dim = model(pixels(images[:1])).shape[1]
+    spec = np.dtype(np.float32)
+    signature = ModelSignature(
+        Schema([TensorSpec(spec, shape, "images")]), Schema([TensorSpec(spec, (-1, dim))])
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    mlflow.onnx.save_model(
+        onnx.load(onnx_file),
+        folder,
+        signature=signature,
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _MLFLOW_NEEDS],
+        save_as_external_data=False,
+    )
+    loaded = mlflow.pyfunc.load_model(folder)
+
+    def run(batch: Tensor) -> Tensor:
+        found = loaded.predict({"images": batch.numpy()})
+        return torch.from_numpy(found["embeddings"])
+
+    return _compare_batches(model, run, images, folder, options)
+
+
+class _Exported(nn.Module):
+    """The folded model, float32 from outside, with what the options add."""
+
+    def __init__(self, net: nn.Module, options: Options) -> None:
+        super().__init__()
+        self.net = net.half() if options.half else net
+        self.options = options
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[N, 3, H, W]` -> `[N, D]`."""
+        embeddings = self.net(images.half() if self.options.half else images).float()
+        return nn.functional.normalize(embeddings) if self.options.normalise else embeddings
+
+
+def _example(config: Config) -> tuple[Tensor, Any]:
+    """Two images to trace with, and a free batch size."""
+    side = config.data.image_size
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    return torch.zeros(2, 3, side, side), batch
+
+
+def _refuse_other_opset(path: str, wanted: int) -> None:
+    """The exporter says nothing when it cannot convert to the operator set that was asked for."""
+    import onnx
+
+    if not wanted:
+        return
+    found = {each.domain: each.version for each in onnx.load(path).opset_import}[""]
+    if found != wanted:
+        os.unlink(path)
+        raise UserError(f"--opset {wanted}: this model can be written in opset {found} only")
+
+
+def _compare_batches(
+    model: nn.Module,
+    exported: Callable[[Tensor], Tensor],
+    images: Tensor,
+    path: str,
+    options: Options,
+) -> float:
+    """`_compare` over a batch of one and a batch of all."""
+    tolerance = HALF_TOLERANCE if options.half else ONNX_TOLERANCE
+
+    def trained(inputs: Tensor) -> Tensor:
+        found: Tensor = model(inputs)
+        return nn.functional.normalize(found) if options.normalise else found
+
+    parts = (images[:1], images)
+    return max(_compare(trained, exported, part, path, tolerance) for part in parts)
+
+
+@torch.no_grad()
+def _compare(
+    model: Callable[[Tensor], Tensor],
+    exported: Callable[[Tensor], Tensor],
+    images: Tensor,
+    path: str,
+    tolerance: float,
+) -> float:
+    """Largest difference of the embeddings; refuses more than `tolerance` of their size."""
+    inputs = pixels(images)
+    expected = model(inputs)
+    difference = (exported(inputs) - expected).abs().max().item()
+    if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+        raise RunError(f"{path}: embeddings differ from the trained model's by {difference:.2e}")
+    return difference

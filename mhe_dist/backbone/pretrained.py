@@ -1,0 +1,107 @@
+"""Weights that a backbone begins with: a `.pth` file, an exported folder, another run."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import fsspec
+import torch
+from torch import Tensor
+
+from mhe_dist.backbone.ema import averaged, is_weight
+from mhe_dist.backbone.model import Backbone
+from mhe_dist.checkpoint.shape_check import refuse_mismatch, shapes
+from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
+
+
+def load(model: Backbone, source: str) -> None:
+    """Give a backbone the weights that `model.init_from` names.
+
+    A file or folder holds the timm model alone, so a neck stays as fresh as it is. A run, or one of
+    its `step_*` folders, holds both; its number of ranks does not matter.
+
+    Args:
+        model: gets the weights.
+        source: path or URL of a file that torch saved (weights only), a `.safetensors` file, a
+            folder that `mhe export --to timm` wrote, a run or a checkpoint.
+
+    Raises:
+        UserError: there is nothing of the kind, or its names or shapes are not those of the model.
+    """
+    source = source.rstrip("/")
+    checkpoint = _checkpoint(source)
+    if checkpoint is not None:
+        tensors = checkpoint.load(is_weight)
+        _fill(model, averaged(tensors), source)
+    else:
+        _fill(model.net, _file(source), source)
+
+
+def _checkpoint(source: str) -> Checkpoint | None:
+    """The checkpoint that is meant, or None where the source is no run."""
+    filesystem, path = fsspec.core.url_to_fs(source)
+    name = source.rpartition("/")[2]
+    if name.startswith("step_") and filesystem.exists(f"{path}/manifest.json"):
+        return Checkpoint(source, int(name.removeprefix("step_")))
+    if not filesystem.exists(f"{path}/checkpoints"):
+        return None
+    newest = CheckpointStore(f"{source}/checkpoints", Topology()).newest()
+    if newest is None:
+        raise UserError(f"model.init_from={source}: the run has no complete checkpoint")
+    return newest
+
+
+def _file(source: str) -> dict[str, Tensor]:
+    """The tensors of a file or of an exported folder, by name."""
+    filesystem, path = fsspec.core.url_to_fs(source)
+    if filesystem.isdir(path):
+        source, path = f"{source}/model.safetensors", f"{path}/model.safetensors"
+    if not filesystem.exists(path):
+        raise UserError(
+            f"model.init_from={source}: does not exist; give a .pth or .safetensors file, a folder "
+            f"of mhe export --to timm, or a run"
+        )
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load as parse
+
+        return parse(filesystem.cat_file(path))
+    try:
+        with filesystem.open(path, "rb") as stream:
+            found = torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"model.init_from={source}: not a file of weights alone ({_first_line(error)}); "
+            f"nothing in it was run"
+        ) from error
+    return _state(found, source)
+
+
+def _state(found: Any, source: str) -> dict[str, Tensor]:
+    """The state dict in what a file holds; wrappers of others are taken off."""
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise UserError(f"model.init_from={source}: holds {type(found).__name__}, no state dict")
+    if all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    return found
+
+
+def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Copy the tensors in; every name must be there, with its shape, and no other."""
+    refuse_mismatch(
+        shapes(module.state_dict()),
+        shapes(tensors),
+        f"model.init_from={source} is not of this model (model.name, model.kwargs, "
+        "model.embedding_dim, model.neck)",
+        ("the model", "the file"),
+        show=6,
+    )
+    module.load_state_dict(tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

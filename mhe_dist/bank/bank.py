@@ -1,0 +1,237 @@
+"""The store of class centres of one partition, with the optimizer state of each row.
+
+A bank holds *units* of L consecutive rows: the heads of Multi-Head Sampling, single rows
+elsewhere. A unit is initialised when it is first touched, from a function of its number alone, so
+that it does not matter when, where or by whom. Memory is asked of the system page by page, as
+units are touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+from mhe_dist.bank.row_store import Local, Memory, RowStore
+from mhe_dist.distributed.topology import CPU
+
+# Bytes worked on together: small enough for a core's share of the cache, large enough for a device.
+HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
+LARGE_UNIT_BYTES = 1 << 17
+
+Initial = Callable[[Tensor], Tensor]
+# Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows lie side by side.
+Units = Tensor | range
+
+
+class Bank:
+    """Rows `[units, L, D]` and per-row state of one rank.
+
+    Args:
+        units: global numbers of the units of this partition.
+        length: L, rows of a unit.
+        width: D, columns of a row.
+        initial: int64 unit numbers `[U]` on the compute device -> first rows `[U, L, D]` there.
+        fields: the optimizer's row state, which starts at zero: name -> float32 columns, or None
+            for a state of D columns in the type of the rows.
+        dtype: type of the stored rows and state; bfloat16 is rounded stochastically.
+        compute_dtype: type of what is read.
+        memory: `device` keeps rows where they are used, `host` in RAM, `file` in sparse files.
+        device: where rows are used.
+        folder: where `file` puts its files.
+        seed: keys the stochastic rounding.
+    """
+
+    def __init__(
+        self,
+        units: range,
+        length: int,
+        width: int,
+        initial: Initial,
+        fields: Mapping[str, int | None] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
+        memory: Memory = "device",
+        device: torch.device = CPU,
+        folder: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.units, self.length, self.width = units, length, width
+        columns = {"weight": None, **(fields or {})}
+        self.fields = tuple(columns)
+        self.compute_dtype, self.device, self.seed = compute_dtype, device, seed
+        self._initial = initial
+        self._touched = np.zeros(len(units), dtype=bool)
+        self._store = {
+            name: RowStore(
+                (len(units), length, width if own is None else own),
+                dtype if own is None else torch.promote_types(dtype, torch.float32),
+                memory,
+                device,
+                None if folder is None else Path(folder) / f"{name}.rows",
+            )
+            for name, own in columns.items()
+        }
+
+    @property
+    def touched(self) -> Tensor:
+        """Global numbers of the units that were touched, ascending, int64 on the host."""
+        return torch.from_numpy(np.flatnonzero(self._touched) + self.units.start)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all rows and their state, touched or not."""
+        return sum(store.rows.nbytes for store in self._store.values())
+
+    @property
+    def units_at_once(self) -> int:
+        """Units that are worked on together."""
+        unit_bytes = self.length * self.width * self.compute_dtype.itemsize
+        return max(1, chunk_bytes(self.device) // unit_bytes)
+
+    def pieces(self, units: Units) -> list[tuple[slice, Units]]:
+        """How to walk over `units` to change their rows: parts of them, and the units of each.
+
+        Small units are taken together, which copies their rows. A large one is taken alone and as
+        a range, which is changed where it lies: on a host, copying it would take as long as all
+        that is done to it.
+        """
+        weight = self._store["weight"].rows
+        unit_bytes = self.length * self.width * weight.element_size()
+        on_host = weight.device.type == self.device.type == "cpu"
+        if isinstance(units, range) or not on_host or unit_bytes < LARGE_UNIT_BYTES:
+            return [(slice(None), units)]
+        return [(slice(i, i + 1), range(u, u + 1)) for i, u in enumerate(units.tolist())]
+
+    def touch(self, units: Units) -> None:
+        """Initialise those of `units` that never were."""
+        local = self._local(units)
+        fresh = np.flatnonzero(~self._touched[local])
+        fresh = fresh + local.start if isinstance(local, slice) else np.unique(local[fresh])
+        chunk = max(1, (1 << 22) // (self.length * self.width))
+        for start in range(0, len(fresh), chunk):
+            numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
+            self._put("weight", numbers, self._initial(numbers.to(self.device)), step=-1)
+        self._touched[fresh] = True
+
+    def read(self, units: Units, field: str = "weight") -> Tensor:
+        """Rows `[U, L, D]` of `units` in the compute type.
+
+        Rows of units that were never touched are made on the way and not kept. A range of touched
+        units that is stored where and as it is used is not copied: whoever changes what comes
+        back changes the bank.
+        """
+        rows = self._get(field, units)
+        if field == "weight":
+            fresh = np.flatnonzero(~self._touched[self._local(units)])
+            if len(fresh):
+                rows = rows.clone() if isinstance(units, range) else rows
+                where = torch.from_numpy(fresh)
+                numbers = where + units.start if isinstance(units, range) else units[where]
+                rows[where.to(rows.device)] = self._initial(numbers.to(self.device)).to(rows)
+        return rows
+
+    def write(self, units: Units, values: dict[str, Tensor], step: int) -> None:
+        """Store fields `[U, L, D]` of touched, distinct `units`; `step` keys the rounding."""
+        for field, rows in values.items():
+            self._put(field, units, rows, step)
+
+    def load(self, units: Tensor, values: dict[str, Tensor]) -> None:
+        """Store fields as they were saved, bit for bit, and mark `units` as touched."""
+        local = units - self.units.start
+        for field, rows in values.items():
+            self._store[field].put(local.numpy(), rows)
+        self._touched[local.numpy()] = True
+
+    def place(self, field: str, units: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Store single rows `[n, columns]` in slots `[n]` of touched `units` `[n]`, bit for bit."""
+        store = self._store[field].rows
+        where = (units - self.units.start) * self.length + slots
+        store.view(-1, store.shape[-1]).index_copy_(0, where.to(store.device), rows.to(store))
+
+    def saved(self, units: Tensor) -> dict[str, Tensor]:
+        """All fields of `units` in the stored type, on the host: what `load` takes."""
+        local = units - self.units.start
+        return {
+            name: store.rows.index_select(0, local.to(store.rows.device)).cpu()
+            for name, store in self._store.items()
+        }
+
+    def forget(self) -> None:
+        """Mark every unit as never touched and clear the optimizer state."""
+        local = self.touched - self.units.start
+        for name in self.fields[1:]:
+            store = self._store[name].rows
+            store.index_fill_(0, local.to(store.device), 0)
+        self._touched[local.numpy()] = False
+
+    def held(self, units: Tensor) -> Tensor:
+        """Which of `units` are in this partition."""
+        return (units >= self.units.start) & (units < self.units.stop)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether naming the units of the next step is of any use."""
+        return any(store.is_ahead for store in self._store.values())
+
+    def expect(self, units: Tensor) -> None:
+        """Say which distinct units the next step will need; see `RowStore.expect`."""
+        local = units.numpy() - self.units.start
+        for store in self._store.values():
+            store.expect(local[self._touched[local]])
+
+    def release(self) -> None:
+        """Let go of memory that was only used to work on rows; between two steps."""
+        for store in self._store.values():
+            store.release()
+
+    def _local(self, units: Units) -> Local:
+        """Where `units` are in this partition, as NumPy and torch index."""
+        first = self.units.start
+        if isinstance(units, range):
+            return slice(units.start - first, units.stop - first)
+        local: npt.NDArray[np.int64] = units.numpy() - first
+        return local
+
+    def _get(self, field: str, units: Units) -> Tensor:
+        rows = self._store[field].get(self._local(units))
+        return rows.to(self.device, self.compute_dtype, non_blocking=True)
+
+    def _put(self, field: str, units: Units, rows: Tensor, step: int) -> None:
+        store = self._store[field]
+        if store.rows.dtype == torch.bfloat16:
+            key = seeds.derive(self.seed, f"rounding of {field}", step)
+            if isinstance(units, range):
+                numbers = torch.arange(units.start, units.stop, device=rows.device)
+            else:
+                numbers = units.to(rows.device, non_blocking=True)
+            rows = round_stochastically(rows, numbers, key)
+        store.put(self._local(units), rows)
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of a chunk that suit the caches and the launch cost of a device."""
+    return DEVICE_CHUNK_BYTES if device.type == "cuda" else HOST_CHUNK_BYTES
+
+
+def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
+    """Round float32 `[U, L, D]` to bfloat16, up with the probability that keeps the mean.
+
+    The noise is a hash of (key, unit, place in the unit), the same on any rank and device.
+    """
+    places = torch.arange(rows[0].numel(), dtype=torch.int32, device=rows.device)
+    noise = places.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
+    noise = (noise ^ (noise >> 15)) * -2048144789
+    noise = ((noise ^ (noise >> 13)) * -1028477379) >> 16 & 0xFFFF
+    bits = rows.float().contiguous().view(torch.int32) + noise.view(rows.shape)
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def _as_int32(key: int) -> int:
+    return (key & 0xFFFFFFFF) - (1 << 32 if key & 0x80000000 else 0)

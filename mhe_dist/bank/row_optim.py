@@ -1,0 +1,166 @@
+"""Row-sparse SGD and AdamW: only the touched rows of a bank, and their state, are read or written.
+
+How that differs from the dense optimizer: a row that no sample selected keeps its weight, its
+momentum and its moments as they were, where a dense optimizer would let the momentum carry it on
+and weight decay shrink it; AdamW's bias correction counts a row's own updates.
+
+The loss sees a row only through its product with embeddings, so that its gradient is a sum of
+embeddings `e` weighted by `a`, and the part along the row itself (from normalising it) is a
+multiple `b` of the row. Gradients arrive in that form; for rows that few samples selected the sum
+is never written to memory on its own: SGD folds it into the momentum in one product.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhe_dist.bank.bank import Bank, Units
+from mhe_dist.config.head import HeadOptimConfig
+
+
+class LowRank(NamedTuple):
+    """Gradient of rows `w` `[U, L, D]` that few samples selected: `a^T e + b * w`.
+
+    Attributes:
+        a: `[U, c, L]`, weights of the embeddings.
+        e: `[U, c, D]`, the embeddings that the rows were compared with.
+        b: `[U, L]`, the part along each row; None for rows that are not normalised.
+    """
+
+    a: Tensor
+    e: Tensor
+    b: Tensor | None
+
+    def add_to(self, velocity: Tensor, keep: float) -> Tensor:
+        """`keep * velocity + a^T e`, in place."""
+        return velocity.baddbmm_(self.a.transpose(1, 2), self.e, beta=keep)
+
+    def product(self) -> Tensor:
+        """`a^T e` `[U, L, D]`, a new tensor."""
+        return torch.bmm(self.a.transpose(1, 2), self.e)
+
+    def of(self, part: slice) -> LowRank:
+        """The gradient of some of the units."""
+        return LowRank(self.a[part], self.e[part], None if self.b is None else self.b[part])
+
+
+class Dense(NamedTuple):
+    """Gradient of rows `w` `[U, L, D]` that many samples selected: `g + b * w`.
+
+    Attributes:
+        g: `[U, L, D]`, the sum over samples, already formed.
+        b: `[U, L]`, the part along each row; None for rows that are not normalised.
+    """
+
+    g: Tensor
+    b: Tensor | None
+
+    def add_to(self, velocity: Tensor, keep: float) -> Tensor:
+        """`keep * velocity + g`, in place."""
+        return velocity.mul_(keep).add_(self.g)
+
+    def product(self) -> Tensor:
+        """`g` itself; it is consumed by the update."""
+        return self.g
+
+    def of(self, part: slice) -> Dense:
+        """The gradient of some of the units."""
+        return Dense(self.g[part], None if self.b is None else self.b[part])
+
+
+RowGradient = LowRank | Dense
+
+
+class RowOptimizer(ABC):
+    """Updates touched rows of a bank that was made with its `fields`."""
+
+    @property
+    @abstractmethod
+    def fields(self) -> dict[str, int | None]:
+        """Name -> columns, as `Bank` takes them."""
+
+    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
+        """Update the distinct, touched `units`."""
+        for part, piece in bank.pieces(units):
+            self._update(bank, piece, gradient.of(part), lr, step)
+
+    @abstractmethod
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class RowSGD(RowOptimizer):
+    """`v <- momentum v + g + weight_decay w; w <- w - lr v`, as torch.optim.SGD does."""
+
+    momentum: float
+    weight_decay: float
+
+    @property
+    def fields(self) -> dict[str, int | None]:
+        """The momentum, if there is any."""
+        return {"momentum": None} if self.momentum else {}
+
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None:
+        rows = bank.read(units)
+        along = self._along(gradient, rows)
+        if self.momentum:
+            velocity = gradient.add_to(bank.read(units, "momentum"), self.momentum)
+        else:
+            velocity = gradient.product()
+        if along is not None:
+            velocity.addcmul_(rows, along)
+        rows.add_(velocity, alpha=-lr)
+        bank.write(units, {"weight": rows} | dict.fromkeys(self.fields, velocity), step)
+
+    def _along(self, gradient: RowGradient, rows: Tensor) -> Tensor | None:
+        """What multiplies the row itself: the gradient's part and the weight decay."""
+        if gradient.b is not None:
+            return gradient.b.add(self.weight_decay).unsqueeze(-1)
+        return rows.new_full((1, 1, 1), self.weight_decay) if self.weight_decay else None
+
+
+@dataclass(frozen=True)
+class RowAdamW(RowOptimizer):
+    """AdamW (Loshchilov and Hutter, 2019) on touched rows, as torch.optim.AdamW does."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    @property
+    def fields(self) -> dict[str, int | None]:
+        """Both moments, and the number of updates of each row."""
+        return {"exp_avg": None, "exp_avg_sq": None, "age": 1}
+
+    def _update(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None:
+        beta1, beta2 = self.betas
+        rows = bank.read(units)
+        state = {field: bank.read(units, field) for field in self.fields}
+        g = gradient.product()
+        if gradient.b is not None:
+            g = g.addcmul_(rows, gradient.b.unsqueeze(-1))
+        age = state["age"].add_(1)
+        mean = state["exp_avg"].lerp_(g, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        root = square.div(1 - beta2**age).sqrt_().add_(self.eps)
+        rows.mul_(1 - lr * self.weight_decay)
+        rows.addcdiv_(mean / (1 - beta1**age), root, value=-lr)
+        bank.write(units, {"weight": rows} | state, step)
+
+
+def build(config: HeadOptimConfig) -> RowOptimizer:
+    """The row optimizer of the config."""
+    if config.kind == "adamw":
+        return RowAdamW(config.betas, config.eps, config.weight_decay)
+    return RowSGD(config.momentum, config.weight_decay)

@@ -1,0 +1,1 @@
+"""Checkpoints of named global tensors: written by all ranks, read on any number of ranks."""

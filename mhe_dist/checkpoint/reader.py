@@ -1,0 +1,76 @@
+"""One complete checkpoint: what it holds, and the tensors that somebody wants of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mhe_dist.checkpoint.files import RUN, Folder
+from mhe_dist.errors import RunError
+
+
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        path: URL of its folder.
+        step: its step.
+    """
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path = path
+        self.step = step
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """What was given to `save` as `run`."""
+        return Folder(self.path).read_json(RUN)
+
+    def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name -> (shape, dtype) of every tensor."""
+        return {
+            name: (tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    @cached_property
+    def _metadata(self) -> Any:
+        return FsspecReader(self.path).read_metadata()
+
+    def load(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Tensors on the host, whose names `wanted` picks; no other bytes are read.
+
+        Every rank may load other names; nobody waits for anybody.
+
+        Raises:
+            RunError: the files cannot be read.
+        """
+        tensors = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in self.names().items()
+            if wanted(name)
+        }
+        try:
+            # With collectives DCP would ask all ranks to load the same names.
+            dcp.load(tensors, storage_reader=FsspecReader(self.path), no_dist=True)
+        except dcp.CheckpointException as error:
+            raise RunError(f"{self.path}: {first_failure(error)}") from error
+        return tensors
+
+
+def first_failure(error: BaseException) -> str:
+    """One line of an error; of DCP's, which quotes every rank's traceback, the first cause."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    if isinstance(error, RunError):  # rank 0's own words
+        return str(error)
+    return f"{type(error).__name__}: {error}"

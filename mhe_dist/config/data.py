@@ -1,0 +1,91 @@
+"""The blocks of the config that say where the images are and how they come."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mhe_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class GlyphsConfig(Section):
+    """Makes the glyph data set when `data.shards` does not exist yet."""
+
+    fonts: str = Field("", description="Folder of font files; empty: those that matplotlib ships.")
+    heldout_fonts: list[str] = Field(
+        ["STIXGeneral*"], description="Names (* and ?) of font files kept for the evaluation."
+    )
+    heldout_classes: PositiveInt = Field(500, description="Classes kept for the evaluation alone.")
+    min_fonts: PositiveInt = Field(4, description="A class needs a glyph in this many font files.")
+    max_classes: int = Field(
+        0, ge=0, description="Most classes for training, drawn at random; 0: all there are."
+    )
+    image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image; each draw is keyed by (seed, epoch, sample)."""
+
+    flip: Fraction = Field(0.0, description="Probability of a horizontal flip.")
+    crop: Fraction = Field(0.0, description="Largest share of the side that a random crop removes.")
+    rotate: float = Field(0.0, ge=0, le=180, description="Largest rotation in degrees.")
+    brightness: Fraction = Field(0.0, description="Largest relative change of brightness.")
+    contrast: Fraction = Field(0.0, description="Largest relative change of contrast.")
+    saturation: Fraction = Field(0.0, description="Largest relative change of saturation.")
+    blur: Fraction = Field(0.0, description="Probability of a Gaussian blur.")
+    low_resolution: Fraction = Field(0.0, description="Probability of down- and upscaling.")
+    erase: Fraction = Field(0.0, description="Probability of erasing a random rectangle.")
+    fill: int = Field(0, ge=0, le=255, description="Grey value shown where no image is.")
+
+
+class RemoteConfig(Section):
+    """How shards are read that are not on this machine's disks."""
+
+    retries: int = Field(5, ge=0, description="Further attempts after a transient fault.")
+    read_ahead_mib: int = Field(256, ge=0, description="Most MiB a loader process reads ahead.")
+    cache_dir: str = Field("", description="Folder of a host's disk for whole shards; empty: none.")
+    cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
+
+
+class MixConfig(Section):
+    """A further data set; its classes are others than those of the sets before it."""
+
+    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Passes over it in an epoch; 0.5: a random half."
+    )
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+
+
+class DataConfig(Section):
+    """Where the images are, in which order they come and how they are prepared."""
+
+    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+    images_per_class: int = Field(
+        0, ge=0, description="Most images of a class in an epoch, drawn anew each time; 0: all."
+    )
+    mix: list[MixConfig] = Field(
+        [], description="Further data sets, each with shards, weight and classes."
+    )
+    glyphs: GlyphsConfig | None = Field(
+        None, description="If set, make the glyph data set there when it is missing."
+    )
+    image_size: PositiveInt = Field(112, description="Side of the training images in pixels.")
+    streams: PositiveInt = Field(64, description="S: parallel sample sequences, fixed for the run.")
+    shuffle_window: PositiveInt = Field(
+        1024, description="Consecutive samples of a stream that are permuted together."
+    )
+    loader_workers: int = Field(1, ge=0, description="Loader processes per rank; 0: in the rank.")
+    prefetch: PositiveInt = Field(
+        2, description="Micro-batches that each loader process keeps ready."
+    )
+    on_bad_sample: Literal["skip", "fail"] = Field(
+        "skip", description="What to do with a sample that cannot be read."
+    )
+    max_bad_fraction: Fraction = Field(
+        0.001, description="With skip: share of bad samples that ends the run."
+    )
+    remote: RemoteConfig = Field(RemoteConfig(), description="Shards behind a URL.")
+    augment: AugmentConfig = Field(AugmentConfig(), description="Random changes of the images.")

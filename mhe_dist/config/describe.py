@@ -1,0 +1,103 @@
+"""Plain words for the config models: what a key may hold, and which key a typo meant."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mhe_dist.config.schema import Config
+
+_BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+
+
+class Key(NamedTuple):
+    """A key of the configuration: its dotted path and its field; a section if it holds keys."""
+
+    path: str
+    field: FieldInfo
+    section: type[BaseModel] | None
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
+    """Every section and key under a model, a section before its keys, in the order of the file."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        yield Key(prefix + name, field, section)
+        if section:
+            yield from all_keys(section, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model behind an annotation `Model` or `Model | None`; None for any other type."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def allowed(key: Key) -> str:
+    """What a key may hold, to follow "must be"."""
+    return _type_words(key.field.annotation, key.field.metadata)
+
+
+def meant(path: str) -> list[str]:
+    """Existing paths, at most three, that an unknown one may have meant; best first.
+
+    A slip in one part of the path comes first, then a key of that name in another section.
+    """
+    known = {key.path: key for key in all_keys()}
+    fixed: list[str] = []
+    for part in path.split("."):
+        here = ".".join(fixed)
+        names = [name.split(".")[-1] for name in known if name.rpartition(".")[0] == here]
+        near = [part] if part in names else get_close_matches(part, names, 1)
+        if not near:
+            break
+        fixed += near
+    else:
+        return [".".join(fixed)]
+    name = path.rsplit(".", 1)[-1]
+    same = [other for other in known if other.rsplit(".", 1)[-1] == name]
+    others = [other for other in known if not path.startswith(f"{other}.")]
+    return (same or get_close_matches(path, others, 3, 0.75))[:3]
+
+
+def _type_words(annotation: Any, metadata: list[Any]) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [
+            m for a in arguments[1:] for m in (a.metadata if isinstance(a, FieldInfo) else [a])
+        ]
+        words = _type_words(arguments[0], inner)
+    elif origin in (Union, types.UnionType):
+        words = " or ".join("null" if a is type(None) else _type_words(a, []) for a in arguments)
+    elif origin is Literal:
+        words = f"one of {', '.join(map(str, arguments))}"
+    elif origin is list:
+        words = f"a list, each item {_type_words(arguments[0], [])}"
+    elif origin is tuple:
+        words = f"a list of {len(arguments)}, each {_type_words(arguments[0], [])}"
+    elif section := section_of(annotation):
+        words = f"a block of keys ({', '.join(section.model_fields)})"
+    else:
+        words = _scalar_words(annotation, metadata)
+    return words
+
+
+def _scalar_words(annotation: Any, metadata: list[Any]) -> str:
+    nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words = nouns.get(annotation, "a block of keys")
+    bounds = [
+        f"{_BOUNDS[kind]} {getattr(limit, kind)}"
+        for limit in metadata
+        for kind in _BOUNDS
+        if getattr(limit, kind, None) is not None
+    ]
+    patterns = [p for m in metadata if (p := getattr(m, "pattern", None)) is not None]
+    words += "".join(f" of the form {pattern}" for pattern in patterns)
+    return " ".join([words, " and ".join(bounds)]).strip()

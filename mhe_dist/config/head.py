@@ -1,0 +1,136 @@
+"""Models of the YAML's block about the head; see `config.py`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from mhe_dist.config.section import Decay, Fraction, PositiveFloat, PositiveInt, Section
+
+
+class MarginConfig(Section):
+    """What the head does to the logits before the softmax."""
+
+    kind: Literal["none", "softmax", "arcface", "cosface", "combined", "adaface"] = Field(
+        "cosface", description="none: inner product and bias; softmax: scaled cosine, no margin."
+    )
+    scale: PositiveFloat = Field(64.0, description="s: what cosines are multiplied with.")
+    m: float = Field(0.4, ge=0, lt=1.6, description="The margin of arcface, cosface and adaface.")
+    m1: PositiveFloat = Field(1.0, description="combined: cos(m1 * theta + m2) - m3.")
+    m2: float = Field(0.0, ge=0, lt=1.6, description="combined: cos(m1 * theta + m2) - m3.")
+    m3: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
+    h: PositiveFloat = Field(0.333, description="adaface: concentration of the norms.")
+    ema: Fraction = Field(0.01, description="adaface: weight of a new batch in the running norms.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the margin grows from 0.")
+    filter: float = Field(
+        0.0, ge=0, le=1, description="Drop negatives whose cosine exceeds this; 0: keep all."
+    )
+
+
+class BankConfig(Section):
+    """How a rank stores the class centres of its partition."""
+
+    memory: Literal["device", "host", "file"] = Field("device", description="Where rows are kept.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Stored type of rows; bfloat16 is rounded stochastically."
+    )
+    path: str = Field("", description="file: folder for the row files; empty: inside the run.")
+
+
+class HeadOptimConfig(Section):
+    """The optimizer of the rows; its learning rate follows the backbone's schedule."""
+
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="Row-sparse optimizer.")
+    lr_scale: PositiveFloat = Field(1.0, description="Rows learn at optim.lr times this.")
+    momentum: Decay = Field(0.9, description="sgd: momentum.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="adamw: decay of both moments.")
+    eps: PositiveFloat = Field(1e-8, description="adamw: added to the root.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay of the touched rows.")
+
+
+class MhsConfig(Section):
+    """Multi-Head Sampling."""
+
+    length: PositiveInt = Field(100, description="L: classes in a head.")
+    extra_heads: int = Field(
+        8, ge=0, description="m: extra heads per group (route) or in all (gather)."
+    )
+    exchange: Literal["route", "gather"] = Field(
+        "route", description="route: samples travel to their heads; gather: every rank sees all."
+    )
+    negatives: Literal["own", "own_plus", "batch"] = Field(
+        "own_plus",
+        description="The softmax's classes: own head, own + m, or the batch's heads + m.",
+    )
+    correction: bool = Field(False, description="Add log(1/q) to sampled negatives' logits.")
+    repartition_every: int = Field(
+        0, ge=0, description="Epochs after which classes move to other heads; 0: never."
+    )
+
+
+class PartialFcConfig(Section):
+    """PartialFC: positives of the batch and a random share of the other classes."""
+
+    rate: float = Field(0.1, gt=0, le=1, description="Share of each group's classes in a step.")
+
+
+class MhpConfig(Section):
+    """Multi-Head Product."""
+
+    lengths: list[PositiveInt] = Field(
+        [], description="Classes per head, most significant first; empty: two near the root of C."
+    )
+
+
+class MhcConfig(Section):
+    """Multi-Head Cascade."""
+
+    lengths: list[PositiveInt] = Field(
+        [], description="Classes per level, most significant first; empty: two near the root of C."
+    )
+    candidates: PositiveInt = Field(8, description="k: candidates that a level hands to the next.")
+    multi_label: bool = Field(False, description="Binary cross-entropy on each level.")
+
+
+class HeadConfig(Section):
+    """The classifier over all classes; thrown away after pretraining."""
+
+    kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
+        "mhs", description="Which head; the block of the same name configures it."
+    )
+    init_from: str = Field(
+        "", description="Run or step_* folder whose rows a new run begins with; empty: none."
+    )
+    margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
+    bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
+    optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
+    groups: PositiveInt = Field(
+        8,
+        description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones.",
+    )
+    on_bad_label: Literal["fail", "ignore"] = Field(
+        "fail", description="What to do with a label outside [0, C)."
+    )
+    mhs: MhsConfig = Field(MhsConfig(), description="Multi-Head Sampling.")
+    partial_fc: PartialFcConfig = Field(PartialFcConfig(), description="PartialFC.")
+    mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
+    mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
+
+    def misfits(self, workers: int) -> list[str]:
+        """Say which values contradict one another, or so many workers; see `config.misfits`."""
+        wrong = []
+        if self.kind != "mhp" and self.groups < workers:
+            wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")
+        routed = self.kind == "mhs" and self.mhs.exchange == "route"
+        if routed and self.mhs.negatives == "batch":
+            wrong.append(
+                "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
+                "meets only its own head and the extra ones"
+            )
+        if self.margin.filter and self.margin.kind == "none":
+            wrong.append(
+                f"head.margin.filter={self.margin.filter} is a cosine, but head.margin.kind=none "
+                "makes no cosines"
+            )
+        return wrong

@@ -1,0 +1,303 @@
+"""Models of the YAML that describes a run: every key, its default, its meaning, its limits.
+
+Free of torch, so that the command line answers at once. `config_load.py` reads files and
+overrides into these models and words the mistakes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, model_validator
+
+from mhe_dist.config.data import DataConfig
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.config.section import Decay, PositiveFloat, PositiveInt, Section
+
+
+class RunConfig(Section):
+    """What the run is called and where its results go."""
+
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run; the same name continues the same run.",
+    )
+    dir: str = Field("runs", description="Folder or fsspec URL that holds the runs.")
+    seed: int = Field(0, ge=0, description="The seed of everything that is drawn.")
+
+    @property
+    def path(self) -> str:
+        """Folder or URL of this run: `dir/name`."""
+        return f"{self.dir.rstrip('/')}/{self.name}"
+
+
+class ModelConfig(Section):
+    """The backbone: a timm model whose classifier is the embedding layer."""
+
+    name: str = Field("resnet18", description="Name of a timm model.")
+    kwargs: dict[str, Any] = Field({}, description="Further arguments of timm.create_model.")
+    embedding_dim: PositiveInt = Field(512, description="D: width of the embedding.")
+    neck: Literal["none", "batchnorm"] = Field(
+        "batchnorm", description="What follows the embedding layer; folded into it on export."
+    )
+    init_from: str = Field(
+        "", description="Weights to begin with: .pth, .safetensors, exported folder, run; or none."
+    )
+    grad_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory."
+    )
+    compile: bool = Field(
+        False, description="torch.compile the backbone; on a CPU that needs a C++ compiler."
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer and schedule of the backbone."""
+
+    kind: Literal["sgd", "adamw"] = Field("sgd", description="Optimizer of the backbone.")
+    lr: PositiveFloat = Field(0.1, description="Peak learning rate.")
+    momentum: Decay = Field(0.9, description="sgd: momentum.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="adamw: decay of both moments.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay.")
+    schedule: Literal["constant", "cosine", "polynomial"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear growth from 0.")
+    final_lr: float = Field(0.0, ge=0, description="Learning rate of the last step.")
+    power: PositiveFloat = Field(2.0, description="polynomial: the exponent.")
+    clip_norm: float = Field(
+        0.0, ge=0, description="Largest gradient norm of the backbone; 0: no clipping."
+    )
+    ema: Decay = Field(
+        0.0, description="Decay per step of averaged weights, evaluated and exported; 0: none."
+    )
+
+
+class TrainConfig(Section):
+    """How long and in which pieces."""
+
+    epochs: PositiveFloat = Field(20.0, description="Passes over the data.")
+    max_steps: int = Field(0, ge=0, description="Stop the schedule at this step; 0: by epochs.")
+    global_batch: PositiveInt = Field(512, description="Images per optimizer step, over all ranks.")
+    micro_batch: PositiveInt = Field(
+        128, description="B: images per forward pass on one rank, whatever the number of ranks."
+    )
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        "auto",
+        description="bf16: autocast of the backbone; auto: bf16 where the hardware multiplies it, "
+        "else float32, whose rounding does not depend on the number of ranks; fp16 is not offered.",
+    )
+    log_every: PositiveInt = Field(10, description="Steps between two records of the metrics.")
+
+    @property
+    def micro_batches(self) -> int:
+        """n: micro-batches of a step, over all ranks."""
+        return self.global_batch // self.micro_batch
+
+
+class ScaleConfig(Section):
+    """The workers and what each one gets."""
+
+    workers: PositiveInt = Field(
+        1, description="W: number of workers (ranks); {min: a, max: b} sets min_workers, too."
+    )
+    min_workers: int = Field(
+        0,
+        ge=0,
+        description="Fewest workers that the run goes on with when some are lost, until there is "
+        "room for more again; 0: exactly scale.workers.",
+    )
+    gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
+    cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
+    resources: dict[str, PositiveFloat] = Field(
+        {}, description="Further Ray resources of a worker, by name: memory (bytes), your own."
+    )
+    accelerator_type: str = Field(
+        "", description="Kind of accelerator as Ray names it, such as H100; empty: any."
+    )
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
+        "pack", description="pack: few nodes, so that samples travel a short way; spread: many."
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
+    max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
+    timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, values: Any) -> Any:
+        """`workers: {min: a, max: b}` is `workers: b` with `min_workers: a`."""
+        found = values.get("workers") if isinstance(values, dict) else None
+        if not isinstance(found, dict) or found.keys() != {"min", "max"}:
+            return values
+        return {**values, "workers": found["max"], "min_workers": found["min"]}
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return 0 < self.min_workers < self.workers
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers that the run goes on with."""
+        return self.min_workers or self.workers
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation of the embedding."""
+
+    shards: str = Field("", description="Folder or URL of held-out shards; empty: no evaluation.")
+    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: at the end only.")
+    pairs: PositiveInt = Field(
+        6000, description="Pairs drawn for 1:1 verification, half of them same."
+    )
+    flip: bool = Field(False, description="Add the embedding of the mirrored image.")
+    typefaces: dict[str, str] = Field(
+        {},
+        description="Glyphs: figures for the probes of some typefaces alone, each by a name of "
+        "yours and a pattern (* and ?) of font files.",
+    )
+    verification: list[str] = Field(
+        [], description="InsightFace .bin files (lfw.bin, ...) to verify on at each evaluation."
+    )
+
+
+class CheckpointConfig(Section):
+    """When to save and what to keep."""
+
+    every_steps: int = Field(500, ge=0, description="Steps between saves; 0: none by steps.")
+    every_minutes: float = Field(
+        0.0, ge=0, description="Minutes after a save when another is due; 0: none by time."
+    )
+    keep_last: PositiveInt = Field(2, description="Newest complete checkpoints that are kept.")
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints of steps that this divides are kept; 0: none."
+    )
+    keep_best: str = Field(
+        "",
+        description="Held-out metric, such as rank1, whose best checkpoint is kept too; -NAME: the "
+        "lowest is the best. Every evaluated step is then saved; empty: none.",
+    )
+
+
+class GuardConfig(Section):
+    """What counts as divergence, and what follows from it."""
+
+    on_divergence: Literal["stop", "rollback", "ignore"] = Field(
+        "stop",
+        description="When the loss or the gradient is not finite: end the run, or go back to the "
+        "checkpoint before and leave those batches out; a bundle in divergence/ says more.",
+    )
+    spike: float = Field(
+        0.0, ge=0, description="A loss this many times the running mean diverges, too; 0: never."
+    )
+    max_rollbacks: int = Field(3, ge=0, description="Rollbacks after which the run ends.")
+
+
+class TrackingConfig(Section):
+    """Where the metrics go, beside metrics.jsonl in the run's folder."""
+
+    mlflow: bool = Field(True, description="Log to MLflow.")
+    uri: str = Field(
+        "", description="MLflow server; empty: MLFLOW_TRACKING_URI, or SQLite in run.dir."
+    )
+    experiment: str = Field("mhe", description="MLflow experiment.")
+
+
+class ExportConfig(Section):
+    """What is written when the training ends."""
+
+    formats: list[Literal["timm", "onnx", "torch-export", "mlflow"]] = Field(
+        ["timm", "onnx"], description="Formats of the exported backbone."
+    )
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = Field(RunConfig(), description="Name and place of the run.")
+    data: DataConfig = Field(..., description="The images.")
+    model: ModelConfig = Field(ModelConfig(), description="The backbone.")
+    head: HeadConfig = Field(HeadConfig(), description="The classifier.")
+    optim: OptimConfig = Field(OptimConfig(), description="Optimizer of the backbone.")
+    train: TrainConfig = Field(TrainConfig(), description="Length and batches.")
+    scale: ScaleConfig = Field(ScaleConfig(), description="Workers.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Checkpoints.")
+    guard: GuardConfig = Field(GuardConfig(), description="Divergence.")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
+    export: ExportConfig = Field(ExportConfig(), description="Exported backbone.")
+
+    def group_sizes(self) -> list[int]:
+        """Numbers of workers that the run can have: they divide the micro-batches of a step."""
+        sizes = range(self.scale.fewest, self.scale.workers + 1)
+        return [size for size in sizes if self.train.micro_batches % size == 0]
+
+    @model_validator(mode="after")
+    def _pieces_fit(self, info: ValidationInfo) -> Config:
+        """Refuse misfits, unless the caller says in the context that it will look for them."""
+        if not (info.context or {}).get("misfits_later") and (wrong := misfits(self)):
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+def misfits(config: Config) -> list[str]:
+    """Say which values contradict one another, a sentence each that names every key it is about.
+
+    Micro-batches, workers and streams must divide one another (DESIGN section 5).
+    """
+    train, data, scale = config.train, config.data, config.scale
+    wrong = []
+    if scale.min_workers > scale.workers:
+        wrong.append(
+            f"scale.min_workers={scale.min_workers} is more than scale.workers={scale.workers}"
+        )
+    if train.global_batch % train.micro_batch:
+        wrong.append(
+            f"train.global_batch={train.global_batch} is not a multiple of "
+            f"train.micro_batch={train.micro_batch}"
+        )
+    else:
+        sizes = "train.global_batch / train.micro_batch"
+        step = f"{train.micro_batches} micro-batches of a step ({sizes})"
+        if not config.group_sizes() and scale.min_workers <= scale.workers:
+            between = f"no number from scale.min_workers={scale.min_workers} to "
+            prefix = between if scale.elastic else ""
+            verb = "divides" if scale.elastic else "does not divide"
+            wrong.append(f"{prefix}scale.workers={scale.workers} {verb} the {step}")
+        if data.streams % train.micro_batches:
+            wrong.append(f"data.streams={data.streams} is not a multiple of the {step}")
+    if train.global_batch % data.streams:
+        wrong.append(
+            f"train.global_batch={train.global_batch} is not a multiple of "
+            f"data.streams={data.streams}"
+        )
+    if "://" in data.remote.cache_dir:
+        wrong.append(
+            f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
+            "disk of each host"
+        )
+    wrong += config.head.misfits(max(config.group_sizes(), default=scale.workers))
+    if config.optim.ema and config.scale.zero_stage == 3:
+        wrong.append(
+            f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
+            "scale.zero_stage=3 cuts them"
+        )
+    if config.model.compile and config.scale.zero_stage == 3:
+        wrong.append(
+            "model.compile=true takes the network as one piece, but scale.zero_stage=3 cuts its "
+            "weights layer by layer"
+        )
+    evaluate = config.evaluate
+    evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)
+    if config.checkpoint.keep_best and not evaluated:
+        wrong.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
+            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
+            "has a score"
+        )
+    if config.optim.final_lr > config.optim.lr:
+        wrong.append(
+            f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"
+        )
+    return wrong

@@ -1,0 +1,1 @@
+"""Ranks: process groups, collectives, starting ranks on one machine, and noticing stuck ones."""

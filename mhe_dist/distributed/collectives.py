@@ -1,0 +1,111 @@
+"""Collectives that gradients flow through; each docstring states the scale of the gradient.
+
+Alone (no process group, or one rank) every function is the identity and its gradient too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhe_dist.distributed.topology import Group, Topology
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], topology: Topology
+    ) -> Tensor:
+        """Exchange rows; see `all_to_all`."""
+        ctx.send, ctx.receive, ctx.topology = send, receive, topology
+        return _exchange(rows, send, receive, topology)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], ctx.receive, ctx.send, ctx.topology), None, None, None
+
+
+def _exchange(rows: Tensor, send: list[int], receive: list[int], topology: Topology) -> Tensor:
+    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
+    group = _group_of(rows, topology)
+    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
+    return arrived
+
+
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], topology: Topology) -> Tensor:
+    """Send consecutive rows to the ranks; what arrives is ordered by sender.
+
+    The gradient of a row is what its receiver computed for it, sent back by the mirrored
+    exchange, unscaled.
+
+    Args:
+        rows: `[sum(send), ...]`, on the device or on the host.
+        send: rows for each rank, on the host, so that no device is waited for.
+        receive: rows from each rank.
+
+    Returns:
+        `[sum(receive), ...]`.
+    """
+    if topology.world_size == 1:
+        return rows
+    return _AllToAll.apply(rows, send, receive, topology)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, topology: Topology) -> Tensor:
+        ctx.topology = topology
+        return gather_rows(rows, topology)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Sum every rank's gradients of this rank's rows."""
+        topology, grad = ctx.topology, grads[0].contiguous()
+        mine = grad.new_empty(grad.shape[0] // topology.world_size, *grad.shape[1:])
+        dist.reduce_scatter_single(mine, grad, group=topology.device_group)
+        return mine, None
+
+
+def all_gather(rows: Tensor, topology: Topology) -> Tensor:
+    """Every rank's rows, ordered by rank; all ranks give the same number.
+
+    The gradient of a row is the *sum* of what all ranks computed for it (one reduce-scatter).
+
+    Args:
+        rows: `[B, ...]` on the device.
+
+    Returns:
+        `[W * B, ...]`.
+    """
+    if topology.world_size == 1:
+        return rows
+    return _AllGather.apply(rows, topology)
+
+
+def gather_rows(rows: Tensor, topology: Topology) -> Tensor:
+    """`all_gather` without a gradient, for device or host tensors: `[B, ...]` -> `[W * B, ...]`."""
+    if topology.world_size == 1:
+        return rows
+    group = _group_of(rows, topology)
+    gathered = rows.new_empty(topology.world_size * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_single(gathered, rows.contiguous(), group=group)
+    return gathered
+
+
+def all_reduce(values: Tensor, topology: Topology, op: str = "sum") -> Tensor:
+    """Reduce `values` over the ranks in place, without a gradient; `op` is sum, max or mean."""
+    if topology.world_size > 1:
+        group = _group_of(values, topology)
+        reduce_op = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        dist.all_reduce(values, op=reduce_op, group=group)
+        if op == "mean":
+            values /= topology.world_size
+    return values
+
+
+def _group_of(values: Tensor, topology: Topology) -> Group:
+    """The process group that carries tensors of that device."""
+    return topology.host_group if values.device.type == "cpu" else topology.device_group

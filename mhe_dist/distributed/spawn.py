@@ -1,0 +1,64 @@
+"""A function on several ranks, each in a fresh process: what it measures is its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from mhe_dist.distributed import topology
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    device: str | None = "cpu",
+    timeout_s: float = 60.0,
+    start_method: str = "spawn",
+) -> list[Any]:
+    """Run `fn(topology, *args)` on `world_size` ranks of one thread each; its results by rank.
+
+    Args:
+        fn: a function of a module, that returns tensors and plain containers.
+        world_size: W.
+        args: of the function; they are pickled.
+        device: "cpu" with gloo, or None for a GPU each with NCCL where there are any.
+        timeout_s: of a collective.
+        start_method: of `multiprocessing`; "forkserver" is quicker and shares what was imported.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (fn, world_size, port, folder, device, timeout_s, args)
+        mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
+
+
+def _rank_main(
+    rank: int,
+    fn: Callable[..., Any],
+    world_size: int,
+    port: int,
+    folder: str,
+    device: str | None,
+    timeout_s: float,
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = topology.connect(timeout_s, torch.device(device) if device else None)
+    result = fn(place, *args)
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    place.barrier()
+    topology.disconnect()

@@ -1,0 +1,81 @@
+"""BatchNorm's running statistics as a function of the step, not of the number of ranks.
+
+Every micro-batch of a step updates the statistics once, from the values at the step's start; the
+step's result is the mean over its micro-batches (DESIGN section 5). The sum is taken in float64, so
+its order does not show (gradient_sum.py says why that matters): one small reduction per step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.topology import Topology
+
+
+class RunningStatistics:
+    """The BatchNorm buffers of a model, brought through the micro-batches of a step.
+
+    Call `begin` before and `end` after each training forward, `finish` once per step.
+    `num_batches_tracked` then counts steps.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.values: list[Tensor] = [
+            b for m in norms for b in (m.running_mean, m.running_var) if b is not None
+        ]
+        self._counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._start = [torch.empty_like(b) for b in self.values]
+        self._start_counts = [torch.empty_like(b) for b in self._counts]
+        self._end_counts = [torch.empty_like(b) for b in self._counts]
+        self._sums = [torch.empty_like(b, dtype=torch.float64) for b in self.values]
+        self._seen = 0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the buffers are those of a micro-batch: of this rank, in a step begun."""
+        return self._seen > 0
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before a training forward: back to the values at the step's start."""
+        if not self.values:
+            return
+        if self._seen == 0:
+            torch._foreach_copy_(self._start, self.values)
+            torch._foreach_copy_(self._start_counts, self._counts)
+        else:
+            torch._foreach_copy_(self.values, self._start)
+            torch._foreach_copy_(self._counts, self._start_counts)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """After a training forward: remember what it made of the statistics."""
+        if not self.values:
+            return
+        if self._seen == 0:
+            torch._foreach_copy_(self._sums, self.values)
+        else:
+            torch._foreach_add_(self._sums, self.values)
+        torch._foreach_copy_(self._end_counts, self._counts)
+        self._seen += 1
+
+    @torch.no_grad()
+    def finish(self, topology: Topology) -> None:
+        """At the end of a step: the mean over the micro-batches of all ranks; all ranks must call.
+
+        What a forward pass that was repeated in the backward pass (gradient checkpointing) made of
+        the statistics is forgotten.
+        """
+        if self._seen and self.values:
+            sums = all_reduce(torch.cat([s.flatten() for s in self._sums]), topology)
+            sums /= self._seen * topology.world_size
+            pieces = sums.split([b.numel() for b in self.values])
+            torch._foreach_copy_(
+                self.values, [p.view_as(b) for p, b in zip(pieces, self.values, strict=True)]
+            )
+            torch._foreach_copy_(self._counts, self._end_counts)
+        self._seen = 0

@@ -1,0 +1,98 @@
+"""Multi-Head Sampling by `gather`: every rank scores all samples against its selected heads."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+from mhe_dist.bank.bank import Units
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.gathered.base import GatheredHead
+from mhe_dist.heads.gathered.selection import GatheredRound, Selection
+from mhe_dist.heads.row_head import HeadSpec
+
+
+class MhsGather(GatheredHead):
+    """The heads present in the step's global batch, and m extra ones drawn over all heads.
+
+    With `negatives: batch` every sample sees all of these; with `own_plus` its own head and the
+    extra ones; with `own` its own alone. See `RowHead` for the arguments.
+    """
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        config = spec.config.mhs
+        super().__init__(spec, topology, config.length, spec.repartition_steps)
+        self.extra_heads = (
+            0 if config.negatives == "own" else min(config.extra_heads, self.layout.heads)
+        )
+        self._shared = config.negatives == "batch"
+        self._present = self._extra = torch.empty(0, dtype=torch.int64)
+
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Own heads and extra ones; see `RowHead`."""
+        heads = self.layout.locate(labels)[0].flatten()
+        return torch.unique(torch.cat([heads, self.draw(step)]))
+
+    def draw(self, step: int) -> Tensor:
+        """The extra heads of a step, ascending, int64 on the host."""
+        rng = seeds.generator(self.spec.seed, "extra heads", step)
+        heads = self.layout.heads
+        return torch.from_numpy(seeds.sample_without_replacement(heads, self.extra_heads, rng))
+
+    def select(self, present: Tensor) -> Selection:
+        """Present and extra heads; see `GatheredHead`."""
+        self._present, self._extra = present, self.draw(self.step_number)
+        heads = torch.from_numpy(np.union1d(present.numpy(), self._extra.numpy()))
+        return Selection(heads[self.bank.held(heads)], int(self.classes_in(heads).sum()))
+
+    def hidden(self, turn: GatheredRound, units: Units) -> Tensor | None:
+        """Without `batch`, hide heads that are neither extra nor the sample's own."""
+        if self._shared:
+            return None
+        device = self.topology.device
+        extra = _among(self._extra, torch.as_tensor(units)).to(device, non_blocking=True)
+        return ~(self._own(turn, units) | extra)
+
+    def offsets(self, turn: GatheredRound, units: Units) -> Tensor | None:
+        """`log(1 / q)` of sampled heads, if asked for.
+
+        q is the share that was drawn of the heads that a sample would otherwise not see: of all
+        absent heads with `batch`, else of all but its own.
+        """
+        if not self.spec.config.mhs.correction or not self.extra_heads:
+            return None
+        device, dtype = self.topology.device, self.spec.dtype
+        if self._shared:
+            drawn = int((~_among(self._present, self._extra)).sum())
+            absent = ~_among(self._present, torch.as_tensor(units))
+            q = drawn / max(1, self.layout.heads - len(self._present))
+            log = -math.log(q) if drawn else 0.0
+            return (absent.to(dtype) * log).to(device, non_blocking=True)
+        seen = self.extra_heads - _among(self._extra, turn.units).to(dtype)
+        offset = (max(1, self.layout.heads - 1) / seen.clamp_min(1)).log()
+        offset = offset.to(device, non_blocking=True).unsqueeze(1)
+        return torch.where(self._own(turn, units), 0.0, offset)
+
+    def classes_seen(self, units: Tensor) -> int:
+        """Sum of the classes in the samples' softmax; see `GatheredHead`."""
+        if self._shared:
+            return super().classes_seen(units)
+        own = self.classes_in(units[~_among(self._extra, units)])
+        return int(own.sum()) + len(units) * int(self.classes_in(self._extra).sum())
+
+    def _own(self, turn: GatheredRound, units: Units) -> Tensor:
+        """Mask `[n, U]`: whether a unit is the sample's own head."""
+        device = self.topology.device
+        own, units = (torch.as_tensor(u).to(device, non_blocking=True) for u in (turn.units, units))
+        return own.unsqueeze(1) == units
+
+
+def _among(heads: Tensor, wanted: Tensor) -> Tensor:
+    """Which of `wanted` are in the ascending `heads`."""
+    if not len(heads):
+        return torch.zeros_like(wanted, dtype=torch.bool)
+    return heads[torch.searchsorted(heads, wanted).clamp_max(len(heads) - 1)] == wanted

@@ -1,0 +1,1 @@
+"""Heads of several levels: Multi-Head Product and Multi-Head Cascade."""

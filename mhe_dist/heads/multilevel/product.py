@@ -1,0 +1,112 @@
+"""Multi-Head Product: a classifier for each digit of the class, all on the same embedding.
+
+Padding: classes from C on are the last ones in the order of the digits. A digit that no class has
+gets no row, so that it is neither a negative nor a prediction. Which digits of a lower head are
+padding depends on the digits above it; there every digit belongs to some class (unless all digits
+above are zero in every class), so all of them are trained, and `predict` leaves out the products
+that are padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mhe_dist.bank.class_layout import digits
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import Prediction
+from mhe_dist.heads.multilevel.base import Code, Judged, LevelHead
+from mhe_dist.heads.multilevel.beam import Beam, LevelPass
+from mhe_dist.heads.multilevel.rows import SharedLevel
+from mhe_dist.heads.row_head import PREDICT_BYTES, HeadSpec, features_of
+
+
+class MultiHeadProduct(LevelHead):
+    """One linear layer of `sum(n_h)` rows, replicated, and a cross-entropy per head, summed.
+
+    `accuracy` counts samples whose digits are all right, `classes_seen` the rows of all heads. The
+    margin applies to the target of every head.
+    """
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        code = Code.of(spec.num_classes, spec.config.mhp.lengths, "head.mhp.lengths")
+        super().__init__(spec, code, topology)
+        for head, length in enumerate(code.lengths):
+            used, name = min(length, code.prefixes(head)), f"head_{head + 1}"
+            purpose = f"product {name}"
+            self.levels[name] = SharedLevel(used, purpose, self.optimizer, spec, topology)
+
+    def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
+        """The same features for each head; see `LevelHead`."""
+        return [features_of(embeddings, self.margin)] * len(self.levels)
+
+    def golds(self, labels: Tensor) -> list[Tensor]:
+        """The digits; see `LevelHead`."""
+        return list(digits(labels, self.code.lengths).unbind(-1))
+
+    def judge(
+        self, features: list[Tensor], golds: list[Tensor], norms: Tensor | None, share: float | None
+    ) -> Judged:
+        """Every head on its own; see `LevelHead`."""
+        judged = Judged.nothing(features[0])
+        for level, view, gold in zip(self.levels.values(), features, golds, strict=True):
+            through = LevelPass(self, level, view, Beam.root(view), gold, most=1)
+            judged = judged.add(through, *through.train(norms, share))
+            judged = judged._replace(correct=judged.correct & through.correct)
+        return judged
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+        """Exact top-k over all classes; scores are sums of log-softmax; see `Head`."""
+        row_bytes = sum(level.layout.length for level in self.levels.values()) * 8
+        parts = [
+            best_products(self._log_scores(part), self.code, k)
+            for part in embeddings.split(max(1, PREDICT_BYTES // row_bytes))
+        ]
+        return Prediction(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _log_scores(self, embeddings: Tensor) -> list[Tensor]:
+        features = features_of(embeddings.to(self.spec.dtype), self.margin)
+        scores = []
+        for level in self.levels.values():
+            rows = level.bank.read(torch.zeros(1).long())[0]
+            if self.margin.normalised:
+                rows = torch.nn.functional.normalize(rows, dim=1)
+            scores.append((features @ rows.T * self.margin.scale).log_softmax(-1))
+        return scores
+
+
+def best_products(scores: list[Tensor], code: Code, k: int) -> Prediction:
+    """The k best sums of one score per digit, over the C classes, exactly.
+
+    Head by head, the k best *free* prefixes are kept, those that are less than the prefix of class
+    C - 1, so that any digits may follow. A better completion of a prefix that is not among them
+    would have k better ones before it. Beside them goes the one *tight* prefix, that of class
+    C - 1; it becomes free with any digit below that class's next digit. Cost: k * k for each
+    sample and head, beside the top-k of its scores.
+
+    Args:
+        scores: `[B, n_h]` of each head; fewer columns where digits are padding.
+        code: the lengths and C.
+        k: classes wanted; more than C give class -1 with score -inf.
+    """
+    batch = len(scores[0])
+    last = digits(torch.tensor(code.num_classes - 1), code.lengths).tolist()
+    free, paths = scores[0].new_empty(batch, 0).long(), scores[0].new_empty(batch, 0)
+    tight, tight_path = 0, scores[0].new_zeros(batch, 1)
+    for length, own, bound in zip(code.lengths, scores, last, strict=True):
+        best, digit = own.topk(min(k, own.shape[1]), dim=1)
+        below, below_digit = own[:, :bound].topk(min(k, bound), dim=1)
+        prefixes = (free.unsqueeze(2) * length + digit.unsqueeze(1)).flatten(1)
+        sums = (paths.unsqueeze(2) + best.unsqueeze(1)).flatten(1)
+        prefixes = torch.cat([prefixes, tight * length + below_digit], dim=1)
+        sums = torch.cat([sums, tight_path + below], dim=1)
+        paths, where = sums.topk(min(k, sums.shape[1]), dim=1)
+        free = prefixes.gather(1, where)
+        tight, tight_path = tight * length + bound, tight_path + own[:, bound : bound + 1]
+    missing = max(0, k - free.shape[1] - 1)
+    filler = tight_path.new_full((batch, missing), float("-inf"))
+    last_class = torch.full_like(tight_path, tight, dtype=torch.int64)
+    classes = torch.cat([free, last_class, torch.full_like(filler, -1, dtype=torch.int64)], dim=1)
+    best, where = torch.cat([paths, tight_path, filler], dim=1).topk(k, dim=1)
+    return Prediction(classes.gather(1, where), best)

@@ -1,0 +1,270 @@
+"""The learned rows of heads that score a class digit by digit, level by level.
+
+A *unit* holds the rows of consecutive local classes that are scored together: all of a level that
+has no parents, or the children of one parent. Few rows are replicated on every rank, their
+gradient summed over the ranks once per step; many are sharded by canonical groups of units and
+updated sparsely. The `bank` block of the config (memory, dtype) concerns sharded rows alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhe_dist import seeds
+from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.class_layout import LabelLayout
+from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
+from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.grouping import OwnScores, chunks_by_head
+from mhe_dist.heads.row_head import HeadSpec, initial_std
+
+
+class Replicated:
+    """Rows `[R, width]` that every rank holds, equal on all of them.
+
+    Args:
+        count, width: R and the columns of a row.
+        initial: int64 unit numbers -> first rows `[U, R, width]`; there is one unit, number 0.
+        optimizer: updates all rows in every step.
+        spec: gives the type.
+        topology: the ranks whose gradients are summed.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        initial: Callable[[Tensor], Tensor],
+        optimizer: RowOptimizer,
+        spec: HeadSpec,
+        topology: Topology,
+    ) -> None:
+        self.optimizer, self.topology, self.unit = optimizer, topology, torch.zeros(1).long()
+        self.bank = Bank(
+            range(1),
+            count,
+            width,
+            initial,
+            optimizer.fields,
+            dtype=spec.dtype,
+            compute_dtype=spec.dtype,
+            device=topology.device,
+            seed=spec.seed,
+        )
+        self.bank.touch(self.unit)
+        self._gradient: Tensor | None = None
+        self._along: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """A copy of all rows `[R, width]`."""
+        return self.bank.read(self.unit)[0]
+
+    def add(self, gradient: Tensor, along: Tensor | None = None) -> None:
+        """Add a gradient `gradient + along * rows` (`[R, width]`, `[R]`) of this rank's samples."""
+        self._gradient = gradient if self._gradient is None else self._gradient + gradient
+        if along is not None:
+            self._along = along if self._along is None else self._along + along
+
+    def update(self, lr: float, step: int, along: bool = False) -> None:
+        """Sum the gradients over the ranks and apply them; all ranks must call.
+
+        Args:
+            lr, step: see `RowOptimizer`.
+            along: whether the gradient has a part along the rows.
+        """
+        gradient = self._summed(self._gradient, (1, self.bank.length, self.bank.width))
+        part = self._summed(self._along, (1, self.bank.length)) if along else None
+        self.optimizer.update(self.bank, self.unit, Dense(gradient, part), lr, step)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradient."""
+        self._gradient, self._along = None, None
+
+    def _summed(self, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        if values is None:
+            values = torch.zeros(shape, dtype=self.bank.compute_dtype, device=self.topology.device)
+        return all_reduce(values.view(shape), self.topology)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """All fields, replicated, as `<prefix>/<field>`."""
+        return {f"{prefix}/{field}": rows for field, rows in self.bank.saved(self.unit).items()}
+
+    def load(self, prefix: str, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        self.bank.load(
+            self.unit, {field: tensors[f"{prefix}/{field}"] for field in self.bank.fields}
+        )
+
+
+class SharedLevel:
+    """A level whose local classes are one unit, replicated.
+
+    Attributes:
+        layout: one head that holds all classes of the level.
+        place: the rank alone, since its samples meet the unit here.
+        bank: where the unit's rows are.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        purpose: str,
+        optimizer: RowOptimizer,
+        spec: HeadSpec,
+        topology: Topology,
+    ) -> None:
+        self.layout = LabelLayout(classes, classes, 1, 0)
+        self.place = Topology(device=topology.device)
+        self.normalised = spec.config.margin.kind != "none"
+        initial = initial_rows(purpose, self.layout, spec)
+        width = spec.width + (not self.normalised)
+        self.rows = Replicated(classes, width, initial, optimizer, spec, topology)
+        self.bank = self.rows.bank
+
+    def keep(self, units: Tensor, scores: OwnScores) -> None:
+        """Add the rows' gradient of pairs of samples and the unit, all `[n]`."""
+        gradient = scores.weights.T @ scores.features
+        self.rows.add(gradient, scores.along.sum(0) if self.normalised else None)
+
+    def update(self, lr: float, step: int) -> None:
+        """Apply the gradient kept since the last call; all ranks must call."""
+        self.rows.update(lr, step, self.normalised)
+
+    def drop(self) -> None:
+        """Forget the gradient."""
+        self.rows.drop()
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """All rows, replicated."""
+        return self.rows.state(name)
+
+    def load(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state` gave."""
+        self.rows.load(name, tensors)
+
+    def row_ranges(self, name: str) -> dict[str, tuple[int, int]]:
+        """Nothing is sharded."""
+        return {}
+
+
+class ShardedLevel:
+    """A level whose units, the children of each parent, are sharded by canonical groups.
+
+    Attributes:
+        layout: unit u holds the classes `[u * L, (u + 1) * L)`; the last has padding. (Its
+            permutation is not used: the children of a parent are known by their digits.)
+        place: the ranks.
+        bank: the units of this rank's groups.
+    """
+
+    def __init__(
+        self,
+        layout: LabelLayout,
+        purpose: str,
+        optimizer: RowOptimizer,
+        spec: HeadSpec,
+        topology: Topology,
+    ) -> None:
+        self.layout, self.place, self.optimizer = layout, topology, optimizer
+        self.normalised = spec.config.margin.kind != "none"
+        self.groups = topology.share(layout.groups)
+        units = [layout.group_heads(group) for group in self.groups]
+        config = spec.config.bank
+        stored = spec.dtype if config.dtype == "float32" else torch.bfloat16
+        self.bank = Bank(
+            range(units[0].start, units[-1].stop) if units else range(0),
+            layout.length,
+            spec.width + (not self.normalised),
+            initial_rows(purpose, layout, spec),
+            optimizer.fields,
+            dtype=stored,
+            compute_dtype=spec.dtype,
+            memory=config.memory,
+            device=topology.device,
+            folder=spec.folder and Path(spec.folder) / f"{purpose}_{self.groups.start:05d}",
+            seed=seeds.derive(spec.seed, purpose),
+        )
+        self._pending: list[tuple[Tensor, OwnScores]] = []
+
+    def keep(self, units: Tensor, scores: OwnScores) -> None:
+        """Keep the rows' gradient of pairs of samples and units, all `[n]`, for `update`."""
+        self.bank.touch(units)
+        self._pending.append((units, scores))
+
+    def update(self, lr: float, step: int) -> None:
+        """Apply the gradients kept since the last call."""
+        if self._pending:
+            units = torch.cat([units for units, _ in self._pending])
+            scores = OwnScores.join([scores for _, scores in self._pending])
+            for chunk in chunks_by_head(units, self.bank.units_at_once):
+                index = chunk.index.to(scores.weights.device)
+                a, along = scores.weights[index], scores.along[index]
+                if chunk.padding is not None:
+                    padding = chunk.padding.to(index.device).unsqueeze(-1)
+                    a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
+                part = along.sum(1) if self.normalised else None
+                gradient = LowRank(a, scores.features[index], part)
+                self.optimizer.update(self.bank, chunk.heads, gradient, lr, step)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the gradients."""
+        self._pending = []
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Touched units of each group of this rank, as `rows/<group>/<name>/<field>`."""
+        tensors: dict[str, Tensor] = {}
+        touched = self.bank.touched
+        for group in self.groups:
+            heads, prefix = self.layout.group_heads(group), f"rows/{group:05d}/{name}/"
+            units = touched[(touched >= heads.start) & (touched < heads.stop)]
+            tensors[prefix + "units"] = units
+            tensors |= {prefix + field: rows for field, rows in self.bank.saved(units).items()}
+        return tensors
+
+    def load(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Restore the units of this rank's groups."""
+        self.bank.forget()
+        for group in self.groups:
+            prefix = f"rows/{group:05d}/{name}/"
+            fields = {field: tensors[prefix + field] for field in self.bank.fields}
+            self.bank.load(tensors[prefix + "units"], fields)
+
+    def row_ranges(self, name: str) -> dict[str, tuple[int, int]]:
+        """Range of the level's classes in each group."""
+        length, ranges = self.layout.length, {}
+        for group in range(self.layout.groups):
+            units = self.layout.group_heads(group)
+            ranges[f"rows/{group:05d}/{name}"] = (units.start * length, units.stop * length)
+        return ranges
+
+
+Level = SharedLevel | ShardedLevel
+
+
+def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[[Tensor], Tensor]:
+    """Function from units to first rows `[U, L, width]`: noise keyed by (seed, purpose, class).
+
+    Padding rows and biases are zero.
+    """
+    key = seeds.derive(spec.seed, purpose)
+
+    def rows_of(units: Tensor) -> Tensor:
+        """The first rows; see above."""
+        classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
+        rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
+        rows.mul_(initial_std(spec.width)).masked_fill_(
+            classes.view(-1, 1) >= layout.num_classes, 0.0
+        )
+        if spec.config.margin.kind == "none":
+            rows = F.pad(rows, (0, 1))
+        return rows.view(*classes.shape, -1).to(spec.dtype)
+
+    return rows_of

@@ -1,0 +1,122 @@
+"""Which sample meets which head, for the `route` exchange: index arithmetic on the host.
+
+Every rank knows the labels of the whole step, so both sides of each exchange compute their split
+sizes and the order of what they send and receive; neither sizes nor labels travel, and the device
+is never waited for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mhe_dist.bank.class_layout import LabelLayout
+from mhe_dist.distributed.topology import owner_of
+
+
+@dataclass(frozen=True)
+class GroupPart:
+    """The samples of one canonical group in a round, a slice of the round's sorted order.
+
+    Attributes:
+        group: number of the group.
+        samples: the slice.
+        inside: positions in the slice of samples whose own head is one of the extra heads.
+        column: for each of these, the column of its class among the extra heads' rows.
+    """
+
+    group: int
+    samples: slice
+    inside: Tensor
+    column: Tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one rank sends, receives and scores in one micro-batch.
+
+    Attributes:
+        send_order: positions in the rank's micro-batch, grouped by the rank that owns their head.
+        send, receive: samples to and from each rank.
+        order: sorts what arrived by group, and in a group by micro-batch and place in it.
+        places: canonical number of each sample in the step, in sorted order.
+        heads, slots: own head (global) and slot of each sample in sorted order.
+        groups: the parts of the sorted order.
+        own: sorted positions of the samples whose own head is not among the extra heads.
+    """
+
+    send_order: Tensor
+    send: list[int]
+    receive: list[int]
+    order: Tensor
+    places: Tensor
+    heads: Tensor
+    slots: Tensor
+    groups: list[GroupPart]
+    own: Tensor
+
+
+def plan_round(
+    layout: LabelLayout,
+    heads: Tensor,
+    slots: Tensor,
+    places: Tensor,
+    extra: dict[int, Tensor],
+    rank: int,
+) -> Round:
+    """Plan one micro-batch of every rank, seen from `rank`.
+
+    Args:
+        layout: where classes live.
+        heads, slots: int64 `[W, B]`, where the classes of each rank's micro-batch live; what has
+            head -1 stays out.
+        places: int64 `[W, B]`, canonical numbers of the samples in the step.
+        extra: extra heads (ascending, global) of each group of this rank.
+        rank: whose plan.
+    """
+    world_size = heads.shape[0]
+    groups = layout.group_of(heads)
+    owner = owner_of(groups, layout.groups, world_size)
+    mine = torch.argsort(owner[rank], stable=True)
+    send = torch.bincount(owner[rank] + 1, minlength=world_size + 1)
+    arriving = owner == rank
+    head, slot, group = heads[arriving], slots[arriving], groups[arriving]
+    column = _columns(head, slot, group, extra, layout.length)
+    order = torch.argsort(group, stable=True)
+    column, group = column[order], group[order]
+    return Round(
+        send_order=mine[int(send[0]) :],
+        send=send[1:].tolist(),
+        receive=arriving.sum(1).tolist(),
+        order=order,
+        places=places[arriving][order],
+        heads=head[order],
+        slots=slot[order],
+        groups=_parts(group, column, list(extra)),
+        own=torch.nonzero(column < 0).squeeze(1),
+    )
+
+
+def _columns(
+    head: Tensor, slot: Tensor, group: Tensor, extra: dict[int, Tensor], length: int
+) -> Tensor:
+    """Column of each sample's class among its group's extra rows, -1 if it is not there."""
+    column = torch.full_like(head, -1)
+    for number, heads in extra.items():
+        if len(heads):
+            place = torch.searchsorted(heads, head).clamp_(max=len(heads) - 1)
+            found = (group == number) & (heads[place] == head)
+            column[found] = (place * length + slot)[found]
+    return column
+
+
+def _parts(group: Tensor, column: Tensor, groups: list[int]) -> list[GroupPart]:
+    bounds = torch.searchsorted(group, torch.tensor([*groups, groups[-1] + 1] if groups else []))
+    parts = []
+    for number, start, stop in zip(groups, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        own_column = column[start:stop]
+        inside = torch.nonzero(own_column >= 0).squeeze(1)
+        parts.append(GroupPart(number, slice(start, stop), inside, own_column[inside]))
+    return parts

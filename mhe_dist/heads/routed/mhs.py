@@ -1,0 +1,155 @@
+"""Multi-Head Sampling by `route`: each embedding travels to the rank that owns its head.
+
+Cost of a step: `B * (1 + m) * L * D` multiply-adds and the traffic of the touched rows; nothing is
+proportional to C or to W. The loss and its gradient are formed in closed form while a chunk of
+rows is in cache, so that a step reads each touched row once in the forward pass and reads and
+writes it once in the update; no gradient of the size of the rows is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+from mhe_dist.bank.row_optim import LowRank
+from mhe_dist.distributed.collectives import all_to_all
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import HeadOutput, check_labels
+from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
+from mhe_dist.heads.grouping import Chunk, OwnScores, chunks_by_head
+from mhe_dist.heads.routed.dispatch import Round, plan_round
+from mhe_dist.heads.routed.softmax import ExtraGradient, score_round
+from mhe_dist.heads.row_head import HeadSpec, RowHead
+
+
+class MhsRoute(RowHead):
+    """Own head and m extra heads of its group for every sample; see `RowHead` for the arguments."""
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        config = spec.config.mhs
+        super().__init__(spec, topology, config.length, spec.repartition_steps)
+        self.extra_heads = config.extra_heads if config.negatives != "own" else 0
+        self._rounds: list[Round] = []
+        self._chunks: list[list[Chunk]] = []
+        self._extra: dict[int, Tensor] = {}
+        self._own: list[OwnScores] = []
+        self._sums: dict[int, ExtraGradient] = {}
+        self._next, self._samples = 0, 0
+
+    def draw(self, step: int, group: int) -> Tensor:
+        """The extra heads of a group in a step, ascending global numbers, int64 on the host."""
+        heads = self.layout.group_heads(group)
+        rng = seeds.generator(self.spec.seed, "extra heads", step, group)
+        count = min(self.extra_heads, len(heads))
+        drawn = seeds.sample_without_replacement(len(heads), count, rng)
+        return torch.from_numpy(drawn) + heads.start
+
+    def plan(self, step: int, labels: Tensor) -> None:
+        """Draw the extra heads and find out which sample goes where; see `Head`."""
+        self.begin(step)
+        self._next = 0
+        labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
+        self._samples = int((labels >= 0).sum())
+        heads, slots = self.layout.locate(labels)
+        met = set(self.layout.group_of(heads).unique().tolist())
+        self._extra = {group: self.draw(step, group) for group in self.groups if group in met}
+        shape, rank = (self.topology.world_size, self.rounds, -1), self.topology.rank
+        places = torch.arange(labels.numel())
+        heads, slots, places = (of.view(shape) for of in (heads, slots, places))
+        self._rounds = [
+            plan_round(self.layout, heads[:, i], slots[:, i], places[:, i], self._extra, rank)
+            for i in range(self.rounds)
+        ]
+        at_once = self.bank.units_at_once
+        self._chunks = [chunks_by_head(turn.heads[turn.own], at_once) for turn in self._rounds]
+        self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
+        own = [turn.heads[turn.own] for turn in self._rounds]
+        self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
+
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Own heads, and the extra ones of this rank's groups; see `RowHead`."""
+        heads = self.layout.locate(labels)[0].flatten()
+        groups = self.layout.group_of(heads[self.bank.held(heads)]).unique()
+        return torch.unique(torch.cat([heads, *(self.draw(step, g) for g in groups.tolist())]))
+
+    def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
+        """Loss of the next planned micro-batch; see `Head`."""
+        turn, chunks = self._rounds[self._next], self._chunks[self._next]
+        self._next += 1
+        features, norms = self.unpack(self._exchange(embeddings, turn))
+        weight = self.topology.world_size * self.rounds / max(1, self._samples)
+        score = partial(self._score, norms, turn, chunks)
+        loss, accuracy = ClosedFormLoss.apply(features, score, weight)
+        seen = torch.full_like(accuracy, self._classes_seen(turn) * weight)
+        return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
+
+    def _exchange(self, embeddings: Tensor, turn: Round) -> Tensor:
+        """Payload of the samples whose heads are here, in the round's sorted order."""
+        device = self.topology.device
+        payload = self.payload(embeddings)[turn.send_order.to(device, non_blocking=True)]
+        arrived = all_to_all(payload, turn.send, turn.receive, self.topology)
+        return arrived[turn.order.to(device, non_blocking=True)]
+
+    def _classes_seen(self, turn: Round) -> int:
+        """Sum over the samples of a round of the classes in their softmax."""
+        own = int(self.classes_in(turn.heads[turn.own]).sum())
+        extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
+        sizes = {part.group: part.samples.stop - part.samples.start for part in turn.groups}
+        return own + sum(extra[group] * size for group, size in sizes.items())
+
+    def _score(
+        self,
+        norms: Tensor | None,
+        turn: Round,
+        chunks: list[Chunk],
+        features: Tensor,
+        keep: bool,
+    ) -> ClosedForm:
+        """Score a round, and keep the rows' gradient if asked."""
+        share = 1 / max(1, self._samples)
+        sums = self._sums if keep else None
+        scoring = score_round(self, features, norms, turn, chunks, self._extra, sums, share)
+        if keep:
+            self._own.append(scoring.own)
+        return ClosedForm(scoring.losses.sum(), scoring.gradient, scoring.correct.sum())
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update the rows touched since `plan`; see `Head`."""
+        lr *= self.spec.config.optim.lr_scale
+        for group, sums in self._sums.items():
+            heads, summed = self._extra[group], sums.total()
+            if summed is not None:
+                gradient = self.of_unit_rows(heads, summed.view(len(heads), -1, self.width))
+                self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
+        if self._own:
+            own = OwnScores.join(self._own)
+            for chunk in self._own_chunks():
+                self.optimizer.update(
+                    self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
+                )
+        self._own, self._sums = [], {}
+        self.bank.release()
+        self.norms.step()
+
+    def _own_chunks(self) -> list[Chunk]:
+        """The own heads of all rounds, each once, with its samples in their canonical order."""
+        if self.rounds == 1:
+            return self._chunks[0]
+        heads = torch.cat([turn.heads[turn.own] for turn in self._rounds])
+        places = torch.cat([turn.places[turn.own] for turn in self._rounds])
+        order = places.argsort()
+        chunks = chunks_by_head(heads[order], self.bank.units_at_once)
+        return [replace(chunk, index=order[chunk.index]) for chunk in chunks]
+
+    def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
+        index = chunk.index.to(self.topology.device, non_blocking=True)
+        a, e, along = own.weights[index], own.features[index], own.along[index]
+        if chunk.padding is not None:
+            padding = chunk.padding.to(a.device, non_blocking=True).unsqueeze(-1)
+            a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
+        return LowRank(a, e, along.sum(1) if self.margin.normalised else None)

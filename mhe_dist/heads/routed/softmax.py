@@ -1,0 +1,307 @@
+"""Softmax cross-entropy of routed samples over their own head and their group's extra heads.
+
+All in closed form: with `z = s * cos` (the margin applied to the target), `p = softmax(z)` and
+`dcos = s * (p - onehot) * dphi` at the target, the gradient of a unit embedding is
+`sum_j dcos_j w_j / |w_j|`, and that of a row is `a^T e + b * w` with `a = dcos / |w|` and
+`b = -sum dcos * cos / |w|^2` (the normalisation's projection).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhe_dist.heads.batch_invariant import log_add_exp, product
+from mhe_dist.heads.grouping import LOGITS_BYTES, OwnScores
+from mhe_dist.heads.margins import keep_negatives
+
+if TYPE_CHECKING:
+    from mhe_dist.heads.grouping import Chunk
+    from mhe_dist.heads.routed.dispatch import GroupPart, Round
+    from mhe_dist.heads.row_head import RowHead
+
+
+class ExtraGradient:
+    """The gradient `a^T e` of a group's extra rows, kept as factors until the step ends.
+
+    Then it is one product over the samples of the step in their canonical order, and does not
+    depend on which rank computed which micro-batch. Factors that exceed `LOGITS_BYTES` are
+    multiplied before that.
+    """
+
+    def __init__(self) -> None:
+        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._early: Tensor | None = None
+
+    def add(self, places: Tensor, weights: Tensor, features: Tensor) -> None:
+        """Keep `a` `[n, m * L]` and `e` `[n, D]` of samples with canonical numbers `[n]`, host."""
+        self._factors.append((places, weights, features))
+        if sum(kept.nbytes for _, kept, _ in self._factors) > LOGITS_BYTES:
+            self._early = self.total()
+            self._factors.clear()
+
+    def total(self) -> Tensor | None:
+        """The gradient `[m * L, D]`, or None if no sample met the rows."""
+        if not self._factors:
+            return self._early
+        weights, features = (torch.cat(kept) for kept in list(zip(*self._factors, strict=True))[1:])
+        places = torch.cat([kept for kept, *_ in self._factors])
+        if (places[1:] < places[:-1]).any():
+            order = places.argsort().to(weights.device, non_blocking=True)
+            weights, features = weights[order], features[order]
+        summed = weights.T @ features
+        return summed if self._early is None else self._early.add_(summed)
+
+
+class Scoring(NamedTuple):
+    """What a round says.
+
+    Attributes:
+        losses: `[n]` of the samples in sorted order.
+        gradient: of the sum of the losses with respect to the features `[n, D]`.
+        correct: `[n]`, 1 where no class seen has a higher cosine than the target.
+        own: the gradient of the rows of own heads.
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    correct: Tensor
+    own: OwnScores
+
+
+@dataclass
+class _Samples:
+    """What is gathered about the samples of a round, in sorted order, while rows pass by."""
+
+    features: Tensor
+    norms: Tensor | None
+    losses: Tensor
+    gradient: Tensor
+    log_sum: Tensor
+    target: Tensor
+    highest: Tensor
+
+    @staticmethod
+    def of(features: Tensor, norms: Tensor | None) -> _Samples:
+        """Nothing seen yet."""
+        lowest = features.new_full((len(features),), float("-inf"))
+        zero = torch.zeros_like(lowest)
+        return _Samples(
+            features,
+            norms,
+            zero,
+            torch.zeros_like(features),
+            lowest,
+            lowest.clone(),
+            lowest.clone(),
+        )
+
+    def norms_of(self, index: Tensor) -> Tensor | None:
+        """Norms of some samples, where norms are needed."""
+        return None if self.norms is None else self.norms[index]
+
+
+def score_round(
+    head: RowHead,
+    features: Tensor,
+    norms: Tensor | None,
+    turn: Round,
+    chunks: list[Chunk],
+    extra: dict[int, Tensor],
+    sums: dict[int, ExtraGradient] | None,
+    share: float,
+) -> Scoring:
+    """Score one round on the rank that owns the heads.
+
+    Args:
+        head: whose rows, margin and layout.
+        features: `[n, D]` in the round's sorted order.
+        norms: of the embeddings `[n]`, for margins that depend on them.
+        turn, chunks, extra: the plan.
+        sums: take the gradient of the extra rows, by group; None: it is not wanted.
+        share: scale of the rows' gradient, `1 / N`.
+    """
+    samples = _Samples.of(features, norms)
+    parts = [
+        _ExtraPart(head, samples, part, extra[part.group])
+        for part in turn.groups
+        if len(extra[part.group]) and part.samples.stop > part.samples.start
+    ]
+    for part in parts:
+        part.normalise()
+    own = _score_own(head, samples, turn, chunks, share)
+    for part in parts:
+        part.finish(None if sums is None else sums[part.group], turn.places, share)
+    correct = (samples.target >= samples.highest).to(features.dtype)
+    return Scoring(samples.losses, samples.gradient, correct, own)
+
+
+def _score_own(
+    head: RowHead, samples: _Samples, turn: Round, chunks: list[Chunk], share: float
+) -> OwnScores:
+    """Samples against their own heads, chunk by chunk, each row read once."""
+    device, length = samples.features.device, head.layout.length
+    own, slots = (t.to(device, non_blocking=True) for t in (turn.own, turn.slots))
+    weights = samples.features.new_empty(len(turn.own), length)
+    along = torch.empty_like(weights)
+    for chunk in chunks:
+        place = chunk.index.to(device, non_blocking=True)
+        index = own[place]
+        rows = head.bank.read(chunk.heads)
+        inverse = head.inverse_norms(rows).unsqueeze(1)
+        cosine = product(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
+        slot = slots[index].unsqueeze(-1)
+        target = cosine.gather(-1, slot).squeeze(-1)
+        phi, slope = head.with_margin(target, samples.norms_of(index))
+        logits = _logits(head, cosine, head.padding(chunk.heads))
+        logits.scatter_(-1, slot, phi.unsqueeze(-1) * head.margin.scale)
+        log_sum = log_add_exp(logits.logsumexp(-1), samples.log_sum[index])
+        highest = _visible(cosine, head.padding(chunk.heads)).amax(-1)
+        p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
+        at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
+        weight = p.scatter_(-1, slot, at_target).mul_(inverse * head.margin.scale)
+        samples.losses[index] = log_sum - phi * head.margin.scale
+        samples.log_sum[index], samples.target[index] = log_sum, target
+        samples.highest[index] = torch.maximum(samples.highest[index], highest)
+        samples.gradient[index] = product(weight, rows)
+        weights[place] = weight.mul_(share)
+        along[place] = cosine.mul_(weight).mul_(inverse).neg_()
+    return OwnScores(samples.features[own], weights, along)
+
+
+class _Exponentials(NamedTuple):
+    """The extra logits of some samples, as the second pass needs them.
+
+    Attributes:
+        values: `exp(logits - peak)` `[n, m * L]`.
+        peak: `[n]`.
+        target, phi, slope: of the targets inside, the cosine, that with its margin, and its
+            derivative.
+    """
+
+    values: Tensor
+    peak: Tensor
+    target: Tensor
+    phi: Tensor
+    slope: Tensor
+
+
+class _ExtraPart:
+    """The samples of one group against the group's extra heads, in two passes.
+
+    The first finds each sample's normaliser over the extra heads, the second, when the own heads
+    are known too, forms the gradients. Rows are normalised and embeddings scaled before they are
+    multiplied, so that the passes over `[n, m * L]` are few.
+    """
+
+    def __init__(self, head: RowHead, samples: _Samples, part: GroupPart, heads: Tensor) -> None:
+        self.head, self.samples, self.part, self.group = head, samples, part, part.group
+        rows = head.bank.read(heads)
+        self.count = len(heads)
+        padding = head.padding(heads)
+        self.padding = None if padding is None else padding.view(-1)
+        self.rows = (rows * head.inverse_norms(rows).unsqueeze(-1)).flatten(0, 1)
+        row_bytes = len(self.rows) * rows.element_size()
+        self.slice = max(1, LOGITS_BYTES // (4 * row_bytes))
+        kept = (part.samples.stop - part.samples.start) * row_bytes <= LOGITS_BYTES
+        self.kept: dict[int, _Exponentials] | None = {} if kept else None
+
+    def normalise(self) -> None:
+        """First pass: log-sum-exp and highest cosine over the extra heads."""
+        samples, scale = self.samples, self.head.margin.scale
+        for where, inside, column in self._slices():
+            logits, highest = self._logits(where)
+            found = self._exponentials(logits, highest, where, inside, column)
+            samples.log_sum[where] = found.values.sum(-1).log_().add_(found.peak)
+            samples.highest[where] = highest / scale
+            targets = inside + where.start
+            samples.target[targets] = found.target
+            samples.losses[targets] = samples.log_sum[targets] - found.phi * scale
+            if self.kept is not None:
+                self.kept[where.start] = found
+
+    def finish(self, gradient: ExtraGradient | None, places: Tensor, share: float) -> None:
+        """Second pass: the samples' gradient, and for `gradient` that of the extra rows.
+
+        Args:
+            gradient: takes the gradient of the normalised rows; None: it is not wanted.
+            places: canonical numbers of the round's samples `[n]`, host.
+            share: scale of the rows' gradient.
+        """
+        samples, scale = self.samples, self.head.margin.scale
+        for where, inside, column in self._slices():
+            if self.kept is None:
+                found = self._exponentials(*self._logits(where), where, inside, column)
+            else:
+                found = self.kept.pop(where.start)
+            p = found.values.mul_((found.peak - samples.log_sum[where]).exp_().unsqueeze(-1))
+            p[inside, column] = (p[inside, column] - 1) * found.slope
+            samples.gradient[where] += product(p, self.rows).mul_(scale)
+            if gradient is not None:
+                gradient.add(places[where], p, samples.features[where] * (scale * share))
+
+    def _slices(self) -> list[tuple[slice, Tensor, Tensor]]:
+        """Slices of the samples, with who has its own head among the extra ones, and where."""
+        part, device = self.part, self.rows.device
+        slices = []
+        for start in range(part.samples.start, part.samples.stop, self.slice):
+            stop = min(start + self.slice, part.samples.stop)
+            inside = part.inside + part.samples.start
+            held = (inside >= start) & (inside < stop)
+            index = (inside[held] - start).to(device, non_blocking=True)
+            column = part.column[held].to(device, non_blocking=True)
+            slices.append((slice(start, stop), index, column))
+        return slices
+
+    def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
+        """Logits `[n, m * L]` without a margin, -inf at padding, and the highest of each sample."""
+        features = self.samples.features[where] * self.head.margin.scale
+        logits = _visible(product(features, self.rows.T), self.padding, in_place=True)
+        return logits, logits.amax(-1)
+
+    def _exponentials(
+        self, logits: Tensor, highest: Tensor, where: slice, inside: Tensor, column: Tensor
+    ) -> _Exponentials:
+        """Apply margin, filter and correction to the logits, which are overwritten."""
+        head, scale = self.head, self.head.margin.scale
+        target = logits[inside, column] / scale
+        phi, slope = head.with_margin(target, self.samples.norms_of(inside + where.start))
+        if threshold := head.spec.config.margin.filter:
+            logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
+        peak = highest
+        if head.spec.config.mhs.correction:
+            self._correct(logits, inside, column)
+            peak = logits.amax(-1)
+        logits[inside, column] = phi * scale
+        peak = peak.index_put((inside,), torch.maximum(peak[inside], phi * scale))
+        values = logits.sub_(peak.unsqueeze(-1)).exp_()
+        return _Exponentials(values, peak, target, phi, slope)
+
+    def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
+        """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""
+        others, seen = max(1, self.head.layout.heads - 1), max(1, self.count - 1)
+        by_head = logits.view(len(logits), self.count, -1)
+        by_head += math.log(others / self.count)
+        by_head[inside] += math.log(self.count / seen)
+        by_head[inside, column // self.head.layout.length] -= math.log(others / seen)
+
+
+def _logits(head: RowHead, cosine: Tensor, padding: Tensor | None) -> Tensor:
+    """Scaled cosines `[..., L]`; padding and, if asked, suspiciously close negatives at -inf."""
+    logits = cosine * head.margin.scale
+    if threshold := head.spec.config.margin.filter:
+        logits.masked_fill_(~keep_negatives(cosine, threshold), float("-inf"))
+    return _visible(logits, padding, in_place=True)
+
+
+def _visible(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
+    """`values` `[..., L]` with -inf at padding slots `[L]` or `[T, L]` (of `[T, c, L]`)."""
+    if padding is None:
+        return values
+    mask = padding if padding.dim() == 1 else padding.unsqueeze(1)
+    fill = values.masked_fill_ if in_place else values.masked_fill
+    return fill(mask, float("-inf"))

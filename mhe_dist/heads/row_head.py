@@ -1,0 +1,325 @@
+"""What every head over a bank of class centres shares: rows, their state, prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mhe_dist import seeds
+from mhe_dist.bank import row_optim as sparse_optim
+from mhe_dist.bank.bank import Bank, Units
+from mhe_dist.bank.repartition import Permutations, move
+from mhe_dist.bank.row_optim import Dense
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.collectives import all_reduce, gather_rows
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import Head, Prediction
+from mhe_dist.heads.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
+
+PREDICT_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What a head is built from.
+
+    Attributes:
+        config: the head's block of the config.
+        num_classes: C.
+        width: D of the embeddings.
+        seed: of the run.
+        micro_batches: n of a step, over all ranks.
+        dtype: type in which the head computes (float64 in proofs).
+        folder: where `file` memory puts the rows.
+        epoch_steps: steps of an epoch.
+    """
+
+    config: HeadConfig
+    num_classes: int
+    width: int
+    seed: int
+    micro_batches: int
+    dtype: torch.dtype = torch.float32
+    folder: str | Path | None = None
+    epoch_steps: float = 0.0
+
+    @property
+    def repartition_steps(self) -> int:
+        """Steps after which `mhs` moves classes to other heads; 0: never."""
+        every = self.config.mhs.repartition_every
+        return max(1, round(every * self.epoch_steps)) if every else 0
+
+
+def initial_std(width: int) -> float:
+    """Deviation of the first rows' noise: rows have a length of about 1.
+
+    The step of a normalised row's direction is the learning rate over its squared length. At length
+    1 the rows turn at the pace of the learning rate, whatever D is. Rows of a ninth of that length
+    learnt half as well in as many steps on the glyph identities.
+    """
+    return float(width**-0.5)
+
+
+def features_of(embeddings: Tensor, margin: Margin) -> Tensor:
+    """What rows are multiplied with `[B, width]`: unit embeddings, or embeddings and a 1."""
+    if margin.normalised:
+        return F.normalize(embeddings, dim=1)
+    return F.pad(embeddings, (0, 1), value=1.0)
+
+
+class NormTracker:
+    """AdaFace's running mean and deviation of the embeddings' norms, the same on every rank.
+
+    All micro-batches of a step use the statistics from before it, and the step's norms enter
+    together, so that neither depends on W.
+    """
+
+    def __init__(self, spec: HeadSpec, topology: Topology) -> None:
+        self.needed = spec.config.margin.kind == "adaface"
+        self._ema, self._topology = spec.config.margin.ema, topology
+        start = torch.tensor(INITIAL_NORMS, dtype=torch.float64, device=topology.device)
+        self.running = start
+        self._sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
+
+    def add(self, norms: Tensor) -> None:
+        """Count the norms `[B]` of a micro-batch."""
+        self._sums += norm_statistics(norms)
+
+    def step(self) -> None:
+        """Let the step's norms enter; all ranks must call."""
+        if self.needed:
+            sums = all_reduce(self._sums, self._topology)
+            self.running = torch.stack(
+                running_norms(self.running[0], self.running[1], sums, self._ema)
+            )
+            self._sums = torch.zeros_like(sums)
+
+
+class RowHead(Head):
+    """A head whose classes are rows of a bank, cut into canonical groups.
+
+    Args:
+        spec: what to build.
+        topology: this rank's place; it owns whole groups.
+        length: L, classes of a unit.
+        every: steps after which the classes move to other units; 0: never.
+
+    Attributes:
+        layout: where each class lives now.
+        permutation: its number.
+    """
+
+    def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
+        self.spec, self.topology = spec, topology
+        groups = spec.config.groups
+        self.permutations = Permutations(spec.num_classes, length, groups, spec.seed, every)
+        self.permutation, self.layout = 0, self.permutations.layout(0)
+        self.margin = Margin(spec.config.margin).at(0)
+        self.optimizer = sparse_optim.build(spec.config.optim)
+        self.groups = topology.share(groups)
+        self.rounds = spec.micro_batches // topology.world_size
+        self.bank = self._make_bank()
+        self.norms = NormTracker(spec, topology)
+        self.step_number = 0
+
+    def expect(self, step: int, labels: Tensor) -> None:
+        """Fetch the rows of this rank that `step` will meet, if they lie elsewhere; see `Head`."""
+        if self.bank.is_ahead:
+            units = self.upcoming(step, labels)
+            self.bank.expect(units[self.bank.held(units)])
+
+    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+        """Distinct units that a step will meet, on this rank at least; -1 may be among them.
+
+        None: a full softmax meets all rows, and single rows are too small to be named.
+        """
+        return torch.empty(0, dtype=torch.int64)
+
+    def begin(self, step: int) -> None:
+        """Set what depends on the number of the step; all ranks must call."""
+        self.step_number = step
+        self.margin = self.margin.at(step)
+        if self.permutations.number(step) != self.permutation:
+            before, old = self.layout, self.bank
+            self._arrange(self.permutations.number(step))
+            move(old, self.bank, (before, self.layout), self.topology)
+
+    def _arrange(self, permutation: int) -> None:
+        """An empty bank, of a permutation."""
+        self.permutation, self.layout = permutation, self.permutations.layout(permutation)
+        self.bank = self._make_bank()
+
+    def with_margin(self, cosine: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Target cosines with their margin, and the derivative; see `Margin.target`."""
+        return self.margin.target(cosine, norms, *self.norms.running)
+
+    @property
+    def width(self) -> int:
+        """Columns of a row: D, and one for the bias where rows are not normalised."""
+        return self.spec.width + (0 if self.margin.normalised else 1)
+
+    def _make_bank(self) -> Bank:
+        config, heads = self.spec.config.bank, self._heads_of(self.groups)
+        stored = getattr(torch, config.dtype)
+        return Bank(
+            heads,
+            self.layout.length,
+            self.width,
+            self.initial_rows,
+            self.optimizer.fields,
+            dtype=self.spec.dtype if config.dtype == "float32" else stored,
+            compute_dtype=self.spec.dtype,
+            memory=config.memory,
+            device=self.topology.device,
+            folder=self.spec.folder and Path(self.spec.folder) / f"groups_{self.groups.start:05d}",
+            seed=self.spec.seed,
+        )
+
+    def _heads_of(self, groups: range) -> range:
+        if not groups:
+            return range(0)
+        first, last = groups[0], groups[-1]
+        return range(self.layout.group_heads(first).start, self.layout.group_heads(last).stop)
+
+    def initial_rows(self, heads: Tensor) -> Tensor:
+        """Rows `[U, L, width]` as they are before any step: noise keyed by (seed, class)."""
+        slots = torch.arange(self.layout.length, device=heads.device)
+        classes = self.layout.classes(heads[:, None], slots[None, :])
+        key = seeds.derive(self.spec.seed, "class centres")
+        rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
+        rows = rows.mul_(initial_std(self.spec.width)).masked_fill_(classes.view(-1, 1) < 0, 0.0)
+        rows = F.pad(rows, (0, self.width - self.spec.width))
+        return rows.view(*classes.shape, self.width).to(self.spec.dtype)
+
+    def features(self, embeddings: Tensor) -> Tensor:
+        """What rows are multiplied with; see `features_of`."""
+        return features_of(embeddings.to(self.spec.dtype), self.margin)
+
+    def payload(self, embeddings: Tensor) -> Tensor:
+        """What travels of a micro-batch `[B, width]`: features, and norms if the margin needs them.
+
+        The norms are counted on the way; see `NormTracker`.
+        """
+        features = self.features(embeddings)
+        if not self.norms.needed:
+            return features
+        norms = embeddings.detach().norm(dim=1, keepdim=True).to(features)
+        self.norms.add(norms)
+        return torch.cat([features, norms], dim=1)
+
+    def unpack(self, payload: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features and norms of what arrived; see `payload`."""
+        if not self.norms.needed:
+            return payload, None
+        return payload[:, :-1], payload[:, -1].detach()
+
+    def classes_in(self, heads: Tensor) -> Tensor:
+        """Number of classes in each of `heads`; the last one may have fewer than L."""
+        length = self.layout.length
+        return (self.spec.num_classes - heads * length).clamp(max=length)
+
+    def inverse_norms(self, rows: Tensor) -> Tensor:
+        """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""
+        if not self.margin.normalised:
+            return rows.new_ones(rows.shape[:-1])
+        return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
+
+    def of_unit_rows(self, units: Units, summed: Tensor) -> Dense:
+        """Gradient of rows from that of normalised rows `[U, L, width]`: `(g - (g u) u) / |w|`.
+
+        `summed` is overwritten.
+        """
+        if not self.margin.normalised:
+            return Dense(summed, None)
+        rows = self.bank.read(units)
+        inverse = self.inverse_norms(rows)
+        along = (summed * rows).sum(-1).mul_(inverse.pow(3)).neg_()
+        return Dense(summed.mul_(inverse.unsqueeze(-1)), along)
+
+    def padding(self, heads: Tensor) -> Tensor | None:
+        """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""
+        last = self.layout.heads - 1
+        if self.layout.num_classes % self.layout.length == 0 or not (heads == last).any():
+            return None
+        slots = torch.arange(self.layout.length)
+        position = heads[:, None] * self.layout.length + slots
+        return (position >= self.layout.num_classes).to(self.topology.device)
+
+    @torch.no_grad()
+    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+        """Top-k over all classes; see `Head`. Scores are logits without a margin."""
+        features = gather_rows(self.features(embeddings), self.topology)
+        local = self._best_of_partition(features, k)
+        scores = gather_rows(local.scores, self.topology)
+        classes = gather_rows(local.classes, self.topology)
+        world_size, mine = self.topology.world_size, len(embeddings)
+        rows = slice(self.topology.rank * mine, (self.topology.rank + 1) * mine)
+        scores = scores.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
+        classes = classes.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
+        best, where = scores.topk(k, dim=1)
+        return Prediction(classes.gather(1, where), best)
+
+    def _best_of_partition(self, features: Tensor, k: int) -> Prediction:
+        """Top-k of this rank's classes, padded with class -1 and score -inf."""
+        layout, device = self.layout, self.topology.device
+        scores = features.new_full((len(features), k), float("-inf"))
+        classes = torch.full((len(features), k), -1, device=device)
+        row_bytes = layout.length * (self.width + len(features)) * features.element_size()
+        units, chunk = self.bank.units, max(1, PREDICT_BYTES // row_bytes)
+        for start in range(0, len(units), chunk):
+            rows = self.bank.read(units[start : start + chunk])
+            heads = torch.arange(start, start + len(rows), device=device) + units.start
+            logits = features @ rows.flatten(0, 1).T
+            logits *= self.inverse_norms(rows).view(1, -1) * self.margin.scale
+            slots = torch.arange(layout.length, device=device)
+            ids = layout.classes(heads[:, None], slots[None, :]).view(-1)
+            logits.masked_fill_(ids < 0, float("-inf"))
+            scores, where = torch.cat([scores, logits], dim=1).topk(k, dim=1)
+            ids = torch.cat([classes, ids.expand(len(features), -1)], dim=1)
+            classes = ids.gather(1, where)
+        return Prediction(classes, scores)
+
+    def state(self) -> dict[str, Tensor]:
+        """Touched units of each group: `rows/<group>/units` and a tensor for each field."""
+        tensors: dict[str, Tensor] = {}
+        touched = self.bank.touched
+        for group in self.groups:
+            heads = self.layout.group_heads(group)
+            units = touched[(touched >= heads.start) & (touched < heads.stop)]
+            tensors[f"rows/{group:05d}/units"] = units
+            for field, rows in self.bank.saved(units).items():
+                tensors[f"rows/{group:05d}/{field}"] = rows
+        if self.norms.needed:
+            tensors["norms"] = self.norms.running.cpu()
+        if self.permutations.every:
+            tensors["permutation"] = torch.tensor(self.permutation)
+        return tensors
+
+    def wants(self, name: str) -> bool:
+        """Whether `name` is replicated or a tensor of one of this rank's groups."""
+        parts = name.split("/")
+        return parts[0] != "rows" or int(parts[1]) in self.groups
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the rows of this rank's groups."""
+        if self.permutations.every and self.permutation != int(tensors["permutation"]):
+            self._arrange(int(tensors["permutation"]))
+        self.bank.forget()
+        for group in self.groups:
+            prefix = f"rows/{group:05d}/"
+            fields = {field: tensors[prefix + field] for field in self.bank.fields}
+            self.bank.load(tensors[prefix + "units"], fields)
+        if self.norms.needed:
+            self.norms.running = tensors["norms"].to(self.topology.device)
+
+    def row_ranges(self) -> dict[str, tuple[int, int]]:
+        """Global row range of each group; see `Head`."""
+        length, ranges = self.layout.length, {}
+        for group in range(self.layout.groups):
+            heads = self.layout.group_heads(group)
+            ranges[f"rows/{group:05d}"] = (heads.start * length, heads.stop * length)
+        return ranges

@@ -1,0 +1,115 @@
+"""The protocol of a tracker, and trackers that keep nothing or combine others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Status = Literal["finished", "failed", "killed"]
+
+
+Metrics = Mapping[str, float]
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """What keeps the record of a run."""
+
+    @property
+    def run_id(self) -> str | None:
+        """What names the run, to go on with it after a restart; None where nothing does."""
+        ...
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Begin the record, or go on with it.
+
+        Args:
+            config: the whole config as nested plain values; secrets are masked here.
+            tags: facts about the run that are not config (versions, data digest).
+            step: first step that this process records; what was recorded from there on by a
+                process that went further than its last checkpoint is superseded.
+        """
+        ...
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record values of a step; returns at once."""
+        ...
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Keep a copy of a file or of a folder, under `folder`; it must not change afterwards."""
+        ...
+
+    def model(self, path: str, name: str) -> None:
+        """Keep a copy of an MLflow model's folder and register it; it must not change afterwards.
+
+        Args:
+            path: the folder (`mhe_dist.backbone.mlflow_model.write`).
+            name: of the registered model, which gets a new version.
+        """
+        ...
+
+    def close(self, status: Status = "finished") -> None:
+        """Say how the run ended and see the record safely stored."""
+        ...
+
+
+class NullTracker:
+    """Keeps nothing: for all ranks but the first, and for tests."""
+
+    run_id: str | None = None
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Keep nothing."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Keep nothing."""
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Keep nothing."""
+
+    def model(self, path: str, name: str) -> None:
+        """Keep nothing."""
+
+    def close(self, status: Status = "finished") -> None:
+        """Keep nothing."""
+
+
+class Trackers:
+    """Several trackers as one. All are closed, even when one of them fails to."""
+
+    def __init__(self, trackers: Iterable[Tracker]) -> None:
+        """Args: trackers: called in this order."""
+        self._trackers = list(trackers)
+
+    @property
+    def run_id(self) -> str | None:
+        """The first run id that one of the trackers has."""
+        ids = (tracker.run_id for tracker in self._trackers)
+        return next((run_id for run_id in ids if run_id), None)
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Start each."""
+        for tracker in self._trackers:
+            tracker.start(config, tags, step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Log to each."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Hand the file or folder to each."""
+        for tracker in self._trackers:
+            tracker.artifact(path, folder)
+
+    def model(self, path: str, name: str) -> None:
+        """Hand the model to each."""
+        for tracker in self._trackers:
+            tracker.model(path, name)
+
+    def close(self, status: Status = "finished") -> None:
+        """Close each, in order; the first failure is raised when all have been asked."""
+        with ExitStack() as stack:
+            for tracker in reversed(self._trackers):
+                stack.callback(tracker.close, status)

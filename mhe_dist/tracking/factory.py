@@ -1,0 +1,91 @@
+"""Where the record of a run goes: one small protocol, and trackers that can be combined.
+
+`metrics.jsonl` in the run's folder is the record that everything else can be rebuilt from; MLflow
+(`tracking_mlflow.py`) shows the same to people. Neither holds up a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.tracking.base import NullTracker, Tracker, Trackers
+from mhe_dist.tracking.jsonl import JsonlTracker
+
+logger = logging.getLogger(__name__)
+
+
+def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> Tracker:
+    """The trackers that a config asks for; on all ranks but the first one that keeps nothing.
+
+    Args:
+        config: of the run.
+        is_first: whether this rank speaks for the run.
+        run_id: MLflow run to go on with; None: a new one.
+
+    Raises:
+        UserError: the tracking URI cannot be used, or none is given and `run.dir` is a URL.
+    """
+    if not is_first:
+        return NullTracker()
+    trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
+    if config.tracking.mlflow:
+        trackers.append(_mlflow(config, run_id))
+    return Trackers(trackers)
+
+
+def _mlflow(config: Config, run_id: str | None) -> Tracker:
+    from mhe_dist.tracking.mlflow import MlflowTracker
+    from mhe_dist.tracking.spool import Spool
+
+    remote = "://" in config.run.dir
+    return MlflowTracker(
+        uri=mlflow_uri(config),
+        experiment=config.tracking.experiment,
+        run_name=config.run.name,
+        run_id=run_id,
+        artifacts="" if remote else f"{config.run.dir}/mlartifacts",
+        spool=None if remote else Spool(Path(config.run.path) / "mlflow"),
+    )
+
+
+def sync(config: Config) -> int:
+    """Send what of a run's metrics waits on disk for MLflow; the number of records.
+
+    Raises:
+        RunError: MLflow has not taken all of them.
+    """
+    from mhe_dist.tracking.spool import Spool
+
+    spool = Spool(Path(config.run.path) / "mlflow")
+    waiting = len(spool)
+    if waiting:
+        tracker = _mlflow(config, None)
+        tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
+        tracker.close()
+        if len(spool):
+            raise RunError(f"{len(spool)} of {waiting} records still wait: see the log")
+    return waiting
+
+
+def mlflow_uri(config: Config) -> str:
+    """`tracking.uri`, or `MLFLOW_TRACKING_URI`, or SQLite in `run.dir`, in that order.
+
+    Raises:
+        UserError: neither is set and `run.dir` is a URL, where SQLite cannot live.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri:
+        return uri
+    if "://" in config.run.dir:
+        raise UserError(
+            f"run.dir={config.run.dir!r} is a URL, where MLflow cannot keep its SQLite file: set "
+            "tracking.uri or MLFLOW_TRACKING_URI to an MLflow server, or tracking.mlflow=false"
+        )
+    folder = Path(config.run.dir).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder / 'mlflow.db'}"

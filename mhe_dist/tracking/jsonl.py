@@ -1,0 +1,140 @@
+"""`metrics.jsonl`: the record of a run that everything else can be rebuilt from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.tracking.base import Metrics, Status
+from mhe_dist.tracking.remote_file import Mirror
+
+logger = logging.getLogger(__name__)
+
+
+class JsonlTracker:
+    """One JSON line for each `log`: `{"step": 10, "time": <Unix seconds>, "loss": 4.2}`.
+
+    Every line is handed to the operating system before `log` returns, so it outlives the process
+    (at a URL, the last minute may not: see `mirror.py`). Floats keep all their digits; what is not
+    finite is written as `"nan"`, `"inf"`, `"-inf"`.
+    """
+
+    run_id: str | None = None
+
+    def __init__(self, path: str) -> None:
+        """Args: path: the file, or its fsspec URL; its folder is made when it is missing."""
+        self._name = path
+        self._path = Path(path)
+        self._mirror: Mirror | None = None
+        if "://" in path:
+            self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
+            self._mirror = Mirror(self._path, path)
+        self._file: FileIO | None = None
+        self._waiting, self._refused = "", False
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Drop the lines of steps >= `step` and open the file; config and tags are not its."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._mirror:
+            self._mirror.fetch()
+        kept = [r for r in read_records(self._path) if r["step"] < step]
+        _replace(self._path, "".join(map(_line, kept)))
+        self._file = self._path.open("ab", buffering=0)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line; where the disk refuses it, it waits for the next one, and that is told.
+
+        Raises:
+            RunError: there is no `start` before.
+        """
+        if self._file is None:
+            raise RunError(f"{self._name}: log() before start()")
+        self._waiting += _line({"step": step, "time": round(time.time(), 3), **metrics})
+        self._write()
+        if self._mirror:
+            self._mirror.update()
+
+    def _write(self) -> None:
+        """Write what waits as a whole or not at all."""
+        assert self._file is not None
+        size, data = os.fstat(self._file.fileno()).st_size, self._waiting.encode()
+        try:
+            while data:
+                data = data[self._file.write(data) or 0 :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            if not self._refused:
+                logger.error("%s: cannot be written, will go on trying: %s", self._name, error)
+            self._refused = True
+        else:
+            self._waiting, self._refused = "", False
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Nothing: the run's folder holds its files already."""
+
+    def model(self, path: str, name: str) -> None:
+        """Nothing: the run's folder holds it already."""
+
+    def close(self, status: Status = "finished") -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._write()
+            self._file.close()
+            self._file = None
+            if self._mirror:
+                self._mirror.finish()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, a path or fsspec URL, in their order; none without a file.
+
+    A last line that a killed process left unfinished is ignored.
+
+    Raises:
+        UserError: a line that is not the last is no record.
+    """
+    filesystem, place = fsspec.core.url_to_fs(str(path))
+    if not filesystem.exists(place):
+        return []
+    lines = filesystem.cat_file(place).decode().split("\n")
+    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def _record(path: str | Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        values = {k: float(v) if isinstance(v, str) else v for k, v in record.items()}
+        return values | {"step": int(record["step"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}:{number}: not a record ({error}): move the file away, or remove the line"
+        ) from error
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps({k: _plain(v) for k, v in record.items()}, allow_nan=False) + "\n"
+
+
+def _plain(value: float) -> float | int | str:
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the whole file so that a crash leaves either the old or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

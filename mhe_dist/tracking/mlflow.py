@@ -1,0 +1,227 @@
+"""MLflow as a tracker that costs a step nothing and that no outage stops.
+
+`log` puts a record into a queue and on disk (`spool.py`); one thread sends what has gathered there,
+in order. While the server cannot be reached the thread keeps trying; what has not arrived when the
+process ends, whatever ended it, is sent when the run goes on, or by `mhe sync`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mhe_dist.errors import UserError
+from mhe_dist.redact import flat, masked, scrub
+from mhe_dist.tracking.base import Metrics, Status
+from mhe_dist.tracking.mlflow_client import (
+    NAME_LENGTH,
+    Artifact,
+    End,
+    MlflowStore,
+    Model,
+    is_permanent,
+)
+from mhe_dist.tracking.spool import Record, Spool
+
+logger = logging.getLogger(__name__)
+
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The thread below tries again by itself; MLflow's own retries would hold up `close`.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+_GATHER_S = 1.0  # records that arrive within this time travel together
+_FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
+_CLOSE_S = 30.0  # longest wait for what is still to be sent
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
+MESSAGE_LENGTH = 300
+_QUEUE_LIMIT = 100_000  # records
+
+
+class MlflowTracker:
+    """One MLflow run; after a restart the same one goes on."""
+
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None = None,
+        artifacts: str = "",
+        spool: Spool | None = None,
+    ) -> None:
+        """Args:
+            uri: of the server or database, with its credentials if it needs any.
+            experiment: name; made when it is missing.
+            run_name: what people call the run.
+            run_id: the run to go on with; None: a new one.
+            artifacts: local folder for the artifacts of a new experiment in a local database.
+            spool: where records wait on disk; it knows the run id better than `run_id`.
+
+        Raises:
+            UserError: MLflow has no store for that URI.
+        """
+        scheme = uri.partition(":")[0].partition("+")[0]
+        if scheme not in _SCHEMES:
+            raise UserError(
+                f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
+                "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"
+            )
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        self._spool = spool
+        run_id = (spool.run_id if spool else None) or run_id
+        self._store = MlflowStore(
+            uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
+        )
+        self._queue: queue.Queue[Record | Artifact | Model | End] = queue.Queue(_QUEUE_LIMIT)
+        self._attempted = threading.Event()
+        self._closing = threading.Event()
+        self._deadline = math.inf
+        self._lost = 0
+        self._down = False
+        self._cut_short = False
+        self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's run id; waits for the first attempt to open the run, None when that failed."""
+        if self._thread.is_alive():
+            self._attempted.wait(_FIRST_ATTEMPT_S)
+        return self._store.run_id
+
+    def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
+        """Begin to open the run. MLflow is imported here, on the caller's thread: about 2 s."""
+        import mlflow  # noqa: F401
+
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # says every retry twice
+
+        params = {key: str(value) for key, value in flat(masked(config)).items()}
+        self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
+        for record in self._spool.take_up(step) if self._spool else []:
+            self._put(record)
+        self._store.step = step
+        self._thread.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Queue the values; their names lose the characters that MLflow refuses."""
+        named = {metric_name(name): float(value) for name, value in metrics.items()}
+        record = Record(step, int(time.time() * 1000), named)
+        if self._spool is None:
+            self._put(record)
+            return
+        with self._spool.lock:
+            self._spool.add(record)
+            self._put(record)
+
+    def artifact(self, path: str, folder: str = "") -> None:
+        """Queue the file or folder; it must not change afterwards."""
+        self._put(Artifact(path, folder))
+
+    def model(self, path: str, name: str) -> None:
+        """Queue the folder of a model and its registration."""
+        self._put(Model(path, name))
+
+    def close(self, status: Status = "finished") -> None:
+        """Send what is queued and mark the run; wait for that half a minute at most."""
+        if not self._thread.is_alive():
+            return
+        self._deadline = time.monotonic() + _CLOSE_S
+        self._closing.set()
+        self._put(End(status))
+        self._thread.join(_CLOSE_S + 5)
+        if self._lost or self._thread.is_alive():
+            logger.warning(
+                "%s values did not reach MLflow at %s; metrics.jsonl has them%s",
+                "some" if self._thread.is_alive() else self._lost,
+                scrub(self._store.uri),
+                ", and `mhe sync` sends them later" if self._spool else "",
+            )
+
+    def _put(self, entry: Record | Artifact | Model | End) -> None:
+        try:
+            self._queue.put_nowait(entry)
+        except queue.Full:
+            self._lost += 1
+            self._cut_short = True
+
+    def _work(self) -> None:
+        """The thread: open the run, then send what comes until the end of the record."""
+        opened = self._persist(self._store.open)
+        self._cut_short |= not opened
+        if self._spool and self._store.run_id:
+            self._spool.run_id = self._store.run_id
+        self._attempted.set()
+        while True:
+            entries = self._gather()
+            for send, count in self._store.calls(entries):
+                if not (opened and self._persist(send)):
+                    self._lost += count
+            self._settle()
+            if any(isinstance(entry, End) for entry in entries):
+                return
+
+    def _settle(self) -> None:
+        """Empty the spool if all that was queued has arrived; what MLflow refuses stays refused."""
+        if self._spool is None or self._cut_short:
+            return
+        with self._spool.lock:
+            if self._queue.empty():
+                self._spool.clear()
+
+    def _gather(self) -> list[Record | Artifact | Model | End]:
+        """The next entry and those that follow it closely."""
+        entries = [self._queue.get()]
+        self._closing.wait(_GATHER_S)
+        while len(entries) < _QUEUE_LIMIT:
+            try:
+                entries.append(self._queue.get_nowait())
+            except queue.Empty:
+                break
+        return entries
+
+    def _persist(self, send: Callable[[], None]) -> bool:
+        """Call `send` until it succeeds; False when it never will, or when time is up."""
+        pause = _PAUSE_S
+        while True:
+            try:
+                send()
+                self._down = False
+                return True
+            except Exception as error:  # a thread's last defence: nothing here may end the run
+                if is_permanent(error):
+                    logger.warning("MLflow refuses: %s", scrub(str(error))[:MESSAGE_LENGTH])
+                    return False
+                if not self._down:
+                    message = scrub(str(error))[:MESSAGE_LENGTH]
+                    logger.warning("MLflow fails, will go on trying: %s", message)
+            self._down = True
+            self._attempted.set()
+            if time.monotonic() + pause > self._deadline:
+                self._cut_short = True
+                return False
+            pause = self._rest(pause)
+
+    def _rest(self, pause: float) -> float:
+        """Wait that long, or until the run is being closed; the length of the next pause."""
+        if self._closing.is_set():
+            time.sleep(pause)
+            return pause
+        return _PAUSE_S if self._closing.wait(pause) else min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def metric_name(name: str) -> str:
+    """`name` as MLflow takes it: `tar@far=1e-3` becomes `tar_at_far_1e-3`."""
+    return re.sub(r"[^\w .:/-]", "_", name.replace("@", "_at_"))[:NAME_LENGTH]

@@ -1,0 +1,240 @@
+"""The calls to MLflow that open one run, fill it and end it; nothing here waits or tries again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mhe_dist.redact import scrub
+from mhe_dist.tracking.base import Status
+from mhe_dist.tracking.spool import Record
+
+logger = logging.getLogger(__name__)
+
+METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
+_PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file or folder to copy."""
+
+    path: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's folder to copy and to register."""
+
+    path: str
+    name: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The last entry of the queue."""
+
+    status: Status
+
+
+class MlflowStore:
+    """The calls to MLflow; used by the tracker's thread alone once the run is being opened."""
+
+    def __init__(
+        self, uri: str, experiment: str, run_name: str, run_id: str | None, artifacts: str
+    ):
+        self.uri = uri
+        self.run_id = run_id
+        self._experiment = experiment
+        self._run_name = run_name
+        self._artifacts = artifacts
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._client: Any = None
+        self.step = 0  # first one that this process records
+        self._restart: str | None = None  # id of the child run of a process that goes on
+        self._system: Any = None
+
+    def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
+        """Remember what `open` will log; the commit also where MLflow's pages look for it."""
+        self._params = params
+        self._tags = {"mlflow.source.name": "mhe", "mlflow.source.type": "LOCAL"} | tags
+        if "git_commit" in tags:
+            self._tags["mlflow.source.git.commit"] = tags["git_commit"].partition("-")[0]
+
+    def open(self) -> None:
+        """Find or make the experiment and the run, mark it as running, log params and tags."""
+        from mlflow.tracking import MlflowClient
+
+        self._client = MlflowClient(self.uri)
+        known = self._resumed()
+        if known is None:
+            run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
+            self.run_id, known = run.info.run_id, {}
+        else:
+            self._client.update_run(self.run_id, status="RUNNING")
+            self._restart = self._child()
+        changed = {
+            k: v for k, v in self._params.items() if k in known and known[k] != v[:_PARAM_LENGTH]
+        }
+        self._log_params({k: v for k, v in self._params.items() if k not in known})
+        self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
+        self._system = watch_system(self.uri, self.run_id)
+
+    def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
+        """What to call for these entries, in order, and how many entries each call carries."""
+        calls: list[tuple[Callable[[], None], int]] = []
+        records: list[Record] = []
+        for entry in entries:
+            if isinstance(entry, Record):
+                records.append(entry)
+                continue
+            calls += self._metric_calls(records)
+            records = []
+            if isinstance(entry, Artifact):
+                calls.append((partial(self._log_artifact, entry), 1))
+            elif isinstance(entry, Model):
+                calls.append((partial(self._log_model, entry), 1))
+            else:
+                calls.append((partial(self._end, entry.status), 1))
+        return calls + self._metric_calls(records)
+
+    def _metric_calls(self, records: list[Record]) -> list[tuple[Callable[[], None], int]]:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, record.time_ms, record.step)
+            for record in records
+            for name, value in record.metrics.items()
+        ]
+        starts = range(0, len(metrics), METRICS_PER_CALL)
+        pieces = [metrics[start : start + METRICS_PER_CALL] for start in starts]
+        return [(partial(self._log_metrics, piece), len(piece)) for piece in pieces]
+
+    def _log_metrics(self, metrics: list[Any]) -> None:
+        self._client.log_batch(self.run_id, metrics=metrics)
+
+    def _experiment_id(self) -> str:
+        from mlflow.exceptions import MlflowException
+
+        known = self._client.get_experiment_by_name(self._experiment)
+        if known is not None:
+            return known.experiment_id
+        place = Path(self._artifacts).absolute().as_uri() if self._artifacts else None
+        try:
+            return self._client.create_experiment(self._experiment, artifact_location=place)
+        except MlflowException:
+            # Another run may have made it meanwhile.
+            known = self._client.get_experiment_by_name(self._experiment)
+            if known is None:
+                raise
+            return known.experiment_id
+
+    def _resumed(self) -> dict[str, str] | None:
+        """Params of the run to go on with; None: there is no such run (any more)."""
+        from mlflow.exceptions import MlflowException
+
+        if self.run_id is None:
+            return None
+        try:
+            run = self._client.get_run(self.run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        else:
+            if run.info.lifecycle_stage == "active":
+                return dict(run.data.params)
+        logger.warning("MLflow has no run %s: a new one begins", self.run_id)
+        self.run_id = None
+        return None
+
+    def _log_params(self, params: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(k[:NAME_LENGTH], v[:_PARAM_LENGTH]) for k, v in params.items()]
+        for i in range(0, len(entries), _ENTRIES_PER_CALL):
+            self._client.log_batch(self.run_id, params=entries[i : i + _ENTRIES_PER_CALL])
+
+    def _log_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entries = [RunTag(k[:NAME_LENGTH], v[:_TAG_LENGTH]) for k, v in tags.items()]
+        for i in range(0, len(entries), _ENTRIES_PER_CALL):
+            self._client.log_batch(self.run_id, tags=entries[i : i + _ENTRIES_PER_CALL])
+
+    def _log_artifact(self, artifact: Artifact) -> None:
+        # A folder goes there under its own name.
+        self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
+
+    def _log_model(self, model: Model) -> None:
+        """Copy the folder to `model` of the run, and make it the next version of its name."""
+        from mlflow.exceptions import MlflowException
+
+        self._client.log_artifacts(self.run_id, model.path, "model")
+        try:
+            self._client.create_registered_model(model.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+        self._client.create_model_version(model.name, place, self.run_id)
+
+    def _child(self) -> str:
+        """A run below this one, for what this process does of it."""
+        run = self._client.create_run(
+            self._client.get_run(self.run_id).info.experiment_id,
+            run_name=f"{self._run_name} from step {self.step}",
+            tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
+        )
+        return str(run.info.run_id)
+
+    def _end(self, status: Status) -> None:
+        if self._system:
+            self._system.finish()
+        for run_id in filter(None, (self._restart, self.run_id)):
+            self._client.set_terminated(run_id, status.upper())
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether trying again cannot help: the request is wrong, not the connection."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        status = error.get_http_status_code()
+        return 400 <= status < 500 and status not in (408, 429)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
+        return True
+    import sqlalchemy.exc
+
+    return not isinstance(error, OSError | sqlalchemy.exc.OperationalError)
+
+
+logger = logging.getLogger(__name__)
+
+
+INTERVAL_S = 30.0  # between two looks at the machine
+
+
+def watch_system(uri: str, run_id: str | None) -> Any:
+    """Log CPU, GPU, memory, disk and network of this machine as MLflow's `system/` metrics.
+
+    Returns:
+        MLflow's monitor, a thread of its own; None where it cannot be made.
+    """
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # says what it cannot see
+    try:
+        monitor = SystemMetricsMonitor(
+            run_id, sampling_interval=INTERVAL_S, resume_logging=True, tracking_uri=uri
+        )
+        monitor.start()
+    except Exception as error:  # a graph of the machine may lack; the run's record may not
+        logger.warning("no system metrics: %s", scrub(str(error)))
+        return None
+    return monitor

@@ -1,0 +1,1 @@
+"""The training loop and what it needs: batches, schedule, metrics, divergence checks."""

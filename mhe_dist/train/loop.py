@@ -1,0 +1,193 @@
+"""The loop: one optimizer step per global batch, over any batches, engine and head.
+
+It yields a `StepInfo` per step and has no side effect of its own: records, evaluations and
+checkpoints are the caller's, between two steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import IntFlag
+from functools import reduce
+from operator import or_
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mhe_dist.distributed.collectives import gather_rows
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import NO_SAMPLE, Head, LabelError
+from mhe_dist.train.batch import MicroBatch, StepBatch
+from mhe_dist.train.stopwatch import Stopwatch
+
+T = TypeVar("T")
+
+
+class Trainable(Protocol):
+    """What the loop needs of `engine.Engine`."""
+
+    def forward(self, images: Tensor, step: int, micro_batch: int) -> Tensor:
+        """uint8 images `[B, 3, H, W]` -> embeddings `[B, D]`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of a micro-batch."""
+
+    def step(self, lr: float) -> None:
+        """Apply them."""
+
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradient."""
+
+
+class Ask(IntFlag):
+    """What a rank may ask of all ranks; it travels with what they exchange in every step anyway."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What happened in one step, as one rank saw it.
+
+    Attributes:
+        step: its number, from 0.
+        lr: learning rate of the backbone.
+        metrics: name -> device scalar whose mean over ranks is that over the global batch.
+        samples: digest of the keys of the global batch, the same for any W.
+        images: images of the global batch.
+        wait_s: seconds this rank waited for data.
+        asked: what any rank asked since the step before, the same on all ranks.
+    """
+
+    step: int
+    lr: float
+    metrics: dict[str, Tensor]
+    samples: str
+    images: int
+    wait_s: float
+    asked: Ask = Ask.NOTHING
+
+
+def _nothing() -> Ask:
+    return Ask.NOTHING
+
+
+@dataclass
+class Loop:
+    """The parts of a step.
+
+    Attributes:
+        engine: the backbone.
+        head: the classifier.
+        topology: this rank's place.
+        micro_batch: B.
+        rate: step -> learning rate.
+        ask: what this rank asks of all, looked at once per step.
+        head_time: what the head takes of a step.
+    """
+
+    engine: Trainable
+    head: Head
+    topology: Topology
+    micro_batch: int
+    rate: Callable[[int], float]
+    ask: Callable[[], Ask] = _nothing
+    head_time: Stopwatch = field(init=False)
+    _asked: Ask = field(init=False, default=Ask.NOTHING)
+    _doing: str = field(init=False, default="nothing")
+
+    def __post_init__(self) -> None:
+        self.head_time = Stopwatch(self.topology.device)
+
+    def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
+        """Train on `batches`, one step each; the labels of the next one are known by then."""
+        for (batch, met), following in pairs((batch, self._meet(batch)) for batch in batches):
+            labels, samples = met
+            self._now("the head's plan", batch.step)
+            self._plan(batch, labels)
+            if following:
+                self.head.expect(following[0].step, following[1][0])
+            outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
+            lr = self.rate(batch.step)
+            self._now("the reduction of the gradients", batch.step)
+            self.engine.step(lr)
+            self._now("the update of the head's rows", batch.step)
+            with self.head_time.running():
+                self.head.step(lr)
+            metrics = _mean(outputs)
+            if (norm := self.engine.grad_norm()) is not None:
+                metrics["grad_norm"] = norm.detach()
+            images = int((labels != NO_SAMPLE).sum())
+            asked, self._asked = self._asked, Ask.NOTHING
+            self._now("what follows on the end", batch.step)
+            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, asked)
+
+    def doing(self) -> str:
+        """What this rank does now, for messages."""
+        return self._doing
+
+    def _now(self, doing: str, step: int) -> None:
+        self._doing = f"{doing} of step {step}"
+
+    def _micro_batch(self, step: int, part: MicroBatch) -> dict[str, Tensor]:
+        self._now(f"micro-batch {part.index}", step)
+        embeddings = self.engine.forward(part.images, step, part.index)
+        with self.head_time.running():
+            output = self.head(embeddings, part.labels)
+        self.engine.backward(output.loss)
+        return {"loss": output.loss.detach(), **output.metrics}
+
+    def _meet(self, batch: StepBatch) -> tuple[Tensor, str]:
+        """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys.
+
+        What the ranks ask travels with them.
+        """
+        self._now("the exchange of labels", batch.step)
+        rows = torch.full((len(batch.micro_batches), self.micro_batch + 2), NO_SAMPLE)
+        rows[:, 0] = self.ask()
+        for row, part in zip(rows, batch.micro_batches, strict=True):
+            row[1] = _digest(part.keys)
+            row[2 : len(part.labels) + 2] = part.labels
+        rows = gather_rows(rows, self.topology)
+        self._asked |= Ask(reduce(or_, rows[:, 0].tolist()))
+        keys = hashlib.blake2b(rows[:, 1].numpy().tobytes(), digest_size=8)
+        return rows[:, 2:], keys.hexdigest()
+
+    def _plan(self, batch: StepBatch, labels: Tensor) -> None:
+        with self.head_time.running():
+            try:
+                self.head.plan(batch.step, labels)
+            except LabelError as error:
+                raise error.of_sample(_key_of(batch, error)) from None
+
+
+def pairs(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item and the one that follows it; None after the last."""
+    items = iter(items)
+    item = next(items, None)
+    while item is not None:
+        following = next(items, None)
+        yield item, following
+        item = following
+
+
+def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
+
+
+def _digest(keys: list[str]) -> int:
+    digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _key_of(batch: StepBatch, error: LabelError) -> str | None:
+    """Key of the sample that `error` means, if it is on this rank."""
+    for part in batch.micro_batches:
+        if part.index == error.micro_batch:
+            return part.keys[error.position]
+    return None

@@ -1,0 +1,1 @@
+"""What `mhe bench` measures: ratios against a baseline in the same run."""

@@ -1,0 +1,260 @@
+"""Cost of one step of a head: time, memory, traffic; see `mhe bench head`.
+
+Every step is run twice with the same labels and draws. The first time rows are made that no step
+met before; the second time is what a step costs in a long run. Each case has processes of its own,
+so that its peak memory is its own. What a machine does besides changes over minutes, so times whose
+ratio counts are taken again in turn, step by step.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.spawn import run_ranks
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import Head
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.routed.mhs import MhsRoute
+from mhe_dist.heads.row_head import HeadSpec
+from pipelines.bench.products import BareProducts
+from pipelines.bench.traffic import Traffic
+
+KINDS: Final[dict[str, dict[str, Any]]] = {
+    "full": {"kind": "full"},
+    "partial_fc": {"kind": "partial_fc", "partial_fc": {"rate": 0.1}},
+    "mhs": {"kind": "mhs", "mhs": {"exchange": "route"}},
+    "mhs_gather": {"kind": "mhs", "mhs": {"exchange": "gather", "negatives": "batch"}},
+}
+PHASES: Final = ("plan", "forward", "backward", "update")
+LR: Final = 0.1
+AGAIN: Final = 3  # times that a step is repeated where steps take turns
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        kind: a name in `KINDS`.
+        classes: C.
+        memory, dtype: of the bank.
+        world_size: W.
+        batch: samples per rank.
+        width: D.
+        length, extra_heads: L and m of `mhs`.
+        steps: at most this many.
+        seconds: no further step is begun after this long.
+    """
+
+    kind: str
+    classes: int
+    memory: str = "device"
+    dtype: str = "float32"
+    world_size: int = 2
+    batch: int = 256
+    width: int = 128
+    length: int = 1000
+    extra_heads: int = 8
+    steps: int = 10
+    seconds: float = 30.0
+
+    def spec(self, folder: str) -> HeadSpec:
+        """What the head is built from."""
+        values = dict(KINDS[self.kind])
+        if values["kind"] == "mhs":
+            own = {"length": self.length, "extra_heads": self.extra_heads}
+            values["mhs"] = own | values["mhs"]
+        values["bank"] = {"memory": self.memory, "dtype": self.dtype}
+        values["groups"] = self.world_size
+        config = HeadConfig.model_validate(values)
+        return HeadSpec(config, self.classes, self.width, 0, self.world_size, folder=folder)
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of all rows and their momentum."""
+        return 2 * self.classes * self.width * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Main memory that the case takes, roughly: rows, and what a step makes."""
+        if self.memory == "file":
+            return 3 << 30
+        gradient = {"full": self.bank_bytes // 2, "partial_fc": self.bank_bytes // 20}
+        return self.bank_bytes + gradient.get(self.kind, 0) + (1 << 30)
+
+
+def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
+    """Measure a case on fresh ranks.
+
+    Returns:
+        Seconds of a step, `step` and each of `PHASES`: medians over steps of the slowest rank;
+        `first_touch` what a step took longer when it met rows for the first time; `peak` bytes
+        that the head added to the processes, once every row was met, unless rows lie in a file;
+        `bank` bytes of all rows and their state;
+        `sent` bytes per rank and step; `classes_seen` per sample; `steps` that count.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
+        ranks = run_ranks(_measure, case.world_size, case, folder, device=device, timeout_s=900.0)
+    slowest = {
+        name: float(np.median(np.max([rank[name] for rank in ranks], axis=0)))
+        for name in (*PHASES, "step", "first")
+    }
+    first = slowest.pop("first")
+    return slowest | {
+        "first_touch": max(0.0, first - slowest["step"]),
+        "peak": sum(rank["peak"] for rank in ranks),
+        "bank": sum(rank["bank"] for rank in ranks),
+        "sent": max(rank["sent"] for rank in ranks),
+        "classes_seen": sum(rank["classes_seen"] for rank in ranks) / len(ranks),
+        "steps": len(ranks[0]["step"]),
+    }
+
+
+def run_in_turn(cases: Sequence[Case], device: str | None = "cpu") -> list[float]:
+    """Median seconds of a step of each case, on the slowest rank, the cases taking turns."""
+    with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
+        args = (list(cases), folder)
+        world_size = cases[0].world_size
+        ranks = run_ranks(_measure_in_turn, world_size, *args, device=device, timeout_s=900.0)
+    return np.median(np.max(ranks, axis=0), axis=1).tolist()
+
+
+def run_bare(case: Case) -> dict[str, float]:
+    """A routed step on one rank beside the bare products of its shapes, in turn.
+
+    Returns:
+        Median seconds of `step` and of `bare`.
+    """
+    (result,) = run_ranks(_measure_bare, 1, case, timeout_s=900.0)
+    return {name: float(np.median(values)) for name, values in result.items()}
+
+
+def _measure(place: Topology, case: Case, folder: str) -> dict[str, Any]:
+    before = _peak(place)
+    head = build(case.spec(folder), place)
+    rng = torch.Generator().manual_seed(1)
+    first, again, sent, seen = [], [], [], 0.0
+    begin = time.perf_counter()
+    for step in range(case.steps):
+        labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
+        x = torch.randn(place.world_size, case.batch, case.width, generator=rng)[place.rank]
+        first.append(_step(head, step, labels, x, place)[0])
+        with Traffic() as traffic:
+            seconds, seen = _step(head, step, labels, x, place)
+        again.append(seconds)
+        sent.append(traffic.bytes)
+        if _late(time.perf_counter() - begin, case.seconds, place):
+            break
+    if case.memory != "file":
+        _meet_all_rows(head)
+    settled = np.array(again[1:] or again)
+    return {
+        **{name: settled[:, i].tolist() for i, name in enumerate(PHASES)},
+        "step": settled.sum(1).tolist(),
+        "first": np.array(first[1:] or first).sum(1).tolist(),
+        "peak": _peak(place) - before,
+        "bank": _bank_bytes(head),
+        "sent": float(np.median(sent)),
+        "classes_seen": seen,
+    }
+
+
+def _measure_in_turn(place: Topology, cases: list[Case], folder: str) -> list[list[float]]:
+    """Seconds of the steps of each case."""
+    heads = [build(case.spec(f"{folder}/{i}"), place) for i, case in enumerate(cases)]
+    rng = torch.Generator().manual_seed(1)
+    seconds: list[list[float]] = [[] for _ in cases]
+    begin = time.perf_counter()
+    for step in range(cases[0].steps):
+        for case, head, taken in zip(cases, heads, seconds, strict=True):
+            labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
+            x = torch.randn(case.batch, case.width, generator=rng)
+            _step(head, step, labels, x, place)
+            taken.extend(sum(_step(head, step, labels, x, place)[0]) for _ in range(AGAIN))
+        if _late(time.perf_counter() - begin, cases[0].seconds, place):
+            break
+    return seconds
+
+
+def _measure_bare(place: Topology, case: Case) -> dict[str, list[float]]:
+    head = build(case.spec(""), place)
+    assert isinstance(head, MhsRoute)
+    rng = torch.Generator().manual_seed(1)
+    steps, bare = [], []
+    for step in range(case.steps):
+        labels = torch.randint(0, case.classes, (1, case.batch), generator=rng)
+        x = torch.randn(case.batch, case.width, generator=rng)
+        _step(head, step, labels, x, place)
+        products = BareProducts(head, step, labels)
+        products.run()
+        for _ in range(AGAIN):
+            begin = time.perf_counter()
+            products.run()
+            bare.append(time.perf_counter() - begin)
+            steps.append(sum(_step(head, step, labels, x, place)[0]))
+    return {"step": steps, "bare": bare}
+
+
+def _step(
+    head: Head, step: int, labels: Tensor, embeddings: Tensor, place: Topology
+) -> tuple[list[float], float]:
+    """Seconds of each phase of a step, and the classes that a sample saw."""
+    x = embeddings.to(place.device).requires_grad_()
+    place.barrier()
+    marks = [_now(place)]
+    head.plan(step, labels)
+    marks.append(_now(place))
+    output = head(x, labels[place.rank])
+    marks.append(_now(place))
+    output.loss.backward()
+    marks.append(_now(place))
+    head.step(LR)
+    marks.append(_now(place))
+    return np.diff(marks).tolist(), float(output.metrics["classes_seen"])
+
+
+def _now(place: Topology) -> float:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    return time.perf_counter()
+
+
+def _late(seconds: float, limit: float, place: Topology) -> bool:
+    return bool(all_reduce(torch.tensor([seconds]), place, "max") > limit)
+
+
+def _peak(place: Topology) -> float:
+    """Bytes of memory of this process at its peak: the GPU's where it computes on one."""
+    if place.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(place.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _bank_bytes(head: Any) -> float:
+    return float(head.bank.bytes)
+
+
+def _meet_all_rows(head: Any) -> None:
+    """Make all rows and their state resident, as a long run does."""
+    bank = head.bank
+    for start in range(bank.units.start, bank.units.stop, bank.units_at_once):
+        units = range(start, min(start + bank.units_at_once, bank.units.stop))
+        bank.touch(units)
+        bank.write(units, {name: bank.read(units, name).clone() for name in bank.fields}, step=0)
+
+
+def fit(cases: Sequence[Case]) -> bool:
+    """Whether this machine has the memory for all cases at once now."""
+    return sum(case.needed_bytes for case in cases) < psutil.virtual_memory().available

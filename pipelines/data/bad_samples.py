@@ -1,0 +1,124 @@
+"""Bad samples: how many a run bears, and their record over all ranks and all processes of a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch.distributed as dist
+
+from mhe_dist.config.data import DataConfig
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError
+from pipelines.shards.index import Fault
+from pipelines.storage import urls
+
+log = logging.getLogger(__name__)
+
+FILE: Final = "bad_samples.jsonl"
+NAMED: Final = 1000
+"""Most bad samples that are kept by name."""
+
+
+@dataclass
+class Faults:
+    """The bad samples that somebody met.
+
+    Attributes:
+        seen: samples drawn so far, good or bad.
+        count: bad ones among them; a sample counts each time it is drawn.
+        samples: where a bad sample is -> what is wrong with it; the first `NAMED` of them.
+    """
+
+    seen: int = 0
+    count: int = 0
+    samples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, seen: int, faults: Iterable[Fault]) -> None:
+        """Take in what was met among `seen` samples, and log what is new."""
+        self.seen += seen
+        for fault in faults:
+            self.count += 1
+            if fault.place not in self.samples and len(self.samples) < NAMED:
+                log.warning("bad sample: %s: %s", fault.place, fault.reason)
+                self.samples[fault.place] = fault.reason
+
+    def merge(self, other: Faults) -> None:
+        """Take in what somebody else met."""
+        self.seen += other.seen
+        self.count += other.count
+        for place, reason in other.samples.items():
+            if len(self.samples) < NAMED:
+                self.samples.setdefault(place, reason)
+
+    def check(self, data: DataConfig, epoch: int) -> None:
+        """Hold the rule; `epoch` is the number of samples of one.
+
+        Raises:
+            RunError: there is a bad sample, or there are too many, and the rule bears none.
+        """
+        if not self.count:
+            return
+        last = ": ".join(next(reversed(self.samples.items())))
+        if data.on_bad_sample == "fail":
+            raise RunError(f"{last}; data.on_bad_sample=skip would go on without it")
+        of = max(self.seen, epoch)
+        if self.count > data.max_bad_fraction * of:
+            raise RunError(
+                f"{self.count} bad samples, more than data.max_bad_fraction="
+                f"{data.max_bad_fraction} of {of}; the last named: {last}"
+            )
+
+
+class BadSamples:
+    """The bad samples of a run: those of all ranks, and of the processes that it began with.
+
+    Attributes:
+        total: what `gather` found; the same on all ranks.
+    """
+
+    def __init__(self, topology: Topology, path: str, earlier: dict[str, Any] | None) -> None:
+        """Begin, or go on.
+
+        Args:
+            topology: the ranks.
+            path: folder or URL of the run, for the file `FILE`.
+            earlier: `state` in the checkpoint that the run goes on from.
+        """
+        self._topology = topology
+        self._url = f"{path}/{FILE}"
+        self._earlier = Faults(**earlier) if earlier else Faults()
+        self._written: dict[str, str] | None = None
+        self.total = self._earlier
+
+    def gather(self, mine: Faults) -> None:
+        """Sum up `mine`, those of a rank since its process began; all ranks must call."""
+        ranks = [mine]
+        if self._topology.world_size > 1:
+            # So that all ranks together send no more names than are kept.
+            most = NAMED // self._topology.world_size + 1
+            named = dict(list(mine.samples.items())[:most])
+            ranks = [mine] * self._topology.world_size
+            dist.all_gather_object(
+                ranks, Faults(mine.seen, mine.count, named), group=self._topology.host_group
+            )
+        self.total = Faults()
+        for part in [self._earlier, *ranks]:
+            self.total.merge(part)
+        if self._topology.is_first and self.total.samples != self._written:
+            self._write()
+
+    def state(self) -> dict[str, Any]:
+        """What `__init__` needs to go on, as of the last `gather`; JSON-able."""
+        return {"seen": self.total.seen, "count": self.total.count, "samples": self.total.samples}
+
+    def _write(self) -> None:
+        """The file: a line for each place; it is replaced as a whole."""
+        with urls.created(self._url) as stream:
+            for place, reason in self.total.samples.items():
+                line = json.dumps({"place": place, "reason": reason}, ensure_ascii=False)
+                stream.write(line.encode(errors="backslashreplace") + b"\n")
+        self._written = dict(self.total.samples)

@@ -1,0 +1,62 @@
+"""Lists of classes: which of a data set's classes a run takes."""
+
+from __future__ import annotations
+
+import fsspec
+import numpy as np
+
+from mhe_dist.errors import UserError
+from pipelines.data.order import Ints
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.tables import CLASSES
+
+
+def read_classes(url: str, index: ShardIndex) -> Ints:
+    """The class ids that a list names, int64, sorted.
+
+    A list is a table (tab-separated) whose header has a column `class`, ids, or else `name`, names
+    as in `classes.tsv` beside the shards; so some lines of that file, with its first, are a list.
+
+    Raises:
+        UserError: there is no such file, or it is no list of different classes of this data set.
+    """
+    table = _table(url)
+    key = next((name for name in ("class", "name") if name in table[0]), None)
+    if key is None:
+        raise UserError(
+            f"{url}:1: a list of classes begins with a line `class` (ids follow) or `name` (names "
+            f"as in {CLASSES}), or has these as columns; here are {', '.join(table[0]) or 'none'}"
+        )
+    ids = _ids_of_names(index) if key == "name" else None
+    seen: dict[int, int] = {}
+    for line, row in enumerate(table[1:], 2):
+        text = dict(zip(table[0], row, strict=False)).get(key, "")
+        number = int(text) if ids is None and text.isdecimal() else (ids or {}).get(text, -1)
+        if not 0 <= number < index.num_classes:
+            raise UserError(
+                f"{url}:{line}: {text!r} is no {key} of {index.folder}, which has "
+                f"{index.num_classes:,} classes"
+            )
+        if number in seen:
+            raise UserError(f"{url}:{line}: {text!r} stands in line {seen[number]} already")
+        seen[number] = line
+    if not seen:
+        raise UserError(f"{url}: no class is listed")
+    return np.sort(np.fromiter(seen, np.int64))
+
+
+def _ids_of_names(index: ShardIndex) -> dict[str, int]:
+    table = _table(f"{index.folder}/{CLASSES}")
+    columns = [table[0].index(name) for name in ("name", "class")]
+    return {row[columns[0]]: int(row[columns[1]]) for row in table[1:]}
+
+
+def _table(url: str) -> list[list[str]]:
+    try:
+        with fsspec.open(url, "rt", encoding="utf-8", newline="") as stream:
+            lines = stream.read().split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{url}: cannot be read ({error})") from error
+    if len(lines) > 1 and not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r").split("\t") for line in lines]

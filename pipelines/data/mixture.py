@@ -1,0 +1,258 @@
+"""What a run trains on: several data sets as one, some of their classes, some images of a class.
+
+A *view* is an index that lists the shards of all its sets, those of a set once for each *pass* that
+an epoch makes over it. What belongs to a pass is drawn for each epoch on its own: images of the
+chosen classes, at most so many of a class, and in the end a share of them. Their number is always
+the same, so the order (`order.py`) stays arithmetic, and a resume too.
+
+The sets have disjoint classes: those of a set follow the ones of the set before it. With a list of
+classes, they are the listed ones in the order of their ids. What a sample's class is, the labels of
+the index say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+
+from mhe_dist.config.data import DataConfig, MixConfig
+from mhe_dist.errors import UserError
+from mhe_dist.seeds import generator
+from pipelines.data.class_list import read_classes
+from pipelines.data.order import Chosen, Ints
+from pipelines.data.sample import Damaged
+from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.index import ShardIndex, Told
+
+_HALF_WORD: Final = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set in a view.
+
+    Attributes:
+        index: the set.
+        first_class: what its classes are counted from in the view.
+        classes: int64, ids of the chosen classes, sorted; None: all.
+        per_class: most images of a class in a pass; 0: no limit.
+    """
+
+    index: ShardIndex
+    first_class: int
+    classes: Ints | None
+    per_class: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a pass over it has all of its images."""
+        return self.classes is None and not self.per_class
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes it has in the view."""
+        return self.index.num_classes if self.classes is None else len(self.classes)
+
+    @cached_property
+    def pass_samples(self) -> int:
+        """How many images a pass has."""
+        if self.is_whole:
+            return self.index.samples
+        numbers, counts = self._pool
+        return int(np.minimum(counts, self.per_class).sum()) if self.per_class else len(numbers)
+
+    def draw(self, rng: np.random.Generator) -> Ints:
+        """The images of a pass: int64 numbers through the set, in no order."""
+        if self.is_whole:
+            return np.arange(self.index.samples)
+        numbers, counts = self._pool
+        return numbers[at_most(counts, self.per_class, rng)] if self.per_class else numbers
+
+    def told(self, shard: int, inside: int) -> Told:
+        """Label and image of a sample, see `ShardIndex.told`.
+
+        Raises:
+            Damaged: the label is out of range, where the next set's classes may begin.
+        """
+        label = int(self._labels(shard)[inside])
+        if not 0 <= label < self.index.num_classes:
+            raise Damaged(f"label {label} is not in [0, {self.index.num_classes})")
+        if self.classes is not None:
+            label = int(np.searchsorted(self.classes, label))
+        return Told(self.first_class + label, self.index.fields or EXTENSIONS)
+
+    @cached_property
+    def _pool(self) -> tuple[Ints, Ints]:
+        """Numbers of the images of the chosen classes, class by class, and how many each has."""
+        shards = range(len(self.index.shards))
+        labels = np.concatenate([self._labels(shard) for shard in shards])
+        numbers = np.argsort(labels, kind="stable")
+        labels = labels[numbers]
+        if self.classes is not None:
+            kept = np.isin(labels, self.classes)
+            numbers, labels = numbers[kept], labels[kept]
+        return numbers, np.unique(labels, return_counts=True)[1]
+
+    def _labels(self, shard: int) -> Ints:
+        labels = self.index.shards[shard].labels
+        assert labels is not None, "open_data has looked"
+        return labels
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over a data set in every epoch.
+
+    Attributes:
+        source: the set.
+        share: of the images of a whole pass, in (0, 1].
+        number: of the pass in its view, which keys its draws with the seed.
+        seed: of the run.
+    """
+
+    source: Source
+    share: float
+    number: int
+    seed: int
+
+    @property
+    def samples(self) -> int:
+        """How many images of each epoch are its, always."""
+        return round(self.share * self.source.pass_samples)
+
+    def draw(self, epoch: int) -> Chosen:
+        """Its images in an epoch: for each shard their numbers in it, sorted; None: all.
+
+        A shuffle of the whole set, about 0.1 s for a million images; nothing where a set is
+        taken as it is.
+        """
+        index = self.source.index
+        if self.source.is_whole and self.share == 1:
+            return [None] * len(index.shards)
+        numbers = self.source.draw(generator(self.seed, "view/classes", self.number, epoch))
+        if len(numbers) > self.samples:
+            rng = generator(self.seed, "view/share", self.number, epoch)
+            numbers = numbers[at_most([len(numbers)], self.samples, rng)]
+        numbers = np.sort(numbers)
+        cuts = np.searchsorted(numbers, index.starts)
+        parts = zip(cuts, cuts[1:], index.starts, strict=False)
+        return [numbers[begin:end] - first for begin, end, first in parts]
+
+
+@dataclass(frozen=True)
+class View(ShardIndex):
+    """A data set made of passes over data sets; `num_classes` are those of the view.
+
+    Attributes:
+        passes: their shards follow one another in `shards`.
+    """
+
+    passes: tuple[Pass, ...] = ()
+
+    @cached_property
+    def epoch_samples(self) -> int:
+        """How many samples an epoch has, always."""
+        return sum(part.samples for part in self.passes)
+
+    def draw(self, epoch: int) -> Chosen:
+        """The samples of an epoch: for each shard their numbers in it, sorted; None: all."""
+        return [chosen for part in self.passes for chosen in part.draw(epoch)]
+
+    def told(self, shard: int, inside: int) -> Told:
+        """See `ShardIndex.told`; here the index speaks for our own shards as well."""
+        number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
+        source = self.passes[number].source
+        return source.told(shard - int(self._first_shards[number]), inside)
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:` of all that decides what is in an epoch, but for the seed."""
+        content = []
+        for part in self.passes:
+            source = part.source
+            classes = None if source.classes is None else source.classes.tolist()
+            content.append([source.index.digest, source.per_class, classes, part.share])
+        return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @cached_property
+    def _first_shards(self) -> Ints:
+        return np.cumsum([0, *(len(p.source.index.shards) for p in self.passes)], dtype=np.int64)[
+            :-1
+        ]
+
+
+def open_data(data: DataConfig, seed: int) -> ShardIndex:
+    """The index of what a run trains on: that of `data.shards`, or a view.
+
+    Raises:
+        UserError: a set or a list cannot be read, they do not fit, or no image is left.
+    """
+    if not chooses(data):
+        return ShardIndex.load(data.shards)
+    passes: list[Pass] = []
+    first_class = 0
+    for item in [MixConfig(shards=data.shards, classes=data.classes), *data.mix]:
+        index = _with_labels(ShardIndex.load(item.shards))
+        classes = read_classes(item.classes, index) if item.classes else None
+        source = Source(index, first_class, classes, data.images_per_class)
+        shares = [min(1.0, item.weight - turn) for turn in range(math.ceil(item.weight))]
+        made = [Pass(source, share, len(passes) + n, seed) for n, share in enumerate(shares)]
+        if not any(part.samples for part in made):
+            raise UserError(
+                f"{item.shards}: no image of it would be in an epoch, with weight="
+                f"{item.weight:g} and classes={item.classes!r}; take the set out of data.mix"
+            )
+        passes += made
+        first_class += source.num_classes
+    shards = [
+        replace(shard, url=part.source.index.url(number))
+        for part in passes
+        for number, shard in enumerate(part.source.index.shards)
+    ]
+    return View(data.shards, first_class, shards, {}, tuple(passes))
+
+
+def _with_labels(index: ShardIndex) -> ShardIndex:
+    for number, shard in enumerate(index.shards):
+        if not shard.classes:
+            raise UserError(
+                f"{index.url(number)}: the index does not hold its labels, which data.classes, "
+                "data.images_per_class and data.mix need; `mhe data index` makes one that does"
+            )
+    return index
+
+
+def chooses(data: DataConfig) -> bool:
+    """Whether a run trains on anything else than all of `data.shards`."""
+    return bool(data.mix or data.classes or data.images_per_class)
+
+
+def epoch_samples(index: ShardIndex) -> int:
+    """How many samples an epoch has."""
+    return index.epoch_samples if isinstance(index, View) else index.samples
+
+
+def at_most(counts: Sequence[int] | Ints, most: int, rng: np.random.Generator) -> Ints:
+    """Draw at most `most` members of each group, any as likely as any other.
+
+    Args:
+        counts: sizes of the groups, whose members follow one another.
+        most: per group.
+        rng: one number is drawn for each member.
+
+    Returns:
+        int64, numbers of the drawn members; group by group, and in no order within one.
+    """
+    counts = np.asarray(counts, np.int64)
+    groups = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
+    noise = rng.bit_generator.random_raw(len(groups)) >> np.uint64(_HALF_WORD)
+    shuffled = np.argsort(groups << np.uint64(_HALF_WORD) | noise, kind="stable")
+    place = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return shuffled[place < most]

@@ -1,0 +1,224 @@
+"""Bytes of a shard to samples, one sample at a time by the index.
+
+The index says where each sample begins and ends, so damage stays with the sample that has it, and
+a shard that is shorter than it should be is noticed (webdataset ends silently there).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zlib
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import webdataset.tariterators as tars
+
+from pipelines.data.decode import Pixels, Undecodable, decode
+from pipelines.data.order import Piece
+from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.index import ShardIndex, Told
+from pipelines.storage.ranges import file_at, read_range
+
+_BLOCK: Final = 512
+_ADLER: Final = 65521  # what each half of an Adler-32 is a remainder by
+_PLAIN: Final = b"0\0"  # type flags of an ordinary file
+
+
+class Damaged(Exception):
+    """A sample that cannot be used; the message says why."""
+
+
+class Packed(NamedTuple):
+    """A sample whose image is not decoded; `extension` is that of the image."""
+
+    key: str
+    label: int
+    extension: str
+    data: bytes
+
+
+class Example(NamedTuple):
+    """A sample that can be used: its image is uint8 `[side, side, 3]`, grey `[side, side]`."""
+
+    key: str
+    label: int
+    image: Pixels
+
+
+def read_piece(index: ShardIndex, piece: Piece) -> list[memoryview]:
+    """The raw bytes of each sample of a piece; shorter than they should be after the shard's end.
+
+    Raises:
+        RunError: the shard cannot be opened or read.
+    """
+    return cut(index, piece, read_range(file_at(index.url(piece.shard)), *span(index, piece)))
+
+
+def span(index: ShardIndex, piece: Piece) -> tuple[int, int]:
+    """First and last + 1 byte of a piece in its shard."""
+    offsets = index.shards[piece.shard].offsets
+    return int(offsets[piece.start]), int(offsets[piece.stop])
+
+
+def cut(index: ShardIndex, piece: Piece, data: bytes) -> list[memoryview]:
+    """The bytes of a piece sample by sample."""
+    offsets = index.shards[piece.shard].offsets[piece.start : piece.stop + 1]
+    inside = [int(offset) for offset in offsets - offsets[0]]
+    raw = memoryview(data)
+    return [raw[start:stop] for start, stop in pairwise(inside)]
+
+
+def example(
+    raw: memoryview,
+    length: int,
+    side: int,
+    num_classes: int,
+    told: Told | None = None,
+    into: Pixels | None = None,
+) -> Example:
+    """Read, check and decode one sample.
+
+    Args:
+        raw: its part of the tar.
+        length: how many bytes that should be.
+        side: of the image to return, in pixels.
+        num_classes: labels must be below this.
+        told: what the index says of it (`ShardIndex.told`).
+        into: memory that the image may be written to, see `decode`.
+
+    Raises:
+        Damaged: it is truncated, no sample, without image or label, or one of them is bad.
+    """
+    packed = unpack(raw, length, num_classes, told)
+    try:
+        return Example(packed.key, packed.label, decode(packed.data, side, into))
+    except Undecodable as error:
+        raise Damaged(f"{packed.key}.{packed.extension}: {error}") from error
+
+
+def unpack(raw: memoryview, length: int, num_classes: int, told: Told | None = None) -> Packed:
+    """The same without decoding.
+
+    Raises:
+        Damaged: it is truncated, no sample, or without image or label, or the label is bad.
+    """
+    if len(raw) < length:
+        raise Damaged(f"the shard ends {length - len(raw)} bytes too early for it")
+    # Between samples of somebody else's shard may be what the index left out.
+    members = parse(raw, alone=told is None)
+    label = _label(members, num_classes) if told is None else told.label
+    for extension in EXTENSIONS if told is None else told.images:
+        if extension in members:
+            return Packed(members["__key__"], label, extension, members[extension])
+    raise Damaged(f"{members['__key__']}: no image among {_extensions(members)}")
+
+
+def parse(raw: memoryview, alone: bool = True) -> dict[str, Any]:
+    """The members of one sample by extension, and its `__key__`, by webdataset's grouping.
+
+    Args:
+        raw: a part of a tar that begins with the sample.
+        alone: there must be nothing else in it.
+
+    Raises:
+        Damaged: these bytes are not a sample.
+    """
+    files = _plain_members(raw)
+    if files and (sample := _only_sample(files)) is not None:
+        return sample
+    try:
+        if files is None:
+            source = {"url": "", "stream": io.BytesIO(raw)}
+            files = list(tars.tar_file_expander([source], eof_value=None))
+        samples = tars.group_by_keys({"__url__": "", **file} for file in files)
+        first, others = next(samples, None), len(list(samples)) if alone else 0
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise Damaged(
+            f"not a sample of a tar ({error.args[0] if error.args else error})"
+        ) from error
+    if first is None or others:
+        raise Damaged(f"{others + 1 if first else 0} samples where the index has one")
+    return first
+
+
+def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
+    """Names and contents of the members if all of them are plain files, or None.
+
+    `tarfile`, which webdataset reads with, takes ten times as long, and more than decoding. Long
+    names, sparse files, links and damaged headers are left to it.
+    """
+    files = []
+    at = 0
+    while at + _BLOCK <= len(raw):
+        header = bytes(raw[at : at + _BLOCK])
+        if header[156] not in _PLAIN or header[345]:
+            return None
+        try:
+            size = int(header[124:136].strip(b" \0"), 8)
+            checksum = int(header[148:156].strip(b" \0"), 8)
+            name = header[:100].partition(b"\0")[0].decode()
+        except ValueError:
+            return None
+        # The checksum counts its own field as blanks. The low half of an Adler-32 is the sum of
+        # the bytes, plus 1; `sum` takes longer than everything else here.
+        counted = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32
+        if (checksum - counted) % _ADLER:
+            return None
+        at += _BLOCK
+        if at + size > len(raw):
+            return None
+        files.append({"fname": name, "data": bytes(raw[at : at + size])})
+        at += -(-size // _BLOCK) * _BLOCK
+    return files
+
+
+def _only_sample(files: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What webdataset groups members to, where they are surely one sample, or None.
+
+    Its grouping is left the doubtful ones: folders with dots, names without any, two keys, an
+    extension that comes twice.
+    """
+    key = files[0]["fname"].partition(".")[0]
+    sample: dict[str, Any] = {"__key__": key, "__url__": ""}
+    for file in files:
+        stem, _, extension = file["fname"].partition(".")
+        extension = extension.lower()
+        if stem != key or not stem or not extension or "/" in extension or extension in sample:
+            return None
+        sample[extension] = file["data"]
+    return sample
+
+
+def _label(members: dict[str, Any], num_classes: int) -> int:
+    if "cls" not in members:
+        raise Damaged(f"{members['__key__']}: no label among {_extensions(members)}")
+    try:
+        label = int(members["cls"])
+    except ValueError:
+        raise Damaged(f"{members['__key__']}.cls: {members['cls'][:20]!r} is no number") from None
+    if not 0 <= label < num_classes:
+        raise Damaged(f"{members['__key__']}.cls: label {label} is not in [0, {num_classes})")
+    return label
+
+
+def _extensions(members: dict[str, Any]) -> str:
+    return ", ".join(name for name in members if not name.startswith("__")) or "nothing"
+
+
+def _example(
+    index: ShardIndex,
+    shard: int,
+    inside: int,
+    raw: memoryview,
+    side: int,
+    into: Pixels | None = None,
+) -> Example:
+    offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
+    length = int(offsets[inside + 1] - offsets[inside])
+    told = index.told(shard, inside)
+    sample = example(raw, length, side, index.num_classes, told, into)
+    # What a tar says of itself has no checksum.
+    if told is None and labels is not None and sample.label != labels[inside]:
+        raise Damaged(f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}")
+    return sample

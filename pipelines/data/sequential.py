@@ -1,0 +1,56 @@
+"""The samples of a data set in the order of its index, for evaluation and embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mhe_dist.errors import RunError
+from pipelines.data.decode import Pixels
+from pipelines.data.order import Piece
+from pipelines.data.sample import Damaged, _example, read_piece
+from pipelines.shards.index import ShardIndex
+
+
+def read_in_order(
+    index: ShardIndex, start: int, stop: int, image_size: int
+) -> tuple[Tensor, Tensor, list[str]]:
+    """The samples `[start, stop)` of a data set in the order of its index, not augmented.
+
+    Returns:
+        images uint8 `[n, 3, image_size, image_size]`, labels int64 `[n]`, keys.
+
+    Raises:
+        RunError: one of them cannot be used; an evaluation leaves nothing out.
+    """
+    images = np.empty((stop - start, 3, image_size, image_size), np.uint8)
+    labels = np.empty(stop - start, np.int64)
+    keys: list[str] = []
+    for piece in pieces_in_order(index, start, stop):
+        for inside, raw in enumerate(read_piece(index, piece), piece.start):
+            try:
+                sample = _example(index, piece.shard, inside, raw, image_size)
+            except Damaged as error:
+                raise RunError(f"{index.place(piece.shard, inside)}: {error}") from error
+            images[len(keys)] = _channels_first(sample.image)
+            labels[len(keys)] = sample.label
+            keys.append(sample.key)
+    return torch.from_numpy(images), torch.from_numpy(labels), keys
+
+
+def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]:
+    """Where the samples `[start, stop)` of a data set lie."""
+    shard = int(np.searchsorted(index.starts, start, side="right")) - 1
+    while start < stop:
+        begin, end = (int(bound) for bound in index.starts[shard : shard + 2])
+        if start < end:  # a shard may be empty
+            yield Piece(shard, start - begin, min(stop, end) - begin)
+        start, shard = max(start, end), shard + 1
+
+
+def _channels_first(image: Pixels) -> Pixels:
+    """`[3, H, W]`; a grey image stays `[H, W]` and is broadcast where it is assigned."""
+    return image.transpose(2, 0, 1) if image.ndim == 3 else image

@@ -1,0 +1,250 @@
+"""Reads a whole data set as training would, and says what is wrong with it.
+
+Every tar is read from front to back: its size and checksum against the index, then each sample's
+name, label and image, which is decoded completely. Images that are the same, byte for byte, are
+found by a digest over all tars.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.errors import RunError
+from pipelines.data.decode import Undecodable, decode
+from pipelines.data.order import Piece
+from pipelines.data.sample import Damaged, Packed, read_piece, unpack
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.packing import pack_labels, unpack_labels
+from pipelines.storage import urls
+from pipelines.storage import worker_pool as parallel
+from pipelines.storage.staging import Journal
+from pipelines.storage.worker_pool import Progress, ignore
+
+Ints = npt.NDArray[np.int64]
+
+_CHUNK: Final = 1 << 23
+_AT_ONCE: Final = 128  # samples that are in memory together
+_SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
+_DIGEST: Final = 16
+_BAD: Final = -1  # the label of a sample that cannot be used
+_LISTED: Final = 1000  # problems of one kind in one tar, and duplicates, that are named
+
+
+class Problem(NamedTuple):
+    """Something wrong.
+
+    Attributes:
+        kind: `shard`, `sample`, `image`, `label` or `duplicate`.
+        place: where.
+        reason: what.
+    """
+
+    kind: str
+    place: str
+    reason: str
+
+
+class Report(NamedTuple):
+    """What a data set holds, and what is wrong with it.
+
+    Attributes:
+        data: the data set.
+        problems: those that are named.
+        counts: kind -> problems, named or not.
+        per_class: int64 `[C]`, usable images of each class.
+        repeated: images that are in their class already.
+    """
+
+    data: ShardIndex
+    problems: list[Problem]
+    counts: dict[str, int]
+    per_class: Ints
+    repeated: int
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.counts
+
+
+def verify(
+    index: ShardIndex, journal: Journal, processes: int = 1, progress: Progress = ignore
+) -> Report:
+    """Read everything.
+
+    Args:
+        index: the data set.
+        journal: of this data set; finished tars are not read again.
+        processes: how many read at the same time.
+        progress: called with the finished tars and their number.
+    """
+    total = len(index.shards)
+    results = {n: kept for n in range(total) if (kept := journal.get(n)) is not None}
+    progress(len(results), total)
+    todo = [(n, _only(index, n)) for n in range(total) if n not in results]
+    for number, result in parallel.run(check, todo, processes):
+        results[number] = result
+        journal.keep(number, result)
+        progress(len(results), total)
+    ordered = [results[number] for number in range(total)]
+    problems = [Problem(*problem) for result in ordered for problem in result["problems"]]
+    counts: Counter[str] = Counter()
+    for result in ordered:
+        counts.update(result["counts"])
+    labels = np.concatenate([_labels(result) for result in ordered] or [np.empty(0, np.int64)])
+    digests = np.concatenate([_digests(result) for result in ordered] or [np.empty((0, 2), "<u8")])
+    mixed, repeated = duplicates(digests, labels)
+    if len(mixed):
+        counts["duplicate"] = len(mixed)
+        problems += [_duplicate(index, labels, pair) for pair in mixed[:_LISTED].tolist()]
+    per_class = np.bincount(labels[labels != _BAD], minlength=index.num_classes).astype(np.int64)
+    return Report(index, problems, dict(counts), per_class, repeated)
+
+
+def _only(index: ShardIndex, number: int) -> ShardIndex:
+    """An index of one shard, for a process that need not know the others."""
+    meta = {key: value for key, value in index.meta.items() if key == "fields"}
+    return ShardIndex(index.folder, index.num_classes, [index.shards[number]], meta)
+
+
+def _labels(result: dict[str, Any]) -> Ints:
+    return unpack_labels(result["labels"], result["samples"])
+
+
+def _digests(result: dict[str, Any]) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(base64.b64decode(result["digests"]), "<u8").reshape(-1, 2)
+
+
+def duplicates(digests: npt.NDArray[np.uint64], labels: Ints) -> tuple[Ints, int]:
+    """Images that are equal.
+
+    Args:
+        digests: `[N, 2]`, equal for equal images.
+        labels: `[N]`, -1 for samples without an image.
+
+    Returns:
+        int64 `[n, 2]`, pairs of samples that are equal and in different classes, one pair for each
+        further class; and the number of images that are in their class already.
+    """
+    usable = np.flatnonzero(labels != _BAD)
+    order = usable[np.lexsort((usable, labels[usable], digests[usable, 1], digests[usable, 0]))]
+    same = (digests[order[1:]] == digests[order[:-1]]).all(1)
+    differs = labels[order[1:]] != labels[order[:-1]]
+    pairs = np.stack([order[:-1], order[1:]], 1)[same & differs]
+    return np.sort(pairs, 1), int((same & ~differs).sum())
+
+
+def _duplicate(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -> Problem:
+    one, other = (_place(index, number) for number in pair)
+    classes = [int(labels[number]) for number in pair]
+    return Problem("duplicate", one, f"class {classes[0]}; the same in class {classes[1]}: {other}")
+
+
+def _place(index: ShardIndex, number: int) -> str:
+    """Where a sample is, with its key."""
+    shard = int(np.searchsorted(index.starts, number, side="right")) - 1
+    inside = number - int(index.starts[shard])
+    place = f"sample {inside} of {index.url(shard)}"
+    try:
+        raw = read_piece(index, Piece(shard, inside, inside + 1))[0]
+        told = index.told(shard, inside)
+        return f"{place} ({unpack(raw, len(raw), index.num_classes, told).key})"
+    except (RunError, Damaged):
+        return place
+
+
+def check(index: ShardIndex) -> dict[str, Any]:
+    """Read the tar of an index of one; what JSON can hold of the result."""
+    found = _Found(index)
+    shard, url = index.shards[0], index.url(0)
+    digest, size = hashlib.sha256(), 0
+    try:
+        with urls.forward(url) as stream:
+            for data in _pieces(stream, shard.offsets, found):
+                digest.update(data)
+                size += len(data)
+    except FileNotFoundError:
+        found.add("shard", url, "is missing")
+        return found.result()
+    if size != shard.bytes:
+        found.add("shard", url, f"has {size} bytes, the index says {shard.bytes}")
+    elif f"sha256:{digest.hexdigest()}" != shard.checksum:
+        found.add("shard", url, "its checksum is not that of the index: it was changed or damaged")
+    return found.result()
+
+
+def _pieces(stream: urls.Steady, offsets: Ints, found: _Found) -> Iterator[bytes]:
+    """All bytes of a tar in order; on the way its samples are looked at."""
+    yield stream.read(int(offsets[0]))
+    for first in range(0, len(offsets) - 1, _AT_ONCE):
+        bounds = offsets[first : first + _AT_ONCE + 1] - offsets[first]
+        data = stream.read(int(bounds[-1]))
+        yield data
+        for number, (start, stop) in enumerate(pairwise(bounds.tolist()), first):
+            found.look(number, memoryview(data)[start:stop], stop - start)
+    while data := stream.read(_CHUNK):
+        yield data
+
+
+class _Found:
+    """What has been found in a tar."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._problems: list[Problem] = []
+        self._counts: Counter[str] = Counter()
+        samples = index.shards[0].samples
+        self._labels = np.full(samples, _BAD, np.int64)
+        self._digests = np.zeros((samples, 2), "<u8")
+
+    def add(self, kind: str, place: str, reason: str) -> None:
+        """Count a problem, and name it if there are not too many of its kind."""
+        self._counts[kind] += 1
+        if self._counts[kind] <= _LISTED:
+            self._problems.append(Problem(kind, place, reason))
+
+    def look(self, number: int, raw: memoryview, length: int) -> None:
+        """Check one sample."""
+        place = f"sample {number} of {self._index.url(0)}"
+        try:
+            packed = unpack(raw, length, self._index.num_classes, self._index.told(0, number))
+        except Damaged as error:
+            self.add("sample", place, str(error))
+            return
+        place = f"{place} ({packed.key})"
+        self._check_label(number, place, packed)
+        if packed.key.startswith("/") or ".." in packed.key.split("/"):
+            self.add("sample", place, "its name leaves the folder")
+        try:
+            decode(packed.data, _SIDE)
+        except Undecodable as error:
+            self.add("image", place, str(error))
+            return
+        self._labels[number] = packed.label
+        digest = hashlib.blake2b(packed.data, digest_size=_DIGEST).digest()
+        self._digests[number] = np.frombuffer(digest, "<u8")
+
+    def _check_label(self, number: int, place: str, packed: Packed) -> None:
+        labels = self._index.shards[0].labels
+        if labels is not None and labels[number] != packed.label:
+            self.add("label", place, f"{packed.label}, the index says {labels[number]}")
+        if not 0 <= packed.label < self._index.num_classes:
+            self.add("label", place, f"{packed.label} is not in [0, {self._index.num_classes})")
+
+    def result(self) -> dict[str, Any]:
+        """See `check`."""
+        return {
+            "samples": len(self._labels),
+            "problems": self._problems,
+            "counts": dict(self._counts),
+            "labels": pack_labels(self._labels.tolist()),
+            "digests": base64.b64encode(self._digests.tobytes()).decode(),
+        }

@@ -1,0 +1,1 @@
+"""Figures from embeddings alone: ROC, verification, identification, bootstrap intervals."""

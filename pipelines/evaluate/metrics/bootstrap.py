@@ -1,0 +1,59 @@
+"""How sure a verification figure is: the bootstrap over pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mhe_dist.seeds import generator
+from pipelines.evaluate.metrics.verification import Bools, Floats, fold_slices
+
+DRAWS: Final = 200
+LEVEL: Final = 0.95
+
+
+class Interval(NamedTuple):
+    """The range that holds a share `LEVEL` of the bootstrap's figures, by percentiles."""
+
+    low: float
+    high: float
+
+
+def interval(
+    figure: Callable[[Floats, Bools], float],
+    distances: Floats,
+    same: Bools,
+    seed: int = 0,
+    draws: int = 0,
+) -> Interval:
+    """The bootstrap interval of a ten-fold figure.
+
+    Each draw puts together as many same and as many different pairs of each fold as it has, with
+    replacement, and goes through the whole protocol again, choice of thresholds included. Pairs
+    stay in their folds, so none is in the training and in the test part.
+
+    Args:
+        figure: distances `[P]` and same `[P]` to the figure.
+        distances, same: of all pairs.
+        seed: keys the draws, together with nothing else.
+        draws: how many; 0: `DRAWS`.
+    """
+    strata = _strata(same)
+    figures = np.empty(draws or DRAWS)
+    for draw in range(len(figures)):
+        rng = generator(seed, "bootstrap", draw)
+        chosen = np.concatenate([part[rng.integers(0, len(part), len(part))] for part in strata])
+        figures[draw] = figure(distances[chosen], same[chosen])
+    tail = (1 - LEVEL) / 2
+    return Interval(*(float(value) for value in np.quantile(figures, [tail, 1 - tail])))
+
+
+def _strata(same: Bools) -> list[npt.NDArray[np.int64]]:
+    """The pairs of each fold and kind, folds in order."""
+    numbers = np.arange(len(same))
+    parts = [numbers[part] for part in fold_slices(len(same))]
+    strata = [part[same[part] == kind] for part in parts for kind in (True, False)]
+    return [stratum for stratum in strata if len(stratum)]

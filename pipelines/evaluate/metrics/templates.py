@@ -1,0 +1,62 @@
+"""Templates: the images of one appearance of a person, pooled to one row (FORMATS.md)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.evaluate.metrics.roc import Floats, Ints, rounded
+
+_ROWS: Final = 1 << 14  # of images or pairs in float64 at a time
+
+
+def pool(
+    embeddings: npt.NDArray[np.float32], weights: Floats, templates: Ints, media: Ints
+) -> tuple[Ints, Floats]:
+    """Per template the mean over each medium, the sum of those, brought to length 1.
+
+    So a video counts as much as a photo, however many frames it has.
+
+    Args:
+        embeddings: `[N, D]`, with their norms.
+        weights: `[N]`, what each is multiplied with: the detector's score.
+        templates, media: `[N]`.
+
+    Returns:
+        ids of the templates `[T]`, rising; rows float64 `[T, D]`; one of zeros stays one.
+    """
+    order = np.lexsort((media, templates))
+    ids, starts = np.unique(templates[order], return_index=True)
+    ends = np.append(starts[1:], len(order))
+    rows = np.zeros((len(ids), embeddings.shape[1]))
+    first = 0
+    while first < len(ids):  # as many whole templates as fit, one at least
+        last = max(first + 1, int(np.searchsorted(ends, starts[first] + _ROWS, side="right")))
+        part = order[starts[first] : ends[last - 1]]
+        weighted = embeddings[part].astype(np.float64) * weights[part, None]
+        rows[first:last] = _pooled(weighted, templates[part], media[part])
+        first = last
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return ids, rows / np.where(norms > 0, norms, 1.0)
+
+
+def _pooled(rows: Floats, templates: Ints, media: Ints) -> Floats:
+    """Sum of the means over the media, for rows that are sorted by template and medium."""
+    changes = (templates[1:] != templates[:-1]) | (media[1:] != media[:-1])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    counts = np.diff(np.append(starts, len(rows)))
+    means = np.add.reduceat(rows, starts) / counts[:, None]
+    of = templates[starts]
+    firsts = np.concatenate([[0], np.flatnonzero(of[1:] != of[:-1]) + 1])
+    return np.asarray(np.add.reduceat(means, firsts))
+
+
+def dots(rows: Floats, first: Ints, second: Ints) -> Floats:
+    """The dot product of each pair of rows, `[P]`, in bounded memory, as scores are compared."""
+    out = np.empty(len(first))
+    for start in range(0, len(out), _ROWS):
+        part = slice(start, start + _ROWS)
+        out[part] = np.einsum("nd,nd->n", rows[first[part]], rows[second[part]])
+    return rounded(out)

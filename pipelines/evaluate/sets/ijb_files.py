@@ -1,0 +1,146 @@
+"""IJB-B and IJB-C as they are handed out: `loose_crop/` and `meta/` (FORMATS.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from torch import Tensor
+
+from mhe_dist.errors import RunError, UserError
+from pipelines.data.decode import Undecodable, decode_whole
+from pipelines.evaluate.sets.align import align
+from pipelines.evaluate.sets.stack import stacked
+from pipelines.sources.image_folder import inside
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_GALLERIES: Final = {"ijbc": ("G1", "G2"), "ijbb": ("S1", "S2")}
+_PAIRS_AT_ONCE: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Ijb:
+    """The images of a set, and what belongs together.
+
+    Attributes:
+        root: folder of the set.
+        name: `ijbb` or `ijbc`.
+        names: file names of the N images.
+        landmarks: `[N, 5, 2]`, (x, y).
+        scores: `[N]`, of the face detector.
+        templates, media: int64 `[N]`: which template, and which photo or video, an image is of.
+    """
+
+    root: Path
+    name: str
+    names: list[str]
+    landmarks: Floats
+    scores: Floats
+    templates: Ints
+    media: Ints
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.names)
+
+    def read(self, start: int, stop: int, side: int) -> Tensor:
+        """The faces `[start, stop)`, uint8 `[n, 3, side, side]`, RGB, cut by their landmarks.
+
+        Raises:
+            RunError: one of them cannot be used; an evaluation leaves nothing out.
+        """
+        return stacked(self._face, start, stop, side)
+
+    def _face(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        place = self.root / "loose_crop" / self.names[number]
+        try:
+            return align(decode_whole(place.read_bytes()), self.landmarks[number], side)
+        except (OSError, Undecodable, ValueError) as error:
+            raise RunError(f"{place}: cannot be used: {error}") from error
+
+    def pairs(self) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_]]]:
+        """The 1:1 protocol in pieces: template, template, of one subject."""
+        path = self.root / "meta" / f"{self.name}_template_pair_label.txt"
+        for rows in _table(path, 3, chunksize=_PAIRS_AT_ONCE):
+            first, second, same = rows.to_numpy(np.int64).T
+            yield first, second, same == 1
+
+    def galleries(self) -> list[tuple[Ints, Ints]]:
+        """Templates and subjects of the two galleries of the 1:N protocol; none without it."""
+        return [self._subjects(f"1N_gallery_{name}") for name in _GALLERIES[self.name]]
+
+    def probes(self) -> tuple[Ints, Ints]:
+        """Templates and subjects of the probes."""
+        return self._subjects("1N_probe_mixed")
+
+    @property
+    def has_identification(self) -> bool:
+        """Whether the files of the 1:N protocol are there."""
+        names = [*(f"gallery_{name}" for name in _GALLERIES[self.name]), "probe_mixed"]
+        return all((self.root / "meta" / f"{self.name}_1N_{n}.csv").exists() for n in names)
+
+    def _subjects(self, name: str) -> tuple[Ints, Ints]:
+        path = self.root / "meta" / f"{self.name}_{name}.csv"
+        rows = _read(path, sep=",", usecols=[0, 1]).drop_duplicates()
+        templates, subjects = rows.to_numpy(np.int64).T
+        if len(np.unique(templates)) < len(templates):
+            raise UserError(f"{path}: a template is of two subjects")
+        return templates, subjects
+
+
+def load(root: str) -> Ijb:
+    """Read the tables of a set; images are read when they are asked for.
+
+    Raises:
+        UserError: a table is missing, damaged, or does not fit the others.
+    """
+    folder = Path(root)
+    found = [name for name in _GALLERIES if (folder / "meta" / f"{name}_face_tid_mid.txt").exists()]
+    if not found:
+        raise UserError(
+            f"{root}: neither meta/ijbc_face_tid_mid.txt nor meta/ijbb_face_tid_mid.txt is there: "
+            f"give the folder that holds loose_crop/ and meta/"
+        )
+    meta = folder / "meta"
+    faces = next(_table(meta / f"{found[0]}_name_5pts_score.txt", 12))
+    groups = next(_table(meta / f"{found[0]}_face_tid_mid.txt", 3))
+    names = faces[0].astype(str).tolist()
+    if names != groups[0].astype(str).tolist():
+        raise UserError(f"{meta}: the two tables of faces do not name the same images in one order")
+    for name in names:
+        try:
+            inside(name, str(folder))
+        except ValueError as error:
+            raise UserError(f"{meta}: {error}") from error
+    numbers = faces.iloc[:, 1:].to_numpy(np.float64)
+    templates, media = groups.iloc[:, 1:].to_numpy(np.int64).T
+    return Ijb(
+        *(folder, found[0], names, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10]),
+        *(templates, media),
+    )
+
+
+def _table(path: Path, columns: int, chunksize: int | None = None) -> Iterator[Any]:
+    """A space-separated table as a data frame, or in pieces of that many rows."""
+    read = _read(path, sep=" ", header=None, chunksize=chunksize)
+    for rows in [read] if chunksize is None else read:
+        if rows.shape[1] != columns or rows.isna().to_numpy().any():
+            raise UserError(f"{path}: a row does not have {columns} values between single spaces")
+        yield rows
+
+
+def _read(path: Path, **options: Any) -> Any:
+    try:
+        return pd.read_csv(path, **options)
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except (ValueError, UnicodeDecodeError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path}: cannot be read: {error}") from error

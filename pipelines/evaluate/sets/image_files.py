@@ -1,0 +1,123 @@
+"""Image files of a folder or store, by number: what is embedded or compared as it lies."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mhe_dist.errors import RunError, UserError
+from pipelines.data.decode import Undecodable, decode
+from pipelines.evaluate.sets.stack import stacked
+from pipelines.sources.image_folder import below, inside, is_image
+from pipelines.storage import urls
+
+Ints = npt.NDArray[np.int64]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ImageFiles:
+    """Files below a folder.
+
+    Attributes:
+        root: folder or URL.
+        paths: below it.
+        skip_bad: a file that cannot be read becomes black and is marked, instead of an error.
+        bad: int64 `[N]`, 1 for those that were met so far.
+    """
+
+    root: str
+    paths: Sequence[str]
+    skip_bad: bool = False
+    bad: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bad = torch.zeros(len(self.paths), dtype=torch.int64)
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.paths)
+
+    def read(self, start: int, stop: int, side: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, side, side]`, RGB.
+
+        Raises:
+            RunError: one of them cannot be read, and bad ones are not skipped.
+        """
+        return stacked(self._image, start, stop, side)
+
+    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        path = self.paths[number]
+        filesystem, root = urls.find(self.root)
+        try:
+            return decode(bytes(filesystem.cat_file(f"{root}/{path}")), side)
+        except (OSError, Undecodable) as error:
+            if not self.skip_bad:
+                raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
+            log.warning("left out: %s/%s: %s", self.root, path, error)
+            self.bad[number] = 1
+            return np.zeros((side, side, 3), np.uint8)
+
+
+def every(root: str, skip_bad: bool = False) -> ImageFiles:
+    """All images below a folder, in the order of their names.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    root = root.rstrip("/")
+    paths = sorted(path for path, _ in below(root) if is_image(path))
+    if not paths:
+        raise UserError(f"{root}: holds no image")
+    return ImageFiles(root, paths, skip_bad)
+
+
+def classes(files: ImageFiles) -> Ints:
+    """The class of each file: the folder right below the root that it is in, numbered by name.
+
+    Raises:
+        UserError: a file is in no such folder.
+    """
+    for path in files.paths:
+        if "/" not in path:
+            raise UserError(f"{files.root}/{path}: is in no folder; there is one folder per class")
+    names = [path.partition("/")[0] for path in files.paths]
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArray[np.bool_]]:
+    """Pairs of a CSV file: columns `first` and `second`, paths below `root`, and `same`, 0 or 1.
+
+    Returns:
+        each file once; numbers of the first and of the second of each pair; whether they are same.
+
+    Raises:
+        UserError: a column is missing, or a row is none; the message names the line.
+    """
+    with urls.Reader(table) as reader:
+        text = reader.read(0, reader.size).decode("utf-8-sig")
+    rows = csv.DictReader(io.StringIO(text))
+    if missing := {"first", "second", "same"} - set(rows.fieldnames or ()):
+        raise UserError(f"{table}: has no column {min(missing)}; it takes first,second,same")
+    numbers: dict[str, int] = {}
+    pairs, same = [], []
+    top = urls.find(root)[1]
+    for line, row in enumerate(rows, 2):
+        try:
+            paths = [inside(row[name] or "", top) for name in ("first", "second")]
+            same.append({"0": False, "1": True}[(row["same"] or "").strip()])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{table} line {line}: {error}; `same` is 0 or 1") from error
+        pairs.append([numbers.setdefault(path, len(numbers)) for path in paths])
+    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+    return ImageFiles(root.rstrip("/"), list(numbers)), first, second, np.array(same, bool)

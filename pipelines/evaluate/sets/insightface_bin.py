@@ -1,0 +1,234 @@
+"""InsightFace verification sets (`lfw.bin` and kin): a pickle, read without running what it says.
+
+A pickle names functions and calls them, so reading one from elsewhere can run anything. Here only
+plain containers come out of it, and the few functions that NumPy arrays and byte strings are
+rebuilt with are replaced by small ones of our own; every other name is refused before it is
+imported.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from mhe_dist.errors import RunError, UserError
+from pipelines.data.decode import Undecodable, decode
+from pipelines.evaluate.sets.stack import stacked
+from pipelines.storage import urls
+
+_TYPES: Final = ("u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
+_MAX_ITEM: Final = 1 << 26  # bytes of an image: more than any, and no memory that matters
+
+
+@dataclass(frozen=True)
+class VerificationBin:
+    """A verification set of P pairs; pair i is images 2i and 2i + 1.
+
+    Attributes:
+        url: where it was read.
+        images: 2P encoded images.
+        same: bool `[P]`: of one class.
+    """
+
+    url: str
+    images: Sequence[bytes]
+    same: npt.NDArray[np.bool_]
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def read(self, start: int, stop: int, side: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, side, side]`, RGB.
+
+        Raises:
+            RunError: one of them cannot be decoded; an evaluation leaves nothing out.
+        """
+        return stacked(self._image, start, stop, side)
+
+    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+        try:
+            return decode(self.images[number], side)
+        except Undecodable as error:
+            raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
+
+
+def read_bin(url: str) -> VerificationBin:
+    """Read a set from a path or URL.
+
+    Raises:
+        UserError: there is no such file, it is no such set, or it names what a set does not need
+            (the message says what); nothing of it was run.
+    """
+    with urls.Reader(url) as reader:
+        data = reader.read(0, reader.size)
+    content = _restricted(url, data)
+    if not isinstance(content, list | tuple) or len(content) != 2:
+        raise _not_a_set(url, f"it holds {_short(content)}, not (images, same)")
+    images, same = (_plain(part) for part in content)
+    if not isinstance(images, list | tuple) or not isinstance(same, list | tuple):
+        raise _not_a_set(url, "its two parts are not lists")
+    if len(images) != 2 * len(same) or not same:
+        raise _not_a_set(url, f"{len(images)} images do not make {len(same)} pairs")
+    flags = [_plain(flag) for flag in same]
+    if any(flag not in (0, 1) for flag in flags):
+        raise _not_a_set(url, "a pair is neither same nor different")
+    return VerificationBin(
+        url, [_encoded(url, n, item) for n, item in enumerate(images)], np.array(flags, bool)
+    )
+
+
+def _restricted(url: str, data: bytes) -> Any:
+    """What the pickle holds."""
+    try:
+        # Python 2 wrote byte strings as text; other pickles take no notice of the encoding.
+        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except _Refused as error:
+        raise UserError(
+            f"{url}: refused: the pickle asks for {error}, which a verification set does not need "
+            f"and which could run code; nothing was run. Get the file from a source that you trust"
+        ) from None
+    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
+        raise _not_a_set(url, f"{type(error).__name__}: {error}") from error
+
+
+class _Refused(Exception):
+    """A name that a pickle may not use."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names below and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Our own stand-in for a known name."""
+        known = _KNOWN.get(f"{module}.{name}")
+        if known is None:
+            raise _Refused(f"{module}.{name}")
+        return known
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Refuse; there is no place outside the file."""
+        raise _Refused(f"the persistent object {_short(pid)}")
+
+
+class _Type:
+    """Stands in for `numpy.dtype`: a name, and the byte order that its state adds."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.decode("ascii") if isinstance(name, bytes) else str(name)
+        self.order = ""
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1]
+        self.order = order.decode("ascii") if isinstance(order, bytes) else str(order)
+
+    def resolve(self) -> np.dtype[Any]:
+        """NumPy's type, of whole numbers, floats and truth values only."""
+        name = self.name.lstrip("<>|=")
+        if name not in _TYPES:
+            raise ValueError(f"an array of {self.name}")
+        return np.dtype((">" if ">" in (self.order or self.name) else "<") + name)
+
+
+class _Array:
+    """Stands in for an array while it is rebuilt; `value` is the array."""
+
+    def __init__(self, *_: Any) -> None:
+        self.value: npt.NDArray[Any] = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        self.value = _array(data, kind, shape, "F" if fortran else "C")
+
+
+def _array(data: Any, kind: Any, shape: Any, order: str = "C") -> npt.NDArray[Any]:
+    """An array of plain numbers; a list of objects is none."""
+    if isinstance(data, str):
+        data = data.encode("latin-1")
+    if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray):
+        raise ValueError("an array of objects")
+    flat = np.frombuffer(data, kind.resolve())
+    order = order.decode() if isinstance(order, bytes) else order
+    return flat.reshape([int(length) for length in shape], order="F" if order == "F" else "C")
+
+
+def _from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> _Array:
+    """Stands in for `numpy.core.numeric._frombuffer`."""
+    made = _Array()
+    made.value = _array(bytes(data), kind, shape, order)
+    return made
+
+
+def _scalar(kind: Any, data: Any) -> Any:
+    """Stands in for `numpy.core.multiarray.scalar`."""
+    return _array(data, kind, (1,))[0].item()
+
+
+def _latin_1(text: Any, encoding: Any) -> bytes:
+    """Stands in for `_codecs.encode`, with which old protocols spell bytes."""
+    if encoding not in ("latin1", "latin-1", b"latin1", b"latin-1"):
+        raise _Refused("_codecs.encode to something else than latin-1")
+    return str(text).encode("latin-1")
+
+
+def _bytes(*arguments: Any) -> bytes:
+    """Stands in for `bytes` and `bytearray`; a number would ask for that much memory."""
+    if not arguments:
+        return b""
+    if isinstance(arguments[0], int):
+        raise ValueError("bytes by number")
+    if isinstance(arguments[0], str):
+        return _latin_1(*arguments)
+    return bytes(arguments[0])
+
+
+_KNOWN: Final[dict[str, Callable[..., Any]]] = {
+    **{
+        f"numpy.{package}.{name}": stand_in
+        for package in ("core", "_core")
+        for name, stand_in in (
+            ("multiarray._reconstruct", _Array),
+            ("multiarray.scalar", _scalar),
+            ("numeric._frombuffer", _from_buffer),
+        )
+    },
+    **{"numpy.ndarray": _Array, "numpy.dtype": _Type, "_codecs.encode": _latin_1},
+    **{
+        f"{module}.{name}": _bytes
+        for module in ("builtins", "__builtin__")
+        for name in ("bytes", "bytearray")
+    },
+}
+
+
+def _plain(item: Any) -> Any:
+    """An array in place of its stand-in; a list for an array of flags."""
+    value = item.value if isinstance(item, _Array) else item
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype != np.uint8 else value
+
+
+def _encoded(url: str, number: int, item: Any) -> bytes:
+    """The bytes of one image."""
+    item = _plain(item)
+    if isinstance(item, np.ndarray) and item.ndim == 1:
+        item = item.tobytes()
+    if not isinstance(item, bytes | bytearray) or not 0 < len(item) <= _MAX_ITEM:
+        raise _not_a_set(url, f"image {number} is {_short(item)}, not encoded bytes")
+    return bytes(item)
+
+
+def _not_a_set(url: str, why: str) -> UserError:
+    return UserError(f"{url}: not an InsightFace verification set (.bin): {why}")
+
+
+def _short(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return f"{type(value).__name__} {shape if shape is not None else ''}".strip()

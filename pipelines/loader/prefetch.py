@@ -1,0 +1,136 @@
+"""The bytes of windows, remote ones fetched in the background before their turn.
+
+When a stream has used up most of a window, its next one is fetched by a thread, so that the change
+does not wait for the store. That changes when bytes are read, never which. Memory: the open
+windows of a process's streams, and beside them at most one window more for each stream, all of
+these together at most `data.remote.read_ahead_mib`. What does not fit is read when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, NamedTuple
+
+from fsspec.utils import get_protocol
+
+from mhe_dist.config.data import RemoteConfig
+from pipelines.data.order import Order, Piece, Window
+from pipelines.data.sample import span
+from pipelines.loader.shard_reader import ShardReader, together
+from pipelines.shards.index import ShardIndex
+from pipelines.storage.ranges import File
+
+_THREADS: Final = 4
+_NEAR: Final = 4  # the next window is fetched when 1/4 of the present one is left
+
+
+class WindowBytes(NamedTuple):
+    """The raw bytes of a window's samples in reading order; shards that are not as they should be.
+
+    Attributes:
+        samples: see `fetch.read_piece`.
+        bad_shards: URL -> what is wrong.
+    """
+
+    samples: list[memoryview]
+    bad_shards: dict[str, str]
+
+
+class _Coming(NamedTuple):
+    size: int
+    future: Future[WindowBytes]
+
+
+class WindowReader:
+    """Reads the windows of some streams in one process; a context, left in good order."""
+
+    def __init__(
+        self, index: ShardIndex, order: Order, remote: RemoteConfig, positions: range
+    ) -> None:
+        """Prepare.
+
+        Args:
+            index: the data set.
+            order: of its samples.
+            remote: how to read.
+            positions: which ones of each stream will be read; nothing is fetched for others.
+        """
+        self._index, self._order, self._positions = index, order, positions
+        self._reader = ShardReader(index, remote)
+        self._most = remote.read_ahead_mib << 20
+        is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
+        self._is_ahead = is_remote and self._most > 0
+        self._coming: dict[Window, _Coming] = {}
+        self._taken: dict[int, Window] = {}  # the last one of each stream
+        self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used
+
+    def __enter__(self) -> WindowReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._coming.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self, streams: Iterable[int], position: int) -> None:
+        """Fetch the windows of a position at the same time, if they have not been taken before."""
+        if self._is_ahead:
+            for stream in streams:
+                self._want(stream, position)
+
+    def look_ahead(self, stream: int, start: int, stop: int) -> None:
+        """Fetch a stream's next window if the present one is nearly used up.
+
+        Args:
+            stream: whose positions `[start, stop)` have just been read; as many may be read next.
+            start, stop: see there.
+        """
+        if self._is_ahead:
+            window, place = self._order.find(stream, stop - 1)
+            left = window.size - place - 1
+            if left < max(window.size // _NEAR, stop - start):
+                self._want(stream, stop + left)
+
+    def take(self, window: Window) -> WindowBytes:
+        """The bytes of a window.
+
+        Raises:
+            RunError: a shard cannot be read.
+            UserError: the index is damaged there.
+        """
+        self._taken[window.stream] = window
+        coming = self._coming.pop(window, None)
+        return self._read(self._located(window)) if coming is None else coming.future.result()
+
+    def _want(self, stream: int, position: int) -> None:
+        """Begin to fetch the window of a position, unless that is of no use or too much."""
+        window, _ = self._order.find(stream, position)
+        is_known = window in self._coming or window == self._taken.get(stream)
+        if is_known or position not in self._positions:
+            return
+        located = self._located(window)
+        if all(file.is_local for _, file in located):
+            return
+        bounds = [span(self._index, piece) for pieces, _ in located for piece in pieces]
+        size = sum(stop - start for start, stop in bounds)
+        if size + sum(coming.size for coming in self._coming.values()) <= self._most:
+            self._coming[window] = _Coming(size, self._pool.submit(self._read, located))
+
+    def _located(self, window: Window) -> list[tuple[list[Piece], File]]:
+        """The pieces of a window, those that are read together together, and where they are."""
+        runs = together(self._index, self._order.pieces(window))
+        return [(pieces, self._reader.file(pieces[0])) for pieces in runs]
+
+    def _read(self, located: list[tuple[list[Piece], File]]) -> WindowBytes:
+        samples: list[memoryview] = []
+        bad: dict[str, str] = {}
+        for pieces, file in located:
+            found = self._reader.read(pieces, file)
+            samples += found.samples
+            if found.fault:
+                bad[file.url] = found.fault
+        return WindowBytes(samples, bad)
+
+
+def _is_local(url: str) -> bool:
+    return get_protocol(url) in ("file", "local")

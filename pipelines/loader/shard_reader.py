@@ -1,0 +1,159 @@
+"""Pieces of shards for one process: straight from where the shards are, or through the cache.
+
+A local shard is always read where it is. Of a remote one the wanted range alone is read, or, if
+there is a cache, the whole shard once, which also tells whether its checksum is that of the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import BinaryIO, Final, NamedTuple
+
+from mhe_dist.config.data import RemoteConfig
+from pipelines.data.order import Piece
+from pipelines.data.sample import cut, span
+from pipelines.shards.index import Shard, ShardIndex
+from pipelines.storage.cache import Cache
+from pipelines.storage.ranges import File, file_at, read_range
+
+log = logging.getLogger(__name__)
+
+_BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
+_GAP: Final = 128 << 10  # most bytes between two pieces that are read together
+_CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
+
+
+class Fetched(NamedTuple):
+    """The raw bytes of each sample of a piece, and what is wrong with its whole shard, if known.
+
+    Behind the end of a shard samples are shorter than they should be.
+    """
+
+    samples: list[memoryview]
+    fault: str = ""
+
+
+class BadShard(Exception):
+    """A shard that is not the one of the index; the message says why."""
+
+
+class ShardReader:
+    """Reads pieces; its methods may run in several threads."""
+
+    def __init__(self, index: ShardIndex, remote: RemoteConfig) -> None:
+        """Reading begins later, but the cache's folder is made."""
+        self._index, self._retries = index, remote.retries
+        self._bad: dict[int, str] = {}
+        self._crowded = False
+        self._cache: Cache | None = None
+        if remote.cache_dir:
+            try:
+                self._cache = Cache(remote.cache_dir, int(remote.cache_gib * 2**30))
+            except OSError as error:
+                self._do_without(error)
+
+    def file(self, piece: Piece) -> File:
+        """Where a piece is; see `remote.file_at`."""
+        return file_at(self._index.url(piece.shard))
+
+    def read(self, pieces: list[Piece], file: File) -> Fetched:
+        """The samples of pieces of one shard that are read `together`; it is in `file`.
+
+        Raises:
+            RunError: the shard cannot be read.
+        """
+        number, bounds = pieces[0].shard, [span(self._index, piece) for piece in pieces]
+        first, last = bounds[0][0], bounds[-1][1]
+        data = None if file.is_local else self._cached(number, file, first, last)
+        if data is None:
+            data = read_range(file, first, last, self._retries)
+        samples: list[memoryview] = []
+        for piece, (start, stop) in zip(pieces, bounds, strict=True):
+            # What lies between pieces is let go.
+            part = data if len(pieces) == 1 else data[start - first : stop - first]
+            samples += cut(self._index, piece, part)
+        return Fetched(samples, self._bad.get(number, ""))
+
+    def _cached(self, number: int, file: File, start: int, stop: int) -> bytes | None:
+        """A range of a shard in the cache, or None if the shard is not to be had from there."""
+        if self._cache is None or number in self._bad:
+            return None
+        shard = self._index.shards[number]
+        fill = partial(_download, file, shard, self._retries)
+        try:
+            stream = self._cache.open(_name(shard, file.url), shard.bytes, fill)
+            if stream is not None:
+                with stream:
+                    stream.seek(start)
+                    return stream.read(stop - start)
+        except BadShard as error:
+            self._bad[number] = str(error)
+            return None
+        except OSError as error:
+            self._do_without(error)
+            return None
+        if not self._crowded:
+            self._crowded = True
+            log.warning(
+                "%s: no room in the cache (data.remote.cache_gib), read without it", file.url
+            )
+        return None
+
+    def _do_without(self, error: OSError) -> None:
+        log.warning("data.remote.cache_dir cannot be used (%s); going on without it", error)
+        self._cache = None
+
+
+def together(index: ShardIndex, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces, those that lie near one another in one shard as a list: a request costs more."""
+    run: list[Piece] = []
+    end = 0
+    for piece in pieces:
+        start, stop = span(index, piece)
+        if run and not (piece.shard == run[0].shard and 0 <= start - end <= _GAP):
+            yield run
+            run = []
+        run.append(piece)
+        end = stop
+    if run:
+        yield run
+
+
+def _name(shard: Shard, url: str) -> str:
+    """Of a shard's entry: by its content, or by its place if the index does not know its checksum.
+
+    A data set that was made anew under the same URL so never gets old bytes.
+    """
+    known = _CHECKSUM.fullmatch(shard.checksum)
+    return known[1] if known else hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
+
+
+def _download(file: File, shard: Shard, retries: int, stream: BinaryIO) -> None:
+    """Write a whole shard, and once more as long as its checksum is another false one each time.
+
+    Raises:
+        BadShard: it is shorter than the index says, or the same false checksum came twice.
+        RunError: it cannot be read.
+    """
+    found: set[str] = set()
+    for _ in range(retries + 1):
+        stream.seek(0)
+        digest = hashlib.sha256()
+        for start in range(0, shard.bytes, _BLOCK):
+            stop = min(start + _BLOCK, shard.bytes)
+            data = read_range(file, start, stop, retries)
+            if len(data) < stop - start:
+                raise BadShard(f"has {start + len(data)} bytes, the index says {shard.bytes}")
+            digest.update(data)
+            stream.write(data)
+        checksum = f"sha256:{digest.hexdigest()}"
+        if checksum == shard.checksum or not _CHECKSUM.fullmatch(shard.checksum):
+            return
+        if checksum in found:
+            break
+        found.add(checksum)
+    raise BadShard("its checksum is not that of the index: it was changed or damaged")

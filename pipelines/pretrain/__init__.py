@@ -1,0 +1,1 @@
+"""A pretraining run on one rank, from the config to the exported backbone."""

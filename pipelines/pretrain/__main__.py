@@ -1,0 +1,20 @@
+"""One rank of a run, under torchrun or alone: `python -m pipelines.pretrain CONFIG [KEY=VALUE]`."""
+
+from __future__ import annotations
+
+import sys
+
+from mhe_dist.config import load as config_load
+from mhe_dist.distributed import topology
+from mhe_dist.errors import Preempted
+from pipelines.pretrain import preemption
+from pipelines.pretrain.main import main
+
+if __name__ == "__main__":
+    preemption.listen()
+    try:
+        main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
+    topology.disconnect()

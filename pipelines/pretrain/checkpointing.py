@@ -1,0 +1,105 @@
+"""Checkpoints of a run: when one is due, and how each one ended, when it has ended.
+
+A save that fails is loud and ends nothing: the last good checkpoint stands, the next save is due
+as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from mhe_dist.checkpoint.store import CheckpointStore, Saved
+from mhe_dist.config.schema import CheckpointConfig
+from pipelines.pretrain.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves through a store and tells the recorder; all ranks must call alike.
+
+    Attributes:
+        written: checkpoints that this process completed.
+        failures: a sentence for each save that failed.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        store: CheckpointStore,
+        recorder: Recorder,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config, self._store, self._recorder, self._clock = config, store, recorder, clock
+        self._last = clock()
+        self.written = 0
+        self.failures: list[str] = []
+
+    @property
+    def state(self) -> str:
+        """Where the newest save of this process stands, in words."""
+        if self.failures:
+            return f"the last good checkpoint stands ({self.failures[-1]})"
+        return "everything is saved" if self.written else "nothing was saved"
+
+    def overdue(self) -> bool:
+        """Whether the clock of this rank asks for a save (`checkpoint.every_minutes`)."""
+        minutes = self._config.every_minutes
+        return minutes > 0 and self._clock() - self._last >= 60 * minutes
+
+    def due(self, step: int, evaluated: bool) -> bool:
+        """Whether a save after `step` steps is due, whatever the clock says.
+
+        Args:
+            step: completed steps.
+            evaluated: whether the model was evaluated as it is now.
+        """
+        every = self._config.every_steps
+        wanted = evaluated and bool(self._config.keep_best)
+        return wanted or (every > 0 and step % every == 0)
+
+    def save(
+        self,
+        step: int,
+        replicated: dict[str, Tensor],
+        owned: dict[str, Tensor],
+        run: dict[str, Any],
+    ) -> None:
+        """Copy the tensors; they are written while training goes on. See `CheckpointStore.save`."""
+        self._last = self._clock()
+        self._tell(self._store.save(step, replicated, owned, run))
+
+    def poll(self) -> None:
+        """Tell how the last save ended, if it has."""
+        self._tell(self._store.poll())
+
+    def wait(self) -> None:
+        """Wait for the last save and tell how it ended."""
+        self._tell(self._store.wait())
+
+    def _tell(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        if saved.error is None:
+            self.written += 1
+            figures = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": float(saved.bytes)}
+            self._recorder.note(saved.step, figures)
+            self._recorder.event(
+                "checkpoint",
+                step=saved.step,
+                path=saved.path,
+                seconds=saved.seconds,
+                bytes=saved.bytes,
+            )
+            return
+        self.failures.append(f"step {saved.step}: {saved.error}")
+        logger.error("checkpoint of step %d failed: %s", saved.step, saved.error)
+        self._recorder.note(saved.step, {"checkpoint_failures": float(len(self.failures))})
+        self._recorder.event(
+            "checkpoint_failed", step=saved.step, path=saved.path, message=saved.error
+        )

@@ -1,0 +1,124 @@
+"""A few steps of what one node does in a run, to see what a step costs before the run begins.
+
+All workers of the node take part, each in a process of its own: they share cores and memory
+bandwidth, wait for each other and exchange, and the memory of each is that of a worker alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed import topology
+from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.spawn import run_ranks
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine import memory_estimate as footprint
+from mhe_dist.engine.engine import import_deepspeed
+from mhe_dist.engine.settings import resolve_precision
+from pipelines.data import mixture as view
+from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain.run import Run
+
+STEPS, WARM_UP, FEWEST = 24, 8, 12
+LONGEST_S = 12.0
+TIMEOUT_S = 60.0  # of a collective
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one worker saw.
+
+    Attributes:
+        step_s: seconds of a step, all workers of the node taking part.
+        peak_bytes: largest memory of the worker's process.
+        base_bytes: memory of that process before it had a model: libraries.
+        device_bytes: largest memory of the GPU's allocator; 0 on a CPU.
+        rows_bytes: memory of the rows that the trial met.
+    """
+
+    step_s: float
+    peak_bytes: int
+    base_bytes: int
+    device_bytes: int
+    rows_bytes: int
+
+
+def share(config: Config, workers: int, folder: str) -> Config:
+    """The share of some workers of a run, as a run that leaves its results in `folder`."""
+    values = config_load.to_dict(config)
+    values["run"]["dir"] = folder
+    for section, key in (("train", "global_batch"), ("data", "streams")):
+        values[section][key] = values[section][key] * workers // config.scale.workers
+    values["scale"]["workers"] = workers
+    values["tracking"]["mlflow"] = False
+    values["evaluate"]["shards"] = ""
+    values["head"]["bank"]["path"] = ""
+    return Config.model_validate(values)
+
+
+def measure(place: Topology, values: dict[str, Any], libraries: list[str]) -> dict[str, Any]:
+    """Run some steps of a config that `share` gave, as a dict; a `Trial`, as a dict."""
+    config = Config.model_validate(values)
+    torch.set_num_threads(config.scale.cpus_per_worker)
+    for name in libraries:
+        importlib.import_module(name)
+    import_deepspeed(place.device)
+    base = psutil.Process().memory_info().rss
+    run = Run(config, place, ignore)
+    marks = [time.perf_counter()]
+    for _ in run.loop.steps(run.loader()):
+        marks.append(time.perf_counter())
+        if _enough(place, marks):
+            break
+    settled = marks[WARM_UP:] if len(marks) > WARM_UP + 1 else marks
+    return asdict(
+        Trial(
+            step_s=(settled[-1] - settled[0]) / max(1, len(settled) - 1),
+            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            base_bytes=base,
+            device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            rows_bytes=sum(t.numel() * t.element_size() for t in run.head.state().values()),
+        )
+    )
+
+
+def _enough(place: Topology, marks: list[float]) -> bool:
+    """Whether the trial can end; the same on every rank."""
+    seconds = all_reduce(torch.tensor([marks[-1] - marks[0]]), place, "max").item()
+    return len(marks) > STEPS or (len(marks) > FEWEST and seconds > LONGEST_S)
+
+
+def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, Any]:
+    """What is known of the workers that one node has in a run.
+
+    Args:
+        config: of the run.
+        workers: of the node.
+        libraries: modules that a worker has loaded and this package does not load, for their
+            memory.
+
+    Returns:
+        plain values: `footprint` (`mhe_dist.engine.memory_estimate.Footprint`), `trial` (the
+        largest of each figure of the workers' `Trial`s) and `samples` of an epoch.
+    """
+    index = view.open_data(config.data, config.run.seed)
+    precision = resolve_precision(config.train.precision, topology.default_device())
+    counted = footprint.count(config, index.num_classes, config.scale.workers, precision)
+    with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
+        values = config_load.to_dict(share(config, workers, folder))
+        seen = run_ranks(measure, workers, values, libraries, device=None, timeout_s=TIMEOUT_S)
+    return {
+        "footprint": asdict(counted),
+        "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},
+        "samples": view.epoch_samples(index),
+    }

@@ -1,0 +1,116 @@
+"""The end of a run: the last evaluation, the exported backbone, pictures and the summary."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from torch import Tensor
+
+from mhe_dist.backbone import export, mlflow_model
+from mhe_dist.backbone import model as backbone
+from mhe_dist.errors import RunError
+from mhe_dist.redact import scrub
+from mhe_dist.tracking.factory import mlflow_uri
+from pipelines.data import bad_samples
+from pipelines.data.sequential import read_in_order
+from pipelines.evaluate.heldout import Evaluation
+from pipelines.pretrain.run import Run
+from pipelines.report import plots as report
+from pipelines.shards.index import ShardIndex
+
+PARITY_IMAGES = 64
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
+    run.recorder.flush()
+    evaluation = run.evaluate()
+    tensors = run.engine.state()
+    exports: dict[str, dict[str, Any]] = {}
+    if run.place.is_first:
+        with run.recorder.phase("export"):
+            exports = _export(run, tensors)
+        with run.recorder.phase("report"):
+            _draw(run, evaluation)
+    run.place.barrier()
+    summary = _summary(run, evaluation.metrics, exports)
+    if run.place.is_first:
+        with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
+            json.dump(summary, file, indent=2)
+        run.recorder.event("end", summary=summary)
+    return summary
+
+
+def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    config = run.config
+    rebuilt = backbone.rebuild(config.model, config.data.image_size, tensors)
+    images = _some_images(run.index, config.data.image_size)
+    folder = f"{config.run.path}/export"
+    exports: dict[str, dict[str, Any]] = {}
+    for name in config.export.formats:
+        path, difference = export.write(name, rebuilt, config, folder, images)
+        exports[name] = {"path": path, "max_difference": difference}
+        run.recorder.event("export", format=name, path=path, max_difference=difference)
+    if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
+        model = mlflow_model.write(
+            exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
+        )
+        run.tracker.model(model, config.run.name)
+    return exports
+
+
+def _some_images(index: ShardIndex, side: int) -> Tensor:
+    """uint8 `[n, 3, side, side]`: the first good ones; a bad one must not end a trained run."""
+    images: list[Tensor] = []
+    for number in range(index.samples):
+        with suppress(RunError):
+            images.append(read_in_order(index, number, number + 1, side)[0])
+        if len(images) == PARITY_IMAGES:
+            break
+    return torch.cat(images)
+
+
+def _draw(run: Run, evaluation: Evaluation) -> None:
+    """Pictures in `<run>/plots`, and what is worth keeping beside them, to MLflow too."""
+    folder = Path(run.config.run.path)
+    if evaluation.details:
+        evaluation.save(folder / "evaluation.npz")
+        run.tracker.artifact(str(folder / "evaluation.npz"))
+    report.draw(str(folder), run.config)
+    run.tracker.artifact(str(folder / "plots"))
+    run.tracker.artifact(str(folder / "config.yaml"))
+    if run.bad_samples.total.count:
+        run.tracker.artifact(str(folder / bad_samples.FILE))
+
+
+def _summary(
+    run: Run, results: dict[str, float], exports: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Figures of the whole run, and where everything is."""
+    recorder, progress, config = run.recorder, run.progress, run.config
+    seconds = recorder.phases.get("train", 0.0)
+    return {
+        "run": config.run.path,
+        "steps": run.total_steps,
+        "classes": run.index.num_classes,
+        "samples": run.samples,
+        "world_size": run.place.world_size,
+        "precision": run.engine.precision,
+        "bad_samples": run.bad_samples.total.count,
+        "resumed_from": progress.resumed_from,
+        "images_per_s": recorder.images / seconds if seconds else 0.0,
+        "phases": {name: round(value, 2) for name, value in recorder.phases.items()},
+        "training": recorder.last,
+        "heldout": results,
+        "exports": exports,
+        "checkpoints": f"{config.run.path}/checkpoints",
+        "failed_checkpoints": run.saver.failures,
+        "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
+        if config.tracking.mlflow
+        else None,
+    }

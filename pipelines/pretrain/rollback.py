@@ -1,0 +1,73 @@
+"""What happens when a run no longer learns: a bundle on disk, then the end, or a step back.
+
+A step back continues from the newest checkpoint before the trouble, without the step at which it
+showed and the one before, whose update may have caused it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from mhe_dist.train.divergence import Diverged, Divergence
+from pipelines.loader.loader import Loader
+from pipelines.pretrain.restarts import skipped
+from pipelines.pretrain.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def roll_back(run: Run, divergence: Divergence) -> None:
+    """Write the bundle and go back to a checkpoint, from which a new `Run` goes on.
+
+    All ranks must call.
+
+    Raises:
+        Diverged: the run cannot go on, or is not to.
+    """
+    guard, bundle = run.config.guard, _write(run, divergence)
+    said = f"{divergence}; what is known of it is in {bundle}"
+    run.recorder.event("diverged", step=divergence.step, what=divergence.reason, bundle=bundle)
+    logger.error(said)
+    path = run.config.run.path
+    without = skipped(path) | {divergence.step - 1, divergence.step}
+    if guard.on_divergence == "stop":
+        raise Diverged(f"{said}. Lower optim.lr, clip (optim.clip_norm), or guard.on_divergence")
+    if len(without) > 2 * guard.max_rollbacks:
+        raise Diverged(f"{said}. It went back guard.max_rollbacks={guard.max_rollbacks} times")
+    run.saver.wait()
+    if not run.store.go_back(divergence.step - 1):
+        raise Diverged(f"{said}. No checkpoint is older")
+    if run.place.is_first:
+        with fsspec.open(f"{path}/skipped.json", "w") as file:
+            json.dump(sorted(without), file)
+    run.place.barrier()
+
+
+def _write(run: Run, divergence: Divergence) -> str:
+    """The bundle: norms per layer as they are now, and the batch of the step, read once more."""
+    folder = f"{run.config.run.path}/divergence/step_{divergence.step:08d}"
+    mine = run.place.share(run.config.train.micro_batches)
+    (batch,) = Loader(run.index, run.config, mine, divergence.step, divergence.step + 1)
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem.makedirs(path, exist_ok=True)
+    for part in batch.micro_batches:
+        arrays: dict[str, Any] = {"images": part.images.numpy(), "labels": part.labels.numpy()}
+        with filesystem.open(f"{path}/micro_batch_{part.index:05d}.npz", "wb") as file:
+            np.savez_compressed(file, keys=np.array(part.keys), **arrays)
+    tensors = run.engine.state()
+    if run.place.is_first:
+        report = {
+            "step": divergence.step,
+            "what": divergence.reason,
+            "resumed_from": run.progress.resumed_from,
+            "training": run.recorder.last,
+            "norms": {name: float(tensor.float().norm()) for name, tensor in tensors.items()},
+        }
+        with filesystem.open(f"{path}/report.json", "w") as file:
+            json.dump(report, file, indent=1)
+    return folder

@@ -1,0 +1,246 @@
+"""The parts of a run on one rank, put together, and its loop with records and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone import pretrained as initial
+from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import CheckpointConfig, Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.engine import Engine
+from mhe_dist.errors import Preempted, UserError
+from mhe_dist.heads.base import Head
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
+from mhe_dist.redact import masked
+from mhe_dist.seeds import seed_torch
+from mhe_dist.tracking import factory as tracking
+from mhe_dist.tracking.base import Tracker
+from mhe_dist.tracking.environment import environment_tags
+from mhe_dist.train import schedule
+from mhe_dist.train.divergence import Guard
+from mhe_dist.train.loop import Ask, Loop, StepInfo
+from pipelines.data import mixture as view
+from pipelines.data.bad_samples import BadSamples
+from pipelines.evaluate import in_training as cadence
+from pipelines.evaluate.heldout import Evaluation
+from pipelines.loader.loader import Loader
+from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain.checkpointing import Saver
+from pipelines.pretrain.recorder import Recorder, Report
+from pipelines.pretrain.restarts import Restart, skipped
+from pipelines.runs import warm_start as inheritance
+from pipelines.runs.warm_start import HEAD
+from pipelines.shards.index import ShardIndex
+
+
+@dataclass
+class Progress:
+    """How far a run is: completed steps, and the images of earlier processes."""
+
+    step: int = 0
+    images: int = 0
+    resumed_from: str | None = None
+
+
+class Run:
+    """The parts of a run on one rank, put together."""
+
+    def __init__(self, config: Config, place: Topology, report: Report) -> None:
+        self.config, self.place = config, place
+        self.index = view.open_data(config.data, config.run.seed)
+        self.samples = view.epoch_samples(self.index)
+        self.total_steps = schedule.total_steps(config, self.samples)
+        self.engine = Engine(_initial_model(config), config, place)
+        self.head = _make_head(config, self.index, place)
+        self.store = CheckpointStore(
+            f"{config.run.path}/checkpoints", place, _keep(config.checkpoint)
+        )
+        self.loop = Loop(
+            self.engine,
+            self.head,
+            place,
+            config.train.micro_batch,
+            lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
+            self._ask,
+        )
+        self.versions = environment_tags()
+        self.restart = Restart()
+        self.progress, run_id, bad_samples = self._restore()
+        if place.is_first:
+            self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
+        self.bad_samples = BadSamples(place, config.run.path, bad_samples)
+        self.tracker = self._open_tracker(run_id)
+        self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+        self.guard = Guard(config.guard)
+        self.saver = Saver(config.checkpoint, self.store, self.recorder)
+
+    def train(self) -> None:
+        """The remaining steps, with records, evaluations and checkpoints between them."""
+        self.recorder.event(
+            "start",
+            run=self.config.run.path,
+            step=self.progress.step,
+            steps=self.total_steps,
+            resumed_from=self.progress.resumed_from,
+            lost_steps=self.restart.lost_steps,
+            passed_over=self.store.rejected,
+            classes=self.index.num_classes,
+            samples=self.samples,
+            precision=self.engine.precision,
+        )
+        self.batches = self.loader()
+        without = skipped(self.config.run.path) - {self.total_steps - 1}
+        steps = self.loop.steps(batch for batch in self.batches if batch.step not in without)
+        with self.batches.watched():
+            for info in self.restart.noted(self.progress.step, steps, self.recorder):
+                self.recorder.add(info)
+                self.progress.step = info.step + 1
+                self._after_step(info)
+        self.saver.wait()
+
+    def evaluate(self) -> Evaluation:
+        """Held-out results of the model as it is now; the metrics are the same on all ranks."""
+        if not cadence.wanted(self.config):
+            return Evaluation({}, {})
+        with self.recorder.phase("evaluate"):
+            evaluation = cadence.run(self.engine.embed, self.config, self.place)
+        self.recorder.results(self.progress.step, evaluation.metrics)
+        return evaluation
+
+    def save(self) -> None:
+        """Checkpoint what a resumed run needs; written while training goes on."""
+        self._flush()  # what a resumed run will not do again is on record, and is sound
+        with self.recorder.phase("checkpoint"):
+            self.bad_samples.gather(self.batches.faults)
+            rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
+            owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
+            self.saver.save(
+                self.progress.step, self.engine.state() | rows, owned, self._description()
+            )
+
+    def _after_step(self, info: StepInfo) -> None:
+        done, config = self.progress.step, self.config
+        last = done == self.total_steps
+        evaluating = _due(done, config.evaluate.every_steps) and not last
+        if done % config.train.log_every == 0 or last:
+            self._flush()
+        if self._epochs(done) > self._epochs(done - 1) or last:
+            self.bad_samples.gather(self.batches.faults)
+            self.recorder.bad_samples(done, self.bad_samples.total)
+        if evaluating:
+            self.evaluate()
+        if self.saver.due(done, evaluating) or info.asked or last:
+            self.save()
+        self.saver.poll()
+        if Ask.STOP in info.asked and not last:
+            self.saver.wait()
+            raise Preempted(f"told to stop after step {done}; {self.saver.state}")
+
+    def _ask(self) -> Ask:
+        """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
+        save = Ask.SAVE if self.place.is_first and self.saver.overdue() else Ask.NOTHING
+        return save | Ask.STOP if stopping.told() else save
+
+    def _flush(self) -> None:
+        """Record the window of steps, and see whether they were sound."""
+        self.guard.check(self.recorder.flush())
+
+    def _epochs(self, steps: int) -> int:
+        return schedule.epochs_ended(self.config, self.samples, steps)
+
+    def loader(self) -> Loader:
+        """The batches of the remaining steps."""
+        mine = self.place.share(self.config.train.micro_batches)
+        return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "step": self.progress.step,
+            "images": self.progress.images + self.recorder.images,
+            "bad_samples": self.bad_samples.state(),
+            "config": masked(self.config.model_dump(mode="json")),
+            "data_digest": self.index.digest,
+            "classes": self.index.num_classes,
+            "samples": self.samples,
+            "row_ranges": self.head.row_ranges(),
+            "run_id": self.tracker.run_id,
+            "scores": self.recorder.scores(self.progress.step),
+            "versions": self.versions,
+        }
+
+    def _restore(self) -> tuple[Progress, str | None, dict[str, Any] | None]:
+        """How far the run is, its MLflow run, and its bad samples so far."""
+        checkpoint = self.store.newest()
+        if checkpoint is None:
+            inheritance.take_over(self.config, self.head, self.place)
+            return Progress(), None, None
+        found = checkpoint.run
+        if found["data_digest"] == inheritance.NO_DATA:
+            inheritance.refuse_classes(found["classes"], self.index, self.config)
+        elif found["data_digest"] != self.index.digest:
+            raise UserError(
+                f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
+                f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
+                "and mix (data.*), or give the run another name (run.name)"
+            )
+        self._load(checkpoint)
+        progress = Progress(found["step"], found["images"], checkpoint.path)
+        return progress, found["run_id"], found.get("bad_samples")
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
+        rows = checkpoint.load(
+            lambda name: name.startswith(HEAD) and self.head.wants(name.removeprefix(HEAD))
+        )
+        self.head.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+
+    def _open_tracker(self, run_id: str | None) -> Tracker:
+        if self.place.is_first:
+            config_load.save(self.config, f"{self.config.run.path}/config.yaml")
+        tracker = tracking.open_tracker(self.config, self.place.is_first, run_id)
+        tags = self.versions | {
+            "data_digest": self.index.digest,
+            "world_size": str(self.place.world_size),
+            "precision": self.engine.precision,
+            "checkpoints": f"{self.config.run.path}/checkpoints",
+        }
+        tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
+        return tracker
+
+
+def _initial_model(config: Config) -> torch.nn.Module:
+    seed_torch(config.run.seed, "backbone")
+    model = backbone.build(config.model, config.data.image_size)
+    if config.model.init_from:
+        initial.load(model, config.model.init_from)
+    return model
+
+
+def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
+    folder = config.head.bank.path or f"{config.run.path}/bank"
+    spec = HeadSpec(
+        config.head,
+        index.num_classes,
+        config.model.embedding_dim,
+        config.run.seed,
+        config.train.micro_batches,
+        folder=folder,
+        epoch_steps=view.epoch_samples(index) / config.train.global_batch,
+    )
+    return build(spec, place)
+
+
+def _keep(config: CheckpointConfig) -> Keep:
+    return Keep(config.keep_last, config.keep_every, config.keep_best)
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,14 @@
+"""Figures to PNG files, wherever they shall lie."""
+
+from __future__ import annotations
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipelines.storage import urls
+
+
+def save(figure: Figure, url: str) -> None:
+    """Write a figure as PNG to a path or URL; the same figure gives the same bytes."""
+    with urls.created(url) as stream:
+        FigureCanvasAgg(figure).print_png(stream, metadata={"Software": None})

@@ -1,0 +1,217 @@
+"""Pictures of a run, from its records alone: curves, ROC, nearest neighbours.
+
+`draw` needs the run's folder (`metrics.jsonl`, `evaluation.npz`) and, for the neighbours, the
+held-out shards; so a report can be made again long after the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mhe_dist.config.schema import Config
+from mhe_dist.tracking.jsonl import read_records
+from pipelines.evaluate.metrics.roc import FARS
+from pipelines.report.contact_sheet import neighbours
+from pipelines.shards import index as shards
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
+STYLE: Final[Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.labelcolor": "#374151",
+    "axes.edgecolor": "#9CA3AF",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
+    "grid.color": "#E5E7EB",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#4B5563",
+    "ytick.color": "#4B5563",
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.dpi": 150,
+}
+HELDOUT: Final = (
+    ("rank1", "rank-1"),
+    ("accuracy", "1:1 accuracy"),
+    ("tar@far=1e-3", "TAR@FAR=1e-3"),
+)
+_SMOOTH: Final = 0.02  # share of the steps in the running mean of the loss
+
+Records = Sequence[dict[str, Any]]
+Arrays = dict[str, npt.NDArray[Any]]
+Panel = Callable[[Axes], None]
+
+
+def draw(folder: str, config: Config) -> list[Path]:
+    """Draw everything that the records of a run allow into `<folder>/plots`.
+
+    Args:
+        folder: of the run.
+        config: of the run; says where the held-out shards are.
+
+    Returns:
+        The pictures, PNG; the neighbours only where the held-out shards still are.
+    """
+    records = read_records(Path(folder) / "metrics.jsonl")
+    details = _details(Path(folder) / "evaluation.npz")
+    plots = Path(folder) / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    written = []
+    with mpl.rc_context(STYLE):
+        for name, figure in _figures(records, details).items():
+            written.append(_save(figure, plots / f"{name}.png"))
+        if "nearest" in details and shards.exists(config.evaluate.shards):
+            figure = neighbours(details, config.evaluate.shards, config.data.image_size)
+            written.append(_save(figure, plots / "neighbours.png"))
+    return written
+
+
+def _figures(records: Records, details: Arrays) -> dict[str, Figure]:
+    """The figures for which there is something to show."""
+    training: list[Panel] = [lambda ax: loss(ax, records), lambda ax: learning_rate(ax, records)]
+    if any("accuracy" in record for record in records):
+        training.insert(1, lambda ax: accuracy(ax, records))
+    speed: list[Panel] = [lambda ax: throughput(ax, records), lambda ax: waiting(ax, records)]
+    results: list[Panel] = []
+    if any("heldout/rank1" in record for record in records):
+        results.append(lambda ax: heldout(ax, records))
+    if "tar" in details:
+        results.append(lambda ax: roc(ax, details))
+    figures = {}
+    if any("loss" in record for record in records):
+        figures["training"] = _row(training)
+        figures["overview"] = _row([training[0], *results])
+    if any("images_per_s" in record for record in records):
+        figures["throughput"] = _row(speed)
+    if results:
+        figures["heldout"] = _row(results)
+    return figures
+
+
+def loss(axes: Axes, records: Records) -> None:
+    """Loss per step, and its running mean."""
+    steps, values = series(records, "loss")
+    axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, running_mean(values, max(1, round(_SMOOTH * len(values)))), color=BLUE)
+    axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
+    finite = values[np.isfinite(values)]
+    if len(finite):
+        axes.set_ylim(bottom=0, top=1.05 * finite.max() if finite.max() > 0 else None)
+
+
+def accuracy(axes: Axes, records: Records) -> None:
+    """Share of the training images whose class scores best of those in its softmax."""
+    axes.plot(*series(records, "accuracy"), color=BLUE)
+    axes.set(title="Training accuracy, classes seen", xlabel="step")
+    _share(axes)
+
+
+def learning_rate(axes: Axes, records: Records) -> None:
+    """Learning rate of the backbone per step."""
+    axes.plot(*series(records, "lr"), color=GREY)
+    axes.set(title="Learning rate", xlabel="step")
+    axes.set_ylim(bottom=0)
+
+
+def heldout(axes: Axes, records: Records) -> None:
+    """The held-out figures of every evaluation, beside chance."""
+    for key, name in HELDOUT:
+        steps, values = series(records, f"heldout/{key}")
+        if len(steps):
+            label = f"{name}  {values[-1]:.1%}"
+            axes.plot(steps, values, marker="o", markersize=4, label=label, clip_on=False)
+    chance = series(records, "heldout/chance")[1]
+    if len(chance):
+        label = f"chance (rank-1)  {chance[-1]:.1%}"
+        axes.axhline(chance[-1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=label)
+    _share(axes)
+    axes.set(title="Unseen classes", xlabel="step")
+    axes.set_xlim(left=0)
+    axes.legend(loc="best")
+
+
+def roc(axes: Axes, details: Arrays) -> None:
+    """True over false accept rate of all gallery-probe pairs."""
+    axes.plot(details["far"], details["tar"], color=BLUE, clip_on=False)
+    for target in FARS:
+        if details["far"][0] <= target:
+            tar = float(np.interp(target, details["far"], details["tar"]))
+            axes.plot(target, tar, marker="o", markersize=4, color=BLUE)
+            text = f"{tar:.1%} at {target:.0e}".replace("e-0", "e-")
+            axes.annotate(text, (target, tar), (7, -11), textcoords="offset points", fontsize=8.5)
+    axes.set_xscale("log")
+    axes.set(title="ROC, all gallery-probe pairs", xlabel="false accept rate")
+    axes.set_ylabel("true accept rate")
+    _share(axes)
+
+
+def throughput(axes: Axes, records: Records) -> None:
+    """Images per second, over all ranks."""
+    axes.plot(*series(records, "images_per_s"), color=GREEN)
+    axes.set(title="Throughput", xlabel="step", ylabel="images/s")
+    axes.set_ylim(bottom=0)
+
+
+def waiting(axes: Axes, records: Records) -> None:
+    """Share of the time that a rank waits for data."""
+    axes.plot(*series(records, "data_wait"), color=ORANGE)
+    axes.set(title="Waiting for data", xlabel="step")
+    _share(axes)
+
+
+def series(
+    records: Iterable[dict[str, Any]], key: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Steps and values of one metric, from the records that have it."""
+    found = [(record["step"], record[key]) for record in records if key in record]
+    steps, values = zip(*found, strict=True) if found else ((), ())
+    return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+
+def running_mean(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
+    """Mean of the `width` values around each one, of those that there are at the ends."""
+    window = np.ones(width)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _share(axes: Axes) -> None:
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def _row(panels: Sequence[Panel]) -> Figure:
+    figure = Figure(figsize=(4.6 * len(panels), 3.5))
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        panel(axes)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure).print_figure(path, metadata={"Software": None})
+    return path
+
+
+def _details(path: Path) -> Arrays:
+    if not path.exists():
+        return {}
+    with np.load(path) as stored:
+        return dict(stored)

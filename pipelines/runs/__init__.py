@@ -1,0 +1,1 @@
+"""Runs on disk: their folders, their trained models, and what a new run takes over from one."""

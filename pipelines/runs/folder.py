@@ -1,0 +1,111 @@
+"""Runs on disk: where one is, what it was told, whether it is complete."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import yaml
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+
+RUNS = "runs"
+
+
+def read(url: str) -> str | None:
+    """Text of a file, None if it does not exist."""
+    try:
+        with fsspec.open(url, "r", encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or folder at a path or URL.
+
+    Raises:
+        UserError: there is no file system for such a URL, or it cannot be reached.
+    """
+    try:
+        filesystem, path = url_to_fs(url)
+        return filesystem.exists(path)
+    except (ImportError, ValueError, OSError) as error:
+        raise UserError(f"{url} cannot be read: {error}") from error
+
+
+def is_local(url: str) -> bool:
+    """Whether a path or URL lies on this machine."""
+    return isinstance(url_to_fs(url)[0], LocalFileSystem)
+
+
+def absolute(url: str) -> str:
+    """The same place, whatever the working directory is."""
+    return str(Path(url_to_fs(url)[1]).absolute()) if is_local(url) else url
+
+
+def logs_folder(config: Config) -> Path:
+    """Local folder of a run's log files: `logs` in it, or a temporary one for a run at a URL."""
+    if is_local(config.run.path):
+        return Path(absolute(config.run.path)) / "logs"
+    return Path(tempfile.gettempdir()) / "mhe-logs" / config.run.name
+
+
+def summary(path: str) -> dict[str, Any] | None:
+    """What a complete run achieved; None while it is not complete."""
+    text = read(f"{path}/summary.json")
+    return json.loads(text) if text else None
+
+
+def settings(path: str) -> dict[str, Any] | None:
+    """The config that a run at `path` was started with; None where there is no run."""
+    text = read(f"{path}/config.yaml")
+    return yaml.safe_load(text) if text else None
+
+
+def newest_checkpoint(path: str) -> str | None:
+    """Folder of a run's newest complete checkpoint, judged by its manifest alone, or None.
+
+    The trainer also compares the checksums, and takes an older one where they do not fit.
+    """
+    filesystem, root = url_to_fs(f"{path}/checkpoints")
+    manifests = filesystem.glob(f"{root}/step_*/manifest.json")
+    steps = sorted(name.split("/")[-2] for name in manifests)
+    return f"{path}/checkpoints/{steps[-1]}" if steps else None
+
+
+def step_folder(url: str) -> str:
+    """The checkpoint's folder that is meant by its own URL, or by its run: the newest one.
+
+    Raises:
+        UserError: there is no run, or it has no complete checkpoint yet.
+    """
+    url = url.rstrip("/")
+    if url.rpartition("/")[2].startswith("step_"):
+        return url
+    newest = newest_checkpoint(find(url))
+    if newest is None:
+        raise UserError(f"{url} has no complete checkpoint yet")
+    return newest
+
+
+def find(run: str) -> str:
+    """Path of a run that is named by its path, its URL or its name in `runs/`.
+
+    Raises:
+        UserError: there is no run; the message says where it was looked for.
+    """
+    places = [run.rstrip("/"), f"{RUNS}/{run}"]
+    for place in places:
+        if exists(f"{place}/config.yaml"):
+            return place
+    raise UserError(
+        f"no run at {' or '.join(places)} (a run holds a config.yaml). "
+        f"Name the run's folder, such as runs/quickstart."
+    )

@@ -1,0 +1,173 @@
+"""What a run takes over from another: its class centres, or all of it, grown.
+
+Class centres are found again by their class, whatever the number of classes, of groups or of
+workers was, and whichever seed placed them (mhe_dist/bank/repartition.py).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from torch import Tensor
+
+from mhe_dist.bank.repartition import move
+from mhe_dist.checkpoint.files import Folder
+from mhe_dist.checkpoint.reader import Checkpoint
+from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
+from mhe_dist.heads.base import Head
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec, RowHead
+from pipelines.shards.index import ShardIndex
+
+HEAD = "head/"
+NO_DATA = ""  # the digest in a checkpoint that was grown and trained on no data yet
+
+
+def source(url: str) -> Checkpoint:
+    """The checkpoint that a `step_*` folder is, or the newest one of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    url = url.rstrip("/")
+    name = url.rpartition("/")[2]
+    if not name.startswith("step_"):
+        found = CheckpointStore(f"{url}/checkpoints", Topology()).newest()
+        if found is None:
+            raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
+        return found
+    if isinstance(reason := Folder(url).manifest(), str):
+        raise UserError(f"{url} is not a complete checkpoint: {reason}")
+    return Checkpoint(url, int(name.removeprefix("step_")))
+
+
+def take_over(config: Config, head: Head, place: Topology) -> None:
+    """Begin a new run with the rows that `head.init_from` names; all ranks must call.
+
+    Rows keep their state. (The backbone: `mhe_dist.backbone.pretrained`.)
+
+    Raises:
+        UserError: they do not fit, or are not there.
+    """
+    if config.head.init_from:
+        take_rows(head, source(config.head.init_from), place)
+
+
+def take_rows(head: Head, checkpoint: Checkpoint, place: Topology) -> None:
+    """Give each class of `head` the row and the state that it has in a checkpoint.
+
+    A class that the checkpoint does not know, or never met, keeps its first row. All ranks must
+    call; the touched rows are in memory twice meanwhile.
+
+    Raises:
+        UserError: the heads are of different makes.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
+        before = _head_of(checkpoint, place, folder)
+        refuse_unlike(before, head, checkpoint.path)
+        rows = checkpoint.load(
+            lambda name: name.startswith(HEAD) and before.wants(name.removeprefix(HEAD))
+        )
+        before.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+        assert isinstance(before, RowHead) and isinstance(head, RowHead)
+        move(before.bank, head.bank, (before.layout, head.layout), place)
+        head.norms.running = before.norms.running
+
+
+def _head_of(checkpoint: Checkpoint, place: Topology, folder: str, **changes: Any) -> Head:
+    """An empty head like that of a checkpoint, or with another `num_classes`."""
+    config = _config_of(checkpoint)
+    if "classes" not in checkpoint.run:
+        raise UserError(f"{checkpoint.path} was written before checkpoints told their classes")
+    # As many micro-batches as any number of ranks wants: nothing is trained here.
+    spec = {
+        "config": config.head,
+        "num_classes": checkpoint.run["classes"],
+        "width": config.model.embedding_dim,
+        "seed": config.run.seed,
+        "micro_batches": place.world_size,
+        "folder": folder,
+        "epoch_steps": checkpoint.run["samples"] / config.train.global_batch,
+    }
+    return build(HeadSpec(**(spec | changes)), place)
+
+
+def _config_of(checkpoint: Checkpoint) -> Config:
+    return Config.model_validate(checkpoint.run["config"], context={"misfits_later": True})
+
+
+def refuse_classes(classes: int, index: ShardIndex, config: Config) -> None:
+    """Refuse data that a grown checkpoint was not grown for.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if classes != index.num_classes:
+        raise UserError(
+            f"data.shards={config.data.shards} has {index.num_classes} classes, the checkpoint of "
+            f"{config.run.path} was grown to {classes}"
+        )
+
+
+def refuse_unlike(before: Head, after: Head, path: str) -> None:
+    """Refuse heads whose rows mean different things.
+
+    Raises:
+        UserError: names what differs.
+    """
+    if not isinstance(before, RowHead) or not isinstance(after, RowHead):
+        raise UserError(
+            f"{path}: rows of head.kind mhs, full and partial_fc can be taken over; those of mhp "
+            "and mhc mean digits of a class, not classes"
+        )
+    if before.spec.num_classes > after.spec.num_classes:
+        old, new = before.spec.num_classes, after.spec.num_classes
+        raise UserError(f"{path} has {old} classes, this run {new}: it needs as many or more")
+    pairs = {
+        "model.embedding_dim": (before.width, after.width),
+        "head.optim.kind": (before.spec.config.optim.kind, after.spec.config.optim.kind),
+    }
+    for what, values in pairs.items():
+        if values[0] != values[1]:
+            raise UserError(f"{path} has {what} {values[0]}, this run {values[1]}")
+
+
+def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
+    """Write a checkpoint that goes on with more classes, in one process; its folder.
+
+    Old rows and their state stay, new ones are drawn like those of any class; the backbone and its
+    optimizer are untouched. It takes any data of that many classes.
+
+    Args:
+        checkpoint: what to grow.
+        num_classes: the new C.
+        root: folder or URL for the new `step_*` folder.
+
+    Raises:
+        UserError: fewer classes, or a head that cannot grow.
+        RunError: it cannot be written.
+    """
+    place = Topology()
+    with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
+        head = _head_of(checkpoint, place, folder, num_classes=num_classes)
+        take_rows(head, checkpoint, place)
+        state = {HEAD + name: tensor for name, tensor in head.state().items()}
+        backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD))
+        run = checkpoint.run | {
+            "classes": num_classes,
+            "data_digest": NO_DATA,
+            "row_ranges": head.row_ranges(),
+            "run_id": None,
+            "grown_from": checkpoint.path,
+        }
+        store = CheckpointStore(root, place, Keep(last=1 << 30))
+        store.save(checkpoint.step, backbone | state, {}, run)
+        saved = store.wait()
+    if saved is None or saved.error is not None:
+        raise UserError(f"{root}: {saved.error if saved else 'nothing was written'}")
+    return saved.path

@@ -1,0 +1,55 @@
+"""Tables beside the shards: what the classes are called, what was left out.
+
+Tab-separated UTF-8 with a header, a row per line, so that millions of rows can be read one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import numpy as np
+
+from pipelines.shards.index import Fault, Shard
+from pipelines.storage import urls
+
+CLASSES: Final = "classes.tsv"
+SKIPPED: Final = "skipped.tsv"
+
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]
+"""Header and rows."""
+
+
+def class_table(names: Sequence[str], shards: Iterable[Shard]) -> Table:
+    """A row per class, in order: its number, its samples, what the source calls it."""
+    counts = np.zeros(len(names), np.int64)
+    for shard in shards:
+        if shard.labels is not None:
+            counts += np.bincount(shard.labels, minlength=len(names))
+    rows = ((str(n), str(counts[n]), name) for n, name in enumerate(names))
+    return ["class", "samples", "name"], rows
+
+
+def skipped_table(faults: Sequence[Fault]) -> dict[str, Table]:
+    """A row for everything that was left out, if anything was."""
+    return {SKIPPED: (["place", "reason"], faults)} if faults else {}
+
+
+def write_table(url: str, table: Table) -> None:
+    """Write a table; it appears complete or not at all."""
+    header, rows = table
+    with urls.created(url) as stream:
+        stream.write(line(header))
+        for row in rows:
+            stream.write(line(row))
+
+
+def line(row: Sequence[str]) -> bytes:
+    r"""A row; `\`, tab and line breaks become `\\`, `\t`, `\n`, `\r`."""
+    return ("\t".join(map(_escaped, row)) + "\n").encode(errors="backslashreplace")
+
+
+def _escaped(text: str) -> str:
+    for character, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(character, escape)
+    return text

@@ -1,0 +1,293 @@
+"""Glyphs as identities: a class is a Unicode code point, its images are that character in the
+typefaces of a folder of fonts.
+
+It is a real many-class data set that needs no download, because matplotlib ships its fonts. Code
+points that look the same in any font are one class (Latin A, Greek Alpha), so no picture stands
+under two classes. Held out are whole classes and whole typefaces: a probe is a character that
+training never saw in a typeface that training never saw.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib
+import numpy as np
+
+from mhe_dist.config.data import GlyphsConfig
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from mhe_dist.seeds import generator
+from pipelines.data.order import permutation
+from pipelines.shards.index import ShardIndex, exists
+from pipelines.shards.tables import CLASSES, class_table, write_table
+from pipelines.shards.writer import ShardWriter
+from pipelines.sources import convert
+from pipelines.sources.convert import Ints
+from pipelines.sources.glyphs import draw as glyph_draw
+from pipelines.sources.glyphs.draw import Face, Row, Survey, Tar
+from pipelines.sources.glyphs.fonts import FontFile, find_fonts
+from pipelines.sources.glyphs.plan import Glyph, Plan, plan_classes, split_fonts
+from pipelines.sources.glyphs.typeface import Typeface, Unusable, open_faces
+from pipelines.storage import worker_pool as parallel
+from pipelines.storage.staging import Journal, refuse_existing
+from pipelines.storage.worker_pool import Progress, ignore
+
+TRAIN: Final = "train"
+HELDOUT: Final = "heldout"
+_JOURNAL: Final = ".glyphs.partial"
+_SHARD: Final = 1000  # least samples per tar, about 3 MB at 32 pixels
+_SHARDS: Final = 256  # tars of a set so large that they hold more than that
+
+log = logging.getLogger(__name__)
+
+
+def ensure_glyphs(config: Config, progress: Progress = ignore, processes: int = 1) -> bool:
+    """Make the glyph data set of `config.data.glyphs` if its shards are missing.
+
+    Returns:
+        whether anything was made.
+
+    Raises:
+        UserError: `data.shards` does not name a `train` folder, or holds glyphs that were made
+            with other settings.
+    """
+    settings, shards = config.data.glyphs, config.data.shards.rstrip("/")
+    if settings is None:
+        return False
+    if exists(shards):
+        _refuse_other_settings(shards, settings)
+        return False
+    root, _, name = shards.rpartition("/")
+    if name != TRAIN:
+        raise UserError(
+            f"data.shards={shards}: with data.glyphs it must be a folder named {TRAIN!r}; the "
+            f"held-out set is written beside it as {HELDOUT!r}"
+        )
+    write_glyphs(settings.fonts, root or ".", settings, progress, processes)
+    return True
+
+
+def write_glyphs(
+    fonts: str,
+    out: str,
+    settings: GlyphsConfig,
+    progress: Progress = ignore,
+    processes: int = 1,
+) -> None:
+    """Render the fonts of a folder into `out/train` and `out/heldout`.
+
+    The result depends on the fonts and the settings alone. The training samples are shuffled
+    globally; the held-out ones lie class by class, enrolment image first. An interrupted call goes
+    on when it is repeated.
+
+    Args:
+        fonts: folder of font files, also in folders below; empty: those that matplotlib ships.
+        out: folder for the two data sets; neither may exist.
+        settings: see `GlyphsConfig`; its `fonts` is not looked at.
+        progress: called with the pictures drawn and the number in all; two passes over them.
+        processes: how many draw at the same time.
+
+    Raises:
+        UserError: no fonts, a target that exists, or too few classes for the settings.
+    """
+    for name in (TRAIN, HELDOUT):
+        refuse_existing(f"{out}/{name}")
+    files = find_fonts(fonts or matplotlib_fonts())
+    typefaces = open_typefaces(files)
+    known, unseen = split_fonts(list(typefaces.values()), settings)
+    faces = [typefaces[name] for name in (*known, *unseen)]
+    drawing = _Drawing(files, faces, settings.image_size, processes, progress)
+    digests = [[file.name, file.digest] for file in files]
+    journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
+    plan = plan_classes(drawing.survey(journal), known, unseen, settings)
+    drawing.expect(plan.samples)
+    about = {
+        "source": "glyphs",
+        "settings": _recorded(settings),
+        "train_fonts": known,
+        "heldout_fonts": unseen,
+    }
+    _write(out, plan, drawing, about, about | {"fonts": digests})
+    journal.remove()
+
+
+def _write(
+    out: str, plan: Plan, drawing: _Drawing, about: dict[str, Any], recipe: dict[str, Any]
+) -> None:
+    """Write both sets; they appear together."""
+    rows, shuffled = _Rows(HELDOUT, plan.heldout), _Rows(TRAIN, plan.train)
+    with (
+        ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
+        ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
+    ):
+        drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
+        order = permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
+        drawing.write(train, shuffled, order)
+        _write_classes(heldout, plan.heldout)
+        _write_classes(train, plan.train)
+        # The training set last: its index is what `ensure_glyphs` looks for.
+        heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES})
+        train.finish(len(plan.train), about | {"class_names": CLASSES})
+
+
+def matplotlib_fonts() -> str:
+    """The folder of the fonts that matplotlib ships (DejaVu and STIX)."""
+    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf")
+
+
+def open_typefaces(files: Sequence[FontFile]) -> dict[str, Typeface]:
+    """The usable typefaces of font files by name; a damaged file is left out with a warning.
+
+    Raises:
+        UserError: there is none.
+    """
+    typefaces: dict[str, Typeface] = {}
+    for file in files:
+        try:
+            faces = open_faces(Path(file.path), file.name)
+        except Unusable as error:
+            log.warning("%s; left out", error)
+            continue
+        typefaces |= {face.name: face for face in faces}
+    if not typefaces:
+        raise UserError(f"data.glyphs.fonts: none of {len(files)} font files can be used")
+    return typefaces
+
+
+class _Rows:
+    """The samples of a set, class by class.
+
+    Attributes:
+        glyphs: what each of them shows.
+        firsts: int64 `[C]`, number of the first sample of each class.
+    """
+
+    def __init__(self, name: str, classes: list[list[Glyph]]) -> None:
+        sizes = [len(glyphs) for glyphs in classes]
+        self.glyphs = [glyph for glyphs in classes for glyph in glyphs]
+        self.firsts: Ints = np.cumsum([0, *sizes])[:-1].astype(np.int64)
+        self._labels = np.repeat(np.arange(len(classes)), sizes)
+        self._is_heldout = name == HELDOUT
+
+    def row(self, number: int) -> Row:
+        """A sample; its role is `train`, `gallery` (the first of a held-out class) or `probe`."""
+        glyph, label, role = self.glyphs[number], int(self._labels[number]), "train"
+        if self._is_heldout:
+            role = "gallery" if self.firsts[label] == number else "probe"
+        return Row(label, glyph.key, glyph.code, glyph.font, role)
+
+
+class _Drawing:
+    """Draws with all processes: first everything that there is, then the samples."""
+
+    def __init__(
+        self,
+        files: Sequence[FontFile],
+        typefaces: Sequence[Typeface],
+        side: int,
+        processes: int,
+        progress: Progress,
+    ) -> None:
+        paths = {file.name: file.path for file in files}
+        self._codes = {typeface.name: typeface.codes for typeface in typefaces}
+        self._faces = {}
+        for typeface in typefaces:
+            name, _, number = typeface.name.partition("#")
+            self._faces[typeface.name] = Face(paths[name], side, int(number or 0), typeface.capital)
+        self._processes, self._progress = processes, progress
+        self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
+
+    def expect(self, pictures: int) -> None:
+        """So many are still to be drawn."""
+        self._total = self._done + pictures
+
+    def _count(self, pictures: int) -> None:
+        self._done += pictures
+        self._progress(self._done, self._total)
+
+    def survey(self, journal: Journal) -> dict[Glyph, bytes]:
+        """Fingerprint of every picture that is not blank."""
+        names = list(self._faces)
+        results = {n: kept for n in range(len(names)) if (kept := journal.get(n)) is not None}
+        self._count(sum(len(self._codes[names[n]]) for n in results))
+        todo = (
+            (n, Survey(self._faces[name], self._codes[name]))
+            for n, name in enumerate(names)
+            if n not in results
+        )
+        for number, result in parallel.run(glyph_draw.survey, todo, self._processes):
+            results[number] = result
+            journal.keep(number, result)
+            if result["broken"]:
+                log.warning("%s: FreeType cannot draw %d glyphs", names[number], result["broken"])
+            self._count(len(self._codes[names[number]]))
+        return {
+            Glyph(code, name): fingerprint
+            for number, name in enumerate(names)
+            for code, fingerprint in glyph_draw.fingerprints(results[number])
+        }
+
+    def write(self, writer: ShardWriter, rows: _Rows, order: Ints) -> None:
+        """Write samples in an order, as shards of equal size."""
+        total = len(order)
+        shards = -(-total // max(_SHARD, -(-total // _SHARDS)))
+        bounds = np.arange(shards + 1) * total // shards
+        tars = convert.Tars(order, bounds, partial(self._tar, rows))
+        before = self._done
+
+        def progress(done: int, _: int) -> None:
+            self._count(before + int(bounds[done]) - self._done)
+
+        writer.write_all(glyph_draw.samples, tars, self._processes, progress)
+
+    def _tar(self, rows: _Rows, chosen: Ints) -> Tar:
+        """What a process needs to draw some samples."""
+        made = [rows.row(number) for number in chosen.tolist()]
+        return Tar(made, {row.font: self._faces[row.font] for row in made})
+
+
+def _write_classes(writer: ShardWriter, classes: list[list[Glyph]]) -> None:
+    """The code points of each class, as its name."""
+    codes = (sorted({glyph.code for glyph in glyphs}) for glyphs in classes)
+    names = [" ".join(f"U+{code:04X}" for code in merged) for merged in codes]
+    write_table(f"{writer.folder}/{CLASSES}", class_table(names, writer.shards))
+
+
+def _roles(rows: _Rows) -> dict[str, Any]:
+    """For the index of the held-out set: who is enrolled, and which typeface a sample is in.
+
+    `gallery`: numbers of the enrolment samples, by class; all others are probes. `fonts` and
+    `font`: names of the typefaces, and for each sample which one, so that an identification
+    inside the unseen typefaces can be made as well.
+    """
+    fonts = sorted({glyph.font for glyph in rows.glyphs})
+    number = {font: n for n, font in enumerate(fonts)}
+    return {
+        "gallery": rows.firsts.tolist(),
+        "fonts": fonts,
+        "font": [number[glyph.font] for glyph in rows.glyphs],
+    }
+
+
+def _recorded(settings: GlyphsConfig) -> dict[str, Any]:
+    """The settings that shape the data; where the fonts lay does not."""
+    return settings.model_dump(exclude={"fonts"})
+
+
+def _refuse_other_settings(shards: str, settings: GlyphsConfig) -> None:
+    """Old shards must not pass for what the config asks for now."""
+    made = ShardIndex.load(shards).meta.get("settings")
+    if made is None:
+        return
+    for key, value in _recorded(settings).items():
+        before = made.get(key, GlyphsConfig.model_fields[key].default)
+        if before != value:
+            raise UserError(
+                f"data.glyphs.{key}={value}: the glyphs in {shards} were made with {before}; "
+                f"delete that folder or choose another data.shards"
+            )

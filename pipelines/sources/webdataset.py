@@ -1,0 +1,183 @@
+"""An index for shards that somebody else wrote: any tars in WebDataset's layout, left as they are.
+
+Every tar is read once, from front to back. The index then holds where its samples are, and their
+labels as numbers in `[0, C)`, whatever the tars call them; so neither needs to be written anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from braceexpand import braceexpand
+
+from mhe_dist.errors import UserError
+from pipelines.shards.index import INDEX, Fault, Shard, ShardIndex
+from pipelines.shards.packing import pack_labels, unpack_labels
+from pipelines.shards.tables import CLASSES, class_table, skipped_table, write_table
+from pipelines.sources.convert import Converted, refuse_too_many
+from pipelines.sources.webdataset_tar import INTEGER, USUAL, Layout, Task, scan
+from pipelines.storage import urls
+from pipelines.storage import worker_pool as parallel
+from pipelines.storage.staging import Journal
+from pipelines.storage.worker_pool import Progress, ignore
+
+_JOURNAL: Final = ".index.partial"
+
+
+def index_shards(
+    given: Sequence[str],
+    out: str = "",
+    layout: Layout = USUAL,
+    skip_damaged: bool = False,
+    max_bad: float = 0.01,
+    processes: int = 1,
+    progress: Progress = ignore,
+) -> Converted:
+    """Write `index.json` for tars, and `classes.tsv` if their labels had to be mapped.
+
+    Args:
+        given: tars by path or URL, with `{000..099}` or `*`, or folders of tars.
+        out: folder or URL for the index; the tars' folder if empty.
+        layout: of the samples.
+        skip_damaged: take what can be read of a damaged tar, instead of refusing it.
+        max_bad: largest share of samples that may be left out because they are bad.
+        processes: how many read at the same time.
+        progress: called with the finished tars and their number.
+
+    Raises:
+        UserError: no tars, an index that exists, a damaged tar, no usable sample.
+        RunError: too many samples are bad.
+    """
+    tars = expand(given)
+    folder = _whole(out or _common_folder(tars)).rstrip("/")
+    journal = _journal(folder, [tars, layout])
+    results = _scan_all([Task(tar, layout) for tar in tars], journal, processes, progress)
+    damaged = [Fault(tar, found["damage"]) for tar, found in results if found["damage"]]
+    if damaged and not skip_damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(tars)} tars are damaged; get them again, or take what can be "
+            f"read of them with --skip-damaged:\n  " + "\n  ".join(map(": ".join, damaged))
+        )
+    faults = damaged + [Fault(*fault) for _, found in results for fault in found["faults"]]
+    shards, names, num_classes = _labelled(results, folder, layout.num_classes)
+    fields = {"image": list(layout.images), "label": layout.label}
+    about = {"source": "index", "fields": fields, "class_names": CLASSES if names else None}
+    index = ShardIndex(folder, num_classes, shards, about | {"skipped": len(faults)})
+    refuse_too_many(faults, index.samples, max_bad)
+    if not index.samples:
+        raise UserError(f"{tars[0]}: no sample with an image and a label here")
+    tables = {CLASSES: class_table(names, shards)} if names else {}
+    for name, table in {**tables, **skipped_table(faults)}.items():
+        write_table(f"{folder}/{name}", table)
+    index.save()
+    journal.remove()
+    return Converted(index, faults, [])
+
+
+def _journal(folder: str, recipe: Any) -> Journal:
+    """The journal of an attempt, unless the folder is indexed already."""
+    for name in (INDEX, CLASSES):
+        filesystem, path = urls.find(f"{folder}/{name}")
+        if filesystem.exists(path):
+            raise UserError(f"{folder}/{name}: already exists; delete it or choose another --out")
+    try:
+        return Journal(f"{folder}/{_JOURNAL}", recipe)
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
+
+
+def expand(given: Sequence[str]) -> list[str]:
+    """The tars that are meant, each once, in order; local ones by their whole path.
+
+    Raises:
+        UserError: there are none.
+    """
+    found: dict[str, None] = {}
+    for pattern in given:
+        try:
+            unfolded = list(braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"{pattern}: {error}") from error
+        for url in unfolded:
+            matches = _matches(url)
+            if not matches:
+                raise UserError(f"{url}: no tars here")
+            found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def _matches(url: str) -> list[str]:
+    filesystem, path = urls.find(url)
+    is_web = "http" in urls.protocols(filesystem)
+    if is_web or (url.endswith(".tar") and "*" not in url):
+        return [_whole(url)]
+    below = path if "*" in url else f"{path.rstrip('/')}/*.tar"
+    return [urls.full(filesystem, match) for match in sorted(filesystem.glob(below))]
+
+
+def _whole(url: str) -> str:
+    """A local path as a whole one, so that it means the same from everywhere."""
+    filesystem, path = urls.find(url)
+    return path if urls.is_local(filesystem) else url
+
+
+def _common_folder(tars: Sequence[str]) -> str:
+    folders = {tar.rpartition("/")[0] or "." for tar in tars}
+    if len(folders) > 1:
+        raise UserError(
+            f"the tars lie in {len(folders)} folders: say where the index goes with --out"
+        )
+    return folders.pop()
+
+
+def _scan_all(
+    tasks: list[Task], journal: Journal, processes: int, progress: Progress
+) -> list[tuple[str, dict[str, Any]]]:
+    """What is in each tar; finished ones are taken from the journal unless the tar has changed."""
+    results = {n: kept for n, t in enumerate(tasks) if (kept := _kept(journal, n, t.url))}
+    progress(len(results), len(tasks))
+    todo = [(number, task) for number, task in enumerate(tasks) if number not in results]
+    for number, result in parallel.run(scan, todo, processes):
+        results[number] = result
+        if not result["damage"]:
+            journal.keep(number, result)
+        progress(len(results), len(tasks))
+    return [(task.url, results[number]) for number, task in enumerate(tasks)]
+
+
+def _kept(journal: Journal, number: int, url: str) -> dict[str, Any] | None:
+    kept: dict[str, Any] | None = journal.get(number)
+    if kept is None:
+        return None
+    filesystem, path = urls.find(url)
+    return kept if filesystem.exists(path) and filesystem.size(path) == kept["bytes"] else None
+
+
+def _labelled(
+    results: list[tuple[str, dict[str, Any]]], folder: str, num_classes: int
+) -> tuple[list[Shard], list[str], int]:
+    """The shards with labels in `[0, C)`; the classes' names, if they were no such numbers; C."""
+    values = sorted({value for _, found in results for value in found["values"]})
+    numbers = _as_numbers(values)
+    if numbers is not None:
+        values = [value for _, value in sorted(zip(numbers, values, strict=True))]
+    is_mapped = not num_classes and (numbers is None or sorted(numbers) != list(range(len(values))))
+    number = {v: n if is_mapped else int(v) for n, v in enumerate(values)}
+    shards = []
+    for url, found in results:
+        codes = unpack_labels(found["codes"], found["samples"])
+        labels = np.array([number[value] for value in found["values"]], np.int64)[codes]
+        fields = {key: found[key] for key in ("samples", "bytes", "checksum", "blocks")}
+        place = url.removeprefix(f"{folder}/")
+        shards.append(Shard(url=place, classes=pack_labels(labels), **fields))
+    return shards, values if is_mapped else [], num_classes or len(values)
+
+
+def _as_numbers(values: Sequence[str]) -> list[int] | None:
+    """The numbers that the labels are, unless some are none or two are the same (`7` and `007`)."""
+    if not all(INTEGER.fullmatch(value) for value in values):
+        return None
+    numbers = [int(value) for value in values]
+    return numbers if len(set(numbers)) == len(numbers) else None

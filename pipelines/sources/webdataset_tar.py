@@ -1,0 +1,209 @@
+"""One tar that somebody else wrote: its samples by WebDataset's rules, and their labels as text."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from mhe_dist.errors import UserError
+from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.index import Fault
+from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.sources.tar import DamagedTar, Member, members, rest_is_empty
+from pipelines.storage import urls
+
+INTEGER: Final = re.compile(r"-?\d{1,18}")
+# WebDataset's own rules: what is the key, what the extension, and what is no sample at all.
+_NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+_META: Final = re.compile(r"__[^/]*__($|/)")
+_LONGEST_LABEL: Final = 200
+
+
+class Layout(NamedTuple):
+    """Where a sample has its image and its label.
+
+    Attributes:
+        images: extensions of the image, the best first.
+        label: extension of the label, or `extension:key` for a value in JSON (`json:a.b`).
+        num_classes: C, if the labels are numbers in `[0, C)` already; 0: find out.
+    """
+
+    images: tuple[str, ...] = EXTENSIONS
+    label: str = "cls"
+    num_classes: int = 0
+
+
+USUAL: Final = Layout()
+
+
+class Task(NamedTuple):
+    """A tar to be read."""
+
+    url: str
+    layout: Layout
+
+
+class _Hashed(io.RawIOBase):
+    """Hashes and counts what is read through it."""
+
+    def __init__(self, stream: urls.Steady) -> None:
+        self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        """See `io.RawIOBase`."""
+        data = self.stream.read(size)
+        self.hash.update(data)
+        self.bytes += len(data)
+        return data
+
+
+def scan(task: Task) -> dict[str, Any]:
+    """Read one tar.
+
+    Returns:
+        What JSON can hold: samples, bytes, checksum and blocks as in `shards.Shard`; `values`, the
+        distinct labels as text, and `codes`, which one each sample has (`packing.pack_labels`);
+        `faults`; `damage`, what ended the reading before the tar's end.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    try:
+        with urls.forward(task.url) as raw:
+            stream: Any = _Hashed(raw)
+            contents = _Contents(task)
+            damage = ""
+            try:
+                for sample in _samples(members(stream), task.layout):
+                    contents.add(sample)
+            except DamagedTar as error:
+                damage = str(error)
+            if not rest_is_empty(stream) and not damage:
+                damage = "data behind its end marker, which no reader sees: several tars in one?"
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{task.url}: cannot be read ({error})") from error
+    about = {"bytes": stream.bytes, "checksum": f"sha256:{stream.hash.hexdigest()}"}
+    return about | contents.result() | {"damage": damage}
+
+
+class _Contents:
+    """What has been found in a tar."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._number: dict[str, int] = {}
+        self._codes: list[int] = []
+        self._starts: list[int] = []
+        self._end = 0
+        self._faults: list[Fault] = []
+
+    def add(self, sample: _Sample) -> None:
+        """Take a sample, or count it as a fault."""
+        label = sample.label()
+        if isinstance(label, Fault):
+            self._faults.append(Fault(f"{self._task.url} {label.place}", label.reason))
+            return
+        self._codes.append(self._number.setdefault(label, len(self._number)))
+        self._starts.append(sample.start)
+        self._end = sample.stop
+
+    def result(self) -> dict[str, Any]:
+        """The part of `scan`'s result that is about samples."""
+        return {
+            "samples": len(self._codes),
+            "blocks": pack_offsets([*self._starts, self._end]),
+            "values": list(self._number),
+            "codes": pack_labels(self._codes),
+            "faults": self._faults,
+        }
+
+
+class _Sample:
+    """Neighbouring members of one key."""
+
+    def __init__(self, key: str, start: int, layout: Layout) -> None:
+        self.key, self.start, self.stop = key, start, start
+        self._layout = layout
+        self._members: dict[str, bytes | None] = {}
+        self._twice = ""
+
+    def add(self, extension: str, member: Member) -> None:
+        """Take the next member of the sample."""
+        if extension in self._members:
+            self._twice = extension
+        # Of an image it is enough that there is one.
+        is_image = extension in self._layout.images
+        self._members[extension] = b"image" if is_image and member.data else member.data
+        self.stop = member.stop
+
+    def label(self) -> str | Fault:
+        """Its label as text, or what is wrong with it."""
+        try:
+            self._check()
+            return self._label()
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            return Fault(self.key[:_LONGEST_LABEL], str(error) or repr(error))
+
+    def _check(self) -> None:
+        if self.key.startswith("/") or ".." in self.key.split("/"):
+            raise ValueError("its name leaves the folder")
+        if self._twice:
+            raise ValueError(f"{self._twice} is there twice")
+        if not any(self._members.get(extension) for extension in self._layout.images):
+            raise ValueError(f"no image among {', '.join(self._members)}")
+
+    def _label(self) -> str:
+        extension, _, path = self._layout.label.partition(":")
+        data = self._members.get(extension)
+        if data is None:
+            raise ValueError(f"no {extension} among {', '.join(self._members)}")
+        text = data.decode().strip() if not path else _at(json.loads(data), path)
+        if not text or len(text) > _LONGEST_LABEL:
+            raise ValueError(f"its label {text[:20]!r} is no class")
+        is_integer = bool(INTEGER.fullmatch(text))
+        if is_integer and int(text) < 0:
+            raise ValueError(f"its label {text} is negative")
+        most = self._layout.num_classes
+        if most and not (is_integer and int(text) < most):
+            raise ValueError(f"its label {text[:20]!r} is not in [0, {most})")
+        return text
+
+
+def _at(value: Any, path: str) -> str:
+    """The text at a path `a.b` of JSON."""
+    for key in path.split("."):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError(f"its label {value!r:.40} is neither a number nor a text")
+    return str(value).strip()
+
+
+def _samples(found: Iterator[Member], layout: Layout) -> Iterator[_Sample]:
+    """Group neighbouring members, as WebDataset does.
+
+    Raises:
+        DamagedTar: the tar ends in a damage; a sample that was complete before it comes first.
+    """
+    current: _Sample | None = None
+    try:
+        for member in found:
+            match = _NAME.fullmatch(member.name)
+            if match is None or _META.match(member.name):
+                continue
+            if current is None or current.key != match[1]:
+                if current is not None:
+                    yield current
+                current = _Sample(match[1], member.start, layout)
+            current.add(match[2].lower(), member)
+    except DamagedTar:
+        if current is not None and isinstance(current.label(), str):
+            yield current
+        raise
+    if current is not None:
+        yield current

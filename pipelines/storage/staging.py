@@ -1,0 +1,197 @@
+"""Where something lies while it is made, and what of it is finished already.
+
+Locally a data set is made in a hidden folder beside its target and renamed as a whole at the end.
+On an object store, where an object appears only when it is complete, its files go straight to
+their place, and the index follows last. With a *recipe*, a description of everything that decides
+the content, an interrupted attempt is kept, and the next one with the same recipe goes on with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from mhe_dist.errors import UserError
+from pipelines.storage import urls
+
+JOURNAL: Final = ".partial"
+_RECIPE: Final = "recipe.json"
+
+
+class Journal:
+    """Results of finished pieces of work by number, each a JSON value, until the whole is done."""
+
+    def __init__(self, url: str, recipe: Any) -> None:
+        """Begin, or go on with an earlier attempt.
+
+        Args:
+            url: folder for the results; it is made.
+            recipe: JSON-able; results belong to it alone.
+
+        Raises:
+            UserError: the folder holds an attempt with another recipe.
+        """
+        self.url = url
+        self._filesystem, self._path = urls.find(url)
+        text = json.dumps(recipe, sort_keys=True)
+        digest = {"digest": hashlib.sha256(text.encode()).hexdigest(), "recipe": recipe}
+        place = f"{self._path}/{_RECIPE}"
+        self._known: set[int] = set()
+        if not self._filesystem.exists(place):
+            self._write(_RECIPE, digest)
+            return
+        if _parsed(self._filesystem.cat_file(place)).get("digest") != digest["digest"]:
+            raise UserError(
+                f"{url}: an interrupted attempt with another source or other settings; repeat that "
+                f"command to go on with it, or delete {url.removesuffix('/' + JOURNAL)}"
+            )
+        self._filesystem.invalidate_cache()
+        names = (name.rpartition("/")[2] for name in self._filesystem.ls(self._path, detail=False))
+        stems = (name.removesuffix(".json") for name in names)
+        self._known = {int(stem) for stem in stems if stem.isdecimal()}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, number: int) -> Any | None:
+        """The result of a piece, or None if it is not finished."""
+        if number not in self._known:
+            return None
+        content = _parsed(self._filesystem.cat_file(f"{self._path}/{number:06d}.json"))
+        return content.get("result")
+
+    def keep(self, number: int, result: Any) -> None:
+        """Keep the result of a piece, for the next attempt, too."""
+        self._write(f"{number:06d}.json", {"result": result})
+        self._known.add(number)
+
+    def remove(self) -> None:
+        """Forget everything: the whole is done."""
+        if self._filesystem.exists(self._path):
+            self._filesystem.rm(self._path, recursive=True)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        with urls.created(f"{self.url}/{name}") as stream:
+            stream.write(json.dumps(content).encode())
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:  # cut off by a crash of the machine: as if it were not there
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def refuse_existing(target: str) -> None:
+    """Raise UserError if there is anything at a path or URL but an attempt to go on with."""
+    filesystem, path = urls.find(target)
+    filesystem.invalidate_cache()
+    if urls.is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+        urls.refuse_existing(target)
+
+
+class Staging:
+    """The place where one data set is made.
+
+    Attributes:
+        folder: path or URL that its files are written to.
+        journal: what is finished; None without a recipe.
+    """
+
+    def __init__(self, target: str, recipe: Any | None = None) -> None:
+        """Claim the target.
+
+        Raises:
+            UserError: something is there already, or an attempt with another recipe, or another
+                process is at it.
+        """
+        self._filesystem, self._path = urls.find(target)
+        self._local = urls.is_local(self._filesystem)
+        self._lock: int | None = None
+        self.journal: Journal | None = None
+        self.folder = target.rstrip("/")
+        (urls.refuse_existing if recipe is None else refuse_existing)(target)
+        if self._local:
+            self.folder = str(_hidden(Path(self._path), recipe is not None))
+        if recipe is None:
+            return
+        if self._local:
+            self._lock = _lock(Path(self.folder) / JOURNAL, target)
+            _sweep(Path(self.folder))
+        try:
+            self.journal = Journal(f"{self.folder}/{JOURNAL}", recipe)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def size(self, name: str) -> int:
+        """Bytes of a file of the data set; -1 if it is not there."""
+        filesystem, path = urls.find(f"{self.folder}/{name}")
+        return int(filesystem.size(path)) if filesystem.exists(path) else -1
+
+    def publish(self) -> None:
+        """Give the finished data set its final name."""
+        if self._local:
+            Path(self.folder).rename(self._path)
+            self.folder = self._path
+        if self.journal is not None:
+            self._filesystem.rm(f"{self._path}/{JOURNAL}", recursive=True)
+        self._unlock()
+
+    def leave(self) -> None:
+        """Stop before the end; what is finished stays if there is a recipe to go on with."""
+        if self.journal is not None and len(self.journal):
+            self._unlock()
+            return
+        if self._local:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        elif self.journal is not None:
+            self.journal.remove()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _hidden(target: Path, lasting: bool) -> Path:
+    """A hidden folder beside `target`, on the same file system; its name says whether it lasts."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if lasting:
+        folder = target.parent / f".{target.name}{JOURNAL}"
+        folder.mkdir(exist_ok=True)
+        return folder
+    name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=JOURNAL, dir=target.parent)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(name, 0o777 & ~umask)  # mkdtemp's 0700 would keep other users out for ever
+    return Path(name)
+
+
+def _lock(folder: Path, target: str) -> int | None:
+    """A file lock that the system drops with this process; None where there are no file locks."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"{target}: another process is making it right now") from None
+    except OSError:  # some network file systems
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what an attempt that was killed left half written."""
+    for path in folder.rglob(f".*{urls.TEMPORARY}"):
+        path.unlink(missing_ok=True)

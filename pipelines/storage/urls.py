@@ -1,0 +1,205 @@
+"""Every path is a URL: local, `s3://`, `gs://`, `http(s)://` for reading, whatever fsspec knows.
+
+Credentials come from where each store's own tools look for them, never from us.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO, Any, Final
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from mhe_dist.errors import UserError
+from pipelines.storage.retry import named, retried
+
+TEMPORARY: Final = ".tmp"  # ends the name of a file that is not complete yet
+WHOLE: Final = "the server gives whole files only, no parts of them: download it first"
+_READ_AHEAD: Final = 1 << 23  # bytes that a remote file is read in
+
+
+def find(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it.
+
+    Raises:
+        UserError: no such protocol, or the package that speaks it is not installed.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}") from error
+    return filesystem, path
+
+
+def is_local(filesystem: Any) -> bool:
+    """Whether a file system is this machine's own."""
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def protocols(filesystem: Any) -> tuple[str, ...]:
+    """The names of a file system's protocol, e.g. `http` and `https`."""
+    names = filesystem.protocol
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def is_absolute(url: str) -> bool:
+    """Whether a URL says where it is by itself, without a folder before it."""
+    return "://" in url or url.startswith("/")
+
+
+def full(filesystem: Any, path: str) -> str:
+    """The URL of a path in a file system; a local one stays a path."""
+    return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
+
+
+def refuse_existing(url: str) -> None:
+    """Raise UserError if there is anything at a path or URL, except an empty folder."""
+    filesystem, path = find(url)
+    if filesystem.isfile(path) or (filesystem.exists(path) and filesystem.ls(path, detail=False)):
+        raise UserError(f"{url}: already exists; delete it or choose another output folder")
+
+
+@contextmanager
+def created(url: str) -> Iterator[IO[bytes]]:
+    """A file that is at `url` when the block ends well, complete, and not at all before.
+
+    On an object store it is collected in a temporary file of this machine: closing a half-written
+    object would make it appear.
+    """
+    filesystem, path = find(url)
+    if not is_local(filesystem):
+        with NamedTemporaryFile() as stream:
+            yield stream
+            stream.flush()
+            filesystem.put_file(stream.name, path)
+        return
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    temporary = Path(parent) / f".{name}.{uuid.uuid4().hex}{TEMPORARY}"
+    try:
+        with temporary.open("xb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def forward(url: str) -> Iterator[Steady]:
+    """A file from front to back.
+
+    Raises:
+        OSError: there is none, as its store says it.
+    """
+    filesystem, path = find(url)
+    with retried(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
+        yield Steady(stream, url)
+
+
+class Steady:
+    """A file opened for reading; a part that does not come is asked for again."""
+
+    def __init__(self, stream: Any, url: str) -> None:
+        self._stream, self._url = stream, url
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer at the end.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        with named(self._url):
+            return retried(lambda: bytes(self._stream.read(size)), self._url)
+
+
+class Reader:
+    """Reads parts of one file, wherever it is; to be closed.
+
+    Attributes:
+        url: of the file.
+        size: in bytes.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Open.
+
+        Raises:
+            UserError: there is no such file, or it cannot be opened.
+        """
+        self.url = url
+        self._filesystem, self._path = find(url)
+        self._stream: Any = None
+        try:
+            if is_local(self._filesystem):
+                self._stream = open(self._path, "rb", buffering=0)  # noqa: SIM115
+                self.size = os.fstat(self._stream.fileno()).st_size
+            else:
+                self._stream = retried(self._open, url)
+                self.size = int(self._stream.size)
+        except (OSError, TypeError) as error:  # TypeError: a server that tells no size
+            self.close()
+            raise UserError(f"{url}: cannot be opened ({error or type(error).__name__})") from error
+
+    def _open(self) -> Any:
+        return self._filesystem.open(
+            self._path, "rb", block_size=_READ_AHEAD, cache_type="readahead"
+        )
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes `[start, stop)`; fewer at the end of the file. Cheap when read forward.
+
+        Raises:
+            UserError: a server does not give parts of files.
+        """
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        if is_local(self._filesystem):
+            return os.pread(self._stream.fileno(), stop - start, start)
+        self._stream.seek(start)
+        with named(self.url):
+            try:
+                return retried(lambda: bytes(self._stream.read(stop - start)), self.url)
+            except ValueError as error:  # what fsspec makes of a server without range requests
+                raise UserError(f"{self.url}: {WHOLE}") from error
+
+    def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
+        """Many parts in any order; a store is asked for all of them at the same time.
+
+        Raises:
+            RunError: the file cannot be read.
+            UserError: a server does not give parts of files.
+        """
+        pairs = list(zip(map(int, starts), map(int, stops), strict=True))
+        if is_local(self._filesystem):
+            return [self.read(*pair) for pair in pairs]
+        firsts, lasts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        paths = [self._path] * len(pairs)
+        with named(self.url):
+            parts: list[bytes] = retried(
+                lambda: self._filesystem.cat_ranges(paths, firsts, lasts, on_error="raise"),
+                self.url,
+            )
+        for part, (start, stop) in zip(parts, pairs, strict=True):
+            if len(part) > stop - start:
+                raise UserError(f"{self.url}: {WHOLE}")
+        return parts

@@ -1,0 +1,128 @@
+"""What a run takes over from another, class by class: rows, their state, the backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
+from mhe_dist.heads.row_head import RowHead
+from pipelines.pretrain import main as pretrain
+from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain.run import Run
+from pipelines.runs import warm_start as inheritance
+from pipelines.shards.index import ShardIndex
+from tests import tiny
+from tests.conftest import run_ranks
+
+GROWN = 40
+
+
+def rows_of(head: Any, place: Topology) -> dict[str, Tensor]:
+    """Fields of this rank's classes `[C, D]`, by class; NaN for the classes of other ranks."""
+    assert isinstance(head, RowHead)
+    units, slots = head.layout.locate(torch.arange(head.spec.num_classes))
+    mine = (units >= head.bank.units.start) & (units < head.bank.units.stop)
+    head.bank.touch(torch.unique(units[mine]))
+    found = {}
+    for field, rows in head.bank.saved(units[mine]).items():
+        table = torch.full((len(units), rows.shape[-1]), float("nan"), dtype=rows.dtype)
+        table[mine] = rows[torch.arange(len(rows)), slots[mine]]
+        found[field] = table
+    return found
+
+
+def train(place: Topology, config: dict[str, Any]) -> None:
+    pretrain.main(Config.model_validate(config))
+
+
+def begin(place: Topology, config: dict[str, Any]) -> dict[str, Any]:
+    """What a run holds before its first step."""
+    run = Run(Config.model_validate(config), place, ignore)
+    run.tracker.close()
+    return {
+        "step": run.progress.step,
+        "rows": rows_of(run.head, place),
+        "state": run.engine.state(),
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of ten steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    shards = tiny.write_shards(folder / "shards")
+    config = tiny.config(folder, shards, train={"max_steps": 10}, run={"name": "old"})
+    run_ranks(train, 1, config.model_dump())
+    return config
+
+
+def begun(config: Config, workers: int = 1) -> dict[str, Any]:
+    values = config.model_dump()
+    values["scale"]["workers"] = workers
+    parts = run_ranks(begin, workers, values)
+    whole = parts[0]["rows"]
+    for part in parts[1:]:
+        for field, rows in part["rows"].items():
+            whole[field] = torch.where(torch.isnan(whole[field]), rows, whole[field])
+    return parts[0]
+
+
+def test_a_grown_run_goes_on_with_the_old_rows_and_new_ones(
+    trained: Config, tmp_path: Path
+) -> None:
+    old = begun(trained)
+    config = trained.model_copy(deep=True)
+    config.run.dir, config.run.name = str(tmp_path), "grown"
+    checkpoint = inheritance.source(trained.run.path)
+    inheritance.grow(checkpoint, GROWN, f"{config.run.path}/checkpoints")
+    with pytest.raises(UserError, match=r"has 30 classes.*was grown to 40"):
+        inheritance.refuse_classes(GROWN, ShardIndex.load(trained.data.shards), trained)
+
+    config.data.shards = tiny.write_shards(tmp_path / "shards", GROWN)
+    config.train.max_steps = 15
+    grown = begun(config, workers=2)
+    assert old["step"] == grown["step"] == 10
+    for field, rows in old["rows"].items():
+        assert torch.equal(grown["rows"][field][: len(rows)], rows), field
+        new = grown["rows"][field][len(rows) :]
+        assert torch.isfinite(new).all()
+        assert new.any() == (field == "weight")
+    assert all(torch.equal(grown["state"][name], old["state"][name]) for name in old["state"])
+    run_ranks(train, 1, config.model_dump())
+    assert inheritance.source(config.run.path).step == 15
+
+
+@pytest.mark.parametrize("with_rows", [False, True])
+def test_a_new_run_begins_with_another_s_backbone_and_rows(
+    trained: Config, tmp_path: Path, with_rows: bool
+) -> None:
+    old = begun(trained)
+    config = trained.model_copy(deep=True)
+    config.run.dir, config.run.seed, config.head.groups = str(tmp_path), 99, 3
+    config.head.mhs.length = 7
+    config.model.init_from = trained.run.path
+    config.head.init_from = inheritance.source(trained.run.path).path if with_rows else ""
+    new = begun(config, workers=2)
+    assert new["step"] == 0
+    for name, tensor in old["state"].items():
+        taken = torch.equal(new["state"][name], tensor)
+        assert taken if name.startswith("model.") else not new["state"][name].any()
+    assert torch.equal(new["rows"]["weight"], old["rows"]["weight"]) is with_rows
+
+
+def test_what_cannot_be_taken_over_is_refused(trained: Config, tmp_path: Path) -> None:
+    checkpoint = inheritance.source(trained.run.path)
+    with pytest.raises(UserError, match="has 30 classes, this run 20"):
+        inheritance.grow(checkpoint, 20, str(tmp_path / "less"))
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        inheritance.source(str(tmp_path))
+    (tmp_path / "step_00000001").mkdir()
+    with pytest.raises(UserError, match=r"not a complete checkpoint: no manifest\.json"):
+        inheritance.source(str(tmp_path / "step_00000001"))

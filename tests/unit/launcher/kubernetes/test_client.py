@@ -1,0 +1,192 @@
+"""`mhe k8s` against an API server that keeps objects in memory, over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from launcher import cli
+from launcher.terminal.event_log import EventLines
+from mhe_dist.config import load as config_load
+from mhe_dist.errors import Preempted
+from tests import tiny
+
+JOBS = "/apis/ray.io/v1/namespaces/mhe/rayjobs"
+
+
+class Api(ThreadingHTTPServer):
+    """The little of an API server that is spoken to."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.maps: list[dict[str, Any]] = []
+        self.posted: list[str] = []
+        self.tokens: list[str] = []
+        self.log = ""
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def now(self, name: str, job: str, deployment: str) -> None:
+        status = {"jobStatus": job, "jobDeploymentStatus": deployment}
+        self.jobs[name]["status"] = status | {"jobId": f"{name}-xyz", "rayClusterName": "small-ray"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Api
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if path == JOBS:
+            self._answer({"items": list(self.server.jobs.values())})
+        elif path == "/api/v1/namespaces/mhe/pods":
+            names = ["submitter"] if self.server.log else []
+            self._answer({"items": [{"metadata": {"name": name}} for name in names]})
+        elif path == "/api/v1/namespaces/mhe/secrets/small-ray":
+            token = base64.b64encode(b"ray-token").decode()
+            self._answer({"data": {"auth_token": token}})
+        elif path == "/api/v1/namespaces/mhe/pods/submitter/log":
+            self._send(200, self.server.log.encode(), "text/plain")
+        else:
+            self._answer({"message": "not found"}, 404)
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path == JOBS:
+            item = json.loads(body)
+            item["metadata"]["uid"] = "uid-1"
+            self.server.jobs[item["metadata"]["name"]] = item
+            self._answer(item, 201)
+        elif path == "/api/v1/namespaces/mhe/configmaps":
+            self.server.maps.append(json.loads(body))
+            self._answer(self.server.maps[-1], 201)
+        elif "/proxy/" in path:
+            self.server.posted.append(path)
+            self.server.tokens.append(self.headers.get("X-Ray-Authorization", ""))
+            self._send(200, b"true", "application/json")
+        else:
+            self._answer({"message": "forbidden"}, 403)
+
+    def do_DELETE(self) -> None:
+        del self.server.jobs[self.path.rpartition("/")[2]]
+        self._answer({"status": "Success"})
+
+    def _answer(self, value: Any, code: int = 200) -> None:
+        self._send(code, json.dumps(value).encode(), "application/json")
+
+    def _send(self, code: int, body: bytes, kind: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    server = Api()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "clusters": [
+            {"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        ],
+        "users": [{"name": "me", "user": {"token": "t"}}],
+    }
+    file = tmp_path / "kubeconfig"
+    file.write_text(yaml.safe_dump(kubeconfig))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(file))
+    monkeypatch.setenv("COLUMNS", "200")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    config = tiny.config(tmp_path, "s3://bucket/train", run={"name": "small"})
+    path = tmp_path / "small.yaml"
+    config_load.save(config, str(path))
+    return str(path)
+
+
+def test_a_run_from_submission_to_its_end(api: Api, file: str, capsys) -> None:
+    assert cli.run(["k8s", "submit", file, "--image", "mhe:1"]) == 0
+    assert "small-1" in capsys.readouterr().out
+    job = api.jobs["small-1"]
+    assert "image: mhe:1" in yaml.safe_dump(job)
+    (settings,) = api.maps
+    assert settings["metadata"]["ownerReferences"][0]["uid"] == "uid-1"
+    assert yaml.safe_load(settings["data"]["run.yaml"])["run"]["name"] == "small"
+    assert cli.run(["k8s", "status", "small"]) == 0
+
+    api.now("small-1", "RUNNING", "Running")
+    assert cli.run(["k8s", "submit", file]) == 2
+    assert "RayJob small-1 is running with this run" in capsys.readouterr().err
+    assert cli.run(["k8s", "logs", "small"]) == 2
+    assert "prints nothing yet" in capsys.readouterr().err
+
+    api.now("small-1", "SUCCEEDED", "Complete")
+    assert cli.run(["k8s", "status", "small"]) == 0
+    assert cli.run(["k8s", "submit", file]) == 0
+    assert set(api.jobs) == {"small-1", "small-2"}
+
+
+def test_logs_are_drawn_and_exit_as_the_run_did(api: Api, file: str, capsys) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+
+    class Sink:
+        def write(self, text: str) -> None:
+            api.log += text
+
+        def flush(self) -> None:
+            pass
+
+    EventLines(Sink()).handle({"event": "checkpoint", "step": 20, "path": "/data/x"})  # type: ignore[arg-type]
+    api.log += "a line of a library\n"
+    api.now("small-1", "FAILED", "Failed")
+    assert cli.run(["k8s", "logs", "small", "-f"]) == 1
+    said = capsys.readouterr().out
+    assert "step 20  checkpoint /data/x" in said
+    assert "a line of a library" in said
+
+
+def test_stop_asks_ray_and_now_deletes(api: Api, file: str, capsys) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    assert cli.run(["k8s", "stop", "small"]) == 0
+    (path,) = api.posted
+    assert path.endswith("/services/small-ray-head-svc:8265/proxy/api/jobs/small-1-xyz/stop")
+    assert api.tokens == ["Bearer ray-token"]
+    api.now("small-1", "STOPPED", "Complete")
+    assert cli.run(["k8s", "status", "small-1"]) == Preempted.exit_code
+    api.now("small-1", "RUNNING", "Running")
+    assert cli.run(["k8s", "stop", "small", "--now"]) == 0
+    assert not api.jobs
+
+
+def test_mistakes_are_told(api: Api, file: str, capsys) -> None:
+    assert cli.run(["k8s", "status", "nobody"]) == 2
+    assert "no RayJob or run 'nobody'" in capsys.readouterr().err
+    assert cli.run(["k8s", "submit", file, "--namespace", "other"]) == 2
+    assert "404" in capsys.readouterr().err
+    uri = "tracking.uri=http://me:planted-secret@mlflow"
+    assert cli.run(["k8s", "submit", file, uri]) == 2
+    assert "hold a secret" in capsys.readouterr().err
+    assert not api.jobs

@@ -1,0 +1,92 @@
+"""What `mhe train` refuses before it starts anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.preflight import checks
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    sections.setdefault("data", {"shards": "data/train"})
+    return Config.model_validate(sections)
+
+
+def wrong_keys(shards: str, heldout: str, glyphs: bool) -> list[str]:
+    data = {"shards": shards, "glyphs": {} if glyphs else None}
+    return [key for key, _ in checks.data(config(data=data, evaluate={"shards": heldout}))]
+
+
+def make_shards(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    (folder / "index.json").write_text("{}")
+    return str(folder)
+
+
+def test_shards_must_exist(tmp_path: Path) -> None:
+    there = make_shards(tmp_path / "a")
+    assert wrong_keys(there, "", False) == []
+    assert wrong_keys(there, there, False) == []
+    assert wrong_keys(str(tmp_path / "b"), str(tmp_path / "c"), False) == [
+        "data.shards",
+        "evaluate.shards",
+    ]
+
+
+@pytest.mark.parametrize("root", ["", "out/", "/out/", "s3-like/"])
+def test_glyphs_make_train_and_heldout_side_by_side(root: str) -> None:
+    assert wrong_keys(f"{root}train", f"{root}heldout", True) == []
+    assert wrong_keys(f"{root}train/", f"{root}heldout/", True) == []
+    assert wrong_keys(f"{root}train", f"{root}elsewhere", True) == ["evaluate.shards"]
+
+
+def test_glyphs_do_not_excuse_a_folder_that_they_never_write() -> None:
+    """And what follows from that mistake is not told as another."""
+    assert wrong_keys("/nowhere", "data/glyphs/heldout", True) == ["data.shards"]
+
+
+def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
+    ((key, message),) = checks.data(config(data={"shards": "nosuch://bucket/train"}))
+    assert key == "data.shards"
+    assert "cannot be read" in message
+
+
+def test_the_message_names_the_cure() -> None:
+    ((_, message),) = checks.data(config(data={"shards": "/nowhere"}))
+    assert "index.json" in message
+    assert "data.glyphs" in message
+
+
+def test_only_keys_that_change_what_is_learnt_are_held() -> None:
+    before = config_load.to_dict(config())
+    free = config(scale={"workers": 2}, train={"log_every": 3}, checkpoint={"keep_last": 9})
+    assert checks.changed(before, config_load.to_dict(free)) == []
+    remote = {"retries": 9, "cache_dir": "/scratch"}
+    cached = config(data={"shards": before["data"]["shards"], "remote": remote})
+    assert checks.changed(before, config_load.to_dict(cached)) == []
+    held = config(optim={"lr": 0.2}, head={"mhs": {"length": 10}})
+    assert checks.changed(before, config_load.to_dict(held)) == [
+        ("head.mhs.length", before["head"]["mhs"]["length"], 10),
+        ("optim.lr", 0.1, 0.2),
+    ]
+
+
+def test_a_key_of_another_release_is_no_change() -> None:
+    now = config_load.to_dict(config())
+    before = {**now, "gone": 1, "optim": {k: v for k, v in now["optim"].items() if k != "power"}}
+    assert checks.changed(before, now) == []
+
+
+def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    first = config(run={"name": "a", "dir": str(tmp_path)})
+    checks.refuse_another_run(first)
+    config_load.save(first, f"{first.run.path}/config.yaml")
+    checks.refuse_another_run(first)
+    with pytest.raises(UserError, match=r"optim.lr: 0.1 in the run, 0.2 now[\s\S]*run.name="):
+        checks.refuse_another_run(config(run=first.run.model_dump(), optim={"lr": 0.2}))

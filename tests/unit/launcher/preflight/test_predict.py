@@ -1,0 +1,171 @@
+"""What preflight makes of the nodes' answers, and what a node says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import cli
+from launcher.preflight import node_probe as probe
+from launcher.preflight import predict as preflight
+from launcher.preflight.predict import GIB
+from launcher.preflight.trial_process import try_here
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from tests import tiny
+
+VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"data": {"shards": "x"}, **sections})
+
+
+def node(host: str = "a", cpus: int = 4, gpus: int = 0, **changes: Any) -> dict[str, Any]:
+    resources = {"CPU": float(cpus), "GPU": float(gpus)}
+    return {
+        "host": host,
+        "python": "3.11.7",
+        "versions": VERSIONS,
+        "cpus": cpus,
+        "gpus": [],
+        "memory": int(8 * GIB),
+        "disk": None,
+        "troubles": [],
+        "resources": resources,
+        **changes,
+    }
+
+
+def test_nothing_stands_in_the_way_of_a_run_that_fits() -> None:
+    assert preflight.reasons(config(scale={"workers": 4}), [node("a", 2), node("b", 2)]) == []
+
+
+def test_every_reason_is_told_at_once() -> None:
+    trouble = [("data.shards", "not there")]
+    nodes = [
+        node("a", 1, troubles=trouble),
+        node("b", 1, troubles=trouble, versions={**VERSIONS, "torch": "2.13.0"}),
+        node("c", 1, versions={**VERSIONS, "ray": ""}),
+    ]
+    told = preflight.reasons(config(scale={"workers": 4}), nodes)
+    assert told[0] == "data.shards: not there (on a, b)"
+    assert told[1].startswith("torch is not the same on all nodes (2.14.1 on")
+    assert "2.13.0 on b" in told[1]
+    assert told[2] == "ray is missing on c: install it there"
+    assert "scale.workers=4: there is room for 3, each with CPU 1, on 3 nodes" in told[3]
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "room"),
+    [
+        ({"cpus_per_worker": 3}, 2),  # 4 CPUs hold one such worker, not 4 / 3
+        ({"gpu": True}, 0),
+        ({"resources": {"fast": 1}}, 1),
+        ({"accelerator_type": "H100"}, 4),
+    ],
+)
+def test_a_worker_needs_its_place_on_one_node(scale: dict[str, Any], room: int) -> None:
+    first = node("a")
+    first["resources"] |= {"fast": 1.0, "accelerator_type:H100": 1.0}
+    settings = config(
+        scale={"workers": 8, **scale}, train={"global_batch": 1024}, data={"shards": "x"}
+    )
+    (told,) = preflight.reasons(settings, [first, node("b")])
+    assert f"there is room for {room}," in told
+
+
+MEASURED = {
+    "footprint": {
+        "weights": int(0.2 * GIB),
+        "optimizer": int(0.2 * GIB),
+        "activations": int(1.0 * GIB),
+        "rows": int(0.5 * GIB),
+    },
+    "trial": {
+        "step_s": 0.9,
+        "peak_bytes": int(2.5 * GIB),
+        "base_bytes": int(0.9 * GIB),
+        "device_bytes": 0,
+        "rows_bytes": int(0.1 * GIB),
+    },
+    "samples": 5120,
+}
+
+
+def test_memory_is_that_of_the_trial_and_of_the_rows_it_did_not_meet() -> None:
+    found = preflight.predict(config(), MEASURED)
+    assert found.memory == pytest.approx(2.9 * GIB, rel=1e-6)
+    assert dict(found.parts)["libraries"] == int(0.9 * GIB)
+
+
+def test_a_checkpoint_s_copies_count_where_they_are_more_than_the_activations() -> None:
+    measured = {**MEASURED, "footprint": {**MEASURED["footprint"], "activations": 0}}
+    assert preflight.predict(config(), measured).memory == pytest.approx(
+        (2.9 + 0.9) * GIB, rel=1e-6
+    )
+
+
+def test_time_is_that_of_the_trial_s_steps() -> None:
+    found = preflight.predict(config(train={"global_batch": 512}), MEASURED)
+    assert (found.step_s, found.epoch_s) == (0.9, pytest.approx(9.0))
+
+
+@pytest.mark.parametrize(
+    ("placement", "workers"), [("pack", 3), ("strict_pack", 3), ("spread", 2), ("strict_spread", 2)]
+)
+def test_a_trial_has_as_many_workers_as_the_fullest_node(placement: str, workers: int) -> None:
+    settings = config(scale={"workers": 4, "placement": placement})
+    assert preflight.workers_per_node(settings, [node("a", 3), node("b", 2)]) == workers
+
+
+def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
+    settings = config(scale={"workers": 4})
+    found = preflight.predict(settings, MEASURED)
+    (told,) = preflight.shortages(settings, found, [node()])
+    assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in told
+    assert "lower train.micro_batch" in told
+    (told,) = preflight.shortages(settings, found, [node(), node("b")])
+    assert told.endswith(", or set scale.placement=spread.")
+    settings.scale.placement = "spread"
+    assert preflight.shortages(settings, found, [node(), node("b")]) == []
+
+
+def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "train", classes=8)
+    good = tiny.config(tmp_path / "runs", shards, tracking={"mlflow": False})
+    said = probe.node(good)
+    assert said["troubles"] == []
+    assert json.loads(json.dumps(said)) == said
+    assert not list((tmp_path / "runs").iterdir()), "the probe leaves nothing"
+    bad = tiny.config(
+        Path("/proc/runs"),
+        str(tmp_path / "lost"),
+        tracking={"mlflow": True, "uri": "http://me:planted-secret@127.0.0.1:1"},
+    )
+    troubles = dict(probe.node(bad)["troubles"])
+    assert set(troubles) == {"data.shards", "run.dir", "tracking.uri"}
+    assert "planted-secret" not in str(troubles)
+
+
+def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
+    settings = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train", classes=8))
+    file = tmp_path / "a.yaml"
+    config_load.save(settings, str(file))
+    assert cli.run(["preflight", str(file)]) == 0
+    said = capsys.readouterr().out
+    for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):
+        assert part in said
+
+
+def test_a_trial_finds_data_where_the_command_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_shards(tmp_path / "train", classes=8)
+    monkeypatch.chdir(tmp_path)
+    measured = try_here(tiny.config(Path("runs"), "train"), 1)
+    assert measured is not None and measured["samples"] == 8 * tiny.IMAGES

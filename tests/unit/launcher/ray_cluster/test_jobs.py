@@ -1,0 +1,180 @@
+"""What is sent to a cluster, and what is not; what a job's state means. Without Ray."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.job_submission import JobStatus
+
+from launcher import cli
+from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster import dashboard, jobs
+from launcher.terminal import event_log as event_lines
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import Preempted, UserError
+from tests import tiny
+
+SECRET = "correct-horse-battery"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return package.portable(tiny.config(tmp_path / "runs", str(tmp_path / "train")))
+
+
+def prepare(config: Config, folder: Path, address: str = "http://head:8265") -> jobs.Submission:
+    folder.mkdir(exist_ok=True)
+    return jobs.prepare(config, address, 3, {}, folder)
+
+
+def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_path: Path) -> None:
+    sent = prepare(config, tmp_path / "sent").package
+    assert {
+        "launcher/job.py",
+        "pipelines/pretrain/main.py",
+        "mhe_dist/train/loop.py",
+        "run.yaml",
+    } < {*sent.files}
+    assert {name.partition("/")[0] for name in sent.files} == {*package.PACKAGES, "run.yaml"}
+    assert all(name.endswith(".py") for name in sent.files if name != "run.yaml")
+    assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
+    assert config_load.load(str(sent.folder / "run.yaml")) == config
+
+
+def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config.model_validate(
+        {
+            "run": {"dir": "runs"},
+            "data": {"shards": "data/train", "glyphs": {"fonts": "fonts"}},
+            "evaluate": {"shards": "s3://bucket/heldout"},
+            "tracking": {"uri": "sqlite:///runs/mlflow.db"},
+        }
+    )
+    there = package.portable(config)
+    assert there.run.path == f"{tmp_path}/runs/run"
+    assert there.data.shards == f"{tmp_path}/data/train"
+    assert there.data.glyphs is not None and there.data.glyphs.fonts == f"{tmp_path}/fonts"
+    assert there.evaluate.shards == "s3://bucket/heldout"
+    assert there.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert there.head.bank.path == ""
+    assert config.run.dir == "runs"
+
+
+def test_a_job_says_what_it_runs(config: Config, tmp_path: Path) -> None:
+    sent = prepare(config, tmp_path / "sent")
+    assert sent.id == "run-3"
+    assert sent.entrypoint == "python -m launcher.job run run.yaml"
+    assert sent.metadata == {"mhe_run": "run", "mhe_path": config.run.path}
+    assert sent.environment["OMP_NUM_THREADS"] == "1"
+    assert sent.environment["RAY_TRAIN_V2_ENABLED"] == "1"
+    here = prepare(config, tmp_path / "here", "http://127.0.0.1:8265")
+    assert here.entrypoint.split()[0] != "python", "this machine's nodes run this interpreter"
+
+
+def test_secrets_do_not_travel(monkeypatch, config: Config, tmp_path: Path) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@mlflow")
+    sent = prepare(config, tmp_path / "sent")
+    assert SECRET not in json.dumps([sent.environment, sent.metadata, sent.entrypoint])
+    for word in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", f"X={SECRET}", "DB_PASSWORD=x"):
+        with pytest.raises(UserError, match="looks like a secret"):
+            jobs.passed_on([word])
+
+
+def test_variables_are_passed_on_by_value_or_by_name(monkeypatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert jobs.passed_on(["NCCL_SOCKET_IFNAME", "A=b=c"]) == {
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "A": "b=c",
+    }
+    with pytest.raises(UserError, match="no such variable"):
+        jobs.passed_on(["NOT_SET"])
+
+
+def test_a_dry_run_shows_everything_but_secrets(
+    monkeypatch, config: Config, tmp_path, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = tmp_path / "a.yaml"
+    config_load.save(config, str(file))
+    uri = f"tracking.uri=https://me:{SECRET}@mlflow.example"
+    assert cli.run(["submit", str(file), uri, "--dry-run", "--env", "NCCL_DEBUG=INFO"]) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "launcher.job run run.yaml",
+        "1 workers",
+        "pack",
+        "NCCL_DEBUG=INFO",
+        "mhe_dist/train/loop.py",
+        "uri: https://***@mlflow.example",
+    ):
+        assert part in said
+    assert SECRET not in said
+
+
+def test_an_address_comes_from_the_option_the_environment_or_this_machine(monkeypatch) -> None:
+    monkeypatch.delenv(dashboard.ADDRESS_VARIABLE, raising=False)
+    assert dashboard.resolve("") == "http://127.0.0.1:8265"
+    monkeypatch.setenv(dashboard.ADDRESS_VARIABLE, "https://head/")
+    assert dashboard.resolve("") == "https://head"
+    assert dashboard.resolve("http://other:1") == "http://other:1"
+    with pytest.raises(UserError, match="http://HEAD:8265"):
+        dashboard.resolve("head:6379")
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:
+    assert cli.run(["jobs", "--address", "http://127.0.0.1:1"]) == 2
+    assert "ray start --head" in capsys.readouterr().err
+
+
+def detail(status: JobStatus, exit_code: int | None = None) -> Any:
+    return SimpleNamespace(
+        submission_id="a-1",
+        metadata={"mhe_run": "a", "mhe_path": "/runs/a"},
+        status=status,
+        driver_exit_code=exit_code,
+        start_time=1500,
+        end_time=None,
+        message=None,
+        runtime_env=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "over", "code"),
+    [
+        (JobStatus.PENDING, None, False, 0),
+        (JobStatus.RUNNING, None, False, 0),
+        (JobStatus.SUCCEEDED, 0, True, 0),
+        (JobStatus.FAILED, 2, True, 2),
+        (JobStatus.FAILED, None, True, 1),
+        (JobStatus.STOPPED, None, True, Preempted.exit_code),
+    ],
+)
+def test_commands_exit_as_the_job_did(status, exit_code, over: bool, code: int) -> None:
+    job = jobs._job(detail(status, exit_code))
+    assert (job.run, job.path, job.started) == ("a", "/runs/a", 1.5)
+    assert (job.is_over, job.code) == (over, code)
+
+
+def test_events_come_back_from_a_log_that_holds_other_lines_too() -> None:
+    sink = io.StringIO()
+    lines = event_lines.EventLines(sink)
+    lines.handle({"event": "metrics", "step": 3, "loss": 0.5})
+    with lines.counting("drawing") as progress:
+        progress(1, 2)
+        progress(2, 2)
+    text = f"from a library\n{sink.getvalue()}" + '{"event": "cut'
+    pieces = [text[start : start + 7] for start in range(0, len(text), 7)]
+    found = [event_lines.parse(line) for line in event_lines.split(iter(pieces))]
+    assert [event and event["event"] for event in found] == [None, "metrics", "waiting", None]
+    assert found[1] is not None and (found[1]["step"], found[1]["loss"]) == (3, 0.5)
+    assert found[1]["time"] > 1e9

@@ -1,0 +1,144 @@
+"""What a run looks like where output is not a terminal, and the words of both looks."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from launcher.terminal.progress import PLAIN_EVERY_S, Display, accuracies, duration
+
+START = {
+    **{"event": "start", "run": "runs/a", "step": 0, "steps": 1000, "resumed_from": None},
+    **{"classes": 4000, "samples": 37000},
+}
+HELDOUT = {"rank1": 0.85, "chance": 0.002, "accuracy": 0.97, "tar@far=1e-3": 0.5, "probes": 9.0}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def plain(clock: Clock, *events: tuple[float, dict[str, Any]]) -> list[str]:
+    """Lines printed for `(seconds since the last event, event)` rows."""
+    file = io.StringIO()
+    with Display(Console(file=file, width=200), clock) as display:
+        for seconds, event in events:
+            clock.now += seconds
+            display.handle(event)
+    return file.getvalue().splitlines()
+
+
+def metrics(step: int) -> dict[str, Any]:
+    return {
+        "event": "metrics",
+        "step": step,
+        "loss": 2.5,
+        "images_per_s": 1234.0,
+        "data_wait": 0.03,
+    }
+
+
+def test_the_size_of_the_job_is_told(clock: Clock) -> None:
+    assert plain(clock, (0, START)) == ["37,000 images of 4,000 classes, 1,000 steps."]
+
+
+def test_a_resume_is_told_with_its_checkpoint(clock: Clock) -> None:
+    lines = plain(clock, (0, {**START, "step": 500, "resumed_from": "runs/a/checkpoints/step_5"}))
+    assert lines[0] == "Resumed at step 500 from runs/a/checkpoints/step_5."
+
+
+def test_plain_lines_come_now_and_then_with_the_time_that_is_left(clock: Clock) -> None:
+    lines = plain(
+        clock,
+        (0, START),
+        (10, metrics(99)),
+        (PLAIN_EVERY_S - 1, metrics(199)),
+        (1, metrics(299)),
+    )
+    assert lines[1:] == [
+        "step 100/1,000  loss 2.500  1,234 images/s  3% waiting for data  1 min 30 s left",
+        "step 300/1,000  loss 2.500  1,234 images/s  3% waiting for data  1 min 10 s left",
+    ]
+
+
+def test_time_left_counts_from_the_resume(clock: Clock) -> None:
+    lines = plain(clock, (0, {**START, "step": 800, "resumed_from": "x"}), (10, metrics(899)))
+    assert lines[-1].endswith("10 s left")
+
+
+def test_evaluations_checkpoints_and_failures_have_their_lines(clock: Clock) -> None:
+    lines = plain(
+        clock,
+        (0, {"event": "evaluation", "step": 200, **HELDOUT}),
+        (0, {"event": "checkpoint", "step": 200, "path": "runs/[a]", "seconds": 1.0}),
+        (0, {"event": "export", "format": "onnx", "path": "b.onnx", "max_difference": 1e-6}),
+        (0, {"event": "failed", "rank": 1, "message": "lost\nand long"}),
+    )
+    assert lines == [
+        "step 200  held-out: rank-1 85.0% (chance 0.2%), verification 97.0%, TAR@FAR=1E-3 50.0%",
+        "step 200  checkpoint runs/[a]",
+        "exported onnx to b.onnx; largest difference from the trained model 1.0e-06",
+        "Worker 1 failed: lost",
+    ]
+
+
+def test_the_summary_is_kept(clock: Clock) -> None:
+    display = Display(Console(file=io.StringIO()), clock)
+    display.handle({"event": "end", "summary": {"steps": 3}})
+    assert display.summary == {"steps": 3}
+
+
+def test_a_terminal_gets_a_bar(clock: Clock) -> None:
+    file = io.StringIO()
+    with Display(Console(file=file, force_terminal=True, width=120), clock) as display:
+        display.waiting("starting")
+        for event in (START, metrics(9), {"event": "end", "summary": {}}):
+            display.handle(event)
+    assert "10/1000" in file.getvalue()
+    assert "loss 2.500" in file.getvalue()
+
+
+def test_counting_says_plainly_and_once_what_it_does(clock: Clock) -> None:
+    file = io.StringIO()
+    with Display(Console(file=file), clock).counting("drawing") as progress:
+        progress(1, 2)
+        progress(2, 2)
+    assert file.getvalue() == "drawing\n"
+
+
+def test_counting_nothing_says_nothing(clock: Clock) -> None:
+    file = io.StringIO()
+    with Display(Console(file=file), clock).counting("drawing"):
+        pass
+    assert not file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_accuracies_leave_out_sizes() -> None:
+    assert [name for name, _ in accuracies(HELDOUT)] == ["rank-1", "verification", "TAR@FAR=1E-3"]
+
+
+def test_accuracies_name_the_typefaces() -> None:
+    brush = {"brush/rank1": 0.6, "brush/tar@far=1e-3": 0.5, "brush/tar@far=1e-4": 0.4}
+    assert accuracies(HELDOUT | brush)[3:] == [
+        ("brush: rank-1", "60.0%"),
+        ("brush: TAR@FAR=1E-4", "40.0%"),
+    ]

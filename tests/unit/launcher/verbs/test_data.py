@@ -1,0 +1,102 @@
+"""The `mhe data` verbs: what they make, what they say, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from pipelines.shards.index import ShardIndex
+from pipelines.sources import insightface
+from tests.unit.pipelines.sources.records import items, jpeg, layout, save
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    return save(tmp_path / "faces", *layout(items(), "classic"))
+
+
+def run(*words: str) -> int:
+    alone = [] if words[1] == "show" else ["--processes", "1"]
+    return cli.run([*words, *alone])
+
+
+def test_records_to_shards_to_a_clean_report(faces: str, capsys: Captured) -> None:
+    assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
+    said = capsys.readouterr().out
+    assert "12 images of 3 classes, 1 tars" in said
+    assert "mhe data verify" in said
+    assert run("data", "verify", "made") == 0
+    assert "Nothing is wrong." in capsys.readouterr().out
+    assert json.loads(Path("verify/made.json").read_text())["good"]
+    assert Path("verify/made.png").exists()
+    assert [path.name for path in Path("verify").iterdir() if path.name.startswith(".")] == []
+    assert run("data", "show", "made", "--out", "a.png", "--classes", "2", "--images", "2") == 0
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    assert run("data", "recordio", "--rec", faces, "--out", "made") == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+def test_a_folder_and_a_list(tmp_path: Path, faces: str, capsys: Captured) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg"):
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("photos", name).write_bytes(jpeg(int(name[2])))
+    Path("photos", "notes.txt").write_text("no image")
+    Path("train.lst").write_text("0\t5\ta/1.jpg\n1\t9\tb/3.jpg\n")
+    assert run("data", "folder", "--root", "photos", "--out", "one") == 0
+    assert "1 files do not end like an image" in capsys.readouterr().out
+    assert run("data", "folder", "--root", "photos", "--out", "two", "--lst", "train.lst") == 0
+    assert "2 images of 2 classes" in capsys.readouterr().out
+    Path("one", "index.json").unlink()
+    Path("one", "classes.tsv").unlink()
+    assert run("data", "index", "one", "--image", ".JPG, png") == 0
+    assert ShardIndex.load("one").fields == ("jpg", "png")
+
+
+def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured) -> None:
+    assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
+    tar = Path("made", "recordio-000000.tar")
+    tar.write_bytes(tar.read_bytes()[:9000])
+    capsys.readouterr()
+    assert run("data", "verify", "made", "made") == 1
+    said = capsys.readouterr().out
+    assert "has 9000 bytes, the index says" in said
+    assert "Something is wrong." in said
+    assert Path("verify", "made-1.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["verify", "nowhere"], "no shards here"),
+        (["show", "nowhere"], "no shards here"),
+        (["show", "made", "--out", "sheet.jpg"], "let its name end with .png"),
+        (["index", "nowhere"], "no tars here"),
+        (["folder", "--root", "nowhere", "--out", "out"], "no such folder"),
+        (["recordio", "--rec", "nowhere.rec", "--out", "out"], "cannot be opened"),
+    ],
+)
+def test_mistakes(faces: str, capsys: Captured, words: list[str], message: str) -> None:
+    assert run("data", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(
+    faces: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(insightface, "_scan", interrupted)
+    monkeypatch.setattr("sys.argv", ["mhe", "data", "recordio", "--rec", faces, "--out", "x"])
+    assert run("data", "recordio", "--rec", faces, "--out", "x") == 130
+    said = capsys.readouterr().out
+    assert "the same command goes on" in said
+    assert f"mhe data recordio --rec {faces} --out x" in said

@@ -1,0 +1,151 @@
+"""`mhe evaluate ...` on a run with a checkpoint: tables, files, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launcher import cli
+from pipelines.data.decode import decode
+from pipelines.evaluate.metrics import bootstrap
+from pipelines.runs.trained import load
+from tests import tiny
+from tests.unit.pipelines.evaluate import ijb_set
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a run whose held-out set is there."""
+    folder = tmp_path_factory.mktemp("runs")
+    shards = tiny.write_shards(folder / "heldout", classes=8, first=10_000)
+    return tiny.trained_run(folder, shards, evaluate={"shards": shards}).run.path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six images of each of four classes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for name in "abcd":
+        (root / name).mkdir()
+        pattern = rng.integers(0, 256, (4, 4, 3))
+        for number in range(6):
+            noisy = (pattern + rng.normal(0, 20, (4, 4, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).resize((20, 18)).save(root / name / f"{number}.jpg")
+    (root / "readme.txt").write_text("no image")
+    return root
+
+
+def said(words: list[str], capsys: Captured, code: int = 0) -> str:
+    assert cli.run(words) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.err if code else captured.out).split())
+
+
+def test_a_run_alone_means_its_heldout_shards(run: str, capsys: Captured) -> None:
+    short = said(["evaluate", run], capsys)
+    assert short == said(["evaluate", "heldout", run], capsys)
+    named = said(["evaluate", f"{run}/checkpoints/step_00000024"], capsys)
+    assert named.split("rank-1")[1].split("Next")[0] == short.split("rank-1")[1].split("Next")[0]
+    for part in ("rank-1", "(chance 12.5%)", "TAR@FAR=1E-3", "probes", "88"):
+        assert part in short
+
+
+def test_verification_sets(
+    run: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "DRAWS", 5)
+    sets = [tiny.write_bin(tmp_path / name) for name in ("lfw.bin", "cfp_fp.bin")]
+    shown = said(["evaluate", "verification", run, "--sets", *sets], capsys)
+    for part in ("lfw", "cfp_fp", "ACCURACY", "TAR@FAR=1E-3", "evaluation/verification.json"):
+        assert part.lower() in shown.lower()
+    found = json.loads(Path(run, "evaluation", "verification.json").read_text())
+    assert found["step"] == 24
+    assert found["results"]["lfw"] == found["results"]["cfp_fp"]
+    assert found["results"]["lfw"]["pairs"] == 40
+    assert Path(run, "evaluation", "verification.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
+    root = str(ijb_set.write(tmp_path / "IJBC"))
+    shown = said(["evaluate", "ijb", run, "--root", root], capsys)
+    for part in ("TAR@FAR=1e-06", "1:N rank-1", "TPIR@FPIR=0.01", "evaluation/ijbc.json"):
+        assert part in shown
+    found = json.loads(Path(run, "evaluation", "ijbc.json").read_text())["results"]
+    assert found["templates"] == 32
+    assert found["tar@far=1e-6"] <= found["tar@far=1e-1"]
+
+
+def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    words = ["evaluate", "identification", run, "--images", str(photos), "--all-pairs"]
+    shown = said(words, capsys)
+    for part in ("rank1", "all/tar@far=1e-6", "genuine", "evaluation/identification.json"):
+        assert part in shown
+    found = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
+    assert (found["gallery"], found["probes"]) == (4, 20)
+    assert (found["genuine"], found["impostors"]) == (4 * 15, 6 * 36)
+    shards = Path(run).parent / "heldout"
+    assert "rank1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)
+
+
+def test_a_probe(run: str, photos: Path, capsys: Captured) -> None:
+    words = ["evaluate", "probe", run, "--images", str(photos), "--k", "3"]
+    assert "majority 20.00" in " ".join(said(words, capsys).replace("│", "").split())
+    both = said([*words, "--test", str(Path(run).parent / "heldout")], capsys)
+    assert "linear" in both
+
+
+def test_pairs_of_a_table(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bootstrap, "DRAWS", 5)
+    rows = [f"a/{i % 6}.jpg,{'a' if i % 2 else 'b'}/{i % 5}.jpg,{i % 2}" for i in range(30)]
+    table = tmp_path / "mine.csv"
+    table.write_text("\n".join(["first,second,same", *rows]))
+    words = ["evaluate", "verification", run, "--pairs", str(table), "--images", str(photos)]
+    assert "mine" in said(words, capsys)
+    for row, why in (("a/0.jpg,../x.jpg,1", "leaves the folder"), ("a/0.jpg,a/1.jpg,2", "0 or 1")):
+        table.write_text("\n".join(["first,second,same", row]))
+        message = said(words, capsys, 2)
+        assert "mine.csv line 2" in message
+        assert why in message
+    table.write_text("first,same")
+    assert "has no column second" in said(words, capsys, 2)
+
+
+def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    bad = photos / "b" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out" / "photos.npz"
+    words = ["embed", run, "--images", str(photos), "--out", str(out), "--normalize"]
+    shown = said(words, capsys)
+    bad.unlink()
+    assert "24 embeddings of 32 left out: b/bad.jpg" in shown
+    found = np.load(out)
+    assert found["paths"].tolist() == [f"{c}/{n}.jpg" for c in "abcd" for n in range(6)]
+    np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-6)
+    model = load(run)
+    pixels = decode((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
+    row = model.embed(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].numpy()
+    np.testing.assert_allclose(found["embeddings"][14], row / np.linalg.norm(row), atol=1e-5)
+    shards = str(Path(run).parent / "heldout")
+    said(["embed", run, "--images", shards, "--out", str(out)], capsys)
+    assert sorted(np.load(out)["labels"]) == sorted([*range(8)] * tiny.IMAGES)
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(
+    run: str, tmp_path: Path, capsys: Captured
+) -> None:
+    assert "name the sets" in said(["evaluate", "verification", run], capsys, 2)
+    (tmp_path / "a.bin").write_bytes(b"cposix\nsystem\n(S'true'\ntR.")
+    message = said(["evaluate", "verification", "nowhere", str(tmp_path / "a.bin")], capsys, 2)
+    assert "asks for posix.system" in message
+    assert "no run at nowhere" in said(["evaluate", "nowhere"], capsys, 2)
+    assert "not a complete checkpoint" in said(["evaluate", f"{run}/checkpoints/step_9"], capsys, 2)

@@ -1,0 +1,209 @@
+"""`mhe reproduce`: valid runs, trained once each, a page of what is there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher import cli, execute
+from launcher.preflight import predict as preflight
+from launcher.ray_cluster import train as ray_train
+from launcher.reproduce import studies
+from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, planned
+from launcher.signals import Interrupted
+from launcher.terminal import console
+from launcher.verbs import preflight as preflight_verb
+from launcher.verbs import reproduce
+from mhe_dist.config import load as config_load
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.registry import build
+from mhe_dist.heads.row_head import HeadSpec
+from pipelines.runs import folder as runs
+
+Captured = pytest.CaptureFixture[str]
+
+HELDOUT = {"rank1": 0.9, "chance": 0.1, "accuracy": 0.9, "tar@far=1e-4": 0.5}
+SIZES = {"gallery": 10.0, "probes": 20.0}
+SEEN = {  # of 6,000 classes, by 64 samples
+    "full": 6000,
+    "partial_fc": 600,
+    "mhs_own": 100,
+    "mhs_own_plus": pytest.approx(600, abs=100),  # 100 less where the own head is drawn, too
+    "mhs_batch": pytest.approx(640, abs=100),  # two samples may share a head of 10
+    "mhp": 78 + 77,
+    "mhc": pytest.approx(78 + 8 * 77, abs=8),  # and the gold's children if it is none of the 8
+}
+
+
+def config_of(plan: studies.Planned) -> Config:
+    return config_load.load(plan.study.file, plan.overrides)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> None:
+    plans = list(planned(study, study.variants, 2))
+    configs = [config_of(plan) for plan in plans]
+    assert len({config.run.path for config in configs}) == len(plans)
+    assert [config.run.seed for config in configs] == sorted([0, 1] * len(study.variants))
+    assert set(dict(study.typefaces)) == set(configs[0].evaluate.typefaces)
+    assert study.config in {path.name for path in studies.CONFIGS.glob("*.yaml")}
+    shared = [{**config_load.to_dict(config), "head": 0, "run": 0} for config in configs]
+    assert all(values == shared[0] for values in shared), "only head and seed may differ"
+
+
+def classes_seen(config: Config, classes: int) -> float:
+    """Mean over the samples of a step of one micro-batch."""
+    spec = HeadSpec(config.head, classes, 16, config.run.seed, 1)
+    head = build(spec, Topology())
+    labels = torch.arange(64)[None] * 89 % classes
+    head.plan(0, labels)
+    return head(torch.randn(64, 16), labels[0]).metrics["classes_seen"].item()
+
+
+@pytest.mark.parametrize("variant", SMALL.variants, ids=lambda variant: variant.name)
+def test_the_variants_see_what_they_say(variant: studies.Variant) -> None:
+    config = config_of(next(planned(SMALL, [variant], 1)))
+    assert classes_seen(config, 6000) == SEEN[variant.name]
+
+
+@pytest.mark.parametrize("variant", PAPER.variants, ids=lambda variant: variant.name)
+def test_the_papers_heads_fit_a_hundred_classes(variant: studies.Variant) -> None:
+    config = config_of(next(planned(PAPER, [variant], 1)))
+    assert 14 <= classes_seen(config, 100) <= 100
+
+
+class Trainer:
+    """In place of Ray: leaves behind what a run does, and remembers which ones it was given."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.stop_after = 99
+
+    def __call__(self, config: Config, handle: Callable[[dict[str, object]], None]) -> None:
+        if len(self.trained) == self.stop_after:
+            raise Interrupted(2)
+        self.trained.append(config.run.name)
+        heldout = HELDOUT | SIZES
+        for name in config.evaluate.typefaces:
+            heldout |= {f"{name}/{key}": value for key, value in (HELDOUT | SIZES).items()}
+        summary = {"heldout": heldout, "images_per_s": 1.0, "phases": {"train": 60.0}}
+        summary |= {"steps": config.train.max_steps or 7, "samples": 100}
+        Path(config.run.path, "summary.json").write_text(json.dumps(summary))
+        record = {"step": 6, "classes_seen": 5.0, "head_time": 0.1, "peak_rss_gib": 1.0}
+        Path(config.run.path, "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        handle({"event": "end", "summary": summary})
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """No Ray, an empty folder to work in, and data as far as checks can see."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "index.json").write_text("{}")
+    trainer = Trainer()
+    monkeypatch.setattr(ray_train, "train", trainer)
+    monkeypatch.setattr(console, "only_ours", lambda log: nullcontext())
+    return trainer
+
+
+DATA = ["data.glyphs=null", "data.shards=shards", "evaluate.shards=shards"]
+
+
+def mhe(*words: str) -> int:
+    return cli.run(["reproduce", *words, *DATA])
+
+
+def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys: Captured) -> None:
+    assert mhe("small", "--only", "full,mhp", "--seeds", "1") == 0
+    assert trainer.trained == ["small-full-seed0", "small-mhp-seed0"]
+    said = capsys.readouterr().out
+    assert "2/2  small-mhp-seed0" in said
+    assert "Not complete: PartialFC 0.1: seed 0" in said
+    assert "train what is missing  mhe reproduce small data.glyphs=null" in said
+    before = Path("runs/reproduce/small-full-seed0/summary.json").stat().st_mtime_ns
+    assert mhe("small", "--only", "full", "--seeds", "2") == 0
+    assert trainer.trained[2:] == ["small-full-seed1"]
+    assert Path("runs/reproduce/small-full-seed0/summary.json").stat().st_mtime_ns == before
+    page = Path("docs/results.md").read_text()
+    assert "| full softmax | 2 |" in page
+    assert "| MHP {78;77} | 1 |" in page
+    assert "MHP {78;77}: seed 1;" in page
+    assert Path("docs/results-small.png").exists()
+
+
+def test_an_interrupted_study_goes_on_run_by_run(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mhe", "reproduce", "paper100"])
+    trainer.stop_after = 2
+    assert mhe("paper100", "--seeds", "1") == 130
+    assert "mhe reproduce paper100" in capsys.readouterr().out
+    assert "| MHP {10;10} | 1 |" in Path("docs/results.md").read_text()
+    trainer.stop_after = 99
+    assert mhe("paper100", "--seeds", "1") == 0
+    assert trainer.trained == [f"paper100-{variant.name}-seed0" for variant in PAPER.variants]
+    assert "Not complete" not in Path("docs/results.md").read_text()
+
+
+def test_the_page_of_what_is_there_trains_nothing(trainer: Trainer) -> None:
+    assert mhe("paper100", "--only", "one_hot", "--seeds", "1") == 0
+    assert mhe("small", "--no-train", "--page", "other.md") == 0
+    assert trainer.trained == ["paper100-one_hot-seed0"]
+    page = Path("other.md").read_text()
+    assert "## 6,000 classes" in page  # asked for
+    assert "| one-hot | 1 |" in page  # begun
+    assert "80,000" not in page
+
+
+def test_half_an_hour_is_turned_into_steps_once(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def try_here(config: Config, *_: object) -> preflight.Prediction:
+        tried.append(config.run.name)
+        return preflight.Prediction([], 0, 0, step_s=0.5, epoch_s=100.0)
+
+    monkeypatch.setattr(execute, "make_data", lambda config, watcher: None)
+    monkeypatch.setattr(preflight_verb, "check", try_here)
+    trainer.stop_after = 1
+    assert mhe("full") == 130
+    trainer.stop_after = 99
+    assert mhe("full") == 0
+    assert tried == ["full-mhs-seed0", "full-partial_fc-seed0"]
+    told = [runs.settings(f"runs/reproduce/{name}") for name in trainer.trained]
+    assert [settings["train"]["max_steps"] for settings in told if settings] == [3240, 3240]
+    assert "| 3,240 |" in Path("docs/results.md").read_text()
+    assert reproduce.steps_in(1.0, preflight.Prediction([], 0, 0, 5.0, 1.0)) == 1
+    assert FULL.minutes == 30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["small", "--only", "mhs_ownplus"], "did you mean mhs_own_plus"),
+        (["small", "optim.lrr=1"], "did you mean optim.lr"),
+        (["large"], "'large' is not one of"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(
+    trainer: Trainer, capsys: Captured, words: list[str], message: str
+) -> None:
+    assert mhe(*words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not trainer.trained
+
+
+def test_runs_that_were_begun_with_other_settings_are_refused(
+    trainer: Trainer, capsys: Captured
+) -> None:
+    assert mhe("small", "--only", "full", "--seeds", "1") == 0
+    assert mhe("small", "--only", "full", "--seeds", "1", "optim.lr=0.1") == 2
+    assert "optim.lr: 0.4 in the run, 0.1 now" in capsys.readouterr().err

@@ -1,0 +1,174 @@
+"""Exported files are the trained model, in processes that never imported this project."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from mhe_dist.backbone import export
+from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.export import Options
+from mhe_dist.backbone.model import Backbone
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError, UserError
+from tests import tiny
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Backbone, Config, torch.Tensor]:
+    """A model whose BatchNorm statistics are not those of a fresh one."""
+    config = tiny.config(tmp_path, "unused")
+    torch.manual_seed(0)
+    model = backbone.build(config.model, config.data.image_size)
+    images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    for _ in range(3):
+        model(images.float().div(127.5).sub(1))
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.bias, -0.5, 0.5)
+    return model.eval(), config, images
+
+
+def elsewhere(script: str, *arguments: str) -> np.ndarray:
+    """Run a script in a fresh process outside this checkout; the array that it saves."""
+    out = Path(arguments[0]).parent / "out.npy"
+    code = f"import sys, numpy as np\nimages = np.load(sys.argv[2])\n{script}\n"
+    code += "assert not any(m.split('.')[0] in ('mhe_dist', 'pipelines') for m in sys.modules)\n"
+    code += "np.save(sys.argv[3], out)"
+    command = [sys.executable, "-c", code, *arguments, str(out)]
+    subprocess.run(command, check=True, cwd="/", timeout=120)
+    return np.load(out)
+
+
+def expected(model: Backbone, images: torch.Tensor, path: Path) -> np.ndarray:
+    inputs = images.float().div(127.5).sub(1)
+    np.save(path, inputs.numpy())
+    with torch.no_grad():
+        return model(inputs).numpy()
+
+
+def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    folder = tmp_path / "timm"
+    assert export.export_timm(model, config, str(folder), images) < 1e-5
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import timm, torch\n"
+        "net = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()\n"
+        "out = net(torch.from_numpy(images)).detach().numpy()"
+    )
+    found = elsewhere(script, str(folder), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert not list(folder.glob("*.bin"))
+
+
+def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) -> None:
+    """timm keeps the body and makes a new last layer, or none."""
+    model, config, images = trained
+    export.export_timm(model, config, str(tmp_path / "timm"), images)
+    inputs = images.float().div(127.5).sub(1)
+    name = f"local-dir:{tmp_path / 'timm'}"
+    features = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(
+        features(inputs),
+        model.net.forward_head(model.net.forward_features(inputs), pre_logits=True),
+    )
+    assert timm.create_model(name, pretrained=True, num_classes=7)(inputs).shape == (9, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+        ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+    ],
+)
+def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> None:
+    changes: dict[str, object] = {"name": name, "kwargs": kwargs, "neck": "none"}
+    config = tiny.config(tmp_path, "unused", model=changes, data={"image_size": 32})
+    model = backbone.build(config.model, 32).eval()
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert export.export_timm(model, config, str(tmp_path / "timm"), images) < 1e-5
+    assert export.export_onnx(model, config, str(tmp_path / "b.onnx"), images) < 1e-4
+
+
+def test_onnx_runtime_alone_runs_any_batch(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path = tmp_path / "backbone.onnx"
+    assert export.export_onnx(model, config, str(path), images) < 1e-4
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import onnxruntime\n"
+        "session = onnxruntime.InferenceSession(sys.argv[1])\n"
+        "run = lambda x: session.run(None, {'images': x})[0]\n"
+        "out = np.concatenate([run(images[:1]), run(images[1:])])"
+    )
+    found = elsewhere(script, str(path), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
+    model, config, images = trained
+    monkeypatch.setattr(export, "fold_neck", lambda model: model.net)
+    with pytest.raises(RunError, match="embeddings differ from the trained model's by"):
+        export.export_timm(model, config, str(tmp_path / "timm"), images)
+
+
+def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path = tmp_path / "backbone.pt2"
+    assert export.export_torch(model, config, str(path), images, Options(normalise=True)) < 1e-5
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import torch\n"
+        "out = torch.export.load(sys.argv[1]).module()(torch.from_numpy(images)).detach().numpy()"
+    )
+    found = elsewhere(script, str(path), str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1)[:, None], atol=1e-5)
+
+
+def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    path, difference = export.write("mlflow", model, config, str(tmp_path), images)
+    assert difference < 1e-4
+    wanted = expected(model, images, tmp_path / "images.npy")
+    script = (
+        "import mlflow\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        "out = model.predict({'images': images})['embeddings']"
+    )
+    found = elsewhere(script, path, str(tmp_path / "images.npy"))
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    needed = Path(path, "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in needed] == [
+        "mlflow",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+    ]
+
+
+def test_options_of_onnx(trained, tmp_path: Path) -> None:
+    import onnx
+
+    model, config, images = trained
+    options = Options(opset=18, half=True, normalise=True)
+    path, difference = export.write("onnx", model, config, str(tmp_path), images, options)
+    assert path.endswith("backbone_fp16.onnx")
+    assert 0 < difference < 5e-3
+    written = onnx.load(path)
+    assert [o.version for o in written.opset_import if o.domain == ""] == [18]
+    kinds = {tensor.data_type for tensor in written.graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds
+    kind = written.graph.output[0].type.tensor_type.elem_type
+    assert kind == written.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    with pytest.raises(UserError, match="--opset 3: "):
+        export.write("onnx", model, config, str(tmp_path), images, Options(opset=3))

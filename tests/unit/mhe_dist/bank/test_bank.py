@@ -1,0 +1,217 @@
+"""The bank: lazy, the same in any memory and order, unbiased in bfloat16."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mhe_dist import seeds
+from mhe_dist.bank import row_store
+from mhe_dist.bank.bank import Bank, round_stochastically
+from mhe_dist.bank.row_store import RowsAhead
+
+MEMORIES = ("device", "host", "file")
+UNITS = range(100, 120)
+
+
+def initial(units: Tensor) -> Tensor:
+    """Rows `[U, 3, 4]` that depend on the unit alone."""
+    return seeds.normal_rows(1, units, 12, torch.float32).view(-1, 3, 4)
+
+
+def bank(memory: str = "device", folder: Path | None = None, **options: object) -> Bank:
+    fields = {"momentum": None, "age": 1}
+    return Bank(UNITS, 3, 4, initial, fields, memory=memory, folder=folder, **options)
+
+
+def numbers(*units: int) -> Tensor:
+    return torch.tensor(units, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_rows_begin_as_their_unit_says_in_any_order_and_memory(memory: str, tmp_path: Path) -> None:
+    forth, back = bank(memory, tmp_path / "forth"), bank(memory, tmp_path / "back")
+    for units in ([100, 119], [107, 101, 107]):
+        forth.touch(numbers(*units))
+    for units in ([101, 119], [119, 107, 100]):
+        back.touch(numbers(*units))
+    expected = numbers(100, 101, 107, 119)
+    assert torch.equal(forth.touched, expected)
+    assert torch.equal(back.touched, expected)
+    for bank_ in (forth, back):
+        assert torch.equal(bank_.read(expected), initial(expected))
+        assert not bank_.read(expected, "momentum").any()
+
+
+def test_touching_again_changes_nothing() -> None:
+    rows = bank()
+    rows.touch(numbers(105))
+    rows.write(numbers(105), {"weight": torch.ones(1, 3, 4)}, step=0)
+    rows.touch(numbers(104, 105))
+    rows.touch(range(103, 107))
+    assert torch.equal(rows.read(numbers(105)), torch.ones(1, 3, 4))
+    assert torch.equal(rows.touched, numbers(103, 104, 105, 106))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_reading_does_not_touch(memory: str, tmp_path: Path) -> None:
+    rows = bank(memory, tmp_path)
+    rows.touch(numbers(103))
+    for units in (numbers(104, 103), range(102, 105)):
+        found = rows.read(units)
+        assert torch.equal(found, initial(torch.as_tensor(units)))
+        found.zero_()
+    assert torch.equal(rows.touched, numbers(103))
+    assert torch.equal(rows.read(numbers(103, 104)), initial(numbers(103, 104)))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_touched_range_is_read_and_written_in_place(memory: str, tmp_path: Path) -> None:
+    rows = bank(memory, tmp_path)
+    rows.touch(UNITS)
+    view = rows.read(range(110, 112))
+    view.add_(1)
+    rows.write(range(110, 112), {"weight": view}, step=0)
+    assert rows.read(range(110, 112)).data_ptr() == view.data_ptr()
+    assert torch.equal(rows.read(numbers(110, 111)), initial(numbers(110, 111)) + 1)
+    assert torch.equal(rows.read(numbers(109, 112)), initial(numbers(109, 112)))
+
+
+@pytest.mark.parametrize("units", [numbers(112, 103), range(103, 105)], ids=["some", "range"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_was_written_is_read(
+    memory: str, dtype: torch.dtype, units: Tensor | range, tmp_path: Path
+) -> None:
+    rows = bank(memory, tmp_path, dtype=dtype, compute_dtype=torch.float64)
+    rows.touch(units)
+    values = torch.arange(24.0, dtype=torch.float64).view(2, 3, 4)
+    rows.write(units, {"weight": values, "momentum": -values, "age": values[..., :1]}, step=3)
+    assert torch.equal(rows.read(units), values)
+    assert torch.equal(rows.read(units, "momentum"), -values)
+    assert torch.equal(rows.read(units, "age"), values[..., :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_saved_units_load_bit_for_bit(memory: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    first = bank(memory, tmp_path / "first", dtype=dtype)
+    units = numbers(101, 117)
+    first.touch(units)
+    first.write(units, {"momentum": torch.randn(2, 3, 4), "age": torch.ones(2, 3, 1)}, step=1)
+    second = bank(memory, tmp_path / "second", dtype=dtype)
+    second.touch(numbers(100, 117))
+    second.write(numbers(100), {"momentum": torch.ones(1, 3, 4)}, step=1)
+    second.forget()
+    second.load(units, first.saved(units))
+    assert torch.equal(second.touched, units)
+    for field in first.fields:
+        assert torch.equal(second.read(units, field), first.read(units, field))
+    second.touch(numbers(100))
+    assert not second.read(numbers(100), "momentum").any()
+
+
+def test_a_file_bank_of_10_to_the_8_rows_starts_at_once_and_is_sparse(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    units = range(10**6)
+    rows = Bank(
+        units,
+        100,
+        64,
+        lambda numbers: torch.ones(len(numbers), 100, 64),
+        {"momentum": None},
+        memory="file",
+        folder=tmp_path,
+    )
+    some = torch.arange(0, 10**6, 10**5)
+    rows.touch(some)
+    rows.write(some, {"momentum": torch.ones(10, 100, 64)}, step=0)
+    rows.forget()
+    assert time.perf_counter() - started < 2.0
+    files = list(tmp_path.iterdir())
+    assert sum(path.stat().st_size for path in files) == rows.bytes == 2 * 10**8 * 64 * 4
+    assert (
+        sum(path.stat().st_blocks * 512 for path in files) < 2 * 10 * 100 * 64 * 4 + 2 * 10 * 8192
+    )
+
+
+def test_file_memory_needs_a_folder() -> None:
+    with pytest.raises(ValueError, match="folder"):
+        bank("file")
+
+
+def test_rounding_is_unbiased() -> None:
+    values = torch.cat([torch.linspace(-3, 3, 1001), torch.tensor([1e-30, 1e30, 1 / 3])])
+    rows = values.repeat(4000, 1).unsqueeze(1)
+    rounded = round_stochastically(rows, torch.arange(4000), key=5).double().squeeze(1)
+    lower, upper = rounded.amin(0), rounded.amax(0)
+    exact = values.double()
+    assert (lower <= exact).all()
+    assert (exact <= upper).all()
+    step = (upper - lower).clamp_min(1e-300)
+    # The deviation of the mean of 4000 draws from {0, 1} is at most 0.008.
+    assert ((rounded.mean(0) - exact) / step).abs().max() < 5 * 0.008
+    assert ((upper - lower) <= exact.abs() * 2.0**-7).all()
+
+
+def test_what_bfloat16_holds_is_not_changed() -> None:
+    values = torch.randn(50, 2, 3).bfloat16().float()
+    rounded = round_stochastically(values, torch.arange(50), key=1)
+    assert torch.equal(rounded.float(), values)
+
+
+def test_rounding_depends_on_the_unit_and_the_key_alone() -> None:
+    rows, units = torch.randn(8, 5, 16), torch.arange(30, 38)
+    rounded = round_stochastically(rows, units, key=9)
+    order = torch.tensor([3, 1, 7])
+    assert torch.equal(round_stochastically(rows[order], units[order], key=9), rounded[order])
+    assert not torch.equal(round_stochastically(rows, units, key=10), rounded)
+    same = rows[:1].expand(8, -1, -1)
+    assert len(round_stochastically(same, units, key=9).flatten(1).unique(dim=0)) == 8
+
+
+def test_pages_of_a_file_are_let_go_and_the_rows_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_store, "RESIDENT_BYTES", 1 << 20)
+    rows = Bank(range(64), 128, 64, big, memory="file", folder=tmp_path)
+    every = torch.arange(64)
+    rows.touch(every)
+    mapped = rss_of(tmp_path / "weight.rows")
+    assert mapped >= rows.bytes
+    rows.release()
+    assert rss_of(tmp_path / "weight.rows") < mapped / 8
+    rows.expect(numbers(3, 4, 5, 60))
+    assert torch.equal(rows.read(every), big(every))
+
+
+def big(units: Tensor) -> Tensor:
+    return units.float().view(-1, 1, 1).expand(-1, 128, 64).contiguous()
+
+
+def rss_of(path: Path) -> int:
+    """Resident bytes of this process's mapping of a file."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+
+
+def test_rows_ahead_are_those_that_were_asked_for_and_not_changed_since() -> None:
+    rows = torch.arange(24.0).view(6, 2, 2)
+    ahead = RowsAhead(rows, torch.device("cpu"))
+    assert ahead.take(np.array([1])) is None
+    ahead.start(np.array([4, 1, 2]))
+    taken = ahead.take(np.array([2, 4]))
+    assert taken is not None
+    assert torch.equal(taken, rows[[2, 4]])
+    assert ahead.take(np.array([2, 3])) is None
+    ahead.outdated(np.array([2, 5]))
+    assert ahead.take(np.array([1, 2])) is None
+    ahead.outdated(slice(4, 6))
+    assert ahead.take(np.array([4])) is None
+    assert torch.equal(ahead.take(np.array([1])), rows[[1]])

@@ -1,0 +1,108 @@
+"""Row-sparse SGD and AdamW against torch.optim on the touched rows, and a row at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mhe_dist.bank import row_optim as sparse_optim
+from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient
+from mhe_dist.config.head import HeadOptimConfig
+
+UNITS, LENGTH, WIDTH, LR = 6, 2, 3, 0.05
+CONFIGS = {
+    "sgd": HeadOptimConfig(kind="sgd", momentum=0.9, weight_decay=0.01),
+    "sgd without momentum": HeadOptimConfig(kind="sgd", momentum=0.0, weight_decay=0.01),
+    "sgd without decay": HeadOptimConfig(kind="sgd", momentum=0.5, weight_decay=0.0),
+    "plain sgd": HeadOptimConfig(kind="sgd", momentum=0.0, weight_decay=0.0),
+    "adamw": HeadOptimConfig(kind="adamw", weight_decay=0.1),
+}
+
+
+def first_rows(units: Tensor) -> Tensor:
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(UNITS, LENGTH, WIDTH, generator=rng, dtype=torch.float64)[units]
+
+
+def make(config: HeadOptimConfig) -> tuple[Bank, sparse_optim.RowOptimizer]:
+    optimizer = sparse_optim.build(config)
+    types = {"dtype": torch.float64, "compute_dtype": torch.float64}
+    bank = Bank(range(UNITS), LENGTH, WIDTH, first_rows, optimizer.fields, **types)
+    bank.touch(range(UNITS))
+    return bank, optimizer
+
+
+def torch_optimizer(config: HeadOptimConfig, rows: Tensor) -> torch.optim.Optimizer:
+    if config.kind == "sgd":
+        return torch.optim.SGD(
+            [rows], LR, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    return torch.optim.AdamW(
+        [rows], LR, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def gradient(kind: str, rows: Tensor, step: int) -> tuple[RowGradient, Tensor]:
+    """A gradient in the form that is asked for, and the same as a plain tensor."""
+    rng = torch.Generator().manual_seed(100 + step)
+    count = len(rows)
+    a, e, b = (
+        torch.randn(*shape, generator=rng, dtype=torch.float64)
+        for shape in ((count, 4, LENGTH), (count, 4, WIDTH), (count, LENGTH))
+    )
+    plain = torch.einsum("ucl,ucd->uld", a, e)
+    if kind == "low rank":
+        return LowRank(a, e, b), plain + b.unsqueeze(-1) * rows
+    if kind == "low rank, not normalised":
+        return LowRank(a, e, None), plain
+    if kind == "dense":
+        return Dense(plain.clone(), b), plain + b.unsqueeze(-1) * rows
+    return Dense(plain.clone(), None), plain
+
+
+GRADIENTS = ("low rank", "low rank, not normalised", "dense", "dense, not normalised")
+
+
+@pytest.mark.parametrize("units", [torch.arange(UNITS), range(UNITS)], ids=["some", "range"])
+@pytest.mark.parametrize("kind", GRADIENTS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_equals_torch_when_all_rows_are_touched(
+    config: HeadOptimConfig, kind: str, units: Tensor | range
+) -> None:
+    bank, optimizer = make(config)
+    rows = first_rows(torch.arange(UNITS)).requires_grad_()
+    dense = torch_optimizer(config, rows)
+    for step in range(5):
+        given, rows.grad = gradient(kind, rows.detach(), step)
+        optimizer.update(bank, units, given, LR, step)
+        dense.step()
+    torch.testing.assert_close(bank.read(range(UNITS)), rows.detach(), rtol=1e-12, atol=1e-12)
+    for field in set(optimizer.fields) - {"age"}:
+        name = "momentum_buffer" if field == "momentum" else field
+        expected = dense.state[rows][name]
+        torch.testing.assert_close(bank.read(range(UNITS), field), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_each_row_is_as_if_its_own_updates_were_all(config: HeadOptimConfig) -> None:
+    """A touched row follows torch's optimizer over the steps that touched it; others lie still."""
+    bank, optimizer = make(config)
+    turns = [[0, 3], [3], [5, 3, 0], [5], [0, 5]]
+    alone = {unit: first_rows(torch.tensor([unit])).requires_grad_() for unit in range(UNITS)}
+    dense = {unit: torch_optimizer(config, rows) for unit, rows in alone.items()}
+    for step, units in enumerate(turns):
+        rows = torch.cat([alone[unit].detach() for unit in units])
+        given, plain = gradient("dense", rows, step)
+        optimizer.update(bank, torch.tensor(units), given, LR, step)
+        for unit, own in zip(units, plain, strict=True):
+            alone[unit].grad = own.unsqueeze(0)
+            dense[unit].step()
+    expected = torch.cat([rows.detach() for rows in alone.values()])
+    torch.testing.assert_close(bank.read(range(UNITS)), expected, rtol=1e-12, atol=1e-12)
+    untouched = torch.tensor([1, 2, 4])
+    assert torch.equal(bank.read(untouched), first_rows(untouched))
+    if config.kind == "adamw":
+        ages = bank.read(torch.tensor([0, 3, 5, 1]), "age")[:, 0, 0]
+        assert ages.tolist() == [3, 3, 3, 0]

@@ -1,0 +1,329 @@
+"""Reading configurations, and the words for every mistake in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhe_dist.config.load import ConfigErrors, describe, load, save, to_dict
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+
+FILE = """\
+run:
+  name: first
+data:
+  shards: /data/train
+optim:
+  lr: 2e-1
+train:
+  global_batch: 256
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(FILE)
+    return "run.yaml"
+
+
+def mistakes(
+    path: str | None, *overrides: str, base: tuple[str, ...] = ("data.shards=x",)
+) -> list[str]:
+    """The lines of the message, without the title."""
+    with pytest.raises(ConfigErrors) as caught:
+        load(path, [*(base if path is None else ()), *overrides])
+    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+
+
+def test_defaults_then_file_then_command_line(file: str) -> None:
+    config = load(file, ["train.global_batch=1024", "head.mhs.length=64"])
+    assert config.model.name == "resnet18"
+    assert config.optim.lr == 0.2
+    assert config.train.global_batch == 1024
+    assert config.head.mhs.length == 64
+    assert config.run.path == "runs/first"
+
+
+def test_the_last_override_wins() -> None:
+    assert load(None, ["data.shards=x", "optim.lr=1", "optim.lr=3"]).optim.lr == 3
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("optim.lr=1e-3", 1e-3),
+        ("train.max_steps=1e3", 1000),
+        ("head.mhp.lengths=[10, 20]", [10, 20]),
+        ("head.optim.betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("model.kwargs={img_size: 112}", {"img_size": 112}),
+        ("model.kwargs.drop_rate=0.1", {"drop_rate": 0.1}),
+        ("run.name=007", "007"),
+        ("run.name='1e3'", "1e3"),
+        ("evaluate.shards=", ""),
+        ("evaluate.shards=s3://b/a=1,c: d", "s3://b/a=1,c: d"),
+        ("evaluate.shards=${data.shards}/held", "x/held"),
+        ("data.glyphs=null", None),
+        ("tracking.mlflow=false", False),
+    ],
+)
+def test_values_are_yaml_and_text_is_text(override: str, value: object) -> None:
+    config: object = load(None, ["data.shards=x", override])
+    for name in override.partition("=")[0].replace(".drop_rate", "").split("."):
+        config = getattr(config, name)
+    assert config == value
+
+
+def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
+    def exists(config: Config) -> list[tuple[str, str]]:
+        return [("data.shards", "there is no such folder")] if "/no" in config.data.shards else []
+
+    with pytest.raises(ConfigErrors) as caught:
+        load(file, ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"], [exists])
+    assert str(caught.value) == (
+        "3 mistakes in the configuration:\n"
+        "  optim.lr=-1 (command line): must be a number greater than 0\n"
+        "  hed.kind=mhs (command line): there is no such key; did you mean head.kind?\n"
+        "  data.shards=/nowhere (command line): there is no such folder"
+    )
+    assert isinstance(caught.value, UserError)
+    first = caught.value.problems[0]
+    assert (first.path, first.value, first.source) == ("optim.lr", -1, "command line")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("optim.lr=fast", "must be a number greater than 0"),
+        ("optim.lr=.inf", "must be a number greater than 0"),
+        ("optim.momentum=1", "must be a number at least 0 and less than 1"),
+        ("optim.momentum=.nan", "must be a number at least 0 and less than 1"),
+        ("optim.clip_norm=yes", "must be a number at least 0"),
+        ("train.micro_batch=1.5", "must be a whole number greater than 0"),
+        ("data.augment.fill=300", "must be a whole number at least 0 and at most 255"),
+        ("data.on_bad_sample=drop", "must be one of skip, fail"),
+        ("scale.zero_stage=4", "must be one of 0, 1, 2, 3"),
+        ("tracking.mlflow=2", "must be true or false"),
+        ("run.name=null", "must be text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
+        ("head.mhp.lengths=7", "must be a list, each item a whole number greater than 0"),
+        ("optim.betas=[1, 2, 3]", "must be a list of 2, each a number at least 0 and less than 1"),
+        (
+            "export.formats=[tf]",
+            "must be a list, each item one of timm, onnx, torch-export, mlflow",
+        ),
+        ("model.kwargs=3", "must be a block of keys"),
+        ("checkpoint=often", "must be a block of keys (every_steps, every_minutes, keep_last, "
+         "keep_every, keep_best)"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_what_is_right(override: str, words: str) -> None:
+    (line,) = mistakes(None, override)
+    assert line.endswith(f"(command line): {words}")
+    assert line.startswith(override.partition("=")[0])
+
+
+def test_the_item_of_a_list_is_named() -> None:
+    assert mistakes(None, "head.mhp.lengths=[1, -2]") == [
+        "head.mhp.lengths[1]=-2 (command line): "
+        "must be a list, each item a whole number greater than 0"
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, hint",
+    [
+        ("hed.kind", "did you mean head.kind?"),
+        ("head.margn.scal", "did you mean head.margin.scale?"),
+        ("optim.learning_rate", "optim has kind, lr, momentum, betas, weight_decay, schedule, "
+         "warmup_steps, final_lr, power, clip_norm, ema"),
+        ("lr", "did you mean optim.lr?"),
+        ("momentum", "did you mean head.optim.momentum or optim.momentum?"),
+        ("scale.global_batch", "did you mean train.global_batch?"),
+        ("xyzzy", "the configuration has run, data, model, head, optim, train, scale, evaluate, "
+         "checkpoint, guard, tracking, export"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_told_with_the_likely_one(key: str, hint: str) -> None:
+    assert mistakes(None, f"{key}=1") == [f"{key}=1 (command line): there is no such key; {hint}"]
+
+
+def test_an_unknown_block_is_one_mistake_with_its_line(file: str) -> None:
+    Path(file).write_text("data: {shards: x}\n\nhed:\n  kind: mhs\n  mhs: {}\n3: 4\n")
+    assert mistakes(file) == [
+        "hed (run.yaml:3): there is no such key; did you mean head?",
+        "3=4 (run.yaml:6): there is no such key; the configuration has run, data, model, head, "
+        "optim, train, scale, evaluate, checkpoint, guard, tracking, export",
+    ]
+
+
+def test_mistakes_of_the_file_have_its_line(file: str) -> None:
+    Path(file).write_text(FILE.replace("2e-1", "-2").replace("global_batch", "global_bach"))
+    assert mistakes(file) == [
+        "optim.lr=-2 (run.yaml:6): must be a number greater than 0",
+        "train.global_bach=256 (run.yaml:8): there is no such key; "
+        "did you mean train.global_batch?",
+    ]
+    assert mistakes(file, "train.global_bach=1")[1].startswith("train.global_bach=1 (command line)")
+
+
+def test_what_is_required_is_explained() -> None:
+    words = "data.shards: is required: Folder or URL that holds index.json and the tars."
+    assert mistakes(None, base=()) == [words]
+    assert mistakes(None, "optim.lr=-1", base=())[0] == words
+
+
+def test_misfits_are_told_although_other_keys_are_wrong() -> None:
+    assert mistakes(
+        None, "train.global_batch=192", "data.streams=64", "scale.workers=3", "optim.lr=-1"
+    ) == [
+        "optim.lr=-1 (command line): must be a number greater than 0",
+        "train.global_batch=192 is not a multiple of train.micro_batch=128",
+    ]
+    assert mistakes(None, "scale.workers=9", "data.streams=2") == [
+        "scale.workers=9 does not divide the 4 micro-batches of a step "
+        "(train.global_batch / train.micro_batch)",
+        "data.streams=2 is not a multiple of the 4 micro-batches of a step "
+        "(train.global_batch / train.micro_batch)",
+        "head.groups=8 is less than scale.workers=9",
+    ]
+    assert mistakes(None, "optim.final_lr=1") == ["optim.final_lr=1.0 is more than optim.lr=0.1"]
+    assert mistakes(None, "data.remote.cache_dir=s3://b/c") == [
+        "data.remote.cache_dir=s3://b/c is a URL; it has to be a folder of a disk of each host"
+    ]
+
+
+def elastic(workers: str) -> Config:
+    """A run of six micro-batches."""
+    sizes = ["train.global_batch=96", "train.micro_batch=16", "data.streams=6"]
+    return load(None, ["data.shards=x", *sizes, f"scale.workers={workers}"])
+
+
+def test_workers_may_be_a_range_of_those_that_divide_the_micro_batches() -> None:
+    config = elastic("{min: 2, max: 5}")
+    assert (config.scale.min_workers, config.scale.workers, config.scale.elastic) == (2, 5, True)
+    assert config.group_sizes() == [2, 3]
+    assert elastic("3").group_sizes() == [3]
+    assert not elastic("3").scale.elastic
+    with pytest.raises(UserError, match=r"no number from scale\.min_workers=4 to scale\.workers=5"):
+        elastic("{min: 4, max: 5}")
+    with pytest.raises(UserError, match=r"scale\.min_workers=3 is more than scale\.workers=2"):
+        elastic("{min: 3, max: 2}")
+
+
+def test_the_best_checkpoint_needs_evaluations() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best=rank1 needs evaluate\.shards"):
+        load(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
+
+
+def test_a_network_is_compiled_whole() -> None:
+    with pytest.raises(UserError, match=r"model\.compile=true .* scale\.zero_stage=3"):
+        load(None, ["data.shards=x", "model.compile=true", "scale.zero_stage=3"])
+
+
+def test_a_wrong_key_is_not_blamed_twice() -> None:
+    assert mistakes(None, "train.micro_batch=-7", "train.global_batch=96") == [
+        "train.micro_batch=-7 (command line): must be a whole number greater than 0",
+        "train.global_batch=96 is not a multiple of data.streams=64",
+    ]
+
+
+def test_checks_see_defaults_in_place_of_wrong_keys_and_do_not_blame_those() -> None:
+    seen = []
+
+    def check(config: Config) -> list[tuple[str, str]]:
+        seen.append(config)
+        return [("optim.lr", "is low"), ("run.seed", "is odd")]
+
+    with pytest.raises(ConfigErrors) as caught:
+        load(None, ["data.shards=x", "optim.lr=-1", "run.seed=3"], [check])
+    assert [problem.path for problem in caught.value.problems] == ["optim.lr", "run.seed"]
+    assert (caught.value.problems[1].value, caught.value.problems[1].message) == (3, "is odd")
+    assert seen[0].optim.lr == 0.1
+
+
+def test_malformed_overrides_do_not_hide_the_rest() -> None:
+    assert mistakes(None, "lr", "=3", "optim.betas=[1", "optim.lr=-1") == [
+        "command line: `lr` is not of the form key=value; did you mean optim.lr=...?",
+        "command line: `=3` is not of the form key=value",
+        "command line: `optim.betas=[1`: the value is not YAML: did not find expected ',' or ']'",
+        "optim.lr=-1 (command line): must be a number greater than 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("run:\n  name: a\n name: b\n", "run.yaml:3: is not YAML: did not find expected"),
+        ("run: {}\nrun: {}\n", "run.yaml:2: is not YAML: found duplicate key run"),
+        ("- a\n", "run.yaml: must hold keys and values"),
+        ("hello\n", "run.yaml: must hold keys and values"),
+        ("run: !!python/object/apply:os.getcwd []\n", "run.yaml:1: is not YAML: could not deter"),
+        ("data: {shards: x}\nrun: {name: '${nme}'}\n", "run.name: Interpolation key 'nme' not"),
+    ],
+)
+def test_a_file_that_is_no_configuration(file: str, text: str, words: str) -> None:
+    Path(file).write_text(text)
+    (line,) = mistakes(file)
+    assert line.startswith(words)
+
+
+def test_a_missing_file_is_told_with_the_likely_one_and_with_wrong_overrides(file: str) -> None:
+    assert mistakes("rum.yaml", "optim.lr=-1") == [
+        "rum.yaml: there is no such file; did you mean run.yaml?",
+        "optim.lr=-1 (command line): must be a number greater than 0",
+    ]
+
+
+def test_an_empty_file_is_a_configuration_of_defaults(file: str) -> None:
+    Path(file).write_text("# nothing\n")
+    assert load(file, ["data.shards=x"]) == load(None, ["data.shards=x"])
+
+
+def test_one_mistake_is_one() -> None:
+    with pytest.raises(ConfigErrors, match=r"^1 mistake in the configuration:\n  optim\.lr=0 "):
+        load(None, ["data.shards=x", "optim.lr=0"])
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    config = load(
+        None,
+        ["data.shards=x", "run.name='1e3'", "optim.lr=1e-8", "data.glyphs={}", "run.dir=Größe"],
+    )
+    path = tmp_path / "new" / "config.yaml"
+    save(config, str(path))
+    assert load(str(path)) == config
+    assert [item.name for item in path.parent.iterdir()] == ["config.yaml"]
+    save(config, "memory://runs/config.yaml")
+
+
+def test_to_dict_is_plain() -> None:
+    values = to_dict(load(None, ["data.shards=x"]))
+    assert values["optim"]["betas"] == [0.9, 0.999]
+    assert Config.model_validate(values) == load(None, ["data.shards=x"])
+
+
+def test_describe_names_every_key_with_value_default_and_description() -> None:
+    entries = {entry.path: entry for entry in describe(load(None, ["data.shards=x", "optim.lr=3"]))}
+    assert tuple(entries["optim.lr"]) == ("optim.lr", 3.0, 0.1, "Peak learning rate.")
+    assert entries["data.shards"].default == "(required)"
+    assert entries["data.glyphs"].value is None
+    assert "data.glyphs.fonts" not in entries
+    assert "optim" not in entries
+    assert all(entry.description for entry in entries.values())
+    with_glyphs = [
+        entry.path for entry in describe(load(None, ["data.shards=x", "data.glyphs={}"]))
+    ]
+    assert "data.glyphs.fonts" in with_glyphs
+    assert "data.glyphs" not in with_glyphs
+
+
+def test_loading_needs_no_torch() -> None:
+    code = (
+        "import sys; from mhe_dist.config.load import load; load(None, ['data.shards=x']);"
+        "sys.exit('torch' in sys.modules or 'fsspec' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,61 @@
+"""The sum of gradients at ZeRO 0 against exact arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.exact_reduce import PreciseSum
+
+GENERATOR = torch.Generator().manual_seed(4)
+GRADIENTS = torch.randn(4, 50, generator=GENERATOR).mul_(10.0 ** torch.arange(-2, 2).view(4, 1))
+
+
+def backward(parameter: Tensor, order: tuple[int, ...]) -> None:
+    for index in order:
+        (parameter.flatten() * GRADIENTS[index]).sum().backward()
+
+
+@pytest.fixture
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(5, 10))
+
+
+def test_any_order_gives_the_exact_sum_rounded_once(parameter: nn.Parameter) -> None:
+    total = PreciseSum([parameter])
+    columns = GRADIENTS.T.tolist()
+    exact = torch.tensor([float(sum(map(Fraction, column))) for column in columns])
+    for order in permutations(range(4)):
+        backward(parameter, order)
+        assert parameter.grad is None, "taken over"
+        total.reduce(Topology())
+        total.give()
+        assert torch.equal(parameter.grad.flatten(), exact)
+        parameter.grad = None
+
+
+def test_autograds_own_sum_depends_on_the_order(parameter: nn.Parameter) -> None:
+    sums = []
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        parameter.grad = None
+        backward(parameter, order)
+        sums.append(parameter.grad)
+    assert not torch.equal(*sums)
+
+
+def test_gradients_have_the_layout_of_their_parameters() -> None:
+    weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    vector = nn.Parameter(torch.randn(3))
+    total = PreciseSum([weight, vector])
+    (weight.square().sum() + vector.sum()).backward()
+    assert total.flat.numel() == 51
+    total.give()
+    assert torch.equal(weight.grad, 2 * weight)
+    assert weight.grad.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(vector.grad, torch.ones(3))
+    assert not total.flat.any()

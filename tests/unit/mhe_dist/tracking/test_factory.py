@@ -1,0 +1,171 @@
+"""The record of a run: JSON lines, and several trackers as one."""
+
+import math
+import resource
+
+import pytest
+
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.tracking import factory as tracking
+from mhe_dist.tracking import remote_file as mirror
+from mhe_dist.tracking.base import NullTracker, Tracker, Trackers
+from mhe_dist.tracking.environment import environment_tags
+from mhe_dist.tracking.jsonl import JsonlTracker, read_records
+
+
+def config(**run):
+    return Config.model_validate({"data": {"shards": "x"}, "run": run})
+
+
+def steps(path):
+    return [record["step"] for record in read_records(path)]
+
+
+def test_every_tracker_fits_the_protocol(tmp_path):
+    for tracker in (NullTracker(), JsonlTracker(str(tmp_path / "m")), Trackers([])):
+        assert isinstance(tracker, Tracker)
+
+
+def test_a_line_is_on_disk_when_log_returns_and_keeps_all_digits(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    tracker = JsonlTracker(str(path))
+    tracker.start({}, {})
+    tracker.log(3, {"loss": 0.1 + 0.2, "count": 7})
+    (record,) = read_records(path)
+    assert record["step"] == 3
+    assert record["loss"] == 0.1 + 0.2
+    assert record["count"] == 7
+    assert record["time"] > 1e9
+
+
+def test_what_is_not_finite_survives_as_valid_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(str(path))
+    tracker.start({}, {})
+    tracker.log(0, {"a": math.nan, "b": math.inf, "c": -math.inf})
+    assert '"nan"' in path.read_text()
+    (record,) = read_records(path)
+    assert math.isnan(record["a"])
+    assert (record["b"], record["c"]) == (math.inf, -math.inf)
+
+
+def test_a_resumed_file_tells_one_story(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = JsonlTracker(str(path))
+    first.start({}, {})
+    for step in range(8):
+        first.log(step, {"loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 8, "lo')  # killed while it wrote
+    again = JsonlTracker(str(path))
+    again.start({}, {}, step=5)
+    assert steps(path) == [0, 1, 2, 3, 4]
+    again.log(5, {"loss": 2.0})
+    again.close()
+    assert steps(path) == [0, 1, 2, 3, 4, 5]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_run_begins_an_empty_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1}\n')
+    JsonlTracker(str(path)).start({}, {}, step=0)
+    assert path.read_text() == ""
+
+
+def test_a_spoiled_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\nrubbish\n{"step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a record"):
+        read_records(path)
+
+
+def test_a_full_disk_costs_no_record_and_is_told_once(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(str(path))
+    tracker.start({}, {})
+    tracker.log(0, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+    try:
+        tracker.log(1, {"loss": 1.0})
+        tracker.log(2, {"loss": 1.0})
+        assert steps(path) == [0]
+        assert path.read_text().endswith("\n"), "no half of a line stays"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    assert steps(path) == [0, 1, 2, 3]
+    assert caplog.text.count("cannot be written, will go on trying") == 1
+
+
+def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
+    url = "memory://bucket/runs/r/metrics.jsonl"
+    monkeypatch.setattr(mirror, "_EVERY_S", 0.0)
+    first = JsonlTracker(url)
+    first.start({}, {})
+    for step in range(4):
+        first.log(step, {"loss": 1.0})
+    first.close()
+    assert steps(url) == [0, 1, 2, 3]
+    again = JsonlTracker(url)
+    again.start({}, {}, step=2)
+    again.log(2, {"loss": 2.0})
+    again.close()
+    assert [(r["step"], r["loss"]) for r in read_records(url)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_store_that_fails_ends_no_run(caplog):
+    tracker = JsonlTracker("memory://bucket/metrics.jsonl")
+    tracker.start({}, {})
+    tracker._mirror._url = "file:///dev/null/metrics.jsonl"
+    tracker.log(0, {"loss": 1.0})
+    tracker.close()
+    assert "cannot be written" in caplog.text
+    assert str(tracker._path) in caplog.text
+    assert steps(tracker._path) == [0]
+
+
+class Recorder(NullTracker):
+    def __init__(self, run_id=None, fails=False):
+        self.run_id, self.fails, self.closed = run_id, fails, None
+
+    def close(self, status="finished"):
+        self.closed = status
+        if self.fails:
+            raise RunError("no")
+
+
+def test_all_trackers_are_closed_even_when_one_fails():
+    first, second = Recorder(fails=True), Recorder(run_id="abc")
+    both = Trackers([first, second])
+    assert both.run_id == "abc"
+    with pytest.raises(RunError):
+        both.close("failed")
+    assert (first.closed, second.closed) == ("failed", "failed")
+
+
+def test_only_the_first_rank_keeps_a_record(tmp_path):
+    assert isinstance(tracking.open_tracker(config(dir=str(tmp_path)), is_first=False), NullTracker)
+
+
+def test_the_tracking_uri_comes_from_config_then_environment_then_sqlite(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    plain = config(dir=str(tmp_path))
+    assert tracking.mlflow_uri(plain) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    assert tracking.mlflow_uri(plain) == "http://server:5000"
+    plain.tracking.uri = "http://other:5000"
+    assert tracking.mlflow_uri(plain) == "http://other:5000"
+
+
+def test_sqlite_cannot_live_at_a_url(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"run\.dir='s3://bucket/runs' is a URL.*tracking.uri"):
+        tracking.mlflow_uri(config(dir="s3://bucket/runs"))
+
+
+def test_the_versions_are_among_the_tags():
+    assert environment_tags()["version.torch"].startswith("2.")

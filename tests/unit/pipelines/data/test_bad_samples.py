@@ -1,0 +1,49 @@
+"""The record of bad samples; tests/distributed/test_pretrain.py has whole runs with some."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mhe_dist.distributed.topology import Topology
+from pipelines.data.bad_samples import FILE, NAMED, BadSamples, Faults
+from pipelines.shards.index import Fault
+
+
+def lines(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def test_names_are_bounded_and_counts_are_not() -> None:
+    one, other = Faults(), Faults()
+    one.add(5000, [Fault(f"a{number}", "") for number in range(NAMED + 5)])
+    other.add(5000, [Fault("b", ""), Fault("a0", ""), Fault("a0", "")])
+    assert (one.count, len(one.samples)) == (NAMED + 5, NAMED)
+    other.merge(one)
+    assert (other.seen, other.count, len(other.samples)) == (10_000, NAMED + 8, NAMED)
+    assert list(other.samples)[:3] == ["b", "a0", "a1"]
+
+
+def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
+    first, met = BadSamples(Topology(), str(tmp_path), None), Faults()
+    met.add(10, [Fault("a", "broken")])
+    first.gather(met)
+    state = json.loads(json.dumps(first.state()))
+    met.add(10, [Fault("lost", "seen after the checkpoint")])
+    first.gather(met)
+    assert [line["place"] for line in lines(tmp_path)] == ["a", "lost"]
+
+    second, met = BadSamples(Topology(), str(tmp_path), state), Faults()
+    met.add(10, [Fault("b", "Ünlesbar\n"), Fault("a", "broken")])
+    for _ in range(2):  # what was gathered before is not added again
+        second.gather(met)
+    assert (second.total.seen, second.total.count) == (20, 3)
+    assert lines(tmp_path) == [
+        {"place": "a", "reason": "broken"},
+        {"place": "b", "reason": "Ünlesbar\n"},
+    ]
+
+
+def test_a_run_without_any_says_so(tmp_path: Path) -> None:
+    BadSamples(Topology(), str(tmp_path), None).gather(Faults(seen=5))
+    assert lines(tmp_path) == []

@@ -1,0 +1,222 @@
+"""What an epoch is made of: classes, images of a class, several sets; always the same number."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mhe_dist.config.data import DataConfig
+from mhe_dist.errors import UserError
+from pipelines.data import mixture as view
+from pipelines.data.class_list import read_classes
+from pipelines.data.mixture import View, at_most
+from pipelines.data.order import Order
+from pipelines.data.sample import Damaged
+from pipelines.shards.index import Shard, ShardIndex
+from pipelines.shards.packing import pack_labels, pack_offsets
+
+CLASSES = 7
+SHARDS = [[0, 1, 1, 2, 3], [], [3, 3, 3, 5, 5, 5, 5], [1, 6, 6, 0, 3, 2]]  # no image of class 4
+ALL = [label for shard in SHARDS for label in shard]
+
+
+def save(folder: Path, shards: list[list[int]] = SHARDS, labels: bool = True) -> str:
+    """An index without tars."""
+    described = [
+        Shard(
+            f"{number}.tar",
+            len(row),
+            512 * len(row),
+            f"sha256:{hash(tuple(row)):x}",
+            pack_offsets(range(0, 512 * len(row) + 1, 512)),
+            pack_labels(row) if labels else "",
+        )
+        for number, row in enumerate(shards)
+    ]
+    folder.mkdir(exist_ok=True)
+    ShardIndex(str(folder), CLASSES, described).save()
+    rows = [f"{number}\t{ALL.count(number)}\tname {number}" for number in range(CLASSES)]
+    (folder / "classes.tsv").write_text("\n".join(["class\tsamples\tname", *rows, ""]))
+    return str(folder)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    return save(tmp_path / "set")
+
+
+def listed(folder: str, lines: str) -> str:
+    path = Path(folder) / "list.tsv"
+    path.write_text(lines)
+    return str(path)
+
+
+def opened(shards: str, **data: object) -> View:
+    found = view.open_data(DataConfig(shards=shards, **data), seed=5)
+    assert isinstance(found, View)
+    return found
+
+
+def epoch(found: View, number: int) -> list[tuple[int, int]]:
+    """(shard, sample in it) of an epoch."""
+    chosen = found.draw(number)
+    assert len(chosen) == len(found.shards)
+    return [
+        (shard, int(inside))
+        for shard, numbers in enumerate(chosen)
+        for inside in (range(found.shards[shard].samples) if numbers is None else numbers)
+    ]
+
+
+def labels(found: View, number: int) -> list[int]:
+    return sorted(found.told(*sample).label for sample in epoch(found, number))
+
+
+def test_without_a_choice_there_is_no_view(shards: str) -> None:
+    found = view.open_data(DataConfig(shards=shards), seed=0)
+    assert type(found) is ShardIndex
+    assert view.epoch_samples(found) == len(ALL)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_at_most_so_many_images_of_a_class_drawn_anew(shards: str, most: int) -> None:
+    found = opened(shards, images_per_class=most)
+    wanted = sorted(Counter({c: min(n, most) for c, n in Counter(ALL).items()}).elements())
+    assert view.epoch_samples(found) == len(wanted)
+    epochs = [epoch(found, number) for number in range(8)]
+    assert all(labels(found, number) == wanted for number in range(8))
+    assert all(len(set(drawn)) == len(drawn) for drawn in epochs)
+    assert epochs == [epoch(found, number) for number in range(8)]
+    distinct = {tuple(drawn) for drawn in epochs}
+    assert len(distinct) == 1 if most == 100 else len(distinct) > 4
+
+
+@pytest.mark.parametrize(
+    "lines",
+    ["class\n6\n3\n", "name\nname 3\nname 6\n", "class\tsamples\tname\n3\t5\tx\n6\t2\ty"],
+    ids=["ids", "names", "lines of the class map"],
+)
+def test_classes_of_a_list_are_numbered_by_their_ids(shards: str, lines: str) -> None:
+    found = opened(shards, classes=listed(shards, lines))
+    assert found.num_classes == 2
+    assert labels(found, 0) == [0] * 5 + [1] * 2
+    assert view.epoch_samples(found) == 7
+
+
+def test_sets_have_classes_of_their_own_and_come_as_often_as_they_weigh(
+    shards: str, tmp_path: Path
+) -> None:
+    other = save(tmp_path / "other", [[0, 0, 2, 6], [1, 1]])
+    mix = [{"shards": other, "weight": 2.5, "classes": listed(shards, "class\n0\n6\n")}]
+    found = opened(shards, mix=mix)
+    assert found.num_classes == CLASSES + 2
+    for number in range(3):
+        counts = Counter(labels(found, number))
+        assert {c: counts[c] for c in range(CLASSES)} == {c: ALL.count(c) for c in range(CLASSES)}
+        # 3 images of the other set are listed: twice all of them, and a half, rounded.
+        assert 2 * 2 <= counts[CLASSES] <= 3 * 2
+        assert 2 * 1 <= counts[CLASSES + 1] <= 3 * 1
+        assert counts[CLASSES] + counts[CLASSES + 1] == 2 * 3 + 2
+    assert {found.url(shard) for shard, _ in epoch(found, 0)} <= {
+        f"{folder}/{n}.tar" for folder in (shards, other) for n in range(4)
+    }
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_an_order_shows_what_was_drawn_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    label = st.integers(0, CLASSES - 1)
+    rows = data.draw(st.lists(st.lists(label, max_size=12), min_size=1, max_size=5).filter(any))
+    folder = save(tmp_path_factory.mktemp("set"), rows)
+    weight = data.draw(st.sampled_from([0.75, 1, 1.5, 3]))
+    mix = [{"shards": folder, "weight": weight}] if data.draw(st.booleans()) else []
+    most = data.draw(st.integers(0 if mix else 1, 4))
+    found = opened(folder, images_per_class=most, mix=mix)
+    streams = data.draw(st.integers(1, min(6, view.epoch_samples(found))))
+    window = data.draw(st.integers(1, 9))
+    order = Order([s.samples for s in found.shards], streams, window, 1, found)
+    for number in range(2):
+        shown: list[tuple[int, int]] = []
+        for stream in range(streams):
+            length = order.length(stream)
+            for draw in order.draws(stream, number * length, (number + 1) * length):
+                pieces = order.pieces(draw.window)
+                inside = [(p.shard, i) for p in pieces for i in range(p.start, p.stop)]
+                permuted = order.shuffled(draw.window)
+                assert len(inside) == len(permuted)
+                shown += [inside[i] for i in permuted[draw.start : draw.stop]]
+        assert sorted(shown) == sorted(epoch(found, number))
+
+
+def test_a_draw_favours_nobody() -> None:
+    counts = Counter[int]()
+    for seed in range(400):
+        rng = np.random.Generator(np.random.Philox(key=seed))
+        drawn = at_most([5, 0, 2, 1], 2, rng)
+        assert len(drawn) == 5
+        counts.update(drawn.tolist())
+    assert [counts[number] for number in (5, 6, 7)] == [400] * 3
+    # 160 expected, standard deviation 9.8
+    assert all(120 < counts[number] < 200 for number in range(5))
+
+
+def test_the_digest_tells_choices_apart_and_not_where_they_lie(shards: str, tmp_path: Path) -> None:
+    moved = save(tmp_path / "moved")
+    ids, same = listed(shards, "class\n1\n2\n"), listed(moved, "name\nname 2\nname 1\n")
+    assert opened(shards, classes=ids).digest == opened(moved, classes=same).digest
+    digests = [
+        opened(shards, classes=ids).digest,
+        opened(shards, images_per_class=2).digest,
+        opened(shards, images_per_class=3).digest,
+        opened(shards, mix=[{"shards": moved}]).digest,
+        opened(shards, mix=[{"shards": moved, "weight": 0.5}]).digest,
+    ]
+    assert len(set(digests)) == 5
+
+
+def test_labels_of_a_mix_cannot_slip_into_the_next_set(tmp_path: Path) -> None:
+    folder = save(tmp_path / "damaged", [[1, CLASSES, -1]])
+    found = opened(folder, mix=[{"shards": folder}])
+    assert found.told(0, 0).label == 1
+    assert found.told(1, 0).label == CLASSES + 1
+    for inside in (1, 2):
+        with pytest.raises(Damaged, match=r"is not in \[0, 7\)"):
+            found.told(0, inside)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("3\n4\n", r"list.tsv:1: a list of classes begins with a line `class`"),
+        ("class\n3\n7\n", r"list.tsv:3: '7' is no class of .*set, which has 7 classes"),
+        ("class\nx\n", r"list.tsv:2: 'x' is no class"),
+        ("name\nnobody\n", r"list.tsv:2: 'nobody' is no name"),
+        ("class\n3\n1\n3\n", r"list.tsv:4: '3' stands in line 2 already"),
+        ("class\n", r"list.tsv: no class is listed"),
+        ("", r"list.tsv:1: a list"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(shards: str, lines: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_classes(listed(shards, lines), ShardIndex.load(shards))
+
+
+def test_choices_that_cannot_be_made_are_refused(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing.tsv: cannot be read"):
+        opened(shards, classes=str(tmp_path / "missing.tsv"))
+    with pytest.raises(UserError, match="no image of it would be in an epoch"):
+        opened(shards, classes=listed(shards, "class\n4\n"))
+    with pytest.raises(UserError, match=r"no image of it .* weight=0\.01"):
+        opened(shards, mix=[{"shards": shards, "weight": 0.01}])
+    with pytest.raises(UserError, match=r"nowhere: no shards here"):
+        opened(shards, mix=[{"shards": str(tmp_path / "nowhere")}])
+    unlabelled = save(tmp_path / "unlabelled", labels=False)
+    with pytest.raises(UserError, match=r"0.tar: the index does not hold its labels"):
+        opened(unlabelled, images_per_class=1)

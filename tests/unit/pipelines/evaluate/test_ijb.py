@@ -1,0 +1,206 @@
+"""IJB: alignment, templates, protocols, against FORMATS.md written out in plain NumPy."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError, UserError
+from pipelines.evaluate import ijb as protocol
+from pipelines.evaluate.metrics import templates
+from pipelines.evaluate.metrics.templates import dots, pool
+from pipelines.evaluate.sets import align
+from pipelines.evaluate.sets import ijb_files as ijb
+from tests.unit.pipelines.evaluate import ijb_set
+
+EXACT = 1e-12
+
+
+def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The 2x3 matrix of Umeyama's paper, by the singular value decomposition."""
+    a, b = source - source.mean(0), target - target.mean(0)
+    u, d, vt = np.linalg.svd(b.T @ a / len(a))
+    sign = np.diag([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    scale = (d * np.diag(sign)).sum() / a.var(0).sum()
+    turn = scale * u @ sign @ vt
+    return np.column_stack([turn, target.mean(0) - turn @ source.mean(0)])
+
+
+def test_the_similarity_is_umeyamas() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        marks = align.POINTS @ rng.standard_normal((2, 2)) + rng.uniform(0, 200, 2)
+        marks += rng.normal(0, 4, (5, 2))
+        a, b = align.similarity(marks, align.POINTS)
+        found = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
+        np.testing.assert_allclose(found, umeyama(marks, align.POINTS), atol=1e-9)
+    with pytest.raises(ValueError, match="one point"):
+        align.similarity(np.ones((5, 2)), align.POINTS)
+    with pytest.raises(ValueError, match="one point, or none"):
+        align.similarity(np.full((5, 2), np.nan), align.POINTS)
+
+
+def test_alignment_moves_pixels_where_they_belong() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    assert (align.align(image, align.POINTS) == image).all()
+    # The face lies 3 to the right and 2 higher.
+    moved = align.align(image, align.POINTS + np.array([3, -2]))
+    assert (moved[2:, :-3] == image[:-2, 3:]).all()
+    assert (moved[:2] == 0).all()
+    assert (moved[:, -3:] == 0).all()
+    # Twice as large and turned by a quarter: bilinear at the middles of pixels.
+    quarter = (align.POINTS - 55.5) @ np.array([[0, 1], [-1, 0]]) + 55.5
+    assert (align.align(image, quarter) == np.rot90(image, 1)).mean() > 0.999
+    halved = align.align(image, align.POINTS / 2)
+    assert (halved[::2, ::2][:56, :56] == image[:56, :56]).mean() > 0.999
+    assert align.align(image, align.POINTS, side=56).shape == (56, 56, 3)
+
+
+def reference_pool(rows, weights, ids, media) -> dict[int, np.ndarray]:
+    """FORMATS.md: per template the mean per media, the sum over media, L2-normalise."""
+    found = {}
+    for template in sorted(set(ids.tolist())):
+        total = np.zeros(rows.shape[1])
+        for medium in sorted(set(media[ids == template].tolist())):
+            chosen = (ids == template) & (media == medium)
+            total += (rows[chosen].astype(np.float64) * weights[chosen, None]).mean(axis=0)
+        found[template] = total / np.sqrt((total**2).sum())
+    return found
+
+
+@pytest.fixture
+def pooled():
+    rng = np.random.default_rng(1)
+    ids = rng.integers(0, 40, 400) * 3 + 5
+    media = rng.integers(0, 4, 400)  # templates share media numbers, and do not share media
+    rows = (3 * rng.standard_normal((400, 16))).astype(np.float32)
+    weights = rng.uniform(0.5, 1, 400)
+    return rows, weights, ids, media
+
+
+@pytest.mark.parametrize("rows_at_once", [1 << 14, 30, 1])
+def test_templates_are_as_written(pooled, rows_at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(templates, "_ROWS", rows_at_once)
+    expected = reference_pool(*pooled)
+    ids, rows = pool(*pooled)
+    assert ids.tolist() == list(expected)
+    np.testing.assert_allclose(rows, list(expected.values()), atol=EXACT, rtol=0)
+    rng = np.random.default_rng(2)
+    first, second = rng.integers(0, len(ids), (2, 200))
+    wanted = [expected[ids[a]] @ expected[ids[b]] for a, b in zip(first, second, strict=True)]
+    np.testing.assert_allclose(dots(rows, first, second), wanted, atol=EXACT, rtol=0)
+
+
+def test_a_template_by_hand() -> None:
+    """A photo of norm 2 counts as much as a video of two frames of norm 1 and score 1/2."""
+    rows = np.array([[2, 0], [0, 4], [0, 4]], np.float32)
+    ids, found = pool(rows, np.array([1, 0.5, 0.5]), np.array([7, 7, 7]), np.array([1, 2, 2]))
+    assert ids.tolist() == [7]
+    np.testing.assert_allclose(found, [[math.sqrt(0.5), math.sqrt(0.5)]], atol=EXACT)
+
+
+def embed(images: torch.Tensor) -> torch.Tensor:
+    weights = torch.randn(3 * 28 * 28, 12, generator=torch.Generator().manual_seed(0))
+    return (images.float().flatten(1) / 127.5 - 1) @ weights
+
+
+def reference_figures(root: Path, rows: dict[int, np.ndarray]) -> dict[str, float]:
+    """Both protocols from the files, with loops."""
+    meta, found = root / "meta", {}
+    table = [line.split() for line in (meta / "ijbc_template_pair_label.txt").open()]
+    same = np.array([line[2] == "1" for line in table])
+    scores = np.array([rows[int(a)] @ rows[int(b)] for a, b, _ in table])
+    limits = np.append(np.unique(scores), np.inf)
+    points = [(np.mean(scores[~same] >= t), np.mean(scores[same] >= t)) for t in limits]
+    for far in protocol.FARS:
+        name = f"tar@far={far:.0e}".replace("e-0", "e-")
+        found[name] = max(tar for at, tar in points if at <= far)
+        near = min(abs(at - far) for at, _ in points)
+        found[f"{name}_nearest"] = max(p for p in points if abs(p[0] - far) <= near + 1e-15)[1]
+
+    def subjects(name: str) -> dict[int, int]:
+        lines = (meta / f"ijbc_1N_{name}.csv").read_text().split()[1:]
+        return {int(a): int(b) for a, b, _ in (line.split(",") for line in lines)}
+
+    ranks, hits = {1: [], 5: [], 10: []}, {1e-2: [], 1e-1: []}
+    for gallery in (subjects("gallery_G1"), subjects("gallery_G2")):
+        enrolled, strangers = [], []
+        for probe, subject in subjects("probe_mixed").items():
+            order = sorted(((rows[probe] @ rows[t], s) for t, s in gallery.items()), reverse=True)
+            if subject in gallery.values():
+                enrolled.append((1 + [s for _, s in order].index(subject), order[0][0]))
+            else:
+                strangers.append(order[0][0])
+        for k, shares in ranks.items():
+            shares.append(np.mean([rank <= k for rank, _ in enrolled]))
+        for fpir, shares in hits.items():
+            limit = sorted(strangers, reverse=True)[int(fpir * len(strangers))]
+            shares.append(np.mean([rank == 1 and best > limit for rank, best in enrolled]))
+    found |= {f"rank{k}": np.mean(shares) for k, shares in ranks.items()}
+    names = {1e-2: "tpir@fpir=1e-2", 1e-1: "tpir@fpir=1e-1"}
+    return found | {names[fpir]: np.mean(shares) for fpir, shares in hits.items()}
+
+
+def test_a_whole_set(tmp_path: Path, monkeypatch) -> None:
+    root = ijb_set.write(tmp_path / "IJBC")
+    found = ijb.load(str(root))
+    images = found.read(0, found.count, 28)
+    rows = (embed(images) + embed(images.flip(-1))).numpy()
+    pooled = reference_pool(rows, found.scores, found.templates, found.media)
+    results = []
+    for size in (1 << 20, 7):  # pairs of a piece
+        monkeypatch.setattr(ijb, "_PAIRS_AT_ONCE", size)
+        results.append(protocol.evaluate(embed, found, Topology(), 28))
+    assert results[0].plain() == results[1].plain()
+    expected = reference_figures(root, pooled)
+    assert results[0].flat().keys() == expected.keys()
+    for name, value in expected.items():
+        assert results[0].flat()[name] == pytest.approx(value, abs=EXACT), name
+    assert 0.1 < results[0].rank[1] < 1
+    assert results[0].templates == ijb_set.SUBJECTS * ijb_set.TEMPLATES
+    assert results[0].genuine + results[0].impostors == 32 * 31 // 2
+    for part in (root / "meta").glob("*1N*"):
+        part.unlink()
+    assert protocol.evaluate(embed, ijb.load(str(root)), Topology(), 28).rank == {}
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither meta/ijbc_face_tid_mid\.txt"):
+        ijb.load(str(tmp_path))
+    root = ijb_set.write(tmp_path / "IJBC")
+    meta = root / "meta"
+    groups, points = (meta / f"ijbc_{n}.txt" for n in ("face_tid_mid", "name_5pts_score"))
+    intact, whole = groups.read_text(), points.read_text()
+    groups.write_text("\n".join(intact.splitlines()[::-1]) + "\n")
+    with pytest.raises(UserError, match="do not name the same images"):
+        ijb.load(str(root))
+    groups.write_text("1.jpg 3\n" + intact)
+    with pytest.raises(UserError, match=r"face_tid_mid\.txt"):
+        ijb.load(str(root))
+    groups.write_text(intact.replace("1.jpg", "../1.jpg", 1))
+    points.write_text(whole.replace("1.jpg", "../1.jpg", 1))
+    with pytest.raises(UserError, match="leaves the folder"):
+        ijb.load(str(root))
+    groups.write_text(intact)
+    points.unlink()
+    with pytest.raises(UserError, match=r"name_5pts_score\.txt: is missing"):
+        ijb.load(str(root))
+    points.write_text(whole)
+    (root / "loose_crop" / "3.jpg").write_bytes(b"no image")
+    found = ijb.load(str(root))
+    with pytest.raises(RunError, match=r"3\.jpg: cannot be used"):
+        found.read(0, 5, 28)
+    with (meta / "ijbc_template_pair_label.txt").open("a") as file:
+        file.write("100 999 0\n")
+    with pytest.raises(UserError, match="template 999 is in a protocol, but no image"):
+        protocol.verify(found, *pool(np.ones((found.count, 2), np.float32), *found_columns(found)))
+
+
+def found_columns(found: ijb.Ijb) -> tuple:
+    return found.scores, found.templates, found.media

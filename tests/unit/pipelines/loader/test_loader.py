@@ -1,0 +1,312 @@
+"""The loader: the same pixels whoever reads them, and nothing lost without a word."""
+
+from __future__ import annotations
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.train.batch import MicroBatch
+from pipelines.data.sequential import read_in_order
+from pipelines.loader.loader import Loader
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.writer import Sample, ShardWriter
+
+SIZES = [23, 40, 1, 17, 60, 31, 28]  # 200 samples
+CLASSES = 10
+SIDE = 12
+AUGMENT = {
+    "flip": 0.5,
+    "crop": 0.2,
+    "rotate": 20,
+    "brightness": 0.3,
+    "saturation": 0.5,
+    "blur": 0.5,
+}
+
+Loaded = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, list[str]]]
+
+
+def image(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def sample(number: int) -> Sample:
+    stream = io.BytesIO()
+    Image.fromarray(image(number)).save(stream, "png")
+    return Sample(
+        f"s{number:03d}", {"png": stream.getvalue(), "cls": str(number % CLASSES).encode()}
+    )
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    with ShardWriter(str(tmp_path / "set"), "part") as writer:
+        numbers = iter(range(sum(SIZES)))
+        for size in SIZES:
+            writer.write(sample(next(numbers)) for _ in range(size))
+        return writer.finish(CLASSES)
+
+
+def configure(index: ShardIndex, **data: object) -> Config:
+    """Four micro-batches of two streams; a step is two samples of each of the eight streams."""
+    sizes = {"streams": 8, "shuffle_window": 9, "image_size": SIDE, "loader_workers": 0}
+    return Config(
+        run={"seed": 3},
+        data={"shards": index.folder, "max_bad_fraction": 1, **sizes, **data},
+        train={"global_batch": 16, "micro_batch": 4},
+    )
+
+
+def load(loader: Loader) -> Loaded:
+    loaded = {}
+    for batch in loader:
+        for micro in batch.micro_batches:
+            check(micro)
+            loaded[batch.step, micro.index] = micro.images, micro.labels, micro.keys
+    return loaded
+
+
+def check(micro: MicroBatch) -> None:
+    assert micro.images.dtype == torch.uint8
+    assert micro.images.shape == (4, 3, SIDE, SIDE)
+    assert micro.labels.dtype == torch.int64
+    assert micro.labels.shape == (4,)
+    assert micro.labels.tolist() == [int(key[1:]) % CLASSES for key in micro.keys]
+
+
+def assert_same(one: Loaded, other: Loaded) -> None:
+    assert list(one) == list(other)
+    for place, (images, labels, keys) in one.items():
+        assert torch.equal(images, other[place][0])
+        assert torch.equal(labels, other[place][1])
+        assert keys == other[place][2]
+
+
+def damage(index: ShardIndex, shard: int, number: int, data: bytes, offset: int = 0) -> None:
+    """Overwrite bytes of one sample."""
+    with open(index.url(shard), "r+b") as tar:
+        tar.seek(int(index.shards[shard].offsets[number]) + offset)
+        tar.write(data)
+
+
+def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> None:
+    # 25 samples in each stream: the first epoch ends in the middle of step 12.
+    loaded = load(Loader(index, configure(index), range(4), 0, 13))
+    keys = [key for step in range(12) for micro in range(4) for key in loaded[step, micro][2]]
+    last = [key for micro in range(4) for key in loaded[12, micro][2][::2]]
+    assert sorted(keys + last) == [f"s{number:03d}" for number in range(200)]
+    images, _, keys = loaded[5, 2]
+    expected = torch.from_numpy(image(int(keys[1][1:]))).permute(2, 0, 1)
+    assert torch.equal(images[1], expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_any_number_of_ranks_sees_the_same_batches(index: ShardIndex, ranks: int) -> None:
+    config = configure(index, augment=AUGMENT)
+    whole = load(Loader(index, config, range(4), 0, 14))
+    parts: Loaded = {}
+    for rank in range(ranks):
+        mine = range(4 * rank // ranks, 4 * (rank + 1) // ranks)
+        parts |= load(Loader(index, config, mine, 0, 14))
+    assert_same(whole, dict(sorted(parts.items())))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_any_number_of_loader_processes_makes_the_same_pixels(
+    index: ShardIndex, workers: int
+) -> None:
+    expected = load(Loader(index, configure(index, augment=AUGMENT), range(1, 3), 3, 14))
+    config = configure(index, augment=AUGMENT, loader_workers=workers)
+    assert_same(expected, load(Loader(index, config, range(1, 3), 3, 14)))
+
+
+def test_a_resume_is_the_tail_of_the_uninterrupted_run(index: ShardIndex) -> None:
+    config = configure(index, augment=AUGMENT)
+    whole = load(Loader(index, config, range(4), 0, 30))
+    for start in random.Random(0).sample(range(1, 30), 4):
+        tail = load(Loader(index, config, range(4), start, 30))
+        assert_same({place: v for place, v in whole.items() if place[0] >= start}, tail)
+
+
+def test_augmentation_changes_with_the_epoch(index: ShardIndex) -> None:
+    config = configure(index, augment={"brightness": 0.5})
+    seen: dict[str, list[torch.Tensor]] = {}
+    for images, _, keys in load(Loader(index, config, range(4), 0, 25)).values():
+        for picture, key in zip(images, keys, strict=True):
+            seen.setdefault(key, []).append(picture)
+    repeated = [pictures for pictures in seen.values() if len(pictures) == 2]
+    assert len(repeated) > 150
+    assert sum(torch.equal(*pictures) for pictures in repeated) < 5
+
+
+def test_the_global_random_state_is_left_alone(index: ShardIndex) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    load(Loader(index, configure(index, loader_workers=1), range(4), 0, 2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_waiting_is_measured(index: ShardIndex) -> None:
+    assert all(b.wait_s > 0 for b in Loader(index, configure(index), range(4), 0, 2))
+
+
+PNG_DATA = 512 + 60  # in the middle of the compressed pixels
+
+
+@pytest.mark.parametrize(
+    ("data", "offset", "words"),
+    [
+        (b"\xff" * 40, PNG_DATA, "s030.png"),
+        (b"\x00" * 512, 0, "0 samples where the index has one"),
+        (b"\xee" * 512, 0, "not a sample of a tar"),
+    ],
+    ids=["pixels", "empty header", "broken header"],
+)
+def test_a_bad_sample_is_counted_named_and_replaced(
+    index: ShardIndex, data: bytes, offset: int, words: str
+) -> None:
+    good = load(Loader(index, configure(index), range(4), 0, 12))
+    damage(index, 1, 7, data, offset)  # sample 30
+    for workers in (0, 2):
+        loader = Loader(index, configure(index, loader_workers=workers), range(4), 0, 12)
+        loaded = load(loader)
+        assert loader.faults.seen == 12 * 16
+        assert loader.faults.count == 1
+        [(place, reason)] = loader.faults.samples.items()
+        assert place == f"sample 7 of {index.url(1)}"
+        assert words in reason
+        changed = [
+            (before, after)
+            for at, (_, _, keys) in good.items()
+            for before, after in zip(keys, loaded[at][2], strict=True)
+            if before != after
+        ]
+        # Everything else is as it was; the substitute comes from the same window.
+        assert [before for before, _ in changed] == ["s030"]
+
+
+def test_the_substitute_is_the_same_for_everybody(index: ShardIndex) -> None:
+    damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
+    whole = load(Loader(index, configure(index, augment=AUGMENT), range(4), 0, 14))
+    parts: Loaded = {}
+    for micro in range(4):
+        config = configure(index, augment=AUGMENT, loader_workers=2)
+        parts |= load(Loader(index, config, range(micro, micro + 1), 0, 14))
+    assert_same(whole, dict(sorted(parts.items())))
+
+
+def test_a_substitute_does_not_repeat_pixels(index: ShardIndex) -> None:
+    damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
+    config = configure(index, augment={"brightness": 0.5})
+    loader = Loader(index, config, range(4), 0, 12)
+    pictures: dict[str, list[torch.Tensor]] = {}
+    for images, _, keys in load(loader).values():
+        for picture, key in zip(images, keys, strict=True):
+            pictures.setdefault(key, []).append(picture)
+    assert loader.faults.count == 1
+    [twice] = [found for found in pictures.values() if len(found) == 2]
+    assert not torch.equal(*twice)
+
+
+def test_a_bad_sample_ends_the_run_if_the_rule_says_so(index: ShardIndex) -> None:
+    damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
+    with pytest.raises(RunError, match=r"sample 7 of .*part-000001.tar: s030.png: .*on_bad_sample"):
+        load(Loader(index, configure(index, on_bad_sample="fail"), range(4), 0, 14))
+
+
+def test_too_many_bad_samples_end_the_run(index: ShardIndex) -> None:
+    for number in range(3):
+        damage(index, 1, number, b"\xff" * 40, PNG_DATA)
+    load(Loader(index, configure(index, max_bad_fraction=3 / 200), range(4), 0, 12))
+    with pytest.raises(RunError, match=r"3 bad samples, more than data\.max_bad_fraction"):
+        load(Loader(index, configure(index, max_bad_fraction=2.9 / 200), range(4), 0, 13))
+
+
+@pytest.mark.parametrize("label", [b"x", b"-1", b"10", b"5"])
+def test_a_bad_label_is_a_bad_sample(index: ShardIndex, label: bytes) -> None:
+    offsets = index.shards[0].offsets
+    whole = int(offsets[5] - offsets[4])
+    damage(index, 0, 4, label + b"\0" * (512 - len(label)), whole - 512)
+    with open(index.url(0), "r+b") as tar:  # the size in the header of s004.cls
+        _resize_member(tar, int(offsets[5]) - 1024, len(label))
+    loader = Loader(index, configure(index), range(4), 0, 13)
+    load(loader)
+    [reason] = loader.faults.samples.values()
+    assert reason.startswith("s004.cls: ")
+
+
+def _resize_member(tar: io.BufferedRandom, at: int, size: int) -> None:
+    tar.seek(at)
+    header = bytearray(tar.read(512))
+    header[124:136] = f"{size:011o}\0".encode()
+    header[148:156] = b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    tar.seek(at)
+    tar.write(header)
+
+
+def test_a_truncated_shard_is_noticed(index: ShardIndex) -> None:
+    # webdataset itself ends silently there.
+    with open(index.url(4), "r+b") as tar:
+        tar.truncate(int(index.shards[4].offsets[55]) + 700)
+    loader = Loader(index, configure(index, shuffle_window=25), range(4), 0, 13)
+    load(loader)
+    assert sorted(loader.faults.samples) == [
+        f"sample {number} of {index.url(4)}" for number in range(55, 60)
+    ]
+    assert all("too early" in reason for reason in loader.faults.samples.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_is_no_bad_sample_but_a_failure(index: ShardIndex, workers: int) -> None:
+    Path(index.url(4)).unlink()
+    with pytest.raises(RunError, match=r"part-000004.tar: cannot be read"):
+        load(Loader(index, configure(index, loader_workers=workers), range(4), 0, 13))
+
+
+def test_fewer_samples_than_streams_are_refused(index: ShardIndex) -> None:
+    config = Config(data={"shards": "x", "streams": 256}, train={"global_batch": 256})
+    with pytest.raises(UserError, match=r"data\.streams=256"):
+        Loader(index, config, range(2), 0, 1)
+
+
+def test_reading_in_order(index: ShardIndex) -> None:
+    images, labels, keys = read_in_order(index, 20, 90, SIDE)
+    assert keys == [f"s{number:03d}" for number in range(20, 90)]
+    assert labels.tolist() == [number % CLASSES for number in range(20, 90)]
+    expected = np.stack([image(number) for number in range(20, 90)]).transpose(0, 3, 1, 2)
+    assert torch.equal(images, torch.from_numpy(expected))
+    assert len(read_in_order(index, 7, 7, SIDE)[2]) == 0
+    assert read_in_order(index, 199, 200, SIDE)[2] == ["s199"]
+
+
+def test_reading_in_order_leaves_nothing_out(index: ShardIndex) -> None:
+    damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
+    with pytest.raises(RunError, match=r"sample 7 of .*part-000001.tar: s030.png"):
+        read_in_order(index, 0, 200, SIDE)
+
+
+def test_plain_webdataset_decodes_the_same(index: ShardIndex) -> None:
+    url = f"{index.folder}/part-{{000000..000006}}.tar"
+    read = list(webdataset.WebDataset(url, shardshuffle=False).decode("pil"))
+    assert [s["cls"] for s in read] == [number % CLASSES for number in range(200)]
+    assert np.array_equal(np.asarray(read[99]["png"]), image(99))
+
+
+def test_shards_behind_a_url(index: ShardIndex) -> None:
+    with ShardWriter("memory://stream/set", "part") as writer:
+        writer.write(sample(number) for number in range(200))
+        remote = writer.finish(CLASSES)
+    loaded = load(Loader(remote, configure(remote), range(4), 0, 3))
+    assert len(loaded) == 12
+    assert read_in_order(remote, 3, 5, SIDE)[2] == ["s003", "s004"]

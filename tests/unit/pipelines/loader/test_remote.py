@@ -1,0 +1,220 @@
+"""Streaming from stores: little is read, nothing is lost, and memory stays flat."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import psutil
+import pytest
+import torch
+
+from mhe_dist.config.data import RemoteConfig
+from mhe_dist.config.schema import Config
+from pipelines.data.order import Order, Piece
+from pipelines.data.sequential import read_in_order
+from pipelines.loader.loader import Loader
+from pipelines.loader.prefetch import WindowReader
+from pipelines.loader.shard_reader import ShardReader, together
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.storage import retry
+from tests.unit.pipelines.sources.records import jpeg
+from tests.unit.pipelines.storage.stores import Counted, Faulty, Synthetic, files, served
+
+SIDE, CLASSES, STREAMS, STEP = 8, 10, 8, 16
+SIZES = [60, 40, 1, 99, 56]  # 256 samples: 16 steps are an epoch of every stream
+SAMPLES = sum(SIZES)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> ShardIndex:
+    """Of a local data set."""
+    numbers = iter(range(SAMPLES))
+    with ShardWriter(str(tmp_path / "set"), "part") as writer:
+        for size in SIZES:
+            picked = [next(numbers) for _ in range(size)]
+            writer.write(
+                Sample(f"s{n:03d}", {"jpg": jpeg(n), "cls": str(n % CLASSES).encode()})
+                for n in picked
+            )
+        return writer.finish(CLASSES)
+
+
+def configure(window: int = 5, workers: int = 0, **remote: Any) -> Config:
+    """A step is two samples of each of eight streams."""
+    return Config(
+        run={"seed": 3},
+        data={
+            "shards": "unused",
+            "streams": STREAMS,
+            "shuffle_window": window,
+            "image_size": SIDE,
+            "loader_workers": workers,
+            "max_bad_fraction": 1,
+            "remote": remote,
+        },
+        train={"global_batch": STEP, "micro_batch": 4},
+    )
+
+
+def load(loader: Loader) -> list[tuple[torch.Tensor, list[int], list[str]]]:
+    """All micro-batches; a loader that left anything out fails."""
+    found = [(m.images, m.labels.tolist(), m.keys) for b in loader for m in b.micro_batches]
+    assert loader.faults.count == 0
+    return found
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert [batch[1:] for batch in one] == [batch[1:] for batch in other]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
+
+
+def keys_of(batches: Any) -> list[str]:
+    return sorted(key for batch in batches for key in batch[2])
+
+
+GIGABYTES = Synthetic(shards=80, samples=1024, sample_bytes=128 << 10)
+
+
+@pytest.mark.parametrize("step", [2560, 2561, 4001])
+def test_a_resume_in_ten_gigabytes_reads_three_windows_of_each_stream(step: int) -> None:
+    index, window = GIGABYTES.index, 32
+    assert sum(shard.bytes for shard in index.shards) > 10e9
+    Counted.begin(GIGABYTES.content)
+    loader = Loader(index, configure(window), range(4), step, 5000)
+    [first] = [batch for batch, _ in zip(loader, range(1), strict=False)]
+    assert len({key for micro in first.micro_batches for key in micro.keys}) == STEP
+    for micro in first.micro_batches:
+        assert micro.labels.tolist() == [int(key[4:]) % CLASSES for key in micro.keys]
+    most = STREAMS * (2 + 1) * window * GIGABYTES.size
+    assert STREAMS * GIGABYTES.size < Counted.bytes.value <= most
+
+
+@pytest.fixture
+def remote(index: ShardIndex) -> ShardIndex:
+    """The same data set behind a URL."""
+    return ShardIndex(f"counted://{index.folder}", CLASSES, index.shards)
+
+
+def test_reading_ahead_changes_who_reads_and_not_what(
+    index: ShardIndex, remote: ShardIndex
+) -> None:
+    expected = load(Loader(index, configure(window=16), range(4), 3, 40))
+    for mib, readers in ((256, {"read-ahead"}), (0, {threading.current_thread().name})):
+        Counted.begin()
+        config = configure(window=16, read_ahead_mib=mib)
+        assert_same(load(Loader(remote, config, range(4), 3, 40)), expected)
+        assert Counted.threads == readers
+
+
+def test_nothing_is_read_twice_or_for_nothing(remote: ShardIndex) -> None:
+    Counted.begin()
+    load(Loader(remote, configure(), range(4), 0, SAMPLES // STEP))
+    offsets = [shard.offsets for shard in remote.shards]
+    assert Counted.bytes.value == sum(int(o[-1] - o[0]) for o in offsets)
+
+
+def test_local_shards_are_not_read_ahead(index: ShardIndex) -> None:
+    loader = iter(Loader(index, configure(), range(4), 0, 16))
+    next(loader)
+    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+
+
+def test_what_is_read_ahead_is_bounded() -> None:
+    data = Synthetic(shards=8, samples=64, sample_bytes=64 << 10)
+    Counted.begin(data.content)
+    order = Order([64] * 8, STREAMS, 8, seed=0)
+    remote = configure(read_ahead_mib=1).data.remote  # two windows of 512 KiB
+    with WindowReader(data.index, order, remote, range(0, 1000)) as reader:
+        reader.begin(range(STREAMS), 0)
+        taken = [reader.take(order.find(stream, 0)[0]) for stream in (0, 1)]
+        assert Counted.bytes.value <= 1 << 20
+        reader.begin(range(2, STREAMS), 0)
+        taken.append(reader.take(order.find(2, 0)[0]))
+        assert Counted.bytes.value <= 2 << 20
+    assert [len(found.samples) for found in taken] == [8, 7, 6]
+
+
+def test_pieces_near_one_another_are_one_request() -> None:
+    data = Synthetic(shards=2, samples=64, sample_bytes=16 << 10)
+    Counted.begin(data.content)
+    shards = ShardReader(data.index, RemoteConfig())
+    pieces = [Piece(0, 3, 4), Piece(0, 5, 7), Piece(0, 15, 16), Piece(0, 25, 26), Piece(1, 0, 1)]
+    runs = list(together(data.index, pieces))
+    assert runs == [pieces[:3], pieces[3:4], pieces[4:]]
+    found = [s for run in runs for s in shards.read(run, shards.file(run[0])).samples]
+    names = [bytes(sample[:9]).decode() for sample in found]
+    assert names == [f"000-{n:05d}" for n in (3, 5, 6, 15, 25)] + ["001-00000"]
+    assert Counted.bytes.value == (13 + 1 + 1) * (16 << 10)
+    assert all(len(sample.obj) <= 32 << 10 for sample in found)
+
+
+@pytest.fixture
+def s3(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """A store with the data set in `s3://faulty/set`; our retries alone make up for its faults."""
+    server = pytest.importorskip("moto.moto_server.werkzeug_app")
+    s3fs = pytest.importorskip("s3fs")
+    app = Faulty(server.DomainDispatcherApplication(server.create_backend_app))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    with served(app) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        app.is_on = False
+        filesystem = fsspec.filesystem("s3")
+        filesystem.makedirs("faulty", exist_ok=True)
+        filesystem.put(f"{index.folder}/", "faulty/set", recursive=True)
+        app.is_on = True
+        yield app
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers: int) -> None:
+    expected = load(Loader(index, configure(), range(4), 0, 16))
+    found = load(
+        Loader(ShardIndex.load("s3://faulty/set"), configure(workers=workers), range(4), 0, 16)
+    )
+    assert_same(found, expected)
+    assert keys_of(found) == [f"s{number:03d}" for number in range(SAMPLES)]
+    assert s3.requests > 60
+    assert s3.faults >= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) -> None:
+    expected = load(Loader(index, configure(), range(4), 0, 16))
+    app = Faulty(files(Path(index.folder)))
+    with served(app) as url:
+        found = load(Loader(ShardIndex.load(url), configure(workers=workers), range(4), 0, 16))
+        assert_same(found, expected)
+        assert len(read_in_order(ShardIndex.load(url), 0, SAMPLES, SIDE)[2]) == SAMPLES
+    assert keys_of(found) == [f"s{number:03d}" for number in range(SAMPLES)]
+    assert app.faults >= 2
+
+
+def test_memory_stays_flat() -> None:
+    data = Synthetic(shards=4, samples=64, sample_bytes=64 << 10)  # 16 MiB an epoch
+    Counted.begin(data.content)
+    loader = Loader(data.index, configure(window=8, workers=1), range(4), 0, 20 * 16)
+    others = set(psutil.Process().children())
+    memory = []
+    for batch in loader:
+        if batch.step % 16 == 15:
+            [process] = set(psutil.Process().children()) - others
+            memory.append(process.memory_info().rss >> 20)
+    assert len(memory) == 20
+    assert statistics.median(memory[15:]) - statistics.median(memory[5:10]) < 8

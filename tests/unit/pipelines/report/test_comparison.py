@@ -1,0 +1,140 @@
+"""Comparisons of made-up runs: figures, verdicts, tables, pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.report import comparison_markdown as comparison_page
+from pipelines.report.comparison import Claim, Compared, Outcome, Spread
+from pipelines.report.comparison_markdown import Part
+
+FACES = (("easy", "Easy"), ("hard", "Hard"))
+CLAIM = Claim("sampled", "full", easy="easy", points=0.3, hard="hard")
+
+
+def outcome(seed: int, easy: float, hard: float) -> Outcome:
+    """Rank-1 as given, TAR a tenth lower."""
+    heldout = {"gallery": 2000.0, "probes": 700.0, "rank1": easy, "tar@far=1e-4": easy - 0.1}
+    for name, value, probes in (("easy", easy, 500), ("hard", hard, 200)):
+        heldout |= {f"{name}/rank1": value, f"{name}/tar@far=1e-4": value - 0.1}
+        heldout[f"{name}/probes"] = float(probes)
+    return Outcome(seed, heldout, 1234.0, 0.0125, 1.5, 2000.0, 240.0, 957, 5.0)
+
+
+def compared(name: str, *figures: tuple[float, float], missing: tuple[int, ...] = ()) -> Compared:
+    outcomes = [outcome(seed, *pair) for seed, pair in enumerate(figures)]
+    return Compared(name, name.upper(), outcomes, dict.fromkeys(missing, 0))
+
+
+def test_an_outcome_is_what_the_run_left_behind() -> None:
+    summary = {
+        "heldout": {"rank1": 0.5},
+        "images_per_s": 800.0,
+        "phases": {"train": 120.0},
+        "steps": 30,
+        "samples": 1000,
+    }
+    records = [
+        {"step": 0, "loss": 3.0},
+        {"step": 9, "classes_seen": 100.0, "head_time": 0.01, "peak_rss_gib": 1.0},
+        {"step": 19, "classes_seen": 200.0, "head_time": 0.09, "peak_rss_gib": 1.2},
+        {"step": 29, "classes_seen": 300.0, "head_time": 0.02, "peak_rss_gib": 1.1},
+        {"step": 29, "heldout/rank1": 0.5},
+    ]
+    found = Outcome.of(4, 64, summary, records)
+    assert found == Outcome(4, {"rank1": 0.5}, 200.0, 0.02, 1.2, 800.0, 120.0, 30, 1.92)
+    assert np.isnan(Outcome.of(4, 64, summary, []).head_s)
+
+
+def test_a_spread_is_the_mean_and_both_ends() -> None:
+    each = compared("full", (0.9, 0.5), (0.8, 0.7))
+    assert each.spread("rank1", "hard") == pytest.approx(Spread(0.6, 0.5, 0.7))
+    assert each.spread("rank1") == pytest.approx(Spread(0.85, 0.8, 0.9))
+    assert each.mean("head_s") == 0.0125
+
+
+@pytest.mark.parametrize(
+    ("mine", "easy", "hard"),
+    [
+        ((0.997, 0.60), "-0.30 points. At most 0.3 below: holds.", "or above: holds."),
+        ((0.9969, 0.59), "-0.31 points. At most 0.3 below: does **not** hold.", "**not** hold."),
+        ((1.0, 0.66), "+0.00 points. At most 0.3 below: holds.", "or above: holds, above it."),
+    ],
+)
+def test_a_claim_is_judged_by_the_figures(mine: tuple[float, float], easy: str, hard: str) -> None:
+    full = compared("full", (1.0, 0.60), (1.0, 0.65))
+    found = CLAIM.judge([compared("sampled", mine), full])
+    assert found[0].endswith(easy)
+    assert found[1].endswith(hard)
+    assert "FULL 62.50, whose seeds lie from 60.00 to 65.00" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (
+            0.985,
+            "OTHER is 1.50 points below FULL on easy: most of the difference comes with meeting",
+        ),
+        (0.995, "OTHER is 0.50 points below FULL on easy: meeting fewer classes is not what most"),
+    ],
+)
+def test_a_claim_that_does_not_hold_says_whether_another_choice_loses_as_much(
+    other: float, reason: str
+) -> None:
+    claim = CLAIM._replace(alike="other")
+    third, full = compared("other", (other, 0.6)), compared("full", (1.0, 0.60), (1.0, 0.65))
+    told = claim.judge([compared("sampled", (0.98, 0.6)), third, full])
+    assert reason in told[2] and "1,234 with OTHER, 1,234 with SAMPLED" in told[2]
+    assert len(claim.judge([compared("sampled", (0.998, 0.6)), third, full])) == 2
+    assert len(claim.judge([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 2
+
+
+def test_a_claim_waits_for_runs() -> None:
+    one = [compared("sampled", (1.0, 0.6)), compared("full", (1.0, 0.6))]
+    assert CLAIM.judge(one)[1].endswith("not decided, it takes two seeds.")
+    none = [compared("sampled"), compared("full", (1.0, 0.6))]
+    assert CLAIM.judge(none) == ["Not decided yet: no run of SAMPLED is complete."]
+
+
+def rows(page: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+
+
+def test_the_page_has_tables_a_picture_and_what_is_missing(tmp_path: Path) -> None:
+    each = [
+        compared("full", (0.99, 0.60), (0.97, 0.64)),
+        compared("sampled", (0.98, 0.61), missing=(1,)),
+        Compared("third", "THIRD", [], {0: 500, 1: 0}),
+    ]
+    parts = [
+        Part("small", "Small", "What it is.", "mhe reproduce small", each, FACES, CLAIM),
+        Part("plain", "Plain", "Without typefaces.", "mhe reproduce plain", each[:1]),
+        Part("empty", "Empty", "Nothing yet.", "mhe reproduce empty", each[2:], FACES, CLAIM),
+    ]
+    written = comparison_page.write(parts, str(tmp_path / "results.md"))
+    assert [Path(file).name for file in written] == [
+        *("results.md", "results-small.png", "results-plain.png")
+    ]
+    page = (tmp_path / "results.md").read_text()
+    small, plain, empty = page.split("\n## ")[1:]
+    head, full, sampled, *_ = rows(small)
+    assert head[:3] == ["head", "seeds", "classes seen"]
+    assert head[3:] == ["Easy: rank-1", "Easy: TAR", "Hard: rank-1", "Hard: TAR"]
+    assert full[:4] == ["FULL", "2", "1,234", "98.00 (97.00 to 99.00)"]
+    assert sampled[3:] == ["98.00", "88.00", "61.00", "51.00"]
+    assert ["FULL", "12.5", "2,000", "1.50", "957", "5.0", "4.0"] in rows(small)
+    assert "Probes: 500 (Easy), 200 (Hard), against 2,000 enrolled." in small
+    assert "![Small](results-small.png)" in small
+    assert "At most 0.3 below: holds" in small
+    assert "Not complete: SAMPLED: seed 1; THIRD: seeds 0 (at step 500), 1." in small
+    assert rows(plain)[0][3:] == ["unseen typefaces: rank-1", "unseen typefaces: TAR"]
+    assert "png" not in empty
+    assert "|" not in empty
+    with Image.open(tmp_path / "results-small.png") as picture:
+        ink = (np.asarray(picture.convert("L")) < 250).mean()
+        assert 0.005 < ink < 0.9

@@ -1,0 +1,96 @@
+"""The page of a run: everything that the records hold, whole in one file, nothing runs in it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mhe_dist.config import load as config_load
+from pipelines.report import evaluation as keep
+from pipelines.report import html as page
+from tests import tiny
+
+NASTY = "<script>alert(1)</script>"
+
+
+class Seen(HTMLParser):
+    """Tags, addresses and text of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.places: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.places += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f" {data}"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """Records of a run that was interrupted once, with a bad sample and evaluations."""
+    shards = tiny.write_shards(tmp_path / "heldout", classes=5)
+    config = tiny.config(tmp_path, NASTY, evaluate={"shards": shards})
+    config_load.save(config, f"{config.run.path}/config.yaml")
+    folder = Path(config.run.path)
+    records = [
+        {"step": step, "time": 1.0 + step, "loss": 3 - 0.1 * step, "lr": 0.1, "images_per_s": 900.0}
+        for step in range(12)
+    ]
+    records[5] |= {"restarts": 1.0, "restart_lost_steps": 4.0, "restart_seconds": 7.25}
+    records[11] |= {"heldout/rank1": 0.25, "heldout/chance": 0.2, "heldout/lfw/accuracy": 0.997}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "logs").mkdir()
+    bad = f"WARNING bad sample: sample 3 of {NASTY}: no image\n"
+    (folder / "logs" / "rank_0.log").write_text(bad * 2 + "WARNING something else\n")
+    far = np.geomspace(1e-3, 0.1, 9)
+    details = {"far": far, "tar": np.linspace(0.2, 0.9, 9)}
+    details |= {"probes": np.arange(3), "nearest": np.arange(9).reshape(3, 3)}
+    details["right"] = np.eye(3, dtype=bool)
+    np.savez(folder / "evaluation.npz", **details)
+    about = {"step": 12, "results": {"lfw": {"accuracy": 0.9971, "accuracy_interval": [0.99, 1.0]}}}
+    keep.write(config.run.path, "verification", about, {"lfw": (far, details["tar"])}, "ROC")
+    return config.run.path
+
+
+def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path: Path) -> None:
+    titles = page.write(run, str(tmp_path / "out" / "page.html"))
+    wanted = ["Training", "Speed", "Unseen classes", "Nearest neighbours"]
+    wanted += ["Evaluation: verification", "Restarts", "Bad samples", "Settings"]
+    assert titles == wanted
+    content = (tmp_path / "out" / "page.html").read_text()
+    seen = Seen()
+    seen.feed(content)
+    assert "script" not in seen.tags
+    assert "://" not in content.split("<body>")[0]
+    pictures = [place for place in seen.places if place.startswith("data:image/png;base64,")]
+    assert len(pictures) == seen.tags.count("img") == 5
+    for place in pictures:
+        assert base64.b64decode(place.partition(",")[2]).startswith(b"\x89PNG")
+    assert set(seen.places) - set(pictures) == {"data:,"}
+    text = " ".join(seen.text.split())
+    for part in ("25.0%", "99.70%", "900", "6 1 4 7.25", "1 samples could not be used", NASTY):
+        assert part in text, part
+    assert "lfw accuracy 0.9971" in text
+    assert re.search(r"optim\.lr 0\.02", text)
+    assert "under way or interrupted, 12 steps" in text
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, "unused")
+    config_load.save(config, f"{config.run.path}/config.yaml")
+    titles = page.write(config.run.path, str(tmp_path / "page.html"))
+    assert titles == ["Restarts", "Bad samples", "Settings"]
+    text = (tmp_path / "page.html").read_text()
+    assert "None is recorded." in text
+    assert "None is in the logs." in text

@@ -1,0 +1,122 @@
+"""Pictures of a run from its records."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mhe_dist.config.schema import Config
+from pipelines.report import contact_sheet
+from pipelines.report import plots as report
+from pipelines.report.contact_sheet import PLAIN, RIGHT, WRONG
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.writer import Sample, ShardWriter
+
+SIDE = 8
+
+
+@pytest.fixture
+def shards(tmp_path):
+    with ShardWriter(str(tmp_path / "heldout"), "heldout") as writer:
+        samples = []
+        for number in range(12):
+            data = io.BytesIO()
+            Image.new("RGB", (SIDE, SIDE), (20 * number, 0, 0)).save(data, "png")
+            members = {"png": data.getvalue(), "cls": str(number // 2).encode()}
+            samples.append(Sample(f"{number}", members))
+        writer.write(samples)
+        writer.finish(6)
+    return str(tmp_path / "heldout")
+
+
+def details():
+    nearest = np.array([[0, 2, 4], [4, 2, 0], [6, 8, 10]])
+    right = np.array([[True, False, False], [False, True, False], [False, False, False]])
+    far = np.geomspace(1e-5, 0.1, 50)
+    return {
+        "probes": np.array([1, 3, 5]),
+        "nearest": nearest,
+        "right": right,
+        "far": far,
+        "tar": np.linspace(0.5, 0.99, 50),
+    }
+
+
+def write_run(folder, records, arrays):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    if arrays:
+        np.savez(folder / "evaluation.npz", **arrays)
+
+
+def config(shards):
+    data = {"shards": "unused", "image_size": SIDE}
+    return Config.model_validate({"data": data, "evaluate": {"shards": shards}})
+
+
+def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
+    records = [{"step": s, "loss": 5.0 - s / 100, "lr": 0.1} for s in range(200)]
+    records[-1] |= {"accuracy": 0.5, "images_per_s": 100.0, "data_wait": 0.1}
+    records.append({"step": 199, "heldout/rank1": 0.8, "heldout/chance": 0.01})
+    write_run(tmp_path / "run", records, details())
+    written = report.draw(str(tmp_path / "run"), config(shards))
+    names = ["heldout", "neighbours", "overview", "throughput", "training"]
+    assert sorted(path.stem for path in written) == names
+    for path in written:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 400
+            # Ink on white: neither blank nor filled.
+            ink = (np.asarray(picture.convert("L")) < 250).mean()
+            assert 0.005 < ink < 0.9
+
+
+def test_a_run_without_evaluation_has_no_such_pictures(tmp_path):
+    write_run(tmp_path / "run", [{"step": 0, "loss": float("nan"), "lr": 0.1}], {})
+    written = report.draw(str(tmp_path / "run"), config(""))
+    assert sorted(path.stem for path in written) == ["overview", "training"]
+
+
+def test_drawing_leaves_the_callers_style_alone(tmp_path):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    write_run(tmp_path / "run", [{"step": 0, "loss": 1.0, "lr": 0.1}], {})
+    report.draw(str(tmp_path / "run"), config(""))
+    assert dict(mpl.rcParams) == before
+
+
+def test_series_takes_the_records_that_have_the_metric():
+    steps, values = report.series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 5, "a": 3.0}], "a")
+    assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
+    assert len(report.series([], "a")[0]) == 0
+
+
+def test_a_running_mean_reaches_both_ends():
+    values = np.array([1.0, 2.0, 6.0, 4.0])
+    np.testing.assert_allclose(report.running_mean(values, 3), [1.5, 3.0, 4.0, 5.0])
+    np.testing.assert_allclose(report.running_mean(values, 1), values)
+
+
+def frames(row, tiles):
+    """Colours of the frames of a row, the probe's first."""
+    tile, gap = contact_sheet.SIDE + 2 * contact_sheet._FRAME, contact_sheet._GAP
+    starts = [0] + [tile + contact_sheet._MARGIN + i * (tile + gap) for i in range(tiles)]
+    return [tuple(row[0, start].tolist()) for start in starts]
+
+
+@pytest.mark.parametrize(
+    ("probe", "expected"),
+    [(0, [RIGHT, PLAIN, PLAIN]), (1, [WRONG, RIGHT, PLAIN]), (2, [WRONG, WRONG, WRONG])],
+)
+def test_the_right_one_is_green_and_what_beats_it_red(shards, probe, expected):
+    row = contact_sheet._row(ShardIndex.load(shards), details(), probe, SIDE)
+    assert frames(row, 3) == [PLAIN, *expected]
+
+
+def test_the_tiles_are_the_images_that_were_named(shards):
+    row = contact_sheet._row(ShardIndex.load(shards), details(), 1, SIDE)
+    frame, tile = contact_sheet._FRAME, contact_sheet.SIDE + 2 * contact_sheet._FRAME
+    assert row[frame, frame].tolist() == [60, 0, 0]  # probe 3
+    assert row[frame, tile + contact_sheet._MARGIN + frame].tolist() == [80, 0, 0]  # gallery 4

@@ -1,0 +1,92 @@
+"""Runs on disk are found, and what they hold is read."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from mhe_dist.checkpoint.files import FileEntry, Folder
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from pipelines.runs import folder as runs
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("run: {name: first}")
+    return folder
+
+
+def test_a_run_is_found_by_path_or_by_name(run: Path) -> None:
+    assert runs.find("first") == "runs/first"
+    assert runs.find("runs/first/") == "runs/first"
+    assert runs.find(str(run)) == str(run)
+
+
+def test_a_run_that_is_not_there_is_told_with_the_places(run: Path) -> None:
+    with pytest.raises(UserError, match=r"no run at second or runs/second"):
+        runs.find("second")
+
+
+def test_settings_and_summary(run: Path) -> None:
+    assert runs.settings(str(run)) == {"run": {"name": "first"}}
+    assert runs.settings("runs/second") is None
+    assert runs.summary(str(run)) is None
+    (run / "summary.json").write_text(json.dumps({"steps": 5}))
+    assert runs.summary(str(run)) == {"steps": 5}
+
+
+def test_only_a_manifest_makes_a_checkpoint(run: Path) -> None:
+    assert runs.newest_checkpoint(str(run)) is None
+    for step in (5, 10, 15):
+        (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    for step in (5, 10):
+        (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").touch()
+    assert runs.newest_checkpoint("runs/first") == "runs/first/checkpoints/step_00000010"
+
+
+def test_logs_lie_in_the_run_or_beside_a_remote_one(run: Path) -> None:
+    def logs(folder: str) -> Path:
+        settings = {"run": {"name": "first", "dir": folder}, "data": {"shards": "x"}}
+        return runs.logs_folder(Config.model_validate(settings))
+
+    assert logs("runs") == run / "logs"
+    assert logs("memory://bucket").parts[-2:] == ("mhe-logs", "first")
+
+
+def test_absolute_leaves_urls_alone(run: Path) -> None:
+    assert runs.absolute("runs/first") == str(run)
+    assert runs.absolute("memory://bucket/a") == "memory://bucket/a"
+
+
+def test_a_place_that_nothing_can_read() -> None:
+    with pytest.raises(UserError, match="nosuch://a cannot be read"):
+        runs.exists("nosuch://a")
+
+
+def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["checkpoint", "verify", "first"]) == 2
+    assert "no complete checkpoint yet" in capsys.readouterr().err
+    for step in (10, 20):
+        folder = run / "checkpoints" / f"step_{step:09d}"
+        folder.mkdir(parents=True)
+        (folder / "0.distcp").write_bytes(b"rows")
+        entry = FileEntry(4, f"{zlib.crc32(b'rows'):08x}")
+        Folder(str(folder)).finish({"0.distcp": entry}, {"step": step})
+    assert cli.run(["checkpoint", "verify", "first"]) == 0
+    assert "2 files" in capsys.readouterr().out
+    (run / "checkpoints" / "step_000000020" / "0.distcp").write_bytes(b"rots")
+    assert cli.run(["checkpoint", "verify", "first"]) == 1
+    said = capsys.readouterr().err
+    assert "step_000000020" in said
+    assert "0.distcp has CRC-32" in said
+    assert cli.run(["checkpoint", "verify", str(run / "checkpoints" / "step_000000010")]) == 0
