@@ -105,11 +105,11 @@ def embed(
     from pipelines.evaluate import embed as embedding
     from pipelines.runs import trained
 
-    place = join()
-    found = trained.load(run, place.device)
-    with busy(place, f"embedding {images}"):
+    topology = join()
+    found = trained.load(run, topology.device)
+    with busy(topology, f"embedding {images}"):
         written = embedding.write(
-            *(found.embed, images.rstrip("/"), out, place, found.config.data.image_size),
+            *(found.embed, images.rstrip("/"), out, topology, found.config.data.image_size),
             *(flip, normalize),
         )
     if written is None:

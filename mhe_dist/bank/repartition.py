@@ -47,7 +47,9 @@ class Permutations:
         return LabelLayout(self.num_classes, self.length, self.groups, key)
 
 
-def move(old: Bank, new: Bank, layouts: tuple[LabelLayout, LabelLayout], place: Topology) -> None:
+def move(
+    old: Bank, new: Bank, layouts: tuple[LabelLayout, LabelLayout], topology: Topology
+) -> None:
     """Bring the touched rows of all ranks' `old` banks to where the second layout has them.
 
     All ranks must call. Cost: the touched rows once through the host and the exchange; both banks
@@ -57,9 +59,9 @@ def move(old: Bank, new: Bank, layouts: tuple[LabelLayout, LabelLayout], place: 
     unit_bytes = sum(rows.nbytes for rows in old.saved(units[:1]).values()) or 1
     at_once = max(1, MOVED_BYTES // unit_bytes)
     turns = torch.tensor([-(-len(units) // at_once)])
-    for turn in range(int(all_reduce(turns, place, "max"))):
+    for turn in range(int(all_reduce(turns, topology, "max"))):
         part = units[turn * at_once : (turn + 1) * at_once]
-        _exchange(old, new, part, layouts, place)
+        _exchange(old, new, part, layouts, topology)
 
 
 def _exchange(
@@ -67,22 +69,22 @@ def _exchange(
     new: Bank,
     units: Tensor,
     layouts: tuple[LabelLayout, LabelLayout],
-    place: Topology,
+    topology: Topology,
 ) -> None:
     """Move the rows of some of this rank's units, and take what the others move here."""
     before, after = layouts
     classes = before.classes(units[:, None], torch.arange(before.length)).flatten()
     known = classes >= 0
     heads, slots = after.locate(classes[known])
-    owner = owner_of(after.group_of(heads), after.groups, place.world_size)
+    owner = owner_of(after.group_of(heads), after.groups, topology.world_size)
     order = torch.argsort(owner, stable=True)
-    send = torch.bincount(owner, minlength=place.world_size)
-    ones = [1] * place.world_size
-    sizes = send.tolist(), all_to_all(send, ones, ones, place).tolist()
-    where = all_to_all(torch.stack([heads, slots], 1)[order], *sizes, place)
+    send = torch.bincount(owner, minlength=topology.world_size)
+    ones = [1] * topology.world_size
+    sizes = send.tolist(), all_to_all(send, ones, ones, topology).tolist()
+    where = all_to_all(torch.stack([heads, slots], 1)[order], *sizes, topology)
     new.touch(torch.unique(where[:, 0]))
     for field, rows in old.saved(units).items():
         mine = rows.flatten(0, 1)[known][order].contiguous()
         # As bytes: not every backend carries every type.
-        arrived = all_to_all(mine.view(torch.uint8), *sizes, place).view(rows.dtype)
+        arrived = all_to_all(mine.view(torch.uint8), *sizes, topology).view(rows.dtype)
         new.place(field, where[:, 0], where[:, 1], arrived)

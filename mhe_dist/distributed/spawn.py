@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mhe_dist.distributed import topology
+from mhe_dist.distributed.topology import connect, disconnect
 
 
 def run_ranks(
@@ -57,8 +57,8 @@ def _rank_main(
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    place = topology.connect(timeout_s, torch.device(device) if device else None)
-    result = fn(place, *args)
+    topology = connect(timeout_s, torch.device(device) if device else None)
+    result = fn(topology, *args)
     torch.save(result, Path(folder) / f"{rank}.pt")
-    place.barrier()
-    topology.disconnect()
+    topology.barrier()
+    disconnect()

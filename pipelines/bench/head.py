@@ -141,21 +141,21 @@ def run_bare(case: Case) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in result.items()}
 
 
-def _measure(place: Topology, case: Case, folder: str) -> dict[str, Any]:
-    before = _peak(place)
-    head = build(case.spec(folder), place)
+def _measure(topology: Topology, case: Case, folder: str) -> dict[str, Any]:
+    before = _peak(topology)
+    head = build(case.spec(folder), topology)
     rng = torch.Generator().manual_seed(1)
     first, again, sent, seen = [], [], [], 0.0
     begin = time.perf_counter()
     for step in range(case.steps):
-        labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
-        x = torch.randn(place.world_size, case.batch, case.width, generator=rng)[place.rank]
-        first.append(_step(head, step, labels, x, place)[0])
+        labels = torch.randint(0, case.classes, (topology.world_size, case.batch), generator=rng)
+        x = torch.randn(topology.world_size, case.batch, case.width, generator=rng)[topology.rank]
+        first.append(_step(head, step, labels, x, topology)[0])
         with Traffic() as traffic:
-            seconds, seen = _step(head, step, labels, x, place)
+            seconds, seen = _step(head, step, labels, x, topology)
         again.append(seconds)
         sent.append(traffic.bytes)
-        if _late(time.perf_counter() - begin, case.seconds, place):
+        if _late(time.perf_counter() - begin, case.seconds, topology):
             break
     if case.memory != "file":
         _meet_all_rows(head)
@@ -164,81 +164,83 @@ def _measure(place: Topology, case: Case, folder: str) -> dict[str, Any]:
         **{name: settled[:, i].tolist() for i, name in enumerate(PHASES)},
         "step": settled.sum(1).tolist(),
         "first": np.array(first[1:] or first).sum(1).tolist(),
-        "peak": _peak(place) - before,
+        "peak": _peak(topology) - before,
         "bank": _bank_bytes(head),
         "sent": float(np.median(sent)),
         "classes_seen": seen,
     }
 
 
-def _measure_in_turn(place: Topology, cases: list[Case], folder: str) -> list[list[float]]:
+def _measure_in_turn(topology: Topology, cases: list[Case], folder: str) -> list[list[float]]:
     """Seconds of the steps of each case."""
-    heads = [build(case.spec(f"{folder}/{i}"), place) for i, case in enumerate(cases)]
+    heads = [build(case.spec(f"{folder}/{i}"), topology) for i, case in enumerate(cases)]
     rng = torch.Generator().manual_seed(1)
     seconds: list[list[float]] = [[] for _ in cases]
     begin = time.perf_counter()
     for step in range(cases[0].steps):
         for case, head, taken in zip(cases, heads, seconds, strict=True):
-            labels = torch.randint(0, case.classes, (place.world_size, case.batch), generator=rng)
+            labels = torch.randint(
+                0, case.classes, (topology.world_size, case.batch), generator=rng
+            )
             x = torch.randn(case.batch, case.width, generator=rng)
-            _step(head, step, labels, x, place)
-            taken.extend(sum(_step(head, step, labels, x, place)[0]) for _ in range(AGAIN))
-        if _late(time.perf_counter() - begin, cases[0].seconds, place):
+            _step(head, step, labels, x, topology)
+            taken.extend(sum(_step(head, step, labels, x, topology)[0]) for _ in range(AGAIN))
+        if _late(time.perf_counter() - begin, cases[0].seconds, topology):
             break
     return seconds
 
 
-def _measure_bare(place: Topology, case: Case) -> dict[str, list[float]]:
-    head = build(case.spec(""), place)
+def _measure_bare(topology: Topology, case: Case) -> dict[str, list[float]]:
+    head = build(case.spec(""), topology)
     assert isinstance(head, MhsRoute)
     rng = torch.Generator().manual_seed(1)
     steps, bare = [], []
     for step in range(case.steps):
         labels = torch.randint(0, case.classes, (1, case.batch), generator=rng)
         x = torch.randn(case.batch, case.width, generator=rng)
-        _step(head, step, labels, x, place)
+        _step(head, step, labels, x, topology)
         products = BareProducts(head, step, labels)
         products.run()
         for _ in range(AGAIN):
             begin = time.perf_counter()
             products.run()
             bare.append(time.perf_counter() - begin)
-            steps.append(sum(_step(head, step, labels, x, place)[0]))
+            steps.append(sum(_step(head, step, labels, x, topology)[0]))
     return {"step": steps, "bare": bare}
 
 
 def _step(
-    head: Head, step: int, labels: Tensor, embeddings: Tensor, place: Topology
+    head: Head, step: int, labels: Tensor, embeddings: Tensor, topology: Topology
 ) -> tuple[list[float], float]:
     """Seconds of each phase of a step, and the classes that a sample saw."""
-    x = embeddings.to(place.device).requires_grad_()
-    place.barrier()
-    marks = [_now(place)]
+    x = embeddings.to(topology.device).requires_grad_()
+    topology.barrier()
+    marks = [_now(topology)]
     head.plan(step, labels)
-    marks.append(_now(place))
-    output = head(x, labels[place.rank])
-    marks.append(_now(place))
+    marks.append(_now(topology))
+    output = head(x, labels[topology.rank])
+    marks.append(_now(topology))
     output.loss.backward()
-    marks.append(_now(place))
+    marks.append(_now(topology))
     head.step(LR)
-    marks.append(_now(place))
+    marks.append(_now(topology))
     return np.diff(marks).tolist(), float(output.metrics["classes_seen"])
 
 
-def _now(place: Topology) -> float:
-    if place.device.type == "cuda":
-        torch.cuda.synchronize(place.device)
+def _now(topology: Topology) -> float:
+    if topology.device.type == "cuda":
+        torch.cuda.synchronize(topology.device)
     return time.perf_counter()
 
 
-def _late(seconds: float, limit: float, place: Topology) -> bool:
-    return bool(all_reduce(torch.tensor([seconds]), place, "max") > limit)
+def _late(seconds: float, limit: float, topology: Topology) -> bool:
+    return bool(all_reduce(torch.tensor([seconds]), topology, "max") > limit)
 
 
-def _peak(place: Topology) -> float:
+def _peak(topology: Topology) -> float:
     """Bytes of memory of this process at its peak: the GPU's where it computes on one."""
-    if place.device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(place.device))
+    if topology.device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(topology.device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

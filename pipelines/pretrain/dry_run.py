@@ -66,19 +66,19 @@ def share(config: Config, workers: int, folder: str) -> Config:
     return Config.model_validate(values)
 
 
-def measure(place: Topology, values: dict[str, Any], libraries: list[str]) -> dict[str, Any]:
+def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) -> dict[str, Any]:
     """Run some steps of a config that `share` gave, as a dict; a `Trial`, as a dict."""
     config = Config.model_validate(values)
     torch.set_num_threads(config.scale.cpus_per_worker)
     for name in libraries:
         importlib.import_module(name)
-    import_deepspeed(place.device)
+    import_deepspeed(topology.device)
     base = psutil.Process().memory_info().rss
-    run = Run(config, place, ignore)
+    run = Run(config, topology, ignore)
     marks = [time.perf_counter()]
     for _ in run.loop.steps(run.loader()):
         marks.append(time.perf_counter())
-        if _enough(place, marks):
+        if _enough(topology, marks):
             break
     settled = marks[WARM_UP:] if len(marks) > WARM_UP + 1 else marks
     return asdict(
@@ -92,9 +92,9 @@ def measure(place: Topology, values: dict[str, Any], libraries: list[str]) -> di
     )
 
 
-def _enough(place: Topology, marks: list[float]) -> bool:
+def _enough(topology: Topology, marks: list[float]) -> bool:
     """Whether the trial can end; the same on every rank."""
-    seconds = all_reduce(torch.tensor([marks[-1] - marks[0]]), place, "max").item()
+    seconds = all_reduce(torch.tensor([marks[-1] - marks[0]]), topology, "max").item()
     return len(marks) > STEPS or (len(marks) > FEWEST and seconds > LONGEST_S)
 
 

@@ -32,14 +32,14 @@ def finish(run: Run) -> dict[str, Any]:
     evaluation = run.evaluate()
     tensors = run.engine.state()
     exports: dict[str, dict[str, Any]] = {}
-    if run.place.is_first:
+    if run.topology.is_first:
         with run.recorder.phase("export"):
             exports = _export(run, tensors)
         with run.recorder.phase("report"):
             _draw(run, evaluation)
-    run.place.barrier()
+    run.topology.barrier()
     summary = _summary(run, evaluation.metrics, exports)
-    if run.place.is_first:
+    if run.topology.is_first:
         with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
             json.dump(summary, file, indent=2)
         run.recorder.event("end", summary=summary)
@@ -99,7 +99,7 @@ def _summary(
         "steps": run.total_steps,
         "classes": run.index.num_classes,
         "samples": run.samples,
-        "world_size": run.place.world_size,
+        "world_size": run.topology.world_size,
         "precision": run.engine.precision,
         "bad_samples": run.bad_samples.total.count,
         "resumed_from": progress.resumed_from,

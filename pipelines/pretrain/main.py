@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed import topology
+from mhe_dist.distributed.topology import connect
 from mhe_dist.distributed.watchdog import watched
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.base import Status
@@ -34,8 +34,8 @@ def main(config: Config, report: Report = ignore) -> dict[str, Any]:
         Stuck: a rank did not come to a collective within `scale.timeout_s`.
         Diverged: the run no longer learns (`pipelines.pretrain.rollback`).
     """
-    place = topology.connect(config.scale.timeout_s)
-    while (summary := _attempt(Run(config, place, report))) is None:
+    topology = connect(config.scale.timeout_s)
+    while (summary := _attempt(Run(config, topology, report))) is None:
         pass
     return summary
 
@@ -44,7 +44,7 @@ def _attempt(run: Run) -> dict[str, Any] | None:
     """The summary of the finished run; None: it went back to a checkpoint and must go on there."""
     status: Status = "failed"
     try:
-        with watched(run.place, run.loop.doing):
+        with watched(run.topology, run.loop.doing):
             try:
                 run.train()
             except Divergence as divergence:

@@ -42,16 +42,16 @@ def roll_back(run: Run, divergence: Divergence) -> None:
     run.saver.wait()
     if not run.store.go_back(divergence.step - 1):
         raise Diverged(f"{said}. No checkpoint is older")
-    if run.place.is_first:
+    if run.topology.is_first:
         with fsspec.open(f"{path}/skipped.json", "w") as file:
             json.dump(sorted(without), file)
-    run.place.barrier()
+    run.topology.barrier()
 
 
 def _write(run: Run, divergence: Divergence) -> str:
     """The bundle: norms per layer as they are now, and the batch of the step, read once more."""
     folder = f"{run.config.run.path}/divergence/step_{divergence.step:08d}"
-    mine = run.place.share(run.config.train.micro_batches)
+    mine = run.topology.share(run.config.train.micro_batches)
     (batch,) = Loader(run.index, run.config, mine, divergence.step, divergence.step + 1)
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.makedirs(path, exist_ok=True)
@@ -60,7 +60,7 @@ def _write(run: Run, divergence: Divergence) -> str:
         with filesystem.open(f"{path}/micro_batch_{part.index:05d}.npz", "wb") as file:
             np.savez_compressed(file, keys=np.array(part.keys), **arrays)
     tensors = run.engine.state()
-    if run.place.is_first:
+    if run.topology.is_first:
         report = {
             "step": divergence.step,
             "what": divergence.reason,

@@ -53,20 +53,20 @@ class Progress:
 class Run:
     """The parts of a run on one rank, put together."""
 
-    def __init__(self, config: Config, place: Topology, report: Report) -> None:
-        self.config, self.place = config, place
+    def __init__(self, config: Config, topology: Topology, report: Report) -> None:
+        self.config, self.topology = config, topology
         self.index = view.open_data(config.data, config.run.seed)
         self.samples = view.epoch_samples(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
-        self.engine = Engine(_initial_model(config), config, place)
-        self.head = _make_head(config, self.index, place)
+        self.engine = Engine(_initial_model(config), config, topology)
+        self.head = _make_head(config, self.index, topology)
         self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", place, _keep(config.checkpoint)
+            f"{config.run.path}/checkpoints", topology, _keep(config.checkpoint)
         )
         self.loop = Loop(
             self.engine,
             self.head,
-            place,
+            topology,
             config.train.micro_batch,
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
             self._ask,
@@ -74,11 +74,11 @@ class Run:
         self.versions = environment_tags()
         self.restart = Restart()
         self.progress, run_id, bad_samples = self._restore()
-        if place.is_first:
+        if topology.is_first:
             self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
-        self.bad_samples = BadSamples(place, config.run.path, bad_samples)
+        self.bad_samples = BadSamples(topology, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
-        self.recorder = Recorder(place, self.tracker, report, self.loop.head_time)
+        self.recorder = Recorder(topology, self.tracker, report, self.loop.head_time)
         self.guard = Guard(config.guard)
         self.saver = Saver(config.checkpoint, self.store, self.recorder)
 
@@ -111,7 +111,7 @@ class Run:
         if not cadence.wanted(self.config):
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
-            evaluation = cadence.run(self.engine.embed, self.config, self.place)
+            evaluation = cadence.run(self.engine.embed, self.config, self.topology)
         self.recorder.results(self.progress.step, evaluation.metrics)
         return evaluation
 
@@ -146,7 +146,7 @@ class Run:
 
     def _ask(self) -> Ask:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
-        save = Ask.SAVE if self.place.is_first and self.saver.overdue() else Ask.NOTHING
+        save = Ask.SAVE if self.topology.is_first and self.saver.overdue() else Ask.NOTHING
         return save | Ask.STOP if stopping.told() else save
 
     def _flush(self) -> None:
@@ -158,7 +158,7 @@ class Run:
 
     def loader(self) -> Loader:
         """The batches of the remaining steps."""
-        mine = self.place.share(self.config.train.micro_batches)
+        mine = self.topology.share(self.config.train.micro_batches)
         return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
 
     def _description(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class Run:
         """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
-            inheritance.take_over(self.config, self.head, self.place)
+            inheritance.take_over(self.config, self.head, self.topology)
             return Progress(), None, None
         found = checkpoint.run
         if found["data_digest"] == inheritance.NO_DATA:
@@ -203,12 +203,12 @@ class Run:
         self.head.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
-        if self.place.is_first:
+        if self.topology.is_first:
             config_load.save(self.config, f"{self.config.run.path}/config.yaml")
-        tracker = tracking.open_tracker(self.config, self.place.is_first, run_id)
+        tracker = tracking.open_tracker(self.config, self.topology.is_first, run_id)
         tags = self.versions | {
             "data_digest": self.index.digest,
-            "world_size": str(self.place.world_size),
+            "world_size": str(self.topology.world_size),
             "precision": self.engine.precision,
             "checkpoints": f"{self.config.run.path}/checkpoints",
         }
@@ -224,7 +224,7 @@ def _initial_model(config: Config) -> torch.nn.Module:
     return model
 
 
-def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
+def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
     folder = config.head.bank.path or f"{config.run.path}/bank"
     spec = HeadSpec(
         config.head,
@@ -235,7 +235,7 @@ def _make_head(config: Config, index: ShardIndex, place: Topology) -> Head:
         folder=folder,
         epoch_steps=view.epoch_samples(index) / config.train.global_batch,
     )
-    return build(spec, place)
+    return build(spec, topology)
 
 
 def _keep(config: CheckpointConfig) -> Keep:

@@ -46,7 +46,7 @@ def source(url: str) -> Checkpoint:
     return Checkpoint(url, int(name.removeprefix("step_")))
 
 
-def take_over(config: Config, head: Head, place: Topology) -> None:
+def take_over(config: Config, head: Head, topology: Topology) -> None:
     """Begin a new run with the rows that `head.init_from` names; all ranks must call.
 
     Rows keep their state. (The backbone: `mhe_dist.backbone.pretrained`.)
@@ -55,10 +55,10 @@ def take_over(config: Config, head: Head, place: Topology) -> None:
         UserError: they do not fit, or are not there.
     """
     if config.head.init_from:
-        take_rows(head, source(config.head.init_from), place)
+        take_rows(head, source(config.head.init_from), topology)
 
 
-def take_rows(head: Head, checkpoint: Checkpoint, place: Topology) -> None:
+def take_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
     """Give each class of `head` the row and the state that it has in a checkpoint.
 
     A class that the checkpoint does not know, or never met, keeps its first row. All ranks must
@@ -68,18 +68,18 @@ def take_rows(head: Head, checkpoint: Checkpoint, place: Topology) -> None:
         UserError: the heads are of different makes.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
-        before = _head_of(checkpoint, place, folder)
+        before = _head_of(checkpoint, topology, folder)
         refuse_unlike(before, head, checkpoint.path)
         rows = checkpoint.load(
             lambda name: name.startswith(HEAD) and before.wants(name.removeprefix(HEAD))
         )
         before.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
         assert isinstance(before, RowHead) and isinstance(head, RowHead)
-        move(before.bank, head.bank, (before.layout, head.layout), place)
+        move(before.bank, head.bank, (before.layout, head.layout), topology)
         head.norms.running = before.norms.running
 
 
-def _head_of(checkpoint: Checkpoint, place: Topology, folder: str, **changes: Any) -> Head:
+def _head_of(checkpoint: Checkpoint, topology: Topology, folder: str, **changes: Any) -> Head:
     """An empty head like that of a checkpoint, or with another `num_classes`."""
     config = _config_of(checkpoint)
     if "classes" not in checkpoint.run:
@@ -90,11 +90,11 @@ def _head_of(checkpoint: Checkpoint, place: Topology, folder: str, **changes: An
         "num_classes": checkpoint.run["classes"],
         "width": config.model.embedding_dim,
         "seed": config.run.seed,
-        "micro_batches": place.world_size,
+        "micro_batches": topology.world_size,
         "folder": folder,
         "epoch_steps": checkpoint.run["samples"] / config.train.global_batch,
     }
-    return build(HeadSpec(**(spec | changes)), place)
+    return build(HeadSpec(**(spec | changes)), topology)
 
 
 def _config_of(checkpoint: Checkpoint) -> Config:
@@ -152,10 +152,10 @@ def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
         UserError: fewer classes, or a head that cannot grow.
         RunError: it cannot be written.
     """
-    place = Topology()
+    topology = Topology()
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
-        head = _head_of(checkpoint, place, folder, num_classes=num_classes)
-        take_rows(head, checkpoint, place)
+        head = _head_of(checkpoint, topology, folder, num_classes=num_classes)
+        take_rows(head, checkpoint, topology)
         state = {HEAD + name: tensor for name, tensor in head.state().items()}
         backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD))
         run = checkpoint.run | {
@@ -165,7 +165,7 @@ def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
             "run_id": None,
             "grown_from": checkpoint.path,
         }
-        store = CheckpointStore(root, place, Keep(last=1 << 30))
+        store = CheckpointStore(root, topology, Keep(last=1 << 30))
         store.save(checkpoint.step, backbone | state, {}, run)
         saved = store.wait()
     if saved is None or saved.error is not None:

@@ -139,7 +139,7 @@ def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
     return embeddings, labels
 
 
-def run(place: Topology, job: Job) -> dict[str, Tensor]:
+def run(topology: Topology, job: Job) -> dict[str, Tensor]:
     """Run a job on this rank's micro-batches as the loop would, the engine's scaling included.
 
     Returns:
@@ -151,34 +151,34 @@ def run(place: Topology, job: Job) -> dict[str, Tensor]:
             patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
             for module in (across, pairs, softmax):
                 patches.enter_context(mock.patch.object(module, "LOGITS_BYTES", 2000))
-        return _run(place, job)
+        return _run(topology, job)
 
 
-def _run(place: Topology, job: Job) -> dict[str, Tensor]:
+def _run(topology: Topology, job: Job) -> dict[str, Tensor]:
     torch.manual_seed(0)
     embeddings, labels = job.inputs()
-    head = build(job.spec(), place)
+    head = build(job.spec(), topology)
     if job.state:
         head.load_state({name: t for name, t in job.state.items() if head.wants(name)})
-    k = job.micro_batches // place.world_size
+    k = job.micro_batches // topology.world_size
     losses, grads, classes_seen, accuracy = [], [], [], []
     for step in range(*job.steps):
         head.plan(step, labels[step])
         outputs, step_grads = [], []
-        for index in place.share(job.micro_batches):
+        for index in topology.share(job.micro_batches):
             there = (labels[step, index] != NO_SAMPLE).view(embeddings.shape[2], -1).any(1)
             x = embeddings[step, index][there].to(job.dtype).requires_grad_()
             output = head(x, labels[step, index][there])
             (output.loss / k).backward()
             outputs.append(output)
             step_grads.append(torch.zeros(len(there), WIDTH, dtype=job.dtype))
-            step_grads[-1][there] = x.grad / place.world_size
+            step_grads[-1][there] = x.grad / topology.world_size
         head.step(LR)
-        losses.append(torch.stack([o.loss.detach() for o in outputs]).mean() / place.world_size)
+        losses.append(torch.stack([o.loss.detach() for o in outputs]).mean() / topology.world_size)
         seen = torch.stack([o.metrics["classes_seen"] for o in outputs])
-        classes_seen.append(seen.mean() / place.world_size)
+        classes_seen.append(seen.mean() / topology.world_size)
         correct = torch.stack([o.metrics["accuracy"] for o in outputs])
-        accuracy.append(correct.mean() / place.world_size)
+        accuracy.append(correct.mean() / topology.world_size)
         grads.append(torch.stack(step_grads))
     result = {
         "losses": torch.stack(losses),
@@ -188,14 +188,14 @@ def _run(place: Topology, job: Job) -> dict[str, Tensor]:
         **{name: tensor for name, tensor in head.state().items() if head.wants(name)},
     }
     if job.predict:
-        mine = embeddings[-1, place.share(job.micro_batches)].flatten(0, 1)
+        mine = embeddings[-1, topology.share(job.micro_batches)].flatten(0, 1)
         result["classes"], result["scores"] = head.predict(mine.to(job.dtype), job.predict)
     return result
 
 
-def run_all(place: Topology, jobs: list[Job]) -> list[dict[str, Tensor]]:
+def run_all(topology: Topology, jobs: list[Job]) -> list[dict[str, Tensor]]:
     """Run several jobs, to pay for the start of the ranks once."""
-    return [run(place, job) for job in jobs]
+    return [run(topology, job) for job in jobs]
 
 
 def run_on(world_size: int, jobs: list[Job]) -> list[list[dict[str, Tensor]]]:

@@ -43,27 +43,28 @@ def group_rows(group: int, step: int) -> Tensor:
     return torch.full((3 * group, 2), float(group + 100 * step))
 
 
-def owned(place: Topology, step: int) -> dict[str, Tensor]:
-    return {f"head/rows/{g}/weight": group_rows(g, step) for g in place.share(GROUPS)}
+def owned(topology: Topology, step: int) -> dict[str, Tensor]:
+    return {f"head/rows/{g}/weight": group_rows(g, step) for g in topology.share(GROUPS)}
 
 
-def save(place: Topology, root: str, steps: list[int], keep_last: int = 2) -> list[Any]:
-    store = CheckpointStore(root, place, Keep(keep_last))
+def save(topology: Topology, root: str, steps: list[int], keep_last: int = 2) -> list[Any]:
+    store = CheckpointStore(root, topology, Keep(keep_last))
     ends = [
-        store.save(s, replicated(s), owned(place, s), {"step": s, "by": place.rank}) for s in steps
+        store.save(s, replicated(s), owned(topology, s), {"step": s, "by": topology.rank})
+        for s in steps
     ]
     ends.append(store.wait())
     assert store.wait() is None
     return [[e.step, e.bytes, e.error] for e in ends if e is not None]
 
 
-def load(place: Topology, root: str) -> dict[str, Any]:
+def load(topology: Topology, root: str) -> dict[str, Any]:
     """What this rank's share is, read selectively."""
-    store = CheckpointStore(root, place)
+    store = CheckpointStore(root, topology)
     checkpoint = store.newest()
     if checkpoint is None:
         return {"step": None, "rejected": store.rejected}
-    mine = {f"head/rows/{g}/weight" for g in place.share(GROUPS)}
+    mine = {f"head/rows/{g}/weight" for g in topology.share(GROUPS)}
     tensors = checkpoint.load(lambda name: name in mine or not name.startswith("head/"))
     shapes = {name: list(shape) for name, (shape, _) in checkpoint.names().items()}
     return {
@@ -194,10 +195,10 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage) ->
     assert reason in result["rejected"]["step_00000002"]
 
 
-def load_then_save_again(place: Topology, root: str) -> dict[str, Any]:
-    store = CheckpointStore(root, place)
+def load_then_save_again(topology: Topology, root: str) -> dict[str, Any]:
+    store = CheckpointStore(root, topology)
     before = store.newest()
-    store.save(2, replicated(2), owned(place, 2), {})
+    store.save(2, replicated(2), owned(topology, 2), {})
     store.wait()
     after = store.newest()
     assert before is not None and after is not None
@@ -276,20 +277,20 @@ class FullDisk(MemoryFileSystem):
 REFUSED = ["__1_0.distcp", ".metadata", "manifest.json"]
 
 
-def save_to_a_full_disk(place: Topology) -> list[list[Any]]:
+def save_to_a_full_disk(topology: Topology) -> list[list[Any]]:
     """Memory is each rank's own here, so nothing is looked for afterwards."""
     fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
-    store = CheckpointStore("fulldisk://run", place)
+    store = CheckpointStore("fulldisk://run", topology)
     results = []
     for step, refused in enumerate(REFUSED):
         FullDisk.refused = refused
-        store.save(2 * step, replicated(1), owned(place, 1), {})
+        store.save(2 * step, replicated(1), owned(topology, 1), {})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             failed = store.wait()
         told = [str(w.message) for w in caught if w.category is CheckpointWarning]
         FullDisk.refused = ""
-        store.save(2 * step + 1, replicated(2), owned(place, 2), {})
+        store.save(2 * step + 1, replicated(2), owned(topology, 2), {})
         good = store.wait()
         assert failed is not None and good is not None
         results.append([failed.error, told, good.error])

@@ -23,14 +23,14 @@ from tests import tiny
 STEPS = 30
 
 
-def go_on(place: Topology, config: dict[str, Any], until: int) -> list[str]:
+def go_on(topology: Topology, config: dict[str, Any], until: int) -> list[str]:
     """Train until all are told to stop, after step `until`; tensors that loading changed."""
 
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "metrics" and event["step"] >= until:
             stopping.stop()
 
-    changed = loaded_otherwise(place, config)
+    changed = loaded_otherwise(topology, config)
     try:
         pretrain.main(Config.model_validate(config), report)
     except Preempted:
@@ -40,9 +40,9 @@ def go_on(place: Topology, config: dict[str, Any], until: int) -> list[str]:
     return changed
 
 
-def loaded_otherwise(place: Topology, config: dict[str, Any]) -> list[str]:
+def loaded_otherwise(topology: Topology, config: dict[str, Any]) -> list[str]:
     """Tensors of the newest checkpoint that this rank's freshly loaded state does not equal."""
-    run = Run(Config.model_validate(config), place, ignore)
+    run = Run(Config.model_validate(config), topology, ignore)
     run.tracker.close()
     newest = run.store.newest()
     if newest is None:

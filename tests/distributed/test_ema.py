@@ -34,14 +34,14 @@ def test_the_average_by_hand_and_its_place() -> None:
     assert averaged(state) == {"a": 1, "b": 3}
 
 
-def train_twice(place: Topology, whole: dict, resumed: dict) -> bool:
+def train_twice(topology: Topology, whole: dict, resumed: dict) -> bool:
     """A run of six steps, and the same from the checkpoint of its third."""
     pretrain.main(Config.model_validate(whole))
-    if place.is_first:
+    if topology.is_first:
         step = "checkpoints/step_00000003"
         config = Config.model_validate(resumed)
         shutil.copytree(f"{whole['run']['dir']}/whole/{step}", f"{config.run.path}/{step}")
-    place.barrier()
+    topology.barrier()
     pretrain.main(Config.model_validate(resumed))
     return True
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed import topology
-from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.topology import Topology, disconnect
 from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import UserError
 
@@ -72,11 +71,11 @@ def loss_of(embeddings: Tensor, index: int) -> Tensor:
     return (embeddings - target).square().sum(1).mean()
 
 
-def train(engine: Engine, place: Topology, steps: range) -> list[Tensor]:
+def train(engine: Engine, topology: Topology, steps: range) -> list[Tensor]:
     norms = []
     for step in steps:
         batches = images_of(step)
-        for index in place.share(N):
+        for index in topology.share(N):
             engine.backward(loss_of(engine.forward(batches[index], step, index), index))
         engine.step(LR / (step + 1))
         norm = engine.grad_norm()
@@ -85,9 +84,9 @@ def train(engine: Engine, place: Topology, steps: range) -> list[Tensor]:
     return norms
 
 
-def run(place: Topology, changes: dict[str, Any], steps: int, dropout: float = 0.0) -> dict:
-    engine = Engine(make_net(dropout), make_config(**changes), place)
-    norms = train(engine, place, range(steps))
+def run(topology: Topology, changes: dict[str, Any], steps: int, dropout: float = 0.0) -> dict:
+    engine = Engine(make_net(dropout), make_config(**changes), topology)
+    norms = train(engine, topology, range(steps))
     return {"state": engine.state(), "norms": norms, "embed": engine.embed(images_of(99)[0])}
 
 
@@ -150,18 +149,18 @@ CASES: dict[str, dict[str, Any]] = {
 STAGES = [0, 1, 2, 3]
 
 
-def run_cases(place: Topology) -> dict[tuple[str, int], dict]:
+def run_cases(topology: Topology) -> dict[tuple[str, int], dict]:
     return {
-        (name, stage): run(place, case | {"scale.zero_stage": stage}, 4)
+        (name, stage): run(topology, case | {"scale.zero_stage": stage}, 4)
         for name, case in CASES.items()
         for stage in STAGES
     }
 
 
-def run_with_dropout(place: Topology) -> dict[int, dict[str, Tensor]]:
+def run_with_dropout(topology: Topology) -> dict[int, dict[str, Tensor]]:
     """The state at each ZeRO stage, with gradients that are clipped in some steps."""
     changes = CASES["clipped"]
-    runs = {stage: run(place, changes | {"scale.zero_stage": stage}, 4, 0.5) for stage in STAGES}
+    runs = {stage: run(topology, changes | {"scale.zero_stage": stage}, 4, 0.5) for stage in STAGES}
     return {stage: result["state"] for stage, result in runs.items()}
 
 
@@ -201,52 +200,52 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def other_engine(place: Topology, kind: str, stage: int) -> Engine:
+def other_engine(topology: Topology, kind: str, stage: int) -> Engine:
     """An engine whose model starts elsewhere."""
     net = make_net()
     with torch.no_grad():
         for tensor in (*net.parameters(), net.norm.running_mean, net.norm.running_var):
             tensor.add_(7.0)
-    return Engine(net, make_config(**{"optim.kind": kind, "scale.zero_stage": stage}), place)
+    return Engine(net, make_config(**{"optim.kind": kind, "scale.zero_stage": stage}), topology)
 
 
-def go_round_the_stages(place: Topology, kind: str) -> dict[str, dict[str, Tensor]]:
+def go_round_the_stages(topology: Topology, kind: str) -> dict[str, dict[str, Tensor]]:
     """Hand the state from stage to stage, train a step on each, and never hand it on."""
     stages = [0, 1, 2, 3, 1, 0]
     first = Engine(
-        make_net(), make_config(**{"optim.kind": kind, "scale.zero_stage": stages[0]}), place
+        make_net(), make_config(**{"optim.kind": kind, "scale.zero_stage": stages[0]}), topology
     )
     stays, goes = first, first
-    fresh = other_engine(place, kind, 3)
+    fresh = other_engine(topology, kind, 3)
     fresh.load_state(first.state())
     equal(fresh.state(), first.state())
     for step, stage in enumerate(stages[1:]):
         state = goes.state()
-        goes = other_engine(place, kind, stage)
+        goes = other_engine(topology, kind, stage)
         goes.load_state(state)
         equal(goes.state(), state)
-        train(goes, place, range(step, step + 1))
-    train(stays, place, range(len(stages) - 1))
+        train(goes, topology, range(step, step + 1))
+    train(stays, topology, range(len(stages) - 1))
     equal(goes.state(), stays.state())
     return {"state": goes.state(), "embed": {"": goes.embed(images_of(9)[0])}}
 
 
-def take_over(place: Topology, kind: str, stage: int, before: dict) -> None:
-    engine = other_engine(place, kind, stage)
+def take_over(topology: Topology, kind: str, stage: int, before: dict) -> None:
+    engine = other_engine(topology, kind, stage)
     engine.load_state(before["state"])
     equal(engine.state(), before["state"])
     torch.testing.assert_close(engine.embed(images_of(9)[0]), before["embed"][""])
 
 
-def take_over_all(place: Topology, befores: dict[str, dict]) -> bool:
+def take_over_all(topology: Topology, befores: dict[str, dict]) -> bool:
     for kind, before in befores.items():
         for stage in STAGES:
-            take_over(place, kind, stage, before)
+            take_over(topology, kind, stage, before)
     return True
 
 
-def go_round_both(place: Topology) -> dict[str, dict]:
-    return {kind: go_round_the_stages(place, kind) for kind in ["sgd", "adamw"]}
+def go_round_both(topology: Topology) -> dict[str, dict]:
+    return {kind: go_round_the_stages(topology, kind) for kind in ["sgd", "adamw"]}
 
 
 def test_state_moves_bit_exactly_between_stages_and_ranks(run_distributed) -> None:
@@ -270,12 +269,12 @@ def refusal(engine: Engine, tensors: dict[str, Tensor]) -> str:
 
 def alone(_: Topology) -> dict[Any, Any]:
     """What needs no second rank, in a process without a process group."""
-    topology.disconnect()
-    place = Topology()
+    disconnect()
+    topology = Topology()
     images = images_of(0)
     results: dict[Any, Any] = {}
 
-    engine = Engine(make_net(0.5), make_config(), place)
+    engine = Engine(make_net(0.5), make_config(), topology)
     results["norm before a step"] = engine.grad_norm()
     one = engine.forward(images[0], 3, 0).detach()
     torch.rand(17)
@@ -286,17 +285,17 @@ def alone(_: Topology) -> dict[Any, Any]:
     with pytest.raises(RuntimeError, match="after 1 of this rank's 6 micro-batches"):
         engine.step(0.1)
 
-    engine = Engine(make_net(), make_config(), place)
+    engine = Engine(make_net(), make_config(), topology)
     state = engine.state()
     results["missing"] = refusal(engine, {n: t for n, t in state.items() if n != "model.fc.bias"})
     results["shape"] = refusal(engine, state | {"model.fc.weight": torch.zeros(6, 7)})
-    adamw = Engine(make_net(), make_config(**{"optim.kind": "adamw"}), place)
+    adamw = Engine(make_net(), make_config(**{"optim.kind": "adamw"}), topology)
     results["optimizer"] = refusal(adamw, state)
 
     for stage in STAGES:
         changes = {"train.precision": "bf16", "scale.zero_stage": stage}
-        engine = Engine(make_net(), make_config(**changes), place)
-        train(engine, place, range(4))
+        engine = Engine(make_net(), make_config(**changes), topology)
+        train(engine, topology, range(4))
         plain = make_net()
         state = engine.state()
         plain.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
@@ -335,15 +334,15 @@ def test_one_rank_alone(run_distributed) -> None:
         )
 
 
-def meet(place: Topology) -> dict[str, Any]:
-    engine = Engine(make_net(), make_config(), place)
+def meet(topology: Topology) -> dict[str, Any]:
+    engine = Engine(make_net(), make_config(), topology)
     mean = dict(engine.model.named_buffers())["norm.running_mean"]
-    engine.forward(images_of(0)[place.rank], 0, place.rank)
+    engine.forward(images_of(0)[topology.rank], 0, topology.rank)
     apart = mean.clone()
     with pytest.raises(RuntimeError, match="within a step"):
         engine.embed(images_of(0)[0])
-    engine = Engine(make_net(), make_config(), place)
-    train(engine, place, range(1))
+    engine = Engine(make_net(), make_config(), topology)
+    train(engine, topology, range(1))
     mean = dict(engine.model.named_buffers())["norm.running_mean"]
     together = mean.clone()
     engine.embed(images_of(0)[0])

@@ -31,25 +31,25 @@ CONFIGS = {
 }
 
 
-def _steps(place: Topology, changes: dict) -> dict[str, Tensor]:
+def _steps(topology: Topology, changes: dict) -> dict[str, Tensor]:
     """The head's state after some steps."""
     rng = torch.Generator().manual_seed(1)
     shape = (STEPS, MICRO_BATCHES, BATCH)
     labels = torch.randint(0, CLASSES, shape, generator=rng)
     embeddings = torch.randn(*shape, WIDTH, generator=rng)
     config = HeadConfig.model_validate({"groups": 6} | changes)
-    head = build(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), place)
+    head = build(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), topology)
     for step in range(STEPS):
         head.plan(step, labels[step])
-        for i in place.share(MICRO_BATCHES):
+        for i in topology.share(MICRO_BATCHES):
             x = embeddings[step, i].clone().requires_grad_()
             head(x, labels[step, i]).loss.backward()
         head.step(0.1)
     return {name: tensor for name, tensor in head.state().items() if head.wants(name)}
 
 
-def _all_steps(place: Topology) -> list[dict[str, Tensor]]:
-    return [_steps(place, changes) for changes in CONFIGS.values()]
+def _all_steps(topology: Topology) -> list[dict[str, Tensor]]:
+    return [_steps(topology, changes) for changes in CONFIGS.values()]
 
 
 @pytest.fixture(scope="module")

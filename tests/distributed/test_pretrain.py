@@ -36,7 +36,7 @@ class Stopped(Exception):
     """What ends a run half-way in these tests."""
 
 
-def run_rank(place: Topology, config: dict, stop_at: int) -> bool:
+def run_rank(topology: Topology, config: dict, stop_at: int) -> bool:
     """One rank of a run; with `stop_at`, it dies when the first rank's record reaches that step."""
 
     def report(event: dict) -> None:
@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_same_run(
     assert tiny.differing(config, undisturbed) == []
 
 
-def run_preempted(place: Topology, config: dict) -> str:
+def run_preempted(topology: Topology, config: dict) -> str:
     """The last rank is told to stop while the first window of steps is trained."""
 
     def report(event: dict) -> None:
@@ -106,10 +106,10 @@ def run_preempted(place: Topology, config: dict) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
 
     stopping.listen()
-    if place.rank == place.world_size - 1 > 0:
+    if topology.rank == topology.world_size - 1 > 0:
         os.kill(os.getpid(), signal.SIGTERM)
     try:
-        pretrain.main(Config.model_validate(config), report if place.world_size == 1 else print)
+        pretrain.main(Config.model_validate(config), report if topology.world_size == 1 else print)
     except Preempted as stop:
         return str(stop)
     return ""
@@ -134,7 +134,7 @@ def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
         assert tiny.per_step(config) == tiny.per_step(undisturbed)
 
 
-def run_with_a_poisoned_step(place: Topology, config: dict) -> list[dict]:
+def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:
     """Step 13 makes the network's output infinite, whenever it is trained on."""
     forward = Engine.forward
 

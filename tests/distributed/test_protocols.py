@@ -19,7 +19,7 @@ def network() -> torch.nn.Module:
     ).eval()
 
 
-def figures(place: Topology, bin_file: str, root: str) -> list[dict[str, float]]:
+def figures(topology: Topology, bin_file: str, root: str) -> list[dict[str, float]]:
     """What this rank knows of both protocols."""
     net = network()
 
@@ -28,8 +28,8 @@ def figures(place: Topology, bin_file: str, root: str) -> list[dict[str, float]]
             return net(images.float() / 255 - 0.5)
 
     sets = pair_sets.load_bins([bin_file])
-    found = [each.flat() for each in pair_sets.verify(embed, sets, place, 16, True, False)]
-    result = protocol.evaluate(embed, ijb.load(root), place, 16)
+    found = [each.flat() for each in pair_sets.verify(embed, sets, topology, 16, True, False)]
+    result = protocol.evaluate(embed, ijb.load(root), topology, 16)
     return found if result is None else [*found, result.flat()]
 
 

@@ -24,7 +24,7 @@ from tests.conftest import run_ranks
 GROWN = 40
 
 
-def rows_of(head: Any, place: Topology) -> dict[str, Tensor]:
+def rows_of(head: Any, topology: Topology) -> dict[str, Tensor]:
     """Fields of this rank's classes `[C, D]`, by class; NaN for the classes of other ranks."""
     assert isinstance(head, RowHead)
     units, slots = head.layout.locate(torch.arange(head.spec.num_classes))
@@ -38,17 +38,17 @@ def rows_of(head: Any, place: Topology) -> dict[str, Tensor]:
     return found
 
 
-def train(place: Topology, config: dict[str, Any]) -> None:
+def train(topology: Topology, config: dict[str, Any]) -> None:
     pretrain.main(Config.model_validate(config))
 
 
-def begin(place: Topology, config: dict[str, Any]) -> dict[str, Any]:
+def begin(topology: Topology, config: dict[str, Any]) -> dict[str, Any]:
     """What a run holds before its first step."""
-    run = Run(Config.model_validate(config), place, ignore)
+    run = Run(Config.model_validate(config), topology, ignore)
     run.tracker.close()
     return {
         "step": run.progress.step,
-        "rows": rows_of(run.head, place),
+        "rows": rows_of(run.head, topology),
         "state": run.engine.state(),
     }
 

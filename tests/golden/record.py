@@ -17,7 +17,7 @@ LOSSES = Path(__file__).with_name("losses.json")
 STEPS = 20
 
 
-def train(place: Topology, config: dict[str, Any]) -> bool:
+def train(topology: Topology, config: dict[str, Any]) -> bool:
     """One rank of the run."""
     pretrain.main(Config.model_validate(config))
     return True

@@ -59,8 +59,8 @@ def heldout(
     """
     from pipelines.evaluate import heldout as protocol
 
-    place = join()
-    found = load(run, place.device)
+    topology = join()
+    found = load(run, topology.device)
     config = found.config
     if shards:
         config.evaluate.shards = shards
@@ -69,9 +69,9 @@ def heldout(
         config.evaluate.flip = flip
     if not config.evaluate.shards:
         raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
-    with busy(place, f"evaluating {found.checkpoint}"):
-        metrics, details = protocol.run(found.embed, config, place)
-    if not place.is_first:
+    with busy(topology, f"evaluating {found.checkpoint}"):
+        metrics, details = protocol.run(found.embed, config, topology)
+    if not topology.is_first:
         return
     table = Table(title=f"{found.checkpoint} on {config.evaluate.shards}", show_header=False)
     for name, value in accuracies(metrics):
@@ -110,14 +110,16 @@ def verification(
     paths = [*(sets or []), *(more or [])]
     if not paths and not pairs:
         raise UserError("name the sets: --sets lfw.bin cfp_fp.bin ..., or --pairs FILE.csv")
-    place = join()
+    topology = join()
     loaded = pair_sets.load_bins(paths)
     if pairs:
         loaded.append(pair_sets.load_table(pairs, images))
-    found = load(run, place.device)
-    with busy(place, f"embedding {sum(each.images.count for each in loaded):,} images"):
-        results = pair_sets.verify(found.embed, loaded, place, found.config.data.image_size, flip)
-    if not place.is_first:
+    found = load(run, topology.device)
+    with busy(topology, f"embedding {sum(each.images.count for each in loaded):,} images"):
+        results = pair_sets.verify(
+            found.embed, loaded, topology, found.config.data.image_size, flip
+        )
+    if not topology.is_first:
         return
     console.out.print(_verified(found.checkpoint, results))
     plain = {each.name: each.plain() for each in results}
@@ -142,11 +144,11 @@ def ijb(
     from pipelines.evaluate import ijb as protocol
     from pipelines.evaluate.sets import ijb_files as source
 
-    place = join()
+    topology = join()
     files = source.load(root)
-    found = load(run, place.device)
-    with busy(place, f"embedding {files.count:,} faces of {root}"):
-        result = protocol.evaluate(found.embed, files, place, found.config.data.image_size)
+    found = load(run, topology.device)
+    with busy(topology, f"embedding {files.count:,} faces of {root}"):
+        result = protocol.evaluate(found.embed, files, topology, found.config.data.image_size)
     if result is None:
         return
     console.out.print(_ijb(f"{found.checkpoint} on {root}", result))

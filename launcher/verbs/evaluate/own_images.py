@@ -36,13 +36,13 @@ def identification(
     """
     from pipelines.evaluate import own_images as protocol
 
-    place = join()
-    found = load(run, place.device)
+    topology = join()
+    found = load(run, topology.device)
     if flip is None:
         flip = found.config.evaluate.flip
-    with busy(place, f"embedding {images}"):
+    with busy(topology, f"embedding {images}"):
         result = protocol.evaluate(
-            *(found.embed, images, place, found.config.data.image_size, flip),
+            *(found.embed, images, topology, found.config.data.image_size, flip),
             FARS if all_pairs else (),
         )
     if result is None:
@@ -76,11 +76,11 @@ def probe(
     """
     from pipelines.evaluate import probe as protocol
 
-    place = join()
-    found = load(run, place.device)
-    with busy(place, f"embedding {images}"):
+    topology = join()
+    found = load(run, topology.device)
+    with busy(topology, f"embedding {images}"):
         result = protocol.evaluate(
-            found.embed, images, test, place, found.config.data.image_size, k
+            found.embed, images, test, topology, found.config.data.image_size, k
         )
     if result is None:
         return

@@ -30,16 +30,16 @@ Log = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures
 
 def join() -> Topology:
     """This process among those that torchrun started, or alone."""
-    from mhe_dist.distributed import topology
+    from mhe_dist.distributed.topology import Topology, connect, default_device
 
     if "RANK" in os.environ:
-        return topology.connect()
-    return topology.Topology(device=topology.default_device())
+        return connect()
+    return Topology(device=default_device())
 
 
-def busy(place: Topology, what: str) -> AbstractContextManager[Any]:
+def busy(topology: Topology, what: str) -> AbstractContextManager[Any]:
     """A spinner on the first rank's terminal."""
-    return console.out.status(escape(what)) if place.is_first else nullcontext()
+    return console.out.status(escape(what)) if topology.is_first else nullcontext()
 
 
 def keep(

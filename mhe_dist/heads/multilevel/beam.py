@@ -66,7 +66,7 @@ class LevelPass:
         self.head, self.level, self.beam, self.golds = head, level, beam, golds
         self._features = features
         self.device, objective, scale = features.device, head.objective, head.margin.scale
-        self.exchange = Exchange(beam.prefixes, golds, level.layout, level.place)
+        self.exchange = Exchange(beam.prefixes, golds, level.layout, level.topology)
         self._samples = self.exchange.samples.to(self.device)
         self._columns = self.exchange.columns.to(self.device)
         self.present = (golds >= 0).to(self.device)

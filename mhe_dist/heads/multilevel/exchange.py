@@ -46,17 +46,21 @@ class Exchange:
         units: int64 `[B, k]` on the host, distinct units of each sample; -1 for none.
         golds: int64 `[B, K]` on the host, global classes; -1 for none.
         layout: which unit and group a class is in.
-        place: the ranks.
+        topology: the ranks.
 
     Attributes:
         samples, columns: place in `units` of this rank's pairs `[p]`, by owner, on the host.
         pairs: what arrived here, `n` pairs.
     """
 
-    def __init__(self, units: Tensor, golds: Tensor, layout: LabelLayout, place: Topology) -> None:
-        self.place, self.batch = place, len(units)
+    def __init__(
+        self, units: Tensor, golds: Tensor, layout: LabelLayout, topology: Topology
+    ) -> None:
+        self.topology, self.batch = topology, len(units)
         samples, columns = (units >= 0).nonzero(as_tuple=True)
-        owner = owner_of(layout.group_of(units[samples, columns]), layout.groups, place.world_size)
+        owner = owner_of(
+            layout.group_of(units[samples, columns]), layout.groups, topology.world_size
+        )
         order = torch.argsort(owner, stable=True)
         owner, self.samples, self.columns = owner[order], samples[order], columns[order]
         unit = units[self.samples, self.columns]
@@ -77,27 +81,27 @@ class Exchange:
     def features(self, rows: Tensor) -> Tensor:
         """Features `[s, D]` that the arrived pairs refer to, of this rank's `[B, D]`."""
         carried = rows[self._carried.to(rows.device)]
-        return all_to_all(carried, self._carry, self._carried_here, self.place)
+        return all_to_all(carried, self._carry, self._carried_here, self.topology)
 
     def gradient(self, rows: Tensor) -> Tensor:
         """Gradients `[s, D]` of what `features` gave -> of this rank's features `[B, D]`."""
-        returned = all_to_all(rows, self._carried_here, self._carry, self.place)
+        returned = all_to_all(rows, self._carried_here, self._carry, self.topology)
         return sum_by(self._carried, returned, self.batch)
 
     def ask(self, values: Tensor) -> Tensor:
         """Send a row for each of this rank's pairs: `[p, ...]` -> `[n, ...]` as `pairs` lie."""
-        return all_to_all(values, self._send, self._receive, self.place)
+        return all_to_all(values, self._send, self._receive, self.topology)
 
     def answer(self, values: Tensor) -> Tensor:
         """The other way: `[n, ...]` as `pairs` lie -> `[p, ...]`."""
-        return all_to_all(values, self._receive, self._send, self.place)
+        return all_to_all(values, self._receive, self._send, self.topology)
 
     def _counts(self, owner: Tensor) -> list[int]:
-        return torch.bincount(owner, minlength=self.place.world_size).tolist()
+        return torch.bincount(owner, minlength=self.topology.world_size).tolist()
 
     def _meet(self, send: list[int]) -> list[int]:
-        ones = [1] * self.place.world_size
-        return all_to_all(torch.tensor(send), ones, ones, self.place).tolist()
+        ones = [1] * self.topology.world_size
+        return all_to_all(torch.tensor(send), ones, ones, self.topology).tolist()
 
 
 class PairScores(NamedTuple):

@@ -108,7 +108,7 @@ class SharedLevel:
 
     Attributes:
         layout: one head that holds all classes of the level.
-        place: the rank alone, since its samples meet the unit here.
+        topology: the rank alone, since its samples meet the unit here.
         bank: where the unit's rows are.
     """
 
@@ -121,7 +121,7 @@ class SharedLevel:
         topology: Topology,
     ) -> None:
         self.layout = LabelLayout(classes, classes, 1, 0)
-        self.place = Topology(device=topology.device)
+        self.topology = Topology(device=topology.device)
         self.normalised = spec.config.margin.kind != "none"
         initial = initial_rows(purpose, self.layout, spec)
         width = spec.width + (not self.normalised)
@@ -160,7 +160,7 @@ class ShardedLevel:
     Attributes:
         layout: unit u holds the classes `[u * L, (u + 1) * L)`; the last has padding. (Its
             permutation is not used: the children of a parent are known by their digits.)
-        place: the ranks.
+        topology: the ranks.
         bank: the units of this rank's groups.
     """
 
@@ -172,7 +172,7 @@ class ShardedLevel:
         spec: HeadSpec,
         topology: Topology,
     ) -> None:
-        self.layout, self.place, self.optimizer = layout, topology, optimizer
+        self.layout, self.topology, self.optimizer = layout, topology, optimizer
         self.normalised = spec.config.margin.kind != "none"
         self.groups = topology.share(layout.groups)
         units = [layout.group_heads(group) for group in self.groups]

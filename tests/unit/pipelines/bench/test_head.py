@@ -58,9 +58,9 @@ def test_cases_take_turns_in_the_same_processes() -> None:
     assert min(seconds) > 0
 
 
-def _send(place: Topology) -> int:
+def _send(topology: Topology) -> int:
     with Traffic() as traffic:
-        all_to_all(torch.zeros(3, 5), [1, 2], [1 + place.rank, 1 + place.rank], place)
+        all_to_all(torch.zeros(3, 5), [1, 2], [1 + topology.rank, 1 + topology.rank], topology)
     return traffic.bytes
 
 

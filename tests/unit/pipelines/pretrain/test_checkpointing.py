@@ -31,11 +31,11 @@ class Scene:
     """A saver, and everything that it says."""
 
     def __init__(self, root: Path, **config: Any) -> None:
-        place = Topology()
+        topology = Topology()
         self.events: list[dict[str, Any]] = []
         self.now, self.notes = 0.0, Notes()
-        recorder = Recorder(place, self.notes, self.events.append, Stopwatch(place.device))
-        store = CheckpointStore(str(root), place)
+        recorder = Recorder(topology, self.notes, self.events.append, Stopwatch(topology.device))
+        store = CheckpointStore(str(root), topology)
         self.saver = Saver(CheckpointConfig(**config), store, recorder, lambda: self.now)
 
     def save(self, step: int) -> None:

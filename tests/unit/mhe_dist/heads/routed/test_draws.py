@@ -24,7 +24,10 @@ STEPS, SEED = 4000, 11
 
 
 def head(
-    place: Topology | None = None, classes: int = 46, folder: Path | None = None, **changes: object
+    topology: Topology | None = None,
+    classes: int = 46,
+    folder: Path | None = None,
+    **changes: object,
 ) -> RowHead:
     values = {
         "kind": "mhs",
@@ -34,7 +37,7 @@ def head(
     for key, value in changes.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     config = HeadConfig.model_validate(values)
-    return build(HeadSpec(config, classes, 3, SEED, 6, folder=folder), place or Topology())
+    return build(HeadSpec(config, classes, 3, SEED, 6, folder=folder), topology or Topology())
 
 
 def check_uniform(draws: list[Tensor], numbers: list[int], size: int) -> None:
