@@ -1,8 +1,12 @@
-"""DESIGN section 3: arrows point one way, each thing has one owner, the loop fits the eye."""
+"""DESIGN section 3: arrows point one way, each thing has one owner, every room fits the eye.
+
+Every import counts: those inside functions and those for type checkers, too.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,27 +14,59 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("launcher", "benchmarks", "pipelines", "mhe_dist")  # an import may go right, never left
-BOTTOM = (
-    "config",
-    "config_data",
-    "config_head",
-    "config_section",
-    "labels",
-    "margins",
-    "schedule",
-    "seeds",
-    "retention",
-)
-MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-
-
-def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-NAMES = {name_of(path) for path in MODULES}
+FLOORS = ("launcher", "pipelines", "mhe_dist")  # an import may go right, never left
+# What each room may import of its own floor, from the ground up. A room is a folder below a floor,
+# with the folders in it, or a file that stands on the floor alone.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "mhe_dist": {
+        "errors": set(),
+        "seeds": set(),
+        "redact": set(),
+        "distributed": {"errors"},
+        "config": {"errors", "redact"},
+        "checkpoint": {"errors", "distributed"},
+        "bank": {"seeds", "config", "distributed"},
+        "backbone": {"errors", "seeds", "config", "checkpoint", "distributed"},
+        "tracking": {"errors", "redact", "config"},
+        "heads": {"errors", "seeds", "bank", "config", "distributed"},
+        "engine": {"errors", "seeds", "backbone", "checkpoint", "config", "distributed"},
+        "train": {"errors", "seeds", "heads", "config", "distributed"},
+    },
+    "pipelines": {
+        "storage": set(),
+        "shards": {"storage"},
+        "data": {"shards", "storage"},
+        "runs": {"shards", "storage"},
+        "loader": {"data", "shards", "storage"},
+        "sources": {"data", "shards", "storage"},
+        "evaluate": {"sources", "data", "shards", "storage"},
+        "report": {"evaluate", "data", "shards", "storage"},
+        "pretrain": {"report", "evaluate", "runs", "loader", "data", "shards", "storage"},
+        "bench": {"report", "loader", "data", "shards", "storage"},
+    },
+    "launcher": {
+        "events": set(),
+        "signals": set(),
+        "terminal": {"events"},
+        "ray_cluster": {"events", "signals"},
+        "kubernetes": {"ray_cluster"},
+        "preflight": {"terminal", "ray_cluster"},
+        "reproduce": set(),
+        "execute": {"events", "ray_cluster", "preflight"},
+        "job": {"events", "signals", "terminal", "ray_cluster", "preflight", "execute"},
+        "verbs": {
+            *("events", "signals", "terminal", "ray_cluster"),
+            *("kubernetes", "preflight", "reproduce", "execute"),
+        },
+        "cli": {"terminal", "verbs"},
+    },
+}
+ROOM_SIZE = 12  # modules in a folder
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for floor in FLOORS
+    for path in sorted((ROOT / floor).rglob("*.py"))
+}
 
 
 @cache
@@ -38,24 +74,24 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """Full names of what import statements among `nodes` name; of ours, the module itself."""
+def names_in(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Full dotted names of what the import statements among `nodes` name."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, "imports are absolute here"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in NAMES else str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def everywhere(path: Path) -> set[str]:
-    return set(imported(ast.walk(tree_of(path))))
+@cache
+def everywhere(module: str) -> frozenset[str]:
+    """What a module imports anywhere, as full dotted names."""
+    return frozenset(names_in(ast.walk(tree_of(MODULES[module]))))
 
 
-def at_import(path: Path) -> set[str]:
-    """What the module imports when it is imported: not in functions, not for type checkers."""
+def at_import(module: str) -> set[str]:
+    """What a module imports when it is imported: not in functions, not for type checkers."""
 
     def running(nodes: list[ast.stmt]) -> Iterator[ast.AST]:
         for node in nodes:
@@ -67,80 +103,114 @@ def at_import(path: Path) -> set[str]:
             for block in ("body", "orelse", "finalbody"):
                 yield from running(getattr(node, block, []))
 
-    return set(imported(running(tree_of(path).body)))
+    return set(names_in(running(tree_of(MODULES[module]).body)))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_never_point_upward(path: Path) -> None:
-    rank = PACKAGES.index(name_of(path).partition(".")[0])
-    heads = {name.partition(".")[0] for name in everywhere(path)}
-    assert not heads & set(PACKAGES[:rank])
+def ours(name: str) -> str:
+    """The module of ours that a dotted name belongs to; empty for other people's."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
 
 
-def test_there_is_no_import_cycle() -> None:
-    arrows = {name_of(path): at_import(path) & NAMES for path in MODULES}
-    free: set[str] = set()
-    while ready := {name for name in arrows if name not in free and not arrows[name] - free}:
-        free |= ready
-    assert not set(arrows) - free, "these import one another"
+@cache
+def arrows(module: str) -> frozenset[str]:
+    """Our modules that a module imports. An `__init__` may name what lies in its own folder."""
+    found = {ours(name) for name in everywhere(module)} - {"", module}
+    return frozenset(name for name in found if not module.startswith(f"{name}."))
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if "launcher" in p.parts], ids=name_of)
-def test_the_launcher_imports_no_torch_and_no_ray_at_module_level(path: Path) -> None:
-    assert not {name.partition(".")[0] for name in at_import(path)} & {"torch", "deepspeed", "ray"}
+def packages(names: set[str] | frozenset[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def importing(*libraries: str) -> set[str]:
+    return {module for module in MODULES if packages(everywhere(module)) & set(libraries)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_never_point_upward(module: str) -> None:
+    floor = FLOORS.index(module.partition(".")[0])
+    assert not packages(arrows(module)) & set(FLOORS[:floor])
+
+
+def test_the_plan_knows_every_room_and_lists_them_from_the_ground_up() -> None:
+    for floor, rooms in ROOMS.items():
+        names = {m.split(".")[1] for m in MODULES if m.startswith(f"{floor}.")}
+        assert names == set(rooms)
+        below: set[str] = set()
+        for room, allowed in rooms.items():
+            assert allowed <= below, f"{floor}/{room} may import what lies above it"
+            below.add(room)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if "." in m])
+def test_a_room_imports_only_the_rooms_that_the_plan_allows(module: str) -> None:
+    floor, room = module.split(".")[:2]
+    beside = {name.split(".")[1] for name in arrows(module) if name.startswith(f"{floor}.")}
+    assert beside - {room} <= ROOMS[floor][room]
+
+
+def test_there_is_no_import_circle() -> None:
+    """Leave out what imports nothing that is left, until all are left out."""
+    left = {module: set(arrows(module)) for module in MODULES}
+    while free := {module for module, names in left.items() if not names & left.keys()}:
+        for module in free:
+            del left[module]
+    assert not left, "these import one another, or what does"
+
+
+def test_no_room_holds_more_modules_than_the_eye_takes_in() -> None:
+    sizes = Counter(path.parent for path in MODULES.values() if path.name != "__init__.py")
+    assert {path: size for path, size in sizes.items() if size > ROOM_SIZE} == {}
+
+
+@pytest.mark.parametrize("module", [m for m, p in MODULES.items() if p.name == "__init__.py"])
+def test_every_room_says_what_it_knows_and_what_it_exports(module: str) -> None:
+    tree = tree_of(MODULES[module])
+    assert ast.get_docstring(tree)
+    names = [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets]
+    assert len(tree.body) == 1 or "__all__" in names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("launcher")])
+def test_the_launcher_imports_no_torch_and_no_ray_at_module_level(module: str) -> None:
+    assert not packages(at_import(module)) & {"torch", "deepspeed", "ray"}
 
 
 def test_only_the_launcher_knows_ray() -> None:
-    knowing = {name_of(p) for p in MODULES if "ray" in {n.partition(".")[0] for n in everywhere(p)}}
-    assert {name.partition(".")[0] for name in knowing} == {"launcher"}
+    assert packages(importing("ray")) == {"launcher"}
 
 
 def test_the_training_library_knows_no_tar_files() -> None:
-    ours = [path for path in MODULES if "mhe_dist" in path.parts]
-    assert not [p for p in ours if everywhere(p) & {"tarfile", "webdataset"}]
+    assert not {m for m in importing("tarfile", "webdataset") if m.startswith("mhe_dist")}
 
 
 def test_only_the_engine_imports_deepspeed() -> None:
-    using = {
-        name_of(path)
-        for path in MODULES
-        if "deepspeed" in {name.partition(".")[0] for name in everywhere(path)}
-    }
-    assert using == {"mhe_dist.engine.engine"}
+    assert importing("deepspeed") == {"mhe_dist.engine.engine"}
 
 
 def test_only_the_topology_creates_process_groups() -> None:
     creating = {"new_group", "init_process_group", "init_device_mesh", "new_subgroups"}
     using = {
-        name_of(path)
-        for path in MODULES
+        module
+        for module, path in MODULES.items()
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in creating
     }
     assert using == {"mhe_dist.distributed.topology"}
 
 
-@pytest.mark.parametrize("module", ["backbone", "margins", "labels"])
+@pytest.mark.parametrize("module", ["backbone.model", "heads.margins", "bank.class_layout"])
 def test_model_code_knows_nothing_of_ranks(module: str) -> None:
-    names = everywhere(ROOT / "mhe_dist" / f"{module}.py")
-    assert not {
-        n for n in names if n.startswith(("torch.distributed", "mhe_dist.distributed.topology"))
-    }
+    names = everywhere(f"mhe_dist.{module}")
+    assert not {n for n in names if n.startswith(("torch.distributed", "mhe_dist.distributed"))}
 
 
-@pytest.mark.parametrize("module", BOTTOM)
-def test_the_bottom_of_the_library_stands_on_nothing_above_it(module: str) -> None:
-    ours = {n for n in at_import(ROOT / "mhe_dist" / f"{module}.py") if n.startswith("mhe_dist")}
-    assert ours <= {"mhe_dist.errors", *(f"mhe_dist.{name}" for name in BOTTOM)}
+def test_the_config_needs_no_torch() -> None:
+    rooms = ("mhe_dist.config", "mhe_dist.errors", "mhe_dist.redact")
+    assert not {m for m in importing("torch") if m.startswith(rooms)}
 
 
 def test_the_loop_fits_the_eye() -> None:
-    assert len((ROOT / "mhe_dist" / "train.py").read_text().splitlines()) <= 300
-
-
-def test_every_package_is_installed() -> None:
-    import tomllib
-
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = {name_of(path.parent / "__init__.py") for path in MODULES}
-    assert set(settings["tool"]["setuptools"]["packages"]) == packages
+    assert len(MODULES["mhe_dist.train.loop"].read_text().splitlines()) <= 250
