@@ -9,8 +9,8 @@ from typing import Protocol
 from launcher.events import Event
 from launcher.preflight import checks
 from launcher.ray_cluster import train as ray_train
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 
 
 class Watcher(Protocol):
@@ -36,7 +36,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
     """
     make_data(config, watcher)
     checks.choice(config)
-    config_load.save(config, f"{config.run.path}/config.yaml")
+    save_config(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:
         watcher.waiting(f"waiting for {workers} workers")

@@ -22,7 +22,7 @@ from launcher.ray_cluster import worker
 from launcher.ray_cluster.mailbox import NAMESPACE, name_of
 from launcher.signals import Interrupted
 from launcher.terminal.event_log import EventLines
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def run(file: str) -> None:
     """Train, evaluate and export the run of a YAML file on this cluster."""
-    config = config_load.load(file, checks=[checks.data, checks.backbone])
+    config = load_config(file, checks=[checks.data, checks.backbone])
     checks.refuse_another_run(config)
     lines = EventLines(sys.stdout)
     if (done := runs.summary(config.run.path)) is not None:
@@ -81,7 +81,7 @@ def preflight(file: str, trying: bool = True) -> None:
     """Ask every node, then let one try its workers' share if nothing speaks against it."""
     import ray
 
-    config = config_load.load(file)
+    config = load_config(file)
     os.environ.update(ray_train.DRIVER_ENVIRONMENT)
     ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
     lines = EventLines(sys.stdout)
@@ -117,14 +117,14 @@ def _try(file: str, workers: int) -> dict[str, Any] | None:
     """A trial in processes of its own, away from Ray's threads and memory."""
     from launcher.preflight.trial_process import try_here
 
-    return try_here(config_load.load(file), workers)
+    return try_here(load_config(file), workers)
 
 
 def trial(file: str, workers: str) -> None:
     """Print what some workers need as a line of JSON; null while there is no data set."""
     from pipelines.pretrain import dry_run as trials
 
-    config = config_load.load(file)
+    config = load_config(file)
     measured = None
     if shards.exists(config.data.shards):
         measured = trials.predicted(config, int(workers), LIBRARIES)

@@ -11,8 +11,8 @@ import torch
 
 from mhe_dist.backbone import model as backbone
 from mhe_dist.checkpoint.store import CheckpointStore
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.runs import warm_start as inheritance
@@ -106,7 +106,7 @@ def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Conf
     store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology())
     store.save(24, state, {}, {"step": 24, "run_id": None})
     store.wait()
-    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    save_config(settings, f"{settings.run.path}/config.yaml")
     return settings
 
 

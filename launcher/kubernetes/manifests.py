@@ -10,8 +10,8 @@ import yaml
 
 from launcher.ray_cluster import train as ray_train
 from launcher.ray_cluster import worker
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.errors import UserError
 from mhe_dist.redact import masked
 
@@ -106,7 +106,7 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
     Raises:
         UserError: the settings hold a secret, which a ConfigMap does not keep.
     """
-    values = config_load.to_dict(config)
+    values = config_to_dict(config)
     if masked(values) != values:
         raise UserError(
             "the settings hold a secret, which a ConfigMap shows to everybody in the namespace: "
@@ -121,7 +121,7 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
         "kind": "ConfigMap",
         "metadata": metadata,
         # Only what was set: a manifest that is kept stays right when there are new keys.
-        "data": {SETTINGS: config_load.to_yaml(config, changed_only=True)},
+        "data": {SETTINGS: config_to_yaml(config, changed_only=True)},
     }
 
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
 from pipelines.runs import folder as runs
 from pipelines.shards import index as shards
@@ -30,7 +30,7 @@ FREE = (
 
 
 def data(config: Config) -> Iterable[Mistake]:
-    """What is wrong with the places of the data (a check of `mhe_dist.config.load.load`).
+    """What is wrong with the places of the data (a check of `mhe_dist.config.load.load_config`).
 
     Shards must exist; `data.glyphs` makes those that it is known to write: a folder `train`, and
     the folder `heldout` beside it.
@@ -55,7 +55,7 @@ def data(config: Config) -> Iterable[Mistake]:
 
 
 def backbone(config: Config) -> Iterable[Mistake]:
-    """What is wrong with the name of the backbone (a check of `mhe_dist.config.load.load`).
+    """What is wrong with the name of the backbone (a check of `mhe_dist.config.load.load_config`).
 
     timm itself takes seconds to import, so it is asked only about a name that its source does not
     define in the usual way.
@@ -134,7 +134,7 @@ def refuse_another_run(config: Config) -> None:
     before = runs.settings(config.run.path)
     if before is None:
         return
-    differences = changed(before, config_load.to_dict(config))
+    differences = changed(before, config_to_dict(config))
     if differences:
         rows = "\n".join(
             f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in differences

@@ -12,8 +12,8 @@ from typing import Any
 
 from launcher.ray_cluster import code_package as package
 from launcher.ray_cluster import worker
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_yaml
 from mhe_dist.errors import RunError
 
 TRIAL_S = 120.0
@@ -27,7 +27,7 @@ def try_here(config: Config, workers: int) -> dict[str, Any] | None:
     """
     with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
         file = Path(folder) / package.SETTINGS
-        file.write_text(config_load.to_yaml(package.portable(config)), encoding="utf-8")
+        file.write_text(config_to_yaml(package.portable(config)), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
             cwd=Path(__file__).parents[2],

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhe_dist.config import load as config_load
 from mhe_dist.config.data import DataConfig, MixConfig
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_yaml
 from pipelines.runs import folder as runs
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
@@ -48,7 +48,7 @@ def make(config: Config, folder: Path) -> Package:
             target = folder / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    (folder / SETTINGS).write_text(config_load.to_yaml(config), encoding="utf-8")
+    (folder / SETTINGS).write_text(config_to_yaml(config), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
     return Package(folder, names, sum(path.stat().st_size for path in files))

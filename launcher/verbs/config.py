@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.terminal import console
-from mhe_dist.config import load as config_load
-from mhe_dist.config.load import Entry
+from mhe_dist.config.describe import ConfigEntry, describe_config
+from mhe_dist.config.load import load_config
+from mhe_dist.config.write import config_to_dict
 
 REQUIRED = "(required)"  # what `describe` says where there is no default
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -35,12 +36,12 @@ def show(
 
     Example: mhe config configs/quickstart.yaml optim.lr=0.4
     """
-    resolved = config_load.load(config, overrides or [])
+    resolved = load_config(config, overrides or [])
     if as_yaml:
-        text = yaml.safe_dump(config_load.to_dict(resolved), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config_to_dict(resolved), sort_keys=False, allow_unicode=True)
         console.out.print(Syntax(text.rstrip(), "yaml", background_color="default"))
         return
-    entries = config_load.describe(resolved)
+    entries = describe_config(resolved)
     console.out.print(_table(entries))
     changed = sum(_is_changed(entry) for entry in entries)
     console.say(f"{len(entries)} keys, {changed} of them (bold) not at their default.")
@@ -48,7 +49,7 @@ def show(
     console.list_commands("Next", [("run it", command), ("as YAML", f"mhe config {config} --yaml")])
 
 
-def _table(entries: list[Entry]) -> Table:
+def _table(entries: list[ConfigEntry]) -> Table:
     table = Table("key", "value", "meaning", box=None, padding=(0, 2, 0, 0))
     table.columns[0].no_wrap = True
     section = entries[0].path.rpartition(".")[0]
@@ -63,7 +64,7 @@ def _table(entries: list[Entry]) -> Table:
     return table
 
 
-def _is_changed(entry: Entry) -> bool:
+def _is_changed(entry: ConfigEntry) -> bool:
     return bool(entry.value != entry.default)
 
 

@@ -21,8 +21,9 @@ from launcher.terminal.progress import duration
 from launcher.terminal.replay import draw
 from launcher.verbs.config import ConfigFile, Overrides
 from launcher.verbs.preflight import check, on_cluster
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs import folder as runs
@@ -68,7 +69,7 @@ def submit(
 
     Example: mhe submit configs/quickstart.yaml --address http://127.0.0.1:8265 --follow
     """
-    settings = package.portable(config_load.load(config, overrides or [], [checks.backbone]))
+    settings = package.portable(load_config(config, overrides or [], [checks.backbone]))
     variables = jobs.passed_on(env or [])
     if dry_run:
         with jobs.staging() as folder:
@@ -180,8 +181,8 @@ def _show(config: Config, sent: jobs.Submission, address: str) -> None:
     for name in files:
         console.say(f"  {escape(name)}")
     console.say(f"\n[bold]{package.SETTINGS}[/]")
-    shown = Config.model_validate(masked(config_load.to_dict(config)))
-    console.say(escape(config_load.to_yaml(shown)))
+    shown = Config.model_validate(masked(config_to_dict(config)))
+    console.say(escape(config_to_yaml(shown)))
 
 
 def _placement(config: Config) -> Iterable[str]:

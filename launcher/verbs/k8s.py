@@ -17,7 +17,7 @@ from launcher.terminal import console
 from launcher.terminal import event_log as event_lines
 from launcher.terminal.replay import draw
 from launcher.verbs.config import ConfigFile, Overrides
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, as RayJobs of KubeRay.")
@@ -169,7 +169,7 @@ def stop(
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
-    return config_load.load(config, overrides or [], [checks.backbone])
+    return load_config(config, overrides or [], [checks.backbone])
 
 
 def _word(state: State) -> str:

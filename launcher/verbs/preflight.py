@@ -19,7 +19,7 @@ from launcher.ray_cluster import jobs
 from launcher.terminal import console
 from launcher.terminal import event_log as event_lines
 from launcher.verbs.config import ConfigFile, Overrides
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
@@ -43,7 +43,7 @@ def preflight_(
 
     Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
     """
-    settings = package.portable(config_load.load(config, overrides or [], [checks.backbone]))
+    settings = package.portable(load_config(config, overrides or [], [checks.backbone]))
     events = (
         on_cluster(settings, jobs.Cluster(address), trial) if address else here(settings, trial)
     )

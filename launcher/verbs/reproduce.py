@@ -20,7 +20,7 @@ from launcher.verbs import preflight as preflight_verb
 from launcher.verbs.config import Overrides
 from launcher.verbs.data import convert as data_import
 from launcher.verbs.train import to_the_end
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs import folder as runs
@@ -82,7 +82,7 @@ def settings(plan: Planned, overrides: list[str], out: str) -> Config:
         UserError: a mistake in them, or a run of that name was begun with other settings.
     """
     words = [*plan.overrides, *overrides, f"run.dir={out}"]
-    config = config_load.load(plan.study.file, words, [checks.data, checks.backbone])
+    config = load_config(plan.study.file, words, [checks.data, checks.backbone])
     before = runs.settings(config.run.path)
     if plan.study.minutes and before and not config.train.max_steps:
         config.train.max_steps = before["train"]["max_steps"]  # what a trial found

@@ -15,7 +15,7 @@ from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console, summary
 from launcher.terminal.progress import Display
 from launcher.verbs.config import ConfigFile, Overrides
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
 from pipelines.runs import folder as runs
@@ -32,7 +32,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
     """
-    settings = config_load.load(config, overrides or [], [checks.data, checks.backbone])
+    settings = load_config(config, overrides or [], [checks.data, checks.backbone])
     checks.refuse_another_run(settings)
     path = settings.run.path
     if (done := runs.summary(path)) is not None:

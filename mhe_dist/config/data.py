@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from mhe_dist.config.section import Fraction, PositiveFloat, PositiveInt, Section
+from mhe_dist.config.section import ConfigSection, Fraction, PositiveFloat, PositiveInt
 
 
-class GlyphsConfig(Section):
+class GlyphsConfig(ConfigSection):
     """Makes the glyph data set when `data.shards` does not exist yet."""
 
     fonts: str = Field("", description="Folder of font files; empty: those that matplotlib ships.")
@@ -24,7 +24,7 @@ class GlyphsConfig(Section):
     image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
 
 
-class AugmentConfig(Section):
+class AugmentConfig(ConfigSection):
     """Random changes of a training image; each draw is keyed by (seed, epoch, sample)."""
 
     flip: Fraction = Field(0.0, description="Probability of a horizontal flip.")
@@ -39,7 +39,7 @@ class AugmentConfig(Section):
     fill: int = Field(0, ge=0, le=255, description="Grey value shown where no image is.")
 
 
-class RemoteConfig(Section):
+class RemoteConfig(ConfigSection):
     """How shards are read that are not on this machine's disks."""
 
     retries: int = Field(5, ge=0, description="Further attempts after a transient fault.")
@@ -48,7 +48,7 @@ class RemoteConfig(Section):
     cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
 
 
-class MixConfig(Section):
+class MixConfig(ConfigSection):
     """A further data set; its classes are others than those of the sets before it."""
 
     shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
@@ -58,7 +58,7 @@ class MixConfig(Section):
     classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """Where the images are, in which order they come and how they are prepared."""
 
     shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")

@@ -1,4 +1,4 @@
-"""Plain words for the config models: what a key may hold, and which key a typo meant."""
+"""Describes the config models: each key, what it may hold, and the key nearest to a typo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mhe_dist.config.schema import Config
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
 
-class Key(NamedTuple):
+class ConfigKey(NamedTuple):
     """A key of the configuration: its dotted path and its field; a section if it holds keys."""
 
     path: str
@@ -23,11 +23,20 @@ class Key(NamedTuple):
     section: type[BaseModel] | None
 
 
-def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Key]:
+class ConfigEntry(NamedTuple):
+    """A key of a resolved configuration; a required key has the default "(required)"."""
+
+    path: str
+    value: Any
+    default: Any
+    description: str
+
+
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[ConfigKey]:
     """Every section and key under a model, a section before its keys, in the order of the file."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
-        yield Key(prefix + name, field, section)
+        yield ConfigKey(prefix + name, field, section)
         if section:
             yield from all_keys(section, f"{prefix}{name}.")
 
@@ -40,13 +49,24 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def allowed(key: Key) -> str:
+def describe_config(config: Config) -> list[ConfigEntry]:
+    """Every key with its value, default and description, in the order of the models."""
+    entries = []
+    for key in all_keys():
+        value = value_at(config, key.path)
+        if key.section is None or value is None:
+            default = "(required)" if key.field.is_required() else key.field.default
+            entries.append(ConfigEntry(key.path, value, default, key.field.description or ""))
+    return [entry for entry in entries if _exists(config, entry.path)]
+
+
+def describe_type(key: ConfigKey) -> str:
     """What a key may hold, to follow "must be"."""
-    return _type_words(key.field.annotation, key.field.metadata)
+    return _describe_annotation(key.field.annotation, key.field.metadata)
 
 
-def meant(path: str) -> list[str]:
-    """Existing paths, at most three, that an unknown one may have meant; best first.
+def suggest(path: str) -> list[str]:
+    """Existing paths, at most three, that are like an unknown one; the likeliest first.
 
     A slip in one part of the path comes first, then a key of that name in another section.
     """
@@ -67,29 +87,31 @@ def meant(path: str) -> list[str]:
     return (same or get_close_matches(path, others, 3, 0.75))[:3]
 
 
-def _type_words(annotation: Any, metadata: list[Any]) -> str:
+def _describe_annotation(annotation: Any, metadata: list[Any]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [
             m for a in arguments[1:] for m in (a.metadata if isinstance(a, FieldInfo) else [a])
         ]
-        words = _type_words(arguments[0], inner)
+        words = _describe_annotation(arguments[0], inner)
     elif origin in (Union, types.UnionType):
-        words = " or ".join("null" if a is type(None) else _type_words(a, []) for a in arguments)
+        words = " or ".join(
+            "null" if a is type(None) else _describe_annotation(a, []) for a in arguments
+        )
     elif origin is Literal:
         words = f"one of {', '.join(map(str, arguments))}"
     elif origin is list:
-        words = f"a list, each item {_type_words(arguments[0], [])}"
+        words = f"a list, each item {_describe_annotation(arguments[0], [])}"
     elif origin is tuple:
-        words = f"a list of {len(arguments)}, each {_type_words(arguments[0], [])}"
+        words = f"a list of {len(arguments)}, each {_describe_annotation(arguments[0], [])}"
     elif section := section_of(annotation):
         words = f"a block of keys ({', '.join(section.model_fields)})"
     else:
-        words = _scalar_words(annotation, metadata)
+        words = _describe_scalar(annotation, metadata)
     return words
 
 
-def _scalar_words(annotation: Any, metadata: list[Any]) -> str:
+def _describe_scalar(annotation: Any, metadata: list[Any]) -> str:
     nouns = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words = nouns.get(annotation, "a block of keys")
     bounds = [
@@ -101,3 +123,17 @@ def _scalar_words(annotation: Any, metadata: list[Any]) -> str:
     patterns = [p for m in metadata if (p := getattr(m, "pattern", None)) is not None]
     words += "".join(f" of the form {pattern}" for pattern in patterns)
     return " ".join([words, " and ".join(bounds)]).strip()
+
+
+def value_at(config: Config, path: str) -> Any:
+    """What a dotted path holds; None if a block on the way is null."""
+    value: Any = config
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _exists(config: Config, path: str) -> bool:
+    """Whether the section of a key is there (`data.glyphs` may be null)."""
+    section = path.rpartition(".")[0]
+    return not section or isinstance(value_at(config, section), BaseModel)

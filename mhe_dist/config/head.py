@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from mhe_dist.config.section import Decay, Fraction, PositiveFloat, PositiveInt, Section
+from mhe_dist.config.section import ConfigSection, Decay, Fraction, PositiveFloat, PositiveInt
 
 
-class MarginConfig(Section):
+class MarginConfig(ConfigSection):
     """What the head does to the logits before the softmax."""
 
     kind: Literal["none", "softmax", "arcface", "cosface", "combined", "adaface"] = Field(
@@ -28,7 +28,7 @@ class MarginConfig(Section):
     )
 
 
-class BankConfig(Section):
+class BankConfig(ConfigSection):
     """How a rank stores the class centres of its partition."""
 
     memory: Literal["device", "host", "file"] = Field("device", description="Where rows are kept.")
@@ -38,7 +38,7 @@ class BankConfig(Section):
     path: str = Field("", description="file: folder for the row files; empty: inside the run.")
 
 
-class HeadOptimConfig(Section):
+class HeadOptimConfig(ConfigSection):
     """The optimizer of the rows; its learning rate follows the backbone's schedule."""
 
     kind: Literal["sgd", "adamw"] = Field("sgd", description="Row-sparse optimizer.")
@@ -49,7 +49,7 @@ class HeadOptimConfig(Section):
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay of the touched rows.")
 
 
-class MhsConfig(Section):
+class MhsConfig(ConfigSection):
     """Multi-Head Sampling."""
 
     length: PositiveInt = Field(100, description="L: classes in a head.")
@@ -69,13 +69,13 @@ class MhsConfig(Section):
     )
 
 
-class PartialFcConfig(Section):
+class PartialFcConfig(ConfigSection):
     """PartialFC: positives of the batch and a random share of the other classes."""
 
     rate: float = Field(0.1, gt=0, le=1, description="Share of each group's classes in a step.")
 
 
-class MhpConfig(Section):
+class MhpConfig(ConfigSection):
     """Multi-Head Product."""
 
     lengths: list[PositiveInt] = Field(
@@ -83,7 +83,7 @@ class MhpConfig(Section):
     )
 
 
-class MhcConfig(Section):
+class MhcConfig(ConfigSection):
     """Multi-Head Cascade."""
 
     lengths: list[PositiveInt] = Field(
@@ -93,7 +93,7 @@ class MhcConfig(Section):
     multi_label: bool = Field(False, description="Binary cross-entropy on each level.")
 
 
-class HeadConfig(Section):
+class HeadConfig(ConfigSection):
     """The classifier over all classes; thrown away after pretraining."""
 
     kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
@@ -117,8 +117,8 @@ class HeadConfig(Section):
     mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
     mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
 
-    def misfits(self, workers: int) -> list[str]:
-        """Say which values contradict one another, or so many workers; see `config.misfits`."""
+    def validate_combinations(self, workers: int) -> list[str]:
+        """Say which values contradict one another, or that many workers."""
         wrong = []
         if self.kind != "mhp" and self.groups < workers:
             wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")

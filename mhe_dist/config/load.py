@@ -7,66 +7,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mhe_dist.config import describe as config_words
-from mhe_dist.config.schema import Config, misfits
-from mhe_dist.errors import UserError
-from mhe_dist.redact import masked
+from mhe_dist.config.describe import all_keys, describe_type, suggest, value_at
+from mhe_dist.config.mistakes import ConfigErrors, ConfigMistake
+from mhe_dist.config.schema import Config, validate_combinations
 
 COMMAND_LINE = "command line"
 Check = Callable[[Config], Iterable[tuple[str, str]]]
 
 
-class Problem(NamedTuple):
-    """One mistake.
-
-    Attributes:
-        path: dotted path of the key; empty if it is about several keys or the file as a whole.
-        value: what the key holds; None if nothing.
-        message: what is wrong and what is right.
-        source: `file:line` or "command line"; empty if there is no one place.
-    """
-
-    path: str
-    value: Any
-    message: str
-    source: str = ""
-
-    def __str__(self) -> str:
-        """`path=value (source): message`."""
-        shown = "" if self.value is None or isinstance(self.value, dict) else f"={self.value}"
-        where = f"({self.source})" if self.source and self.path else self.source
-        head = " ".join(part for part in (self.path + shown, where) if part)
-        return f"{head}: {self.message}" if head else self.message
-
-
-class ConfigErrors(UserError):
-    """All mistakes of a configuration, in `problems`."""
-
-    def __init__(self, problems: Sequence[Problem]) -> None:
-        self.problems = list(problems)
-        count = len(self.problems)
-        title = f"{count} mistake{'s' if count > 1 else ''} in the configuration"
-        super().__init__("\n  ".join([f"{title}:", *map(str, self.problems)]))
-
-
-class Entry(NamedTuple):
-    """A key of a resolved configuration; a required key has the default "(required)"."""
-
-    path: str
-    value: Any
-    default: Any
-    description: str
-
-
-def load(path: str | None, overrides: Sequence[str] = (), checks: Iterable[Check] = ()) -> Config:
+def load_config(
+    path: str | None, overrides: Sequence[str] = (), checks: Iterable[Check] = ()
+) -> Config:
     """Read a configuration.
 
     Args:
@@ -79,7 +38,7 @@ def load(path: str | None, overrides: Sequence[str] = (), checks: Iterable[Check
     Raises:
         ConfigErrors: with every mistake that can be told.
     """
-    problems: list[Problem] = []
+    mistakes: list[ConfigMistake] = []
     sources: dict[str, str] = {}
     layers = []
     if path is not None:
@@ -87,66 +46,26 @@ def load(path: str | None, overrides: Sequence[str] = (), checks: Iterable[Check
             values, sources = _read(path)
             layers.append(values)
         except ConfigErrors as errors:
-            problems += errors.problems
-    unreadable = bool(problems)
+            mistakes += errors.mistakes
+    unreadable = bool(mistakes)
     for override in overrides:
         try:
             key, layer = _parse_override(override)
         except ValueError as error:
-            problems.append(Problem("", None, str(error), COMMAND_LINE))
+            mistakes.append(ConfigMistake("", None, str(error), COMMAND_LINE))
             continue
         layers.append(layer)
         sources = {k: v for k, v in sources.items() if not f"{k}.".startswith(f"{key}.")}
         sources[key] = COMMAND_LINE
-    found, config = _validate(_merge(layers, problems), sources)
+    found, config = _validate(_merge(layers, mistakes), sources)
     if unreadable:  # then what is missing or does not fit may stand in the file
-        problems += [problem for problem in found if problem.source == COMMAND_LINE]
+        mistakes += [mistake for mistake in found if mistake.source == COMMAND_LINE]
     else:
-        problems += [*found, *_contradictions(config, found)]
-        problems += _failed(checks, config, found, sources)
-    if problems:
-        raise ConfigErrors(problems)
+        mistakes += [*found, *_contradictions(config, found)]
+        mistakes += _failed(checks, config, found, sources)
+    if mistakes:
+        raise ConfigErrors(mistakes)
     return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain containers and scalars, as JSON and YAML hold them."""
-    return config.model_dump(mode="json")
-
-
-def to_yaml(config: Config, changed_only: bool = False) -> str:
-    """The configuration as YAML that `load` reads back: text that looks like a number is quoted.
-
-    Args:
-        config: what to write.
-        changed_only: leave out what has its default value.
-    """
-    values = config.model_dump(mode="json", exclude_defaults=changed_only)
-    return OmegaConf.to_yaml(OmegaConf.create(values))
-
-
-def save(config: Config, url: str) -> None:
-    """Write the resolved configuration as YAML that `load` reads back, to a path or fsspec URL.
-
-    The file appears as a whole or not at all. Secrets are masked: it is kept, copied and shown.
-    """
-    from fsspec.core import url_to_fs
-
-    files, name = url_to_fs(url)
-    files.makedirs(files._parent(name), exist_ok=True)
-    with files.transaction, files.open(name, "wb") as file:
-        file.write(to_yaml(Config.model_validate(masked(to_dict(config)))).encode())
-
-
-def describe(config: Config) -> list[Entry]:
-    """Every key with its value, default and description, in the order of the models."""
-    entries = []
-    for key in config_words.all_keys():
-        value = _value_at(config, key.path)
-        if key.section is None or value is None:
-            default = "(required)" if key.field.is_required() else key.field.default
-            entries.append(Entry(key.path, value, default, key.field.description or ""))
-    return [entry for entry in entries if _exists(config, entry.path)]
 
 
 def _read(path: str) -> tuple[DictConfig, dict[str, str]]:
@@ -170,7 +89,7 @@ def _read(path: str) -> tuple[DictConfig, dict[str, str]]:
 
 
 def _alone(source: str, message: str) -> ConfigErrors:
-    return ConfigErrors([Problem("", None, message, source)])
+    return ConfigErrors([ConfigMistake("", None, message, source)])
 
 
 def _similar_file(path: str) -> str:
@@ -192,7 +111,7 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
     """Key and one-key layer of a `key=value`; ValueError if it is none."""
     key, equals, raw = override.partition("=")
     if not equals or not all(key.split(".")):
-        hint = f"; did you mean {meant[0]}=...?" if (meant := config_words.meant(key)) else ""
+        hint = f"; did you mean {likely[0]}=...?" if (likely := suggest(key)) else ""
         raise ValueError(f"`{override}` is not of the form key=value{hint}")
     if _is_text(key) and raw[:1] not in ("'", '"') and raw != "null":
         layer = OmegaConf.create()
@@ -206,25 +125,29 @@ def _parse_override(override: str) -> tuple[str, DictConfig]:
 
 
 def _is_text(path: str) -> bool:
-    return any(key.path == path and key.field.annotation is str for key in config_words.all_keys())
+    return any(key.path == path and key.field.annotation is str for key in all_keys())
 
 
-def _merge(layers: list[DictConfig], problems: list[Problem]) -> dict[str, Any]:
+def _merge(layers: list[DictConfig], mistakes: list[ConfigMistake]) -> dict[str, Any]:
     """The layers on top of one another as plain containers, `${...}` filled in."""
     try:
         merged = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
-        raise ConfigErrors([*problems, Problem(error.full_key or "", None, message)]) from None
+        raise ConfigErrors(
+            [*mistakes, ConfigMistake(error.full_key or "", None, message)]
+        ) from None
     assert isinstance(merged, dict)
     if merged.get("data") is None:
         merged["data"] = {}  # so that a missing section is told by its missing keys
     return {str(key): value for key, value in merged.items()}
 
 
-def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[list[Problem], Config]:
+def _validate(
+    values: dict[str, Any], sources: dict[str, str]
+) -> tuple[list[ConfigMistake], Config]:
     """What is wrong with single keys, and the configuration in which those have their defaults."""
-    context = {"misfits_later": True}
+    context = {"combinations_later": True}
     try:
         return [], Config.model_validate(values, context=context)
     except ValidationError as error:
@@ -232,59 +155,61 @@ def _validate(values: dict[str, Any], sources: dict[str, str]) -> tuple[list[Pro
     for detail in details:
         values = _without(values, detail["loc"])
     values = {**values, "data": {"shards": "", **(values.get("data") or {})}}
-    return [_problem(d, sources) for d in details], Config.model_validate(values, context=context)
+    return [_mistake(d, sources) for d in details], Config.model_validate(values, context=context)
 
 
-def _contradictions(config: Config, found: list[Problem]) -> list[Problem]:
+def _contradictions(config: Config, found: list[ConfigMistake]) -> list[ConfigMistake]:
     """Misfits between keys, but for those that are wrong already."""
-    wrong = [rf"\b{re.escape(problem.path.partition('[')[0])}\b" for problem in found]
-    texts = [text for text in misfits(config) if not any(re.search(w, text) for w in wrong)]
-    return [Problem("", None, text) for text in texts]
+    wrong = [rf"\b{re.escape(mistake.path.partition('[')[0])}\b" for mistake in found]
+    texts = [
+        text for text in validate_combinations(config) if not any(re.search(w, text) for w in wrong)
+    ]
+    return [ConfigMistake("", None, text) for text in texts]
 
 
 def _failed(
-    checks: Iterable[Check], config: Config, found: list[Problem], sources: dict[str, str]
-) -> list[Problem]:
+    checks: Iterable[Check], config: Config, found: list[ConfigMistake], sources: dict[str, str]
+) -> list[ConfigMistake]:
     """What the caller's checks say, but for keys that are wrong already."""
-    wrong = [problem.path for problem in found]
+    wrong = [mistake.path for mistake in found]
     return [
-        Problem(path, _value_at(config, path), message, _source(path, sources))
+        ConfigMistake(path, value_at(config, path), message, _source(path, sources))
         for check in checks
         for path, message in check(config)
         if not any(f"{path}.".startswith(f"{other}.") for other in wrong)
     ]
 
 
-def _problem(detail: ErrorDetails, sources: dict[str, str]) -> Problem:
+def _mistake(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistake:
     """Words for one finding of pydantic."""
     parts, value = [str(part) for part in detail["loc"]], detail["input"]
-    known = {key.path: key for key in config_words.all_keys()}
+    known = {key.path: key for key in all_keys()}
     heads = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
     if detail["type"] == "extra_forbidden" or heads[0] not in known:
         return _unknown(parts, value, sources)
     key = known[[head for head in heads if head in known][-1]]
     if detail["type"] == "missing" and key.path == heads[-1]:
-        return Problem(key.path, None, f"is required: {key.field.description}")
+        return ConfigMistake(key.path, None, f"is required: {key.field.description}")
     items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
     path = f"{key.path}[{items}]" if items else key.path
-    return Problem(path, value, f"must be {config_words.allowed(key)}", _source(key.path, sources))
+    return ConfigMistake(path, value, f"must be {describe_type(key)}", _source(key.path, sources))
 
 
-def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> Problem:
+def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> ConfigMistake:
     """A key that does not exist, followed down while there is no choice: `hed.kind`, not `hed`."""
     while isinstance(value, dict) and len(value) == 1:
         ((name, value),) = value.items()
         parts = [*parts, str(name)]
     path = ".".join(parts)
     message = "there is no such key"
-    if near := config_words.meant(path):
+    if near := suggest(path):
         message += f"; did you mean {' or '.join(near)}?"
     else:
-        around = [key.path.rpartition(".") for key in config_words.all_keys()]
+        around = [key.path.rpartition(".") for key in all_keys()]
         here = ".".join(parts[:-1])
         names = ", ".join(name for section, _, name in around if section == here)
         message += f"; {here or 'the configuration'} has {names}" if names else ""
-    return Problem(path, value, message, _source(path, sources))
+    return ConfigMistake(path, value, message, _source(path, sources))
 
 
 def _source(path: str, sources: dict[str, str]) -> str:
@@ -304,16 +229,3 @@ def _without(values: dict[str, Any], location: Sequence[Any]) -> dict[str, Any]:
     if rest and isinstance(inner, dict):
         return {**values, name: _without(inner, rest)}
     return {key: value for key, value in values.items() if key != name}
-
-
-def _value_at(config: Config, path: str) -> Any:
-    value: Any = config
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
-
-
-def _exists(config: Config, path: str) -> bool:
-    """Whether the section of a key is there (`data.glyphs` may be null)."""
-    section = path.rpartition(".")[0]
-    return not section or isinstance(_value_at(config, section), BaseModel)

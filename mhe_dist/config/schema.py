@@ -1,6 +1,6 @@
 """Models of the YAML that describes a run: every key, its default, its meaning, its limits.
 
-Free of torch, so that the command line answers at once. `config_load.py` reads files and
+Free of torch, so that the command line answers at once. `load.py` reads files and
 overrides into these models and words the mistakes.
 """
 
@@ -12,10 +12,10 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.config.section import Decay, PositiveFloat, PositiveInt, Section
+from mhe_dist.config.section import ConfigSection, Decay, PositiveFloat, PositiveInt
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """What the run is called and where its results go."""
 
     name: str = Field(
@@ -32,7 +32,7 @@ class RunConfig(Section):
         return f"{self.dir.rstrip('/')}/{self.name}"
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The backbone: a timm model whose classifier is the embedding layer."""
 
     name: str = Field("resnet18", description="Name of a timm model.")
@@ -52,7 +52,7 @@ class ModelConfig(Section):
     )
 
 
-class OptimConfig(Section):
+class OptimConfig(ConfigSection):
     """The optimizer and schedule of the backbone."""
 
     kind: Literal["sgd", "adamw"] = Field("sgd", description="Optimizer of the backbone.")
@@ -74,7 +74,7 @@ class OptimConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigSection):
     """How long and in which pieces."""
 
     epochs: PositiveFloat = Field(20.0, description="Passes over the data.")
@@ -96,7 +96,7 @@ class TrainConfig(Section):
         return self.global_batch // self.micro_batch
 
 
-class ScaleConfig(Section):
+class ScaleConfig(ConfigSection):
     """The workers and what each one gets."""
 
     workers: PositiveInt = Field(
@@ -143,7 +143,7 @@ class ScaleConfig(Section):
         return self.min_workers or self.workers
 
 
-class EvaluateConfig(Section):
+class EvaluateConfig(ConfigSection):
     """Held-out evaluation of the embedding."""
 
     shards: str = Field("", description="Folder or URL of held-out shards; empty: no evaluation.")
@@ -162,7 +162,7 @@ class EvaluateConfig(Section):
     )
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigSection):
     """When to save and what to keep."""
 
     every_steps: int = Field(500, ge=0, description="Steps between saves; 0: none by steps.")
@@ -180,7 +180,7 @@ class CheckpointConfig(Section):
     )
 
 
-class GuardConfig(Section):
+class GuardConfig(ConfigSection):
     """What counts as divergence, and what follows from it."""
 
     on_divergence: Literal["stop", "rollback", "ignore"] = Field(
@@ -194,7 +194,7 @@ class GuardConfig(Section):
     max_rollbacks: int = Field(3, ge=0, description="Rollbacks after which the run ends.")
 
 
-class TrackingConfig(Section):
+class TrackingConfig(ConfigSection):
     """Where the metrics go, beside metrics.jsonl in the run's folder."""
 
     mlflow: bool = Field(True, description="Log to MLflow.")
@@ -204,7 +204,7 @@ class TrackingConfig(Section):
     experiment: str = Field("mhe", description="MLflow experiment.")
 
 
-class ExportConfig(Section):
+class ExportConfig(ConfigSection):
     """What is written when the training ends."""
 
     formats: list[Literal["timm", "onnx", "torch-export", "mlflow"]] = Field(
@@ -212,7 +212,7 @@ class ExportConfig(Section):
     )
 
 
-class Config(Section):
+class Config(ConfigSection):
     """One run."""
 
     run: RunConfig = Field(RunConfig(), description="Name and place of the run.")
@@ -234,14 +234,15 @@ class Config(Section):
         return [size for size in sizes if self.train.micro_batches % size == 0]
 
     @model_validator(mode="after")
-    def _pieces_fit(self, info: ValidationInfo) -> Config:
-        """Refuse misfits, unless the caller says in the context that it will look for them."""
-        if not (info.context or {}).get("misfits_later") and (wrong := misfits(self)):
+    def _values_agree(self, info: ValidationInfo) -> Config:
+        """Refuse contradictions, unless the context says that the caller looks for them."""
+        later = (info.context or {}).get("combinations_later")
+        if not later and (wrong := validate_combinations(self)):
             raise ValueError("; ".join(wrong))
         return self
 
 
-def misfits(config: Config) -> list[str]:
+def validate_combinations(config: Config) -> list[str]:
     """Say which values contradict one another, a sentence each that names every key it is about.
 
     Micro-batches, workers and streams must divide one another (DESIGN section 5).
@@ -277,7 +278,7 @@ def misfits(config: Config) -> list[str]:
             f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
             "disk of each host"
         )
-    wrong += config.head.misfits(max(config.group_sizes(), default=scale.workers))
+    wrong += config.head.validate_combinations(max(config.group_sizes(), default=scale.workers))
     if config.optim.ema and config.scale.zero_stage == 3:
         wrong.append(
             f"optim.ema={config.optim.ema} needs whole weights on each rank, but "

@@ -12,7 +12,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A block of keys; a key that is not named here is a mistake, not an extension."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)

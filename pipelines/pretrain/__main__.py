@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.distributed import topology
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
@@ -13,7 +13,7 @@ from pipelines.pretrain.main import main
 if __name__ == "__main__":
     preemption.listen()
     try:
-        main(config_load.load(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+        main(load_config(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)

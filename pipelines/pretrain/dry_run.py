@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed import topology
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.spawn import run_ranks
@@ -55,7 +55,7 @@ class Trial:
 
 def share(config: Config, workers: int, folder: str) -> Config:
     """The share of some workers of a run, as a run that leaves its results in `folder`."""
-    values = config_load.to_dict(config)
+    values = config_to_dict(config)
     values["run"]["dir"] = folder
     for section, key in (("train", "global_batch"), ("data", "streams")):
         values[section][key] = values[section][key] * workers // config.scale.workers
@@ -115,7 +115,7 @@ def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, A
     precision = resolve_precision(config.train.precision, topology.default_device())
     counted = footprint.count(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
-        values = config_load.to_dict(share(config, workers, folder))
+        values = config_to_dict(share(config, workers, folder))
         seen = run_ranks(measure, workers, values, libraries, device=None, timeout_s=TIMEOUT_S)
     return {
         "footprint": asdict(counted),

@@ -11,8 +11,8 @@ from mhe_dist.backbone import model as backbone
 from mhe_dist.backbone import pretrained as initial
 from mhe_dist.checkpoint.retention import Keep
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import CheckpointConfig, Config
+from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import Preempted, UserError
@@ -204,7 +204,7 @@ class Run:
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
         if self.topology.is_first:
-            config_load.save(self.config, f"{self.config.run.path}/config.yaml")
+            save_config(self.config, f"{self.config.run.path}/config.yaml")
         tracker = tracking.open_tracker(self.config, self.topology.is_first, run_id)
         tags = self.versions | {
             "data_digest": self.index.digest,

@@ -14,8 +14,9 @@ from typing import Any, Final
 import jinja2
 import yaml
 
-from mhe_dist.config import load as config_load
+from mhe_dist.config.describe import describe_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.report import evaluation as keep
 from pipelines.report import plots as report
@@ -196,12 +197,12 @@ def _settings(config: Config) -> Section:
     """What differs from the defaults as a table, everything as YAML."""
     rows = [
         [entry.path, _shown(entry.value)]
-        for entry in config_load.describe(config)
+        for entry in describe_config(config)
         if entry.value != entry.default
     ]
     return Section(
         *("Settings", "What differs from the defaults:", [], ["key", "value"], rows),
-        *("all settings", config_load.to_yaml(config)),
+        *("all settings", config_to_yaml(config)),
     )
 
 

@@ -98,7 +98,7 @@ def _head_of(checkpoint: Checkpoint, topology: Topology, folder: str, **changes:
 
 
 def _config_of(checkpoint: Checkpoint) -> Config:
-    return Config.model_validate(checkpoint.run["config"], context={"misfits_later": True})
+    return Config.model_validate(checkpoint.run["config"], context={"combinations_later": True})
 
 
 def refuse_classes(classes: int, index: ShardIndex, config: Config) -> None:

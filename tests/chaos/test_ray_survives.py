@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 from mhe_dist.tracking.jsonl import read_records
 from tests import tiny
 from tests.conftest import run_ranks
@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def mhe_train(config: Config, folder: Path) -> subprocess.Popen[str]:
     path = folder / "config.yaml"
-    config_load.save(config, str(path))
+    save_config(config, str(path))
     return mhe("train", str(path))
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
+from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
@@ -46,7 +47,7 @@ def config(tmp_path: Path) -> Path:
         export={"formats": ["timm"]},
     )
     path = tmp_path / "both.yaml"
-    config_load.save(config, str(path))
+    save_config(config, str(path))
     return path
 
 
@@ -106,7 +107,7 @@ def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config:
 @pytest.mark.timeout(420)
 def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> None:
     terminal = Terminal(cluster)
-    run = config_load.load(str(config))
+    run = load_config(str(config))
 
     code, said = terminal.mhe("jobs", RAY_AUTH_TOKEN="0" * 32)
     assert code == 2 and "RAY_AUTH_TOKEN" in said

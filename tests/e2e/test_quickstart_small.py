@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
+from mhe_dist.config.write import save_config
 from tests import tiny
 from tests.terminal import mhe, until
 
@@ -35,7 +36,7 @@ def config(tmp_path: Path) -> Path:
         export={"formats": ["timm", "onnx"]},
     )
     path = tmp_path / "small.yaml"
-    config_load.save(config, str(path))
+    save_config(config, str(path))
     return path
 
 
@@ -71,7 +72,7 @@ def test_interrupted_continued_complete(config: Path) -> None:
     for part in ("rank-1", "chance", "images/s", "export/timm", "backbone.onnx", "mlflow ui"):
         assert part in said
     assert "raylet" not in said
-    losses, _ = tiny.per_step(config_load.load(str(config)))
+    losses, _ = tiny.per_step(load_config(str(config)))
     assert len(losses) == STEPS
     assert sum(losses[-20:]) < sum(losses[:20])
 

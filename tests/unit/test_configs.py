@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mhe_dist.backbone import model as backbone
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RUN_HERE = {"quickstart", "glyphs_100", "glyphs_cjk_small", "glyphs_cjk_full"}
@@ -23,7 +23,7 @@ PAPER = {  # classes, and heads {H; L} of arXiv 2412.10182
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_loads_and_says_where_it_was_run(path: Path) -> None:
-    config = config_load.load(str(path))
+    config = load_config(str(path))
     header = re.match(r"(#.*\n)+", path.read_text())[0]
     for word in ("# Command:", "# Hardware:", "# Data:", "# Result:"):
         assert word in header
@@ -38,7 +38,7 @@ def test_a_config_loads_and_says_where_it_was_run(path: Path) -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_the_heads_are_the_papers(name: str) -> None:
     classes, heads, length = PAPER[name]
-    config = config_load.load(str(CONFIGS[0].with_name(f"{name}.yaml")))
+    config = load_config(str(CONFIGS[0].with_name(f"{name}.yaml")))
     assert config.head.mhs.length == length
     assert math.ceil(classes / length) == heads
     assert config.head.mhs.negatives == "batch"
@@ -59,7 +59,7 @@ def test_a_sample_sees_the_share_of_the_classes_that_the_header_says(
     name: str, classes: int, share: float
 ) -> None:
     path = CONFIGS[0].with_name(f"{name}.yaml")
-    head = config_load.load(str(path)).head
+    head = load_config(str(path)).head
     seen = (1 + head.mhs.extra_heads) * head.mhs.length  # all of its own group
     assert seen / classes == pytest.approx(share, rel=0.01)
     assert seen < classes / head.groups

@@ -17,7 +17,7 @@ import yaml
 from launcher import cli
 from launcher.kubernetes import manifests
 from launcher.kubernetes.manifests import Place
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
@@ -203,11 +203,11 @@ def test_any_run_makes_a_valid_rayjob(gpu: bool) -> None:
 
 def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
     source = str(ROOT / "configs" / "quickstart.yaml")
-    before = config_load.load(source, ["optim.lr=0.3", "run.name='007'"])
+    before = load_config(source, ["optim.lr=0.3", "run.name='007'"])
     made = manifests.settings(before, Place(), "a")
     file = tmp_path / "run.yaml"
     file.write_text(made["data"]["run.yaml"])
-    assert config_load.load(str(file)) == before
+    assert load_config(str(file)) == before
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from launcher import cli
 from launcher.ray_cluster import train as ray_train
 from launcher.signals import Interrupted
 from launcher.terminal import console
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs import folder as runs
 
@@ -49,7 +50,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "index.json").write_text("{}")
     config = Config.model_validate({"run": {"name": "a"}, "data": {"shards": "shards"}})
-    config_load.save(config, "a.yaml")
+    save_config(config, "a.yaml")
     return config
 
 
@@ -102,7 +103,7 @@ def test_errors_have_one_message_and_a_code(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(config_load, "load", fail)
+    monkeypatch.setattr("launcher.verbs.train.load_config", fail)
     assert cli.run(["train", "a.yaml"]) == code
     said = capsys.readouterr().err
     assert f"{error}" in said
@@ -124,13 +125,13 @@ def test_config_as_yaml_can_be_run_again(capsys: Captured, tmp_path: Path) -> No
     assert cli.run(["config", QUICKSTART, "--yaml", "optim.lr=0.25"]) == 0
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
-    assert config_load.load(str(again)) == config_load.load(QUICKSTART, ["optim.lr=0.25"])
+    assert load_config(str(again)) == load_config(QUICKSTART, ["optim.lr=0.25"])
 
 
 def test_a_complete_run_is_shown_and_left_alone(
     settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    save_config(settings, f"{settings.run.path}/config.yaml")
     Path(settings.run.path, "summary.json").write_text(json.dumps(SUMMARY))
     monkeypatch.delattr(ray_train, "train")
     assert cli.run(["train", "a.yaml", "scale.workers=2"]) == 0
@@ -142,7 +143,7 @@ def test_a_complete_run_is_shown_and_left_alone(
 
 
 def test_a_complete_run_with_other_settings_is_refused(settings: Config, capsys: Captured) -> None:
-    config_load.save(settings, f"{settings.run.path}/config.yaml")
+    save_config(settings, f"{settings.run.path}/config.yaml")
     Path(settings.run.path, "summary.json").write_text(json.dumps(SUMMARY))
     assert cli.run(["train", "a.yaml", "optim.lr=0.7"]) == 2
     assert "optim.lr: 0.1 in the run, 0.7 now" in capsys.readouterr().err
@@ -152,7 +153,7 @@ def test_the_settings_of_a_run_are_kept_before_it_starts(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(config: Config, handle: Callable[[dict[str, object]], None]) -> None:
-        assert runs.settings(config.run.path) == config_load.to_dict(config)
+        assert runs.settings(config.run.path) == config_to_dict(config)
         handle({"event": "end", "summary": SUMMARY})
 
     monkeypatch.setattr(ray_train, "train", train)

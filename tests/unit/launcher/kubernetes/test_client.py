@@ -16,7 +16,7 @@ import yaml
 
 from launcher import cli
 from launcher.terminal.event_log import EventLines
-from mhe_dist.config import load as config_load
+from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
 from tests import tiny
 
@@ -122,7 +122,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
 def file(tmp_path: Path) -> str:
     config = tiny.config(tmp_path, "s3://bucket/train", run={"name": "small"})
     path = tmp_path / "small.yaml"
-    config_load.save(config, str(path))
+    save_config(config, str(path))
     return str(path)
 
 

@@ -13,8 +13,8 @@ from launcher.preflight import node_probe as probe
 from launcher.preflight import predict as preflight
 from launcher.preflight.predict import GIB
 from launcher.preflight.trial_process import try_here
-from mhe_dist.config import load as config_load
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 from tests import tiny
 
 VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
@@ -155,7 +155,7 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
 def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
     settings = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train", classes=8))
     file = tmp_path / "a.yaml"
-    config_load.save(settings, str(file))
+    save_config(settings, str(file))
     assert cli.run(["preflight", str(file)]) == 0
     said = capsys.readouterr().out
     for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):

@@ -15,8 +15,9 @@ from launcher import cli
 from launcher.ray_cluster import code_package as package
 from launcher.ray_cluster import dashboard, jobs
 from launcher.terminal import event_log as event_lines
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, UserError
 from tests import tiny
 
@@ -44,7 +45,7 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     assert {name.partition("/")[0] for name in sent.files} == {*package.PACKAGES, "run.yaml"}
     assert all(name.endswith(".py") for name in sent.files if name != "run.yaml")
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
-    assert config_load.load(str(sent.folder / "run.yaml")) == config
+    assert load_config(str(sent.folder / "run.yaml")) == config
 
 
 def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_dry_run_shows_everything_but_secrets(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     file = tmp_path / "a.yaml"
-    config_load.save(config, str(file))
+    save_config(config, str(file))
     uri = f"tracking.uri=https://me:{SECRET}@mlflow.example"
     assert cli.run(["submit", str(file), uri, "--dry-run", "--env", "NCCL_DEBUG=INFO"]) == 0
     said = capsys.readouterr().out

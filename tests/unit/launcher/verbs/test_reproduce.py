@@ -20,8 +20,9 @@ from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs import preflight as preflight_verb
 from launcher.verbs import reproduce
-from mhe_dist.config import load as config_load
+from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec
@@ -43,7 +44,7 @@ SEEN = {  # of 6,000 classes, by 64 samples
 
 
 def config_of(plan: studies.Planned) -> Config:
-    return config_load.load(plan.study.file, plan.overrides)
+    return load_config(plan.study.file, plan.overrides)
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -54,7 +55,7 @@ def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> N
     assert [config.run.seed for config in configs] == sorted([0, 1] * len(study.variants))
     assert set(dict(study.typefaces)) == set(configs[0].evaluate.typefaces)
     assert study.config in {path.name for path in studies.CONFIGS.glob("*.yaml")}
-    shared = [{**config_load.to_dict(config), "head": 0, "run": 0} for config in configs]
+    shared = [{**config_to_dict(config), "head": 0, "run": 0} for config in configs]
     assert all(values == shared[0] for values in shared), "only head and seed may differ"
 
 

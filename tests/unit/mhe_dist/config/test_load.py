@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mhe_dist.config.load import ConfigErrors, describe, load, save, to_dict
+from mhe_dist.config.describe import describe_config
+from mhe_dist.config.load import load_config
+from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import UserError
 
 FILE = """\
@@ -36,12 +39,12 @@ def mistakes(
 ) -> list[str]:
     """The lines of the message, without the title."""
     with pytest.raises(ConfigErrors) as caught:
-        load(path, [*(base if path is None else ()), *overrides])
+        load_config(path, [*(base if path is None else ()), *overrides])
     return [line.strip() for line in str(caught.value).splitlines()[1:]]
 
 
 def test_defaults_then_file_then_command_line(file: str) -> None:
-    config = load(file, ["train.global_batch=1024", "head.mhs.length=64"])
+    config = load_config(file, ["train.global_batch=1024", "head.mhs.length=64"])
     assert config.model.name == "resnet18"
     assert config.optim.lr == 0.2
     assert config.train.global_batch == 1024
@@ -50,7 +53,7 @@ def test_defaults_then_file_then_command_line(file: str) -> None:
 
 
 def test_the_last_override_wins() -> None:
-    assert load(None, ["data.shards=x", "optim.lr=1", "optim.lr=3"]).optim.lr == 3
+    assert load_config(None, ["data.shards=x", "optim.lr=1", "optim.lr=3"]).optim.lr == 3
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_the_last_override_wins() -> None:
     ],
 )
 def test_values_are_yaml_and_text_is_text(override: str, value: object) -> None:
-    config: object = load(None, ["data.shards=x", override])
+    config: object = load_config(None, ["data.shards=x", override])
     for name in override.partition("=")[0].replace(".drop_rate", "").split("."):
         config = getattr(config, name)
     assert config == value
@@ -83,7 +86,7 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
         return [("data.shards", "there is no such folder")] if "/no" in config.data.shards else []
 
     with pytest.raises(ConfigErrors) as caught:
-        load(file, ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"], [exists])
+        load_config(file, ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"], [exists])
     assert str(caught.value) == (
         "3 mistakes in the configuration:\n"
         "  optim.lr=-1 (command line): must be a number greater than 0\n"
@@ -91,7 +94,7 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
         "  data.shards=/nowhere (command line): there is no such folder"
     )
     assert isinstance(caught.value, UserError)
-    first = caught.value.problems[0]
+    first = caught.value.mistakes[0]
     assert (first.path, first.value, first.source) == ("optim.lr", -1, "command line")
 
 
@@ -176,7 +179,7 @@ def test_what_is_required_is_explained() -> None:
     assert mistakes(None, "optim.lr=-1", base=())[0] == words
 
 
-def test_misfits_are_told_although_other_keys_are_wrong() -> None:
+def test_contradictions_are_reported_although_other_keys_are_wrong() -> None:
     assert mistakes(
         None, "train.global_batch=192", "data.streams=64", "scale.workers=3", "optim.lr=-1"
     ) == [
@@ -199,7 +202,7 @@ def test_misfits_are_told_although_other_keys_are_wrong() -> None:
 def elastic(workers: str) -> Config:
     """A run of six micro-batches."""
     sizes = ["train.global_batch=96", "train.micro_batch=16", "data.streams=6"]
-    return load(None, ["data.shards=x", *sizes, f"scale.workers={workers}"])
+    return load_config(None, ["data.shards=x", *sizes, f"scale.workers={workers}"])
 
 
 def test_workers_may_be_a_range_of_those_that_divide_the_micro_batches() -> None:
@@ -216,12 +219,12 @@ def test_workers_may_be_a_range_of_those_that_divide_the_micro_batches() -> None
 
 def test_the_best_checkpoint_needs_evaluations() -> None:
     with pytest.raises(UserError, match=r"checkpoint\.keep_best=rank1 needs evaluate\.shards"):
-        load(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
+        load_config(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
 
 
 def test_a_network_is_compiled_whole() -> None:
     with pytest.raises(UserError, match=r"model\.compile=true .* scale\.zero_stage=3"):
-        load(None, ["data.shards=x", "model.compile=true", "scale.zero_stage=3"])
+        load_config(None, ["data.shards=x", "model.compile=true", "scale.zero_stage=3"])
 
 
 def test_a_wrong_key_is_not_blamed_twice() -> None:
@@ -239,9 +242,9 @@ def test_checks_see_defaults_in_place_of_wrong_keys_and_do_not_blame_those() -> 
         return [("optim.lr", "is low"), ("run.seed", "is odd")]
 
     with pytest.raises(ConfigErrors) as caught:
-        load(None, ["data.shards=x", "optim.lr=-1", "run.seed=3"], [check])
-    assert [problem.path for problem in caught.value.problems] == ["optim.lr", "run.seed"]
-    assert (caught.value.problems[1].value, caught.value.problems[1].message) == (3, "is odd")
+        load_config(None, ["data.shards=x", "optim.lr=-1", "run.seed=3"], [check])
+    assert [problem.path for problem in caught.value.mistakes] == ["optim.lr", "run.seed"]
+    assert (caught.value.mistakes[1].value, caught.value.mistakes[1].message) == (3, "is odd")
     assert seen[0].optim.lr == 0.1
 
 
@@ -280,34 +283,37 @@ def test_a_missing_file_is_told_with_the_likely_one_and_with_wrong_overrides(fil
 
 def test_an_empty_file_is_a_configuration_of_defaults(file: str) -> None:
     Path(file).write_text("# nothing\n")
-    assert load(file, ["data.shards=x"]) == load(None, ["data.shards=x"])
+    assert load_config(file, ["data.shards=x"]) == load_config(None, ["data.shards=x"])
 
 
 def test_one_mistake_is_one() -> None:
     with pytest.raises(ConfigErrors, match=r"^1 mistake in the configuration:\n  optim\.lr=0 "):
-        load(None, ["data.shards=x", "optim.lr=0"])
+        load_config(None, ["data.shards=x", "optim.lr=0"])
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    config = load(
+    config = load_config(
         None,
         ["data.shards=x", "run.name='1e3'", "optim.lr=1e-8", "data.glyphs={}", "run.dir=Größe"],
     )
     path = tmp_path / "new" / "config.yaml"
-    save(config, str(path))
-    assert load(str(path)) == config
+    save_config(config, str(path))
+    assert load_config(str(path)) == config
     assert [item.name for item in path.parent.iterdir()] == ["config.yaml"]
-    save(config, "memory://runs/config.yaml")
+    save_config(config, "memory://runs/config.yaml")
 
 
-def test_to_dict_is_plain() -> None:
-    values = to_dict(load(None, ["data.shards=x"]))
+def test_config_to_dict_is_plain() -> None:
+    values = config_to_dict(load_config(None, ["data.shards=x"]))
     assert values["optim"]["betas"] == [0.9, 0.999]
-    assert Config.model_validate(values) == load(None, ["data.shards=x"])
+    assert Config.model_validate(values) == load_config(None, ["data.shards=x"])
 
 
 def test_describe_names_every_key_with_value_default_and_description() -> None:
-    entries = {entry.path: entry for entry in describe(load(None, ["data.shards=x", "optim.lr=3"]))}
+    entries = {
+        entry.path: entry
+        for entry in describe_config(load_config(None, ["data.shards=x", "optim.lr=3"]))
+    }
     assert tuple(entries["optim.lr"]) == ("optim.lr", 3.0, 0.1, "Peak learning rate.")
     assert entries["data.shards"].default == "(required)"
     assert entries["data.glyphs"].value is None
@@ -315,7 +321,8 @@ def test_describe_names_every_key_with_value_default_and_description() -> None:
     assert "optim" not in entries
     assert all(entry.description for entry in entries.values())
     with_glyphs = [
-        entry.path for entry in describe(load(None, ["data.shards=x", "data.glyphs={}"]))
+        entry.path
+        for entry in describe_config(load_config(None, ["data.shards=x", "data.glyphs={}"]))
     ]
     assert "data.glyphs.fonts" in with_glyphs
     assert "data.glyphs" not in with_glyphs
@@ -323,7 +330,8 @@ def test_describe_names_every_key_with_value_default_and_description() -> None:
 
 def test_loading_needs_no_torch() -> None:
     code = (
-        "import sys; from mhe_dist.config.load import load; load(None, ['data.shards=x']);"
+        "import sys; from mhe_dist.config.load import load_config;"
+        "load_config(None, ['data.shards=x']);"
         "sys.exit('torch' in sys.modules or 'fsspec' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

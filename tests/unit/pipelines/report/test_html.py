@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mhe_dist.config import load as config_load
+from mhe_dist.config.write import save_config
 from pipelines.report import evaluation as keep
 from pipelines.report import html as page
 from tests import tiny
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> str:
     """Records of a run that was interrupted once, with a bad sample and evaluations."""
     shards = tiny.write_shards(tmp_path / "heldout", classes=5)
     config = tiny.config(tmp_path, NASTY, evaluate={"shards": shards})
-    config_load.save(config, f"{config.run.path}/config.yaml")
+    save_config(config, f"{config.run.path}/config.yaml")
     folder = Path(config.run.path)
     records = [
         {"step": step, "time": 1.0 + step, "loss": 3 - 0.1 * step, "lr": 0.1, "images_per_s": 900.0}
@@ -88,7 +88,7 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, "unused")
-    config_load.save(config, f"{config.run.path}/config.yaml")
+    save_config(config, f"{config.run.path}/config.yaml")
     titles = page.write(config.run.path, str(tmp_path / "page.html"))
     assert titles == ["Restarts", "Bad samples", "Settings"]
     text = (tmp_path / "page.html").read_text()
