@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from launcher.ray_cluster import ray_internals
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import scrub
 
@@ -17,11 +17,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
-_CHATTY = (  # they tell of each upload and hang-up
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 
 
 def resolve(address: str) -> str:
@@ -52,14 +47,10 @@ def client(address: str) -> Any:
     """
     _reach(address)
     with translated(address):
-        from ray._private.authentication import authentication_token_setup as authentication
         from ray.job_submission import JobSubmissionClient
 
-        for name in _CHATTY:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger(authentication.__name__).setLevel(logging.ERROR)
-        # As `ray start` does, which asks for a token once `ray.init` has left one in the home.
-        authentication.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        ray_internals.quiet_job_client()
+        ray_internals.enable_token_auth()
         return JobSubmissionClient(address)
 
 

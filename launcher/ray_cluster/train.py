@@ -10,11 +10,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.events import Event
-from launcher.ray_cluster import elastic, worker
+from launcher.ray_cluster import ray_internals, worker
+from launcher.ray_cluster.elastic import RESIZE_CHECK_S, group_size
 from launcher.ray_cluster.mailbox import NAMESPACE, STOP_NOW, Mailbox, name_of
 from launcher.signals import Interrupted, deferred, undisturbed
 from mhe_dist.config.schema import Config
@@ -201,16 +203,8 @@ def local_cluster(config: Config) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
     try:
         with deferred():  # Ray would set a handler of its own for SIGTERM, too
-            ray.init(
-                address="local",
-                num_cpus=config.scale.workers * config.scale.cpus_per_worker,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
-            )
+            cpus = config.scale.workers * config.scale.cpus_per_worker
+            ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
         _check_resources(config, ray.cluster_resources())
         yield
     finally:
@@ -247,8 +241,8 @@ def _fit(settings: dict[str, Any]) -> None:
 
     config = Config.model_validate(settings["config"])
     scale = config.scale
-    trainer = elastic.trainer(
-        config,
+    trainer = ray_internals.create_trainer(
+        partial(group_size, config=config) if scale.elastic else None,
         train_loop_per_worker=worker.train,
         train_loop_config=settings,
         torch_config=TorchConfig(
@@ -256,7 +250,7 @@ def _fit(settings: dict[str, Any]) -> None:
         ),
         scaling_config=ScalingConfig(
             num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,
-            elastic_resize_monitor_interval_s=elastic.LOOK_AROUND_S,
+            elastic_resize_monitor_interval_s=RESIZE_CHECK_S,
             use_gpu=scale.gpu,
             resources_per_worker=worker.resources(config),
             placement_strategy=scale.placement.upper(),
@@ -266,23 +260,11 @@ def _fit(settings: dict[str, Any]) -> None:
             name="ray",
             storage_path=settings["storage"],
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            callbacks=[_listening()],
+            callbacks=[ray_internals.on_main_thread_of_workers(stopping.listen)],
             worker_runtime_env={"env_vars": worker.environment(config)},
         ),
     )
     trainer.fit()
-
-
-def _listening() -> Any:
-    """What lets a worker hear SIGTERM: handlers can be set on its main thread alone, and training
-    runs on another one."""
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    class Listening(WorkerGroupCallback):
-        def after_worker_group_start(self, worker_group: Any) -> None:
-            worker_group.execute(stopping.listen)
-
-    return Listening()
 
 
 def _error(event: Event) -> Exception:

@@ -14,6 +14,7 @@ from rich.table import Table
 from launcher.preflight import checks
 from launcher.ray_cluster import code_package as package
 from launcher.ray_cluster import dashboard, jobs
+from launcher.ray_cluster.ray_internals import is_token_auth_enabled
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal import event_log as event_lines
@@ -202,7 +203,7 @@ def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
         rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
     for what, link in rows:
         console.say(f"  {what}: {escape(link)}")
-    if not dashboard.is_loopback(address) and not _has_token():
+    if not dashboard.is_loopback(address) and not is_token_auth_enabled():
         console.say(
             "[yellow]warning:[/] this cluster takes jobs from anybody who reaches it; start it "
             "with RAY_AUTH_MODE=token (docs/clusters.md)"
@@ -215,12 +216,6 @@ def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
             ("save and stop", f"mhe stop {name}{where}"),
         ],
     )
-
-
-def _has_token() -> bool:
-    from ray._private.authentication.authentication_utils import is_token_auth_enabled
-
-    return bool(is_token_auth_enabled())
 
 
 def _follow(cluster: jobs.Cluster, job_id: str) -> None:

@@ -182,6 +182,16 @@ def test_only_the_launcher_knows_ray() -> None:
     assert packages(importing("ray")) == {"launcher"}
 
 
+def test_only_the_adapter_knows_what_ray_keeps_private() -> None:
+    private = {
+        module
+        for module in importing("ray")
+        for name in everywhere(module)
+        if name.startswith("ray.") and any(part.startswith("_") for part in name.split("."))
+    }
+    assert private == {"launcher.ray_cluster.ray_internals"}
+
+
 def test_the_training_library_knows_no_tar_files() -> None:
     assert not {m for m in importing("tarfile", "webdataset") if m.startswith("mhe_dist")}
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from launcher.ray_cluster import elastic, worker
 from launcher.ray_cluster import train as ray_train
+from launcher.ray_cluster import worker
+from launcher.ray_cluster.elastic import group_size
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 
@@ -53,7 +54,7 @@ def test_a_preempted_worker_is_a_lost_worker_unless_the_run_was_told_to_stop() -
 @pytest.mark.parametrize(("available", "size"), [(0, 0), (1, 1), (3, 2), (4, 4), (9, 4)])
 def test_the_group_is_the_largest_that_divides_the_micro_batches(available: int, size: int) -> None:
     values = {"data": {"shards": "x"}, "scale": {"workers": {"min": 1, "max": 6}}}
-    assert elastic.group_size(available, Config.model_validate(values)) == size
+    assert group_size(available, Config.model_validate(values)) == size
 
 
 class WorkersFailed(Exception):
