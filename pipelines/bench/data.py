@@ -190,8 +190,14 @@ def ours(index: ShardIndex, workers: int, side: int) -> int:
         }
     )
     train = config.train
-    steps = index.samples // train.global_batch
-    loader = Loader(index, config, range(train.micro_batches), 0, steps)
+    loader = Loader(
+        index,
+        config.data,
+        global_batch=train.global_batch,
+        micro_batches=train.micro_batches,
+        stop_step=index.samples // train.global_batch,
+        seed=config.run.seed,
+    )
     return sum(len(micro.labels) for batch in loader for micro in batch.micro_batches)
 
 

@@ -206,7 +206,7 @@ def _extensions(members: dict[str, Any]) -> str:
     return ", ".join(name for name in members if not name.startswith("__")) or "nothing"
 
 
-def _example(
+def load_example(
     index: ShardIndex,
     shard: int,
     inside: int,
@@ -214,6 +214,19 @@ def _example(
     side: int,
     into: Pixels | None = None,
 ) -> Example:
+    """Read, check and decode one sample, and check its label against the index.
+
+    Args:
+        index: the data set.
+        shard: number of the shard.
+        inside: number of the sample in the shard.
+        raw: the sample's part of the tar.
+        side: of the image to return, in pixels.
+        into: memory that the image may be written to, see `decode`.
+
+    Raises:
+        Damaged: see `example`; or its label is not the one of the index.
+    """
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[inside + 1] - offsets[inside])
     told = index.told(shard, inside)

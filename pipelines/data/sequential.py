@@ -11,7 +11,7 @@ from torch import Tensor
 from mhe_dist.errors import RunError
 from pipelines.data.decode import Pixels
 from pipelines.data.order import Piece
-from pipelines.data.sample import Damaged, _example, read_piece
+from pipelines.data.sample import Damaged, load_example, read_piece
 from pipelines.shards.index import ShardIndex
 
 
@@ -32,7 +32,7 @@ def read_in_order(
     for piece in pieces_in_order(index, start, stop):
         for inside, raw in enumerate(read_piece(index, piece), piece.start):
             try:
-                sample = _example(index, piece.shard, inside, raw, image_size)
+                sample = load_example(index, piece.shard, inside, raw, image_size)
             except Damaged as error:
                 raise RunError(f"{index.place(piece.shard, inside)}: {error}") from error
             images[len(keys)] = _channels_first(sample.image)

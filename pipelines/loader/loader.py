@@ -1,14 +1,15 @@
-"""The training images, batch by batch, in the order of `order.py`.
+"""The training images, step by step, in the order of `data/order.py`.
 
 A rank's loader computes some micro-batches of every step. Its loader processes share the streams
-of each micro-batch: process k of K reads the k-th part of them, and the rank joins the parts in
-the order of the streams. So neither W nor K can be seen in what comes out. A process holds one
-window of each of its streams as undecoded bytes and decodes a sample when its turn comes.
+of each micro-batch: process k of K reads the k-th part of them, and the rank joins the partial
+batches in the order of the streams. So neither the number of ranks nor that of loader processes
+changes the result. A process holds one window of each of its streams as undecoded bytes and
+decodes each sample when it is needed.
 
-A sample that cannot be used is counted and named. Its place is filled by the sample that follows
-it in the permuted window (the first one follows the last), or the next one that can be used; the
-augmentation's draws stay those of the place, so the substitute does not come twice as the same
-pixels.
+A sample that cannot be used is counted and named. It is replaced by the sample that follows it in
+the permuted window (the first one follows the last), or by the next one that can be used. The
+augmentation draws stay those of the replaced sample, so the substitute does not come twice as the
+same pixels.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mhe_dist.config.schema import Config
+from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import RunError
 from mhe_dist.train.batch import MicroBatch, StepBatch
 from pipelines.data.bad_samples import Faults
 from pipelines.data.mixture import View
 from pipelines.data.order import Order
-from pipelines.loader.shared_buffers import Slots
-from pipelines.loader.worker import Part, _Source
-from pipelines.loader.worker_status import Notes, last_words
+from pipelines.loader.shared_buffers import SharedBuffers
+from pipelines.loader.worker import PartialBatch, WorkerDataset
+from pipelines.loader.worker_status import WorkerStatusTable, describe_dead_worker
 from pipelines.shards.index import ShardIndex
 
 
@@ -45,47 +46,55 @@ class Loader:
     def __init__(
         self,
         index: ShardIndex,
-        config: Config,
-        micro_batches: range,
-        start_step: int,
+        data: DataConfig,
+        *,
+        global_batch: int,
+        micro_batches: int,
         stop_step: int,
+        start_step: int = 0,
+        local_micro_batches: range | None = None,
+        seed: int = 0,
     ) -> None:
         """Prepare; reading begins with the iteration.
 
         Args:
-            index: the data set, or a view.
-            config: of the run; `data`, `train` and `run.seed` matter here.
-            micro_batches: which of a step's canonical micro-batches this rank computes.
+            index: the data set, or a mixture.
+            data: how to order, read, decode and augment; its `shards` is not used.
+            global_batch: samples per step of all ranks together, a multiple of `data.streams`.
+            micro_batches: how many a step has, on all ranks together; divides `data.streams`.
+            stop_step: the first step that is not made.
             start_step: where to begin; nothing before it is read, except the rest of its windows.
-            stop_step: where to end.
+            local_micro_batches: which of a step's micro-batches this rank computes; None: all.
+            seed: of the order and the augmentation.
 
         Raises:
             UserError: fewer samples than streams.
         """
-        self._index = index
-        data = config.data
+        self._index, self._data = index, data
+        self._local = range(micro_batches) if local_micro_batches is None else local_micro_batches
+        self._steps = range(start_step, stop_step)
         sizes = [shard.samples for shard in index.shards]
         choice = index if isinstance(index, View) else None
-        self.order = Order(sizes, data.streams, data.shuffle_window, config.run.seed, choice)
+        self.order = Order(sizes, data.streams, data.shuffle_window, seed, choice)
         self.faults = Faults()
-        self._data = data
-        self._micro_batches = micro_batches
-        self._steps = range(start_step, stop_step)
-        per_batch = data.streams // config.train.micro_batches
-        streams = range(micro_batches.start * per_batch, micro_batches.stop * per_batch)
-        self._epoch = sum(self.order.length(stream) for stream in streams)
-        self._processes = max(1, min(data.loader_workers, per_batch))
-        self._notes = Notes(self._processes)
-        per_part = -(-per_batch // self._processes) * (config.train.global_batch // data.streams)
-        self._slots = Slots(self._processes, data.prefetch, per_part, data.image_size)
-        self._source = _Source(
+        streams_each = data.streams // micro_batches
+        streams = [range(i * streams_each, (i + 1) * streams_each) for i in self._local]
+        self._epoch_samples = sum(self.order.length(stream) for part in streams for stream in part)
+        self._processes = max(1, min(data.loader_workers, streams_each))
+        self._statuses = WorkerStatusTable(self._processes)
+        samples_per_stream = global_batch // data.streams
+        most_images = -(-streams_each // self._processes) * samples_per_stream
+        self._buffers = SharedBuffers(self._processes, data.prefetch, most_images, data.image_size)
+        self._dataset = WorkerDataset(
             index,
             self.order,
-            config,
-            [range(i * per_batch, (i + 1) * per_batch) for i in micro_batches],
+            data,
+            seed,
+            samples_per_stream,
+            streams,
             self._steps,
-            self._notes,
-            self._slots,
+            self._statuses,
+            self._buffers,
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -94,43 +103,43 @@ class Loader:
         Raises:
             RunError: a shard or too many samples cannot be read, or a loader process died.
         """
-        parts = iter(self._dataloader())
-        self._notes.watch()
+        partial_batches = iter(self._dataloader())
+        self._statuses.remember_children()
         for step in self._steps:
             begin = time.perf_counter()
             batches = []
-            for number in self._micro_batches:
-                taken = [self._accept(part) for part in self._take(parts)]
-                batches.append(self._join(number, taken))
+            for number in self._local:
+                parts = [self._accept(part) for part in self._receive(partial_batches)]
+                batches.append(self._join(number, parts))
             yield StepBatch(step, batches, time.perf_counter() - begin)
 
-    def _dataloader(self) -> DataLoader[Part]:
+    def _dataloader(self) -> DataLoader[PartialBatch]:
         workers = self._processes if self._data.loader_workers else 0
         return DataLoader(
-            self._source,
+            self._dataset,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_is,
+            collate_fn=_unchanged,
             prefetch_factor=self._data.prefetch if workers else None,
             # A generator of its own: the default one would take a draw from torch's global state.
             generator=torch.Generator(),
         )
 
-    def _take(self, parts: Iterator[Part]) -> Iterator[Part]:
-        """One part from each loader process, which torch asks in turn."""
+    def _receive(self, partial_batches: Iterator[PartialBatch]) -> Iterator[PartialBatch]:
+        """One partial batch from each loader process; torch asks them one after the other."""
         for _ in range(self._processes):
             try:
-                part = next(parts)
+                part = next(partial_batches)
             except RuntimeError as error:
-                words = last_words(self._notes, self._index) or "the loader failed"
-                raise RunError(f"{words} ({error})") from error
+                cause = describe_dead_worker(self._statuses, self._index) or "the loader failed"
+                raise RunError(f"{cause} ({error})") from error
             yield part
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """For the code that works while the loader's processes do: a death of theirs has its name.
+    def reporting_dead_workers(self) -> Iterator[None]:
+        """For code that runs while the loader's processes work: names the one that died.
 
-        torch hears of it by a signal, and raises RuntimeError wherever the main thread is then.
+        torch learns of a death by a signal, and raises RuntimeError wherever the main thread is.
 
         Raises:
             RunError: a loader process died; says on which sample.
@@ -138,25 +147,26 @@ class Loader:
         try:
             yield
         except RuntimeError as error:
-            if words := last_words(self._notes, self._index):
-                raise RunError(f"{words} ({error})") from error
+            if cause := describe_dead_worker(self._statuses, self._index):
+                raise RunError(f"{cause} ({error})") from error
             raise
 
-    def _accept(self, part: Part) -> Part:
-        """Count a part's bad samples and hold the limit."""
+    def _accept(self, part: PartialBatch) -> PartialBatch:
+        """Count the bad samples of a partial batch and enforce their limit."""
         if part.failure:
             raise RunError(part.failure)
         self.faults.add(len(part.keys), part.faults)
-        self.faults.check(self._data, self._epoch)
+        self.faults.check(self._data, self._epoch_samples)
         return part
 
-    def _join(self, number: int, parts: list[Part]) -> MicroBatch:
+    def _join(self, number: int, parts: list[PartialBatch]) -> MicroBatch:
         count, side = sum(len(part.keys) for part in parts), self._data.image_size
         images = np.empty((count, side, side, 3), np.uint8)
         start = 0
         for part in parts:
             stop = start + len(part.keys)
-            images[start:stop] = self._slots.of(part.process, part.turn)[: stop - start]
+            buffer = self._buffers.images(part.process, part.batch_number)
+            images[start:stop] = buffer[: stop - start]
             start = stop
         return MicroBatch(
             number,
@@ -166,6 +176,6 @@ class Loader:
         )
 
 
-def _as_is(part: Any) -> Any:
-    """The collate function: a part is complete."""
+def _unchanged(part: Any) -> Any:
+    """The collate function: a partial batch is complete."""
     return part

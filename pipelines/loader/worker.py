@@ -1,4 +1,8 @@
-"""What runs in a loader process: windows of samples are read, decoded and augmented here."""
+"""The work of one loader process: it reads windows of its streams, decodes and augments samples.
+
+It knows the order of the samples and which streams are its own, but not the rank's micro-batches
+as a whole: `loader.py` joins what the processes make.
+"""
 
 from __future__ import annotations
 
@@ -9,83 +13,101 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mhe_dist.config.data import AugmentConfig, DataConfig
-from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import share
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.augment import Noise, augment
 from pipelines.data.decode import Pixels
 from pipelines.data.order import Ints, Order, Window
-from pipelines.data.sample import Damaged, Example, _example
+from pipelines.data.sample import Damaged, Example, load_example
 from pipelines.loader.prefetch import WindowReader
-from pipelines.loader.shared_buffers import Slots
-from pipelines.loader.worker_status import DECODING, READING, WAITING, Notes
+from pipelines.loader.shared_buffers import SharedBuffers
+from pipelines.loader.worker_status import DECODING, READING, WAITING, WorkerStatusTable
 from pipelines.shards.index import Fault, ShardIndex
 
 
-class Part(NamedTuple):
-    """What one loader process makes of a micro-batch, or the failure that ends its work.
+class PartialBatch(NamedTuple):
+    """One loader process's share of a micro-batch, or the failure that ends its work.
 
     Attributes:
-        process, turn: where its images are, see `Slots.of`.
-        labels: int64; not a tensor, which would cost a piece of shared memory of its own.
+        process, batch_number: where its images are, see `SharedBuffers.images`.
+        labels: int64; not a tensor, which would cost shared memory of its own.
+        keys: of the samples.
+        faults: bad samples that had to be replaced, and bad shards.
+        failure: the message of the error that ends the process's work; empty if there is none.
     """
 
     process: int
-    turn: int
+    batch_number: int
     labels: Ints
     keys: list[str]
     faults: list[Fault]
     failure: str = ""
 
 
-class _Source(IterableDataset[Part]):
-    """What runs in a loader process."""
+class WorkerDataset(IterableDataset[PartialBatch]):
+    """What torch's `DataLoader` iterates over in each loader process."""
 
     def __init__(
         self,
         index: ShardIndex,
         order: Order,
-        config: Config,
+        data: DataConfig,
+        seed: int,
+        samples_per_stream: int,
         streams: list[range],
         steps: range,
-        notes: Notes,
-        slots: Slots,
+        statuses: WorkerStatusTable,
+        buffers: SharedBuffers,
     ) -> None:
-        self.index, self.order, self.data = index, order, config.data
+        """Prepare; the object is then copied into each loader process.
+
+        Args:
+            index: the data set.
+            order: of its samples.
+            data: how to read, decode and augment.
+            seed: of the run; keys the augmentation.
+            samples_per_stream: how many samples of each stream a step takes.
+            streams: those of each micro-batch of this rank, for all loader processes together.
+            steps: the steps to make.
+            statuses: where the process records what it does.
+            buffers: where the images go.
+        """
+        self.index, self.order, self.data = index, order, data
         self.streams, self.steps = streams, steps
-        self.notes, self.slots = notes, slots
-        self.process = self.turn = 0
-        self.per_stream = config.train.global_batch // config.data.streams
-        self.noise = Noise(config.run.seed)
-        self.augmenting = config.data.augment != AugmentConfig()
+        self.statuses, self.buffers = statuses, buffers
+        self.process = self.batch_number = 0
+        self.samples_per_stream = samples_per_stream
+        self.noise = Noise(seed)
+        self.augmenting = data.augment != AugmentConfig()
 
-    def __iter__(self) -> Iterator[Part]:
-        """Yield a part for each micro-batch of each step."""
-        positions = range(self.steps.start * self.per_stream, self.steps.stop * self.per_stream)
+    def __iter__(self) -> Iterator[PartialBatch]:
+        """Yield this process's share of each micro-batch of each step."""
+        per_step = self.samples_per_stream
+        positions = range(self.steps.start * per_step, self.steps.stop * per_step)
         with WindowReader(self.index, self.order, self.data.remote, positions) as self.reader:
-            yield from self._parts()
+            yield from self._partial_batches()
 
-    def _parts(self) -> Iterator[Part]:
+    def _partial_batches(self) -> Iterator[PartialBatch]:
         info = get_worker_info()
         self.process, processes = (info.id, info.num_workers) if info else (0, 1)
-        self.turn = 0
-        self.notes.begin(self.process)
-        open_windows: dict[int, _OpenWindow] = {}
+        self.batch_number = 0
+        self.statuses.register(self.process)
+        open_windows: dict[int, OpenWindow] = {}
         for step in self.steps:
-            positions = step * self.per_stream, (step + 1) * self.per_stream
+            positions = step * self.samples_per_stream, (step + 1) * self.samples_per_stream
             for streams in self.streams:
-                mine = share(len(streams), self.process, processes)
+                own = share(len(streams), self.process, processes)
                 try:
-                    yield self._part(streams[mine.start : mine.stop], positions, open_windows)
+                    yield self._make(streams[own.start : own.stop], positions, open_windows)
                 except (RunError, UserError) as error:
-                    yield Part(0, 0, np.empty(0, np.int64), [], [], str(error))
+                    yield PartialBatch(0, 0, np.empty(0, np.int64), [], [], str(error))
                     return
 
-    def _part(
-        self, streams: range, positions: tuple[int, int], open_windows: dict[int, _OpenWindow]
-    ) -> Part:
-        images = self.slots.of(self.process, self.turn)
-        labels = np.empty(len(streams) * self.per_stream, np.int64)
+    def _make(
+        self, streams: range, positions: tuple[int, int], open_windows: dict[int, OpenWindow]
+    ) -> PartialBatch:
+        images = self.buffers.images(self.process, self.batch_number)
+        labels = np.empty(len(streams) * self.samples_per_stream, np.int64)
         keys: list[str] = []
         faults: list[Fault] = []
         self.reader.begin(streams, positions[0])
@@ -94,16 +116,11 @@ class _Source(IterableDataset[Part]):
                 window = open_windows.get(stream)
                 if window is None or window.window != draw.window:
                     open_windows.pop(stream, None)  # first let go of the old bytes
-                    self._note(READING, self._first(draw.window))
-                    fetched = self.reader.take(draw.window)
-                    faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
-                    window = _OpenWindow(
-                        self.index, self.order, draw.window, self.data, fetched.samples
-                    )
+                    window = self._open(draw.window, faults)
                     open_windows[stream] = window
                 for place in range(draw.start, draw.stop):
                     number = window.number(place)
-                    self._note(DECODING, number)
+                    self._record(DECODING, number)
                     row = images[len(keys)]
                     sample, found = window.read(place, row)
                     faults += found
@@ -111,12 +128,19 @@ class _Source(IterableDataset[Part]):
                     labels[len(keys)] = sample.label
                     keys.append(sample.key)
             self.reader.look_ahead(stream, *positions)
-        self._note(WAITING, number)
-        self.turn += 1
-        return Part(self.process, self.turn - 1, labels, keys, faults)
+        self._record(WAITING, number)
+        self.batch_number += 1
+        return PartialBatch(self.process, self.batch_number - 1, labels, keys, faults)
 
-    def _note(self, doing: int, sample: int) -> None:
-        self.notes.write(self.process, doing, sample)
+    def _open(self, window: Window, faults: list[Fault]) -> OpenWindow:
+        """Read a window; bad shards are added to the faults."""
+        self._record(READING, self._first(window))
+        fetched = self.reader.take(window)
+        faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
+        return OpenWindow(self.index, self.order, window, self.data.image_size, fetched.samples)
+
+    def _record(self, activity: int, sample: int) -> None:
+        self.statuses.update(self.process, activity, sample)
 
     def _first(self, window: Window) -> int:
         piece = self.order.pieces(window)[0]
@@ -132,7 +156,7 @@ class _Source(IterableDataset[Part]):
         row[:] = image if image.ndim == 3 else image[:, :, None]
 
 
-class _OpenWindow:
+class OpenWindow:
     """A window whose bytes are in memory."""
 
     def __init__(
@@ -140,11 +164,12 @@ class _OpenWindow:
         index: ShardIndex,
         order: Order,
         window: Window,
-        data: DataConfig,
+        image_size: int,
         raw: list[memoryview],
     ) -> None:
+        """Take the bytes of the window's samples, in reading order."""
         self.window = window
-        self._index, self._data = index, data
+        self._index, self._image_size = index, image_size
         self._permuted = order.shuffled(window)
         self._raw = raw
         self._where: list[tuple[int, int]] = []  # shard, and number of the sample in it
@@ -165,21 +190,17 @@ class _OpenWindow:
             RunError: no sample of the window can be used.
         """
         faults: list[Fault] = []
-        for turn in range(self.window.size):
-            at = int(self._permuted[(place + turn) % self.window.size])
+        for attempt in range(self.window.size):
+            at = int(self._permuted[(place + attempt) % self.window.size])
+            shard, inside = self._where[at]
             try:
-                return self._example(at, into), faults[:1]
+                sample = load_example(
+                    self._index, shard, inside, self._raw[at], self._image_size, into
+                )
+                return sample, faults[:1]
             except Damaged as error:
-                faults.append(Fault(self._name(at), str(error)))
+                faults.append(Fault(self._index.place(shard, inside), str(error)))
         raise RunError(
             f"no sample of {self.window.size} in a row can be used; the first: {faults[0].place}: "
             f"{faults[0].reason}"
         )
-
-    def _example(self, at: int, into: Pixels) -> Example:
-        shard, inside = self._where[at]
-        return _example(self._index, shard, inside, self._raw[at], self._data.image_size, into)
-
-    def _name(self, at: int) -> str:
-        shard, inside = self._where[at]
-        return self._index.place(shard, inside)

@@ -1,4 +1,7 @@
-"""What each loader process is doing, in memory that outlives it: a killed process tells nothing."""
+"""What each loader process is doing, in memory that outlives it: a killed process reports nothing.
+
+When a process has died, its last entry tells which sample it worked on.
+"""
 
 from __future__ import annotations
 
@@ -19,76 +22,76 @@ from pipelines.shards.index import ShardIndex
 READING: Final = 1
 DECODING: Final = 2
 WAITING: Final = 3
-_WORDS: Final = {
+_DESCRIPTIONS: Final = {
     0: "began with",
     READING: "read the window that begins with",
     DECODING: "decoded",
     WAITING: "had nothing to do after",
 }
-_PID, _DOING, _SAMPLE, _FIELDS = range(4)
+_PID, _ACTIVITY, _SAMPLE, _FIELDS = range(4)
 
 
-class Note(NamedTuple):
-    """The last word of a loader process.
+class WorkerStatus(NamedTuple):
+    """The last entry of a loader process that died.
 
     Attributes:
         process: its number among the rank's.
-        doing: `READING` a window, `DECODING`, `WAITING` to be asked for more; 0: nothing yet.
+        activity: `READING` a window, `DECODING`, or `WAITING` for a request; 0: nothing yet.
         sample: number of the sample through the index; of the first one that is read.
         exit_code: of the process; the negative number of the signal that ended it.
     """
 
     process: int
-    doing: int
+    activity: int
     sample: int
     exit_code: int
 
 
-class Notes:
-    """A line for each loader process of a rank, which the process overwrites for each sample."""
+class WorkerStatusTable:
+    """A row for each loader process of a rank, which the process overwrites for each sample."""
 
     def __init__(self, processes: int) -> None:
         self._table = multiprocessing.RawArray(c_int64, processes * _FIELDS)
         self._children: list[multiprocessing.process.BaseProcess] = []
 
-    def watch(self) -> None:
+    def remember_children(self) -> None:
         """Remember the children of this process, when the loader has started its own."""
         self._children = list(multiprocessing.active_children())
 
-    def begin(self, process: int) -> None:
-        """Note that process number `process` is the one that calls this."""
+    def register(self, process: int) -> None:
+        """Record that the calling process is loader process number `process`."""
         self._table[process * _FIELDS + _PID] = os.getpid()
 
-    def write(self, process: int, doing: int, sample: int) -> None:
-        """Note what process number `process` is about to do."""
-        line = process * _FIELDS
-        self._table[line + _SAMPLE] = sample
-        self._table[line + _DOING] = doing
+    def update(self, process: int, activity: int, sample: int) -> None:
+        """Record what loader process number `process` is about to do."""
+        row = process * _FIELDS
+        self._table[row + _SAMPLE] = sample
+        self._table[row + _ACTIVITY] = activity
 
-    def dead(self) -> list[Note]:
-        """The last words of the children that did not end in good order."""
+    def dead(self) -> list[WorkerStatus]:
+        """The last entries of the children that ended with an error or by a signal."""
         table = list(self._table)
-        lines = [table[start : start + _FIELDS] for start in range(0, len(table), _FIELDS)]
-        notes = []
-        for process, line in enumerate(lines):
+        rows = [table[start : start + _FIELDS] for start in range(0, len(table), _FIELDS)]
+        dead = []
+        for process, row in enumerate(rows):
             for child in self._children:
-                code = child.exitcode if child.pid == line[_PID] else None
+                code = child.exitcode if child.pid == row[_PID] else None
                 if code:
-                    notes.append(Note(process, line[_DOING], line[_SAMPLE], code))
-        return notes
+                    dead.append(WorkerStatus(process, row[_ACTIVITY], row[_SAMPLE], code))
+        return dead
 
 
-def last_words(notes: Notes, index: ShardIndex) -> str:
+def describe_dead_worker(statuses: WorkerStatusTable, index: ShardIndex) -> str:
     """Which of the loader processes died, and on which sample; empty if all live."""
-    dead = notes.dead()
+    dead = statuses.dead()
     if not dead:
         return ""
-    process, doing, sample, code = dead[0]
+    process, activity, sample, code = dead[0]
     shard = int(np.searchsorted(index.starts, sample, side="right")) - 1
     inside = sample - int(index.starts[shard])
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return (
-        f"loader process {process} ended with {end} while it {_WORDS[doing]} "
+        f"loader process {process} ended with {end} while it {_DESCRIPTIONS[activity]} "
         f"{index.place(shard, inside)}{_key(index, shard, inside)}; if memory ran out, fewer "
         "data.loader_workers or a smaller data.shuffle_window need less"
     )

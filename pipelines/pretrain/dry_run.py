@@ -76,7 +76,7 @@ def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) ->
     base = psutil.Process().memory_info().rss
     run = Run(config, topology, ignore)
     marks = [time.perf_counter()]
-    for _ in run.loop.steps(run.loader()):
+    for _ in run.loop.steps(run.open_loader(run.progress.step, run.total_steps)):
         marks.append(time.perf_counter())
         if _enough(topology, marks):
             break

@@ -14,7 +14,6 @@ import fsspec
 import numpy as np
 
 from mhe_dist.train.divergence import Diverged, Divergence
-from pipelines.loader.loader import Loader
 from pipelines.pretrain.restarts import skipped
 from pipelines.pretrain.run import Run
 
@@ -51,8 +50,7 @@ def roll_back(run: Run, divergence: Divergence) -> None:
 def _write(run: Run, divergence: Divergence) -> str:
     """The bundle: norms per layer as they are now, and the batch of the step, read once more."""
     folder = f"{run.config.run.path}/divergence/step_{divergence.step:08d}"
-    mine = run.topology.share(run.config.train.micro_batches)
-    (batch,) = Loader(run.index, run.config, mine, divergence.step, divergence.step + 1)
+    (batch,) = run.open_loader(divergence.step, divergence.step + 1)
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.makedirs(path, exist_ok=True)
     for part in batch.micro_batches:

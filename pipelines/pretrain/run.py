@@ -96,10 +96,10 @@ class Run:
             samples=self.samples,
             precision=self.engine.precision,
         )
-        self.batches = self.loader()
+        self.batches = self.open_loader(self.progress.step, self.total_steps)
         without = skipped(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in self.batches if batch.step not in without)
-        with self.batches.watched():
+        with self.batches.reporting_dead_workers():
             for info in self.restart.noted(self.progress.step, steps, self.recorder):
                 self.recorder.add(info)
                 self.progress.step = info.step + 1
@@ -156,10 +156,19 @@ class Run:
     def _epochs(self, steps: int) -> int:
         return schedule.epochs_ended(self.config, self.samples, steps)
 
-    def loader(self) -> Loader:
-        """The batches of the remaining steps."""
-        mine = self.topology.share(self.config.train.micro_batches)
-        return Loader(self.index, self.config, mine, self.progress.step, self.total_steps)
+    def open_loader(self, start_step: int, stop_step: int) -> Loader:
+        """The batches of some steps, this rank's micro-batches of them."""
+        train = self.config.train
+        return Loader(
+            self.index,
+            self.config.data,
+            global_batch=train.global_batch,
+            micro_batches=train.micro_batches,
+            local_micro_batches=self.topology.share(train.micro_batches),
+            start_step=start_step,
+            stop_step=stop_step,
+            seed=self.config.run.seed,
+        )
 
     def _description(self) -> dict[str, Any]:
         return {

@@ -20,11 +20,11 @@ from mhe_dist.errors import Preempted
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
 from pipelines.data.bad_samples import FILE
-from pipelines.loader.loader import Loader
 from pipelines.pretrain import main as pretrain
 from pipelines.pretrain import preemption as stopping
 from pipelines.shards.index import ShardIndex
 from tests import tiny
+from tests.loading import loader_of
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_pat
     assert run(run_distributed, config, 2) == [True, True]
 
     def draws(steps: int) -> int:
-        loader = Loader(index, config, range(4), 0, steps)
+        loader = loader_of(index, config, range(4), 0, steps)
         list(loader)
         return loader.faults.count
 

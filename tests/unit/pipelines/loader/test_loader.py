@@ -19,6 +19,7 @@ from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.loading import loader_of
 
 SIZES = [23, 40, 1, 17, 60, 31, 28]  # 200 samples
 CLASSES = 10
@@ -100,7 +101,7 @@ def damage(index: ShardIndex, shard: int, number: int, data: bytes, offset: int 
 
 def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> None:
     # 25 samples in each stream: the first epoch ends in the middle of step 12.
-    loaded = load(Loader(index, configure(index), range(4), 0, 13))
+    loaded = load(loader_of(index, configure(index), range(4), 0, 13))
     keys = [key for step in range(12) for micro in range(4) for key in loaded[step, micro][2]]
     last = [key for micro in range(4) for key in loaded[12, micro][2][::2]]
     assert sorted(keys + last) == [f"s{number:03d}" for number in range(200)]
@@ -112,11 +113,11 @@ def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> No
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_sees_the_same_batches(index: ShardIndex, ranks: int) -> None:
     config = configure(index, augment=AUGMENT)
-    whole = load(Loader(index, config, range(4), 0, 14))
+    whole = load(loader_of(index, config, range(4), 0, 14))
     parts: Loaded = {}
     for rank in range(ranks):
         mine = range(4 * rank // ranks, 4 * (rank + 1) // ranks)
-        parts |= load(Loader(index, config, mine, 0, 14))
+        parts |= load(loader_of(index, config, mine, 0, 14))
     assert_same(whole, dict(sorted(parts.items())))
 
 
@@ -124,23 +125,23 @@ def test_any_number_of_ranks_sees_the_same_batches(index: ShardIndex, ranks: int
 def test_any_number_of_loader_processes_makes_the_same_pixels(
     index: ShardIndex, workers: int
 ) -> None:
-    expected = load(Loader(index, configure(index, augment=AUGMENT), range(1, 3), 3, 14))
+    expected = load(loader_of(index, configure(index, augment=AUGMENT), range(1, 3), 3, 14))
     config = configure(index, augment=AUGMENT, loader_workers=workers)
-    assert_same(expected, load(Loader(index, config, range(1, 3), 3, 14)))
+    assert_same(expected, load(loader_of(index, config, range(1, 3), 3, 14)))
 
 
 def test_a_resume_is_the_tail_of_the_uninterrupted_run(index: ShardIndex) -> None:
     config = configure(index, augment=AUGMENT)
-    whole = load(Loader(index, config, range(4), 0, 30))
+    whole = load(loader_of(index, config, range(4), 0, 30))
     for start in random.Random(0).sample(range(1, 30), 4):
-        tail = load(Loader(index, config, range(4), start, 30))
+        tail = load(loader_of(index, config, range(4), start, 30))
         assert_same({place: v for place, v in whole.items() if place[0] >= start}, tail)
 
 
 def test_augmentation_changes_with_the_epoch(index: ShardIndex) -> None:
     config = configure(index, augment={"brightness": 0.5})
     seen: dict[str, list[torch.Tensor]] = {}
-    for images, _, keys in load(Loader(index, config, range(4), 0, 25)).values():
+    for images, _, keys in load(loader_of(index, config, range(4), 0, 25)).values():
         for picture, key in zip(images, keys, strict=True):
             seen.setdefault(key, []).append(picture)
     repeated = [pictures for pictures in seen.values() if len(pictures) == 2]
@@ -152,12 +153,12 @@ def test_the_global_random_state_is_left_alone(index: ShardIndex) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    load(Loader(index, configure(index, loader_workers=1), range(4), 0, 2))
+    load(loader_of(index, configure(index, loader_workers=1), range(4), 0, 2))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_waiting_is_measured(index: ShardIndex) -> None:
-    assert all(b.wait_s > 0 for b in Loader(index, configure(index), range(4), 0, 2))
+    assert all(b.wait_s > 0 for b in loader_of(index, configure(index), range(4), 0, 2))
 
 
 PNG_DATA = 512 + 60  # in the middle of the compressed pixels
@@ -175,10 +176,10 @@ PNG_DATA = 512 + 60  # in the middle of the compressed pixels
 def test_a_bad_sample_is_counted_named_and_replaced(
     index: ShardIndex, data: bytes, offset: int, words: str
 ) -> None:
-    good = load(Loader(index, configure(index), range(4), 0, 12))
+    good = load(loader_of(index, configure(index), range(4), 0, 12))
     damage(index, 1, 7, data, offset)  # sample 30
     for workers in (0, 2):
-        loader = Loader(index, configure(index, loader_workers=workers), range(4), 0, 12)
+        loader = loader_of(index, configure(index, loader_workers=workers), range(4), 0, 12)
         loaded = load(loader)
         assert loader.faults.seen == 12 * 16
         assert loader.faults.count == 1
@@ -197,18 +198,18 @@ def test_a_bad_sample_is_counted_named_and_replaced(
 
 def test_the_substitute_is_the_same_for_everybody(index: ShardIndex) -> None:
     damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
-    whole = load(Loader(index, configure(index, augment=AUGMENT), range(4), 0, 14))
+    whole = load(loader_of(index, configure(index, augment=AUGMENT), range(4), 0, 14))
     parts: Loaded = {}
     for micro in range(4):
         config = configure(index, augment=AUGMENT, loader_workers=2)
-        parts |= load(Loader(index, config, range(micro, micro + 1), 0, 14))
+        parts |= load(loader_of(index, config, range(micro, micro + 1), 0, 14))
     assert_same(whole, dict(sorted(parts.items())))
 
 
 def test_a_substitute_does_not_repeat_pixels(index: ShardIndex) -> None:
     damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
     config = configure(index, augment={"brightness": 0.5})
-    loader = Loader(index, config, range(4), 0, 12)
+    loader = loader_of(index, config, range(4), 0, 12)
     pictures: dict[str, list[torch.Tensor]] = {}
     for images, _, keys in load(loader).values():
         for picture, key in zip(images, keys, strict=True):
@@ -221,15 +222,15 @@ def test_a_substitute_does_not_repeat_pixels(index: ShardIndex) -> None:
 def test_a_bad_sample_ends_the_run_if_the_rule_says_so(index: ShardIndex) -> None:
     damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
     with pytest.raises(RunError, match=r"sample 7 of .*part-000001.tar: s030.png: .*on_bad_sample"):
-        load(Loader(index, configure(index, on_bad_sample="fail"), range(4), 0, 14))
+        load(loader_of(index, configure(index, on_bad_sample="fail"), range(4), 0, 14))
 
 
 def test_too_many_bad_samples_end_the_run(index: ShardIndex) -> None:
     for number in range(3):
         damage(index, 1, number, b"\xff" * 40, PNG_DATA)
-    load(Loader(index, configure(index, max_bad_fraction=3 / 200), range(4), 0, 12))
+    load(loader_of(index, configure(index, max_bad_fraction=3 / 200), range(4), 0, 12))
     with pytest.raises(RunError, match=r"3 bad samples, more than data\.max_bad_fraction"):
-        load(Loader(index, configure(index, max_bad_fraction=2.9 / 200), range(4), 0, 13))
+        load(loader_of(index, configure(index, max_bad_fraction=2.9 / 200), range(4), 0, 13))
 
 
 @pytest.mark.parametrize("label", [b"x", b"-1", b"10", b"5"])
@@ -239,7 +240,7 @@ def test_a_bad_label_is_a_bad_sample(index: ShardIndex, label: bytes) -> None:
     damage(index, 0, 4, label + b"\0" * (512 - len(label)), whole - 512)
     with open(index.url(0), "r+b") as tar:  # the size in the header of s004.cls
         _resize_member(tar, int(offsets[5]) - 1024, len(label))
-    loader = Loader(index, configure(index), range(4), 0, 13)
+    loader = loader_of(index, configure(index), range(4), 0, 13)
     load(loader)
     [reason] = loader.faults.samples.values()
     assert reason.startswith("s004.cls: ")
@@ -259,7 +260,7 @@ def test_a_truncated_shard_is_noticed(index: ShardIndex) -> None:
     # webdataset itself ends silently there.
     with open(index.url(4), "r+b") as tar:
         tar.truncate(int(index.shards[4].offsets[55]) + 700)
-    loader = Loader(index, configure(index, shuffle_window=25), range(4), 0, 13)
+    loader = loader_of(index, configure(index, shuffle_window=25), range(4), 0, 13)
     load(loader)
     assert sorted(loader.faults.samples) == [
         f"sample {number} of {index.url(4)}" for number in range(55, 60)
@@ -271,13 +272,13 @@ def test_a_truncated_shard_is_noticed(index: ShardIndex) -> None:
 def test_a_missing_shard_is_no_bad_sample_but_a_failure(index: ShardIndex, workers: int) -> None:
     Path(index.url(4)).unlink()
     with pytest.raises(RunError, match=r"part-000004.tar: cannot be read"):
-        load(Loader(index, configure(index, loader_workers=workers), range(4), 0, 13))
+        load(loader_of(index, configure(index, loader_workers=workers), range(4), 0, 13))
 
 
 def test_fewer_samples_than_streams_are_refused(index: ShardIndex) -> None:
     config = Config(data={"shards": "x", "streams": 256}, train={"global_batch": 256})
     with pytest.raises(UserError, match=r"data\.streams=256"):
-        Loader(index, config, range(2), 0, 1)
+        loader_of(index, config, range(2), 0, 1)
 
 
 def test_reading_in_order(index: ShardIndex) -> None:
@@ -307,6 +308,6 @@ def test_shards_behind_a_url(index: ShardIndex) -> None:
     with ShardWriter("memory://stream/set", "part") as writer:
         writer.write(sample(number) for number in range(200))
         remote = writer.finish(CLASSES)
-    loaded = load(Loader(remote, configure(remote), range(4), 0, 3))
+    loaded = load(loader_of(remote, configure(remote), range(4), 0, 3))
     assert len(loaded) == 12
     assert read_in_order(remote, 3, 5, SIDE)[2] == ["s003", "s004"]

@@ -15,9 +15,9 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
 from pipelines.data import sample as fetch
 from pipelines.data.decode import Pixels
-from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from tests import tiny
+from tests.loading import loader_of
 
 VICTIM = "0000042"
 
@@ -82,7 +82,7 @@ def test_a_process_killed_from_outside(
     killer.start()
     begin = time.monotonic()
     with pytest.raises(RunError) as caught:
-        list(Loader(index, config, range(4), 0, 4))
+        list(loader_of(index, config, range(4), 0, 4))
     killer.join()
     assert time.monotonic() - begin < 30
     assert f"ended with SIGKILL while it decoded {place_of(index, VICTIM)} ({VICTIM})" in str(
@@ -95,16 +95,16 @@ def test_a_decoder_that_crashes(
 ) -> None:
     when_decoding(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGSEGV))
     with pytest.raises(RunError, match=rf"ended with SIGSEGV while it decoded .* \({VICTIM}\)"):
-        list(Loader(index, config, range(4), 0, 4))
+        list(loader_of(index, config, range(4), 0, 4))
 
 
 def test_a_death_during_the_step_has_its_name_too(index: ShardIndex, config: Config) -> None:
-    loader = Loader(index, config, range(4), 0, 10_000)
+    loader = loader_of(index, config, range(4), 0, 10_000)
     with (
         pytest.raises(
             RunError, match=r"loader process [01] ended with SIGKILL while it .* sample \d+ of"
         ),
-        loader.watched(),
+        loader.reporting_dead_workers(),
     ):
         for _ in loader:
             [child, *_] = _children()
@@ -115,8 +115,8 @@ def test_a_death_during_the_step_has_its_name_too(index: ShardIndex, config: Con
 
 def test_another_failure_of_the_step_stays_what_it_is(index: ShardIndex, config: Config) -> None:
     """Also when the loader's processes have ended, as they do before the last steps."""
-    loader = Loader(index, config, range(4), 0, 2)
-    with pytest.raises(RuntimeError, match="out of memory"), loader.watched():
+    loader = loader_of(index, config, range(4), 0, 2)
+    with pytest.raises(RuntimeError, match="out of memory"), loader.reporting_dead_workers():
         assert len(list(loader)) == 2
         raise RuntimeError("out of memory")
 

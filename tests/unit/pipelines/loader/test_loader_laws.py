@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import share
 from pipelines.data import mixture as view
-from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.loading import loader_of
 
 SIDE, CLASSES = 4, 5
 AUGMENT = {"flip": 0.5, "crop": 0.3, "brightness": 0.4, "erase": 0.5}
@@ -87,7 +87,7 @@ def load(case: Case, micro_batches: range, start: int, workers: int = 0) -> Load
     config.data.loader_workers = workers
     return {
         (batch.step, micro.index): (micro.images, micro.labels, micro.keys)
-        for batch in Loader(case.index, config, micro_batches, start, case.steps)
+        for batch in loader_of(case.index, config, micro_batches, start, case.steps)
         for micro in batch.micro_batches
     }
 
@@ -105,7 +105,7 @@ def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
     micro_batches, streams = case.config.train.micro_batches, case.config.data.streams
     per_batch = streams // micro_batches
     per_stream = case.config.train.global_batch // streams
-    order = Loader(case.index, case.config, range(micro_batches), 0, 1).order
+    order = loader_of(case.index, case.config, range(micro_batches), 0, 1).order
     seen: Counter[str] = Counter()
     for (step, number), (_, _, keys) in loaded.items():
         for at, key in enumerate(keys):

@@ -23,6 +23,7 @@ from pipelines.loader.shard_reader import ShardReader, together
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
+from tests.loading import loader_of
 from tests.unit.pipelines.sources.records import jpeg
 from tests.unit.pipelines.storage.stores import Counted, Faulty, Synthetic, files, served
 
@@ -91,7 +92,7 @@ def test_a_resume_in_ten_gigabytes_reads_three_windows_of_each_stream(step: int)
     index, window = GIGABYTES.index, 32
     assert sum(shard.bytes for shard in index.shards) > 10e9
     Counted.begin(GIGABYTES.content)
-    loader = Loader(index, configure(window), range(4), step, 5000)
+    loader = loader_of(index, configure(window), range(4), step, 5000)
     [first] = [batch for batch, _ in zip(loader, range(1), strict=False)]
     assert len({key for micro in first.micro_batches for key in micro.keys}) == STEP
     for micro in first.micro_batches:
@@ -109,23 +110,23 @@ def remote(index: ShardIndex) -> ShardIndex:
 def test_reading_ahead_changes_who_reads_and_not_what(
     index: ShardIndex, remote: ShardIndex
 ) -> None:
-    expected = load(Loader(index, configure(window=16), range(4), 3, 40))
+    expected = load(loader_of(index, configure(window=16), range(4), 3, 40))
     for mib, readers in ((256, {"read-ahead"}), (0, {threading.current_thread().name})):
         Counted.begin()
         config = configure(window=16, read_ahead_mib=mib)
-        assert_same(load(Loader(remote, config, range(4), 3, 40)), expected)
+        assert_same(load(loader_of(remote, config, range(4), 3, 40)), expected)
         assert Counted.threads == readers
 
 
 def test_nothing_is_read_twice_or_for_nothing(remote: ShardIndex) -> None:
     Counted.begin()
-    load(Loader(remote, configure(), range(4), 0, SAMPLES // STEP))
+    load(loader_of(remote, configure(), range(4), 0, SAMPLES // STEP))
     offsets = [shard.offsets for shard in remote.shards]
     assert Counted.bytes.value == sum(int(o[-1] - o[0]) for o in offsets)
 
 
 def test_local_shards_are_not_read_ahead(index: ShardIndex) -> None:
-    loader = iter(Loader(index, configure(), range(4), 0, 16))
+    loader = iter(loader_of(index, configure(), range(4), 0, 16))
     next(loader)
     assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
 
@@ -184,9 +185,9 @@ def s3(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers: int) -> None:
-    expected = load(Loader(index, configure(), range(4), 0, 16))
+    expected = load(loader_of(index, configure(), range(4), 0, 16))
     found = load(
-        Loader(ShardIndex.load("s3://faulty/set"), configure(workers=workers), range(4), 0, 16)
+        loader_of(ShardIndex.load("s3://faulty/set"), configure(workers=workers), range(4), 0, 16)
     )
     assert_same(found, expected)
     assert keys_of(found) == [f"s{number:03d}" for number in range(SAMPLES)]
@@ -196,10 +197,10 @@ def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) -> None:
-    expected = load(Loader(index, configure(), range(4), 0, 16))
+    expected = load(loader_of(index, configure(), range(4), 0, 16))
     app = Faulty(files(Path(index.folder)))
     with served(app) as url:
-        found = load(Loader(ShardIndex.load(url), configure(workers=workers), range(4), 0, 16))
+        found = load(loader_of(ShardIndex.load(url), configure(workers=workers), range(4), 0, 16))
         assert_same(found, expected)
         assert len(read_in_order(ShardIndex.load(url), 0, SAMPLES, SIDE)[2]) == SAMPLES
     assert keys_of(found) == [f"s{number:03d}" for number in range(SAMPLES)]
@@ -209,7 +210,7 @@ def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) 
 def test_memory_stays_flat() -> None:
     data = Synthetic(shards=4, samples=64, sample_bytes=64 << 10)  # 16 MiB an epoch
     Counted.begin(data.content)
-    loader = Loader(data.index, configure(window=8, workers=1), range(4), 0, 20 * 16)
+    loader = loader_of(data.index, configure(window=8, workers=1), range(4), 0, 20 * 16)
     others = set(psutil.Process().children())
     memory = []
     for batch in loader:

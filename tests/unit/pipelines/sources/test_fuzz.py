@@ -21,7 +21,6 @@ from pipelines.data.decode import decode
 from pipelines.data.sample import Damaged, parse, unpack
 from pipelines.data.sequential import read_in_order
 from pipelines.data.verify import verify
-from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources import recordio
@@ -30,6 +29,7 @@ from pipelines.sources.insightface import import_recordio
 from pipelines.sources.tar import DamagedTar, members
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
+from tests.loading import loader_of
 from tests.unit.pipelines.sources.records import content, items, jpeg, layout, save
 
 CLASSES, COUNT, SIDE = 7, 24, 8
@@ -108,7 +108,7 @@ def test_training_meets_a_damaged_tar(index: ShardIndex, damage: Any, unit: int)
     before = path.read_bytes()
     path.write_bytes(damaged(before, damage, unit))
     try:
-        loader = Loader(index, configure(), range(1), 0, 3)
+        loader = loader_of(index, configure(), range(1), 0, 3)
         for batch in loader:
             labels_are_true(batch.micro_batches[0].images, batch.micro_batches[0].labels)
         assert loader.faults.seen == COUNT

@@ -17,10 +17,10 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import decode
 from pipelines.data.sequential import read_in_order
-from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.webdataset import index_shards
 from pipelines.sources.webdataset_tar import Layout
+from tests.loading import loader_of
 from tests.unit.pipelines.sources.records import jpeg
 
 Files = Sequence[tuple[str, bytes]]
@@ -152,7 +152,7 @@ def test_what_lies_between_samples_is_passed_over(tmp_path: Path) -> None:
         ("note", "no image among txt"),
     ]
     assert (tmp_path / "set" / "skipped.tsv").read_text().count("\n") == 4
-    loader = Loader(made.shards, _config(folder), range(1), 0, 2)
+    loader = loader_of(made.shards, _config(folder), range(1), 0, 2)
     assert [sorted(step.micro_batches[0].labels.tolist()) for step in loader] == [[0, 1]] * 2
     assert loader.faults.count == 0
 

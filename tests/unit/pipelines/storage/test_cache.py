@@ -24,6 +24,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
 from pipelines.storage.cache import Cache
+from tests.loading import loader_of
 from tests.unit.pipelines.sources.records import jpeg
 from tests.unit.pipelines.storage.stores import Counted, from_disk
 
@@ -267,7 +268,7 @@ def loaded(index: ShardIndex, remote: RemoteConfig, rule: str = "skip") -> Loade
         },
         train={"global_batch": 12, "micro_batch": 12},
     )
-    loader = Loader(index, config, range(1), 0, SHARDS * EACH // 12)
+    loader = loader_of(index, config, range(1), 0, SHARDS * EACH // 12)
     keys = [key for batch in loader for key in batch.micro_batches[0].keys]
     assert len(set(keys)) == SHARDS * EACH
     return loader
