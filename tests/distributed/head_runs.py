@@ -204,6 +204,15 @@ def run_on(world_size: int, jobs: list[Job]) -> list[list[dict[str, Tensor]]]:
     return list(map(list, zip(*ranks, strict=True)))
 
 
+Found = dict[str, list[list[dict[str, Tensor]]]]
+
+
+def run_cases(world_size: int, cases: dict[str, list[Job]]) -> Found:
+    """What the ranks found: by case, then by job, then by rank; they are started once."""
+    by_job = iter(run_on(world_size, [job for jobs in cases.values() for job in jobs]))
+    return {name: [next(by_job) for _ in jobs] for name, jobs in cases.items()}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run must lead to.

@@ -1,16 +1,11 @@
-"""Small heads of levels and what they do in the tests: one start of the ranks for all of it."""
+"""Small heads of levels, and what the tests let them do."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
-from torch import Tensor
 
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.distributed.topology import Topology
-from tests.conftest import run_ranks
-from tests.distributed.head_runs import CLASSES, MARGINS, Job, run_all
+from tests.distributed.head_runs import CLASSES, MARGINS, Job
 
 DTYPES = (torch.float64, torch.float32)
 LABELS = ("repeated", "one", "short", "bad")
@@ -88,22 +83,3 @@ PREDICTIONS: dict[str, list[Job]] = {
     ],
 }
 CASES = _cases()
-
-
-@lru_cache(maxsize=3)
-def _all(world_size: int) -> list[list[dict[str, Tensor]]]:
-    """What each rank found for all jobs."""
-    jobs = [job for jobs in (CASES | PREDICTIONS).values() for job in jobs]
-    if world_size == 1:
-        return [run_all(Topology(), jobs)]
-    return run_ranks(run_all, world_size, jobs)
-
-
-def results(name: str, world_size: int) -> list[list[dict[str, Tensor]]]:
-    """What the ranks found for each job of a case or prediction: by job, then by rank."""
-    everything = CASES | PREDICTIONS
-    first = sum(
-        len(everything[before]) for before in list(everything)[: list(everything).index(name)]
-    )
-    numbers = range(first, first + len(everything[name]))
-    return [[rank[number] for rank in _all(world_size)] for number in numbers]

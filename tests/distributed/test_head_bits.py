@@ -48,18 +48,21 @@ def _steps(topology: Topology, changes: dict) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in head.state().items() if head.wants(name)}
 
 
-def _all_steps(topology: Topology) -> list[dict[str, Tensor]]:
-    return [_steps(topology, changes) for changes in CONFIGS.values()]
+States = dict[str, dict[str, Tensor]]
+
+
+def _states(topology: Topology, cases: list[str]) -> States:
+    return {case: _steps(topology, CONFIGS[case]) for case in cases}
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[dict[str, Tensor]]:
-    return _all_steps(Topology())
+def alone(selected: list[str]) -> States:
+    return _states(Topology(), selected)
 
 
 @pytest.fixture(scope="module", params=[2, 3, 6], ids=lambda size: f"W={size}")
-def spread(request: pytest.FixtureRequest) -> list[list[dict[str, Tensor]]]:
-    return run_ranks(_all_steps, request.param)
+def spread(request: pytest.FixtureRequest, selected: list[str]) -> list[States]:
+    return run_ranks(_states, request.param, selected)
 
 
 def _rows_stand_alone() -> bool:
@@ -68,14 +71,11 @@ def _rows_stand_alone() -> bool:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_rows_are_the_same_bits(
-    case: str, alone: list[dict[str, Tensor]], spread: list[list[dict[str, Tensor]]]
-) -> None:
+def test_rows_are_the_same_bits(case: str, alone: States, spread: list[States]) -> None:
     if not _rows_stand_alone():
         pytest.skip("this BLAS sums a row of a product in an order that depends on the others")
-    number = list(CONFIGS).index(case)
-    fields = {name.split("/")[-1] for name in alone[number] if name.startswith("rows/")}
+    fields = {name.split("/")[-1] for name in alone[case] if name.startswith("rows/")}
     assert "weight" in fields
     for field in fields:
-        found = gathered_state([rank[number] for rank in spread], field)
-        assert torch.equal(found, gathered_state([alone[number]], field)), field
+        found = gathered_state([rank[case] for rank in spread], field)
+        assert torch.equal(found, gathered_state([alone[case]], field)), field

@@ -6,20 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build
 from tests.distributed.head_runs import (
     HEADS,
     MARGINS,
+    Found,
     Job,
     check_run,
     define,
     gathered_state,
     head_config,
     run,
-    run_on,
+    run_cases,
 )
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5}
@@ -77,17 +77,16 @@ PREDICTIONS = {
     for margin in ("cosface", "none")
     for k in (3, MORE_THAN_ALL)
 }
-Found = dict[str, list[list[dict[str, Tensor]]]]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
-def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """For each case and job what each rank found; one start of the ranks for all of them."""
-    folder = tmp_path_factory.mktemp("rows")
-    cases = EXACT | ROUNDED | PREDICTIONS
-    jobs = [replace(job, folder=str(folder)) for jobs in cases.values() for job in jobs]
-    by_job = iter(run_on(request.param, jobs))
-    return {name: [next(by_job) for _ in jobs] for name, jobs in cases.items()}
+def found(
+    request: pytest.FixtureRequest, selected: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Found:
+    """What each rank found for the jobs of the selected cases."""
+    folder, cases = str(tmp_path_factory.mktemp("rows")), EXACT | ROUNDED | PREDICTIONS
+    jobs = {name: [replace(job, folder=folder) for job in cases[name]] for name in selected}
+    return run_cases(request.param, jobs)
 
 
 @pytest.mark.parametrize("case", EXACT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache
 
 import pytest
 import torch
@@ -28,18 +27,20 @@ def job(case: str, *steps: int, state: dict[str, Tensor] | None = None) -> Job:
     return Job(config, "short", steps=steps, state=state or {})
 
 
-@lru_cache(maxsize=1)
-def saved() -> list[dict[str, Tensor]]:
-    """State after `SAVED` steps on two ranks, of all cases; each tensor by name."""
-    found = run_on(2, [job(case, 0, SAVED) for case in CASES])
-    return [first | second for first, second in found]
+@pytest.fixture(scope="module")
+def saved(selected: list[str]) -> dict[str, dict[str, Tensor]]:
+    """State after `SAVED` steps on two ranks, of the selected cases; each tensor by name."""
+    found = run_on(2, [job(case, 0, SAVED) for case in selected])
+    return {case: first | second for case, (first, second) in zip(selected, found, strict=True)}
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=lambda size: f"W={size}")
-def found(request: pytest.FixtureRequest) -> dict[str, list[dict[str, Tensor]]]:
+def found(
+    request: pytest.FixtureRequest, saved: dict[str, dict[str, Tensor]]
+) -> dict[str, list[dict[str, Tensor]]]:
     """What each rank found after it went on."""
-    jobs = [job(case, SAVED, STEPS, state=s) for case, s in zip(CASES, saved(), strict=True)]
-    return dict(zip(CASES, run_on(request.param, jobs), strict=True))
+    jobs = [job(case, SAVED, STEPS, state=state) for case, state in saved.items()]
+    return dict(zip(saved, run_on(request.param, jobs), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,17 +13,22 @@ from mhe_dist.errors import UserError
 from mhe_dist.heads.base import LabelError
 from mhe_dist.heads.registry import build
 from tests.conftest import run_ranks
-from tests.distributed.head_runs import Job, run, run_all
-from tests.distributed.level_jobs import CASES, level_config, results
+from tests.distributed.head_runs import Found, Job, run, run_all, run_cases
+from tests.distributed.level_jobs import CASES, level_config
 from tests.distributed.level_runs import check_levels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
+def found(request: pytest.FixtureRequest, selected: list[str]) -> Found:
+    """What each rank found for the jobs of the selected cases."""
+    return run_cases(request.param, {name: CASES[name] for name in selected})
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_equals_one_plain_process(case: str, world_size: int) -> None:
-    for job, ranks in zip(CASES[case], results(case, world_size), strict=True):
+def test_equals_one_plain_process(case: str, found: Found) -> None:
+    for job, ranks in zip(CASES[case], found[case], strict=True):
         check_levels(job, ranks, TOLERANCE[job.dtype])
 
 

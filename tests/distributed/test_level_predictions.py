@@ -14,17 +14,22 @@ from mhe_dist.bank.class_layout import digits
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.multilevel.base import Code
 from mhe_dist.heads.multilevel.product import best_products
-from tests.distributed.head_runs import CLASSES, STEPS, Job, run_all
-from tests.distributed.level_jobs import PREDICTIONS, level_config, results
+from tests.distributed.head_runs import CLASSES, STEPS, Found, Job, run_all, run_cases
+from tests.distributed.level_jobs import PREDICTIONS, level_config
 from tests.distributed.level_runs import LevelOutcome, define
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("name", PREDICTIONS)
-def test_best_classes(name: str, world_size: int) -> None:
-    (job,), (found,) = PREDICTIONS[name], results(name, world_size)
-    classes = torch.cat([rank["classes"] for rank in found])
-    scores = torch.cat([rank["scores"] for rank in found])
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
+def found(request: pytest.FixtureRequest, selected: list[str]) -> Found:
+    """What each rank found for the jobs of the selected cases."""
+    return run_cases(request.param, {name: PREDICTIONS[name] for name in selected})
+
+
+@pytest.mark.parametrize("case", PREDICTIONS)
+def test_best_classes(case: str, found: Found) -> None:
+    (job,), (ranks,) = PREDICTIONS[case], found[case]
+    classes = torch.cat([rank["classes"] for rank in ranks])
+    scores = torch.cat([rank["scores"] for rank in ranks])
     embeddings = job.inputs()[0][STEPS - 1].flatten(0, 1)
     expected = [beam(define(job), x, job) for x in embeddings]
     assert classes.tolist() == [[c for c, _ in best] for best in expected]
