@@ -1,1 +1,1 @@
-"""What `mhe bench` measures: ratios against a baseline in the same run."""
+"""Measurements of `mhe bench`: each part beside a baseline, in the same run."""

@@ -1,6 +1,6 @@
 """How long a save holds up training, beside a synchronous `torch.save` of the same state.
 
-Everything is measured in one run, in turns, so that other load on the machine meets all alike.
+The ways of saving take turns in one process, so that other load on the machine affects all equally.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TENSOR_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True)
-class Figures:
+class SaveTimes:
     """Medians over the rounds.
 
     Attributes:
@@ -47,8 +47,8 @@ class Figures:
         return self.blocked_s / self.plain_s
 
 
-def measure(folder: Path, size: int, rounds: int = 3) -> Figures:
-    """Save `size` bytes in each way, `rounds` times.
+def measure_saves(folder: Path, size: int, rounds: int = 3) -> SaveTimes:
+    """Save a state of `size` bytes in each way, `rounds` times, below `folder`.
 
     Raises:
         RunError: a save failed.
@@ -58,14 +58,18 @@ def measure(folder: Path, size: int, rounds: int = 3) -> Figures:
     state = {f"t{i}": torch.randn(size // count // 4) for i in range(count)}
     store = CheckpointStore(str(folder / "checkpoints"), Topology(), Keep())
     rows = [
-        (*_ours(store, step, state), _plain(folder, state), _disk(folder, state))
+        (
+            *_time_save(store, step, state),
+            _time_torch_save(folder, state),
+            _time_disk(folder, state),
+        )
         for step in range(rounds + 1)
     ]
-    figures = [median(column) for column in zip(*rows[1:], strict=True)]  # the first one warms up
-    return Figures(sum(t.nbytes for t in state.values()), *figures)
+    times = [median(column) for column in zip(*rows[1:], strict=True)]  # the first one warms up
+    return SaveTimes(sum(t.nbytes for t in state.values()), *times)
 
 
-def _ours(store: CheckpointStore, step: int, state: dict[str, Tensor]) -> tuple[float, float]:
+def _time_save(store: CheckpointStore, step: int, state: dict[str, Tensor]) -> tuple[float, float]:
     begin = time.perf_counter()
     store.save(step, state, {}, {})
     blocked = time.perf_counter() - begin
@@ -75,7 +79,7 @@ def _ours(store: CheckpointStore, step: int, state: dict[str, Tensor]) -> tuple[
     return blocked, saved.seconds
 
 
-def _plain(folder: Path, state: dict[str, Tensor]) -> float:
+def _time_torch_save(folder: Path, state: dict[str, Tensor]) -> float:
     begin = time.perf_counter()
     with (folder / "plain.pt").open("wb") as file:
         torch.save(state, file)
@@ -84,7 +88,7 @@ def _plain(folder: Path, state: dict[str, Tensor]) -> float:
     return time.perf_counter() - begin
 
 
-def _disk(folder: Path, state: dict[str, Tensor]) -> float:
+def _time_disk(folder: Path, state: dict[str, Tensor]) -> float:
     begin = time.perf_counter()
     with (folder / "disk").open("wb", buffering=0) as file:
         for tensor in state.values():

@@ -1,13 +1,15 @@
-"""Images per second of our loader beside two others; see `mhe bench data`.
+"""Images per second of this project's loader beside other readers; see `mhe bench data`.
 
-- `bare`: one process reads a tar from its beginning to its end with tarfile and decodes with
-  simplejpeg. No shuffle, no checks, no batches.
-- `decoder`: the same without tarfile, from header to header: hardly more than the decoder itself.
-- `webdataset`: its documentation's pipeline, its own Pillow decoder and torch's DataLoader.
-- `mhe`: our loader, with shuffling, checks and substitution, as a run uses it.
+- `bare`: one process reads each tar from beginning to end with tarfile and decodes with simplejpeg.
+  It does not shuffle, check or batch.
+- `decoder`: the same without tarfile: it reads from header to header, so that hardly more than the
+  decoder is measured.
+- `webdataset`: the pipeline of webdataset's documentation, with its Pillow decoder and torch's
+  DataLoader.
+- `mhe`: this project's loader as a run uses it, with shuffling, checks and substitution.
 
-All read the same shards completely, in turns, so that a busy moment of the machine hits each. On a
-machine that others use, CPU seconds say more than the clock.
+All readers take turns and read the same shards completely, so that a busy moment of the machine
+affects each of them. On a machine that others use, CPU seconds are more reliable than wall time.
 """
 
 from __future__ import annotations
@@ -42,11 +44,11 @@ _BLOCK: Final = 512
 
 @dataclass
 class Timing:
-    """Of one contestant, by repetition.
+    """Times of one reader, one value per repetition.
 
     Attributes:
         images: read in a repetition.
-        wall: seconds of the clock.
+        wall: seconds of wall time.
         cpu: CPU seconds of all processes.
         worker: CPU seconds of the loader processes, or of the one process that reads.
     """
@@ -57,16 +59,16 @@ class Timing:
     worker: list[float] = field(default_factory=list)
 
     def rate(self, clock: str) -> float:
-        """Images per second of one of the three, the median."""
+        """Median images per second by `wall`, `cpu` or `worker`."""
         return statistics.median(self.images / seconds for seconds in getattr(self, clock))
 
 
 @dataclass(frozen=True)
-class Result:
-    """What was measured.
+class LoaderComparison:
+    """What `measure_loaders` measured.
 
     Attributes:
-        timings: by contestant: `bare`, `decoder`, `webdataset`, `mhe`.
+        timings: by reader: `bare`, `decoder`, `webdataset`, `mhe`.
         setting: what it was measured on.
     """
 
@@ -74,27 +76,27 @@ class Result:
     setting: dict[str, Any]
 
     def ratios(self) -> dict[str, dict[str, float]]:
-        """What our loader's rates are multiples of: other -> measure -> ratio.
+        """Our loader's rates over those of each other reader: reader -> measure -> ratio.
 
-        The single processes `bare` and `decoder` are compared with one loader process of ours.
+        `bare` and `decoder` are single processes; they are compared with one loader process.
         """
-        ours, workers = self.timings["mhe"], self.setting["workers"]
+        mhe, workers = self.timings["mhe"], self.setting["workers"]
         ratios = {}
         for name in ("bare", "decoder"):
             other = self.timings[name]
             ratios[name] = {
-                "per worker": ours.rate("wall") / workers / other.rate("wall"),
-                "per CPU second of a worker": ours.rate("worker") / other.rate("worker"),
+                "per worker": mhe.rate("wall") / workers / other.rate("wall"),
+                "per CPU second of a worker": mhe.rate("worker") / other.rate("worker"),
             }
         other = self.timings["webdataset"]
         ratios["webdataset"] = {
-            "per second": ours.rate("wall") / other.rate("wall"),
-            "per CPU second": ours.rate("cpu") / other.rate("cpu"),
+            "per second": mhe.rate("wall") / other.rate("wall"),
+            "per CPU second": mhe.rate("cpu") / other.rate("cpu"),
         }
         return ratios
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The measurements as JSON can hold them."""
         timings = {
             name: {
                 "images": timing.images,
@@ -107,31 +109,33 @@ class Result:
         return {"setting": self.setting, "timings": timings, "ratios": self.ratios()}
 
 
-def measure(index: ShardIndex, workers: int, repeats: int, progress: Progress = ignore) -> Result:
-    """Let the contestants read a data set in turns.
+def measure_loaders(
+    index: ShardIndex, workers: int, repeats: int, progress: Progress = ignore
+) -> LoaderComparison:
+    """Let all readers read a data set, in turns.
 
     Args:
-        index: square JPEGs of one size on this machine.
-        workers: loader processes.
-        repeats: how often.
-        progress: called with what is done.
+        index: shards on this machine that hold square JPEGs of one size.
+        workers: number of loader processes.
+        repeats: how often each reader reads everything.
+        progress: called with the number of readings done and of all readings.
 
     Raises:
-        UserError: the shards are of another kind.
+        UserError: the shards are remote, hold other images, or too few.
     """
-    tars, side = _local(index), _side(index)
-    contestants: dict[str, Callable[[], int]] = {
-        "bare": lambda: bare(tars),
-        "decoder": lambda: decoder(tars),
-        "webdataset": lambda: plain_webdataset(tars, workers),
-        "mhe": lambda: ours(index, workers, side),
+    tars, side = _local_tars(index), _image_side(index)
+    readers: dict[str, Callable[[], int]] = {
+        "bare": lambda: read_with_tarfile(tars),
+        "decoder": lambda: decode_only(tars),
+        "webdataset": lambda: read_with_webdataset(tars, workers),
+        "mhe": lambda: read_with_mhe(index, workers, side),
     }
-    timings = {name: Timing() for name in contestants}
-    decoder(tars)  # brings the files into memory
-    for turn in range(repeats):
-        for place, (name, contestant) in enumerate(contestants.items()):
-            _time(contestant, timings[name])
-            progress(turn * len(contestants) + place + 1, repeats * len(contestants))
+    timings = {name: Timing() for name in readers}
+    decode_only(tars)  # brings the files into memory
+    for repetition in range(repeats):
+        for number, (name, reader) in enumerate(readers.items()):
+            _time_reader(reader, timings[name])
+            progress(repetition * len(readers) + number + 1, repeats * len(readers))
     setting = {
         "shards": index.folder,
         "images": index.samples,
@@ -142,11 +146,11 @@ def measure(index: ShardIndex, workers: int, repeats: int, progress: Progress = 
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
     }
-    return Result(timings, setting)
+    return LoaderComparison(timings, setting)
 
 
-def bare(tars: list[str]) -> int:
-    """Decode every `.jpg` of the tars; the number of images."""
+def read_with_tarfile(tars: list[str]) -> int:
+    """Decode every `.jpg` of the tars with tarfile; return the number of images."""
     images = 0
     for path in tars:
         with tarfile.open(path, "r|") as tar:
@@ -157,8 +161,8 @@ def bare(tars: list[str]) -> int:
     return images
 
 
-def decoder(tars: list[str]) -> int:
-    """The same from header to header, without a check; the number of images."""
+def decode_only(tars: list[str]) -> int:
+    """Decode every `.jpg` without tarfile and without checks; return the number of images."""
     images = 0
     for path in tars:
         with open(path, "rb") as stream:
@@ -171,8 +175,8 @@ def decoder(tars: list[str]) -> int:
     return images
 
 
-def plain_webdataset(tars: list[str], workers: int) -> int:
-    """Read the tars as webdataset's documentation does; the number of images."""
+def read_with_webdataset(tars: list[str], workers: int) -> int:
+    """Read the tars as webdataset's documentation does; return the number of images."""
     dataset = (
         webdataset.WebDataset(tars, shardshuffle=False, empty_check=False)
         .decode("torchrgb8")
@@ -182,8 +186,8 @@ def plain_webdataset(tars: list[str], workers: int) -> int:
     return sum(len(labels) for _, labels in loader)
 
 
-def ours(index: ShardIndex, workers: int, side: int) -> int:
-    """Read about one epoch with our loader; the number of images."""
+def read_with_mhe(index: ShardIndex, workers: int, side: int) -> int:
+    """Read about one epoch with this project's loader; return the number of images."""
     config = Config.model_validate(
         {
             "data": {"shards": index.folder, "image_size": side, "loader_workers": workers},
@@ -201,7 +205,7 @@ def ours(index: ShardIndex, workers: int, side: int) -> int:
     return sum(len(micro.labels) for batch in loader for micro in batch.micro_batches)
 
 
-def _local(index: ShardIndex) -> list[str]:
+def _local_tars(index: ShardIndex) -> list[str]:
     """Paths of the tars."""
     if index.samples < MICRO_BATCH:
         raise UserError(f"{index.folder}: {index.samples} images are too few to measure anything")
@@ -213,8 +217,8 @@ def _local(index: ShardIndex) -> list[str]:
     return [path for _, path in found]
 
 
-def _side(index: ShardIndex) -> int:
-    """Width and height of the images, which must be square JPEGs; the first one is asked."""
+def _image_side(index: ShardIndex) -> int:
+    """Width and height of the first image, which must be a square JPEG."""
     number = next(number for number, shard in enumerate(index.shards) if shard.samples)
     [raw, *_] = read_piece(index, Piece(number, 0, 1))
     members = parse(raw, alone=False)
@@ -229,12 +233,13 @@ def _side(index: ShardIndex) -> int:
     return int(height)
 
 
-def _time(contestant: Callable[[], int], timing: Timing) -> None:
+def _time_reader(reader: Callable[[], int], timing: Timing) -> None:
     gc.collect()
-    wall, own, children = time.perf_counter(), *_cpu_seconds()
-    timing.images = contestant()
-    gc.collect()  # ends loader processes
-    multiprocessing.active_children()  # and counts their time
+    wall = time.perf_counter()
+    own, children = _cpu_seconds()
+    timing.images = reader()
+    gc.collect()  # ends the loader processes
+    multiprocessing.active_children()  # waits for them, so that their CPU time is counted
     timing.wall.append(time.perf_counter() - wall)
     own, children = (now - then for now, then in zip(_cpu_seconds(), (own, children), strict=True))
     timing.cpu.append(own + children)
@@ -242,6 +247,6 @@ def _time(contestant: Callable[[], int], timing: Timing) -> None:
 
 
 def _cpu_seconds() -> tuple[float, float]:
-    """Of this process, and of its children that have ended."""
+    """CPU seconds of this process, and of its children that have ended."""
     own, children = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own.ru_utime + own.ru_stime, children.ru_utime + children.ru_stime

@@ -1,9 +1,9 @@
 """Cost of one step of a head: time, memory, traffic; see `mhe bench head`.
 
-Every step is run twice with the same labels and draws. The first time rows are made that no step
-met before; the second time is what a step costs in a long run. Each case has processes of its own,
-so that its peak memory is its own. What a machine does besides changes over minutes, so times whose
-ratio counts are taken again in turn, step by step.
+Every step is run twice with the same labels and draws. The first run initialises rows that no step
+has used before; the second run shows what a step costs in a long training. Each case has processes
+of its own, so that its peak memory is its own. Other load on a machine changes over minutes, so
+times whose ratio matters are measured again in turn, step by step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mhe_dist.heads.registry import build
 from mhe_dist.heads.routed.mhs import MhsRoute
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.bench.products import BareProducts
-from pipelines.bench.traffic import Traffic
+from pipelines.bench.traffic import TrafficCounter
 
 KINDS: Final[dict[str, dict[str, Any]]] = {
     "full": {"kind": "full"},
@@ -39,12 +39,12 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
 }
 PHASES: Final = ("plan", "forward", "backward", "update")
 LR: Final = 0.1
-AGAIN: Final = 3  # times that a step is repeated where steps take turns
+REPEATS: Final = 3  # times that a step is repeated where steps take turns
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is measured.
+class HeadCase:
+    """A head and the sizes that it is measured at.
 
     Attributes:
         kind: a name in `KINDS`.
@@ -71,7 +71,7 @@ class Case:
     seconds: float = 30.0
 
     def spec(self, folder: str) -> HeadSpec:
-        """What the head is built from."""
+        """The description that the head is built from."""
         values = dict(KINDS[self.kind])
         if values["kind"] == "mhs":
             own = {"length": self.length, "extra_heads": self.extra_heads}
@@ -88,25 +88,27 @@ class Case:
 
     @property
     def needed_bytes(self) -> int:
-        """Main memory that the case takes, roughly: rows, and what a step makes."""
+        """Approximate main memory of the case: rows, and what a step allocates."""
         if self.memory == "file":
             return 3 << 30
         gradient = {"full": self.bank_bytes // 2, "partial_fc": self.bank_bytes // 20}
         return self.bank_bytes + gradient.get(self.kind, 0) + (1 << 30)
 
 
-def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
+def measure_case(case: HeadCase, device: str | None = "cpu") -> dict[str, float]:
     """Measure a case on fresh ranks.
 
     Returns:
-        Seconds of a step, `step` and each of `PHASES`: medians over steps of the slowest rank;
-        `first_touch` what a step took longer when it met rows for the first time; `peak` bytes
-        that the head added to the processes, once every row was met, unless rows lie in a file;
-        `bank` bytes of all rows and their state;
-        `sent` bytes per rank and step; `classes_seen` per sample; `steps` that count.
+        `step` and each of `PHASES`: seconds, medians over steps of the slowest rank;
+        `first_touch`: additional seconds of a step that uses its rows for the first time;
+        `peak`: bytes that the head added to the processes, after every row was used unless rows
+        are in a file; `bank`: bytes of all rows and their state; `sent`: bytes per rank and step;
+        `classes_seen`: per sample; `steps`: number of steps that count.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
-        ranks = run_ranks(_measure, case.world_size, case, folder, device=device, timeout_s=900.0)
+        ranks = run_ranks(
+            _measure_rank, case.world_size, case, folder, device=device, timeout_s=900.0
+        )
     slowest = {
         name: float(np.median(np.max([rank[name] for rank in ranks], axis=0)))
         for name in (*PHASES, "step", "first")
@@ -122,27 +124,27 @@ def run(case: Case, device: str | None = "cpu") -> dict[str, float]:
     }
 
 
-def run_in_turn(cases: Sequence[Case], device: str | None = "cpu") -> list[float]:
-    """Median seconds of a step of each case, on the slowest rank, the cases taking turns."""
+def measure_in_turn(cases: Sequence[HeadCase], device: str | None = "cpu") -> list[float]:
+    """Median seconds of a step of each case on the slowest rank, while the cases take turns."""
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
         args = (list(cases), folder)
         world_size = cases[0].world_size
-        ranks = run_ranks(_measure_in_turn, world_size, *args, device=device, timeout_s=900.0)
+        ranks = run_ranks(_time_in_turn, world_size, *args, device=device, timeout_s=900.0)
     return np.median(np.max(ranks, axis=0), axis=1).tolist()
 
 
-def run_bare(case: Case) -> dict[str, float]:
+def measure_bare_products(case: HeadCase) -> dict[str, float]:
     """A routed step on one rank beside the bare products of its shapes, in turn.
 
     Returns:
         Median seconds of `step` and of `bare`.
     """
-    (result,) = run_ranks(_measure_bare, 1, case, timeout_s=900.0)
+    (result,) = run_ranks(_time_bare_products, 1, case, timeout_s=900.0)
     return {name: float(np.median(values)) for name, values in result.items()}
 
 
-def _measure(topology: Topology, case: Case, folder: str) -> dict[str, Any]:
-    before = _peak(topology)
+def _measure_rank(topology: Topology, case: HeadCase, folder: str) -> dict[str, Any]:
+    before = _peak_memory(topology)
     head = build(case.spec(folder), topology)
     rng = torch.Generator().manual_seed(1)
     first, again, sent, seen = [], [], [], 0.0
@@ -150,29 +152,29 @@ def _measure(topology: Topology, case: Case, folder: str) -> dict[str, Any]:
     for step in range(case.steps):
         labels = torch.randint(0, case.classes, (topology.world_size, case.batch), generator=rng)
         x = torch.randn(topology.world_size, case.batch, case.width, generator=rng)[topology.rank]
-        first.append(_step(head, step, labels, x, topology)[0])
-        with Traffic() as traffic:
-            seconds, seen = _step(head, step, labels, x, topology)
+        first.append(_time_step(head, step, labels, x, topology)[0])
+        with TrafficCounter() as traffic:
+            seconds, seen = _time_step(head, step, labels, x, topology)
         again.append(seconds)
         sent.append(traffic.bytes)
-        if _late(time.perf_counter() - begin, case.seconds, topology):
+        if _is_over(time.perf_counter() - begin, case.seconds, topology):
             break
     if case.memory != "file":
-        _meet_all_rows(head)
-    settled = np.array(again[1:] or again)
+        _touch_all_rows(head)
+    settled = np.array(again[1:] or again)  # the first step warms up
     return {
         **{name: settled[:, i].tolist() for i, name in enumerate(PHASES)},
         "step": settled.sum(1).tolist(),
         "first": np.array(first[1:] or first).sum(1).tolist(),
-        "peak": _peak(topology) - before,
+        "peak": _peak_memory(topology) - before,
         "bank": _bank_bytes(head),
         "sent": float(np.median(sent)),
         "classes_seen": seen,
     }
 
 
-def _measure_in_turn(topology: Topology, cases: list[Case], folder: str) -> list[list[float]]:
-    """Seconds of the steps of each case."""
+def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> list[list[float]]:
+    """Seconds of the steps, by case."""
     heads = [build(case.spec(f"{folder}/{i}"), topology) for i, case in enumerate(cases)]
     rng = torch.Generator().manual_seed(1)
     seconds: list[list[float]] = [[] for _ in cases]
@@ -183,14 +185,16 @@ def _measure_in_turn(topology: Topology, cases: list[Case], folder: str) -> list
                 0, case.classes, (topology.world_size, case.batch), generator=rng
             )
             x = torch.randn(case.batch, case.width, generator=rng)
-            _step(head, step, labels, x, topology)
-            taken.extend(sum(_step(head, step, labels, x, topology)[0]) for _ in range(AGAIN))
-        if _late(time.perf_counter() - begin, cases[0].seconds, topology):
+            _time_step(head, step, labels, x, topology)
+            taken.extend(
+                sum(_time_step(head, step, labels, x, topology)[0]) for _ in range(REPEATS)
+            )
+        if _is_over(time.perf_counter() - begin, cases[0].seconds, topology):
             break
     return seconds
 
 
-def _measure_bare(topology: Topology, case: Case) -> dict[str, list[float]]:
+def _time_bare_products(topology: Topology, case: HeadCase) -> dict[str, list[float]]:
     head = build(case.spec(""), topology)
     assert isinstance(head, MhsRoute)
     rng = torch.Generator().manual_seed(1)
@@ -198,18 +202,18 @@ def _measure_bare(topology: Topology, case: Case) -> dict[str, list[float]]:
     for step in range(case.steps):
         labels = torch.randint(0, case.classes, (1, case.batch), generator=rng)
         x = torch.randn(case.batch, case.width, generator=rng)
-        _step(head, step, labels, x, topology)
+        _time_step(head, step, labels, x, topology)
         products = BareProducts(head, step, labels)
         products.run()
-        for _ in range(AGAIN):
+        for _ in range(REPEATS):
             begin = time.perf_counter()
             products.run()
             bare.append(time.perf_counter() - begin)
-            steps.append(sum(_step(head, step, labels, x, topology)[0]))
+            steps.append(sum(_time_step(head, step, labels, x, topology)[0]))
     return {"step": steps, "bare": bare}
 
 
-def _step(
+def _time_step(
     head: Head, step: int, labels: Tensor, embeddings: Tensor, topology: Topology
 ) -> tuple[list[float], float]:
     """Seconds of each phase of a step, and the classes that a sample saw."""
@@ -233,11 +237,11 @@ def _now(topology: Topology) -> float:
     return time.perf_counter()
 
 
-def _late(seconds: float, limit: float, topology: Topology) -> bool:
+def _is_over(seconds: float, limit: float, topology: Topology) -> bool:
     return bool(all_reduce(torch.tensor([seconds]), topology, "max") > limit)
 
 
-def _peak(topology: Topology) -> float:
+def _peak_memory(topology: Topology) -> float:
     """Bytes of memory of this process at its peak: the GPU's where it computes on one."""
     if topology.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(topology.device))
@@ -248,8 +252,8 @@ def _bank_bytes(head: Any) -> float:
     return float(head.bank.bytes)
 
 
-def _meet_all_rows(head: Any) -> None:
-    """Make all rows and their state resident, as a long run does."""
+def _touch_all_rows(head: Any) -> None:
+    """Make all rows and their state resident, as they are in a long run."""
     bank = head.bank
     for start in range(bank.units.start, bank.units.stop, bank.units_at_once):
         units = range(start, min(start + bank.units_at_once, bank.units.stop))
@@ -257,6 +261,6 @@ def _meet_all_rows(head: Any) -> None:
         bank.write(units, {name: bank.read(units, name).clone() for name in bank.fields}, step=0)
 
 
-def fit(cases: Sequence[Case]) -> bool:
-    """Whether this machine has the memory for all cases at once now."""
+def fit_in_memory(cases: Sequence[HeadCase]) -> bool:
+    """Whether all cases together fit into the memory that is free now."""
     return sum(case.needed_bytes for case in cases) < psutil.virtual_memory().available

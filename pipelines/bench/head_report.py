@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pipelines.bench.head import PHASES, Case
+from pipelines.bench.head import PHASES, HeadCase
 from pipelines.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
 COLOURS = {"full": GREY, "partial_fc": ORANGE, "mhs_gather": GREEN, "mhs": BLUE}
@@ -25,37 +25,37 @@ NAMES = {
 }
 GIB = 2**30
 _CAPTION = (
-    "ms of a step, and its planning, forward, backward and update; first: what more a step took "
-    "when it met its rows for the first time. GiB that the head took at its peak, of what all rows "
-    "and their momentum are; MB that a rank sent per step; classes seen by a sample. With fewer "
-    "heads than samples, samples share heads and fewer rows are touched."
+    "ms of a step, and of its planning, forward, backward and update; first: additional ms of a "
+    "step that uses its rows for the first time. GiB that the head took at its peak, of the GiB of "
+    "all rows and their momentum; MB that a rank sent per step; classes seen by a sample. With "
+    "fewer heads than samples, samples share heads and fewer rows are touched."
 )
 
 
 @dataclass(frozen=True)
-class Result:
-    """A case, and what `pipelines.bench.head.run` measured."""
+class HeadMeasurement:
+    """A case, and the figures of `pipelines.bench.head.measure_case`."""
 
-    case: Case
+    case: HeadCase
     figures: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Turns:
-    """Times that were taken in turn, whose ratios count.
+class TimesInTurn:
+    """Times that were measured in turn, so that their ratios are reliable.
 
     Attributes:
-        mhs: seconds of a routed step by number of classes.
-        bare: of a routed `step` on one rank and of its `bare` products.
+        mhs: number of classes -> seconds of a routed step.
+        bare: seconds of a routed `step` on one rank, and of its `bare` products.
     """
 
     mhs: dict[int, float]
     bare: dict[str, float] | None
 
 
-def table(results: Sequence[Result]) -> Table:
-    """One line per case."""
-    # No box: its rules between twelve columns would not leave room for them on 80 characters.
+def measurements_table(results: Sequence[HeadMeasurement]) -> Table:
+    """A row for each case."""
+    # No box: with lines between them, twelve columns do not fit into 80 characters.
     out = Table(title="One step of the head", title_justify="left", box=None)
     out.padding, out.pad_edge = (0, 1, 0, 0), False
     out.caption_justify = "left"
@@ -79,32 +79,34 @@ def table(results: Sequence[Result]) -> Table:
         figures = result.figures
         out.add_row(
             NAMES[result.case.kind],
-            count(result.case.classes),
+            short_count(result.case.classes),
             *(f"{1e3 * figures[name]:,.0f}" for name in ("step", *PHASES, "first_touch")),
             f"{figures['peak'] / GIB:.1f}",
             f"{figures['bank'] / GIB:.1f}",
             f"{figures['sent'] / 1e6:.1f}",
-            count(round(figures["classes_seen"])),
+            short_count(round(figures["classes_seen"])),
         )
     return out
 
 
-def count(number: int) -> str:
-    """A number in three digits or so: 125k, 1M, 9.6k."""
+def short_count(number: int) -> str:
+    """A number in about three digits: 125k, 1M, 9.6k."""
     for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{letter}"
     return str(number)
 
 
-def ratios(results: Sequence[Result], turns: Turns) -> list[tuple[str, str]]:
-    """What the table is about, as `(what, figure)`."""
+def time_ratios(results: Sequence[HeadMeasurement], in_turn: TimesInTurn) -> list[tuple[str, str]]:
+    """The ratios that matter, as `(what, figure)`."""
     figures = {(r.case.kind, r.case.classes): r.figures for r in results}
     found: list[tuple[str, str]] = []
-    *smaller, most = sorted(turns.mhs) or [0]
-    for few in smaller:
-        over = f"mhs route, {count(most)} over {count(few)} classes"
-        found.append((over, f"{turns.mhs[most] / turns.mhs[few]:.2f} x the time"))
+    *others, most_classes = sorted(in_turn.mhs) or [0]
+    for fewer_classes in others:
+        over = f"mhs route, {short_count(most_classes)} over {short_count(fewer_classes)} classes"
+        found.append(
+            (over, f"{in_turn.mhs[most_classes] / in_turn.mhs[fewer_classes]:.2f} x the time")
+        )
     sizes = sorted(classes for kind, classes in figures if kind == "mhs")
     if sizes:
         largest = figures["mhs", sizes[-1]]
@@ -112,30 +114,31 @@ def ratios(results: Sequence[Result], turns: Turns) -> list[tuple[str, str]]:
             common = [classes for classes in sizes if (kind, classes) in figures]
             for classes in common[-1:]:
                 times = figures[kind, classes]["step"] / figures["mhs", classes]["step"]
-                over = f"{NAMES[kind]} over mhs route, {count(classes)} classes"
+                over = f"{NAMES[kind]} over mhs route, {short_count(classes)} classes"
                 found.append((over, f"{times:.1f} x the time"))
         if results[0].case.memory != "file":
-            over = f"mhs route, {count(sizes[-1])} classes, all that it takes over rows and state"
+            size = f"{short_count(sizes[-1])} classes"
+            over = f"mhs route, {size}, all that it takes over rows and state"
             found.append((over, f"{largest['peak'] / largest['bank']:.2f} x the memory"))
-    if turns.bare:
-        times = turns.bare["step"] / turns.bare["bare"]
+    if in_turn.bare:
+        times = in_turn.bare["step"] / in_turn.bare["bare"]
         found.append(("mhs route on one rank over its bare products", f"{times:.2f} x the time"))
     return found
 
 
-def plot(results: Sequence[Result], file: Path) -> None:
-    """Time and peak memory over the number of classes, both axes logarithmic, as PNG."""
+def plot_measurements(results: Sequence[HeadMeasurement], file: Path) -> None:
+    """Plot time and peak memory over the number of classes to a PNG; both axes are logarithmic."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.8))
         left, right = figure.subplots(1, 2)
-        _curves(left, results, "step", "Time per step of the head", "seconds", 1.0)
-        _curves(right, results, "peak", "Peak memory, all ranks", "GiB", GIB)
+        _plot_curves(left, results, "step", "Time per step of the head", "seconds", 1.0)
+        _plot_curves(right, results, "peak", "Peak memory, all ranks", "GiB", GIB)
         left.legend(loc="best")
         FigureCanvasAgg(figure).print_figure(file, metadata={"Software": None})
 
 
-def _curves(
-    axes: Axes, results: Sequence[Result], key: str, title: str, unit: str, divisor: float
+def _plot_curves(
+    axes: Axes, results: Sequence[HeadMeasurement], key: str, title: str, unit: str, divisor: float
 ) -> None:
     for kind in dict.fromkeys(result.case.kind for result in results):
         mine = sorted(
@@ -144,12 +147,16 @@ def _curves(
         axes.plot(*zip(*mine, strict=True), marker="o", label=NAMES[kind], color=COLOURS[kind])
     axes.set(title=title, xlabel="classes", ylabel=unit, xscale="log", yscale="log")
     sizes = sorted({result.case.classes for result in results})
-    axes.set_xticks(sizes, [count(size) for size in sizes])
+    axes.set_xticks(sizes, [short_count(size) for size in sizes])
     axes.minorticks_off()
 
 
-def save(results: Sequence[Result], turns: Turns, file: Path) -> None:
-    """Everything as JSON."""
+def save_measurements(results: Sequence[HeadMeasurement], in_turn: TimesInTurn, file: Path) -> None:
+    """Write everything as JSON."""
     cases = [{"case": asdict(r.case), "figures": r.figures} for r in results]
-    found = {"cases": cases, "in_turn": asdict(turns), "ratios": dict(ratios(results, turns))}
+    found = {
+        "cases": cases,
+        "in_turn": asdict(in_turn),
+        "ratios": dict(time_ratios(results, in_turn)),
+    }
     file.write_text(json.dumps(found, indent=2) + "\n")

@@ -25,10 +25,10 @@ _PER_TAR: Final = 2500
 _SCALES: Final = ((4, 50.0), (14, 25.0), (28, 16.0), (56, 6.0))  # cells per side, deviation
 
 
-def photos(images: int) -> ShardIndex:
-    """A data set of so many 112x112 JPEGs of quality 95, about 7.8 kB each.
+def make_photos(images: int) -> ShardIndex:
+    """Make a data set of that many 112x112 JPEGs of quality 95, about 7.8 kB each.
 
-    It lies in a folder of this user among the temporary files, where the next call finds it.
+    It is written to a temporary folder of this user, where the next call finds it again.
     """
     folder = Path(tempfile.gettempdir()) / f"mhe-bench-{os.getuid()}" / f"photos-{images}"
     if not shards.exists(str(folder)):

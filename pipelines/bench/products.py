@@ -1,7 +1,7 @@
-"""What a routed step cannot do without: its matrix products, and its rows read and written once.
+"""The least that a routed step must do: its matrix products, and one read and write of its rows.
 
 Forward `z = e w^T`, backward `z w` and `z^T e`, for own heads and for extra heads, into buffers
-that are there already. No softmax, no margin, no norms, no optimizer, no exchange.
+that are allocated beforehand. No softmax, margin, norms, optimizer or exchange.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mhe_dist.heads.routed.mhs import MhsRoute
 
 
 class _Product(NamedTuple):
-    """Samples `[T, c, D]` against the rows of units `[T]`, and buffers for what comes out."""
+    """Samples `e` `[T, c, D]`, the rows of units `[T]`, and buffers for the results."""
 
     units: Tensor
     e: Tensor
@@ -29,8 +29,8 @@ class BareProducts:
     """The products of one planned step on one rank.
 
     Args:
-        head: whose layout and draws.
-        step, labels: as `plan` takes them.
+        head: gives the layout of the rows and the drawn extra heads.
+        step, labels: as `head.plan` takes them.
     """
 
     def __init__(self, head: MhsRoute, step: int, labels: Tensor) -> None:
@@ -48,11 +48,11 @@ class BareProducts:
             drawn, samples = head.draw(step, group), int((groups == group).sum())
             if len(drawn):
                 self._products.append(self._product(drawn, samples, together=True))
-        for product in self._products:  # the pages of the rows come into being before the clock
+        for product in self._products:  # allocates the pages of the rows before time is measured
             self._store.index_copy_(0, product.units, product.rows.view(-1, *self._store.shape[1:]))
 
     def _product(self, units: Tensor, samples: int, together: bool = False) -> _Product:
-        """Each unit against its own samples, or all units as one matrix against the same ones."""
+        """Each unit against its own samples, or all units as one matrix against all samples."""
         length = self._store.shape[1]
         count, rows = (1, len(units) * length) if together else (len(units), length)
         return _Product(
@@ -65,7 +65,7 @@ class BareProducts:
         )
 
     def run(self) -> None:
-        """Once through all of them."""
+        """Compute all products once."""
         shape = (-1, *self._store.shape[1:])
         for units, e, rows, z, back, gradient in self._products:
             torch.index_select(self._store, 0, units, out=rows.view(shape))

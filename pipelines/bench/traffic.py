@@ -1,4 +1,4 @@
-"""Counts the bytes that a rank gives to collectives."""
+"""Counts the bytes that a rank passes to collectives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
-# Position of the tensor that a rank gives.
-_GIVEN: Final = {
+# Collective -> position of the argument that holds the tensor which a rank sends.
+_SENT_ARGUMENT: Final = {
     "all_to_all_single": 1,
     "all_gather_single": 1,
     "reduce_scatter_single": 1,
@@ -19,19 +19,19 @@ _GIVEN: Final = {
 }
 
 
-class Traffic:
-    """Within a `with` block, adds up what this rank gives.
+class TrafficCounter:
+    """Adds up what this rank sends within a `with` block.
 
     Attributes:
-        bytes: of the tensors; what a ring sends of them again is not counted.
+        bytes: of the tensors; what a ring algorithm forwards again is not counted.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
         self._patches = ExitStack()
 
-    def __enter__(self) -> Traffic:
-        for name, position in _GIVEN.items():
+    def __enter__(self) -> TrafficCounter:
+        for name, position in _SENT_ARGUMENT.items():
             counted = self._counted(getattr(dist, name), position)
             self._patches.enter_context(mock.patch.object(dist, name, counted))
         return self
@@ -41,8 +41,8 @@ class Traffic:
 
     def _counted(self, collective: Callable[..., Any], position: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            given: Tensor = args[position]
-            self.bytes += given.numel() * given.element_size()
+            sent: Tensor = args[position]
+            self.bytes += sent.numel() * sent.element_size()
             return collective(*args, **kwargs)
 
         return call

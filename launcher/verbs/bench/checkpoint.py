@@ -17,22 +17,22 @@ def checkpoint(
     rounds: Annotated[int, typer.Option(help="Measurements of each kind.", min=1)] = 3,
     folder: Annotated[str, typer.Option(help="Where to write; a temporary folder.")] = ".",
 ) -> None:
-    """Compare a save with torch.save of the same state, and with the disk's own pace.
+    """Compare a save with torch.save of the same state, and with the speed of the disk alone.
 
     Example: mhe bench checkpoint --mib 1024
     """
-    from pipelines.bench import checkpoint as benchmark
+    from pipelines.bench.checkpoint import MIB, measure_saves
 
-    with tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as place:
-        figures = benchmark.measure(Path(place), mib * benchmark.MIB, rounds)
+    with tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary:
+        times = measure_saves(Path(temporary), mib * MIB, rounds)
     table = Table("what", "seconds", "MiB/s", box=None)
-    size = figures.bytes / benchmark.MIB
+    size = times.bytes / MIB
     for what, seconds in [
-        ("training waits for a save", figures.blocked_s),
-        ("a save, to its manifest", figures.written_s),
-        ("torch.save and fsync", figures.plain_s),
-        ("the bytes alone and fsync", figures.disk_s),
+        ("training waits for a save", times.blocked_s),
+        ("a save, to its manifest", times.written_s),
+        ("torch.save and fsync", times.plain_s),
+        ("the bytes alone and fsync", times.disk_s),
     ]:
         table.add_row(what, f"{seconds:.2f}", f"{size / seconds:,.0f}")
     console.out.print(table)
-    console.say(f"A save holds up training for {figures.blocked:.3f} of a synchronous one.")
+    console.say(f"A save holds up training for {times.blocked:.3f} of a synchronous one.")

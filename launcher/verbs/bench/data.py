@@ -14,7 +14,7 @@ from launcher.terminal import console
 from launcher.terminal.progress import Display
 
 if TYPE_CHECKING:
-    from pipelines.bench.data import Result
+    from pipelines.bench.data import LoaderComparison
 
 
 def data(
@@ -26,37 +26,36 @@ def data(
     repeats: Annotated[int, typer.Option(min=1, help="How often each reads everything.")] = 5,
     out: Annotated[str, typer.Option(help="File or URL for the result.")] = "bench/data.json",
 ) -> None:
-    """Measure images/s of the loader beside two others, in turns, on the same shards.
+    """Measure images/s of the loader beside other readers, in turns, on the same shards.
 
     The others: a bare loop, which reads a tar with tarfile and decodes with simplejpeg in one
     process; the decoder with hardly a loop at all; and a plain webdataset pipeline with its Pillow
-    decoder and torch's DataLoader. Where others use the machine, too, CPU seconds are the fairer
-    measure.
+    decoder and torch's DataLoader. If others use the machine too, compare CPU seconds.
 
     Example: mhe bench data --workers 2
     """
-    from pipelines.bench.data import measure
-    from pipelines.bench.photos import photos
+    from pipelines.bench.data import measure_loaders
+    from pipelines.bench.photos import make_photos
     from pipelines.shards.index import ShardIndex
     from pipelines.storage import urls
 
     with console.out.status("making photos"):
-        index = ShardIndex.load(shards) if shards else photos(images)
+        index = ShardIndex.load(shards) if shards else make_photos(images)
     with Display().counting("reading") as progress:
-        result = measure(index, workers, repeats, progress)
+        result = measure_loaders(index, workers, repeats, progress)
     with urls.created(out) as stream:
         stream.write(json.dumps(result.to_dict(), indent=2).encode())
     console.out.print(_table(result))
     for name, ratios in result.ratios().items():
-        told = ", ".join(f"[bold]{ratio:.2f}[/] {unit}" for unit, ratio in ratios.items())
-        console.say(f"mhe / {name}: {told}")
+        text = ", ".join(f"[bold]{ratio:.2f}[/] {unit}" for unit, ratio in ratios.items())
+        console.say(f"mhe / {name}: {text}")
     console.say(f"Result: {escape(out)}")
     again = shlex.join(["mhe", "bench", "data", "--shards", index.folder])
     console.list_commands("Next", [("with more processes", f"{again} --workers {workers + 1}")])
 
 
-def _table(result: Result) -> Table:
-    """A row for each contestant; medians."""
+def _table(result: LoaderComparison) -> Table:
+    """A row of medians for each reader."""
     setting = result.setting
     title = (
         f"{setting['images']:,} images of {setting['side']}x{setting['side']}, "

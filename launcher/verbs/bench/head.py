@@ -12,15 +12,15 @@ from launcher.terminal import console
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.bench.head import Case
-    from pipelines.bench.head_report import Result, Turns
+    from pipelines.bench.head import HeadCase
+    from pipelines.bench.head_report import HeadMeasurement, TimesInTurn
 
-CLASSES = "125_000,1_000_000,4_000_000,8_000_000"
-KINDS = "full,partial_fc,mhs_gather,mhs"
+DEFAULT_CLASSES = "125_000,1_000_000,4_000_000,8_000_000"
+DEFAULT_KINDS = "full,partial_fc,mhs_gather,mhs"
 
 
 class Memory(str, Enum):
-    """Where the rows are."""
+    """Where the rows are stored."""
 
     DEVICE = "device"
     HOST = "host"
@@ -37,10 +37,10 @@ class Dtype(str, Enum):
 def head(
     classes: Annotated[
         str, typer.Option(help="Numbers of classes, with commas; 1_000_000 may be written so.")
-    ] = CLASSES,
+    ] = DEFAULT_CLASSES,
     kinds: Annotated[
         str, typer.Option(help="Of full, partial_fc, mhs (routed), mhs_gather; with commas.")
-    ] = KINDS,
+    ] = DEFAULT_KINDS,
     memory: Annotated[Memory, typer.Option(help="Where the rows are.")] = Memory.DEVICE,
     dtype: Annotated[Dtype, typer.Option(help="Stored type of the rows.")] = Dtype.FLOAT32,
     world_size: Annotated[int, typer.Option(min=1, help="Ranks; on a GPU each needs one.")] = 2,
@@ -55,57 +55,63 @@ def head(
     """Measure a step of each head: time, memory, traffic, beside the bare matrix products.
 
     256 samples per rank, embeddings of 128, SGD with momentum. Every step is run twice on the same
-    labels; the second time counts, what the first one took longer is the first touch of its rows.
-    Then the numbers of classes take turns, step by step, for the ratios of mhs. A case that does
-    not fit in the memory that is free now is left out, by name.
+    labels. The second run counts; the additional time of the first run is the first touch of its
+    rows. Then the numbers of classes take turns, step by step, for the ratios of mhs. A case that
+    does not fit into the memory that is free now is left out and named.
 
     Example: mhe bench head --kinds partial_fc,mhs --classes 1_000_000,8_000_000
     """
     sizes = {"world_size": world_size, "length": length, "extra_heads": extra_heads}
     bounds = {"steps": steps, "seconds": seconds}
     cases = _cases(kinds, classes, {"memory": memory.value, "dtype": dtype.value} | sizes | bounds)
-    _show(*_measure(cases), Path(out))
+    _show_measurements(*_measure_cases(cases), Path(out))
 
 
-def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[Case]:
-    from pipelines.bench.head import KINDS as KNOWN
-    from pipelines.bench.head import Case
+def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[HeadCase]:
+    from pipelines.bench.head import HeadCase
 
-    chosen = _names(kinds, KNOWN)
-    return [Case(kind, count, **settings) for kind in chosen for count in _counts(classes)]
+    chosen = _parse_kinds(kinds)
+    return [
+        HeadCase(kind, count, **settings) for kind in chosen for count in _parse_classes(classes)
+    ]
 
 
-def _measure(cases: list[Case]) -> tuple[list[Result], Turns]:
-    """The cases that fit, and what is measured in turn."""
-    from pipelines.bench import head as bench
-    from pipelines.bench.head_report import Result, Turns
+def _measure_cases(cases: list[HeadCase]) -> tuple[list[HeadMeasurement], TimesInTurn]:
+    """Measure the cases that fit into memory, then those that take turns."""
+    from pipelines.bench.head import measure_case
+    from pipelines.bench.head_report import HeadMeasurement, TimesInTurn
 
     device, results = _device(), []
     for number, case in enumerate(cases, 1):
-        if _fits(case):
-            with console.out.status(f"{number} of {len(cases)}: {_title(case)}"):
-                figures = bench.run(case, device)
-            console.out.print(f"{_title(case)}: {1e3 * figures['step']:,.0f} ms")
-            results.append(Result(case, figures))
+        if _fits_in_memory(case):
+            with console.out.status(f"{number} of {len(cases)}: {_case_title(case)}"):
+                figures = measure_case(case, device)
+            console.out.print(f"{_case_title(case)}: {1e3 * figures['step']:,.0f} ms")
+            results.append(HeadMeasurement(case, figures))
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
     plain = device == "cpu" and (cases[0].memory, cases[0].dtype) == ("device", "float32")
     with console.out.status("mhs, in turn over the classes"):
-        mhs = _in_turn(cases, device)
+        mhs = _measure_in_turn(cases, device)
     with console.out.status("the bare products"):
-        return results, Turns(mhs, _bare(cases) if plain else None)
+        return results, TimesInTurn(mhs, _measure_bare_products(cases) if plain else None)
 
 
-def _show(results: list[Result], turns: Turns, folder: Path) -> None:
-    from pipelines.bench import head_report as report
+def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, folder: Path) -> None:
+    from pipelines.bench.head_report import (
+        measurements_table,
+        plot_measurements,
+        save_measurements,
+        time_ratios,
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
-    console.out.print(report.table(results))
-    console.list_commands("Ratios", report.ratios(results, turns))
-    report.save(results, turns, folder / "head.json")
-    report.plot(results, folder / "head.png")
-    places = [("plot", f"{folder}/head.png"), ("figures", f"{folder}/head.json")]
-    console.list_commands("Where it is", places)
+    console.out.print(measurements_table(results))
+    console.list_commands("Ratios", time_ratios(results, in_turn))
+    save_measurements(results, in_turn, folder / "head.json")
+    plot_measurements(results, folder / "head.png")
+    files = [("plot", f"{folder}/head.png"), ("figures", f"{folder}/head.json")]
+    console.list_commands("Where it is", files)
     larger = "mhe bench head --kinds mhs --classes 1_000_000_000 --memory file --dtype bfloat16"
     console.list_commands("Next", [("a billion classes", larger)])
 
@@ -116,15 +122,17 @@ def _device() -> str | None:
     return None if torch.cuda.is_available() else "cpu"
 
 
-def _names(kinds: str, known: dict[str, dict[str, object]]) -> list[str]:
+def _parse_kinds(kinds: str) -> list[str]:
+    from pipelines.bench.head import KINDS
+
     names = [name.strip() for name in kinds.split(",")]
     for name in names:
-        if name not in known:
-            raise UserError(f"--kinds {name}: there is {', '.join(known)}")
+        if name not in KINDS:
+            raise UserError(f"--kinds {name}: there is {', '.join(KINDS)}")
     return names
 
 
-def _counts(classes: str) -> list[int]:
+def _parse_classes(classes: str) -> list[int]:
     try:
         counts = [int(number) for number in classes.split(",")]
     except ValueError:
@@ -134,45 +142,43 @@ def _counts(classes: str) -> list[int]:
     return counts
 
 
-def _title(case: Case) -> str:
+def _case_title(case: HeadCase) -> str:
     return f"{case.kind}, {case.classes:,} classes"
 
 
-def _fits(case: Case) -> bool:
-    from pipelines.bench.head import fit
+def _fits_in_memory(case: HeadCase) -> bool:
+    from pipelines.bench.head import fit_in_memory
 
-    if fit([case]):
+    if fit_in_memory([case]):
         return True
-    console.say(
-        f"[yellow]left out:[/] {_title(case)} needs about {case.needed_bytes / 2**30:.0f} GiB, "
-        "more than is free"
-    )
+    needed = f"about {case.needed_bytes / 2**30:.0f} GiB, more than is free"
+    console.say(f"[yellow]left out:[/] {_case_title(case)} needs {needed}")
     return False
 
 
-def _in_turn(cases: list[Case], device: str | None) -> dict[int, float]:
-    """Seconds of a routed step by classes: the most, and those that fit in memory beside them."""
-    from pipelines.bench.head import fit, run_in_turn
+def _measure_in_turn(cases: list[HeadCase], device: str | None) -> dict[int, float]:
+    """Classes -> seconds of a routed step, of the largest case and those that fit beside it."""
+    from pipelines.bench.head import fit_in_memory, measure_in_turn
 
-    chosen: list[Case] = []
+    chosen: list[HeadCase] = []
     for case in sorted(cases, key=lambda case: -case.classes):
-        if case.kind == "mhs" and fit([*chosen, case]):
+        if case.kind == "mhs" and fit_in_memory([*chosen, case]):
             chosen.append(case)
     if len(chosen) < 2:
         return {}
-    seconds = run_in_turn(chosen, device)
+    seconds = measure_in_turn(chosen, device)
     return {case.classes: taken for case, taken in zip(chosen, seconds, strict=True)}
 
 
-def _bare(cases: list[Case]) -> dict[str, float] | None:
+def _measure_bare_products(cases: list[HeadCase]) -> dict[str, float] | None:
     """The routed step beside its products, at the smallest C with more heads than samples."""
     from dataclasses import replace
 
-    from pipelines.bench.head import fit, run_bare
+    from pipelines.bench.head import fit_in_memory, measure_bare_products
 
     fitting = [
         case
         for case in cases
-        if case.kind == "mhs" and case.classes > case.batch * case.length and fit([case])
+        if case.kind == "mhs" and case.classes > case.batch * case.length and fit_in_memory([case])
     ]
-    return run_bare(replace(fitting[0], world_size=1, steps=10)) if fitting else None
+    return measure_bare_products(replace(fitting[0], world_size=1, steps=10)) if fitting else None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.bench import checkpoint
+from pipelines.bench.checkpoint import MIB, measure_saves
 
 
 def test_every_figure_is_there_and_a_save_blocks_less_than_it_takes(tmp_path: Path) -> None:
-    figures = checkpoint.measure(tmp_path, 4 * checkpoint.MIB, rounds=1)
-    assert figures.bytes == 4 * checkpoint.MIB
-    assert 0 < figures.blocked_s < figures.written_s
-    assert figures.plain_s > 0
-    assert figures.disk_s > 0
-    assert (tmp_path / "disk").stat().st_size == figures.bytes
+    times = measure_saves(tmp_path, 4 * MIB, rounds=1)
+    assert times.bytes == 4 * MIB
+    assert 0 < times.blocked_s < times.written_s
+    assert times.plain_s > 0
+    assert times.disk_s > 0
+    assert (tmp_path / "disk").stat().st_size == times.bytes
