@@ -26,7 +26,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import read_summary
 from pipelines.shards import index as shards
 
 CLUSTER = "auto"  # the one that started this process
@@ -55,7 +55,7 @@ def run(file: str) -> None:
     config = load_config(file, checks=[checks.data, checks.backbone])
     checks.refuse_another_run(config)
     lines = EventLines(sys.stdout)
-    if (done := runs.summary(config.run.path)) is not None:
+    if (done := read_summary(config.run.path)) is not None:
         lines.handle({"event": "end", "summary": done})
         return
     execute.run(config, lines, CLUSTER)

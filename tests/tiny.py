@@ -9,13 +9,13 @@ import numpy as np
 import simplejpeg
 import torch
 
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.model import build_backbone
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.jsonl import read_records
-from pipelines.runs import warm_start as inheritance
+from pipelines.runs.warm_start import find_checkpoint
 from pipelines.shards.writer import Sample, ShardWriter
 
 CLASSES, IMAGES, SIDE = 30, 12, 16
@@ -90,7 +90,7 @@ def per_step(config: Config) -> tuple[list[float], list[float]]:
 
 def differing(run: Config, other: Config) -> list[str]:
     """Names of the tensors whose bits differ between the last checkpoints of two runs."""
-    last = [inheritance.source(config.run.path) for config in (run, other)]
+    last = [find_checkpoint(config.run.path) for config in (run, other)]
     assert [found.step for found in last] == [run.train.max_steps, other.train.max_steps]
     ours, theirs = (found.load(lambda name: True) for found in last)
     assert ours.keys() == theirs.keys()
@@ -101,7 +101,7 @@ def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Conf
     """A run with one checkpoint of an untrained backbone, made without training."""
     settings = config(folder, shards, **changes)
     torch.manual_seed(1)
-    model = backbone.build(settings.model, settings.data.image_size)
+    model = build_backbone(settings.model, settings.data.image_size)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology())
     store.save(24, state, {}, {"step": 24, "run_id": None})

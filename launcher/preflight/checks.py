@@ -11,7 +11,7 @@ from typing import Any
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import read_run_config, url_exists
 from pipelines.shards import index as shards
 
 Mistake = tuple[str, str]
@@ -45,12 +45,12 @@ def data(config: Config) -> Iterable[Mistake]:
             yield key, f"{trouble}; {_cure(key, glyphs)}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
-    if (source := config.model.init_from) and not runs.exists(source):
+    if (source := config.model.init_from) and not url_exists(source):
         yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
-    if (source := config.head.init_from) and not runs.exists(source):
+    if (source := config.head.init_from) and not url_exists(source):
         yield "head.init_from", "does not exist; give a run or one of its step_* folders"
     for place in config.evaluate.verification:
-        if not runs.exists(place):
+        if not url_exists(place):
             yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
 
 
@@ -62,10 +62,10 @@ def backbone(config: Config) -> Iterable[Mistake]:
     """
     if _defined_by_timm(config.model.name):
         return
-    from mhe_dist.backbone import model as backbones
+    from mhe_dist.backbone.model import check_model_name
 
     try:
-        backbones.check_name(config.model.name)
+        check_model_name(config.model.name)
     except UserError as error:
         yield "model.name", str(error).partition(": ")[2]
 
@@ -131,7 +131,7 @@ def refuse_another_run(config: Config) -> None:
     Raises:
         UserError: names every key with both values, and the cures.
     """
-    before = runs.settings(config.run.path)
+    before = read_run_config(config.run.path)
     if before is None:
         return
     differences = changed(before, config_to_dict(config))

@@ -23,7 +23,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import absolute_path, is_local
 
 DEADLINE_S = 10.0
 MLFLOW_S = 5.0
@@ -79,7 +79,7 @@ def _results(config: Config) -> Iterable[tuple[str, str]]:
     place = f"{config.run.dir.rstrip('/')}/{PROBE}-{uuid.uuid4().hex}"
     try:
         filesystem, path = url_to_fs(place)
-        if runs.is_local(place):
+        if is_local(place):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with fsspec.open(place, "wb") as file:
             file.write(b"mhe")
@@ -113,9 +113,9 @@ def _mlflow(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _free(config: Config) -> int | None:
-    if not runs.is_local(config.run.dir):
+    if not is_local(config.run.dir):
         return None
-    place = Path(runs.absolute(config.run.dir))
+    place = Path(absolute_path(config.run.dir))
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free

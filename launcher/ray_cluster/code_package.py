@@ -10,7 +10,7 @@ from pathlib import Path
 from mhe_dist.config.data import DataConfig, MixConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import absolute_path
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
 SETTINGS = "run.yaml"
@@ -60,20 +60,20 @@ def portable(config: Config) -> Config:
     They mean the same file system on every node: a laptop's own, or one that all nodes mount.
     """
     copy = config.model_copy(deep=True)
-    copy.run.dir = runs.absolute(copy.run.dir)
+    copy.run.dir = absolute_path(copy.run.dir)
     sets: list[DataConfig | MixConfig] = [copy.data, *copy.data.mix]
     for chosen in sets:
-        chosen.shards = runs.absolute(chosen.shards)
+        chosen.shards = absolute_path(chosen.shards)
         if chosen.classes:
-            chosen.classes = runs.absolute(chosen.classes)
+            chosen.classes = absolute_path(chosen.classes)
     if copy.evaluate.shards:
-        copy.evaluate.shards = runs.absolute(copy.evaluate.shards)
+        copy.evaluate.shards = absolute_path(copy.evaluate.shards)
     if copy.head.bank.path:
-        copy.head.bank.path = runs.absolute(copy.head.bank.path)
+        copy.head.bank.path = absolute_path(copy.head.bank.path)
     if copy.data.glyphs is not None and copy.data.glyphs.fonts:
-        copy.data.glyphs.fonts = runs.absolute(copy.data.glyphs.fonts)
+        copy.data.glyphs.fonts = absolute_path(copy.data.glyphs.fonts)
     if copy.data.remote.cache_dir:
-        copy.data.remote.cache_dir = runs.absolute(copy.data.remote.cache_dir)
+        copy.data.remote.cache_dir = absolute_path(copy.data.remote.cache_dir)
     if copy.tracking.uri.startswith(_SQLITE):
         file = Path(copy.tracking.uri.removeprefix(_SQLITE))
         copy.tracking.uri = f"{_SQLITE}{file.absolute()}"

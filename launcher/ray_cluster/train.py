@@ -22,7 +22,7 @@ from launcher.signals import Interrupted, deferred, undisturbed
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption as stopping
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import absolute_path, logs_folder
 
 POLL_S = 0.25
 GRACE_S = 120.0  # that a run has for its checkpoint once it is asked to stop
@@ -101,7 +101,7 @@ class _Fit:
 
         # Both stay on the driver's node: a lost node of workers must not take them along.
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        name = name_of(runs.absolute(config.run.path))
+        name = name_of(absolute_path(config.run.path))
         actor: Any = ray.remote(num_cpus=0, label_selector=here)(Mailbox)
         task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(_fit)
         try:
@@ -210,7 +210,7 @@ def local_cluster(config: Config) -> Iterator[None]:
     finally:
         with undisturbed():
             ray.shutdown()
-            _keep_logs(Path(folder), runs.logs_folder(config) / "ray")
+            _keep_logs(Path(folder), logs_folder(config) / "ray")
 
 
 def _check_resources(config: Config, resources: dict[str, float]) -> None:
@@ -228,8 +228,8 @@ def _settings(config: Config, mailbox: Any) -> dict[str, Any]:
     return {
         "config": config.model_dump(),
         "folder": str(Path.cwd()),
-        "logs": str(runs.logs_folder(config)),
-        "storage": runs.absolute(config.run.path),
+        "logs": str(logs_folder(config)),
+        "storage": absolute_path(config.run.path),
         "mailbox": mailbox,
     }
 

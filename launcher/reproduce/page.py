@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from launcher.reproduce.studies import STUDIES, Planned, Study, Variant, planned
 from pipelines.report.comparison import Compared, Outcome
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import newest_checkpoint, read_run_config, read_summary
 
 
 def write(page: str, folder: str, study: Study, seeds: int) -> list[str]:
@@ -48,7 +48,7 @@ def _compared(variant: Variant, folder: str, plans: Iterable[Planned]) -> Compar
         path = f"{folder}/{plan.name}"
         outcome = _outcome(path, plan.seed)
         if outcome is None:
-            newest = runs.newest_checkpoint(path)
+            newest = newest_checkpoint(path)
             found.missing[plan.seed] = int(newest.rpartition("_")[2]) if newest else 0
         else:
             found.outcomes.append(outcome)
@@ -59,7 +59,7 @@ def _outcome(path: str, seed: int) -> Outcome | None:
     """What the run at `path` reached; None while it is not complete."""
     from mhe_dist.tracking.jsonl import read_records
 
-    summary, settings = runs.summary(path), runs.settings(path)
+    summary, settings = read_summary(path), read_run_config(path)
     if summary is None or settings is None:
         return None
     records = read_records(f"{path}/metrics.jsonl")

@@ -27,7 +27,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.factory import mlflow_uri
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import is_local, newest_checkpoint, url_exists
 
 STOP_NOW_S = 30.0
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}
@@ -157,7 +157,7 @@ def stop(
     cluster.stop(job, now)
     with console.out.status("ending it" if now else "waiting for its checkpoint"):
         job = cluster.wait(job.id, STOP_NOW_S if now else jobs.GRACE_S + STOP_NOW_S)
-    newest = runs.newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
+    newest = newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
     console.say(
         f"{escape(job.id)}: {_status(job)}." + (f" It goes on from {newest}." * bool(newest))
     )
@@ -260,4 +260,4 @@ def _length(job: jobs.Job) -> str:
 
 
 def _is_visible(path: str) -> bool:
-    return not runs.is_local(path) or runs.exists(path)
+    return not is_local(path) or url_exists(path)

@@ -23,7 +23,7 @@ from launcher.verbs.train import to_the_end
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import read_run_config, read_summary
 
 SHARE = 0.9  # of the minutes that training may take; the rest is what a trial does not foresee
 
@@ -83,7 +83,7 @@ def settings(plan: Planned, overrides: list[str], out: str) -> Config:
     """
     words = [*plan.overrides, *overrides, f"run.dir={out}"]
     config = load_config(plan.study.file, words, [checks.data, checks.backbone])
-    before = runs.settings(config.run.path)
+    before = read_run_config(config.run.path)
     if plan.study.minutes and before and not config.train.max_steps:
         config.train.max_steps = before["train"]["max_steps"]  # what a trial found
     checks.refuse_another_run(config)
@@ -92,7 +92,7 @@ def settings(plan: Planned, overrides: list[str], out: str) -> Config:
 
 def _train(config: Config, minutes: float) -> None:
     """Train a run to its end, if it is not complete."""
-    summary = runs.summary(config.run.path)
+    summary = read_summary(config.run.path)
     if summary is None:
         if minutes and not config.train.max_steps:
             config.train.max_steps = _steps_in(minutes, config)

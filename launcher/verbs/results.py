@@ -12,7 +12,7 @@ from launcher.terminal import console
 from launcher.verbs.evaluate.shared import RunName, busy, join
 from mhe_dist.config.schema import Config
 from mhe_dist.tracking import factory as tracking
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import find_run, read_run_config
 
 PARITY_IMAGES = 64
 SHOWN = 20  # images that were left out
@@ -55,19 +55,19 @@ def export(
     """
     import torch
 
-    from mhe_dist.backbone import export as exporter
-    from pipelines.runs import trained
+    from mhe_dist.backbone.export import ExportOptions, write_export
+    from pipelines.runs.trained import load_trained_backbone
 
-    found = trained.load(run)
+    found = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{found.path}/export"
     size = found.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
     console.say(f"From {escape(found.checkpoint)}:")
     for name in dict.fromkeys(to):
         with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = exporter.write(
+            path, difference = write_export(
                 *(name.value, found.model, found.config, folder, images),
-                exporter.Options(opset, fp16, normalize),
+                ExportOptions(opset, fp16, normalize),
             )
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     if normalize and Format.TIMM in to:
@@ -103,10 +103,10 @@ def embed(
     Example: mhe embed quickstart --images photos --out photos.npz
     """
     from pipelines.evaluate import embed as embedding
-    from pipelines.runs import trained
+    from pipelines.runs.trained import load_trained_backbone
 
     topology = join()
-    found = trained.load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     with busy(topology, f"embedding {images}"):
         written = embedding.write(
             *(found.embed, images.rstrip("/"), out, topology, found.config.data.image_size),
@@ -135,7 +135,7 @@ def report(
     """
     from pipelines.report import html as page
 
-    place = runs.find(run.rstrip("/"))
+    place = find_run(run.rstrip("/"))
     target = out or f"{place}/report.html"
     with console.out.status(f"drawing {escape(place)}"):
         sections = page.write(place, target)
@@ -150,6 +150,6 @@ def sync(run: RunName) -> None:
 
     Example: mhe sync quickstart
     """
-    config = Config.model_validate(runs.settings(runs.find(run)))
+    config = Config.model_validate(read_run_config(find_run(run)))
     sent = tracking.sync(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

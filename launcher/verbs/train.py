@@ -18,7 +18,7 @@ from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import logs_folder, newest_checkpoint, read_summary
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -35,7 +35,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides or [], [checks.data, checks.backbone])
     checks.refuse_another_run(settings)
     path = settings.run.path
-    if (done := runs.summary(path)) is not None:
+    if (done := read_summary(path)) is not None:
         console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
         summary.show(settings, done)
         return
@@ -50,7 +50,7 @@ def to_the_end(config: Config) -> dict[str, Any]:
     """
     display = Display()
     try:
-        with interruptible(), console.only_ours(runs.logs_folder(config) / "driver.log"), display:
+        with interruptible(), console.only_ours(logs_folder(config) / "driver.log"), display:
             execute.run(config, display)
     except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(config))
@@ -60,7 +60,7 @@ def to_the_end(config: Config) -> dict[str, Any]:
 
 def _how_to_go_on(settings: Config) -> str:
     command = shlex.join(["mhe", *sys.argv[1:]])
-    newest = runs.newest_checkpoint(settings.run.path)
+    newest = newest_checkpoint(settings.run.path)
     start = f"goes on from {newest}" if newest else "starts again: no checkpoint was complete yet"
     return (
         f"[yellow]Stopped.[/] No process is left behind. The same command {escape(start)}:\n"

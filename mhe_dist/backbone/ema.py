@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-PREFIX = "ema."
+EMA_PREFIX = "ema."
 
 
 class AveragedWeights:
@@ -53,9 +53,9 @@ class AveragedWeights:
             tensor.copy_(values[name])
 
 
-def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def backbone_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a backbone by name, out of `Engine.state()`: averages where there are some."""
-    names = ("model.", PREFIX)  # the second over the first
+    names = ("model.", EMA_PREFIX)  # the second over the first
     return {
         name.removeprefix(prefix): tensor
         for prefix in names
@@ -64,6 +64,6 @@ def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def is_weight(name: str) -> bool:
+def is_backbone_weight(name: str) -> bool:
     """Whether `averaged` needs a tensor of that name."""
-    return name.startswith(("model.", PREFIX))
+    return name.startswith(("model.", EMA_PREFIX))

@@ -20,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mhe_dist.backbone.model import Backbone, fold_neck, model_arguments, pixels
+from mhe_dist.backbone.model import Backbone, fold_neck, normalize_images, timm_arguments
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
@@ -31,7 +31,7 @@ TIMM_TOLERANCE, ONNX_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
 _MLFLOW_NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
 
 
-class Options(NamedTuple):
+class ExportOptions(NamedTuple):
     """How a file is written.
 
     Attributes:
@@ -45,16 +45,16 @@ class Options(NamedTuple):
     normalise: bool = False
 
 
-PLAIN = Options()
+DEFAULT_OPTIONS = ExportOptions()
 
 
-def write(
+def write_export(
     name: Format,
     model: Backbone,
     config: Config,
     folder: str,
     images: Tensor,
-    options: Options = PLAIN,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> tuple[str, float]:
     """Write one format into `folder`: its path there, and the largest difference; see below."""
     if name == "timm":
@@ -90,7 +90,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
     from timm.models import save_for_hf
 
     size, dim = config.data.image_size, config.model.embedding_dim
-    arguments = model_arguments(config.model, size)
+    arguments = timm_arguments(config.model, size)
     net = fold_neck(model)
     net.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": config.model.name,
@@ -115,14 +115,18 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
 
 
 def export_onnx(
-    model: Backbone, config: Config, path: str, images: Tensor, options: Options = PLAIN
+    model: Backbone,
+    config: Config,
+    path: str,
+    images: Tensor,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> float:
     """Write an ONNX file with input `images` `[N, 3, H, W]` and output `embeddings` `[N, D]`.
 
     Args:
         model, config, images: as for `export_timm`.
         path: of the file; its folder is made.
-        options: see `Options`.
+        options: see `ExportOptions`.
 
     Returns:
         The largest difference between ONNX Runtime's embeddings and the model's, over a batch of
@@ -164,7 +168,11 @@ def export_onnx(
 
 
 def export_torch(
-    model: Backbone, config: Config, path: str, images: Tensor, options: Options = PLAIN
+    model: Backbone,
+    config: Config,
+    path: str,
+    images: Tensor,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> float:
     """Write a program for `torch.export.load(PATH).module()`, which needs torch alone.
 
@@ -191,7 +199,11 @@ def export_torch(
 
 
 def export_mlflow(
-    model: Backbone, onnx_file: str, folder: str, images: Tensor, options: Options = PLAIN
+    model: Backbone,
+    onnx_file: str,
+    folder: str,
+    images: Tensor,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> float:
     """Write an MLflow model around an ONNX file: `mlflow models predict` and `serve` run it.
 
@@ -214,7 +226,7 @@ def export_mlflow(
 
     shape = (-1, *images.shape[1:])
     with torch.no_grad():
-        dim = model(pixels(images[:1])).shape[1]
+        dim = model(normalize_images(images[:1])).shape[1]
     spec = np.dtype(np.float32)
     signature = ModelSignature(
         Schema([TensorSpec(spec, shape, "images")]), Schema([TensorSpec(spec, (-1, dim))])
@@ -239,7 +251,7 @@ def export_mlflow(
 class _Exported(nn.Module):
     """The folded model, float32 from outside, with what the options add."""
 
-    def __init__(self, net: nn.Module, options: Options) -> None:
+    def __init__(self, net: nn.Module, options: ExportOptions) -> None:
         super().__init__()
         self.net = net.half() if options.half else net
         self.options = options
@@ -274,7 +286,7 @@ def _compare_batches(
     exported: Callable[[Tensor], Tensor],
     images: Tensor,
     path: str,
-    options: Options,
+    options: ExportOptions,
 ) -> float:
     """`_compare` over a batch of one and a batch of all."""
     tolerance = HALF_TOLERANCE if options.half else ONNX_TOLERANCE
@@ -296,7 +308,7 @@ def _compare(
     tolerance: float,
 ) -> float:
     """Largest difference of the embeddings; refuses more than `tolerance` of their size."""
-    inputs = pixels(images)
+    inputs = normalize_images(images)
     expected = model(inputs)
     difference = (exported(inputs) - expected).abs().max().item()
     if not difference <= tolerance * max(1.0, expected.abs().max().item()):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from mhe_dist.backbone.model import pixels
+from mhe_dist.backbone.model import normalize_images
 
 
-def write(onnx_file: str, folder: str, images: Tensor, width: int) -> str:
+def write_mlflow_model(onnx_file: str, folder: str, images: Tensor, width: int) -> str:
     """Write the folder of an MLflow model of the flavour `onnx`.
 
     Args:
@@ -30,7 +30,7 @@ def write(onnx_file: str, folder: str, images: Tensor, width: int) -> str:
     from mlflow.types import Schema, TensorSpec
 
     model = onnx.load(onnx_file)
-    example = pixels(images[:1]).contiguous().numpy()
+    example = normalize_images(images[:1]).contiguous().numpy()
     number = np.dtype(np.float32)
     signature = ModelSignature(
         Schema([TensorSpec(number, (-1, *example.shape[1:]), model.graph.input[0].name)]),

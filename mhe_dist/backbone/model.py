@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mhe_dist.backbone.iresnet
-from mhe_dist.backbone.ema import averaged
+from mhe_dist.backbone.ema import backbone_weights
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
 
@@ -36,7 +36,7 @@ class Backbone(nn.Module):
         return self.neck(self.net(images).float())
 
 
-def pixels(images: Tensor) -> Tensor:
+def normalize_images(images: Tensor) -> Tensor:
     """What a backbone is fed with: uint8 `[B, 3, H, W]` -> float32 in [-1, 1], channels last.
 
     Channels last is what convolutions like.
@@ -60,7 +60,7 @@ def compile_in_place(model: nn.Module, device: torch.device) -> None:
     model.compile()
 
 
-def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
+def timm_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     """Arguments of `timm.create_model` beside name and `num_classes`; they suit JSON.
 
     Models made for one image size (ViT and kin) are told ours; the others refuse to be told.
@@ -72,7 +72,7 @@ def model_arguments(config: ModelConfig, image_size: int) -> dict[str, Any]:
     return arguments
 
 
-def build(config: ModelConfig, image_size: int) -> Backbone:
+def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
     """Make the backbone of a config with fresh weights, drawn from torch's generator.
 
     Args:
@@ -82,8 +82,8 @@ def build(config: ModelConfig, image_size: int) -> Backbone:
     Raises:
         UserError: unknown model, arguments that it refuses, or a neck that cannot be folded.
     """
-    check_name(config.name)
-    arguments = model_arguments(config, image_size)
+    check_model_name(config.name)
+    arguments = timm_arguments(config, image_size)
     try:
         net = timm.create_model(config.name, num_classes=config.embedding_dim, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -114,7 +114,7 @@ def build(config: ModelConfig, image_size: int) -> Backbone:
     return Backbone(net, nn.BatchNorm1d(config.embedding_dim))
 
 
-def check_name(name: str) -> None:
+def check_model_name(name: str) -> None:
     """Refuse a name that timm does not know, with its nearest relatives.
 
     Raises:
@@ -127,7 +127,7 @@ def check_name(name: str) -> None:
     raise UserError(f"model.name={name}: timm has no such model{hint}")
 
 
-def rebuild(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) -> Backbone:
+def restore_backbone(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) -> Backbone:
     """A plain copy of a trained backbone on the CPU, in evaluation mode.
 
     Args:
@@ -143,9 +143,9 @@ def rebuild(config: ModelConfig, image_size: int, tensors: dict[str, Tensor]) ->
     # Nor is there a backward pass to save memory for.
     config = config.model_copy(update={"grad_checkpointing": False})
     with torch.random.fork_rng(devices=[]):
-        model = build(config, image_size)
+        model = build_backbone(config, image_size)
     try:
-        model.load_state_dict(averaged(tensors))
+        model.load_state_dict(backbone_weights(tensors))
     except RuntimeError as error:
         raise UserError(f"model.name={config.name} does not fit the weights: {error}") from error
     return model.eval()

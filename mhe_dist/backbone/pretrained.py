@@ -9,7 +9,7 @@ import fsspec
 import torch
 from torch import Tensor
 
-from mhe_dist.backbone.ema import averaged, is_weight
+from mhe_dist.backbone.ema import backbone_weights, is_backbone_weight
 from mhe_dist.backbone.model import Backbone
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, shapes
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
@@ -17,7 +17,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 
 
-def load(model: Backbone, source: str) -> None:
+def load_pretrained(model: Backbone, source: str) -> None:
     """Give a backbone the weights that `model.init_from` names.
 
     A file or folder holds the timm model alone, so a neck stays as fresh as it is. A run, or one of
@@ -34,8 +34,8 @@ def load(model: Backbone, source: str) -> None:
     source = source.rstrip("/")
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
-        tensors = checkpoint.load(is_weight)
-        _fill(model, averaged(tensors), source)
+        tensors = checkpoint.load(is_backbone_weight)
+        _fill(model, backbone_weights(tensors), source)
     else:
         _fill(model.net, _file(source), source)
 

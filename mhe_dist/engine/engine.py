@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mhe_dist.backbone.ema import PREFIX, AveragedWeights
-from mhe_dist.backbone.model import compile_in_place, pixels
+from mhe_dist.backbone.ema import EMA_PREFIX, AveragedWeights
+from mhe_dist.backbone.model import compile_in_place, normalize_images
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, shapes
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed import topology as places
@@ -199,7 +199,7 @@ class Engine:
         return embeddings.float()
 
     def _pixels(self, images: Tensor) -> Tensor:
-        return pixels(images.to(self._topology.device, non_blocking=True))
+        return normalize_images(images.to(self._topology.device, non_blocking=True))
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -304,7 +304,7 @@ class Engine:
 
     def _averages(self) -> dict[str, Tensor]:
         tensors = {} if self._average is None else self._average.tensors
-        return {PREFIX + name: tensor for name, tensor in tensors.items()}
+        return {EMA_PREFIX + name: tensor for name, tensor in tensors.items()}
 
     def _get(self, parameter: Tensor, moment: str | None) -> Tensor:
         """The whole float32 parameter, or a moment of it; a collective at ZeRO 1 to 3."""

@@ -44,7 +44,7 @@ class Tracker(Protocol):
         """Keep a copy of an MLflow model's folder and register it; it must not change afterwards.
 
         Args:
-            path: the folder (`mhe_dist.backbone.mlflow_model.write`).
+            path: the folder (`mhe_dist.backbone.mlflow_model`).
             name: of the registered model, which gets a new version.
         """
         ...

@@ -11,8 +11,9 @@ import fsspec
 import torch
 from torch import Tensor
 
-from mhe_dist.backbone import export, mlflow_model
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.export import write_export
+from mhe_dist.backbone.mlflow_model import write_mlflow_model
+from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
@@ -48,16 +49,16 @@ def finish(run: Run) -> dict[str, Any]:
 
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
-    rebuilt = backbone.rebuild(config.model, config.data.image_size, tensors)
+    rebuilt = restore_backbone(config.model, config.data.image_size, tensors)
     images = _some_images(run.index, config.data.image_size)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = export.write(name, rebuilt, config, folder, images)
+        path, difference = write_export(name, rebuilt, config, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.event("export", format=name, path=path, max_difference=difference)
     if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
-        model = mlflow_model.write(
+        model = write_mlflow_model(
             exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
         )
         run.tracker.model(model, config.run.name)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from mhe_dist.backbone import model as backbone
-from mhe_dist.backbone import pretrained as initial
+from mhe_dist.backbone.model import build_backbone
+from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.retention import Keep
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.schema import CheckpointConfig, Config
@@ -36,8 +36,13 @@ from pipelines.pretrain import preemption as stopping
 from pipelines.pretrain.checkpointing import Saver
 from pipelines.pretrain.recorder import Recorder, Report
 from pipelines.pretrain.restarts import Restart, skipped
-from pipelines.runs import warm_start as inheritance
-from pipelines.runs.warm_start import HEAD
+from pipelines.runs.warm_start import (
+    HEAD_PREFIX,
+    NO_DATA_DIGEST,
+    load_head_state,
+    load_initial_rows,
+    refuse_other_num_classes,
+)
 from pipelines.shards.index import ShardIndex
 
 
@@ -120,8 +125,12 @@ class Run:
         self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
             self.bad_samples.gather(self.batches.faults)
-            rows = {HEAD + name: tensor for name, tensor in self.head.state().items()}
-            owned = {name: rows.pop(name) for name in list(rows) if name.startswith(f"{HEAD}rows/")}
+            rows = {HEAD_PREFIX + name: tensor for name, tensor in self.head.state().items()}
+            owned = {
+                name: rows.pop(name)
+                for name in list(rows)
+                if name.startswith(f"{HEAD_PREFIX}rows/")
+            }
             self.saver.save(
                 self.progress.step, self.engine.state() | rows, owned, self._description()
             )
@@ -189,11 +198,11 @@ class Run:
         """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
-            inheritance.take_over(self.config, self.head, self.topology)
+            load_initial_rows(self.config, self.head, self.topology)
             return Progress(), None, None
         found = checkpoint.run
-        if found["data_digest"] == inheritance.NO_DATA:
-            inheritance.refuse_classes(found["classes"], self.index, self.config)
+        if found["data_digest"] == NO_DATA_DIGEST:
+            refuse_other_num_classes(found["classes"], self.index, self.config)
         elif found["data_digest"] != self.index.digest:
             raise UserError(
                 f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
@@ -205,11 +214,8 @@ class Run:
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
-        rows = checkpoint.load(
-            lambda name: name.startswith(HEAD) and self.head.wants(name.removeprefix(HEAD))
-        )
-        self.head.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+        self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX)))
+        load_head_state(self.head, checkpoint)
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
         if self.topology.is_first:
@@ -227,9 +233,9 @@ class Run:
 
 def _initial_model(config: Config) -> torch.nn.Module:
     seed_torch(config.run.seed, "backbone")
-    model = backbone.build(config.model, config.data.image_size)
+    model = build_backbone(config.model, config.data.image_size)
     if config.model.init_from:
-        initial.load(model, config.model.init_from)
+        load_pretrained(model, config.model.init_from)
     return model
 
 

@@ -15,10 +15,10 @@ from fsspec.implementations.local import LocalFileSystem
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 
-RUNS = "runs"
+RUNS_FOLDER = "runs"
 
 
-def read(url: str) -> str | None:
+def read_if_exists(url: str) -> str | None:
     """Text of a file, None if it does not exist."""
     try:
         with fsspec.open(url, "r", encoding="utf-8") as file:
@@ -27,7 +27,7 @@ def read(url: str) -> str | None:
         return None
 
 
-def exists(url: str) -> bool:
+def url_exists(url: str) -> bool:
     """Whether there is a file or folder at a path or URL.
 
     Raises:
@@ -45,7 +45,7 @@ def is_local(url: str) -> bool:
     return isinstance(url_to_fs(url)[0], LocalFileSystem)
 
 
-def absolute(url: str) -> str:
+def absolute_path(url: str) -> str:
     """The same place, whatever the working directory is."""
     return str(Path(url_to_fs(url)[1]).absolute()) if is_local(url) else url
 
@@ -53,19 +53,19 @@ def absolute(url: str) -> str:
 def logs_folder(config: Config) -> Path:
     """Local folder of a run's log files: `logs` in it, or a temporary one for a run at a URL."""
     if is_local(config.run.path):
-        return Path(absolute(config.run.path)) / "logs"
+        return Path(absolute_path(config.run.path)) / "logs"
     return Path(tempfile.gettempdir()) / "mhe-logs" / config.run.name
 
 
-def summary(path: str) -> dict[str, Any] | None:
+def read_summary(path: str) -> dict[str, Any] | None:
     """What a complete run achieved; None while it is not complete."""
-    text = read(f"{path}/summary.json")
+    text = read_if_exists(f"{path}/summary.json")
     return json.loads(text) if text else None
 
 
-def settings(path: str) -> dict[str, Any] | None:
+def read_run_config(path: str) -> dict[str, Any] | None:
     """The config that a run at `path` was started with; None where there is no run."""
-    text = read(f"{path}/config.yaml")
+    text = read_if_exists(f"{path}/config.yaml")
     return yaml.safe_load(text) if text else None
 
 
@@ -80,7 +80,7 @@ def newest_checkpoint(path: str) -> str | None:
     return f"{path}/checkpoints/{steps[-1]}" if steps else None
 
 
-def step_folder(url: str) -> str:
+def find_checkpoint_folder(url: str) -> str:
     """The checkpoint's folder that is meant by its own URL, or by its run: the newest one.
 
     Raises:
@@ -89,21 +89,21 @@ def step_folder(url: str) -> str:
     url = url.rstrip("/")
     if url.rpartition("/")[2].startswith("step_"):
         return url
-    newest = newest_checkpoint(find(url))
+    newest = newest_checkpoint(find_run(url))
     if newest is None:
         raise UserError(f"{url} has no complete checkpoint yet")
     return newest
 
 
-def find(run: str) -> str:
+def find_run(run: str) -> str:
     """Path of a run that is named by its path, its URL or its name in `runs/`.
 
     Raises:
         UserError: there is no run; the message says where it was looked for.
     """
-    places = [run.rstrip("/"), f"{RUNS}/{run}"]
+    places = [run.rstrip("/"), f"{RUNS_FOLDER}/{run}"]
     for place in places:
-        if exists(f"{place}/config.yaml"):
+        if url_exists(f"{place}/config.yaml"):
             return place
     raise UserError(
         f"no run at {' or '.join(places)} (a run holds a config.yaml). "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhe_dist.config.schema import Config
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import find_run, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedBackbone:
     """A trained backbone.
 
     Attributes:
@@ -39,15 +39,15 @@ class Trained:
         """uint8 `[B, 3, H, W]` -> float32 `[B, D]`, as `Engine.embed` computes it."""
         import torch
 
-        from mhe_dist.backbone.model import pixels
+        from mhe_dist.backbone.model import normalize_images
 
         device = next(self.model.parameters()).device
         with torch.no_grad():
-            embeddings: Tensor = self.model(pixels(images.to(device)))
+            embeddings: Tensor = self.model(normalize_images(images.to(device)))
         return embeddings
 
 
-def load(run: str, device: torch.device | None = None) -> Trained:
+def load_trained_backbone(run: str, device: torch.device | None = None) -> TrainedBackbone:
     """The backbone of a run's newest complete checkpoint, or of the one that is named.
 
     The number of ranks that trained it does not matter.
@@ -59,23 +59,25 @@ def load(run: str, device: torch.device | None = None) -> Trained:
     Raises:
         UserError: there is no such run, or it has no complete checkpoint.
     """
-    from mhe_dist.backbone import model as backbone
-    from mhe_dist.backbone.ema import is_weight
+    from mhe_dist.backbone.ema import is_backbone_weight
+    from mhe_dist.backbone.model import restore_backbone
 
     path, found = _checkpoint(run.rstrip("/"))
-    config = Config.model_validate(runs.settings(path))
-    tensors = found.load(is_weight)
-    model: nn.Module = backbone.rebuild(config.model, config.data.image_size, tensors)
-    return Trained(config, path, found.path, found.step, found.run["run_id"], model.to(device))
+    config = Config.model_validate(read_run_config(path))
+    tensors = found.load(is_backbone_weight)
+    model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)
+    return TrainedBackbone(
+        config, path, found.path, found.step, found.run["run_id"], model.to(device)
+    )
 
 
 def _checkpoint(run: str) -> tuple[str, Checkpoint]:
     """Path of a run, and the checkpoint that is meant."""
-    from pipelines.runs import warm_start as inheritance
+    from pipelines.runs.warm_start import find_checkpoint
 
     folder, _, name = run.rpartition("/")
     if name.startswith("step_"):
-        found = inheritance.source(run)
-        return runs.find(folder.rpartition("/")[0]), found
-    path = runs.find(run)
-    return path, inheritance.source(path)
+        found = find_checkpoint(run)
+        return find_run(folder.rpartition("/")[0]), found
+    path = find_run(run)
+    return path, find_checkpoint(path)

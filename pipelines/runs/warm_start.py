@@ -24,11 +24,11 @@ from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from pipelines.shards.index import ShardIndex
 
-HEAD = "head/"
-NO_DATA = ""  # the digest in a checkpoint that was grown and trained on no data yet
+HEAD_PREFIX = "head/"
+NO_DATA_DIGEST = ""  # the digest in a checkpoint that was grown and trained on no data yet
 
 
-def source(url: str) -> Checkpoint:
+def find_checkpoint(url: str) -> Checkpoint:
     """The checkpoint that a `step_*` folder is, or the newest one of a run.
 
     Raises:
@@ -46,7 +46,15 @@ def source(url: str) -> Checkpoint:
     return Checkpoint(url, int(name.removeprefix("step_")))
 
 
-def take_over(config: Config, head: Head, topology: Topology) -> None:
+def load_head_state(head: Head, checkpoint: Checkpoint) -> None:
+    """Load what a rank's head owns or replicates; nothing else is read."""
+    rows = checkpoint.load(
+        lambda name: name.startswith(HEAD_PREFIX) and head.wants(name.removeprefix(HEAD_PREFIX))
+    )
+    head.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
+
+
+def load_initial_rows(config: Config, head: Head, topology: Topology) -> None:
     """Begin a new run with the rows that `head.init_from` names; all ranks must call.
 
     Rows keep their state. (The backbone: `mhe_dist.backbone.pretrained`.)
@@ -55,10 +63,10 @@ def take_over(config: Config, head: Head, topology: Topology) -> None:
         UserError: they do not fit, or are not there.
     """
     if config.head.init_from:
-        take_rows(head, source(config.head.init_from), topology)
+        copy_rows(head, find_checkpoint(config.head.init_from), topology)
 
 
-def take_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
+def copy_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
     """Give each class of `head` the row and the state that it has in a checkpoint.
 
     A class that the checkpoint does not know, or never met, keeps its first row. All ranks must
@@ -69,11 +77,8 @@ def take_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
         before = _head_of(checkpoint, topology, folder)
-        refuse_unlike(before, head, checkpoint.path)
-        rows = checkpoint.load(
-            lambda name: name.startswith(HEAD) and before.wants(name.removeprefix(HEAD))
-        )
-        before.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
+        refuse_incompatible_heads(before, head, checkpoint.path)
+        load_head_state(before, checkpoint)
         assert isinstance(before, RowHead) and isinstance(head, RowHead)
         move(before.bank, head.bank, (before.layout, head.layout), topology)
         head.norms.running = before.norms.running
@@ -101,7 +106,7 @@ def _config_of(checkpoint: Checkpoint) -> Config:
     return Config.model_validate(checkpoint.run["config"], context={"combinations_later": True})
 
 
-def refuse_classes(classes: int, index: ShardIndex, config: Config) -> None:
+def refuse_other_num_classes(classes: int, index: ShardIndex, config: Config) -> None:
     """Refuse data that a grown checkpoint was not grown for.
 
     Raises:
@@ -114,7 +119,7 @@ def refuse_classes(classes: int, index: ShardIndex, config: Config) -> None:
         )
 
 
-def refuse_unlike(before: Head, after: Head, path: str) -> None:
+def refuse_incompatible_heads(before: Head, after: Head, path: str) -> None:
     """Refuse heads whose rows mean different things.
 
     Raises:
@@ -137,7 +142,7 @@ def refuse_unlike(before: Head, after: Head, path: str) -> None:
             raise UserError(f"{path} has {what} {values[0]}, this run {values[1]}")
 
 
-def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
+def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
     """Write a checkpoint that goes on with more classes, in one process; its folder.
 
     Old rows and their state stay, new ones are drawn like those of any class; the backbone and its
@@ -155,12 +160,12 @@ def grow(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
     topology = Topology()
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
         head = _head_of(checkpoint, topology, folder, num_classes=num_classes)
-        take_rows(head, checkpoint, topology)
-        state = {HEAD + name: tensor for name, tensor in head.state().items()}
-        backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD))
+        copy_rows(head, checkpoint, topology)
+        state = {HEAD_PREFIX + name: tensor for name, tensor in head.state().items()}
+        backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX))
         run = checkpoint.run | {
             "classes": num_classes,
-            "data_digest": NO_DATA,
+            "data_digest": NO_DATA_DIGEST,
             "row_ranges": head.row_ranges(),
             "run_id": None,
             "grown_from": checkpoint.path,

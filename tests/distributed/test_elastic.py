@@ -18,6 +18,7 @@ from pipelines.pretrain import main as pretrain
 from pipelines.pretrain import preemption as stopping
 from pipelines.pretrain.recorder import ignore
 from pipelines.pretrain.run import Run
+from pipelines.runs.warm_start import HEAD_PREFIX
 from tests import tiny
 
 STEPS = 30
@@ -47,7 +48,7 @@ def loaded_otherwise(topology: Topology, config: dict[str, Any]) -> list[str]:
     newest = run.store.newest()
     if newest is None:
         return []
-    rows = {pretrain.HEAD + name: tensor for name, tensor in run.head.state().items()}
+    rows = {HEAD_PREFIX + name: tensor for name, tensor in run.head.state().items()}
     state = run.engine.state() | rows
     saved = newest.load(lambda name: name in state)
     assert rows and saved.keys() == state.keys()

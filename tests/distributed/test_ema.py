@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from mhe_dist.backbone.ema import AveragedWeights, averaged
+from mhe_dist.backbone.ema import AveragedWeights, backbone_weights
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from pipelines.pretrain import main as pretrain
-from pipelines.runs.trained import load
+from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
 
 
@@ -31,7 +31,7 @@ def test_the_average_by_hand_and_its_place() -> None:
         raise ZeroDivisionError
     assert layer.weight.item() == 9.0
     state = {"model.a": 1, "model.b": 2, "ema.b": 3, "optim.a": 4}
-    assert averaged(state) == {"a": 1, "b": 3}
+    assert backbone_weights(state) == {"a": 1, "b": 3}
 
 
 def train_twice(topology: Topology, whole: dict, resumed: dict) -> bool:
@@ -71,7 +71,7 @@ def test_it_goes_through_a_checkpoint_and_is_exported(run_distributed, tmp_path:
         assert torch.equal(tensor, second[name]), name
     name = "net.fc.weight"
     assert not torch.equal(first[f"ema.{name}"], first[f"model.{name}"])
-    loaded = load(whole.run.path).model.state_dict()
+    loaded = load_trained_backbone(whole.run.path).model.state_dict()
     assert torch.equal(loaded[name], first[f"ema.{name}"])
     assert torch.equal(loaded["neck.running_mean"], first["model.neck.running_mean"])
 

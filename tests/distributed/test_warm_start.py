@@ -16,7 +16,7 @@ from mhe_dist.heads.row_head import RowHead
 from pipelines.pretrain import main as pretrain
 from pipelines.pretrain.recorder import ignore
 from pipelines.pretrain.run import Run
-from pipelines.runs import warm_start as inheritance
+from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint, refuse_other_num_classes
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
@@ -80,10 +80,10 @@ def test_a_grown_run_goes_on_with_the_old_rows_and_new_ones(
     old = begun(trained)
     config = trained.model_copy(deep=True)
     config.run.dir, config.run.name = str(tmp_path), "grown"
-    checkpoint = inheritance.source(trained.run.path)
-    inheritance.grow(checkpoint, GROWN, f"{config.run.path}/checkpoints")
+    checkpoint = find_checkpoint(trained.run.path)
+    grow_checkpoint(checkpoint, GROWN, f"{config.run.path}/checkpoints")
     with pytest.raises(UserError, match=r"has 30 classes.*was grown to 40"):
-        inheritance.refuse_classes(GROWN, ShardIndex.load(trained.data.shards), trained)
+        refuse_other_num_classes(GROWN, ShardIndex.load(trained.data.shards), trained)
 
     config.data.shards = tiny.write_shards(tmp_path / "shards", GROWN)
     config.train.max_steps = 15
@@ -96,7 +96,7 @@ def test_a_grown_run_goes_on_with_the_old_rows_and_new_ones(
         assert new.any() == (field == "weight")
     assert all(torch.equal(grown["state"][name], old["state"][name]) for name in old["state"])
     run_ranks(train, 1, config.model_dump())
-    assert inheritance.source(config.run.path).step == 15
+    assert find_checkpoint(config.run.path).step == 15
 
 
 @pytest.mark.parametrize("with_rows", [False, True])
@@ -108,7 +108,7 @@ def test_a_new_run_begins_with_another_s_backbone_and_rows(
     config.run.dir, config.run.seed, config.head.groups = str(tmp_path), 99, 3
     config.head.mhs.length = 7
     config.model.init_from = trained.run.path
-    config.head.init_from = inheritance.source(trained.run.path).path if with_rows else ""
+    config.head.init_from = find_checkpoint(trained.run.path).path if with_rows else ""
     new = begun(config, workers=2)
     assert new["step"] == 0
     for name, tensor in old["state"].items():
@@ -118,11 +118,11 @@ def test_a_new_run_begins_with_another_s_backbone_and_rows(
 
 
 def test_what_cannot_be_taken_over_is_refused(trained: Config, tmp_path: Path) -> None:
-    checkpoint = inheritance.source(trained.run.path)
+    checkpoint = find_checkpoint(trained.run.path)
     with pytest.raises(UserError, match="has 30 classes, this run 20"):
-        inheritance.grow(checkpoint, 20, str(tmp_path / "less"))
+        grow_checkpoint(checkpoint, 20, str(tmp_path / "less"))
     with pytest.raises(UserError, match="no complete checkpoint"):
-        inheritance.source(str(tmp_path))
+        find_checkpoint(str(tmp_path))
     (tmp_path / "step_00000001").mkdir()
     with pytest.raises(UserError, match=r"not a complete checkpoint: no manifest\.json"):
-        inheritance.source(str(tmp_path / "step_00000001"))
+        find_checkpoint(str(tmp_path / "step_00000001"))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.runs import warm_start as inheritance
+from pipelines.runs.warm_start import find_checkpoint
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
@@ -70,7 +70,7 @@ def record(folder: Path) -> dict[str, dict[str, str]]:
         run_ranks(train, 1, config.model_dump())
         source = Path(config.run.path) / "checkpoints" / f"step_{STEPS:08d}"
         shutil.copytree(source, CHECKPOINTS / name / source.name)
-        found[name] = digests(inheritance.source(str(source)).load(lambda _: True))
+        found[name] = digests(find_checkpoint(str(source)).load(lambda _: True))
     return found
 
 

@@ -7,14 +7,13 @@ import json
 import pytest
 from torch import Tensor
 
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec
-from pipelines.runs import warm_start as inheritance
-from pipelines.runs.warm_start import HEAD
+from pipelines.runs.warm_start import HEAD_PREFIX, find_checkpoint
 from tests.conftest import run_ranks
 from tests.golden.record_checkpoints import CHECKPOINTS, DIGESTS, HEADS, STEPS, digests
 
@@ -25,9 +24,9 @@ def path_of(head: str) -> str:
 
 def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
     """Load a checkpoint into a new engine and head; digests of what they would save."""
-    checkpoint = inheritance.source(path_of(head))
+    checkpoint = find_checkpoint(path_of(head))
     config = Config.model_validate(checkpoint.run["config"])
-    model = backbone.build(config.model, config.data.image_size)
+    model = build_backbone(config.model, config.data.image_size)
     engine = Engine(model, config, topology)
     spec = HeadSpec(
         config.head,
@@ -39,17 +38,17 @@ def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
         epoch_steps=checkpoint.run["samples"] / config.train.global_batch,
     )
     classifier = build(spec, topology)
-    engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD)))
-    rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD))
-    classifier.load_state({name.removeprefix(HEAD): rows[name] for name in rows})
-    state = {HEAD + name: tensor for name, tensor in classifier.state().items()}
+    engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX)))
+    rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD_PREFIX))
+    classifier.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
+    state = {HEAD_PREFIX + name: tensor for name, tensor in classifier.state().items()}
     return digests(engine.state() | state)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_tensors_are_read_as_they_were_written(head: str) -> None:
     recorded = json.loads(DIGESTS.read_text())[head]
-    assert digests(inheritance.source(path_of(head)).load(lambda _: True)) == recorded
+    assert digests(find_checkpoint(path_of(head)).load(lambda _: True)) == recorded
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.load import load_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -31,7 +31,7 @@ def test_a_config_loads_and_says_where_it_was_run(path: Path) -> None:
     assert f"configs/{path.name}" in header
     with torch.device("meta"):
         side = config.data.image_size
-        model = backbone.build(config.model, side)
+        model = build_backbone(config.model, side)
         assert model(torch.zeros(2, 3, side, side)).shape == (2, config.model.embedding_dim)
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.verbs.checkpoint import grow as checkpoint_grow
 from mhe_dist.errors import UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import find_checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def inspect(
     from mhe_dist.checkpoint.files import Folder
     from mhe_dist.checkpoint.store import Checkpoint
 
-    path = runs.step_folder(url)
+    path = find_checkpoint_folder(url)
     manifest = Folder(path).manifest()
     if isinstance(manifest, str):
         raise UserError(f"{path} is not a complete checkpoint: {manifest}")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from launcher.terminal import console
 from launcher.verbs.results import RunName
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="A step_* folder, or a run: its newest.")]
 
@@ -27,13 +27,13 @@ def grow(
 
     Example: mhe checkpoint grow quickstart --classes 6000 --out runs/wider
     """
-    from pipelines.runs import warm_start as inheritance
+    from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint
 
-    if runs.exists(f"{out}/checkpoints"):
+    if url_exists(f"{out}/checkpoints"):
         raise UserError(f"--out {out} has checkpoints already: name a run that does not exist yet")
     with console.out.status(f"growing {run} to {classes:,} classes"):
-        path = inheritance.grow(
-            inheritance.source(runs.find(run)), classes, f"{out.rstrip('/')}/checkpoints"
+        path = grow_checkpoint(
+            find_checkpoint(find_run(run)), classes, f"{out.rstrip('/')}/checkpoints"
         )
     console.say(f"Written: {escape(path)}")
     name = out.rstrip("/").rpartition("/")[2]
@@ -48,7 +48,7 @@ def verify(url: Url) -> None:
     """
     from mhe_dist.checkpoint.files import Folder
 
-    folder = Folder(runs.step_folder(url))
+    folder = Folder(find_checkpoint_folder(url))
     files = folder.manifest()
     if isinstance(files, str):
         raise RunError(f"{folder.url}: {files}")

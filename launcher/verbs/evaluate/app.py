@@ -18,7 +18,7 @@ from launcher.terminal.progress import accuracies
 from launcher.verbs.evaluate import own_images as evaluate_own
 from launcher.verbs.evaluate.shared import Flip, Log, RunName, busy, join, keep
 from mhe_dist.errors import UserError
-from pipelines.runs.trained import load
+from pipelines.runs.trained import load_trained_backbone
 
 if TYPE_CHECKING:
     from pipelines.evaluate.ijb import IjbResult
@@ -60,7 +60,7 @@ def heldout(
     from pipelines.evaluate import heldout as protocol
 
     topology = join()
-    found = load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     config = found.config
     if shards:
         config.evaluate.shards = shards
@@ -114,7 +114,7 @@ def verification(
     loaded = pair_sets.load_bins(paths)
     if pairs:
         loaded.append(pair_sets.load_table(pairs, images))
-    found = load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     with busy(topology, f"embedding {sum(each.images.count for each in loaded):,} images"):
         results = pair_sets.verify(
             found.embed, loaded, topology, found.config.data.image_size, flip
@@ -146,7 +146,7 @@ def ijb(
 
     topology = join()
     files = source.load(root)
-    found = load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     with busy(topology, f"embedding {files.count:,} faces of {root}"):
         result = protocol.evaluate(found.embed, files, topology, found.config.data.image_size)
     if result is None:

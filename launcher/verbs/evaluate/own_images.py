@@ -9,7 +9,7 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import Log, RunName, busy, join, keep
-from pipelines.runs.trained import load
+from pipelines.runs.trained import load_trained_backbone
 
 Source = Annotated[
     str, typer.Option(help="Folder of shards, or one with a folder of images for each class.")
@@ -37,7 +37,7 @@ def identification(
     from pipelines.evaluate import own_images as protocol
 
     topology = join()
-    found = load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     if flip is None:
         flip = found.config.evaluate.flip
     with busy(topology, f"embedding {images}"):
@@ -77,7 +77,7 @@ def probe(
     from pipelines.evaluate import probe as protocol
 
     topology = join()
-    found = load(run, topology.device)
+    found = load_trained_backbone(run, topology.device)
     with busy(topology, f"embedding {images}"):
         result = protocol.evaluate(
             found.embed, images, test, topology, found.config.data.image_size, k

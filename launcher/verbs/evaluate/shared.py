@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from mhe_dist.errors import RunError
-from pipelines.runs.trained import Trained
+from pipelines.runs.trained import TrainedBackbone
 
 if TYPE_CHECKING:
     from mhe_dist.distributed.topology import Topology
@@ -43,7 +43,7 @@ def busy(topology: Topology, what: str) -> AbstractContextManager[Any]:
 
 
 def keep(
-    found: Trained, name: str, plain: Any, curves: Curves, title: str, figures: Metrics
+    found: TrainedBackbone, name: str, plain: Any, curves: Curves, title: str, figures: Metrics
 ) -> None:
     """Write results beside the run, to MLflow if there are figures, and say where they are."""
     from mhe_dist.tracking.factory import mlflow_uri

@@ -19,7 +19,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import read_run_config
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -153,7 +153,7 @@ def test_the_settings_of_a_run_are_kept_before_it_starts(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train(config: Config, handle: Callable[[dict[str, object]], None]) -> None:
-        assert runs.settings(config.run.path) == config_to_dict(config)
+        assert read_run_config(config.run.path) == config_to_dict(config)
         handle({"event": "end", "summary": SUMMARY})
 
     monkeypatch.setattr(ray_train, "train", train)

@@ -13,7 +13,7 @@ from PIL import Image
 from launcher import cli
 from pipelines.data.decode import decode
 from pipelines.evaluate.metrics import bootstrap
-from pipelines.runs.trained import load
+from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
 from tests.unit.pipelines.evaluate import ijb_set
 
@@ -131,7 +131,7 @@ def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Ca
     found = np.load(out)
     assert found["paths"].tolist() == [f"{c}/{n}.jpg" for c in "abcd" for n in range(6)]
     np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-6)
-    model = load(run)
+    model = load_trained_backbone(run)
     pixels = decode((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
     row = model.embed(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].numpy()
     np.testing.assert_allclose(found["embeddings"][14], row / np.linalg.norm(row), atol=1e-5)

@@ -26,7 +26,7 @@ from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import read_run_config
 
 Captured = pytest.CaptureFixture[str]
 
@@ -179,7 +179,7 @@ def test_half_an_hour_is_turned_into_steps_once(
     trainer.stop_after = 99
     assert mhe("full") == 0
     assert tried == ["full-mhs-seed0", "full-partial_fc-seed0"]
-    told = [runs.settings(f"runs/reproduce/{name}") for name in trainer.trained]
+    told = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
     assert [settings["train"]["max_steps"] for settings in told if settings] == [3240, 3240]
     assert "| 3,240 |" in Path("docs/results.md").read_text()
     assert reproduce.steps_in(1.0, preflight.Prediction([], 0, 0, 5.0, 1.0)) == 1

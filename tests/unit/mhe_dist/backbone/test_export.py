@@ -13,9 +13,14 @@ import torch
 from torch import nn
 
 from mhe_dist.backbone import export
-from mhe_dist.backbone import model as backbone
-from mhe_dist.backbone.export import Options
-from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.export import (
+    ExportOptions,
+    export_onnx,
+    export_timm,
+    export_torch,
+    write_export,
+)
+from mhe_dist.backbone.model import Backbone, build_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from tests import tiny
@@ -26,7 +31,7 @@ def trained(tmp_path: Path) -> tuple[Backbone, Config, torch.Tensor]:
     """A model whose BatchNorm statistics are not those of a fresh one."""
     config = tiny.config(tmp_path, "unused")
     torch.manual_seed(0)
-    model = backbone.build(config.model, config.data.image_size)
+    model = build_backbone(config.model, config.data.image_size)
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
     for _ in range(3):
         model(images.float().div(127.5).sub(1))
@@ -58,7 +63,7 @@ def expected(model: Backbone, images: torch.Tensor, path: Path) -> np.ndarray:
 def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
     model, config, images = trained
     folder = tmp_path / "timm"
-    assert export.export_timm(model, config, str(folder), images) < 1e-5
+    assert export_timm(model, config, str(folder), images) < 1e-5
     wanted = expected(model, images, tmp_path / "images.npy")
     script = (
         "import timm, torch\n"
@@ -73,7 +78,7 @@ def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
 def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) -> None:
     """timm keeps the body and makes a new last layer, or none."""
     model, config, images = trained
-    export.export_timm(model, config, str(tmp_path / "timm"), images)
+    export_timm(model, config, str(tmp_path / "timm"), images)
     inputs = images.float().div(127.5).sub(1)
     name = f"local-dir:{tmp_path / 'timm'}"
     features = timm.create_model(name, pretrained=True, num_classes=0).eval()
@@ -94,16 +99,16 @@ def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) ->
 def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> None:
     changes: dict[str, object] = {"name": name, "kwargs": kwargs, "neck": "none"}
     config = tiny.config(tmp_path, "unused", model=changes, data={"image_size": 32})
-    model = backbone.build(config.model, 32).eval()
+    model = build_backbone(config.model, 32).eval()
     images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    assert export.export_timm(model, config, str(tmp_path / "timm"), images) < 1e-5
-    assert export.export_onnx(model, config, str(tmp_path / "b.onnx"), images) < 1e-4
+    assert export_timm(model, config, str(tmp_path / "timm"), images) < 1e-5
+    assert export_onnx(model, config, str(tmp_path / "b.onnx"), images) < 1e-4
 
 
 def test_onnx_runtime_alone_runs_any_batch(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path = tmp_path / "backbone.onnx"
-    assert export.export_onnx(model, config, str(path), images) < 1e-4
+    assert export_onnx(model, config, str(path), images) < 1e-4
     wanted = expected(model, images, tmp_path / "images.npy")
     script = (
         "import onnxruntime\n"
@@ -119,13 +124,13 @@ def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
     model, config, images = trained
     monkeypatch.setattr(export, "fold_neck", lambda model: model.net)
     with pytest.raises(RunError, match="embeddings differ from the trained model's by"):
-        export.export_timm(model, config, str(tmp_path / "timm"), images)
+        export_timm(model, config, str(tmp_path / "timm"), images)
 
 
 def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path = tmp_path / "backbone.pt2"
-    assert export.export_torch(model, config, str(path), images, Options(normalise=True)) < 1e-5
+    assert export_torch(model, config, str(path), images, ExportOptions(normalise=True)) < 1e-5
     wanted = expected(model, images, tmp_path / "images.npy")
     script = (
         "import torch\n"
@@ -137,7 +142,7 @@ def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
 
 def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
     model, config, images = trained
-    path, difference = export.write("mlflow", model, config, str(tmp_path), images)
+    path, difference = write_export("mlflow", model, config, str(tmp_path), images)
     assert difference < 1e-4
     wanted = expected(model, images, tmp_path / "images.npy")
     script = (
@@ -160,8 +165,8 @@ def test_options_of_onnx(trained, tmp_path: Path) -> None:
     import onnx
 
     model, config, images = trained
-    options = Options(opset=18, half=True, normalise=True)
-    path, difference = export.write("onnx", model, config, str(tmp_path), images, options)
+    options = ExportOptions(opset=18, half=True, normalise=True)
+    path, difference = write_export("onnx", model, config, str(tmp_path), images, options)
     assert path.endswith("backbone_fp16.onnx")
     assert 0 < difference < 5e-3
     written = onnx.load(path)
@@ -171,4 +176,4 @@ def test_options_of_onnx(trained, tmp_path: Path) -> None:
     kind = written.graph.output[0].type.tensor_type.elem_type
     assert kind == written.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     with pytest.raises(UserError, match="--opset 3: "):
-        export.write("onnx", model, config, str(tmp_path), images, Options(opset=3))
+        write_export("onnx", model, config, str(tmp_path), images, ExportOptions(opset=3))

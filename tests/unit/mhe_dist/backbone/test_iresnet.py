@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mhe_dist.backbone import export
-from mhe_dist.backbone import model as backbone
-from mhe_dist.backbone import pretrained as initial
+from mhe_dist.backbone.export import export_timm
 from mhe_dist.backbone.iresnet import IResNet
+from mhe_dist.backbone.model import build_backbone, normalize_images
+from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.batchnorm import RunningStatistics
@@ -26,7 +26,7 @@ MILLIONS = {18: 24.03, 34: 34.14, 50: 43.59, 100: 65.16, 200: 118.83}
 
 
 def expected_shapes(blocks: tuple[int, ...], dim: int) -> dict[str, tuple[int, ...]]:
-    """What `backbone.pth` of arcface_torch holds."""
+    """What `pth` of arcface_torch holds."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 3, 3), "prelu.weight": (64,)}
 
     def norm(name: str, width: int) -> None:
@@ -63,7 +63,7 @@ def config(**changes: object) -> ModelConfig:
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_names_and_shapes_are_those_of_the_released_weights(depth: int) -> None:
     with torch.device("meta"):
-        model = backbone.build(config(name=f"iresnet{depth}", embedding_dim=512), 112).net
+        model = build_backbone(config(name=f"iresnet{depth}", embedding_dim=512), 112).net
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert found == expected_shapes(DEPTHS[depth], 512)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
@@ -99,7 +99,7 @@ def plain(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def model() -> IResNet:
     torch.manual_seed(0)
-    net = backbone.build(config(), 32).net
+    net = build_backbone(config(), 32).net
     for part in net.modules():
         if isinstance(part, nn.BatchNorm2d | nn.BatchNorm1d):
             nn.init.uniform_(part.running_mean, -0.5, 0.5)
@@ -128,37 +128,37 @@ def test_weights_of_a_pth_file_begin_a_backbone(model: IResNet, tmp_path: Path) 
         {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
     ):
         torch.save(content, path)
-        fresh = backbone.build(config(), 32)
-        initial.load(fresh, path)
+        fresh = build_backbone(config(), 32)
+        load_pretrained(fresh, path)
         assert torch.equal(fresh.eval()(images), model(images))
     with pytest.raises(UserError, match=r"fc\.bias: the model has \(12,\), the file \(16,\)"):
-        initial.load(backbone.build(config(embedding_dim=12), 32), path)
+        load_pretrained(build_backbone(config(embedding_dim=12), 32), path)
 
 
 def test_weights_of_an_exported_folder_and_of_a_run(tmp_path: Path) -> None:
     run = tiny.trained_run(tmp_path, "unused")
-    trained = backbone.build(run.model, 16)
-    initial.load(trained, run.run.path)
+    trained = build_backbone(run.model, 16)
+    load_pretrained(trained, run.run.path)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
-    inputs = backbone.pixels(images)
+    inputs = normalize_images(images)
     torch.manual_seed(1)
-    assert torch.equal(trained.eval()(inputs), backbone.build(run.model, 16).eval()(inputs))
+    assert torch.equal(trained.eval()(inputs), build_backbone(run.model, 16).eval()(inputs))
     begin = run.model.model_dump() | {"init_from": run.run.path}
-    again = backbone.build(run.model, 16).eval()
-    initial.load(again, f"{run.run.path}/checkpoints/step_00000024")
+    again = build_backbone(run.model, 16).eval()
+    load_pretrained(again, f"{run.run.path}/checkpoints/step_00000024")
     assert torch.equal(again(inputs), trained(inputs))
     assert torch.equal(
         _initial_model(tiny.config(tmp_path, "unused", model=begin)).eval()(inputs),
         trained(inputs),
     )
-    export.export_timm(trained, run, str(tmp_path / "timm"), images)
-    begun = backbone.build(run.model.model_copy(update={"neck": "none"}), 16).eval()
-    initial.load(begun, str(tmp_path / "timm"))
+    export_timm(trained, run, str(tmp_path / "timm"), images)
+    begun = build_backbone(run.model.model_copy(update={"neck": "none"}), 16).eval()
+    load_pretrained(begun, str(tmp_path / "timm"))
     torch.testing.assert_close(begun(inputs), trained(inputs))
 
 
 def test_what_holds_no_weights_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    model = backbone.build(config(), 32)
+    model = build_backbone(config(), 32)
     path = tmp_path / "evil.pth"
 
     class Evil:
@@ -167,25 +167,25 @@ def test_what_holds_no_weights_is_refused_and_does_not_run(tmp_path: Path) -> No
 
     torch.save({"a": Evil()}, path)
     with pytest.raises(UserError, match=r"evil\.pth: not a file of weights alone"):
-        initial.load(model, str(path))
+        load_pretrained(model, str(path))
     assert not (tmp_path / "ran").exists()
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds list, no state dict"):
-        initial.load(model, str(path))
+        load_pretrained(model, str(path))
     with pytest.raises(UserError, match="does not exist"):
-        initial.load(model, str(tmp_path / "none.pth"))
+        load_pretrained(model, str(tmp_path / "none.pth"))
 
 
 def test_a_second_norm_behind_it_is_refused() -> None:
     with torch.device("meta"), pytest.raises(UserError, match=r"use model\.neck=none"):
-        backbone.build(config(neck="batchnorm"), 112)
+        build_backbone(config(neck="batchnorm"), 112)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "base", "large"])
 def test_vits_take_faces_of_112(size: str) -> None:
     name = f"vit_{size}_patch16_224"
     with torch.device("meta"):
-        net = backbone.build(config(name=name, kwargs={"patch_size": 8}, embedding_dim=512), 112)
+        net = build_backbone(config(name=name, kwargs={"patch_size": 8}, embedding_dim=512), 112)
         assert net(torch.zeros(2, 3, 112, 112)).shape == (2, 512)
     assert net.net.patch_embed.num_patches == 14 * 14
 
@@ -197,7 +197,7 @@ def test_a_repeated_forward_pass_leaves_no_trace() -> None:
     for repeat in (False, True):
         torch.manual_seed(0)
         changes = {"grad_checkpointing": repeat, "kwargs": {"drop_rate": 0.2}}
-        model = backbone.build(config(**changes), 32)
+        model = build_backbone(config(**changes), 32)
         statistics = RunningStatistics(model)
         for part in images:
             torch.manual_seed(1)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.model import (
+    build_backbone,
+    check_model_name,
+    compile_in_place,
+    fold_neck,
+    restore_backbone,
+)
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
 
@@ -32,14 +38,14 @@ def config(**changes: Any) -> ModelConfig:
     ],
 )
 def test_embeds_images_of_the_configured_size(changes: dict[str, Any], size: int) -> None:
-    model = backbone.build(config(**changes), size).eval()
+    model = build_backbone(config(**changes), size).eval()
     embeddings = model(torch.zeros(2, 3, size, size))
     assert embeddings.shape == (2, 12)
     assert embeddings.dtype == torch.float32
 
 
 def test_embeddings_stay_float32_under_autocast() -> None:
-    model = backbone.build(config(neck="none"), 32).eval()
+    model = build_backbone(config(neck="none"), 32).eval()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.net(torch.zeros(1, 3, 32, 32)).dtype == torch.bfloat16
         assert model(torch.zeros(1, 3, 32, 32)).dtype == torch.float32
@@ -47,34 +53,34 @@ def test_embeddings_stay_float32_under_autocast() -> None:
 
 def test_the_same_generator_makes_the_same_weights() -> None:
     torch.manual_seed(3)
-    one = backbone.build(config(), 32).state_dict()
+    one = build_backbone(config(), 32).state_dict()
     torch.manual_seed(3)
-    two = backbone.build(config(), 32).state_dict()
+    two = build_backbone(config(), 32).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 def test_an_unknown_name_meets_its_relatives() -> None:
     with pytest.raises(UserError, match=r"model\.name=resnet8t: .* did you mean .*resnet18t?"):
-        backbone.build(config(name="resnet8t"), 32)
+        build_backbone(config(name="resnet8t"), 32)
     with pytest.raises(UserError, match=r"timm\.list_models"):
-        backbone.check_name("qqqqqqqq")
+        check_model_name("qqqqqqqq")
 
 
 def test_arguments_that_a_model_refuses_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.kwargs=\{'channel': 3\}.*resnet10t.*channel"):
-        backbone.build(config(kwargs={"channel": 3}), 32)
+        build_backbone(config(kwargs={"channel": 3}), 32)
     with pytest.raises(UserError, match=r"vit_tiny_patch16_224 .* images of 32 pixels"):
-        backbone.build(config(name="vit_tiny_patch16_224", kwargs=VIT | {"num_heads": 5}), 32)
+        build_backbone(config(name="vit_tiny_patch16_224", kwargs=VIT | {"num_heads": 5}), 32)
 
 
 def test_a_neck_that_could_not_be_folded_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.neck=none"):
-        backbone.build(config(name="levit_128s", kwargs={}), 64)
+        build_backbone(config(name="levit_128s", kwargs={}), 64)
 
 
 @torch.no_grad()
 def test_folding_the_neck_changes_nothing() -> None:
-    model = backbone.build(config(), 32)
+    model = build_backbone(config(), 32)
     images = torch.randn(16, 3, 32, 32)
     for _ in range(3):
         model.train()(images)
@@ -83,27 +89,27 @@ def test_folding_the_neck_changes_nothing() -> None:
     model.neck.bias.uniform_(-2, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = model.eval()(images)
-    torch.testing.assert_close(backbone.fold_neck(model)(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fold_neck(model)(images), expected, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_rebuild_makes_a_plain_copy_and_draws_nothing() -> None:
     torch.manual_seed(1)
-    model = backbone.build(config(), 32)
+    model = build_backbone(config(), 32)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.manual_seed(2)
     drawn = torch.rand(3)
     torch.manual_seed(2)
-    copy = backbone.rebuild(config(), 32, state | {"optim.step": torch.zeros(())})
+    copy = restore_backbone(config(), 32, state | {"optim.step": torch.zeros(())})
     assert torch.equal(torch.rand(3), drawn)
     assert not copy.training
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(copy(images), model.eval()(images))
     with pytest.raises(UserError, match="does not fit the weights"):
-        backbone.rebuild(config(embedding_dim=13), 32, state)
+        restore_backbone(config(embedding_dim=13), 32, state)
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="there is no no-such-compiler"):
-        backbone.compile_in_place(nn.Linear(2, 2), torch.device("cpu"))
+        compile_in_place(nn.Linear(2, 2), torch.device("cpu"))

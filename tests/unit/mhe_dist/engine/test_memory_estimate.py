@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mhe_dist.backbone import model as backbone
+from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.engine import memory_estimate as footprint
 
@@ -20,7 +20,7 @@ def config(**sections: Any) -> Config:
 
 
 def kept_by_a_real_forward_pass(settings: Config) -> list[int]:
-    model = backbone.build(settings.model, 32).train()
+    model = build_backbone(settings.model, 32).train()
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 

@@ -12,7 +12,15 @@ from launcher import cli
 from mhe_dist.checkpoint.files import FileEntry, Folder
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from pipelines.runs import folder as runs
+from pipelines.runs.folder import (
+    absolute_path,
+    find_run,
+    logs_folder,
+    newest_checkpoint,
+    read_run_config,
+    read_summary,
+    url_exists,
+)
 
 
 @pytest.fixture
@@ -25,50 +33,50 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_is_found_by_path_or_by_name(run: Path) -> None:
-    assert runs.find("first") == "runs/first"
-    assert runs.find("runs/first/") == "runs/first"
-    assert runs.find(str(run)) == str(run)
+    assert find_run("first") == "runs/first"
+    assert find_run("runs/first/") == "runs/first"
+    assert find_run(str(run)) == str(run)
 
 
 def test_a_run_that_is_not_there_is_told_with_the_places(run: Path) -> None:
     with pytest.raises(UserError, match=r"no run at second or runs/second"):
-        runs.find("second")
+        find_run("second")
 
 
 def test_settings_and_summary(run: Path) -> None:
-    assert runs.settings(str(run)) == {"run": {"name": "first"}}
-    assert runs.settings("runs/second") is None
-    assert runs.summary(str(run)) is None
+    assert read_run_config(str(run)) == {"run": {"name": "first"}}
+    assert read_run_config("runs/second") is None
+    assert read_summary(str(run)) is None
     (run / "summary.json").write_text(json.dumps({"steps": 5}))
-    assert runs.summary(str(run)) == {"steps": 5}
+    assert read_summary(str(run)) == {"steps": 5}
 
 
 def test_only_a_manifest_makes_a_checkpoint(run: Path) -> None:
-    assert runs.newest_checkpoint(str(run)) is None
+    assert newest_checkpoint(str(run)) is None
     for step in (5, 10, 15):
         (run / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     for step in (5, 10):
         (run / "checkpoints" / f"step_{step:08d}" / "manifest.json").touch()
-    assert runs.newest_checkpoint("runs/first") == "runs/first/checkpoints/step_00000010"
+    assert newest_checkpoint("runs/first") == "runs/first/checkpoints/step_00000010"
 
 
 def test_logs_lie_in_the_run_or_beside_a_remote_one(run: Path) -> None:
     def logs(folder: str) -> Path:
         settings = {"run": {"name": "first", "dir": folder}, "data": {"shards": "x"}}
-        return runs.logs_folder(Config.model_validate(settings))
+        return logs_folder(Config.model_validate(settings))
 
     assert logs("runs") == run / "logs"
     assert logs("memory://bucket").parts[-2:] == ("mhe-logs", "first")
 
 
 def test_absolute_leaves_urls_alone(run: Path) -> None:
-    assert runs.absolute("runs/first") == str(run)
-    assert runs.absolute("memory://bucket/a") == "memory://bucket/a"
+    assert absolute_path("runs/first") == str(run)
+    assert absolute_path("memory://bucket/a") == "memory://bucket/a"
 
 
 def test_a_place_that_nothing_can_read() -> None:
     with pytest.raises(UserError, match="nosuch://a cannot be read"):
-        runs.exists("nosuch://a")
+        url_exists("nosuch://a")
 
 
 def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
