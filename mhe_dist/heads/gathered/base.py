@@ -58,6 +58,7 @@ class GatheredHead(RowHead):
     def plan(self, step: int, labels: Tensor) -> None:
         """Select the units of the step and find each sample's row; see `Head`."""
         self.begin(step)
+        self.rounds = len(labels) // self.topology.world_size
         self._next, self._batch, self._gradient = 0, labels.shape[1], None
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         units, slots = self.layout.locate(labels)

@@ -136,6 +136,7 @@ class LevelHead(Head):
     def plan(self, step: int, labels: Tensor) -> None:
         """Check the labels and count the samples; see `Head`."""
         self._step, self.margin = step, self.margin.at(step)
+        self.rounds = len(labels) // self.topology.world_size
         self._samples = int(self._kept(self._checked(labels)).sum())
         for part in (*self.levels.values(), *self.projections.values()):
             part.drop()

@@ -51,7 +51,7 @@ class MhsRoute(RowHead):
     def plan(self, step: int, labels: Tensor) -> None:
         """Draw the extra heads and find out which sample goes where; see `Head`."""
         self.begin(step)
-        self._next = 0
+        self._next, self.rounds = 0, len(labels) // self.topology.world_size
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         self._samples = int((labels >= 0).sum())
         heads, slots = self.layout.locate(labels)
