@@ -76,7 +76,7 @@ def create_head(
     blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     config = _config(kind, blocks, options)
     topology = _topology(None if device is None else torch.device(device))
-    if wrong := config.misfits(topology.world_size):
+    if wrong := config.validate_combinations(topology.world_size):
         raise UserError("; ".join(wrong))
     if config.mhs.repartition_every and steps_per_epoch <= 0:
         raise UserError("repartition_every counts epochs: give steps_per_epoch, too")

@@ -1,1 +1,62 @@
-"""A pretraining run on one rank, from the config to the exported backbone."""
+"""A pretraining run on one rank, from the config to the exported backbone.
+
+The package can be called, too: `pipelines.pretrain(config)` makes a whole run in this process.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mhe_dist.config.resolve import ConfigLike
+
+__all__ = ("pretrain",)
+
+
+def pretrain(
+    config: ConfigLike,
+    overrides: Sequence[str] = (),
+    *,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    **sections: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train, evaluate and export in this process; go on where the newest checkpoint ends.
+
+    Under `torchrun` each process calls it and is one rank.
+
+    Args:
+        config: a YAML file, a dict of sections, or a `Config`.
+        overrides: `section.key=value` each, as on the command line.
+        report: called with the events of the run, plain dicts, on rank 0; such as `print`.
+        **sections: keys of some sections, such as `train={"max_steps": 100}`.
+
+    Returns:
+        The summary of the run, also in its `summary.json`.
+
+    Raises:
+        UserError: the config is wrong, or does not fit the data.
+        RunError: the run failed.
+        Preempted: the process was asked to stop; the run is saved and goes on when called again.
+    """
+    from mhe_dist.config.resolve import resolve_config
+    from pipelines.pretrain.main import main
+
+    found = resolve_config(config, overrides, **sections)
+    return main(found, report) if report else main(found)
+
+
+class _CallablePackage(ModuleType):
+    """A package that is a function at the same time."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `pretrain`."""
+        return pretrain(*args, **kwargs)
+
+
+# `pipelines.pretrain(config)` is the natural name of the call, and `python -m pipelines.pretrain`
+# needs a package of that name. Importing a submodule binds the package over any function, so the
+# package itself must be callable; Python allows to set the class of a module for such uses.
+sys.modules[__name__].__class__ = _CallablePackage
