@@ -23,9 +23,9 @@ from mhe_dist.errors import Preempted
 from pipelines.pretrain import main as pretrain
 from pipelines.pretrain import preemption as stopping
 from tests import tiny
-from tests.chaos.ranks import environment, free_port
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_undisturbed
+from tests.rank_processes import environment, free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 

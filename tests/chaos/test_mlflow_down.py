@@ -13,8 +13,8 @@ from mhe_dist.tracking import factory as tracking
 from mhe_dist.tracking import mlflow as tracking_mlflow
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.tracking.spool import Record, Spool
-from tests.chaos.ranks import free_port
 from tests.mlflow_server import server
+from tests.rank_processes import free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 

@@ -15,7 +15,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.watchdog import Stuck
 from pipelines.pretrain import main as pretrain
 from tests import tiny
-from tests.chaos.ranks import environment, free_port
+from tests.rank_processes import environment, free_port
 
 pytestmark = pytest.mark.chaos
 

@@ -8,8 +8,7 @@ from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate import ijb as protocol
 from pipelines.evaluate import pair_sets
 from pipelines.evaluate.sets import ijb_files as ijb
-from tests import tiny
-from tests.unit.pipelines.evaluate import ijb_set
+from tests import ijb_set, tiny
 
 
 def network() -> torch.nn.Module:

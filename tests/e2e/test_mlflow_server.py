@@ -12,7 +12,7 @@ import torch
 from mhe_dist.tracking.mlflow import MlflowTracker
 from pipelines.pretrain import main as pretrain
 from tests import mlflow_server, tiny
-from tests.chaos.ranks import free_port
+from tests.rank_processes import free_port
 
 pytestmark = pytest.mark.e2e
 

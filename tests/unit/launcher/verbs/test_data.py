@@ -12,7 +12,7 @@ import pytest
 from launcher import cli
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import insightface
-from tests.unit.pipelines.sources.records import items, jpeg, layout, save
+from tests.recordio_files import items, jpeg, layout, save
 
 Captured = pytest.CaptureFixture[str]
 

@@ -14,8 +14,7 @@ from launcher import cli
 from pipelines.data.decode import decode
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
-from tests import tiny
-from tests.unit.pipelines.evaluate import ijb_set
+from tests import ijb_set, tiny
 
 Captured = pytest.CaptureFixture[str]
 

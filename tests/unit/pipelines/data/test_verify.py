@@ -20,7 +20,7 @@ from pipelines.report.figures import save
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.staging import Journal
-from tests.unit.pipelines.sources.records import jpeg
+from tests.recordio_files import jpeg
 
 PER_SHARD, CLASSES = 5, 4
 

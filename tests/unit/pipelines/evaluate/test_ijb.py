@@ -16,7 +16,7 @@ from pipelines.evaluate.metrics import templates
 from pipelines.evaluate.metrics.templates import dots, pool
 from pipelines.evaluate.sets import align
 from pipelines.evaluate.sets import ijb_files as ijb
-from tests.unit.pipelines.evaluate import ijb_set
+from tests import ijb_set
 
 EXACT = 1e-12
 

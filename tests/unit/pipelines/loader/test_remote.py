@@ -24,8 +24,8 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
 from tests.loading import loader_of
-from tests.unit.pipelines.sources.records import jpeg
-from tests.unit.pipelines.storage.stores import Counted, Faulty, Synthetic, files, served
+from tests.recordio_files import jpeg
+from tests.stores import Counted, Faulty, Synthetic, files, served
 
 SIDE, CLASSES, STREAMS, STEP = 8, 10, 8, 16
 SIZES = [60, 40, 1, 99, 56]  # 256 samples: 16 steps are an epoch of every stream

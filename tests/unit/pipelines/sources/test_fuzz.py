@@ -30,7 +30,7 @@ from pipelines.sources.tar import DamagedTar, members
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
 from tests.loading import loader_of
-from tests.unit.pipelines.sources.records import content, items, jpeg, layout, save
+from tests.recordio_files import content, items, jpeg, layout, save
 
 CLASSES, COUNT, SIDE = 7, 24, 8
 IMAGES = {jpeg(number): number % CLASSES for number in range(COUNT)}

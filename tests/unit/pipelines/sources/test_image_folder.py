@@ -14,7 +14,7 @@ from PIL import Image
 from mhe_dist.errors import RunError, UserError
 from pipelines.sources.convert import Options
 from pipelines.sources.image_folder import import_folder, inside, parse_line
-from tests.unit.pipelines.sources.records import content, jpeg
+from tests.recordio_files import content, jpeg
 
 
 def png() -> bytes:

@@ -14,7 +14,7 @@ from pipelines.shards.index import ShardIndex, exists
 from pipelines.sources.convert import Options
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
-from tests.unit.pipelines.sources.records import Item, content, items, jpeg, layout, save
+from tests.recordio_files import Item, content, items, jpeg, layout, save
 
 
 def images_of(url: str) -> list[tuple[int, bytes]]:

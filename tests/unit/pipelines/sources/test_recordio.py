@@ -28,7 +28,7 @@ from pipelines.sources.recordio import (
     read_index,
     unpack,
 )
-from tests.unit.pipelines.sources.records import items, layout, part
+from tests.recordio_files import items, layout, part
 
 WORDS = st.lists(st.sampled_from([MAGIC, b"word", b"x", MAGIC[:2], b"\0\0\0\0"]), max_size=12)
 

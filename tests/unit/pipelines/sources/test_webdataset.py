@@ -21,7 +21,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.sources.webdataset import index_shards
 from pipelines.sources.webdataset_tar import Layout
 from tests.loading import loader_of
-from tests.unit.pipelines.sources.records import jpeg
+from tests.recordio_files import jpeg
 
 Files = Sequence[tuple[str, bytes]]
 

@@ -25,8 +25,8 @@ from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
 from pipelines.storage.cache import Cache
 from tests.loading import loader_of
-from tests.unit.pipelines.sources.records import jpeg
-from tests.unit.pipelines.storage.stores import Counted, from_disk
+from tests.recordio_files import jpeg
+from tests.stores import Counted, from_disk
 
 SHARDS, EACH, CLASSES = 6, 20, 4
 fork = multiprocessing.get_context("fork")

@@ -23,7 +23,7 @@ from mhe_dist.errors import RunError
 from pipelines.storage import retry
 from pipelines.storage.ranges import file_at, read_range
 from pipelines.storage.retry import is_transient, retried
-from tests.unit.pipelines.storage.stores import Counted, Faulty, files, served
+from tests.stores import Counted, Faulty, files, served
 
 
 def from_s3(code: str, status: int) -> Exception:

@@ -20,7 +20,7 @@ from pipelines.sources.image_folder import import_folder
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
-from tests.unit.pipelines.sources.records import content, items, jpeg, layout, save
+from tests.recordio_files import content, items, jpeg, layout, save
 
 SMALL = Options(shard_bytes=50_000)
 

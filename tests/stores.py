@@ -19,7 +19,7 @@ from werkzeug.wrappers import Request, Response
 
 from pipelines.shards.index import Shard, ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
-from tests.unit.pipelines.sources.records import jpeg
+from tests.recordio_files import jpeg
 
 Content = Callable[[str, int, int], bytes]
 
