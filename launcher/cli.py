@@ -83,7 +83,7 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             console.err.print_exception()
-        console.complain(_message(error))
+        console.error(_message(error))
         if not debug and not isinstance(error, UserError):
             console.err.print("The same command with --debug shows where it happened.")
         return 2 if isinstance(error, UserError) else 1

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from launcher.events import Event
 from launcher.preflight import checks
-from launcher.ray_cluster import train as ray_train
+from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 
@@ -40,10 +40,10 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
     workers = config.scale.workers
     if address:
         watcher.waiting(f"waiting for {workers} workers")
-        ray_train.train_on(address, config, watcher.handle)
+        train_on_cluster(address, config, watcher.handle)
     else:
         watcher.waiting(f"starting Ray and {workers} workers: about 20 s")
-        ray_train.train(config, watcher.handle)
+        train_locally(config, watcher.handle)
 
 
 def make_data(config: Config, watcher: Watcher) -> None:

@@ -17,9 +17,8 @@ from launcher import execute
 from launcher.preflight import checks
 from launcher.preflight import node_probe as probe
 from launcher.preflight import predict as judge
-from launcher.ray_cluster import train as ray_train
-from launcher.ray_cluster import worker
-from launcher.ray_cluster.mailbox import NAMESPACE, name_of
+from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
+from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted
 from launcher.terminal.event_log import EventLines
 from mhe_dist.config.load import load_config
@@ -67,7 +66,7 @@ def stop_now(path: str) -> None:
 
     ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
     try:
-        ray.get(ray.get_actor(name_of(path)).stop.remote(now=True))
+        ray.get(ray.get_actor(mailbox_name(path)).stop.remote(now=True))
     except ValueError:  # no such actor: the run has ended, or has not begun
         sys.stderr.write(f"no run at {path} is being trained\n")
 
@@ -82,7 +81,7 @@ def preflight(file: str, trying: bool = True) -> None:
     import ray
 
     config = load_config(file)
-    os.environ.update(ray_train.DRIVER_ENVIRONMENT)
+    os.environ.update(DRIVER_ENVIRONMENT)
     ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
     lines = EventLines(sys.stdout)
     found = _ask_nodes(config)
@@ -91,7 +90,7 @@ def preflight(file: str, trying: bool = True) -> None:
         return
     workers = judge.workers_per_node(config, found)
     task = ray.remote(num_cpus=0, num_gpus=workers * int(config.scale.gpu))(_try)
-    needs: dict[str, Any] = {"env_vars": worker.environment(config)}
+    needs: dict[str, Any] = {"env_vars": worker_environment(config)}
     measured = ray.get(task.options(runtime_env=needs).remote(file, workers))
     lines.handle({"event": "trial", "measured": measured})
 

@@ -1,8 +1,13 @@
-"""Ctrl-C and its relatives: an exception while working, silence while cleaning up."""
+"""Ctrl-C and its relatives: an exception while working, silence while cleaning up.
+
+Python runs signal handlers on the main thread and lets no other thread set one. Off the main thread
+(an executor in somebody's notebook) each block here leaves the handlers as they are.
+"""
 
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +20,13 @@ class Interrupted(Exception):
     """Somebody asked the command to stop.
 
     Attributes:
+        signum: number of the signal.
         exit_code: 130 for Ctrl-C, 128 plus the signal's number in general.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
+        self.signum = signum
         self.exit_code = 128 + signum
 
 
@@ -30,58 +37,63 @@ def interruptible() -> Iterator[None]:
     Explicit, because a shell starts background jobs with SIGINT ignored.
     """
 
-    def stop(signum: int, frame: FrameType | None) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    with _handling(stop):
+    with _handling(interrupt):
         yield
 
 
 @contextmanager
-def deferred(
-    gently: Callable[[], None] | None = None, grace_s: float = 0.0
+def signals_deferred(
+    on_first: Callable[[], None] | None = None, grace_s: float = 0.0
 ) -> Iterator[Callable[[], None]]:
-    """Take note of those signals inside the block, and raise `Interrupted` where it is safe.
+    """Record those signals inside the block, and raise `Interrupted` where it is safe.
 
     Native code that runs when a handler raises turns the exception into another one, or worse.
 
     Args:
-        gently: what a first SIGTERM leads to, in place of the exception, which then comes after
+        on_first: called for a first SIGTERM instead of raising; the exception then comes after
             `grace_s` seconds or with the next signal.
-        grace_s: how long what `gently` began may take.
+        grace_s: how long what `on_first` began may take.
 
     Yields:
         a function that raises if a signal came; the end of the block calls it as well.
     """
-    noted: list[int] = []
+    received: list[int] = []
     deadline: list[float] = []
 
     def check() -> None:
         """Raise if a signal came."""
-        if noted and noted[0] == signal.SIGTERM and gently and not deadline:
+        if received and received[0] == signal.SIGTERM and on_first and not deadline:
             deadline.append(time.monotonic() + grace_s)
-            gently()
-        patient = len(noted) == 1 and deadline and time.monotonic() < deadline[0]
-        if noted and not patient:
-            raise Interrupted(noted[-1] if deadline else noted[0])
+            on_first()
+        in_grace = len(received) == 1 and deadline and time.monotonic() < deadline[0]
+        if received and not in_grace:
+            raise Interrupted(received[-1] if deadline else received[0])
 
-    with _handling(lambda signum, frame: noted.append(signum)):
+    with _handling(lambda signum, frame: received.append(signum)):
         yield check
     check()
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Ignore those signals inside the block: what tidies up must come to its end."""
+def signals_ignored() -> Iterator[None]:
+    """Ignore those signals inside the block, which cleans up and must come to its end."""
     with _handling(signal.SIG_IGN):
         yield
 
 
 @contextmanager
 def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Set a handler for all of `SIGNALS` inside the block; off the main thread, none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            # None: set by native code. Python cannot put that back.
+            signal.signal(number, signal.SIG_DFL if old is None else old)

@@ -8,8 +8,7 @@ from typing import Any
 
 import yaml
 
-from launcher.ray_cluster import train as ray_train
-from launcher.ray_cluster import worker
+from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.errors import UserError
@@ -266,7 +265,7 @@ def _resources(kind: str, config: Config, place: Place) -> Manifest:
 
 
 def _variables(config: Config) -> list[dict[str, str]]:
-    values = {**ray_train.DRIVER_ENVIRONMENT, **worker.environment(config), "HOME": "/home/mhe"}
+    values = {**DRIVER_ENVIRONMENT, **worker_environment(config), "HOME": "/home/mhe"}
     return [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from launcher.ray_cluster import worker
+from launcher.ray_cluster.environment import worker_resources
 from launcher.terminal.progress import duration
 from mhe_dist.config.schema import Config
 
@@ -142,7 +142,7 @@ def places(config: Config, node: Node) -> int:
 
 def _needs(config: Config) -> dict[str, float]:
     """What one worker needs of a node, by Ray's names."""
-    needs = {name: amount for name, amount in worker.resources(config).items() if amount}
+    needs = {name: amount for name, amount in worker_resources(config).items() if amount}
     kind = config.scale.accelerator_type
     if kind:
         needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import worker
+from launcher.ray_cluster.environment import worker_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.errors import RunError
@@ -31,7 +31,7 @@ def try_here(config: Config, workers: int) -> dict[str, Any] | None:
         done = subprocess.run(
             [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, **worker.environment(config)},
+            env={**os.environ, **worker_environment(config)},
             capture_output=True,
             text=True,
             timeout=TRIAL_S,

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import dashboard, worker
-from launcher.ray_cluster import train as ray_train
+from launcher.ray_cluster import dashboard
+from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
+from launcher.ray_cluster.train import GRACE_S
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import is_secret_name, scrub
@@ -24,7 +25,7 @@ from mhe_dist.tracking.environment import COMMIT_VARIABLE, environment_tags
 
 READY_S = 20.0  # a cluster that has just started answers before it can take jobs
 POLL_S = 0.5
-GRACE_S = round(ray_train.GRACE_S) + 10
+STOP_WAIT_S = round(GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
 
 RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
@@ -278,9 +279,9 @@ def passed_on(words: list[str]) -> dict[str, str]:
 
 def _environment(config: Config) -> dict[str, str]:
     variables = {
-        **ray_train.DRIVER_ENVIRONMENT,
-        **worker.environment(config),
-        "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE_S),
+        **DRIVER_ENVIRONMENT,
+        **worker_environment(config),
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
     }
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri and scrub(uri) == uri:

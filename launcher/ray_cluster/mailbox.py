@@ -1,4 +1,4 @@
-"""How workers and the terminal talk: a small Ray actor that holds events, and a word to workers."""
+"""How workers and the driver talk: a small Ray actor that holds events and the request to stop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from launcher.events import Event
 
 NAMESPACE = "mhe"
 STOP_NOW = "stop_now"
-"""The event by which the driver hears that it must not wait for a checkpoint."""
+"""The event that tells the driver not to wait for a checkpoint."""
 
 
-def name_of(path: str) -> str:
-    """The mailbox's name in a cluster: one run, wherever it was started, has one mailbox."""
+def mailbox_name(path: str) -> str:
+    """Name of the mailbox of the run at `path`; wherever a run was started, it has one mailbox."""
     return f"mailbox:{path}"
 
 
@@ -45,7 +45,7 @@ class Mailbox:
         return events
 
 
-class Sender:
+class EventSender:
     """A worker's end of the mailbox; sending never waits for the driver.
 
     Args:
@@ -68,11 +68,17 @@ class Sender:
             ray.wait([self._last], timeout=timeout_s)
 
 
-def heed(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
-    """Call `stop` once the driver asks the workers to stop; looked at in the background."""
+def watch_stop(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
+    """Start a thread that calls `stop` once the driver asks the workers to stop.
+
+    Args:
+        mailbox: handle of the `Mailbox` actor, which is asked every `every_s` seconds.
+        stop: called once, on that thread.
+        every_s: seconds between two questions.
+    """
     import ray
 
-    def _look() -> None:
+    def _poll() -> None:
         waiting = threading.Event()
         try:
             while not ray.get(mailbox.stopping.remote()):
@@ -81,4 +87,4 @@ def heed(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
             return
         stop()
 
-    threading.Thread(target=_look, name="heed", daemon=True).start()
+    threading.Thread(target=_poll, name="watch stop", daemon=True).start()

@@ -1,4 +1,4 @@
-"""What runs on each Ray worker: environment and log file, then `pipelines.pretrain.main`."""
+"""What runs on each Ray worker: its log file, then `pipelines.pretrain.main`."""
 
 from __future__ import annotations
 
@@ -8,45 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster.mailbox import Sender, heed
+from launcher.ray_cluster.mailbox import EventSender, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption as stopping
 
 logger = logging.getLogger(__name__)
 
-NO_TELEMETRY = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-}
-NCCL = {
-    "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
-    "TORCH_NCCL_BLOCKING_WAIT": "0",
-}
 
-
-def environment(config: Config) -> dict[str, str]:
-    """Environment variables of a worker's process, set before it imports anything.
-
-    The thread counts are those of the config: two ranks that each start a thread per core are
-    slower than one.
-    """
-    threads = str(config.scale.cpus_per_worker)
-    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
-    return variables | (NCCL if config.scale.gpu else {})
-
-
-def resources(config: Config) -> dict[str, float]:
-    """What Ray must reserve for one worker."""
-    scale = config.scale
-    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
-
-
-def train(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> None:
     """Run this worker's rank of the run.
 
     Args:
@@ -59,9 +29,9 @@ def train(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     if Path(settings["folder"]).is_dir():
         os.chdir(settings["folder"])
-    write_output_to(Path(settings["logs"]) / f"rank_{rank}.log")
-    send = Sender(settings["mailbox"])
-    heed(settings["mailbox"], stopping.stop)
+    redirect_output(Path(settings["logs"]) / f"rank_{rank}.log")
+    send = EventSender(settings["mailbox"])
+    watch_stop(settings["mailbox"], stopping.stop)
     try:
         _train(Config.model_validate(settings["config"]), send)
     except Preempted as stop:
@@ -76,7 +46,7 @@ def train(settings: dict[str, Any]) -> None:
         send.flush()
 
 
-def _train(config: Config, send: Sender) -> None:
+def _train(config: Config, send: EventSender) -> None:
     from pipelines.pretrain import main as pretrain
 
     pretrain.main(config, report=send)
@@ -92,7 +62,7 @@ def _describe(error: Exception) -> dict[str, Any]:
     }
 
 
-def write_output_to(file: Path) -> None:
+def redirect_output(file: Path) -> None:
     """Append all further output of this process, that of native libraries too, to `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as stream:

@@ -1,4 +1,4 @@
-"""The terminal: one console for what was asked, one for complaints, and the shape of both."""
+"""The terminal: one console for results, one for errors, and how both look."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def say(text: str) -> None:
     out.print(text, soft_wrap=True)
 
 
-def complain(text: str) -> None:
+def error(text: str) -> None:
     """Print plain text, a mistake or a failure, to standard error."""
     err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
@@ -35,11 +35,11 @@ def list_commands(title: str, rows: Iterable[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def only_ours(log: Path) -> Iterator[None]:
-    """Keep the terminal for our consoles inside the block; whatever else is printed goes to `log`.
+def capture_logs(log: Path) -> Iterator[None]:
+    """Append to `log` whatever is printed inside the block except by our consoles.
 
     Libraries write to the file descriptors, from native code and other threads too, so these are
-    what is redirected.
+    redirected.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     terminals = [os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr)]

@@ -14,6 +14,7 @@ from rich.table import Table
 from launcher.preflight import checks
 from launcher.ray_cluster import code_package as package
 from launcher.ray_cluster import dashboard, jobs
+from launcher.ray_cluster.environment import worker_resources
 from launcher.ray_cluster.ray_internals import is_token_auth_enabled
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
@@ -156,7 +157,7 @@ def stop(
         return
     cluster.stop(job, now)
     with console.out.status("ending it" if now else "waiting for its checkpoint"):
-        job = cluster.wait(job.id, STOP_NOW_S if now else jobs.GRACE_S + STOP_NOW_S)
+        job = cluster.wait(job.id, STOP_NOW_S if now else jobs.STOP_WAIT_S + STOP_NOW_S)
     newest = newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
     console.say(
         f"{escape(job.id)}: {_status(job)}." + (f" It goes on from {newest}." * bool(newest))
@@ -187,9 +188,7 @@ def _show(config: Config, sent: jobs.Submission, address: str) -> None:
 
 
 def _placement(config: Config) -> Iterable[str]:
-    from launcher.ray_cluster import worker
-
-    needs = ", ".join(f"{name}: {value:g}" for name, value in worker.resources(config).items())
+    needs = ", ".join(f"{name}: {value:g}" for name, value in worker_resources(config).items())
     kind = f" on {config.scale.accelerator_type}" if config.scale.accelerator_type else ""
     yield f"{config.scale.workers} workers ({config.scale.placement}){kind}, each with {needs}"
 

@@ -46,11 +46,15 @@ def to_the_end(config: Config) -> dict[str, Any]:
     """Train a run on this machine, or go on with it, and give its summary.
 
     Raises:
-        typer.Exit: it was told to stop; what to type to go on has been said.
+        typer.Exit: it was asked to stop, and the command that continues it was printed.
     """
     display = Display()
     try:
-        with interruptible(), console.only_ours(logs_folder(config) / "driver.log"), display:
+        with (
+            interruptible(),
+            console.capture_logs(logs_folder(config) / "driver.log"),
+            display,
+        ):
             execute.run(config, display)
     except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(config))

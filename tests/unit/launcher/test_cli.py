@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cli
-from launcher.ray_cluster import train as ray_train
+from launcher import cli, execute
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from mhe_dist.config.load import load_config
@@ -133,7 +132,7 @@ def test_a_complete_run_is_shown_and_left_alone(
 ) -> None:
     save_config(settings, f"{settings.run.path}/config.yaml")
     Path(settings.run.path, "summary.json").write_text(json.dumps(SUMMARY))
-    monkeypatch.delattr(ray_train, "train")
+    monkeypatch.delattr(execute, "train_locally")
     assert cli.run(["train", "a.yaml", "scale.workers=2"]) == 0
     shown = capsys.readouterr().out
     for part in ("is complete", "1.250", "85.0% (chance 0.2%)", "812 images/s", "1 min 05 s"):
@@ -156,8 +155,8 @@ def test_the_settings_of_a_run_are_kept_before_it_starts(
         assert read_run_config(config.run.path) == config_to_dict(config)
         handle({"event": "end", "summary": SUMMARY})
 
-    monkeypatch.setattr(ray_train, "train", train)
-    monkeypatch.setattr(console, "only_ours", nullcontext)
+    monkeypatch.setattr(execute, "train_locally", train)
+    monkeypatch.setattr(console, "capture_logs", nullcontext)
     assert cli.run(["train", "a.yaml", "optim.lr=0.7"]) == 0
 
 
@@ -170,8 +169,8 @@ def test_an_interrupted_run_says_how_to_go_on(
         (folder / "manifest.json").touch()
         raise Interrupted(2)
 
-    monkeypatch.setattr(ray_train, "train", train)
-    monkeypatch.setattr(console, "only_ours", nullcontext)
+    monkeypatch.setattr(execute, "train_locally", train)
+    monkeypatch.setattr(console, "capture_logs", nullcontext)
     monkeypatch.setattr(sys, "argv", ["mhe", "train", "a.yaml"])
     assert cli.run(["train", "a.yaml"]) == 130
     said = capsys.readouterr().out

@@ -13,7 +13,6 @@ import torch
 
 from launcher import cli, execute
 from launcher.preflight import predict as preflight
-from launcher.ray_cluster import train as ray_train
 from launcher.reproduce import studies
 from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, planned
 from launcher.signals import Interrupted
@@ -109,8 +108,8 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "index.json").write_text("{}")
     trainer = Trainer()
-    monkeypatch.setattr(ray_train, "train", trainer)
-    monkeypatch.setattr(console, "only_ours", lambda log: nullcontext())
+    monkeypatch.setattr(execute, "train_locally", trainer)
+    monkeypatch.setattr(console, "capture_logs", lambda log: nullcontext())
     return trainer
 
 

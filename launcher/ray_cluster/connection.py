@@ -1,0 +1,87 @@
+"""This process as the driver of a Ray cluster: one that exists, or one of this machine alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launcher.ray_cluster import ray_internals
+from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
+from launcher.ray_cluster.mailbox import NAMESPACE
+from launcher.signals import signals_deferred, signals_ignored
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from pipelines.runs.folder import logs_folder
+
+OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
+
+
+@contextmanager
+def existing_cluster(address: str) -> Iterator[None]:
+    """Connect this process to an existing Ray cluster for the length of a `with` block.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    os.environ.update(DRIVER_ENVIRONMENT)
+    import ray
+
+    try:
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
+        )
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        with signals_ignored():
+            ray.shutdown()
+
+
+@contextmanager
+def local_cluster(config: Config) -> Iterator[None]:
+    """Run Ray on this machine's loopback for the length of a `with` block.
+
+    When the block ends, Ray's own log files are moved to `logs/ray/<session>` of the run.
+
+    Raises:
+        UserError: this machine has fewer GPUs than the run needs.
+    """
+    os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
+    try:
+        with signals_deferred():  # Ray would set a handler of its own for SIGTERM, too
+            cpus = config.scale.workers * config.scale.cpus_per_worker
+            ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
+        _check_gpus(config, ray.cluster_resources())
+        yield
+    finally:
+        with signals_ignored():
+            ray.shutdown()
+            _move_logs(Path(folder), logs_folder(config) / "ray")
+
+
+def _check_gpus(config: Config, resources: dict[str, float]) -> None:
+    """Refuse what Ray would wait for without end."""
+    gpus = int(resources.get("GPU", 0))
+    if config.scale.gpu and gpus < config.scale.fewest:
+        raise UserError(
+            f"scale.workers={config.scale.workers} with scale.gpu=true needs a GPU for each one; "
+            f"this machine has {gpus}. Lower scale.workers or set scale.gpu=false."
+        )
+
+
+def _move_logs(folder: Path, target: Path) -> None:
+    """Move the logs of a Ray session out of its folder, and remove the folder."""
+    session = (folder / "session_latest").resolve()
+    if (session / "logs").is_dir():
+        shutil.copytree(session / "logs", target / session.name, ignore_dangling_symlinks=True)
+    shutil.rmtree(folder, ignore_errors=True)

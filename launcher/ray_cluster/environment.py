@@ -1,0 +1,47 @@
+"""What Ray and its processes are given: environment variables, and the resources of a worker."""
+
+from __future__ import annotations
+
+from mhe_dist.config.schema import Config
+
+NO_TELEMETRY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+}
+NCCL = {
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+}
+DRIVER_ENVIRONMENT = {
+    **NO_TELEMETRY,
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write every printed line twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+LOCAL_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the node's address
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment variables of a worker's process, set before it imports anything.
+
+    The thread counts are those of the config: two ranks that each start a thread per core are
+    slower than one.
+    """
+    threads = str(config.scale.cpus_per_worker)
+    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return variables | (NCCL if config.scale.gpu else {})
+
+
+def worker_resources(config: Config) -> dict[str, float]:
+    """What Ray must reserve for one worker, by Ray's names."""
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}

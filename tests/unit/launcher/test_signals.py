@@ -1,0 +1,78 @@
+"""Signals: raised, deferred, ignored, and left alone off the main thread."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from launcher.signals import (
+    SIGNALS,
+    Interrupted,
+    interruptible,
+    signals_deferred,
+    signals_ignored,
+)
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_signal_becomes_an_exception_with_the_exit_code(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as caught, interruptible():
+        signal.raise_signal(signum)
+    assert caught.value.exit_code == 128 + signum
+    assert signal.getsignal(signum) == before
+
+
+def test_a_deferred_signal_is_raised_where_it_is_safe() -> None:
+    with pytest.raises(Interrupted) as caught, signals_deferred() as check:
+        check()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        check()
+        pytest.fail("the check should have raised")
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    with pytest.raises(Interrupted), signals_deferred():
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_the_first_sigterm_calls_a_function_and_the_next_signal_raises() -> None:
+    calls: list[int] = []
+    with (
+        pytest.raises(Interrupted) as caught,
+        signals_deferred(lambda: calls.append(1), 60.0) as check,
+    ):
+        signal.raise_signal(signal.SIGTERM)
+        check()
+        check()
+        assert calls == [1]
+        signal.raise_signal(signal.SIGINT)
+        check()
+    assert caught.value.exit_code == 128 + signal.SIGINT
+    with signals_deferred(lambda: calls.append(2), 60.0):
+        signal.raise_signal(signal.SIGTERM)
+    assert calls == [1, 2], "also at the end of the block, which then ends well"
+    with pytest.raises(Interrupted), signals_deferred(lambda: calls.append(3), 0.0) as check:
+        signal.raise_signal(signal.SIGTERM)
+        check()
+        check()
+
+
+def test_cleaning_up_is_not_interrupted() -> None:
+    with interruptible():
+        with signals_ignored():
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_another_thread_leaves_the_handlers_as_they_are() -> None:
+    def enter_all() -> list[object]:
+        with interruptible(), signals_deferred() as check, signals_ignored():
+            check()
+            return [signal.getsignal(number) for number in SIGNALS]
+
+    before: list[object] = [signal.getsignal(number) for number in SIGNALS]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(enter_all).result() == before
