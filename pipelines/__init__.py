@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from pipelines.data.order import Order
     from pipelines.loader.loader import Loader
     from pipelines.pretrain import pretrain
+    from pipelines.runs.arrays import embed_arrays
+    from pipelines.runs.checkpoints import class_centres, open_checkpoint
+    from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
     from pipelines.shards.index import ShardIndex
     from pipelines.shards.writer import Sample, ShardWriter
 
@@ -23,6 +26,11 @@ _MODULES = {
     "Sample": "pipelines.shards.writer",
     "ShardIndex": "pipelines.shards.index",
     "ShardWriter": "pipelines.shards.writer",
+    "TrainedBackbone": "pipelines.runs.trained",
+    "class_centres": "pipelines.runs.checkpoints",
+    "embed_arrays": "pipelines.runs.arrays",
+    "load_trained_backbone": "pipelines.runs.trained",
+    "open_checkpoint": "pipelines.runs.checkpoints",
 }
 __all__ = [
     "Loader",
@@ -30,6 +38,11 @@ __all__ = [
     "Sample",
     "ShardIndex",
     "ShardWriter",
+    "TrainedBackbone",
+    "class_centres",
+    "embed_arrays",
+    "load_trained_backbone",
+    "open_checkpoint",
     "pretrain",
 ]
 

@@ -76,7 +76,7 @@ def copy_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
         UserError: the heads are of different makes.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
-        before = _head_of(checkpoint, topology, folder)
+        before = head_of_checkpoint(checkpoint, topology, folder)
         refuse_incompatible_heads(before, head, checkpoint.path)
         load_head_state(before, checkpoint)
         assert isinstance(before, RowHead) and isinstance(head, RowHead)
@@ -84,7 +84,9 @@ def copy_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
         head.norms.running = before.norms.running
 
 
-def _head_of(checkpoint: Checkpoint, topology: Topology, folder: str, **changes: Any) -> Head:
+def head_of_checkpoint(
+    checkpoint: Checkpoint, topology: Topology, folder: str, **changes: Any
+) -> Head:
     """An empty head like that of a checkpoint, or with another `num_classes`."""
     config = _config_of(checkpoint)
     if "classes" not in checkpoint.run:
@@ -159,7 +161,7 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
     """
     topology = Topology()
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
-        head = _head_of(checkpoint, topology, folder, num_classes=num_classes)
+        head = head_of_checkpoint(checkpoint, topology, folder, num_classes=num_classes)
         copy_rows(head, checkpoint, topology)
         state = {HEAD_PREFIX + name: tensor for name, tensor in head.state().items()}
         backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX))
