@@ -90,8 +90,8 @@ class Bank:
         return sum(store.rows.nbytes for store in self._store.values())
 
     @property
-    def units_at_once(self) -> int:
-        """Units that are worked on together."""
+    def units_per_chunk(self) -> int:
+        """Units that make a chunk."""
         unit_bytes = self.length * self.width * self.compute_dtype.itemsize
         return max(1, chunk_bytes(self.device) // unit_bytes)
 

@@ -159,7 +159,7 @@ class RowAdamW(RowOptimizer):
         bank.write(units, {"weight": rows} | state, step)
 
 
-def build(config: HeadOptimConfig) -> RowOptimizer:
+def build_row_optimizer(config: HeadOptimConfig) -> RowOptimizer:
     """The row optimizer of the config."""
     if config.kind == "adamw":
         return RowAdamW(config.betas, config.eps, config.weight_decay)

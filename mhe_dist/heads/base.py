@@ -72,11 +72,17 @@ def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
     return labels.masked_fill(empty | bad, -1)
 
 
-class Prediction(NamedTuple):
+class TopK(NamedTuple):
     """Top-k classes of a batch: `classes` int64 `[B, k]`, `scores` `[B, k]`, best first."""
 
     classes: Tensor
     scores: Tensor
+
+    @staticmethod
+    def join(parts: list[TopK]) -> TopK:
+        """Those of several batches, one after the other."""
+        classes = torch.cat([part.classes for part in parts])
+        return TopK(classes, torch.cat([part.scores for part in parts]))
 
 
 class Head(ABC):
@@ -121,7 +127,7 @@ class Head(ABC):
         """Update the rows touched since the last call; accumulated micro-batches sum."""
 
     @abstractmethod
-    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+    def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k over all classes; `embeddings` `[B, D]` are this rank's, all ranks must call."""
 
     @abstractmethod

@@ -25,12 +25,12 @@ class Chunk:
     padding: Tensor | None
 
 
-def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
-    """Group samples by head, heads with like many samples together.
+def chunks_by_head(heads: Tensor, max_heads: int) -> list[Chunk]:
+    """Group samples by head; heads with a similar number of samples share a chunk.
 
     Args:
         heads: head of each sample `[n]`.
-        most_heads: heads in a chunk at most.
+        max_heads: heads in a chunk at most.
 
     Returns:
         Chunks that cover each head once; a chunk wastes less than half of its places on padding.
@@ -39,14 +39,14 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
     samples = np.argsort(inverse, kind="stable")
     starts = np.cumsum(counts) - counts
     by_count = np.argsort(-counts, kind="stable")
-    chunks, at = [], 0
-    while at < len(unique):
-        most = int(counts[by_count[at]])
-        alike = np.searchsorted(-counts[by_count], -((most + 1) // 2), side="right")
-        picked = by_count[at : min(at + most_heads, int(alike))]
-        place = np.arange(most)[None, :]
-        padding = place >= counts[picked][:, None]
-        index = samples[starts[picked][:, None] + np.where(padding, 0, place)]
+    chunks, begin = [], 0
+    while begin < len(unique):
+        largest = int(counts[by_count[begin]])
+        similar = np.searchsorted(-counts[by_count], -((largest + 1) // 2), side="right")
+        picked = by_count[begin : min(begin + max_heads, int(similar))]
+        column = np.arange(largest)[None, :]
+        padding = column >= counts[picked][:, None]
+        index = samples[starts[picked][:, None] + np.where(padding, 0, column)]
         chunks.append(
             Chunk(
                 torch.from_numpy(unique[picked]),
@@ -54,7 +54,7 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
                 torch.from_numpy(padding) if padding.any() else None,
             )
         )
-        at += len(picked)
+        begin += len(picked)
     return chunks
 
 
@@ -62,22 +62,29 @@ def chunks_by_head(heads: Tensor, most_heads: int) -> list[Chunk]:
 LOGITS_BYTES = 1 << 28
 
 
-class OwnScores(NamedTuple):
-    """The rows' gradient from own heads, by sample, scaled.
+class GradientFactors(NamedTuple):
+    """The gradient of rows before it is summed over samples: a unit of L rows for each sample.
+
+    The gradient of a row `w` is the sum over samples of `weight * feature + radial * w`, already
+    scaled.
 
     Attributes:
         features: `[n, D]`.
-        weights: `a` of each sample against its own head `[n, L]`.
-        along: `b` of each sample `[n, L]`.
+        weights: `[n, L]`.
+        radial: `[n, L]`.
     """
 
     features: Tensor
     weights: Tensor
-    along: Tensor
+    radial: Tensor
 
     @staticmethod
-    def join(rounds: list[OwnScores]) -> OwnScores:
-        """The samples of several rounds, one after the other."""
-        return (
-            rounds[0] if len(rounds) == 1 else OwnScores(*map(torch.cat, zip(*rounds, strict=True)))
+    def join(parts: list[GradientFactors]) -> GradientFactors:
+        """The samples of several parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return GradientFactors(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.weights for part in parts]),
+            torch.cat([part.radial for part in parts]),
         )

@@ -53,6 +53,11 @@ class Margin:
         return self.config.scale if self.normalised else 1.0
 
     @property
+    def filter(self) -> float:
+        """Negatives with a higher cosine do not count; 0: all count."""
+        return self.config.filter
+
+    @property
     def needs_norms(self) -> bool:
         """Whether `target` needs the norms of the embeddings (AdaFace)."""
         return self.config.kind == "adaface"

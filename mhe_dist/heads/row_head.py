@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mhe_dist import seeds
-from mhe_dist.bank import row_optim as sparse_optim
-from mhe_dist.bank.bank import Bank, Units
+from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.repartition import Permutations, move
-from mhe_dist.bank.row_optim import Dense
+from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import all_reduce, gather_rows
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import Head, Prediction
+from mhe_dist.heads.base import Head, TopK
+from mhe_dist.heads.class_rows import ClassRows
 from mhe_dist.heads.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
 
 PREDICT_BYTES = 1 << 26
@@ -119,7 +119,7 @@ class RowHead(Head):
         self.permutations = Permutations(spec.num_classes, length, groups, spec.seed, every)
         self.permutation, self.layout = 0, self.permutations.layout(0)
         self.margin = Margin(spec.config.margin).at(0)
-        self.optimizer = sparse_optim.build(spec.config.optim)
+        self.optimizer = build_row_optimizer(spec.config.optim)
         self.groups = topology.share(groups)
         self.rounds = spec.micro_batches // topology.world_size
         self.bank = self._make_bank()
@@ -153,9 +153,10 @@ class RowHead(Head):
         self.permutation, self.layout = permutation, self.permutations.layout(permutation)
         self.bank = self._make_bank()
 
-    def with_margin(self, cosine: Tensor, norms: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Target cosines with their margin, and the derivative; see `Margin.target`."""
-        return self.margin.target(cosine, norms, *self.norms.running)
+    @property
+    def class_rows(self) -> ClassRows:
+        """The rows as they are in this step."""
+        return ClassRows(self.bank, self.layout, self.margin, self.norms.running)
 
     @property
     def width(self) -> int:
@@ -222,35 +223,8 @@ class RowHead(Head):
         length = self.layout.length
         return (self.spec.num_classes - heads * length).clamp(max=length)
 
-    def inverse_norms(self, rows: Tensor) -> Tensor:
-        """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""
-        if not self.margin.normalised:
-            return rows.new_ones(rows.shape[:-1])
-        return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
-
-    def of_unit_rows(self, units: Units, summed: Tensor) -> Dense:
-        """Gradient of rows from that of normalised rows `[U, L, width]`: `(g - (g u) u) / |w|`.
-
-        `summed` is overwritten.
-        """
-        if not self.margin.normalised:
-            return Dense(summed, None)
-        rows = self.bank.read(units)
-        inverse = self.inverse_norms(rows)
-        along = (summed * rows).sum(-1).mul_(inverse.pow(3)).neg_()
-        return Dense(summed.mul_(inverse.unsqueeze(-1)), along)
-
-    def padding(self, heads: Tensor) -> Tensor | None:
-        """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""
-        last = self.layout.heads - 1
-        if self.layout.num_classes % self.layout.length == 0 or not (heads == last).any():
-            return None
-        slots = torch.arange(self.layout.length)
-        position = heads[:, None] * self.layout.length + slots
-        return (position >= self.layout.num_classes).to(self.topology.device)
-
     @torch.no_grad()
-    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+    def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k over all classes; see `Head`. Scores are logits without a margin."""
         features = gather_rows(self.features(embeddings), self.topology)
         local = self._best_of_partition(features, k)
@@ -261,11 +235,11 @@ class RowHead(Head):
         scores = scores.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
         classes = classes.view(world_size, -1, k)[:, rows].transpose(0, 1).reshape(mine, -1)
         best, where = scores.topk(k, dim=1)
-        return Prediction(classes.gather(1, where), best)
+        return TopK(classes.gather(1, where), best)
 
-    def _best_of_partition(self, features: Tensor, k: int) -> Prediction:
+    def _best_of_partition(self, features: Tensor, k: int) -> TopK:
         """Top-k of this rank's classes, padded with class -1 and score -inf."""
-        layout, device = self.layout, self.topology.device
+        layout, class_rows, device = self.layout, self.class_rows, self.topology.device
         scores = features.new_full((len(features), k), float("-inf"))
         classes = torch.full((len(features), k), -1, device=device)
         row_bytes = layout.length * (self.width + len(features)) * features.element_size()
@@ -274,14 +248,14 @@ class RowHead(Head):
             rows = self.bank.read(units[start : start + chunk])
             heads = torch.arange(start, start + len(rows), device=device) + units.start
             logits = features @ rows.flatten(0, 1).T
-            logits *= self.inverse_norms(rows).view(1, -1) * self.margin.scale
+            logits *= class_rows.inverse_norms(rows).view(1, -1) * self.margin.scale
             slots = torch.arange(layout.length, device=device)
             ids = layout.classes(heads[:, None], slots[None, :]).view(-1)
             logits.masked_fill_(ids < 0, float("-inf"))
             scores, where = torch.cat([scores, logits], dim=1).topk(k, dim=1)
             ids = torch.cat([classes, ids.expand(len(features), -1)], dim=1)
             classes = ids.gather(1, where)
-        return Prediction(classes, scores)
+        return TopK(classes, scores)
 
     def state(self) -> dict[str, Tensor]:
         """Touched units of each group: `rows/<group>/units` and a tensor for each field."""

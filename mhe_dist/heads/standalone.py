@@ -30,7 +30,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import gather_rows
 from mhe_dist.distributed.topology import Topology, connect, default_device
 from mhe_dist.errors import UserError
-from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, Prediction
+from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
 from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec
 
@@ -202,7 +202,7 @@ class StandaloneHead:
         self._planned, self._next = [], 0
 
     @torch.no_grad()
-    def predict(self, embeddings: Tensor, k: int = 1) -> Prediction:
+    def predict(self, embeddings: Tensor, k: int = 1) -> TopK:
         """The k best of all classes for each of this rank's embeddings `[B, D]`.
 
         All ranks must call; the numbers of embeddings may differ.
@@ -210,7 +210,7 @@ class StandaloneHead:
         count = len(embeddings)
         longest = int(gather_rows(torch.tensor([count]), self.topology).max())
         found = self._head.predict(F.pad(embeddings, (0, 0, 0, longest - count)), k)
-        return Prediction(found.classes[:count], found.scores[:count])
+        return TopK(found.classes[:count], found.scores[:count])
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes: this rank's rows with their optimizer state.

@@ -255,8 +255,8 @@ def _bank_bytes(head: Any) -> float:
 def _touch_all_rows(head: Any) -> None:
     """Make all rows and their state resident, as they are in a long run."""
     bank = head.bank
-    for start in range(bank.units.start, bank.units.stop, bank.units_at_once):
-        units = range(start, min(start + bank.units_at_once, bank.units.stop))
+    for start in range(bank.units.start, bank.units.stop, bank.units_per_chunk):
+        units = range(start, min(start + bank.units_per_chunk, bank.units.stop))
         bank.touch(units)
         bank.write(units, {name: bank.read(units, name).clone() for name in bank.fields}, step=0)
 

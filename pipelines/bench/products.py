@@ -41,7 +41,7 @@ class BareProducts:
         self._products = [
             self._product(part, int(count))
             for count in counts.unique()
-            for part in unique[counts == count].split(head.bank.units_at_once)
+            for part in unique[counts == count].split(head.bank.units_per_chunk)
         ]
         groups = layout.group_of(heads)
         for group in groups.unique().tolist():

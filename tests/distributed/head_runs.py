@@ -17,10 +17,7 @@ from mhe_dist.bank import bank
 from mhe_dist.config.head import BankConfig, HeadConfig, MarginConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
-from mhe_dist.heads.gathered import softmax as across
-from mhe_dist.heads.multilevel import exchange as pairs
 from mhe_dist.heads.registry import build
-from mhe_dist.heads.routed import softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
 from tests.distributed.reference import DenseHead
@@ -149,8 +146,8 @@ def run(topology: Topology, job: Job) -> dict[str, Tensor]:
     with ExitStack() as patches:
         if job.cramped:
             patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
-            for module in (across, pairs, softmax):
-                patches.enter_context(mock.patch.object(module, "LOGITS_BYTES", 2000))
+            for module in ("gathered.softmax", "multilevel.exchange", "routed.softmax"):
+                patches.enter_context(mock.patch(f"mhe_dist.heads.{module}.LOGITS_BYTES", 2000))
         return _run(topology, job)
 
 

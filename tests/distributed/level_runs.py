@@ -44,7 +44,7 @@ class PlainLevels:
             layers[name] = DenseHead(job.config, projection.read())
         for layer in layers.values():
             layer.rows.requires_grad_()
-        lengths = list(head.code.lengths)
+        lengths = list(head.radix.lengths)
         return PlainLevels(job.config, job.num_classes, lengths, layers)
 
     @property
@@ -67,18 +67,18 @@ class PlainLevels:
         """Of the logits."""
         return 1.0 if self.config.margin.kind == "none" else self.config.margin.scale
 
-    def level_loss(self, cosines: Tensor, is_gold: Tensor, norm: Tensor) -> Tensor:
-        """Cross-entropy of the one gold, or the sum of the binary ones, with margin and filter."""
-        margin, golds = self.config.margin, cosines[is_gold]
-        negatives = cosines[~is_gold]
+    def level_loss(self, cosines: Tensor, is_target: Tensor, norm: Tensor) -> Tensor:
+        """Cross-entropy of one target, or the sum of the binary ones, with margin and filter."""
+        margin, targets = self.config.margin, cosines[is_target]
+        negatives = cosines[~is_target]
         if margin.filter:
             negatives = negatives[negatives <= margin.filter]
-        if margin.kind != "none" and len(golds):
-            golds = self.levels[0]._target(golds, norm.expand(len(golds)))
-        golds, negatives = golds * self.scale, negatives * self.scale
+        if margin.kind != "none" and len(targets):
+            targets = self.levels[0]._target(targets, norm.expand(len(targets)))
+        targets, negatives = targets * self.scale, negatives * self.scale
         if self.config.kind == "mhc" and self.config.mhc.multi_label:
-            return F.softplus(-golds).sum() + F.softplus(negatives).sum()
-        return F.cross_entropy(torch.cat([golds, negatives]), torch.tensor(0))
+            return F.softplus(-targets).sum() + F.softplus(negatives).sum()
+        return F.cross_entropy(torch.cat([targets, negatives]), torch.tensor(0))
 
     def log_scores(self, cosines: Tensor) -> Tensor:
         """What classes add to their path, if all that are scored are given."""
@@ -120,10 +120,10 @@ def product_sample(plain: PlainLevels, x: Tensor, label: int) -> Sample:
     for level in range(len(plain.lengths)):
         rows = plain.used_digits(level)
         cosines = plain.cosines(level, x, rows)
-        is_gold = torch.tensor(rows) == plain.digit(label, level)
-        losses.append(plain.level_loss(cosines, is_gold, x.detach().norm()))
+        is_target = torch.tensor(rows) == plain.digit(label, level)
+        losses.append(plain.level_loss(cosines, is_target, x.detach().norm()))
         seen += len(rows)
-        right &= bool(is_gold[cosines.argmax()])
+        right &= bool(is_target[cosines.argmax()])
     return Sample(torch.stack(losses).sum(), seen, right, [[0]] * len(plain.lengths))
 
 
@@ -134,20 +134,20 @@ def cascade_sample(plain: PlainLevels, x: Tensor, labels: set[int]) -> Sample:
         parents.append(sorted(beam))
         children = [p * length + j for p in beam for j in range(length)]
         children = [c for c in children if c < plain.prefixes(level)]
-        golds = {y // plain.stride(level) for y in labels}
+        targets = {y // plain.stride(level) for y in labels}
         cosines = plain.cosines(level, x, children)
-        is_gold = torch.tensor([c in golds for c in children])
-        losses.append(plain.level_loss(cosines, is_gold, x.detach().norm()))
+        is_target = torch.tensor([c in targets for c in children])
+        losses.append(plain.level_loss(cosines, is_target, x.detach().norm()))
         seen += len(children)
         paths = {
             c: beam[c // length] + s
             for c, s in zip(children, plain.log_scores(cosines), strict=True)
         }
         best = max(paths, key=lambda c: float(paths[c]))
-        chosen = sorted(paths, key=lambda c: (c not in golds, -float(paths[c])))
-        chosen = chosen[: max(plain.config.mhc.candidates, len(golds))]
+        chosen = sorted(paths, key=lambda c: (c not in targets, -float(paths[c])))
+        chosen = chosen[: max(plain.config.mhc.candidates, len(targets))]
         beam = {c: paths[c] for c in chosen}
-    return Sample(torch.stack(losses).sum(), seen, best in golds, parents)
+    return Sample(torch.stack(losses).sum(), seen, best in targets, parents)
 
 
 @dataclass(frozen=True)

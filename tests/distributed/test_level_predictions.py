@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mhe_dist.bank.class_layout import digits
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.multilevel.base import Code
+from mhe_dist.heads.multilevel.base import MixedRadix
 from mhe_dist.heads.multilevel.product import best_products
 from tests.distributed.head_runs import CLASSES, STEPS, Found, Job, run_all, run_cases
 from tests.distributed.level_jobs import PREDICTIONS, level_config
@@ -75,16 +75,16 @@ def test_a_wide_beam_is_exact() -> None:
 def test_best_products_are_exact(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     size = int(torch.tensor(lengths).prod())
-    code = Code(data.draw(st.integers(1, size)), tuple(lengths))
+    radix = MixedRadix(data.draw(st.integers(1, size)), tuple(lengths))
     k = data.draw(st.integers(1, size + 2))
     rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**30)))
-    used = [min(n, code.prefixes(level)) for level, n in enumerate(lengths)]
+    used = [min(n, radix.prefixes(level)) for level, n in enumerate(lengths)]
     scores = [torch.randn(3, n, generator=rng, dtype=torch.float64) for n in used]
-    found = best_products(scores, code, k)
-    total = torch.zeros(3, code.num_classes).double()
-    for own, digit in zip(scores, digits(torch.arange(code.num_classes), lengths).T, strict=True):
+    found = best_products(scores, radix, k)
+    total = torch.zeros(3, radix.num_classes).double()
+    for own, digit in zip(scores, digits(torch.arange(radix.num_classes), lengths).T, strict=True):
         total += own[:, digit]
-    best, classes = total.topk(min(k, code.num_classes), dim=1)
+    best, classes = total.topk(min(k, radix.num_classes), dim=1)
     assert found.classes[:, : best.shape[1]].tolist() == classes.tolist()
     torch.testing.assert_close(found.scores[:, : best.shape[1]], best)
     assert (found.classes[:, best.shape[1] :] == -1).all()

@@ -3,7 +3,7 @@
 The softmax runs across the ranks: of each sample, the normalisers, targets and highest cosines
 are all-reduced, `O(W * B)` numbers; the embeddings' gradient comes back by one reduce-scatter. The
 heads differ only in which units of the bank are in a step's softmax. All micro-batches of a step
-meet the same units, whose gradient is summed in one tensor of their size.
+use the same units, whose gradient is summed in one tensor of their size.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mhe_dist.distributed.collectives import all_gather
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
-from mhe_dist.heads.gathered.selection import GatheredRound, Selection, places
-from mhe_dist.heads.gathered.softmax import GatheredSoftmax
+from mhe_dist.heads.gathered.selection import GatheredBatch, Selection, positions_in
+from mhe_dist.heads.gathered.softmax import GatheredSoftmax, SelectedRows
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 
@@ -30,10 +30,10 @@ class GatheredHead(RowHead):
     def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
         super().__init__(spec, topology, length, every)
         self.selection = Selection(range(0), 0)
-        self.chunk_units = 1
-        self._rounds: list[GatheredRound] = []
+        self.units_per_chunk = 1
+        self._batches: list[GatheredBatch] = []
         self._gradient: Tensor | None = None
-        self._next, self._samples, self._batch = 0, 0, 0
+        self._next, self._samples, self._batch_size = 0, 0, 0
 
     @abstractmethod
     def select(self, present: Tensor) -> Selection:
@@ -43,12 +43,12 @@ class GatheredHead(RowHead):
             present: units of the classes in the step's global batch, distinct, ascending `[P]`.
         """
 
-    def hidden(self, turn: GatheredRound, units: Units) -> Tensor | None:
-        """Mask `[n, U]` on the device of the `units` that a sample must not see; None: sees all."""
+    def hidden(self, batch: GatheredBatch, units: Units) -> Tensor | None:
+        """Which of the `units` a sample must not see; see `SelectedRows`."""
         return None
 
-    def offsets(self, turn: GatheredRound, units: Units) -> Tensor | None:
-        """What is added to negatives of `units`, `[U]` or `[n, U]` on the device; None: nothing."""
+    def offsets(self, batch: GatheredBatch, units: Units) -> Tensor | None:
+        """What is added to the logits of negatives of `units`; see `SelectedRows`."""
         return None
 
     def classes_seen(self, units: Tensor) -> int:
@@ -59,53 +59,61 @@ class GatheredHead(RowHead):
         """Select the units of the step and find each sample's row; see `Head`."""
         self.begin(step)
         self.rounds = len(labels) // self.topology.world_size
-        self._next, self._batch, self._gradient = 0, labels.shape[1], None
+        self._next, self._batch_size, self._gradient = 0, labels.shape[1], None
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         units, slots = self.layout.locate(labels)
         present = torch.unique(units[units >= 0])
         self._samples = int((units >= 0).sum())
         self.selection = self.select(present)
         shape = (self.topology.world_size, self.rounds, -1)
-        by_round = zip(units.view(shape).unbind(1), slots.view(shape).unbind(1), strict=True)
-        self._rounds = [self._plan_round(*turn) for turn in by_round]
-        columns = max(self.topology.world_size * self._batch, self.width)
+        units, slots = units.view(shape), slots.view(shape)
+        self._batches = [self._plan_batch(units[:, i], slots[:, i]) for i in range(self.rounds)]
+        columns = max(self.topology.world_size * self._batch_size, self.width)
         unit_bytes = self.layout.length * columns * self.spec.dtype.itemsize
-        self.chunk_units = max(1, chunk_bytes(self.topology.device) // unit_bytes)
+        self.units_per_chunk = max(1, chunk_bytes(self.topology.device) // unit_bytes)
         self.bank.touch(self.selection.units)
 
-    def _plan_round(self, units: Tensor, slots: Tensor) -> GatheredRound:
+    def _plan_batch(self, units: Tensor, slots: Tensor) -> GatheredBatch:
         """Plan a micro-batch of each rank from units and slots `[W, B]`, -1 where no sample is."""
-        rank, batch = self.topology.rank, units.shape[1]
+        rank, size = self.topology.rank, units.shape[1]
         units, slots = units.flatten(), slots.flatten()
         samples = torch.nonzero(units >= 0).squeeze(1)
-        bounds = torch.searchsorted(samples, torch.tensor([rank * batch, (rank + 1) * batch]))
+        bounds = torch.searchsorted(samples, torch.tensor([rank * size, (rank + 1) * size]))
         units, slots = units[samples], slots[samples]
         local = torch.nonzero(self.bank.held(units)).squeeze(1)
-        columns = places(self.selection.units, units[local]) * self.layout.length + slots[local]
+        position = positions_in(self.selection.units, units[local])
+        columns = position * self.layout.length + slots[local]
         columns, order = torch.sort(columns)
-        return GatheredRound(samples, slice(*bounds.tolist()), units, local[order], columns)
+        mine = slice(int(bounds[0]), int(bounds[1]))
+        return GatheredBatch(samples, mine, units, local[order], columns)
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
         """Loss of the next planned micro-batch; see `Head`. All ranks must call."""
-        turn = self._rounds[self._next]
+        batch = self._batches[self._next]
         self._next += 1
         payload = self.payload(embeddings)
-        missing = self._batch - len(payload)
+        missing = self._batch_size - len(payload)
         payload = torch.nn.functional.pad(payload, (0, 0, 0, missing)) if missing else payload
         features, norms = self.unpack(all_gather(payload, self.topology))
         weight = self.topology.world_size * self.rounds / max(1, self._samples)
-        loss, accuracy = ClosedFormLoss.apply(features, partial(self._score, norms, turn), weight)
-        seen = torch.full_like(accuracy, self.classes_seen(turn.units[turn.mine]) * weight)
+        loss, accuracy = ClosedFormLoss.apply(features, partial(self._score, norms, batch), weight)
+        seen = torch.full_like(accuracy, self.classes_seen(batch.units[batch.mine]) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
     def _score(
-        self, norms: Tensor | None, turn: GatheredRound, features: Tensor, keep: bool
+        self, norms: Tensor | None, batch: GatheredBatch, features: Tensor, keep: bool
     ) -> ClosedForm:
-        """Score a round, and keep the rows' gradient if asked."""
-        samples = turn.samples.to(self.topology.device, non_blocking=True)
-        softmax = GatheredSoftmax(
-            self, turn, features[samples], None if norms is None else norms[samples]
+        """Score a micro-batch of all ranks, and keep the rows' gradient if `keep`."""
+        samples = batch.samples.to(self.topology.device, non_blocking=True)
+        selected = SelectedRows(
+            self.class_rows,
+            self.selection.units,
+            self.units_per_chunk,
+            partial(self.hidden, batch),
+            partial(self.offsets, batch),
         )
+        norms = None if norms is None else norms[samples]
+        softmax = GatheredSoftmax(selected, batch, features[samples], norms, self.topology)
         losses, correct = softmax.normalise()
         gradient = torch.zeros_like(features)
         if keep:
@@ -113,7 +121,7 @@ class GatheredHead(RowHead):
                 count = len(self.selection.units) * self.layout.length
                 self._gradient = features.new_zeros(count, self.width)
             gradient[samples] = softmax.gradients(self._gradient, 1 / max(1, self._samples))
-        return ClosedForm(losses[turn.mine].sum(), gradient, correct[turn.mine].sum())
+        return ClosedForm(losses[batch.mine].sum(), gradient, correct[batch.mine].sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -122,9 +130,9 @@ class GatheredHead(RowHead):
             units, length = self.selection.units, self.layout.length
             summed = self._gradient.view(-1, length, self.width)
             lr *= self.spec.config.optim.lr_scale
-            for start in range(0, len(units), self.chunk_units):
-                chunk = slice(start, start + self.chunk_units)
-                gradient = self.of_unit_rows(units[chunk], summed[chunk])
+            for start in range(0, len(units), self.units_per_chunk):
+                chunk = slice(start, start + self.units_per_chunk)
+                gradient = self.class_rows.unnormalize_grad(units[chunk], summed[chunk])
                 self.optimizer.update(self.bank, units[chunk], gradient, lr, self.step_number)
         self._gradient = None
         self.bank.release()

@@ -12,7 +12,7 @@ from mhe_dist import seeds
 from mhe_dist.bank.bank import Units
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.gathered.base import GatheredHead
-from mhe_dist.heads.gathered.selection import GatheredRound, Selection
+from mhe_dist.heads.gathered.selection import GatheredBatch, Selection
 from mhe_dist.heads.row_head import HeadSpec
 
 
@@ -49,15 +49,15 @@ class MhsGather(GatheredHead):
         heads = torch.from_numpy(np.union1d(present.numpy(), self._extra.numpy()))
         return Selection(heads[self.bank.held(heads)], int(self.classes_in(heads).sum()))
 
-    def hidden(self, turn: GatheredRound, units: Units) -> Tensor | None:
+    def hidden(self, batch: GatheredBatch, units: Units) -> Tensor | None:
         """Without `batch`, hide heads that are neither extra nor the sample's own."""
         if self._shared:
             return None
         device = self.topology.device
         extra = _among(self._extra, torch.as_tensor(units)).to(device, non_blocking=True)
-        return ~(self._own(turn, units) | extra)
+        return ~(self._own(batch, units) | extra)
 
-    def offsets(self, turn: GatheredRound, units: Units) -> Tensor | None:
+    def offsets(self, batch: GatheredBatch, units: Units) -> Tensor | None:
         """`log(1 / q)` of sampled heads, if asked for.
 
         q is the share that was drawn of the heads that a sample would otherwise not see: of all
@@ -72,10 +72,10 @@ class MhsGather(GatheredHead):
             q = drawn / max(1, self.layout.heads - len(self._present))
             log = -math.log(q) if drawn else 0.0
             return (absent.to(dtype) * log).to(device, non_blocking=True)
-        seen = self.extra_heads - _among(self._extra, turn.units).to(dtype)
+        seen = self.extra_heads - _among(self._extra, batch.units).to(dtype)
         offset = (max(1, self.layout.heads - 1) / seen.clamp_min(1)).log()
         offset = offset.to(device, non_blocking=True).unsqueeze(1)
-        return torch.where(self._own(turn, units), 0.0, offset)
+        return torch.where(self._own(batch, units), 0.0, offset)
 
     def classes_seen(self, units: Tensor) -> int:
         """Sum of the classes in the samples' softmax; see `GatheredHead`."""
@@ -84,15 +84,15 @@ class MhsGather(GatheredHead):
         own = self.classes_in(units[~_among(self._extra, units)])
         return int(own.sum()) + len(units) * int(self.classes_in(self._extra).sum())
 
-    def _own(self, turn: GatheredRound, units: Units) -> Tensor:
+    def _own(self, batch: GatheredBatch, units: Units) -> Tensor:
         """Mask `[n, U]`: whether a unit is the sample's own head."""
         device = self.topology.device
-        own, units = (torch.as_tensor(u).to(device, non_blocking=True) for u in (turn.units, units))
-        return own.unsqueeze(1) == units
+        own = batch.units.to(device, non_blocking=True)
+        return own.unsqueeze(1) == torch.as_tensor(units).to(device, non_blocking=True)
 
 
-def _among(heads: Tensor, wanted: Tensor) -> Tensor:
-    """Which of `wanted` are in the ascending `heads`."""
+def _among(heads: Tensor, candidates: Tensor) -> Tensor:
+    """Which of `candidates` are in the ascending `heads`."""
     if not len(heads):
-        return torch.zeros_like(wanted, dtype=torch.bool)
-    return heads[torch.searchsorted(heads, wanted).clamp_max(len(heads) - 1)] == wanted
+        return torch.zeros_like(candidates, dtype=torch.bool)
+    return heads[torch.searchsorted(heads, candidates).clamp_max(len(heads) - 1)] == candidates

@@ -1,4 +1,4 @@
-"""Which rows are in a step's softmax, and where each sample of a micro-batch finds its own."""
+"""Which rows are in a step's softmax, and where each sample's own row is among them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Selection(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GatheredRound:
+class GatheredBatch:
     """One micro-batch of every rank; all on the host.
 
     Attributes:
-        samples: `[n]`, places of the samples with a label in the gathered batch `[W * B]`.
+        samples: `[n]`, positions of the samples with a label in the gathered batch `[W * B]`.
         mine: the slice of these samples that is this rank's.
         units: `[n]`, the unit of each one's class.
         local: `[t]`, the samples whose class is on this rank, by ascending column.
@@ -42,8 +42,8 @@ class GatheredRound:
     columns: Tensor
 
 
-def places(units: Units, wanted: Tensor) -> Tensor:
-    """Where each of `wanted`, all of which are there, is in the ascending `units`."""
+def positions_in(units: Units, members: Tensor) -> Tensor:
+    """Position in the ascending `units` of each of `members`, all of which are in it."""
     if isinstance(units, range):
-        return wanted - units.start
-    return torch.searchsorted(units, wanted)
+        return members - units.start
+    return torch.searchsorted(units, members)

@@ -1,7 +1,7 @@
-"""What the heads share that score a class digit by digit: `mhp.py` and `mhc.py`.
+"""What the heads that score a class digit by digit share: `product.py` and `cascade.py`.
 
-Each level's loss is formed with its gradient (see `level_pass.py`), so that rows and projections
-get theirs in the forward pass, with the final scale, and the embeddings' is handed to autograd.
+Each level's loss is formed with its gradient (see `beam.py`). So rows and projections get theirs in
+the forward pass, in the final scale; the embeddings' goes to autograd.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhe_dist.bank import row_optim as sparse_optim
 from mhe_dist.bank.class_layout import balanced_lengths
+from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, check_labels
 from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.margins import Margin
-from mhe_dist.heads.multilevel.beam import LevelPass
 from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
-from mhe_dist.heads.multilevel.rows import Level, Replicated, ShardedLevel
+from mhe_dist.heads.multilevel.rows import Level, ReplicatedRows, ShardedLevel
 from mhe_dist.heads.row_head import HeadSpec, NormTracker
 
 
 @dataclass(frozen=True)
-class Code:
+class MixedRadix:
     """The mixed radix of a head: which digits and prefixes have a class.
 
     A *prefix* of level h is what is left of a class when the digits below h are dropped. Padding
@@ -45,8 +44,8 @@ class Code:
     lengths: tuple[int, ...]
 
     @staticmethod
-    def of(num_classes: int, lengths: Sequence[int], key: str) -> Code:
-        """The code of the configured lengths, by default two near the root of C.
+    def of(num_classes: int, lengths: Sequence[int], key: str) -> MixedRadix:
+        """The configured lengths, by default two near the root of C.
 
         Raises:
             UserError: the lengths hold fewer than C classes; `key` is where they are configured.
@@ -58,7 +57,7 @@ class Code:
                 f"{num_classes} classes of data.shards; use e.g. "
                 f"{balanced_lengths(num_classes, len(chosen))}, or leave it empty"
             )
-        return Code(num_classes, chosen)
+        return MixedRadix(num_classes, chosen)
 
     def stride(self, level: int) -> int:
         """Classes that share a prefix of `level` (from 0)."""
@@ -69,8 +68,8 @@ class Code:
         return -(-self.num_classes // self.stride(level))
 
 
-class Judged(NamedTuple):
-    """What a head says of a micro-batch.
+class LevelLoss(NamedTuple):
+    """What a micro-batch leads to in all levels.
 
     Attributes:
         losses: `[B]`, summed over levels.
@@ -85,15 +84,15 @@ class Judged(NamedTuple):
     classes_seen: int
 
     @staticmethod
-    def nothing(features: Tensor) -> Judged:
+    def zero(features: Tensor) -> LevelLoss:
         """Before any level: no loss, all correct."""
         losses = features.new_zeros(len(features))
-        return Judged(losses, [], torch.ones_like(losses, dtype=torch.bool), 0)
+        return LevelLoss(losses, [], torch.ones_like(losses, dtype=torch.bool), 0)
 
-    def add(self, through: LevelPass, losses: Tensor, gradient: Tensor) -> Judged:
+    def add(self, losses: Tensor, gradient: Tensor, classes_seen: int) -> LevelLoss:
         """With one more level, `correct` as it was."""
-        seen = self.classes_seen + through.classes_seen()
-        return Judged(self.losses + losses, [*self.gradients, gradient], self.correct, seen)
+        seen = self.classes_seen + classes_seen
+        return LevelLoss(self.losses + losses, [*self.gradients, gradient], self.correct, seen)
 
 
 class LevelHead(Head):
@@ -101,54 +100,65 @@ class LevelHead(Head):
 
     Args:
         spec: what to build.
-        code: how classes are cut into levels.
-        topology: this rank's place.
+        radix: how classes are cut into levels.
+        topology: the ranks.
         multi_label: whether a sample has any number of labels, and the loss is binary.
     """
 
     def __init__(
-        self, spec: HeadSpec, code: Code, topology: Topology, multi_label: bool = False
+        self, spec: HeadSpec, radix: MixedRadix, topology: Topology, multi_label: bool = False
     ) -> None:
-        self.spec, self.code, self.topology, self.multi_label = spec, code, topology, multi_label
+        self.spec, self.radix, self.topology, self.multi_label = spec, radix, topology, multi_label
         self.objective: Objective = BinaryCrossEntropy() if multi_label else CrossEntropy()
         self.margin = Margin(spec.config.margin).at(0)
-        self.optimizer = sparse_optim.build(spec.config.optim)
+        self.optimizer = build_row_optimizer(spec.config.optim)
         self.norms = NormTracker(spec, topology)
         self.rounds = spec.micro_batches // topology.world_size
         self.levels: dict[str, Level] = {}
-        self.projections: dict[str, Replicated] = {}
+        self.projections: dict[str, ReplicatedRows] = {}
         self._step, self._samples = 0, 0
 
     @abstractmethod
-    def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
+    def level_features(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """Features of each level, differentiable in `embeddings` `[B, D]` and `projections`."""
 
     @abstractmethod
-    def golds(self, labels: Tensor) -> list[Tensor]:
+    def targets(self, labels: Tensor) -> list[Tensor]:
         """Of labels `[B, K]`, distinct local classes of each level `[B, K]`; -1 for none."""
 
     @abstractmethod
-    def judge(
-        self, features: list[Tensor], golds: list[Tensor], norms: Tensor | None, share: float | None
-    ) -> Judged:
-        """Take a micro-batch through the levels."""
+    def score_levels(
+        self,
+        features: list[Tensor],
+        targets: list[Tensor],
+        norms: Tensor | None,
+        share: float | None,
+    ) -> LevelLoss:
+        """Take a micro-batch through the levels.
+
+        Args:
+            features: `[B, width]` of each level.
+            targets: as the method of that name gives them.
+            norms: of the embeddings `[B]`, for margins that depend on them.
+            share: scale of the rows' gradient, `1 / N`; None: it is not wanted.
+        """
 
     def plan(self, step: int, labels: Tensor) -> None:
         """Check the labels and count the samples; see `Head`."""
         self._step, self.margin = step, self.margin.at(step)
         self.rounds = len(labels) // self.topology.world_size
         self._samples = int(self._kept(self._checked(labels)).sum())
-        for part in (*self.levels.values(), *self.projections.values()):
-            part.drop()
+        for part in (self.levels | self.projections).values():
+            part.clear_gradient()
 
     def expect(self, step: int, labels: Tensor) -> None:
-        """Nothing: which rows a level meets is known when the level above was scored."""
+        """Nothing: the rows of a level are known only when the level above has been scored."""
 
     def _checked(self, labels: Tensor) -> Tensor:
         """Labels `[n, B, K]`: in `[0, C)`, or -1 for none, or `NO_SAMPLE` for what does not count.
 
-        A sample does not count if it is not there or if none of its labels is good and one is bad;
-        with many labels per sample it may have none at all.
+        A sample does not count if it is absent, or if it has bad labels and no good one; with many
+        labels per sample it may have none at all.
         """
         if labels.dim() == 3 and not self.multi_label:
             raise ValueError(f"labels {tuple(labels.shape)}: this head takes one per sample")
@@ -156,7 +166,7 @@ class LevelHead(Head):
         padding = labels == (-1 if self.multi_label else NO_SAMPLE)
         known = check_labels(
             labels.masked_fill(padding, NO_SAMPLE),
-            self.code.num_classes,
+            self.radix.num_classes,
             self.spec.config.on_bad_label,
         )
         bad = ((known < 0) & ~padding).any(-1, keepdim=True)
@@ -178,35 +188,36 @@ class LevelHead(Head):
         return HeadOutput(loss, {"accuracy": correct, "classes_seen": classes_seen})
 
     def _score(
-        self, labels: Tensor, place: Tensor, seen: list[int], embeddings: Tensor, keep: bool
+        self, labels: Tensor, index: Tensor, seen: list[int], embeddings: Tensor, keep: bool
     ) -> ClosedForm:
-        """Score the samples at `place` of `embeddings`; keep what is learned, if asked."""
+        """Score the samples at `index` of `embeddings`; keep the rows' gradient if `keep`."""
         share = 1 / max(1, self._samples) if keep else None
         with torch.enable_grad():
-            inside = embeddings.detach()[place].to(self.spec.dtype).requires_grad_()
-            learned = [part.read().requires_grad_() for part in self.projections.values()]
-            views = self.views(inside, learned)
+            inputs = embeddings.detach()[index].to(self.spec.dtype).requires_grad_()
+            projections = [part.read().requires_grad_() for part in self.projections.values()]
+            features = self.level_features(inputs, projections)
         norms = None
         if self.norms.needed:
-            everyone = embeddings.detach().norm(dim=1).to(self.spec.dtype)
-            self.norms.add(everyone)
-            norms = everyone[place]
-        judged = self.judge([view.detach() for view in views], self.golds(labels), norms, share)
-        seen.append(judged.classes_seen)
-        grads = torch.autograd.grad(views, [inside, *learned], judged.gradients)
+            all_norms = embeddings.detach().norm(dim=1).to(self.spec.dtype)
+            self.norms.add(all_norms)
+            norms = all_norms[index]
+        detached = [of_level.detach() for of_level in features]
+        loss = self.score_levels(detached, self.targets(labels), norms, share)
+        seen.append(loss.classes_seen)
+        grads = torch.autograd.grad(features, [inputs, *projections], loss.gradients)
         if share is not None:
             for part, gradient in zip(self.projections.values(), grads[1:], strict=True):
-                part.add(gradient * share)
+                part.add_gradient(gradient * share)
         gradient = torch.zeros_like(embeddings)
-        gradient[place] = grads[0].to(gradient)
-        correct = judged.correct.to(self.spec.dtype).sum()
-        return ClosedForm(judged.losses.sum(), gradient, correct)
+        gradient[index] = grads[0].to(gradient)
+        correct = loss.correct.to(self.spec.dtype).sum()
+        return ClosedForm(loss.losses.sum(), gradient, correct)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         if self._samples:
-            for part in (*self.levels.values(), *self.projections.values()):
+            for part in (self.levels | self.projections).values():
                 part.update(lr * self.spec.config.optim.lr_scale, self._step)
         self.norms.step()
 

@@ -1,22 +1,21 @@
 """One micro-batch through one level of local classes, seen from the samples' rank.
 
-The rank asks the owners of the units for what they make of its pairs (`pairs.py`), joins that into
-each sample's loss (`objectives.py`), tells them, and gets the gradient of its features; with the
-scores of the classes it also chooses the parents of the next level.
+The owners of the units score this rank's pairs (`exchange.py`). This rank joins their answers into
+each sample's loss (`losses.py`), sends the derivatives back, and receives the gradient of its
+features. From the scores of the classes it also chooses the parents of the next level.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.exchange import Exchange, Scorer, sum_by
+from mhe_dist.heads.multilevel.losses import Objective
 from mhe_dist.heads.multilevel.rows import Level
-
-if TYPE_CHECKING:
-    from mhe_dist.heads.multilevel.base import LevelHead
 
 
 class Beam(NamedTuple):
@@ -41,58 +40,66 @@ class LevelPass:
     """One micro-batch in one level, seen from the samples' rank; all ranks must go through it.
 
     Args:
-        head: margin, objective.
-        level: whose rows.
+        level: the rows.
         features: `[B, width]` of this rank's samples, on the device.
         beam: the parents whose children are scored.
-        golds: int64 `[B, K]` on the host, distinct prefixes of this level whose parents are in
+        targets: int64 `[B, K]` on the host, distinct prefixes of this level whose parents are in
             `beam`; -1 for none.
-        most: children of each parent that may go on.
+        limit: children of each parent that may go on.
+        objective: the loss of the level.
+        margin: that of the step.
         training: whether the filter of suspicious negatives applies, and the scores along a path
-            are logits and not log-scores. (Golds are not among the negatives then. For a softmax
-            both differ by what is the same for all classes of a sample.)
+            are logits and not log-scores. (Targets are not among the negatives then. For a softmax
+            the two differ by the same amount for all classes of a sample.)
     """
 
     def __init__(
         self,
-        head: LevelHead,
         level: Level,
         features: Tensor,
         beam: Beam,
-        golds: Tensor,
-        most: int,
+        targets: Tensor,
+        limit: int,
+        objective: Objective,
+        margin: Margin,
         training: bool = True,
     ) -> None:
-        self.head, self.level, self.beam, self.golds = head, level, beam, golds
-        self._features = features
-        self.device, objective, scale = features.device, head.objective, head.margin.scale
-        self.exchange = Exchange(beam.prefixes, golds, level.layout, level.topology)
+        self.level, self.beam, self.targets = level, beam, targets
+        self.objective, self.margin = objective, margin
+        self._features, self.device = features, features.device
+        self.exchange = Exchange(beam.prefixes, targets, level.layout, level.topology)
         self._samples = self.exchange.samples.to(self.device)
         self._columns = self.exchange.columns.to(self.device)
-        self.present = (golds >= 0).to(self.device)
-        threshold = head.spec.config.margin.filter if training else 0.0
-        here, pairs = self.exchange.features(features), self.exchange.pairs
-        self._scorer = Scorer(level, here, pairs, objective, scale, threshold)
-        scores = self._scorer.look(most)
-        numbers = torch.cat([scores.negatives[:, None], scores.golds, scores.best], dim=1)
-        numbers, slots = self.exchange.answer(numbers), self.exchange.answer(scores.slots)
-        pieces = features.new_full(beam.prefixes.shape, objective.nothing)
-        pieces[self._samples, self._columns] = numbers[:, 0]
-        self.negatives = objective.join(pieces)
+        self.present = (targets >= 0).to(self.device)
+        self._scorer = Scorer(
+            level,
+            self.exchange.features(features),
+            self.exchange.pairs,
+            objective,
+            margin.scale,
+            filter=margin.filter if training else 0.0,
+        )
+        scores = self._scorer.score(limit)
+        numbers = torch.cat([scores.negatives[:, None], scores.targets, scores.best], dim=1)
+        numbers, slots = self.exchange.send_back(numbers), self.exchange.send_back(scores.slots)
+        parts = features.new_full(beam.prefixes.shape, objective.empty)
+        parts[self._samples, self._columns] = numbers[:, 0]
+        self.negatives = objective.join(parts)
         self._normaliser = torch.zeros_like(self.negatives) if training else self.negatives
-        count = golds.shape[1]
-        golds_of_pairs = numbers[:, 1 : count + 1]
-        self.cosines = sum_by(self.exchange.samples, golds_of_pairs, len(features))
+        count = targets.shape[1]
+        targets_of_pairs = numbers[:, 1 : count + 1]
+        self.target_cosines = sum_by(self.exchange.samples, targets_of_pairs, len(features))
         self.children, self.paths = self._pool(numbers[:, count + 1 :], slots)
-        self.gold_paths = self._gold_paths()
+        self.target_paths = self._target_paths()
 
     def _score(self, cosine: Tensor, normaliser: Tensor) -> Tensor:
         """What a class adds to its path."""
-        return self.head.objective.log_score(cosine * self.head.margin.scale, normaliser)
+        return self.objective.log_score(cosine * self.margin.scale, normaliser)
 
     def _pool(self, best: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Best children `[B, k * m]` of all parents of each sample, and their paths."""
-        where, shape = (self._samples, self._columns), (*self.beam.prefixes.shape, best.shape[1])
+        where, batch = (self._samples, self._columns), self.beam.prefixes.shape
+        shape = (batch[0], batch[1], best.shape[1])
         units = self.beam.prefixes[self.exchange.samples, self.exchange.columns].to(self.device)
         children = torch.full(shape, -1, device=self.device)
         paths = best.new_full(shape, float("-inf"))
@@ -101,53 +108,59 @@ class LevelPass:
         paths[where] = own + self.beam.paths[where].unsqueeze(1)
         return children.flatten(1), paths.flatten(1)
 
-    def _gold_paths(self) -> Tensor:
-        """Paths of the golds `[B, K]`, -inf for none."""
-        parents = torch.div(self.golds, self.level.layout.length, rounding_mode="floor")
+    def _target_paths(self) -> Tensor:
+        """Paths of the targets `[B, K]`, -inf for none."""
+        parents = torch.div(self.targets, self.level.layout.length, rounding_mode="floor")
         column = (self.beam.prefixes[:, None, :] == parents[:, :, None]).int().argmax(-1)
         above = self.beam.paths.gather(1, column.to(self.device))
-        paths = above + self._score(self.cosines, self._normaliser.unsqueeze(1))
+        paths = above + self._score(self.target_cosines, self._normaliser.unsqueeze(1))
         return paths.masked_fill(~self.present, float("-inf"))
 
     @property
     def correct(self) -> Tensor:
-        """Whether no class of the level that was scored has a better path than the best gold."""
-        return self.present.any(1) & (self.gold_paths.amax(1) >= self.paths.amax(1))
+        """Whether no class of the level that was scored has a better path than the best target."""
+        return self.present.any(1) & (self.target_paths.amax(1) >= self.paths.amax(1))
 
     def classes_seen(self) -> int:
         """Classes scored, summed over this rank's samples."""
         units, layout = self.beam.prefixes[self.beam.prefixes >= 0], self.level.layout
         return int((layout.num_classes - units * layout.length).clamp(max=layout.length).sum())
 
-    def train(self, norms: Tensor | None, share: float | None) -> tuple[Tensor, Tensor]:
+    def train(
+        self, norms: Tensor | None, norm_statistics: Tensor, share: float | None
+    ) -> tuple[Tensor, Tensor]:
         """Losses `[B]` and the gradient of their sum `[B, width]`; the level keeps its rows'.
 
-        `share` is the scale of the rows' gradient; if None, no gradient is formed and it is zero.
+        Args:
+            norms: of the embeddings `[B]`, for margins that depend on them.
+            norm_statistics: AdaFace's running mean and deviation `[2]`.
+            share: scale of the rows' gradient, `1 / N`; None: no gradient is formed, and zeros are
+                returned.
         """
-        head, shape = self.head, self.cosines.shape
+        shape, scale = self.target_cosines.shape, self.margin.scale
         spread = None if norms is None else norms[:, None].expand(shape).flatten()
-        mean, std = head.norms.running
-        phi, slope = head.margin.target(self.cosines.flatten(), spread, mean, std)
-        scale = head.margin.scale
-        settled = head.objective.settle(self.negatives, phi.view(shape) * scale, self.present)
+        mean, std = norm_statistics
+        phi, slope = self.margin.target(self.target_cosines.flatten(), spread, mean, std)
+        logits = phi.view(shape) * scale
+        result = self.objective.loss_and_grad(self.negatives, logits, self.present)
         if share is None:
-            return settled.losses, torch.zeros_like(self._features)
-        golds = settled.gold * slope.view(shape) * scale
-        message = torch.cat([settled.total[:, None], golds], dim=1)[self._samples]
-        arrived = self.exchange.ask(message)
+            return result.losses, torch.zeros_like(self._features)
+        grad = result.target_grad * slope.view(shape) * scale
+        message = torch.cat([result.normaliser[:, None], grad], dim=1)[self._samples]
+        arrived = self.exchange.send(message)
         gradient = self._scorer.finish(arrived[:, 0], arrived[:, 1:], share)
-        return settled.losses, self.exchange.gradient(gradient)
+        return result.losses, self.exchange.gradient(gradient)
 
-    def descend(self, most: int) -> Beam:
-        """The `most` best prefixes of each sample, all golds first, however many they are."""
-        golds = self.golds.to(self.device)
-        prefixes = torch.cat([golds, self.children], dim=1)
-        paths = torch.cat([self.gold_paths, self.paths], dim=1)
+    def descend(self, width: int) -> Beam:
+        """The `width` best prefixes of each sample; all targets first, however many they are."""
+        targets = self.targets.to(self.device)
+        prefixes = torch.cat([targets, self.children], dim=1)
+        paths = torch.cat([self.target_paths, self.paths], dim=1)
         order = paths.clone()
-        order[:, : golds.shape[1]].masked_fill_(self.present, float("inf"))
-        width = min(max(most, golds.shape[1]), order.shape[1])
-        best, where = order.topk(width, dim=1)
-        limit = self.present.sum(1, keepdim=True).clamp_min(most)
-        absent = (best == float("-inf")) | (torch.arange(width, device=self.device) >= limit)
+        order[:, : targets.shape[1]].masked_fill_(self.present, float("inf"))
+        columns = min(max(width, targets.shape[1]), order.shape[1])
+        best, where = order.topk(columns, dim=1)
+        count = self.present.sum(1, keepdim=True).clamp_min(width)
+        absent = (best == float("-inf")) | (torch.arange(columns, device=self.device) >= count)
         chosen = prefixes.gather(1, where).masked_fill(absent, -1)
         return Beam(chosen.cpu(), paths.gather(1, where).masked_fill(absent, float("-inf")))

@@ -2,7 +2,7 @@
 
 Level 1 scores all its prefixes with a linear layer. Level h + 1 scores
 `<Embedding[child], Linear_h(F)>` for the children of the k candidates of level h, which are the
-best by the sum of the scores on their path and always include the golds' prefixes. The losses of
+best by the sum of the scores on their path and always include the targets' prefixes. The losses of
 the levels are summed: cross-entropy, or with many labels per sample the binary cross-entropy of
 every class that is scored.
 
@@ -11,7 +11,7 @@ in the last level one per class, are sharded by parent and updated only where a 
 were scored. Padding prefixes, which begin no class, are masked and never updated.
 
 Margins are those of the other heads: with a normalised one, a score is s times the cosine of a row
-and the projected embedding, the margin applies to the golds of every level, and the projections
+and the projected embedding, the margin applies to the targets of every level, and the projections
 start as identities, so that a cascade begins as cosines with the embedding itself. `none` is the
 paper's inner product, with a bias per row; take that for many labels per sample, since without a
 bias cosines must be negative for a class to be improbable.
@@ -26,34 +26,34 @@ from torch.nn import functional as F
 from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import Prediction
-from mhe_dist.heads.multilevel.base import Code, Judged, LevelHead
+from mhe_dist.heads.base import TopK
+from mhe_dist.heads.multilevel.base import LevelHead, LevelLoss, MixedRadix
 from mhe_dist.heads.multilevel.beam import Beam, LevelPass
-from mhe_dist.heads.multilevel.rows import Replicated, ShardedLevel, SharedLevel
+from mhe_dist.heads.multilevel.rows import ReplicatedRows, ShardedLevel, SharedLevel
 from mhe_dist.heads.row_head import PREDICT_BYTES, HeadSpec, features_of
 
 
 class MultiHeadCascade(LevelHead):
     """A cascade of any number of levels; see the module.
 
-    `accuracy` counts samples whose best path among those scored ends in a gold, `classes_seen` the
-    rows scored in all levels.
+    `accuracy` counts samples whose best path among those scored ends in a target; `classes_seen`
+    counts the rows scored in all levels.
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhc
-        code = Code.of(spec.num_classes, config.lengths, "head.mhc.lengths")
-        super().__init__(spec, code, topology, config.multi_label)
+        radix = MixedRadix.of(spec.num_classes, config.lengths, "head.mhc.lengths")
+        super().__init__(spec, radix, topology, config.multi_label)
         self.candidates = config.candidates
         purpose = "cascade level_1"
-        first = SharedLevel(code.prefixes(0), purpose, self.optimizer, spec, topology)
+        first = SharedLevel(radix.prefixes(0), purpose, self.optimizer, spec, topology)
         self.levels["level_1"] = first
-        for level, length in list(enumerate(code.lengths))[1:]:
+        for level, length in list(enumerate(radix.lengths))[1:]:
             name = f"level_{level + 1}"
-            layout = LabelLayout(code.prefixes(level), length, spec.config.groups, 0)
+            layout = LabelLayout(radix.prefixes(level), length, spec.config.groups, 0)
             purpose = f"cascade {name}"
             self.levels[name] = ShardedLevel(layout, purpose, self.optimizer, spec, topology)
-            self.projections[f"projection_{level + 1}"] = Replicated(
+            self.projections[f"projection_{level + 1}"] = ReplicatedRows(
                 spec.width, spec.width + 1, self._identity, self.optimizer, spec, topology
             )
 
@@ -62,54 +62,64 @@ class MultiHeadCascade(LevelHead):
         eye = torch.eye(self.spec.width, dtype=self.spec.dtype, device=units.device)
         return F.pad(eye, (0, 1)).unsqueeze(0)
 
-    def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
+    def level_features(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """The embedding for level 1, its projections for the others; see `LevelHead`."""
         projected = [F.linear(embeddings, rows[:, :-1], rows[:, -1]) for rows in projections]
-        return [features_of(view, self.margin) for view in (embeddings, *projected)]
+        return [features_of(inputs, self.margin) for inputs in (embeddings, *projected)]
 
-    def golds(self, labels: Tensor) -> list[Tensor]:
+    def targets(self, labels: Tensor) -> list[Tensor]:
         """The distinct prefixes of each level; see `LevelHead`."""
-        golds = []
-        for level in range(len(self.code.lengths)):
-            prefixes = torch.where(labels < 0, -1, labels // self.code.stride(level))
+        targets = []
+        for level in range(len(self.radix.lengths)):
+            prefixes = torch.where(labels < 0, -1, labels // self.radix.stride(level))
             prefixes = prefixes.sort(dim=-1).values
             again = F.pad(prefixes.diff(dim=-1) == 0, (1, 0))
-            golds.append(prefixes.masked_fill(again, -1))
-        return golds
+            targets.append(prefixes.masked_fill(again, -1))
+        return targets
 
-    def judge(
-        self, features: list[Tensor], golds: list[Tensor], norms: Tensor | None, share: float | None
-    ) -> Judged:
+    def score_levels(
+        self,
+        features: list[Tensor],
+        targets: list[Tensor],
+        norms: Tensor | None,
+        share: float | None,
+    ) -> LevelLoss:
         """From level to level; see `LevelHead`."""
-        judged, beam = Judged.nothing(features[0]), Beam.root(features[0])
-        for level, view, gold in zip(self.levels.values(), features, golds, strict=True):
-            through = LevelPass(self, level, view, beam, gold, self.candidates)
-            judged = judged.add(through, *through.train(norms, share))
-            beam = through.descend(self.candidates)
-        return judged._replace(correct=through.correct)
+        loss, beam = LevelLoss.zero(features[0]), Beam.root(features[0])
+        for level, inputs, target in zip(self.levels.values(), features, targets, strict=True):
+            level_pass = LevelPass(
+                level, inputs, beam, target, self.candidates, self.objective, self.margin
+            )
+            losses, gradient = level_pass.train(norms, self.norms.running, share)
+            loss = loss.add(losses, gradient, level_pass.classes_seen())
+            beam = level_pass.descend(self.candidates)
+        return loss._replace(correct=level_pass.correct)
 
     @torch.no_grad()
-    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+    def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k by a beam of `max(k, candidates)`; scores are sums of log-scores; see `Head`."""
         widest = max(level.layout.length for level in self.levels.values())
-        part = max(1, PREDICT_BYTES // (8 * widest * max(k, self.candidates)))
-        rounds = all_reduce(torch.tensor(-(-len(embeddings) // part)), self.topology, "max")
-        parts = [
-            self._beam_search(embeddings[start * part : (start + 1) * part], k)
-            for start in range(max(1, int(rounds)))
-        ]
-        return Prediction(*map(torch.cat, zip(*parts, strict=True)))
+        size = max(1, PREDICT_BYTES // (8 * widest * max(k, self.candidates)))
+        count = all_reduce(torch.tensor(-(-len(embeddings) // size)), self.topology, "max")
+        return TopK.join(
+            [
+                self._beam_search(embeddings[number * size : (number + 1) * size], k)
+                for number in range(max(1, int(count)))
+            ]
+        )
 
-    def _beam_search(self, embeddings: Tensor, k: int) -> Prediction:
+    def _beam_search(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k of some samples; a rank may have none."""
         projections = [part.read() for part in self.projections.values()]
-        views = self.views(embeddings.to(self.spec.dtype), projections)
-        beam, width = Beam.root(views[0]), max(k, self.candidates)
+        features = self.level_features(embeddings.to(self.spec.dtype), projections)
+        beam, width = Beam.root(features[0]), max(k, self.candidates)
         none = torch.empty(len(embeddings), 0, dtype=torch.int64)
-        for level, view in zip(self.levels.values(), views, strict=True):
-            through = LevelPass(self, level, view, beam, none, width, training=False)
-            beam = through.descend(width)
+        for level, inputs in zip(self.levels.values(), features, strict=True):
+            level_pass = LevelPass(
+                level, inputs, beam, none, width, self.objective, self.margin, training=False
+            )
+            beam = level_pass.descend(width)
         missing = (0, max(0, k - beam.prefixes.shape[1]))
         classes = F.pad(beam.prefixes[:, :k], missing, value=-1)
         scores = F.pad(beam.paths[:, :k], missing, value=float("-inf"))
-        return Prediction(classes.to(scores.device), scores)
+        return TopK(classes.to(scores.device), scores)

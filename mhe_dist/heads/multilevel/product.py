@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mhe_dist.bank.class_layout import digits
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import Prediction
-from mhe_dist.heads.multilevel.base import Code, Judged, LevelHead
+from mhe_dist.heads.base import TopK
+from mhe_dist.heads.multilevel.base import LevelHead, LevelLoss, MixedRadix
 from mhe_dist.heads.multilevel.beam import Beam, LevelPass
 from mhe_dist.heads.multilevel.rows import SharedLevel
 from mhe_dist.heads.row_head import PREDICT_BYTES, HeadSpec, features_of
@@ -29,41 +29,48 @@ class MultiHeadProduct(LevelHead):
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
-        code = Code.of(spec.num_classes, spec.config.mhp.lengths, "head.mhp.lengths")
-        super().__init__(spec, code, topology)
-        for head, length in enumerate(code.lengths):
-            used, name = min(length, code.prefixes(head)), f"head_{head + 1}"
+        radix = MixedRadix.of(spec.num_classes, spec.config.mhp.lengths, "head.mhp.lengths")
+        super().__init__(spec, radix, topology)
+        for head, length in enumerate(radix.lengths):
+            used, name = min(length, radix.prefixes(head)), f"head_{head + 1}"
             purpose = f"product {name}"
             self.levels[name] = SharedLevel(used, purpose, self.optimizer, spec, topology)
 
-    def views(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
+    def level_features(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
         """The same features for each head; see `LevelHead`."""
         return [features_of(embeddings, self.margin)] * len(self.levels)
 
-    def golds(self, labels: Tensor) -> list[Tensor]:
+    def targets(self, labels: Tensor) -> list[Tensor]:
         """The digits; see `LevelHead`."""
-        return list(digits(labels, self.code.lengths).unbind(-1))
+        return list(digits(labels, self.radix.lengths).unbind(-1))
 
-    def judge(
-        self, features: list[Tensor], golds: list[Tensor], norms: Tensor | None, share: float | None
-    ) -> Judged:
+    def score_levels(
+        self,
+        features: list[Tensor],
+        targets: list[Tensor],
+        norms: Tensor | None,
+        share: float | None,
+    ) -> LevelLoss:
         """Every head on its own; see `LevelHead`."""
-        judged = Judged.nothing(features[0])
-        for level, view, gold in zip(self.levels.values(), features, golds, strict=True):
-            through = LevelPass(self, level, view, Beam.root(view), gold, most=1)
-            judged = judged.add(through, *through.train(norms, share))
-            judged = judged._replace(correct=judged.correct & through.correct)
-        return judged
+        loss = LevelLoss.zero(features[0])
+        for level, inputs, target in zip(self.levels.values(), features, targets, strict=True):
+            beam = Beam.root(inputs)
+            level_pass = LevelPass(level, inputs, beam, target, 1, self.objective, self.margin)
+            losses, gradient = level_pass.train(norms, self.norms.running, share)
+            loss = loss.add(losses, gradient, level_pass.classes_seen())
+            loss = loss._replace(correct=loss.correct & level_pass.correct)
+        return loss
 
     @torch.no_grad()
-    def predict(self, embeddings: Tensor, k: int) -> Prediction:
+    def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Exact top-k over all classes; scores are sums of log-softmax; see `Head`."""
         row_bytes = sum(level.layout.length for level in self.levels.values()) * 8
-        parts = [
-            best_products(self._log_scores(part), self.code, k)
-            for part in embeddings.split(max(1, PREDICT_BYTES // row_bytes))
-        ]
-        return Prediction(*map(torch.cat, zip(*parts, strict=True)))
+        return TopK.join(
+            [
+                best_products(self._log_scores(part), self.radix, k)
+                for part in embeddings.split(max(1, PREDICT_BYTES // row_bytes))
+            ]
+        )
 
     def _log_scores(self, embeddings: Tensor) -> list[Tensor]:
         features = features_of(embeddings.to(self.spec.dtype), self.margin)
@@ -76,7 +83,7 @@ class MultiHeadProduct(LevelHead):
         return scores
 
 
-def best_products(scores: list[Tensor], code: Code, k: int) -> Prediction:
+def best_products(scores: list[Tensor], radix: MixedRadix, k: int) -> TopK:
     """The k best sums of one score per digit, over the C classes, exactly.
 
     Head by head, the k best *free* prefixes are kept, those that are less than the prefix of class
@@ -87,14 +94,14 @@ def best_products(scores: list[Tensor], code: Code, k: int) -> Prediction:
 
     Args:
         scores: `[B, n_h]` of each head; fewer columns where digits are padding.
-        code: the lengths and C.
+        radix: the lengths and C.
         k: classes wanted; more than C give class -1 with score -inf.
     """
     batch = len(scores[0])
-    last = digits(torch.tensor(code.num_classes - 1), code.lengths).tolist()
+    last = digits(torch.tensor(radix.num_classes - 1), radix.lengths).tolist()
     free, paths = scores[0].new_empty(batch, 0).long(), scores[0].new_empty(batch, 0)
     tight, tight_path = 0, scores[0].new_zeros(batch, 1)
-    for length, own, bound in zip(code.lengths, scores, last, strict=True):
+    for length, own, bound in zip(radix.lengths, scores, last, strict=True):
         best, digit = own.topk(min(k, own.shape[1]), dim=1)
         below, below_digit = own[:, :bound].topk(min(k, bound), dim=1)
         prefixes = (free.unsqueeze(2) * length + digit.unsqueeze(1)).flatten(1)
@@ -109,4 +116,4 @@ def best_products(scores: list[Tensor], code: Code, k: int) -> Prediction:
     last_class = torch.full_like(tight_path, tight, dtype=torch.int64)
     classes = torch.cat([free, last_class, torch.full_like(filler, -1, dtype=torch.int64)], dim=1)
     best, where = torch.cat([paths, tight_path, filler], dim=1).topk(k, dim=1)
-    return Prediction(classes.gather(1, where), best)
+    return TopK(classes.gather(1, where), best)

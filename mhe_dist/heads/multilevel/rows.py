@@ -21,11 +21,11 @@ from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.grouping import OwnScores, chunks_by_head
+from mhe_dist.heads.grouping import GradientFactors, chunks_by_head
 from mhe_dist.heads.row_head import HeadSpec, initial_std
 
 
-class Replicated:
+class ReplicatedRows:
     """Rows `[R, width]` that every rank holds, equal on all of them.
 
     Args:
@@ -59,33 +59,33 @@ class Replicated:
         )
         self.bank.touch(self.unit)
         self._gradient: Tensor | None = None
-        self._along: Tensor | None = None
+        self._radial: Tensor | None = None
 
     def read(self) -> Tensor:
         """A copy of all rows `[R, width]`."""
         return self.bank.read(self.unit)[0]
 
-    def add(self, gradient: Tensor, along: Tensor | None = None) -> None:
-        """Add a gradient `gradient + along * rows` (`[R, width]`, `[R]`) of this rank's samples."""
+    def add_gradient(self, gradient: Tensor, radial: Tensor | None = None) -> None:
+        """Add `gradient + radial * rows` (`[R, width]`, `[R]`), summed over this rank's samples."""
         self._gradient = gradient if self._gradient is None else self._gradient + gradient
-        if along is not None:
-            self._along = along if self._along is None else self._along + along
+        if radial is not None:
+            self._radial = radial if self._radial is None else self._radial + radial
 
-    def update(self, lr: float, step: int, along: bool = False) -> None:
+    def update(self, lr: float, step: int, radial: bool = False) -> None:
         """Sum the gradients over the ranks and apply them; all ranks must call.
 
         Args:
             lr, step: see `RowOptimizer`.
-            along: whether the gradient has a part along the rows.
+            radial: whether the gradient has a part along the rows.
         """
         gradient = self._summed(self._gradient, (1, self.bank.length, self.bank.width))
-        part = self._summed(self._along, (1, self.bank.length)) if along else None
+        part = self._summed(self._radial, (1, self.bank.length)) if radial else None
         self.optimizer.update(self.bank, self.unit, Dense(gradient, part), lr, step)
-        self.drop()
+        self.clear_gradient()
 
-    def drop(self) -> None:
+    def clear_gradient(self) -> None:
         """Forget the gradient."""
-        self._gradient, self._along = None, None
+        self._gradient, self._radial = None, None
 
     def _summed(self, values: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         if values is None:
@@ -125,21 +125,21 @@ class SharedLevel:
         self.normalised = spec.config.margin.kind != "none"
         initial = initial_rows(purpose, self.layout, spec)
         width = spec.width + (not self.normalised)
-        self.rows = Replicated(classes, width, initial, optimizer, spec, topology)
+        self.rows = ReplicatedRows(classes, width, initial, optimizer, spec, topology)
         self.bank = self.rows.bank
 
-    def keep(self, units: Tensor, scores: OwnScores) -> None:
+    def add_gradient(self, units: Tensor, factors: GradientFactors) -> None:
         """Add the rows' gradient of pairs of samples and the unit, all `[n]`."""
-        gradient = scores.weights.T @ scores.features
-        self.rows.add(gradient, scores.along.sum(0) if self.normalised else None)
+        gradient = factors.weights.T @ factors.features
+        self.rows.add_gradient(gradient, factors.radial.sum(0) if self.normalised else None)
 
     def update(self, lr: float, step: int) -> None:
         """Apply the gradient kept since the last call; all ranks must call."""
         self.rows.update(lr, step, self.normalised)
 
-    def drop(self) -> None:
+    def clear_gradient(self) -> None:
         """Forget the gradient."""
-        self.rows.drop()
+        self.rows.clear_gradient()
 
     def state(self, name: str) -> dict[str, Tensor]:
         """All rows, replicated."""
@@ -191,30 +191,31 @@ class ShardedLevel:
             folder=spec.folder and Path(spec.folder) / f"{purpose}_{self.groups.start:05d}",
             seed=seeds.derive(spec.seed, purpose),
         )
-        self._pending: list[tuple[Tensor, OwnScores]] = []
+        self._pending: list[tuple[Tensor, GradientFactors]] = []
 
-    def keep(self, units: Tensor, scores: OwnScores) -> None:
+    def add_gradient(self, units: Tensor, factors: GradientFactors) -> None:
         """Keep the rows' gradient of pairs of samples and units, all `[n]`, for `update`."""
         self.bank.touch(units)
-        self._pending.append((units, scores))
+        self._pending.append((units, factors))
 
     def update(self, lr: float, step: int) -> None:
         """Apply the gradients kept since the last call."""
         if self._pending:
             units = torch.cat([units for units, _ in self._pending])
-            scores = OwnScores.join([scores for _, scores in self._pending])
-            for chunk in chunks_by_head(units, self.bank.units_at_once):
-                index = chunk.index.to(scores.weights.device)
-                a, along = scores.weights[index], scores.along[index]
+            factors = GradientFactors.join([factors for _, factors in self._pending])
+            for chunk in chunks_by_head(units, self.bank.units_per_chunk):
+                index = chunk.index.to(factors.weights.device)
+                weights, radial = factors.weights[index], factors.radial[index]
                 if chunk.padding is not None:
                     padding = chunk.padding.to(index.device).unsqueeze(-1)
-                    a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
-                part = along.sum(1) if self.normalised else None
-                gradient = LowRank(a, scores.features[index], part)
+                    weights = weights.masked_fill(padding, 0)
+                    radial = radial.masked_fill(padding, 0)
+                part = radial.sum(1) if self.normalised else None
+                gradient = LowRank(weights, factors.features[index], part)
                 self.optimizer.update(self.bank, chunk.heads, gradient, lr, step)
-        self.drop()
+        self.clear_gradient()
 
-    def drop(self) -> None:
+    def clear_gradient(self) -> None:
         """Forget the gradients."""
         self._pending = []
 

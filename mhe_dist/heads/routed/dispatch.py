@@ -1,4 +1,4 @@
-"""Which sample meets which head, for the `route` exchange: index arithmetic on the host.
+"""Which rank scores which sample in the `route` exchange: index arithmetic on the host.
 
 Every rank knows the labels of the whole step, so both sides of each exchange compute their split
 sizes and the order of what they send and receive; neither sizes nor labels travel, and the device
@@ -18,7 +18,7 @@ from mhe_dist.distributed.topology import owner_of
 
 @dataclass(frozen=True)
 class GroupPart:
-    """The samples of one canonical group in a round, a slice of the round's sorted order.
+    """The samples of one canonical group in a dispatch, a slice of its sorted order.
 
     Attributes:
         group: number of the group.
@@ -34,14 +34,14 @@ class GroupPart:
 
 
 @dataclass(frozen=True)
-class Round:
+class Dispatch:
     """What one rank sends, receives and scores in one micro-batch.
 
     Attributes:
         send_order: positions in the rank's micro-batch, grouped by the rank that owns their head.
         send, receive: samples to and from each rank.
-        order: sorts what arrived by group, and in a group by micro-batch and place in it.
-        places: canonical number of each sample in the step, in sorted order.
+        order: sorts what arrived by group, and in a group by micro-batch and position in it.
+        sample_numbers: canonical number of each sample in the step, in sorted order.
         heads, slots: own head (global) and slot of each sample in sorted order.
         groups: the parts of the sorted order.
         own: sorted positions of the samples whose own head is not among the extra heads.
@@ -51,30 +51,30 @@ class Round:
     send: list[int]
     receive: list[int]
     order: Tensor
-    places: Tensor
+    sample_numbers: Tensor
     heads: Tensor
     slots: Tensor
     groups: list[GroupPart]
     own: Tensor
 
 
-def plan_round(
+def plan_dispatch(
     layout: LabelLayout,
     heads: Tensor,
     slots: Tensor,
-    places: Tensor,
+    sample_numbers: Tensor,
     extra: dict[int, Tensor],
     rank: int,
-) -> Round:
+) -> Dispatch:
     """Plan one micro-batch of every rank, seen from `rank`.
 
     Args:
         layout: where classes live.
-        heads, slots: int64 `[W, B]`, where the classes of each rank's micro-batch live; what has
-            head -1 stays out.
-        places: int64 `[W, B]`, canonical numbers of the samples in the step.
+        heads, slots: int64 `[W, B]`, where the classes of each rank's micro-batch live; a sample
+            with head -1 stays out.
+        sample_numbers: int64 `[W, B]`, canonical numbers of the samples in the step.
         extra: extra heads (ascending, global) of each group of this rank.
-        rank: whose plan.
+        rank: the rank that gets this plan.
     """
     world_size = heads.shape[0]
     groups = layout.group_of(heads)
@@ -86,12 +86,12 @@ def plan_round(
     column = _columns(head, slot, group, extra, layout.length)
     order = torch.argsort(group, stable=True)
     column, group = column[order], group[order]
-    return Round(
+    return Dispatch(
         send_order=mine[int(send[0]) :],
         send=send[1:].tolist(),
         receive=arriving.sum(1).tolist(),
         order=order,
-        places=places[arriving][order],
+        sample_numbers=sample_numbers[arriving][order],
         heads=head[order],
         slots=slot[order],
         groups=_parts(group, column, list(extra)),
@@ -106,13 +106,14 @@ def _columns(
     column = torch.full_like(head, -1)
     for number, heads in extra.items():
         if len(heads):
-            place = torch.searchsorted(heads, head).clamp_(max=len(heads) - 1)
-            found = (group == number) & (heads[place] == head)
-            column[found] = (place * length + slot)[found]
+            index = torch.searchsorted(heads, head).clamp_(max=len(heads) - 1)
+            found = (group == number) & (heads[index] == head)
+            column[found] = (index * length + slot)[found]
     return column
 
 
 def _parts(group: Tensor, column: Tensor, groups: list[int]) -> list[GroupPart]:
+    """Cut samples, sorted by group, into the parts of `groups` (ascending)."""
     bounds = torch.searchsorted(group, torch.tensor([*groups, groups[-1] + 1] if groups else []))
     parts = []
     for number, start, stop in zip(groups, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

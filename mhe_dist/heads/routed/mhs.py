@@ -20,9 +20,9 @@ from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
-from mhe_dist.heads.grouping import Chunk, OwnScores, chunks_by_head
-from mhe_dist.heads.routed.dispatch import Round, plan_round
-from mhe_dist.heads.routed.softmax import ExtraGradient, score_round
+from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
+from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
+from mhe_dist.heads.routed.softmax import ExtraGradient, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 
@@ -33,10 +33,10 @@ class MhsRoute(RowHead):
         config = spec.config.mhs
         super().__init__(spec, topology, config.length, spec.repartition_steps)
         self.extra_heads = config.extra_heads if config.negatives != "own" else 0
-        self._rounds: list[Round] = []
+        self._dispatches: list[Dispatch] = []
         self._chunks: list[list[Chunk]] = []
         self._extra: dict[int, Tensor] = {}
-        self._own: list[OwnScores] = []
+        self._own: list[GradientFactors] = []
         self._sums: dict[int, ExtraGradient] = {}
         self._next, self._samples = 0, 0
 
@@ -49,25 +49,24 @@ class MhsRoute(RowHead):
         return torch.from_numpy(drawn) + heads.start
 
     def plan(self, step: int, labels: Tensor) -> None:
-        """Draw the extra heads and find out which sample goes where; see `Head`."""
+        """Draw the extra heads and find out to which rank each sample goes; see `Head`."""
         self.begin(step)
         self._next, self.rounds = 0, len(labels) // self.topology.world_size
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         self._samples = int((labels >= 0).sum())
         heads, slots = self.layout.locate(labels)
-        met = set(self.layout.group_of(heads).unique().tolist())
-        self._extra = {group: self.draw(step, group) for group in self.groups if group in met}
+        present = set(self.layout.group_of(heads).unique().tolist())
+        self._extra = {group: self.draw(step, group) for group in self.groups if group in present}
         shape, rank = (self.topology.world_size, self.rounds, -1), self.topology.rank
-        places = torch.arange(labels.numel())
-        heads, slots, places = (of.view(shape) for of in (heads, slots, places))
-        self._rounds = [
-            plan_round(self.layout, heads[:, i], slots[:, i], places[:, i], self._extra, rank)
+        heads, slots = heads.view(shape), slots.view(shape)
+        numbers = torch.arange(labels.numel()).view(shape)
+        self._dispatches = [
+            plan_dispatch(self.layout, heads[:, i], slots[:, i], numbers[:, i], self._extra, rank)
             for i in range(self.rounds)
         ]
-        at_once = self.bank.units_at_once
-        self._chunks = [chunks_by_head(turn.heads[turn.own], at_once) for turn in self._rounds]
+        own = [dispatch.heads[dispatch.own] for dispatch in self._dispatches]
+        self._chunks = [chunks_by_head(heads, self.bank.units_per_chunk) for heads in own]
         self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
-        own = [turn.heads[turn.own] for turn in self._rounds]
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
     def upcoming(self, step: int, labels: Tensor) -> Tensor:
@@ -78,44 +77,52 @@ class MhsRoute(RowHead):
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> HeadOutput:
         """Loss of the next planned micro-batch; see `Head`."""
-        turn, chunks = self._rounds[self._next], self._chunks[self._next]
+        dispatch, chunks = self._dispatches[self._next], self._chunks[self._next]
         self._next += 1
-        features, norms = self.unpack(self._exchange(embeddings, turn))
+        features, norms = self.unpack(self._exchange(embeddings, dispatch))
         weight = self.topology.world_size * self.rounds / max(1, self._samples)
-        score = partial(self._score, norms, turn, chunks)
+        score = partial(self._score, norms, dispatch, chunks)
         loss, accuracy = ClosedFormLoss.apply(features, score, weight)
-        seen = torch.full_like(accuracy, self._classes_seen(turn) * weight)
+        seen = torch.full_like(accuracy, self._classes_seen(dispatch) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
-    def _exchange(self, embeddings: Tensor, turn: Round) -> Tensor:
-        """Payload of the samples whose heads are here, in the round's sorted order."""
+    def _exchange(self, embeddings: Tensor, dispatch: Dispatch) -> Tensor:
+        """Payload of the samples whose heads are here, in the sorted order of `dispatch`."""
         device = self.topology.device
-        payload = self.payload(embeddings)[turn.send_order.to(device, non_blocking=True)]
-        arrived = all_to_all(payload, turn.send, turn.receive, self.topology)
-        return arrived[turn.order.to(device, non_blocking=True)]
+        payload = self.payload(embeddings)[dispatch.send_order.to(device, non_blocking=True)]
+        arrived = all_to_all(payload, dispatch.send, dispatch.receive, self.topology)
+        return arrived[dispatch.order.to(device, non_blocking=True)]
 
-    def _classes_seen(self, turn: Round) -> int:
-        """Sum over the samples of a round of the classes in their softmax."""
-        own = int(self.classes_in(turn.heads[turn.own]).sum())
+    def _classes_seen(self, dispatch: Dispatch) -> int:
+        """Sum over the samples of a dispatch of the classes in their softmax."""
+        own = int(self.classes_in(dispatch.heads[dispatch.own]).sum())
         extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
-        sizes = {part.group: part.samples.stop - part.samples.start for part in turn.groups}
+        sizes = {part.group: part.samples.stop - part.samples.start for part in dispatch.groups}
         return own + sum(extra[group] * size for group, size in sizes.items())
 
     def _score(
         self,
         norms: Tensor | None,
-        turn: Round,
+        dispatch: Dispatch,
         chunks: list[Chunk],
         features: Tensor,
         keep: bool,
     ) -> ClosedForm:
-        """Score a round, and keep the rows' gradient if asked."""
-        share = 1 / max(1, self._samples)
-        sums = self._sums if keep else None
-        scoring = score_round(self, features, norms, turn, chunks, self._extra, sums, share)
+        """Score a dispatch, and keep the rows' gradient if `keep`."""
+        scores = routed_softmax(
+            self.class_rows,
+            features,
+            norms,
+            dispatch,
+            chunks,
+            self._extra,
+            sums=self._sums if keep else None,
+            share=1 / max(1, self._samples),
+            correction=self.spec.config.mhs.correction,
+        )
         if keep:
-            self._own.append(scoring.own)
-        return ClosedForm(scoring.losses.sum(), scoring.gradient, scoring.correct.sum())
+            self._own.append(scores.own)
+        return ClosedForm(scores.losses.sum(), scores.gradient, scores.correct.sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -124,10 +131,12 @@ class MhsRoute(RowHead):
         for group, sums in self._sums.items():
             heads, summed = self._extra[group], sums.total()
             if summed is not None:
-                gradient = self.of_unit_rows(heads, summed.view(len(heads), -1, self.width))
+                gradient = self.class_rows.unnormalize_grad(
+                    heads, summed.view(len(heads), -1, self.width)
+                )
                 self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
-            own = OwnScores.join(self._own)
+            own = GradientFactors.join(self._own)
             for chunk in self._own_chunks():
                 self.optimizer.update(
                     self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
@@ -137,19 +146,19 @@ class MhsRoute(RowHead):
         self.norms.step()
 
     def _own_chunks(self) -> list[Chunk]:
-        """The own heads of all rounds, each once, with its samples in their canonical order."""
+        """The own heads of the step, each once, with its samples in their canonical order."""
         if self.rounds == 1:
             return self._chunks[0]
-        heads = torch.cat([turn.heads[turn.own] for turn in self._rounds])
-        places = torch.cat([turn.places[turn.own] for turn in self._rounds])
-        order = places.argsort()
-        chunks = chunks_by_head(heads[order], self.bank.units_at_once)
+        heads = torch.cat([d.heads[d.own] for d in self._dispatches])
+        order = torch.cat([d.sample_numbers[d.own] for d in self._dispatches]).argsort()
+        chunks = chunks_by_head(heads[order], self.bank.units_per_chunk)
         return [replace(chunk, index=order[chunk.index]) for chunk in chunks]
 
-    def _gradient(self, own: OwnScores, chunk: Chunk) -> LowRank:
+    def _gradient(self, own: GradientFactors, chunk: Chunk) -> LowRank:
+        """Gradient of the rows of a chunk's heads."""
         index = chunk.index.to(self.topology.device, non_blocking=True)
-        a, e, along = own.weights[index], own.features[index], own.along[index]
+        weights, features, radial = own.weights[index], own.features[index], own.radial[index]
         if chunk.padding is not None:
-            padding = chunk.padding.to(a.device, non_blocking=True).unsqueeze(-1)
-            a, along = a.masked_fill(padding, 0), along.masked_fill(padding, 0)
-        return LowRank(a, e, along.sum(1) if self.margin.normalised else None)
+            padding = chunk.padding.to(weights.device, non_blocking=True).unsqueeze(-1)
+            weights, radial = weights.masked_fill(padding, 0), radial.masked_fill(padding, 0)
+        return LowRank(weights, features, radial.sum(1) if self.margin.normalised else None)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mhe_dist.heads.batch_invariant import log_add_exp, product
-from mhe_dist.heads.grouping import LOGITS_BYTES, OwnScores
-from mhe_dist.heads.margins import keep_negatives
-
-if TYPE_CHECKING:
-    from mhe_dist.heads.grouping import Chunk
-    from mhe_dist.heads.routed.dispatch import GroupPart, Round
-    from mhe_dist.heads.row_head import RowHead
+from mhe_dist.heads.class_rows import ClassRows
+from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
+from mhe_dist.heads.margins import Margin, keep_negatives
+from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart
 
 
 class ExtraGradient:
@@ -37,45 +34,46 @@ class ExtraGradient:
         self._factors: list[tuple[Tensor, Tensor, Tensor]] = []
         self._early: Tensor | None = None
 
-    def add(self, places: Tensor, weights: Tensor, features: Tensor) -> None:
+    def add(self, sample_numbers: Tensor, weights: Tensor, features: Tensor) -> None:
         """Keep `a` `[n, m * L]` and `e` `[n, D]` of samples with canonical numbers `[n]`, host."""
-        self._factors.append((places, weights, features))
-        if sum(kept.nbytes for _, kept, _ in self._factors) > LOGITS_BYTES:
+        self._factors.append((sample_numbers, weights, features))
+        if sum(weights.nbytes for _, weights, _ in self._factors) > LOGITS_BYTES:
             self._early = self.total()
             self._factors.clear()
 
     def total(self) -> Tensor | None:
-        """The gradient `[m * L, D]`, or None if no sample met the rows."""
+        """The gradient `[m * L, D]`, or None if no sample was scored against the rows."""
         if not self._factors:
             return self._early
-        weights, features = (torch.cat(kept) for kept in list(zip(*self._factors, strict=True))[1:])
-        places = torch.cat([kept for kept, *_ in self._factors])
-        if (places[1:] < places[:-1]).any():
-            order = places.argsort().to(weights.device, non_blocking=True)
+        numbers = torch.cat([numbers for numbers, _, _ in self._factors])
+        weights = torch.cat([weights for _, weights, _ in self._factors])
+        features = torch.cat([features for _, _, features in self._factors])
+        if (numbers[1:] < numbers[:-1]).any():
+            order = numbers.argsort().to(weights.device, non_blocking=True)
             weights, features = weights[order], features[order]
         summed = weights.T @ features
         return summed if self._early is None else self._early.add_(summed)
 
 
-class Scoring(NamedTuple):
-    """What a round says.
+class RoutedScores(NamedTuple):
+    """What the samples of one dispatch lead to.
 
     Attributes:
         losses: `[n]` of the samples in sorted order.
         gradient: of the sum of the losses with respect to the features `[n, D]`.
         correct: `[n]`, 1 where no class seen has a higher cosine than the target.
-        own: the gradient of the rows of own heads.
+        own: the gradient of the rows of own heads, scaled by `share`.
     """
 
     losses: Tensor
     gradient: Tensor
     correct: Tensor
-    own: OwnScores
+    own: GradientFactors
 
 
 @dataclass
 class _Samples:
-    """What is gathered about the samples of a round, in sorted order, while rows pass by."""
+    """What is known of the samples, in sorted order, while chunks of rows are read."""
 
     features: Tensor
     norms: Tensor | None
@@ -87,7 +85,7 @@ class _Samples:
 
     @staticmethod
     def of(features: Tensor, norms: Tensor | None) -> _Samples:
-        """Nothing seen yet."""
+        """Before any row."""
         lowest = features.new_full((len(features),), float("-inf"))
         zero = torch.zeros_like(lowest)
         return _Samples(
@@ -105,72 +103,82 @@ class _Samples:
         return None if self.norms is None else self.norms[index]
 
 
-def score_round(
-    head: RowHead,
+def routed_softmax(
+    class_rows: ClassRows,
     features: Tensor,
     norms: Tensor | None,
-    turn: Round,
+    dispatch: Dispatch,
     chunks: list[Chunk],
     extra: dict[int, Tensor],
     sums: dict[int, ExtraGradient] | None,
     share: float,
-) -> Scoring:
-    """Score one round on the rank that owns the heads.
+    correction: bool,
+) -> RoutedScores:
+    """Score one micro-batch of all ranks on the rank that owns the heads.
 
     Args:
-        head: whose rows, margin and layout.
-        features: `[n, D]` in the round's sorted order.
+        class_rows: the rows of this rank.
+        features: `[n, D]` in the sorted order of `dispatch`.
         norms: of the embeddings `[n]`, for margins that depend on them.
-        turn, chunks, extra: the plan.
-        sums: take the gradient of the extra rows, by group; None: it is not wanted.
+        dispatch: which samples are here.
+        chunks: the own heads among them; `index` counts in `dispatch.own`.
+        extra: extra heads of each group.
+        sums: where the gradient of the extra rows is added, by group; None: it is not wanted.
         share: scale of the rows' gradient, `1 / N`.
+        correction: whether `log(1 / q)` is added to sampled negatives.
     """
     samples = _Samples.of(features, norms)
     parts = [
-        _ExtraPart(head, samples, part, extra[part.group])
-        for part in turn.groups
+        _ExtraPart(class_rows, samples, part, extra[part.group], correction)
+        for part in dispatch.groups
         if len(extra[part.group]) and part.samples.stop > part.samples.start
     ]
     for part in parts:
         part.normalise()
-    own = _score_own(head, samples, turn, chunks, share)
+    own = _score_own(class_rows, samples, dispatch, chunks, share)
     for part in parts:
-        part.finish(None if sums is None else sums[part.group], turn.places, share)
+        part.finish(None if sums is None else sums[part.group], dispatch.sample_numbers, share)
     correct = (samples.target >= samples.highest).to(features.dtype)
-    return Scoring(samples.losses, samples.gradient, correct, own)
+    return RoutedScores(samples.losses, samples.gradient, correct, own)
 
 
 def _score_own(
-    head: RowHead, samples: _Samples, turn: Round, chunks: list[Chunk], share: float
-) -> OwnScores:
+    class_rows: ClassRows,
+    samples: _Samples,
+    dispatch: Dispatch,
+    chunks: list[Chunk],
+    share: float,
+) -> GradientFactors:
     """Samples against their own heads, chunk by chunk, each row read once."""
-    device, length = samples.features.device, head.layout.length
-    own, slots = (t.to(device, non_blocking=True) for t in (turn.own, turn.slots))
-    weights = samples.features.new_empty(len(turn.own), length)
-    along = torch.empty_like(weights)
+    device, scale = samples.features.device, class_rows.margin.scale
+    own = dispatch.own.to(device, non_blocking=True)
+    slots = dispatch.slots.to(device, non_blocking=True)
+    weights = samples.features.new_empty(len(dispatch.own), class_rows.layout.length)
+    radial = torch.empty_like(weights)
     for chunk in chunks:
-        place = chunk.index.to(device, non_blocking=True)
-        index = own[place]
-        rows = head.bank.read(chunk.heads)
-        inverse = head.inverse_norms(rows).unsqueeze(1)
+        position = chunk.index.to(device, non_blocking=True)
+        index = own[position]
+        rows = class_rows.bank.read(chunk.heads)
+        inverse = class_rows.inverse_norms(rows).unsqueeze(1)
+        padding = class_rows.padding(chunk.heads)
         cosine = product(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
         slot = slots[index].unsqueeze(-1)
         target = cosine.gather(-1, slot).squeeze(-1)
-        phi, slope = head.with_margin(target, samples.norms_of(index))
-        logits = _logits(head, cosine, head.padding(chunk.heads))
-        logits.scatter_(-1, slot, phi.unsqueeze(-1) * head.margin.scale)
+        phi, slope = class_rows.target(target, samples.norms_of(index))
+        logits = _logits(class_rows.margin, cosine, padding)
+        logits.scatter_(-1, slot, phi.unsqueeze(-1) * scale)
         log_sum = log_add_exp(logits.logsumexp(-1), samples.log_sum[index])
-        highest = _visible(cosine, head.padding(chunk.heads)).amax(-1)
+        highest = _hide_padding(cosine, padding).amax(-1)
         p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
         at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
-        weight = p.scatter_(-1, slot, at_target).mul_(inverse * head.margin.scale)
-        samples.losses[index] = log_sum - phi * head.margin.scale
+        weight = p.scatter_(-1, slot, at_target).mul_(inverse * scale)
+        samples.losses[index] = log_sum - phi * scale
         samples.log_sum[index], samples.target[index] = log_sum, target
         samples.highest[index] = torch.maximum(samples.highest[index], highest)
         samples.gradient[index] = product(weight, rows)
-        weights[place] = weight.mul_(share)
-        along[place] = cosine.mul_(weight).mul_(inverse).neg_()
-    return OwnScores(samples.features[own], weights, along)
+        weights[position] = weight.mul_(share)
+        radial[position] = cosine.mul_(weight).mul_(inverse).neg_()
+    return GradientFactors(samples.features[own], weights, radial)
 
 
 class _Exponentials(NamedTuple):
@@ -198,13 +206,21 @@ class _ExtraPart:
     multiplied, so that the passes over `[n, m * L]` are few.
     """
 
-    def __init__(self, head: RowHead, samples: _Samples, part: GroupPart, heads: Tensor) -> None:
-        self.head, self.samples, self.part, self.group = head, samples, part, part.group
-        rows = head.bank.read(heads)
-        self.count = len(heads)
-        padding = head.padding(heads)
+    def __init__(
+        self,
+        class_rows: ClassRows,
+        samples: _Samples,
+        part: GroupPart,
+        heads: Tensor,
+        correction: bool,
+    ) -> None:
+        self.class_rows, self.samples, self.correction = class_rows, samples, correction
+        self.part, self.group, self.count = part, part.group, len(heads)
+        self.scale = class_rows.margin.scale
+        rows = class_rows.bank.read(heads)
+        padding = class_rows.padding(heads)
         self.padding = None if padding is None else padding.view(-1)
-        self.rows = (rows * head.inverse_norms(rows).unsqueeze(-1)).flatten(0, 1)
+        self.rows = (rows * class_rows.inverse_norms(rows).unsqueeze(-1)).flatten(0, 1)
         row_bytes = len(self.rows) * rows.element_size()
         self.slice = max(1, LOGITS_BYTES // (4 * row_bytes))
         kept = (part.samples.stop - part.samples.start) * row_bytes <= LOGITS_BYTES
@@ -212,7 +228,7 @@ class _ExtraPart:
 
     def normalise(self) -> None:
         """First pass: log-sum-exp and highest cosine over the extra heads."""
-        samples, scale = self.samples, self.head.margin.scale
+        samples, scale = self.samples, self.scale
         for where, inside, column in self._slices():
             logits, highest = self._logits(where)
             found = self._exponentials(logits, highest, where, inside, column)
@@ -224,25 +240,26 @@ class _ExtraPart:
             if self.kept is not None:
                 self.kept[where.start] = found
 
-    def finish(self, gradient: ExtraGradient | None, places: Tensor, share: float) -> None:
+    def finish(self, gradient: ExtraGradient | None, sample_numbers: Tensor, share: float) -> None:
         """Second pass: the samples' gradient, and for `gradient` that of the extra rows.
 
         Args:
-            gradient: takes the gradient of the normalised rows; None: it is not wanted.
-            places: canonical numbers of the round's samples `[n]`, host.
+            gradient: where that of the normalised rows is added; None: it is not wanted.
+            sample_numbers: canonical numbers of all samples here `[n]`, host.
             share: scale of the rows' gradient.
         """
-        samples, scale = self.samples, self.head.margin.scale
+        samples, scale = self.samples, self.scale
         for where, inside, column in self._slices():
             if self.kept is None:
-                found = self._exponentials(*self._logits(where), where, inside, column)
+                logits, highest = self._logits(where)
+                found = self._exponentials(logits, highest, where, inside, column)
             else:
                 found = self.kept.pop(where.start)
             p = found.values.mul_((found.peak - samples.log_sum[where]).exp_().unsqueeze(-1))
             p[inside, column] = (p[inside, column] - 1) * found.slope
             samples.gradient[where] += product(p, self.rows).mul_(scale)
             if gradient is not None:
-                gradient.add(places[where], p, samples.features[where] * (scale * share))
+                gradient.add(sample_numbers[where], p, samples.features[where] * (scale * share))
 
     def _slices(self) -> list[tuple[slice, Tensor, Tensor]]:
         """Slices of the samples, with who has its own head among the extra ones, and where."""
@@ -259,21 +276,21 @@ class _ExtraPart:
 
     def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
         """Logits `[n, m * L]` without a margin, -inf at padding, and the highest of each sample."""
-        features = self.samples.features[where] * self.head.margin.scale
-        logits = _visible(product(features, self.rows.T), self.padding, in_place=True)
+        features = self.samples.features[where] * self.scale
+        logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
         return logits, logits.amax(-1)
 
     def _exponentials(
         self, logits: Tensor, highest: Tensor, where: slice, inside: Tensor, column: Tensor
     ) -> _Exponentials:
         """Apply margin, filter and correction to the logits, which are overwritten."""
-        head, scale = self.head, self.head.margin.scale
+        class_rows, scale = self.class_rows, self.scale
         target = logits[inside, column] / scale
-        phi, slope = head.with_margin(target, self.samples.norms_of(inside + where.start))
-        if threshold := head.spec.config.margin.filter:
+        phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))
+        if threshold := class_rows.margin.filter:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
         peak = highest
-        if head.spec.config.mhs.correction:
+        if self.correction:
             self._correct(logits, inside, column)
             peak = logits.amax(-1)
         logits[inside, column] = phi * scale
@@ -283,22 +300,23 @@ class _ExtraPart:
 
     def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
         """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""
-        others, seen = max(1, self.head.layout.heads - 1), max(1, self.count - 1)
+        layout = self.class_rows.layout
+        others, seen = max(1, layout.heads - 1), max(1, self.count - 1)
         by_head = logits.view(len(logits), self.count, -1)
         by_head += math.log(others / self.count)
         by_head[inside] += math.log(self.count / seen)
-        by_head[inside, column // self.head.layout.length] -= math.log(others / seen)
+        by_head[inside, column // layout.length] -= math.log(others / seen)
 
 
-def _logits(head: RowHead, cosine: Tensor, padding: Tensor | None) -> Tensor:
-    """Scaled cosines `[..., L]`; padding and, if asked, suspiciously close negatives at -inf."""
-    logits = cosine * head.margin.scale
-    if threshold := head.spec.config.margin.filter:
+def _logits(margin: Margin, cosine: Tensor, padding: Tensor | None) -> Tensor:
+    """Scaled cosines `[..., L]`; padding and the negatives that the filter drops at -inf."""
+    logits = cosine * margin.scale
+    if threshold := margin.filter:
         logits.masked_fill_(~keep_negatives(cosine, threshold), float("-inf"))
-    return _visible(logits, padding, in_place=True)
+    return _hide_padding(logits, padding, in_place=True)
 
 
-def _visible(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
+def _hide_padding(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
     """`values` `[..., L]` with -inf at padding slots `[L]` or `[T, L]` (of `[T, c, L]`)."""
     if padding is None:
         return values

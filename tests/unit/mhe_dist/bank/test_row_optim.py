@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist.bank import row_optim as sparse_optim
 from mhe_dist.bank.bank import Bank
-from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient
+from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient, RowOptimizer, build_row_optimizer
 from mhe_dist.config.head import HeadOptimConfig
 
 UNITS, LENGTH, WIDTH, LR = 6, 2, 3, 0.05
@@ -26,8 +25,8 @@ def first_rows(units: Tensor) -> Tensor:
     return torch.randn(UNITS, LENGTH, WIDTH, generator=rng, dtype=torch.float64)[units]
 
 
-def make(config: HeadOptimConfig) -> tuple[Bank, sparse_optim.RowOptimizer]:
-    optimizer = sparse_optim.build(config)
+def make(config: HeadOptimConfig) -> tuple[Bank, RowOptimizer]:
+    optimizer = build_row_optimizer(config)
     types = {"dtype": torch.float64, "compute_dtype": torch.float64}
     bank = Bank(range(UNITS), LENGTH, WIDTH, first_rows, optimizer.fields, **types)
     bank.touch(range(UNITS))
