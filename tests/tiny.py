@@ -12,6 +12,7 @@ import torch
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
+from mhe_dist.config.section import applicable_values
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.jsonl import read_records
@@ -76,9 +77,11 @@ def config(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
         "tracking": {"mlflow": False},
         "export": {"formats": []},
     }
+    changed = {section: values.get(section, {}) | keys for section, keys in changes.items()}
+    fitting = applicable_values(Config, values, values | changed)  # a change of head.kind
     for section, keys in changes.items():
-        values[section] = values.get(section, {}) | keys
-    return Config.model_validate(values)
+        fitting[section] = fitting.get(section, {}) | keys
+    return Config.model_validate(fitting)
 
 
 def per_step(config: Config) -> tuple[list[float], list[float]]:

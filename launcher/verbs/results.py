@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import RunName, busy, join
-from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking import factory as tracking
 from pipelines.runs.folder import find_run, read_run_config
 
@@ -150,6 +150,6 @@ def sync(run: RunName) -> None:
 
     Example: mhe sync quickstart
     """
-    config = Config.model_validate(read_run_config(find_run(run)))
+    config = stored_config(read_run_config(find_run(run)) or {})
     sent = tracking.sync(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mhe_dist.config.schema import Config
+from mhe_dist.config.section import ConfigSection, section_of
 
 _BOUNDS = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
 
@@ -20,7 +20,7 @@ class ConfigKey(NamedTuple):
 
     path: str
     field: FieldInfo
-    section: type[BaseModel] | None
+    section: type[ConfigSection] | None
 
 
 class ConfigEntry(NamedTuple):
@@ -32,7 +32,7 @@ class ConfigEntry(NamedTuple):
     description: str
 
 
-def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[ConfigKey]:
+def all_keys(model: type[ConfigSection] = Config, prefix: str = "") -> Iterator[ConfigKey]:
     """Every section and key under a model, a section before its keys, in the order of the file."""
     for name, field in model.model_fields.items():
         section = section_of(field.annotation)
@@ -41,23 +41,15 @@ def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[Conf
             yield from all_keys(section, f"{prefix}{name}.")
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model behind an annotation `Model` or `Model | None`; None for any other type."""
-    for option in (annotation, *get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
-
-
 def describe_config(config: Config) -> list[ConfigEntry]:
-    """Every key with its value, default and description, in the order of the models."""
+    """Every key that applies, with value, default and description, in the order of the models."""
     entries = []
     for key in all_keys():
         value = value_at(config, key.path)
         if key.section is None or value is None:
             default = "(required)" if key.field.is_required() else key.field.default
             entries.append(ConfigEntry(key.path, value, default, key.field.description or ""))
-    return [entry for entry in entries if _exists(config, entry.path)]
+    return [entry for entry in entries if _applies(config, entry.path)]
 
 
 def describe_type(key: ConfigKey) -> str:
@@ -133,7 +125,11 @@ def value_at(config: Config, path: str) -> Any:
     return value
 
 
-def _exists(config: Config, path: str) -> bool:
-    """Whether the section of a key is there (`data.glyphs` may be null)."""
-    section = path.rpartition(".")[0]
-    return not section or isinstance(value_at(config, section), BaseModel)
+def _applies(config: Config, path: str) -> bool:
+    """Whether every block around a key is there (not null) and the key is of its kind."""
+    section: Any = config
+    for name in path.split("."):
+        if not isinstance(section, ConfigSection) or name in section.inapplicable(section.__dict__):
+            return False
+        section = getattr(section, name)
+    return True

@@ -1,4 +1,4 @@
-"""Models of the YAML's block about the head; see `config.py`."""
+"""The blocks of the config about the classifier."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ from typing import Literal
 
 from pydantic import Field
 
-from mhe_dist.config.section import ConfigSection, Decay, Fraction, PositiveFloat, PositiveInt
+from mhe_dist.config.section import (
+    Alternatives,
+    ConfigSection,
+    Decay,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 class MarginConfig(ConfigSection):
     """What the head does to the logits before the softmax."""
+
+    alternatives = (
+        Alternatives(
+            "kind",
+            {
+                "none": (),
+                "softmax": ("scale", "filter"),
+                "arcface": ("scale", "m", "warmup_steps", "filter"),
+                "cosface": ("scale", "m", "warmup_steps", "filter"),
+                "combined": ("scale", "m1", "m2", "m3", "warmup_steps", "filter"),
+                "adaface": ("scale", "m", "h", "ema", "warmup_steps", "filter"),
+            },
+        ),
+    )
 
     kind: Literal["none", "softmax", "arcface", "cosface", "combined", "adaface"] = Field(
         "cosface", description="none: inner product and bias; softmax: scaled cosine, no margin."
@@ -40,6 +61,8 @@ class BankConfig(ConfigSection):
 
 class HeadOptimConfig(ConfigSection):
     """The optimizer of the rows; its learning rate follows the backbone's schedule."""
+
+    alternatives = (Alternatives("kind", {"sgd": ("momentum",), "adamw": ("betas", "eps")}),)
 
     kind: Literal["sgd", "adamw"] = Field("sgd", description="Row-sparse optimizer.")
     lr_scale: PositiveFloat = Field(1.0, description="Rows learn at optim.lr times this.")
@@ -96,6 +119,19 @@ class MhcConfig(ConfigSection):
 class HeadConfig(ConfigSection):
     """The classifier over all classes; thrown away after pretraining."""
 
+    alternatives = (
+        Alternatives(
+            "kind",
+            {
+                "full": (),
+                "partial_fc": ("partial_fc",),
+                "mhs": ("mhs",),
+                "mhp": ("mhp",),
+                "mhc": ("mhc",),
+            },
+        ),
+    )
+
     kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
         "mhs", description="Which head; the block of the same name configures it."
     )
@@ -127,10 +163,5 @@ class HeadConfig(ConfigSection):
             wrong.append(
                 "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
                 "meets only its own head and the extra ones"
-            )
-        if self.margin.filter and self.margin.kind == "none":
-            wrong.append(
-                f"head.margin.filter={self.margin.filter} is a cosine, but head.margin.kind=none "
-                "makes no cosines"
             )
         return wrong

@@ -13,11 +13,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from mhe_dist.config.describe import all_keys, describe_type, suggest, value_at
-from mhe_dist.config.mistakes import ConfigErrors, ConfigMistake
-from mhe_dist.config.schema import Config, validate_combinations
+from mhe_dist.config.describe import all_keys, suggest, value_at
+from mhe_dist.config.mistakes import (
+    ConfigErrors,
+    ConfigMistake,
+    explain_error,
+    explain_inapplicable,
+    source_of,
+)
+from mhe_dist.config.schema import CHECKED_LATER, Config, validate_combinations
+from mhe_dist.config.section import applicable_values, inapplicable_keys
+from mhe_dist.config.stored import stored_config
 
 COMMAND_LINE = "command line"
 Check = Callable[[Config], Iterable[tuple[str, str]]]
@@ -27,6 +34,9 @@ def load_config(
     path: str | None, overrides: Sequence[str] = (), checks: Iterable[Check] = ()
 ) -> Config:
     """Read a configuration.
+
+    Where an override changes a `kind`, keys of the file that belong to the former kind are left
+    out. Any other key that does not belong to the chosen kind is a mistake.
 
     Args:
         path: YAML file; None for defaults and overrides alone.
@@ -40,14 +50,15 @@ def load_config(
     """
     mistakes: list[ConfigMistake] = []
     sources: dict[str, str] = {}
-    layers = []
+    file = OmegaConf.create()
     if path is not None:
         try:
-            values, sources = _read(path)
-            layers.append(values)
+            file, sources = _read(path)
         except ConfigErrors as errors:
             mistakes += errors.mistakes
     unreadable = bool(mistakes)
+    mistakes += _inapplicable(file, sources)
+    layers = []
     for override in overrides:
         try:
             key, layer = _parse_override(override)
@@ -57,12 +68,13 @@ def load_config(
         layers.append(layer)
         sources = {k: v for k, v in sources.items() if not f"{k}.".startswith(f"{key}.")}
         sources[key] = COMMAND_LINE
-    found, config = _validate(_merge(layers, mistakes), sources)
+    found, config = _validate(_merge(file, layers, mistakes), sources)
     if unreadable:  # then what is missing or does not fit may stand in the file
         mistakes += [mistake for mistake in found if mistake.source == COMMAND_LINE]
     else:
-        mistakes += [*found, *_contradictions(config, found)]
-        mistakes += _failed(checks, config, found, sources)
+        mistakes += found
+        mistakes += _contradictions(config, mistakes)
+        mistakes += _failed(checks, config, mistakes, sources)
     if mistakes:
         raise ConfigErrors(mistakes)
     return config
@@ -128,43 +140,64 @@ def _is_text(path: str) -> bool:
     return any(key.path == path and key.field.annotation is str for key in all_keys())
 
 
-def _merge(layers: list[DictConfig], mistakes: list[ConfigMistake]) -> dict[str, Any]:
-    """The layers on top of one another as plain containers, `${...}` filled in."""
+def _inapplicable(file: DictConfig, sources: dict[str, str]) -> list[ConfigMistake]:
+    """Keys of the file that are of another kind than the file itself chooses."""
+    return [
+        explain_inapplicable(path.split("."), value, reason, sources)
+        for path, value, reason in inapplicable_keys(Config, _plain(file))
+    ]
+
+
+def _merge(
+    file: DictConfig, overrides: list[DictConfig], mistakes: list[ConfigMistake]
+) -> dict[str, Any]:
+    """The file's values and the command line's on top, as plain containers, `${...}` filled in.
+
+    Where the command line changes a `kind`, the file's keys of the former kind are left out.
+    """
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
+        chosen = _plain(OmegaConf.merge({}, file, *overrides))
+        kept = applicable_values(Config, _plain(file), chosen)
+        merged = _plain(OmegaConf.merge({}, kept, *overrides), resolve=True)
     except OmegaConfBaseException as error:
         message = str(error.msg or error).splitlines()[0]
-        raise ConfigErrors(
-            [*mistakes, ConfigMistake(error.full_key or "", None, message)]
-        ) from None
-    assert isinstance(merged, dict)
+        found = ConfigMistake(error.full_key or "", None, message)
+        raise ConfigErrors([*mistakes, found]) from None
     if merged.get("data") is None:
         merged["data"] = {}  # so that a missing section is told by its missing keys
     return {str(key): value for key, value in merged.items()}
+
+
+def _plain(values: Any, resolve: bool = False) -> dict[Any, Any]:
+    plain = OmegaConf.to_container(values, resolve=resolve)
+    assert isinstance(plain, dict)
+    return plain
 
 
 def _validate(
     values: dict[str, Any], sources: dict[str, str]
 ) -> tuple[list[ConfigMistake], Config]:
     """What is wrong with single keys, and the configuration in which those have their defaults."""
-    context = {"combinations_later": True}
     try:
-        return [], Config.model_validate(values, context=context)
+        return [], Config.model_validate(values, context=CHECKED_LATER)
     except ValidationError as error:
         details = error.errors()
     for detail in details:
         values = _without(values, detail["loc"])
     values = {**values, "data": {"shards": "", **(values.get("data") or {})}}
-    return [_mistake(d, sources) for d in details], Config.model_validate(values, context=context)
+    return [explain_error(detail, sources) for detail in details], stored_config(values)
 
 
 def _contradictions(config: Config, found: list[ConfigMistake]) -> list[ConfigMistake]:
-    """Misfits between keys, but for those that are wrong already."""
-    wrong = [rf"\b{re.escape(mistake.path.partition('[')[0])}\b" for mistake in found]
-    texts = [
-        text for text in validate_combinations(config) if not any(re.search(w, text) for w in wrong)
+    """Contradictions between keys, but for those that are wrong already."""
+    wrong = [
+        rf"\b{re.escape(mistake.path.partition('[')[0])}\b" for mistake in found if mistake.path
     ]
-    return [ConfigMistake("", None, text) for text in texts]
+    return [
+        ConfigMistake("", None, text)
+        for text in validate_combinations(config)
+        if not any(re.search(pattern, text) for pattern in wrong)
+    ]
 
 
 def _failed(
@@ -173,53 +206,11 @@ def _failed(
     """What the caller's checks say, but for keys that are wrong already."""
     wrong = [mistake.path for mistake in found]
     return [
-        ConfigMistake(path, value_at(config, path), message, _source(path, sources))
+        ConfigMistake(path, value_at(config, path), message, source_of(path, sources))
         for check in checks
         for path, message in check(config)
         if not any(f"{path}.".startswith(f"{other}.") for other in wrong)
     ]
-
-
-def _mistake(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistake:
-    """Words for one finding of pydantic."""
-    parts, value = [str(part) for part in detail["loc"]], detail["input"]
-    known = {key.path: key for key in all_keys()}
-    heads = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    if detail["type"] == "extra_forbidden" or heads[0] not in known:
-        return _unknown(parts, value, sources)
-    key = known[[head for head in heads if head in known][-1]]
-    if detail["type"] == "missing" and key.path == heads[-1]:
-        return ConfigMistake(key.path, None, f"is required: {key.field.description}")
-    items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
-    path = f"{key.path}[{items}]" if items else key.path
-    return ConfigMistake(path, value, f"must be {describe_type(key)}", _source(key.path, sources))
-
-
-def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> ConfigMistake:
-    """A key that does not exist, followed down while there is no choice: `hed.kind`, not `hed`."""
-    while isinstance(value, dict) and len(value) == 1:
-        ((name, value),) = value.items()
-        parts = [*parts, str(name)]
-    path = ".".join(parts)
-    message = "there is no such key"
-    if near := suggest(path):
-        message += f"; did you mean {' or '.join(near)}?"
-    else:
-        around = [key.path.rpartition(".") for key in all_keys()]
-        here = ".".join(parts[:-1])
-        names = ", ".join(name for section, _, name in around if section == here)
-        message += f"; {here or 'the configuration'} has {names}" if names else ""
-    return ConfigMistake(path, value, message, _source(path, sources))
-
-
-def _source(path: str, sources: dict[str, str]) -> str:
-    """Where a key, or else the nearest block around it, or else a key below it, was set."""
-    around = path
-    while around:
-        if around in sources:
-            return sources[around]
-        around = around.rpartition(".")[0]
-    return next((where for key, where in sources.items() if key.startswith(f"{path}.")), "")
 
 
 def _without(values: dict[str, Any], location: Sequence[Any]) -> dict[str, Any]:

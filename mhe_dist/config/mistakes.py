@@ -1,11 +1,18 @@
-"""What is wrong with a configuration: one mistake, and the error that lists all of them."""
+"""What is wrong with a configuration: a mistake, its wording, and the error that lists them all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from pydantic_core import ErrorDetails
+
+from mhe_dist.config.describe import all_keys, describe_type, suggest
+from mhe_dist.config.section import INAPPLICABLE, Inapplicable
 from mhe_dist.errors import UserError
+
+RENAMED: dict[str, str] = {}
+"""Dotted path of each key that a release removed or renamed -> what takes its place."""
 
 
 class ConfigMistake(NamedTuple):
@@ -39,3 +46,70 @@ class ConfigErrors(UserError):
         count = len(self.mistakes)
         title = f"{count} mistake{'s' if count > 1 else ''} in the configuration"
         super().__init__("\n  ".join([f"{title}:", *map(str, self.mistakes)]))
+
+
+def explain_error(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistake:
+    """The mistake behind one finding of pydantic.
+
+    Args:
+        detail: the finding.
+        sources: where each key was set, by its dotted path.
+    """
+    parts, value = [str(part) for part in detail["loc"]], detail["input"]
+    known = {key.path: key for key in all_keys()}
+    heads = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    if detail["type"] == "extra_forbidden" or heads[0] not in known:
+        return _unknown(parts, value, sources)
+    if detail["type"] == INAPPLICABLE:
+        context = detail["ctx"]
+        reason = Inapplicable(context["tag"], context["chosen"], context["owners"])
+        return explain_inapplicable(parts, value, reason, sources)
+    key = known[[head for head in heads if head in known][-1]]
+    if detail["type"] == "missing" and key.path == heads[-1]:
+        return ConfigMistake(key.path, None, f"is required: {key.field.description}")
+    items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
+    path = f"{key.path}[{items}]" if items else key.path
+    return ConfigMistake(path, value, f"must be {describe_type(key)}", source_of(key.path, sources))
+
+
+def explain_inapplicable(
+    parts: list[str], value: Any, reason: Inapplicable, sources: dict[str, str]
+) -> ConfigMistake:
+    """The mistake of a key that is of another kind than the chosen one."""
+    path, value = _innermost(parts, value)
+    message = reason.explain(".".join(parts[:-1]))
+    return ConfigMistake(path, value, message, source_of(path, sources))
+
+
+def _innermost(parts: list[str], value: Any) -> tuple[str, Any]:
+    """A path followed down while there is no choice: `hed.kind` with its value, not `hed`."""
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        parts = [*parts, str(name)]
+    return ".".join(parts), value
+
+
+def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> ConfigMistake:
+    """The mistake of a key that does not exist."""
+    path, value = _innermost(parts, value)
+    message = "there is no such key"
+    if path in RENAMED:
+        message += f" any more; its successor is {RENAMED[path]}"
+    elif near := suggest(path):
+        message += f"; did you mean {' or '.join(near)}?"
+    else:
+        around = [key.path.rpartition(".") for key in all_keys()]
+        here = path.rpartition(".")[0]
+        names = ", ".join(name for section, _, name in around if section == here)
+        message += f"; {here or 'the configuration'} has {names}" if names else ""
+    return ConfigMistake(path, value, message, source_of(path, sources))
+
+
+def source_of(path: str, sources: dict[str, str]) -> str:
+    """Where a key, or else the nearest block around it, or else a key below it, was set."""
+    around = path
+    while around:
+        if around in sources:
+            return sources[around]
+        around = around.rpartition(".")[0]
+    return next((where for key, where in sources.items() if key.startswith(f"{path}.")), "")

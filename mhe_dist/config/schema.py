@@ -12,7 +12,9 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.config.section import ConfigSection, Decay, PositiveFloat, PositiveInt
+from mhe_dist.config.section import Alternatives, ConfigSection, Decay, PositiveFloat, PositiveInt
+
+CHECKED_LATER = {"combinations_later": True}  # a context: contradictions between keys may pass
 
 
 class RunConfig(ConfigSection):
@@ -54,6 +56,14 @@ class ModelConfig(ConfigSection):
 
 class OptimConfig(ConfigSection):
     """The optimizer and schedule of the backbone."""
+
+    alternatives = (
+        Alternatives("kind", {"sgd": ("momentum",), "adamw": ("betas",)}),
+        Alternatives(
+            "schedule",
+            {"constant": (), "cosine": ("final_lr",), "polynomial": ("final_lr", "power")},
+        ),
+    )
 
     kind: Literal["sgd", "adamw"] = Field("sgd", description="Optimizer of the backbone.")
     lr: PositiveFloat = Field(0.1, description="Peak learning rate.")

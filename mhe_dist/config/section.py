@@ -1,21 +1,97 @@
-"""What every block of the config is made of."""
+"""What every block of the config is made of, and how a block depends on its `kind`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+INAPPLICABLE = "inapplicable"  # pydantic's type of the error
+
+
+class Inapplicable(NamedTuple):
+    """Why a key does not apply: `tag` has the value `chosen`, and not one of `owners`."""
+
+    tag: str
+    chosen: str
+    owners: list[str]
+
+    def explain(self, section: str = "") -> str:
+        """What is wrong and what to do, where `section` is the dotted path of the block."""
+        tag = f"{section}.{self.tag}" if section else self.tag
+        return (
+            f"belongs to {tag}={' or '.join(self.owners)}, but {tag} is {self.chosen}; "
+            f"leave it out, or set {tag}={self.owners[0]}"
+        )
+
+
+class Alternatives(NamedTuple):
+    """The kinds of a section, which is a tagged union.
+
+    Attributes:
+        tag: the key that chooses, such as "kind".
+        keys: for each value of the tag the keys that apply; a key of none of them always applies.
+    """
+
+    tag: str
+    keys: Mapping[str, tuple[str, ...]]
+
+    def inapplicable(self, chosen: Any) -> dict[str, Inapplicable]:
+        """The keys that do not apply to a value of the tag; none if it is no such value."""
+        if not isinstance(chosen, str) or chosen not in self.keys:
+            return {}
+        owners: dict[str, list[str]] = {}
+        for kind, own in self.keys.items():
+            for key in own:
+                owners.setdefault(key, []).append(kind)
+        return {
+            key: Inapplicable(self.tag, chosen, kinds)
+            for key, kinds in owners.items()
+            if chosen not in kinds
+        }
+
 
 class ConfigSection(BaseModel):
-    """A block of keys; a key that is not named here is a mistake, not an extension."""
+    """A block of keys; a key that is not named here is a mistake, not an extension.
+
+    A section with `alternatives` is a tagged union: a key of another kind is a mistake, too. As an
+    attribute such a key has its default, so that code may read it, and it is never written.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+    alternatives: ClassVar[tuple[Alternatives, ...]] = ()
+
+    @classmethod
+    def inapplicable(cls, chosen: Mapping[str, Any]) -> dict[str, Inapplicable]:
+        """The keys that do not apply to the tags in `chosen`; a missing one has its default."""
+        return {
+            key: reason
+            for alternatives in cls.alternatives
+            for tag in [alternatives.tag]
+            for key, reason in alternatives.inapplicable(
+                chosen.get(tag, cls.model_fields[tag].default)
+            ).items()
+        }
 
     @field_validator("*", mode="before")
     @classmethod
@@ -25,3 +101,109 @@ class ConfigSection(BaseModel):
         if isinstance(value, bool) and field.annotation in (int, float):
             raise ValueError("is not a number")
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_inapplicable(cls, values: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
+        """Refuse every key of another kind by name, beside what else is wrong."""
+        reasons = cls.inapplicable(values) if isinstance(values, dict) else {}
+        errors = [_error(key, values[key], reasons[key]) for key in reasons if key in values]
+        if not errors:
+            return validate(values)
+        try:
+            validate({key: value for key, value in values.items() if key not in reasons})
+        except ValidationError as error:
+            errors += map(_again, error.errors())
+        raise ValidationError.from_exception_data(cls.__name__, errors)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_inapplicable(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        left_out = self.inapplicable(self.__dict__)
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if key not in left_out}
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """For each kind a condition that forbids the keys of the others."""
+        schema = handler(core)
+        conditions = [
+            _condition(alternatives, kind, kind == cls.model_fields[alternatives.tag].default)
+            for alternatives in cls.alternatives
+            for kind in alternatives.keys
+        ]
+        if conditions:
+            handler.resolve_ref_schema(schema)["allOf"] = conditions
+        return schema
+
+
+def _condition(alternatives: Alternatives, kind: str, is_default: bool) -> JsonSchemaValue:
+    """JSON Schema: if the tag is `kind`, given or by default, keys of other kinds are forbidden."""
+    given: JsonSchemaValue = {"properties": {alternatives.tag: {"const": kind}}}
+    if not is_default:
+        given["required"] = [alternatives.tag]
+    forbidden = dict.fromkeys(alternatives.inapplicable(kind), False)
+    return {"if": given, "then": {"properties": forbidden}}
+
+
+def _error(key: str, value: Any, reason: Inapplicable) -> InitErrorDetails:
+    context = {**reason._asdict(), "reason": reason.explain()}
+    error = PydanticCustomError(INAPPLICABLE, "{reason}", context)
+    return InitErrorDetails(type=error, loc=(key,), input=value)
+
+
+def _again(found: ErrorDetails) -> InitErrorDetails:
+    """A finding inside a section, to be raised once more."""
+    if found["type"] == INAPPLICABLE:
+        error = PydanticCustomError(INAPPLICABLE, "{reason}", found["ctx"])
+        return InitErrorDetails(type=error, loc=found["loc"], input=found["input"])
+    return cast(InitErrorDetails, found)
+
+
+def section_of(annotation: Any) -> type[ConfigSection] | None:
+    """The section behind an annotation `Section` or `Section | None`; None for another type."""
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, ConfigSection):
+            return option
+    return None
+
+
+def inapplicable_keys(
+    section: type[ConfigSection], values: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Inapplicable]]:
+    """Dotted path, value and reason of every key in nested values that is of another kind."""
+    reasons = section.inapplicable(values)
+    for key, value in values.items():
+        if key in reasons:
+            yield f"{prefix}{key}", value, reasons[key]
+        elif (inner := _inner(section, key)) and isinstance(value, Mapping):
+            yield from inapplicable_keys(inner, value, f"{prefix}{key}.")
+
+
+def applicable_values(
+    section: type[ConfigSection], values: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A copy of nested values without the keys that do not apply to the kinds in `chosen`.
+
+    Args:
+        section: what the values are of.
+        values: of a section and those inside it.
+        chosen: nested values that hold the tags.
+    """
+    reasons, kept = section.inapplicable(chosen), {}
+    for key, value in values.items():
+        if key in reasons:
+            continue
+        inner, inside = _inner(section, key), chosen.get(key)
+        if inner and isinstance(value, Mapping):
+            tags = inside if isinstance(inside, Mapping) else {}
+            kept[key] = applicable_values(inner, value, tags)
+        else:
+            kept[key] = value
+    return kept
+
+
+def _inner(section: type[ConfigSection], key: str) -> type[ConfigSection] | None:
+    field = section.model_fields.get(str(key))
+    return section_of(field.annotation) if field else None

@@ -16,6 +16,7 @@ import yaml
 
 from mhe_dist.config.describe import describe_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.report import evaluation as keep
@@ -68,7 +69,7 @@ def write(run: str, out: str) -> list[str]:
     Raises:
         UserError: there is no run, or its records are damaged.
     """
-    config = Config.model_validate(yaml.safe_load(_bytes(f"{run}/config.yaml") or b"{}"))
+    config = stored_config(yaml.safe_load(_bytes(f"{run}/config.yaml") or b"{}"))
     records = read_records(f"{run}/metrics.jsonl")
     summary = json.loads(_bytes(f"{run}/summary.json") or b"{}")
     sections = [

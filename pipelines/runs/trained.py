@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from pipelines.runs.folder import find_run, read_run_config
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def load_trained_backbone(run: str, device: torch.device | None = None) -> Train
     from mhe_dist.backbone.model import restore_backbone
 
     path, found = _checkpoint(run.rstrip("/"))
-    config = Config.model_validate(read_run_config(path))
+    config = stored_config(read_run_config(path) or {})
     tensors = found.load(is_backbone_weight)
     model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)
     return TrainedBackbone(

@@ -17,6 +17,7 @@ from mhe_dist.checkpoint.reader import Checkpoint
 from mhe_dist.checkpoint.retention import Keep
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
@@ -88,7 +89,7 @@ def head_of_checkpoint(
     checkpoint: Checkpoint, topology: Topology, folder: str, **changes: Any
 ) -> Head:
     """An empty head like that of a checkpoint, or with another `num_classes`."""
-    config = _config_of(checkpoint)
+    config = stored_config(checkpoint.run["config"])
     if "classes" not in checkpoint.run:
         raise UserError(f"{checkpoint.path} was written before checkpoints told their classes")
     # As many micro-batches as any number of ranks wants: nothing is trained here.
@@ -102,10 +103,6 @@ def head_of_checkpoint(
         "epoch_steps": checkpoint.run["samples"] / config.train.global_batch,
     }
     return build(HeadSpec(**(spec | changes)), topology)
-
-
-def _config_of(checkpoint: Checkpoint) -> Config:
-    return Config.model_validate(checkpoint.run["config"], context={"combinations_later": True})
 
 
 def refuse_other_num_classes(classes: int, index: ShardIndex, config: Config) -> None:

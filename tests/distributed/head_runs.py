@@ -51,8 +51,9 @@ def head_config(head: str, margin: str = "cosface", /, **changes: object) -> Hea
         "optim": {"weight_decay": 0.01},
         "groups": 3,
         "on_bad_label": "ignore",
-        "mhs": {"length": 4, "extra_heads": 2},
     }
+    if HEADS[head].get("kind", "mhs") == "mhs":
+        values["mhs"] = {"length": 4, "extra_heads": 2}
     for key, value in [*HEADS[head].items(), *changes.items()]:
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     return HeadConfig.model_validate(values)

@@ -35,8 +35,7 @@ def level_config(
         "optim": {"weight_decay": 0.01},
         "groups": 3,
         "on_bad_label": "ignore",
-        "mhp": {"lengths": LENGTHS[lengths]},
-        "mhc": {"lengths": LENGTHS[lengths], "candidates": 2},
+        kind: {"lengths": LENGTHS[lengths]} | ({"candidates": 2} if kind == "mhc" else {}),
     }
     for key, value in changes.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from mhe_dist.backbone.model import build_backbone
-from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.heads.registry import build
@@ -25,7 +25,7 @@ def path_of(head: str) -> str:
 def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
     """Load a checkpoint into a new engine and head; digests of what they would save."""
     checkpoint = find_checkpoint(path_of(head))
-    config = Config.model_validate(checkpoint.run["config"])
+    config = stored_config(checkpoint.run["config"])
     model = build_backbone(config.model, config.data.image_size)
     engine = Engine(model, config, topology)
     spec = HeadSpec(

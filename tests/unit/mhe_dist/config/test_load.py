@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from mhe_dist.config.describe import describe_config
 from mhe_dist.config.load import load_config
-from mhe_dist.config.mistakes import ConfigErrors
+from mhe_dist.config.mistakes import RENAMED, ConfigErrors
 from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import UserError
 
@@ -75,7 +77,8 @@ def test_the_last_override_wins() -> None:
     ],
 )
 def test_values_are_yaml_and_text_is_text(override: str, value: object) -> None:
-    config: object = load_config(None, ["data.shards=x", override])
+    kinds = ["head.kind=mhp", "head.optim.kind=adamw"]
+    config: object = load_config(None, ["data.shards=x", *kinds, override])
     for name in override.partition("=")[0].replace(".drop_rate", "").split("."):
         config = getattr(config, name)
     assert config == value
@@ -124,13 +127,14 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_told_with_what_is_right(override: str, words: str) -> None:
-    (line,) = mistakes(None, override)
+    kinds = ["head.kind=mhp", "optim.kind=adamw"] if override.endswith("]") else ["head.kind=mhp"]
+    (line,) = mistakes(None, *kinds, override)
     assert line.endswith(f"(command line): {words}")
     assert line.startswith(override.partition("=")[0])
 
 
 def test_the_item_of_a_list_is_named() -> None:
-    assert mistakes(None, "head.mhp.lengths=[1, -2]") == [
+    assert mistakes(None, "head.kind=mhp", "head.mhp.lengths=[1, -2]") == [
         "head.mhp.lengths[1]=-2 (command line): "
         "must be a list, each item a whole number greater than 0"
     ]
@@ -304,9 +308,10 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_config_to_dict_is_plain() -> None:
-    values = config_to_dict(load_config(None, ["data.shards=x"]))
+    config = load_config(None, ["data.shards=x", "optim.kind=adamw"])
+    values = config_to_dict(config)
     assert values["optim"]["betas"] == [0.9, 0.999]
-    assert Config.model_validate(values) == load_config(None, ["data.shards=x"])
+    assert Config.model_validate(values) == config
 
 
 def test_describe_names_every_key_with_value_default_and_description() -> None:
@@ -326,6 +331,136 @@ def test_describe_names_every_key_with_value_default_and_description() -> None:
     ]
     assert "data.glyphs.fonts" in with_glyphs
     assert "data.glyphs" not in with_glyphs
+
+
+@pytest.mark.parametrize(
+    "kind, override, words",
+    [
+        ("head.kind=full", "head.mhs.length=7", "belongs to head.kind=mhs, but head.kind is full"),
+        ("head.kind=mhs", "head.partial_fc.rate=0.2",
+         "belongs to head.kind=partial_fc, but head.kind is mhs"),
+        ("head.margin.kind=cosface", "head.margin.m1=2.0",
+         "belongs to head.margin.kind=combined, but head.margin.kind is cosface"),
+        ("head.margin.kind=none", "head.margin.filter=0.3",
+         "belongs to head.margin.kind=softmax or arcface or cosface or combined or adaface, "
+         "but head.margin.kind is none"),
+        ("optim.kind=adamw", "optim.momentum=0.5",
+         "belongs to optim.kind=sgd, but optim.kind is adamw"),
+        ("head.optim.kind=sgd", "head.optim.eps=0.1",
+         "belongs to head.optim.kind=adamw, but head.optim.kind is sgd"),
+        ("optim.schedule=cosine", "optim.power=3.0",
+         "belongs to optim.schedule=polynomial, but optim.schedule is cosine"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_kind_is_refused_with_the_cure(
+    kind: str, override: str, words: str
+) -> None:
+    tag, owner = words.removeprefix("belongs to ").split(",")[0].split(" or ")[0].split("=")
+    for overrides in ([kind, override], [override, kind]):
+        assert mistakes(None, *overrides) == [
+            f"{override} (command line): {words}; leave it out, or set {tag}={owner}"
+        ]
+
+
+def test_keys_of_another_kind_are_told_beside_all_other_mistakes(file: str) -> None:
+    Path(file).write_text(
+        "data: {shards: x}\nhead:\n  kind: full\n  mhs: {length: 7, extra_heads: 2}\n"
+        "  margin:\n    kind: softmax\n    m: 0.3\n    scale: -1\noptim: {lr: -1, betas: [1, 2]}\n"
+    )
+    assert mistakes(file, "head.mhp.lengths=[3]") == [
+        "head.mhs (run.yaml:4): belongs to head.kind=mhs, but head.kind is full; "
+        "leave it out, or set head.kind=mhs",
+        "head.margin.m=0.3 (run.yaml:7): belongs to head.margin.kind=arcface or cosface or "
+        "adaface, but head.margin.kind is softmax; leave it out, or set head.margin.kind=arcface",
+        "optim.betas=[1, 2] (run.yaml:9): belongs to optim.kind=adamw, but optim.kind is sgd; "
+        "leave it out, or set optim.kind=adamw",
+        "head.mhp.lengths=[3] (command line): belongs to head.kind=mhp, but head.kind is full; "
+        "leave it out, or set head.kind=mhp",
+        "head.margin.scale=-1 (run.yaml:8): must be a number greater than 0",
+        "optim.lr=-1 (run.yaml:9): must be a number greater than 0",
+    ]
+
+
+MHS_FILE = """\
+data: {shards: x}
+head:
+  kind: mhs
+  mhs: {length: 7}
+  margin: {kind: arcface, scale: 32, m: 0.3}
+optim: {momentum: 0.8, final_lr: 0.01}
+"""
+
+
+def test_a_kind_of_the_command_line_replaces_that_of_the_file(file: str) -> None:
+    Path(file).write_text(MHS_FILE)
+    config = load_config(
+        file,
+        ["head.kind=partial_fc", "head.partial_fc.rate=0.3", "head.margin.kind=softmax",
+         "optim.kind=adamw", "optim.schedule=constant"],
+    )  # fmt: skip
+    assert config.head.partial_fc.rate == 0.3
+    assert config.head.margin.scale == 32
+    values = config_to_dict(config)
+    assert {"kind", "partial_fc"} < values["head"].keys()
+    assert values["head"].keys().isdisjoint({"mhs", "mhp", "mhc"})
+    assert values["head"]["margin"] == {"kind": "softmax", "scale": 32, "filter": 0.0}
+    assert values["optim"].keys().isdisjoint({"momentum", "final_lr", "power"})
+    assert load_config(file, ["head.mhs.extra_heads=3"]).head.mhs.length == 7
+
+
+def test_the_kind_by_default_owns_keys_of_the_file_too(file: str) -> None:
+    Path(file).write_text(MHS_FILE.replace("  kind: mhs\n", ""))
+    assert config_to_dict(load_config(file, ["head.kind=full"]))["head"]["kind"] == "full"
+
+
+def test_the_file_has_to_be_right_by_itself(file: str) -> None:
+    Path(file).write_text(MHS_FILE.replace("kind: mhs", "kind: full"))
+    (line,) = mistakes(file, "head.kind=mhs")
+    assert line.startswith("head.mhs.length=7 (run.yaml:4): belongs to head.kind=mhs, but head.kin")
+
+
+def test_a_wrong_kind_is_one_mistake() -> None:
+    assert mistakes(None, "head.kind=mhx", "head.mhp.lengths=[3]") == [
+        "head.kind=mhx (command line): must be one of full, partial_fc, mhs, mhp, mhc"
+    ]
+
+
+def test_a_model_refuses_keys_of_another_kind_by_itself() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Config.model_validate({"head": {"kind": "full", "mhs": {}, "groups": 0}})
+    found = {error["loc"]: error["msg"] for error in caught.value.errors()}
+    assert found.keys() == {("data",), ("head", "mhs"), ("head", "groups")}
+    assert found["head", "mhs"].startswith("belongs to kind=mhs, but kind is full; ")
+
+
+def test_a_stored_configuration_of_an_earlier_version_is_read() -> None:
+    values = {
+        "data": {"shards": "x"},
+        "head": {"kind": "mhp", "mhs": {"length": 7}, "mhp": {"lengths": [3, 4]}, "mhc": {}},
+        "optim": {"kind": "adamw", "momentum": 0.9, "betas": [0.8, 0.9], "schedule": "constant"},
+        "scale": {"workers": 7},  # does not divide the micro-batches: refused today
+    }
+    config = stored_config(values)
+    assert config.head.mhp.lengths == [3, 4]
+    assert config.optim.betas == (0.8, 0.9)
+    assert "mhs" not in config_to_dict(config)["head"]
+    with pytest.raises(ValidationError):
+        Config.model_validate(values)
+
+
+def test_a_renamed_key_names_its_successor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "optim.rate", "optim.lr")
+    assert mistakes(None, "optim.rate=1") == [
+        "optim.rate=1 (command line): there is no such key any more; its successor is optim.lr"
+    ]
+
+
+def test_describe_shows_only_what_applies() -> None:
+    config = load_config(None, ["data.shards=x", "head.kind=full", "head.margin.kind=none"])
+    paths = {entry.path for entry in describe_config(config)}
+    assert {"head.kind", "head.margin.kind", "optim.momentum"} < paths
+    assert not any(path.startswith(("head.mhs", "head.partial_fc", "head.mh")) for path in paths)
+    assert paths.isdisjoint({"head.margin.m", "head.margin.scale", "optim.betas", "optim.power"})
 
 
 def test_loading_needs_no_torch() -> None:

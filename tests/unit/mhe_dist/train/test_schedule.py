@@ -17,7 +17,7 @@ def course(total: int, **optim: object) -> list[float]:
 
 
 def test_constant() -> None:
-    assert course(5, schedule="constant", final_lr=0.1) == [0.8] * 5
+    assert course(5, schedule="constant") == [0.8] * 5
 
 
 def test_cosine_goes_from_the_peak_to_the_final_rate() -> None:

@@ -29,11 +29,10 @@ def head(
     folder: Path | None = None,
     **changes: object,
 ) -> RowHead:
-    values = {
-        "kind": "mhs",
-        "groups": 6,
-        "mhs": {"length": 4, "extra_heads": 2, "exchange": "gather", "negatives": "batch"},
-    }
+    values: dict = {"kind": "mhs", "groups": 6}
+    if changes.get("kind", "mhs") == "mhs":
+        gather = {"exchange": "gather", "negatives": "batch"}
+        values["mhs"] = {"length": 4, "extra_heads": 2, **gather}
     for key, value in changes.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     config = HeadConfig.model_validate(values)
