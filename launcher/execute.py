@@ -51,7 +51,7 @@ def make_data(config: Config, watcher: Watcher) -> None:
     if config.data.glyphs is None:
         return
     from pipelines.sources.glyphs.build import ensure_glyphs
-    from pipelines.storage.worker_pool import cores
+    from pipelines.storage.worker_pool import available_cores
 
     with watcher.counting("drawing the data set") as progress:
-        ensure_glyphs(config, progress, cores())
+        ensure_glyphs(config, progress, available_cores())

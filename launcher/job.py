@@ -26,7 +26,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
 from pipelines.runs.folder import read_summary
-from pipelines.shards import index as shards
+from pipelines.shards.index import index_exists
 
 CLUSTER = "auto"  # the one that started this process
 NODES_S = 40.0
@@ -125,7 +125,7 @@ def trial(file: str, workers: str) -> None:
 
     config = load_config(file)
     measured = None
-    if shards.exists(config.data.shards):
+    if index_exists(config.data.shards):
         measured = trials.predicted(config, int(workers), LIBRARIES)
     sys.stdout.write(json.dumps(measured) + "\n")
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.data.order import Order
+    from pipelines.data.order import SampleOrder
     from pipelines.loader.loader import Loader
     from pipelines.pretrain import pretrain
     from pipelines.runs.arrays import embed_arrays
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 # `pretrain` is its own module, see there.
 _MODULES = {
     "Loader": "pipelines.loader.loader",
-    "Order": "pipelines.data.order",
     "Sample": "pipelines.shards.writer",
+    "SampleOrder": "pipelines.data.order",
     "ShardIndex": "pipelines.shards.index",
     "ShardWriter": "pipelines.shards.writer",
     "TrainedBackbone": "pipelines.runs.trained",
@@ -34,8 +34,8 @@ _MODULES = {
 }
 __all__ = [
     "Loader",
-    "Order",
     "Sample",
+    "SampleOrder",
     "ShardIndex",
     "ShardWriter",
     "TrainedBackbone",

@@ -11,9 +11,9 @@ import fsspec
 import numpy as np
 import simplejpeg
 
-from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import ShardIndex
-from pipelines.sources.recordio import MAGIC, RecordWriter, pack
+from pipelines.sources.recordio import MAGIC, RecordWriter, pack_record
 
 Item = tuple[list[float], bytes]
 
@@ -40,16 +40,16 @@ def layout(images: list[Item], kind: str = "flat") -> tuple[bytes, bytes]:
     writer = RecordWriter(rec, idx)
     if kind == "flat":
         for key, (labels, image) in enumerate(images):
-            writer.write(key, pack(labels, image, key))
+            writer.write(key, pack_record(labels, image, key))
         return rec.getvalue(), idx.getvalue()
     classes = sorted({labels[0] for labels, _ in images})
     first, last = len(images) + 1, len(images) + 1 + len(classes)
-    writer.write(0, pack([float(first), float(last)], b""))
+    writer.write(0, pack_record([float(first), float(last)], b""))
     for key, (labels, image) in enumerate(images, 1):
-        writer.write(key, pack(labels, image, key))
+        writer.write(key, pack_record(labels, image, key))
     for key, label in enumerate(classes, first):
         mine = [number for number, (labels, _) in enumerate(images, 1) if labels[0] == label]
-        writer.write(key, pack([float(mine[0]), float(mine[-1] + 1)], b"", key))
+        writer.write(key, pack_record([float(mine[0]), float(mine[-1] + 1)], b"", key))
     return rec.getvalue(), idx.getvalue()
 
 
@@ -86,7 +86,7 @@ def content(url: str) -> dict[str, tuple[int, bytes, bytes]]:
             assert int(parts["cls"]) == label
             found[key] = (
                 int(label),
-                next(parts[e] for e in EXTENSIONS if e in parts),
+                next(parts[e] for e in IMAGE_EXTENSIONS if e in parts),
                 parts.get("json", b""),
             )
     assert len(found) == index.samples

@@ -12,7 +12,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import read_run_config, url_exists
-from pipelines.shards import index as shards
+from pipelines.shards.index import INDEX_FILE, index_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
@@ -81,7 +81,7 @@ def _defined_by_timm(name: str) -> bool:
 
 def _trouble(place: str) -> str:
     try:
-        return "" if shards.exists(place) else f"there is no {shards.INDEX} in it"
+        return "" if index_exists(place) else f"there is no {INDEX_FILE} in it"
     except (ImportError, ValueError, OSError) as error:
         return f"cannot be read: {error}"
 
@@ -101,13 +101,17 @@ def choice(config: Config) -> None:
     Raises:
         UserError: names the file and the cure.
     """
-    from pipelines.data import mixture as view  # brings torch
+    from pipelines.data.mixture import (  # brings torch
+        needs_mixture,
+        open_training_index,
+        samples_per_epoch,
+    )
 
-    if view.chooses(config.data):
-        chosen = view.open_data(config.data, config.run.seed)
-        if view.epoch_samples(chosen) < config.data.streams:
+    if needs_mixture(config.data):
+        chosen = open_training_index(config.data, config.run.seed)
+        if samples_per_epoch(chosen) < config.data.streams:
             raise UserError(
-                f"data.streams={config.data.streams}: an epoch has {view.epoch_samples(chosen)} "
+                f"data.streams={config.data.streams}: an epoch has {samples_per_epoch(chosen)} "
                 "samples only; choose more of them, or give at most that many streams"
             )
 

@@ -31,12 +31,12 @@ from torch.utils.data import DataLoader
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from pipelines.data.order import Piece
-from pipelines.data.sample import parse, read_piece
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import parse_members, read_span
 from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
-from pipelines.storage import urls
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.storage.urls import is_local, resolve_url
+from pipelines.storage.worker_pool import Progress, no_progress
 
 MICRO_BATCH: Final = 128  # the default of a run
 _BLOCK: Final = 512
@@ -110,7 +110,7 @@ class LoaderComparison:
 
 
 def measure_loaders(
-    index: ShardIndex, workers: int, repeats: int, progress: Progress = ignore
+    index: ShardIndex, workers: int, repeats: int, progress: Progress = no_progress
 ) -> LoaderComparison:
     """Let all readers read a data set, in turns.
 
@@ -209,8 +209,8 @@ def _local_tars(index: ShardIndex) -> list[str]:
     """Paths of the tars."""
     if index.samples < MICRO_BATCH:
         raise UserError(f"{index.folder}: {index.samples} images are too few to measure anything")
-    found = [urls.find(index.url(number)) for number in range(len(index.shards))]
-    if not all(urls.is_local(filesystem) for filesystem, _ in found):
+    found = [resolve_url(index.url(number)) for number in range(len(index.shards))]
+    if not all(is_local(filesystem) for filesystem, _ in found):
         raise UserError(
             f"{index.folder}: the loader is measured, not a network; give shards on this machine"
         )
@@ -220,8 +220,8 @@ def _local_tars(index: ShardIndex) -> list[str]:
 def _image_side(index: ShardIndex) -> int:
     """Width and height of the first image, which must be a square JPEG."""
     number = next(number for number, shard in enumerate(index.shards) if shard.samples)
-    [raw, *_] = read_piece(index, Piece(number, 0, 1))
-    members = parse(raw, alone=False)
+    [raw, *_] = read_span(index, ShardSpan(number, 0, 1))
+    members = parse_members(raw, alone=False)
     if "jpg" not in members:
         raise UserError(f"{index.folder}: its images are no .jpg, which the bare loop decodes")
     height, width = simplejpeg.decode_jpeg_header(members["jpg"])[:2]

@@ -14,8 +14,7 @@ from PIL import Image
 
 from mhe_dist.seeds import generator
 from pipelines.data.decode import Pixels
-from pipelines.shards import index as shards
-from pipelines.shards.index import ShardIndex
+from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.shards.writer import Sample, ShardWriter
 
 SIDE: Final = 112
@@ -31,7 +30,7 @@ def make_photos(images: int) -> ShardIndex:
     It is written to a temporary folder of this user, where the next call finds it again.
     """
     folder = Path(tempfile.gettempdir()) / f"mhe-bench-{os.getuid()}" / f"photos-{images}"
-    if not shards.exists(str(folder)):
+    if not index_exists(str(folder)):
         with ShardWriter(str(folder), "photos") as writer:
             for start in range(0, images, _PER_TAR):
                 writer.write(_samples(start, min(images, start + _PER_TAR)))

@@ -19,9 +19,9 @@ from mhe_dist.config.data import AugmentConfig
 from mhe_dist.seeds import derive
 from pipelines.data.decode import Pixels
 
-Draws = Sequence[float]
+UniformDraws = Sequence[float]
 
-SLOTS: Final = 20
+DRAWS_PER_IMAGE: Final = 20
 """Uniform draws per image."""
 
 _FLIP, _ROTATE, _SCALE, _LEFT, _TOP = range(5)
@@ -31,7 +31,7 @@ _ERASE, _AREA, _ASPECT, _ERASE_LEFT, _ERASE_TOP = range(12, 17)
 _LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-class Noise:
+class AugmentationNoise:
     """The draws of any (epoch, sample), three times faster than a new generator for each."""
 
     def __init__(self, seed: int) -> None:
@@ -40,25 +40,28 @@ class Noise:
         self._generator = np.random.Generator(self._bits)
         self._start = self._bits.state
 
-    def draws(self, epoch: int, sample: int) -> Draws:
-        """`SLOTS` numbers, those of `seeds.generator(seed, "augment", epoch, sample).random`."""
+    def draws(self, epoch: int, sample: int) -> UniformDraws:
+        """`DRAWS_PER_IMAGE` numbers in [0, 1).
+
+        They are those of `seeds.generator(seed, "augment", epoch, sample).random`.
+        """
         self._start["state"]["key"][0] = derive(self._seed, "augment", epoch, sample)
         self._bits.state = self._start
-        return self._generator.random(SLOTS).tolist()
+        return self._generator.random(DRAWS_PER_IMAGE).tolist()
 
 
-def augment(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
+def augment(image: Pixels, config: AugmentConfig, draws: UniformDraws) -> Pixels:
     """Change an image at random.
 
     Args:
         image: uint8 `[H, W, 3]`, or `[H, W]` if it is grey.
         config: how much of what.
-        draws: `SLOTS` numbers in [0, 1).
+        draws: `DRAWS_PER_IMAGE` numbers in [0, 1).
 
     Returns:
         uint8, the shape of `image`, which is not written to.
     """
-    image = _move(image, config, draws)
+    image = _flip_crop_rotate(image, config, draws)
     if draws[_LOW] < config.low_resolution:
         image = _lower_resolution(image, 0.25 + 0.75 * draws[_FACTOR])
     if draws[_BLUR] < config.blur:
@@ -70,7 +73,7 @@ def augment(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
     return image
 
 
-def _move(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
+def _flip_crop_rotate(image: Pixels, config: AugmentConfig, draws: UniformDraws) -> Pixels:
     """Flip, crop and rotate, as one affine map, so that pixels are interpolated once."""
     flip = draws[_FLIP] < config.flip
     if not config.crop and not config.rotate:
@@ -111,7 +114,7 @@ def _blur(image: Pixels, radius: float) -> Pixels:
     return np.asarray(blurred)
 
 
-def _colour(image: Pixels, config: AugmentConfig, draws: Draws) -> Pixels:
+def _colour(image: Pixels, config: AugmentConfig, draws: UniformDraws) -> Pixels:
     """Brightness about black, contrast about the mean, saturation about each pixel's grey."""
     brightness = 1 + config.brightness * (2 * draws[_BRIGHTNESS] - 1)
     contrast = 1 + config.contrast * (2 * draws[_CONTRAST] - 1)
@@ -131,7 +134,7 @@ def _to_bytes(values: npt.NDArray[np.floating]) -> Pixels:
     return np.minimum(np.maximum(values + 0.5, 0), 255).astype(np.uint8)
 
 
-def _erase(image: Pixels, fill: int, draws: Draws) -> Pixels:
+def _erase(image: Pixels, fill: int, draws: UniformDraws) -> Pixels:
     """Paint over a rectangle of 2 to 20 % of the area, up to three times as long as wide."""
     height, width = image.shape[:2]
     area = height * width * (0.02 + 0.18 * draws[_AREA])

@@ -14,23 +14,23 @@ from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
 from pipelines.shards.index import Fault
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write
 
 log = logging.getLogger(__name__)
 
-FILE: Final = "bad_samples.jsonl"
-NAMED: Final = 1000
+BAD_SAMPLES_FILE: Final = "bad_samples.jsonl"
+MAX_NAMED: Final = 1000
 """Most bad samples that are kept by name."""
 
 
 @dataclass
-class Faults:
+class BadSampleTally:
     """The bad samples that somebody met.
 
     Attributes:
         seen: samples drawn so far, good or bad.
         count: bad ones among them; a sample counts each time it is drawn.
-        samples: where a bad sample is -> what is wrong with it; the first `NAMED` of them.
+        samples: where a bad sample is -> what is wrong with it; the first `MAX_NAMED` of them.
     """
 
     seen: int = 0
@@ -42,16 +42,16 @@ class Faults:
         self.seen += seen
         for fault in faults:
             self.count += 1
-            if fault.place not in self.samples and len(self.samples) < NAMED:
+            if fault.place not in self.samples and len(self.samples) < MAX_NAMED:
                 log.warning("bad sample: %s: %s", fault.place, fault.reason)
                 self.samples[fault.place] = fault.reason
 
-    def merge(self, other: Faults) -> None:
+    def merge(self, other: BadSampleTally) -> None:
         """Take in what somebody else met."""
         self.seen += other.seen
         self.count += other.count
         for place, reason in other.samples.items():
-            if len(self.samples) < NAMED:
+            if len(self.samples) < MAX_NAMED:
                 self.samples.setdefault(place, reason)
 
     def check(self, data: DataConfig, epoch: int) -> None:
@@ -85,27 +85,27 @@ class BadSamples:
 
         Args:
             topology: the ranks.
-            path: folder or URL of the run, for the file `FILE`.
+            path: folder or URL of the run, for the file `BAD_SAMPLES_FILE`.
             earlier: `state` in the checkpoint that the run goes on from.
         """
         self._topology = topology
-        self._url = f"{path}/{FILE}"
-        self._earlier = Faults(**earlier) if earlier else Faults()
+        self._url = f"{path}/{BAD_SAMPLES_FILE}"
+        self._earlier = BadSampleTally(**earlier) if earlier else BadSampleTally()
         self._written: dict[str, str] | None = None
         self.total = self._earlier
 
-    def gather(self, mine: Faults) -> None:
+    def gather(self, mine: BadSampleTally) -> None:
         """Sum up `mine`, those of a rank since its process began; all ranks must call."""
         ranks = [mine]
         if self._topology.world_size > 1:
             # So that all ranks together send no more names than are kept.
-            most = NAMED // self._topology.world_size + 1
+            most = MAX_NAMED // self._topology.world_size + 1
             named = dict(list(mine.samples.items())[:most])
             ranks = [mine] * self._topology.world_size
             dist.all_gather_object(
-                ranks, Faults(mine.seen, mine.count, named), group=self._topology.host_group
+                ranks, BadSampleTally(mine.seen, mine.count, named), group=self._topology.host_group
             )
-        self.total = Faults()
+        self.total = BadSampleTally()
         for part in [self._earlier, *ranks]:
             self.total.merge(part)
         if self._topology.is_first and self.total.samples != self._written:
@@ -117,7 +117,7 @@ class BadSamples:
 
     def _write(self) -> None:
         """The file: a line for each place; it is replaced as a whole."""
-        with urls.created(self._url) as stream:
+        with atomic_write(self._url) as stream:
             for place, reason in self.total.samples.items():
                 line = json.dumps({"place": place, "reason": reason}, ensure_ascii=False)
                 stream.write(line.encode(errors="backslashreplace") + b"\n")

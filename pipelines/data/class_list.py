@@ -8,7 +8,7 @@ import numpy as np
 from mhe_dist.errors import UserError
 from pipelines.data.order import Ints
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.tables import CLASSES
+from pipelines.shards.tables import CLASSES_FILE
 
 
 def read_classes(url: str, index: ShardIndex) -> Ints:
@@ -24,8 +24,9 @@ def read_classes(url: str, index: ShardIndex) -> Ints:
     key = next((name for name in ("class", "name") if name in table[0]), None)
     if key is None:
         raise UserError(
-            f"{url}:1: a list of classes begins with a line `class` (ids follow) or `name` (names "
-            f"as in {CLASSES}), or has these as columns; here are {', '.join(table[0]) or 'none'}"
+            f"{url}:1: a list of classes begins with a line `class` (ids follow) or `name` "
+            f"(names as in {CLASSES_FILE}), or has these as columns; here are "
+            f"{', '.join(table[0]) or 'none'}"
         )
     ids = _ids_of_names(index) if key == "name" else None
     seen: dict[int, int] = {}
@@ -46,7 +47,7 @@ def read_classes(url: str, index: ShardIndex) -> Ints:
 
 
 def _ids_of_names(index: ShardIndex) -> dict[str, int]:
-    table = _table(f"{index.folder}/{CLASSES}")
+    table = _table(f"{index.folder}/{CLASSES_FILE}")
     columns = [table[0].index(name) for name in ("name", "class")]
     return {row[columns[0]]: int(row[columns[1]]) for row in table[1:]}
 

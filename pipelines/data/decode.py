@@ -14,11 +14,11 @@ Pixels = npt.NDArray[np.uint8]
 _JPEG = b"\xff\xd8\xff"
 
 
-class Undecodable(Exception):
+class ImageDecodeError(Exception):
     """The bytes are no image, or a damaged one; the message says what the decoder said."""
 
 
-def decode(data: bytes, side: int, into: Pixels | None = None) -> Pixels:
+def decode_image(data: bytes, side: int, into: Pixels | None = None) -> Pixels:
     """Decode an image to uint8 `[side, side, 3]`, RGB; a grey one to `[side, side]`.
 
     JPEG goes through simplejpeg, everything that needs more care through Pillow: other formats,
@@ -43,8 +43,8 @@ def decode(data: bytes, side: int, into: Pixels | None = None) -> Pixels:
         else:
             pixels = _by_pillow(data)
     except Exception as error:  # Pillow's readers may raise anything at all on damaged bytes
-        raise Undecodable(str(error) or repr(error)) from error
-    return pixels if pixels.shape[:2] == (side, side) else _fit(pixels, side)
+        raise ImageDecodeError(str(error) or repr(error)) from error
+    return pixels if pixels.shape[:2] == (side, side) else _resize_and_crop(pixels, side)
 
 
 def _by_simplejpeg(data: bytes, side: int, into: Pixels | None) -> Pixels:
@@ -64,7 +64,7 @@ def _by_pillow(data: bytes) -> Pixels:
         return np.asarray(upright if upright.mode == "L" else upright.convert("RGB"))
 
 
-def _fit(pixels: Pixels, side: int) -> Pixels:
+def _resize_and_crop(pixels: Pixels, side: int) -> Pixels:
     """Scale the shorter side to `side` and keep the middle."""
     height, width = pixels.shape[:2]
     scale = side / min(height, width)
@@ -74,7 +74,7 @@ def _fit(pixels: Pixels, side: int) -> Pixels:
     return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
-def decode_whole(data: bytes) -> Pixels:
+def decode_full_size(data: bytes) -> Pixels:
     """Decode an image in its own size, uint8 `[H, W, 3]`, RGB, a stored orientation applied.
 
     Raises:
@@ -83,5 +83,5 @@ def decode_whole(data: bytes) -> Pixels:
     try:
         pixels = _by_pillow(data)
     except Exception as error:  # as above
-        raise Undecodable(str(error) or repr(error)) from error
+        raise ImageDecodeError(str(error) or repr(error)) from error
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels

@@ -26,16 +26,16 @@ from mhe_dist.config.data import DataConfig, MixConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.data.class_list import read_classes
-from pipelines.data.order import Chosen, Ints
-from pipelines.data.sample import Damaged
-from pipelines.shards.image_format import EXTENSIONS
-from pipelines.shards.index import ShardIndex, Told
+from pipelines.data.order import Ints, SubsetIndices
+from pipelines.data.sample import BadSampleError
+from pipelines.shards.image_format import IMAGE_EXTENSIONS
+from pipelines.shards.index import IndexEntry, ShardIndex
 
 _HALF_WORD: Final = 32
 
 
 @dataclass(frozen=True)
-class Source:
+class MixedDataset:
     """A data set in a view.
 
     Attributes:
@@ -73,20 +73,20 @@ class Source:
         if self.is_whole:
             return np.arange(self.index.samples)
         numbers, counts = self._pool
-        return numbers[at_most(counts, self.per_class, rng)] if self.per_class else numbers
+        return numbers[draw_at_most(counts, self.per_class, rng)] if self.per_class else numbers
 
-    def told(self, shard: int, inside: int) -> Told:
+    def told(self, shard: int, inside: int) -> IndexEntry:
         """Label and image of a sample, see `ShardIndex.told`.
 
         Raises:
-            Damaged: the label is out of range, where the next set's classes may begin.
+            BadSampleError: the label is out of range, where the next set's classes may begin.
         """
         label = int(self._labels(shard)[inside])
         if not 0 <= label < self.index.num_classes:
-            raise Damaged(f"label {label} is not in [0, {self.index.num_classes})")
+            raise BadSampleError(f"label {label} is not in [0, {self.index.num_classes})")
         if self.classes is not None:
             label = int(np.searchsorted(self.classes, label))
-        return Told(self.first_class + label, self.index.fields or EXTENSIONS)
+        return IndexEntry(self.first_class + label, self.index.fields or IMAGE_EXTENSIONS)
 
     @cached_property
     def _pool(self) -> tuple[Ints, Ints]:
@@ -107,7 +107,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Pass:
+class DatasetPass:
     """One pass over a data set in every epoch.
 
     Attributes:
@@ -117,7 +117,7 @@ class Pass:
         seed: of the run.
     """
 
-    source: Source
+    source: MixedDataset
     share: float
     number: int
     seed: int
@@ -127,7 +127,7 @@ class Pass:
         """How many images of each epoch are its, always."""
         return round(self.share * self.source.pass_samples)
 
-    def draw(self, epoch: int) -> Chosen:
+    def draw(self, epoch: int) -> SubsetIndices:
         """Its images in an epoch: for each shard their numbers in it, sorted; None: all.
 
         A shuffle of the whole set, about 0.1 s for a million images; nothing where a set is
@@ -139,7 +139,7 @@ class Pass:
         numbers = self.source.draw(generator(self.seed, "view/classes", self.number, epoch))
         if len(numbers) > self.samples:
             rng = generator(self.seed, "view/share", self.number, epoch)
-            numbers = numbers[at_most([len(numbers)], self.samples, rng)]
+            numbers = numbers[draw_at_most([len(numbers)], self.samples, rng)]
         numbers = np.sort(numbers)
         cuts = np.searchsorted(numbers, index.starts)
         parts = zip(cuts, cuts[1:], index.starts, strict=False)
@@ -147,25 +147,25 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class View(ShardIndex):
+class Mixture(ShardIndex):
     """A data set made of passes over data sets; `num_classes` are those of the view.
 
     Attributes:
         passes: their shards follow one another in `shards`.
     """
 
-    passes: tuple[Pass, ...] = ()
+    passes: tuple[DatasetPass, ...] = ()
 
     @cached_property
     def epoch_samples(self) -> int:
         """How many samples an epoch has, always."""
         return sum(part.samples for part in self.passes)
 
-    def draw(self, epoch: int) -> Chosen:
+    def draw(self, epoch: int) -> SubsetIndices:
         """The samples of an epoch: for each shard their numbers in it, sorted; None: all."""
         return [chosen for part in self.passes for chosen in part.draw(epoch)]
 
-    def told(self, shard: int, inside: int) -> Told:
+    def told(self, shard: int, inside: int) -> IndexEntry:
         """See `ShardIndex.told`; here the index speaks for our own shards as well."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         source = self.passes[number].source
@@ -188,22 +188,22 @@ class View(ShardIndex):
         ]
 
 
-def open_data(data: DataConfig, seed: int) -> ShardIndex:
+def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
     """The index of what a run trains on: that of `data.shards`, or a view.
 
     Raises:
         UserError: a set or a list cannot be read, they do not fit, or no image is left.
     """
-    if not chooses(data):
+    if not needs_mixture(data):
         return ShardIndex.load(data.shards)
-    passes: list[Pass] = []
+    passes: list[DatasetPass] = []
     first_class = 0
     for item in [MixConfig(shards=data.shards, classes=data.classes), *data.mix]:
-        index = _with_labels(ShardIndex.load(item.shards))
+        index = _require_labels(ShardIndex.load(item.shards))
         classes = read_classes(item.classes, index) if item.classes else None
-        source = Source(index, first_class, classes, data.images_per_class)
+        source = MixedDataset(index, first_class, classes, data.images_per_class)
         shares = [min(1.0, item.weight - turn) for turn in range(math.ceil(item.weight))]
-        made = [Pass(source, share, len(passes) + n, seed) for n, share in enumerate(shares)]
+        made = [DatasetPass(source, share, len(passes) + n, seed) for n, share in enumerate(shares)]
         if not any(part.samples for part in made):
             raise UserError(
                 f"{item.shards}: no image of it would be in an epoch, with weight="
@@ -216,10 +216,10 @@ def open_data(data: DataConfig, seed: int) -> ShardIndex:
         for part in passes
         for number, shard in enumerate(part.source.index.shards)
     ]
-    return View(data.shards, first_class, shards, {}, tuple(passes))
+    return Mixture(data.shards, first_class, shards, {}, tuple(passes))
 
 
-def _with_labels(index: ShardIndex) -> ShardIndex:
+def _require_labels(index: ShardIndex) -> ShardIndex:
     for number, shard in enumerate(index.shards):
         if not shard.classes:
             raise UserError(
@@ -229,17 +229,17 @@ def _with_labels(index: ShardIndex) -> ShardIndex:
     return index
 
 
-def chooses(data: DataConfig) -> bool:
+def needs_mixture(data: DataConfig) -> bool:
     """Whether a run trains on anything else than all of `data.shards`."""
     return bool(data.mix or data.classes or data.images_per_class)
 
 
-def epoch_samples(index: ShardIndex) -> int:
+def samples_per_epoch(index: ShardIndex) -> int:
     """How many samples an epoch has."""
-    return index.epoch_samples if isinstance(index, View) else index.samples
+    return index.epoch_samples if isinstance(index, Mixture) else index.samples
 
 
-def at_most(counts: Sequence[int] | Ints, most: int, rng: np.random.Generator) -> Ints:
+def draw_at_most(counts: Sequence[int] | Ints, most: int, rng: np.random.Generator) -> Ints:
     """Draw at most `most` members of each group, any as likely as any other.
 
     Args:

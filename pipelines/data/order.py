@@ -12,7 +12,7 @@ samples of a stream are permuted inside *windows* of consecutive ones. A step ta
 So no batch is short, a sample comes exactly once in an epoch of its stream, and the step alone says
 what is next. Streams whose lengths differ by one drift apart by one sample per epoch.
 
-Where a `Choice` says which samples of each shard are in an epoch, the others are left out before
+Where a `Subset` says which samples of each shard are in an epoch, the others are left out before
 all this, as if the shards did not hold them. All epochs have the same number of samples.
 """
 
@@ -29,22 +29,22 @@ from mhe_dist.seeds import generator
 
 Ints = npt.NDArray[np.int64]
 
-Chosen = list[Ints | None]
+SubsetIndices = list[Ints | None]
 """For each shard the numbers of its samples that are in an epoch, sorted; None: all of them."""
 
 
-class Choice(Protocol):
+class Subset(Protocol):
     """Which samples are in an epoch (`view.View`)."""
 
     @property
     def epoch_samples(self) -> int:
         """How many, in every epoch."""
 
-    def draw(self, epoch: int) -> Chosen:
+    def draw(self, epoch: int) -> SubsetIndices:
         """The samples of an epoch."""
 
 
-class Piece(NamedTuple):
+class ShardSpan(NamedTuple):
     """Consecutive samples `[start, stop)` of one shard, by its number in the index."""
 
     shard: int
@@ -68,7 +68,7 @@ class Window(NamedTuple):
     size: int
 
 
-class _Layout(NamedTuple):
+class _EpochLayout(NamedTuple):
     """An epoch.
 
     Attributes:
@@ -79,10 +79,10 @@ class _Layout(NamedTuple):
 
     shards: Ints
     starts: Ints
-    chosen: Chosen | None
+    chosen: SubsetIndices | None
 
 
-class Draw(NamedTuple):
+class WindowSlice(NamedTuple):
     """Consecutive places `[start, stop)` of a permuted window."""
 
     window: Window
@@ -98,7 +98,7 @@ def permutation(count: int, rng: np.random.Generator) -> Ints:
     return np.argsort(rng.bit_generator.random_raw(count), kind="stable").astype(np.int64)
 
 
-class Order:
+class SampleOrder:
     """The order of the samples of a data set."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Order:
         streams: int,
         window: int,
         seed: int,
-        choice: Choice | None = None,
+        choice: Subset | None = None,
     ) -> None:
         """Describe the data set.
 
@@ -130,7 +130,7 @@ class Order:
                 f"data.streams={streams}: an epoch has {self.samples} samples only; give at most "
                 f"that many streams"
             )
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, _EpochLayout] = {}
 
     def bounds(self, stream: int) -> tuple[int, int]:
         """First and last + 1 place of a stream in the concatenation of an epoch."""
@@ -144,12 +144,12 @@ class Order:
         start, stop = self.bounds(stream)
         return stop - start
 
-    def draws(self, stream: int, start: int, stop: int) -> Iterator[Draw]:
+    def draws(self, stream: int, start: int, stop: int) -> Iterator[WindowSlice]:
         """The windows, and the places in them, of the positions `[start, stop)` of a stream."""
         while start < stop:
             window, place = self.find(stream, start)
             taken = min(window.size - place, stop - start)
-            yield Draw(window, place, place + taken)
+            yield WindowSlice(window, place, place + taken)
             start += taken
 
     def find(self, stream: int, position: int) -> tuple[Window, int]:
@@ -171,23 +171,25 @@ class Order:
         keys = (window.epoch, window.stream, window.number)
         return permutation(window.size, generator(self.seed, "order/window", *keys))
 
-    def pieces(self, window: Window) -> list[Piece]:
+    def pieces(self, window: Window) -> list[ShardSpan]:
         """Where the samples of a window lie, in reading order."""
         layout = self._layout(window.epoch)
         first = self.bounds(window.stream)[0] + window.start
         last = first + window.size
-        pieces: list[Piece] = []
+        pieces: list[ShardSpan] = []
         at = int(np.searchsorted(layout.starts, first, side="right")) - 1
         while first < last:
             stop = min(last, int(layout.starts[at + 1]))
             if stop > first:  # a shard may be empty
                 begin = int(layout.starts[at])
-                piece = Piece(int(layout.shards[at]), first - begin, stop - begin)
-                pieces += _runs(piece, layout.chosen[piece.shard] if layout.chosen else None)
+                piece = ShardSpan(int(layout.shards[at]), first - begin, stop - begin)
+                pieces += _consecutive_spans(
+                    piece, layout.chosen[piece.shard] if layout.chosen else None
+                )
             first, at = stop, at + 1
         return pieces
 
-    def _layout(self, epoch: int) -> _Layout:
+    def _layout(self, epoch: int) -> _EpochLayout:
         if epoch not in self._layouts:
             # Streams are at most a sample per epoch apart, so few epochs are in use at a time.
             for old in list(self._layouts)[:-3]:
@@ -197,15 +199,15 @@ class Order:
             chosen = self.choice.draw(epoch) if self.choice else None
             sizes = self.shard_samples if chosen is None else self._sizes(chosen)
             starts = np.cumsum(np.append(0, sizes[shards]), dtype=np.int64)
-            self._layouts[epoch] = _Layout(shards, starts, chosen)
+            self._layouts[epoch] = _EpochLayout(shards, starts, chosen)
         return self._layouts[epoch]
 
-    def _sizes(self, chosen: Chosen) -> Ints:
+    def _sizes(self, chosen: SubsetIndices) -> Ints:
         pairs = zip(self.shard_samples, chosen, strict=True)
         return np.array([size if c is None else len(c) for size, c in pairs], np.int64)
 
 
-def _runs(piece: Piece, chosen: Ints | None) -> list[Piece]:
+def _consecutive_spans(piece: ShardSpan, chosen: Ints | None) -> list[ShardSpan]:
     """The consecutive samples that a piece of the chosen ones of a shard is made of."""
     if chosen is None:
         return [piece]
@@ -214,4 +216,4 @@ def _runs(piece: Piece, chosen: Ints | None) -> list[Piece]:
     firsts = numbers[np.append(0, breaks)]
     lasts = numbers[np.append(breaks, len(numbers)) - 1]
     pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
-    return [Piece(piece.shard, first, last + 1) for first, last in pairs]
+    return [ShardSpan(piece.shard, first, last + 1) for first, last in pairs]

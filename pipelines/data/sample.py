@@ -14,22 +14,22 @@ from typing import Any, Final, NamedTuple
 
 import webdataset.tariterators as tars
 
-from pipelines.data.decode import Pixels, Undecodable, decode
-from pipelines.data.order import Piece
-from pipelines.shards.image_format import EXTENSIONS
-from pipelines.shards.index import ShardIndex, Told
-from pipelines.storage.ranges import file_at, read_range
+from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
+from pipelines.data.order import ShardSpan
+from pipelines.shards.image_format import IMAGE_EXTENSIONS
+from pipelines.shards.index import IndexEntry, ShardIndex
+from pipelines.storage.ranges import locate_file, read_range
 
 _BLOCK: Final = 512
 _ADLER: Final = 65521  # what each half of an Adler-32 is a remainder by
 _PLAIN: Final = b"0\0"  # type flags of an ordinary file
 
 
-class Damaged(Exception):
+class BadSampleError(Exception):
     """A sample that cannot be used; the message says why."""
 
 
-class Packed(NamedTuple):
+class EncodedSample(NamedTuple):
     """A sample whose image is not decoded; `extension` is that of the image."""
 
     key: str
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
     data: bytes
 
 
-class Example(NamedTuple):
+class DecodedSample(NamedTuple):
     """A sample that can be used: its image is uint8 `[side, side, 3]`, grey `[side, side]`."""
 
     key: str
@@ -46,22 +46,24 @@ class Example(NamedTuple):
     image: Pixels
 
 
-def read_piece(index: ShardIndex, piece: Piece) -> list[memoryview]:
+def read_span(index: ShardIndex, piece: ShardSpan) -> list[memoryview]:
     """The raw bytes of each sample of a piece; shorter than they should be after the shard's end.
 
     Raises:
         RunError: the shard cannot be opened or read.
     """
-    return cut(index, piece, read_range(file_at(index.url(piece.shard)), *span(index, piece)))
+    return split_samples(
+        index, piece, read_range(locate_file(index.url(piece.shard)), *byte_range(index, piece))
+    )
 
 
-def span(index: ShardIndex, piece: Piece) -> tuple[int, int]:
+def byte_range(index: ShardIndex, piece: ShardSpan) -> tuple[int, int]:
     """First and last + 1 byte of a piece in its shard."""
     offsets = index.shards[piece.shard].offsets
     return int(offsets[piece.start]), int(offsets[piece.stop])
 
 
-def cut(index: ShardIndex, piece: Piece, data: bytes) -> list[memoryview]:
+def split_samples(index: ShardIndex, piece: ShardSpan, data: bytes) -> list[memoryview]:
     """The bytes of a piece sample by sample."""
     offsets = index.shards[piece.shard].offsets[piece.start : piece.stop + 1]
     inside = [int(offset) for offset in offsets - offsets[0]]
@@ -69,14 +71,14 @@ def cut(index: ShardIndex, piece: Piece, data: bytes) -> list[memoryview]:
     return [raw[start:stop] for start, stop in pairwise(inside)]
 
 
-def example(
+def decode_sample(
     raw: memoryview,
     length: int,
     side: int,
     num_classes: int,
-    told: Told | None = None,
+    told: IndexEntry | None = None,
     into: Pixels | None = None,
-) -> Example:
+) -> DecodedSample:
     """Read, check and decode one sample.
 
     Args:
@@ -85,36 +87,38 @@ def example(
         side: of the image to return, in pixels.
         num_classes: labels must be below this.
         told: what the index says of it (`ShardIndex.told`).
-        into: memory that the image may be written to, see `decode`.
+        into: memory that the image may be written to, see `decode_image`.
 
     Raises:
-        Damaged: it is truncated, no sample, without image or label, or one of them is bad.
+        BadSampleError: it is truncated, no sample, without image or label, or one of them is bad.
     """
-    packed = unpack(raw, length, num_classes, told)
+    packed = extract_sample(raw, length, num_classes, told)
     try:
-        return Example(packed.key, packed.label, decode(packed.data, side, into))
-    except Undecodable as error:
-        raise Damaged(f"{packed.key}.{packed.extension}: {error}") from error
+        return DecodedSample(packed.key, packed.label, decode_image(packed.data, side, into))
+    except ImageDecodeError as error:
+        raise BadSampleError(f"{packed.key}.{packed.extension}: {error}") from error
 
 
-def unpack(raw: memoryview, length: int, num_classes: int, told: Told | None = None) -> Packed:
+def extract_sample(
+    raw: memoryview, length: int, num_classes: int, told: IndexEntry | None = None
+) -> EncodedSample:
     """The same without decoding.
 
     Raises:
-        Damaged: it is truncated, no sample, or without image or label, or the label is bad.
+        BadSampleError: it is truncated, no sample, or without image or label, or the label is bad.
     """
     if len(raw) < length:
-        raise Damaged(f"the shard ends {length - len(raw)} bytes too early for it")
+        raise BadSampleError(f"the shard ends {length - len(raw)} bytes too early for it")
     # Between samples of somebody else's shard may be what the index left out.
-    members = parse(raw, alone=told is None)
+    members = parse_members(raw, alone=told is None)
     label = _label(members, num_classes) if told is None else told.label
-    for extension in EXTENSIONS if told is None else told.images:
+    for extension in IMAGE_EXTENSIONS if told is None else told.images:
         if extension in members:
-            return Packed(members["__key__"], label, extension, members[extension])
-    raise Damaged(f"{members['__key__']}: no image among {_extensions(members)}")
+            return EncodedSample(members["__key__"], label, extension, members[extension])
+    raise BadSampleError(f"{members['__key__']}: no image among {_extensions(members)}")
 
 
-def parse(raw: memoryview, alone: bool = True) -> dict[str, Any]:
+def parse_members(raw: memoryview, alone: bool = True) -> dict[str, Any]:
     """The members of one sample by extension, and its `__key__`, by webdataset's grouping.
 
     Args:
@@ -122,7 +126,7 @@ def parse(raw: memoryview, alone: bool = True) -> dict[str, Any]:
         alone: there must be nothing else in it.
 
     Raises:
-        Damaged: these bytes are not a sample.
+        BadSampleError: these bytes are not a sample.
     """
     files = _plain_members(raw)
     if files and (sample := _only_sample(files)) is not None:
@@ -134,11 +138,11 @@ def parse(raw: memoryview, alone: bool = True) -> dict[str, Any]:
         samples = tars.group_by_keys({"__url__": "", **file} for file in files)
         first, others = next(samples, None), len(list(samples)) if alone else 0
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
-        raise Damaged(
+        raise BadSampleError(
             f"not a sample of a tar ({error.args[0] if error.args else error})"
         ) from error
     if first is None or others:
-        raise Damaged(f"{others + 1 if first else 0} samples where the index has one")
+        raise BadSampleError(f"{others + 1 if first else 0} samples where the index has one")
     return first
 
 
@@ -192,13 +196,17 @@ def _only_sample(files: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _label(members: dict[str, Any], num_classes: int) -> int:
     if "cls" not in members:
-        raise Damaged(f"{members['__key__']}: no label among {_extensions(members)}")
+        raise BadSampleError(f"{members['__key__']}: no label among {_extensions(members)}")
     try:
         label = int(members["cls"])
     except ValueError:
-        raise Damaged(f"{members['__key__']}.cls: {members['cls'][:20]!r} is no number") from None
+        raise BadSampleError(
+            f"{members['__key__']}.cls: {members['cls'][:20]!r} is no number"
+        ) from None
     if not 0 <= label < num_classes:
-        raise Damaged(f"{members['__key__']}.cls: label {label} is not in [0, {num_classes})")
+        raise BadSampleError(
+            f"{members['__key__']}.cls: label {label} is not in [0, {num_classes})"
+        )
     return label
 
 
@@ -206,14 +214,14 @@ def _extensions(members: dict[str, Any]) -> str:
     return ", ".join(name for name in members if not name.startswith("__")) or "nothing"
 
 
-def load_example(
+def load_sample(
     index: ShardIndex,
     shard: int,
     inside: int,
     raw: memoryview,
     side: int,
     into: Pixels | None = None,
-) -> Example:
+) -> DecodedSample:
     """Read, check and decode one sample, and check its label against the index.
 
     Args:
@@ -222,16 +230,18 @@ def load_example(
         inside: number of the sample in the shard.
         raw: the sample's part of the tar.
         side: of the image to return, in pixels.
-        into: memory that the image may be written to, see `decode`.
+        into: memory that the image may be written to, see `decode_image`.
 
     Raises:
-        Damaged: see `example`; or its label is not the one of the index.
+        BadSampleError: see `decode_sample`; or its label is not the one of the index.
     """
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[inside + 1] - offsets[inside])
     told = index.told(shard, inside)
-    sample = example(raw, length, side, index.num_classes, told, into)
+    sample = decode_sample(raw, length, side, index.num_classes, told, into)
     # What a tar says of itself has no checksum.
     if told is None and labels is not None and sample.label != labels[inside]:
-        raise Damaged(f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}")
+        raise BadSampleError(
+            f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}"
+        )
     return sample

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError
 from pipelines.data.decode import Pixels
-from pipelines.data.order import Piece
-from pipelines.data.sample import Damaged, load_example, read_piece
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import BadSampleError, load_sample, read_span
 from pipelines.shards.index import ShardIndex
 
 
@@ -29,11 +29,11 @@ def read_in_order(
     images = np.empty((stop - start, 3, image_size, image_size), np.uint8)
     labels = np.empty(stop - start, np.int64)
     keys: list[str] = []
-    for piece in pieces_in_order(index, start, stop):
-        for inside, raw in enumerate(read_piece(index, piece), piece.start):
+    for piece in spans_in_order(index, start, stop):
+        for inside, raw in enumerate(read_span(index, piece), piece.start):
             try:
-                sample = load_example(index, piece.shard, inside, raw, image_size)
-            except Damaged as error:
+                sample = load_sample(index, piece.shard, inside, raw, image_size)
+            except BadSampleError as error:
                 raise RunError(f"{index.place(piece.shard, inside)}: {error}") from error
             images[len(keys)] = _channels_first(sample.image)
             labels[len(keys)] = sample.label
@@ -41,13 +41,13 @@ def read_in_order(
     return torch.from_numpy(images), torch.from_numpy(labels), keys
 
 
-def pieces_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[Piece]:
+def spans_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[ShardSpan]:
     """Where the samples `[start, stop)` of a data set lie."""
     shard = int(np.searchsorted(index.starts, start, side="right")) - 1
     while start < stop:
         begin, end = (int(bound) for bound in index.starts[shard : shard + 2])
         if start < end:  # a shard may be empty
-            yield Piece(shard, start - begin, min(stop, end) - begin)
+            yield ShardSpan(shard, start - begin, min(stop, end) - begin)
         start, shard = max(start, end), shard + 1
 
 

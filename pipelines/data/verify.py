@@ -18,27 +18,26 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import RunError
-from pipelines.data.decode import Undecodable, decode
-from pipelines.data.order import Piece
-from pipelines.data.sample import Damaged, Packed, read_piece, unpack
+from pipelines.data.decode import ImageDecodeError, decode_image
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import BadSampleError, EncodedSample, extract_sample, read_span
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
-from pipelines.storage import urls
-from pipelines.storage import worker_pool as parallel
 from pipelines.storage.staging import Journal
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.storage.urls import RetryingStream, open_stream
+from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 Ints = npt.NDArray[np.int64]
 
 _CHUNK: Final = 1 << 23
-_AT_ONCE: Final = 128  # samples that are in memory together
+_SAMPLES_PER_READ: Final = 128  # samples that are in memory together
 _SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
 _DIGEST: Final = 16
 _BAD: Final = -1  # the label of a sample that cannot be used
 _LISTED: Final = 1000  # problems of one kind in one tar, and duplicates, that are named
 
 
-class Problem(NamedTuple):
+class DataProblem(NamedTuple):
     """Something wrong.
 
     Attributes:
@@ -52,7 +51,7 @@ class Problem(NamedTuple):
     reason: str
 
 
-class Report(NamedTuple):
+class DatasetReport(NamedTuple):
     """What a data set holds, and what is wrong with it.
 
     Attributes:
@@ -64,7 +63,7 @@ class Report(NamedTuple):
     """
 
     data: ShardIndex
-    problems: list[Problem]
+    problems: list[DataProblem]
     counts: dict[str, int]
     per_class: Ints
     repeated: int
@@ -75,9 +74,9 @@ class Report(NamedTuple):
         return not self.counts
 
 
-def verify(
-    index: ShardIndex, journal: Journal, processes: int = 1, progress: Progress = ignore
-) -> Report:
+def verify_dataset(
+    index: ShardIndex, journal: Journal, processes: int = 1, progress: Progress = no_progress
+) -> DatasetReport:
     """Read everything.
 
     Args:
@@ -90,23 +89,23 @@ def verify(
     results = {n: kept for n in range(total) if (kept := journal.get(n)) is not None}
     progress(len(results), total)
     todo = [(n, _only(index, n)) for n in range(total) if n not in results]
-    for number, result in parallel.run(check, todo, processes):
+    for number, result in map_unordered(verify_shard, todo, processes):
         results[number] = result
         journal.keep(number, result)
         progress(len(results), total)
     ordered = [results[number] for number in range(total)]
-    problems = [Problem(*problem) for result in ordered for problem in result["problems"]]
+    problems = [DataProblem(*problem) for result in ordered for problem in result["problems"]]
     counts: Counter[str] = Counter()
     for result in ordered:
         counts.update(result["counts"])
     labels = np.concatenate([_labels(result) for result in ordered] or [np.empty(0, np.int64)])
     digests = np.concatenate([_digests(result) for result in ordered] or [np.empty((0, 2), "<u8")])
-    mixed, repeated = duplicates(digests, labels)
+    mixed, repeated = find_duplicates(digests, labels)
     if len(mixed):
         counts["duplicate"] = len(mixed)
-        problems += [_duplicate(index, labels, pair) for pair in mixed[:_LISTED].tolist()]
+        problems += [_duplicate_problem(index, labels, pair) for pair in mixed[:_LISTED].tolist()]
     per_class = np.bincount(labels[labels != _BAD], minlength=index.num_classes).astype(np.int64)
-    return Report(index, problems, dict(counts), per_class, repeated)
+    return DatasetReport(index, problems, dict(counts), per_class, repeated)
 
 
 def _only(index: ShardIndex, number: int) -> ShardIndex:
@@ -123,7 +122,7 @@ def _digests(result: dict[str, Any]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(base64.b64decode(result["digests"]), "<u8").reshape(-1, 2)
 
 
-def duplicates(digests: npt.NDArray[np.uint64], labels: Ints) -> tuple[Ints, int]:
+def find_duplicates(digests: npt.NDArray[np.uint64], labels: Ints) -> tuple[Ints, int]:
     """Images that are equal.
 
     Args:
@@ -142,32 +141,34 @@ def duplicates(digests: npt.NDArray[np.uint64], labels: Ints) -> tuple[Ints, int
     return np.sort(pairs, 1), int((same & ~differs).sum())
 
 
-def _duplicate(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -> Problem:
-    one, other = (_place(index, number) for number in pair)
+def _duplicate_problem(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -> DataProblem:
+    one, other = (_sample_name(index, number) for number in pair)
     classes = [int(labels[number]) for number in pair]
-    return Problem("duplicate", one, f"class {classes[0]}; the same in class {classes[1]}: {other}")
+    return DataProblem(
+        "duplicate", one, f"class {classes[0]}; the same in class {classes[1]}: {other}"
+    )
 
 
-def _place(index: ShardIndex, number: int) -> str:
+def _sample_name(index: ShardIndex, number: int) -> str:
     """Where a sample is, with its key."""
     shard = int(np.searchsorted(index.starts, number, side="right")) - 1
     inside = number - int(index.starts[shard])
     place = f"sample {inside} of {index.url(shard)}"
     try:
-        raw = read_piece(index, Piece(shard, inside, inside + 1))[0]
+        raw = read_span(index, ShardSpan(shard, inside, inside + 1))[0]
         told = index.told(shard, inside)
-        return f"{place} ({unpack(raw, len(raw), index.num_classes, told).key})"
-    except (RunError, Damaged):
+        return f"{place} ({extract_sample(raw, len(raw), index.num_classes, told).key})"
+    except (RunError, BadSampleError):
         return place
 
 
-def check(index: ShardIndex) -> dict[str, Any]:
+def verify_shard(index: ShardIndex) -> dict[str, Any]:
     """Read the tar of an index of one; what JSON can hold of the result."""
-    found = _Found(index)
+    found = _ShardFindings(index)
     shard, url = index.shards[0], index.url(0)
     digest, size = hashlib.sha256(), 0
     try:
-        with urls.forward(url) as stream:
+        with open_stream(url) as stream:
             for data in _pieces(stream, shard.offsets, found):
                 digest.update(data)
                 size += len(data)
@@ -181,11 +182,11 @@ def check(index: ShardIndex) -> dict[str, Any]:
     return found.result()
 
 
-def _pieces(stream: urls.Steady, offsets: Ints, found: _Found) -> Iterator[bytes]:
+def _pieces(stream: RetryingStream, offsets: Ints, found: _ShardFindings) -> Iterator[bytes]:
     """All bytes of a tar in order; on the way its samples are looked at."""
     yield stream.read(int(offsets[0]))
-    for first in range(0, len(offsets) - 1, _AT_ONCE):
-        bounds = offsets[first : first + _AT_ONCE + 1] - offsets[first]
+    for first in range(0, len(offsets) - 1, _SAMPLES_PER_READ):
+        bounds = offsets[first : first + _SAMPLES_PER_READ + 1] - offsets[first]
         data = stream.read(int(bounds[-1]))
         yield data
         for number, (start, stop) in enumerate(pairwise(bounds.tolist()), first):
@@ -194,12 +195,12 @@ def _pieces(stream: urls.Steady, offsets: Ints, found: _Found) -> Iterator[bytes
         yield data
 
 
-class _Found:
+class _ShardFindings:
     """What has been found in a tar."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._problems: list[Problem] = []
+        self._problems: list[DataProblem] = []
         self._counts: Counter[str] = Counter()
         samples = index.shards[0].samples
         self._labels = np.full(samples, _BAD, np.int64)
@@ -209,14 +210,16 @@ class _Found:
         """Count a problem, and name it if there are not too many of its kind."""
         self._counts[kind] += 1
         if self._counts[kind] <= _LISTED:
-            self._problems.append(Problem(kind, place, reason))
+            self._problems.append(DataProblem(kind, place, reason))
 
     def look(self, number: int, raw: memoryview, length: int) -> None:
         """Check one sample."""
         place = f"sample {number} of {self._index.url(0)}"
         try:
-            packed = unpack(raw, length, self._index.num_classes, self._index.told(0, number))
-        except Damaged as error:
+            packed = extract_sample(
+                raw, length, self._index.num_classes, self._index.told(0, number)
+            )
+        except BadSampleError as error:
             self.add("sample", place, str(error))
             return
         place = f"{place} ({packed.key})"
@@ -224,15 +227,15 @@ class _Found:
         if packed.key.startswith("/") or ".." in packed.key.split("/"):
             self.add("sample", place, "its name leaves the folder")
         try:
-            decode(packed.data, _SIDE)
-        except Undecodable as error:
+            decode_image(packed.data, _SIDE)
+        except ImageDecodeError as error:
             self.add("image", place, str(error))
             return
         self._labels[number] = packed.label
         digest = hashlib.blake2b(packed.data, digest_size=_DIGEST).digest()
         self._digests[number] = np.frombuffer(digest, "<u8")
 
-    def _check_label(self, number: int, place: str, packed: Packed) -> None:
+    def _check_label(self, number: int, place: str, packed: EncodedSample) -> None:
         labels = self._index.shards[0].labels
         if labels is not None and labels[number] != packed.label:
             self.add("label", place, f"{packed.label}, the index says {labels[number]}")
@@ -240,7 +243,7 @@ class _Found:
             self.add("label", place, f"{packed.label} is not in [0, {self._index.num_classes})")
 
     def result(self) -> dict[str, Any]:
-        """See `check`."""
+        """See `verify_shard`."""
         return {
             "samples": len(self._labels),
             "problems": self._problems,

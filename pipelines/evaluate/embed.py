@@ -11,9 +11,8 @@ import torch.distributed as dist
 from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalised
 from pipelines.evaluate.sets import image_files
-from pipelines.shards import index as shards
-from pipelines.shards.index import ShardIndex
-from pipelines.storage import urls
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.storage.urls import atomic_write
 
 
 class Written(NamedTuple):
@@ -52,7 +51,7 @@ def write(
     Raises:
         UserError: there is no image.
     """
-    if shards.exists(source):
+    if index_exists(source):
         images: Any = ShardImages(ShardIndex.load(source))
         marks = images.labels
     else:
@@ -72,7 +71,7 @@ def write(
         found = {"embeddings": rows[good], "paths": paths[good]}
     if normalise:
         found["embeddings"] = normalised(found["embeddings"]).astype(np.float32)
-    with urls.created(out) as stream:
+    with atomic_write(out) as stream:
         np.savez(stream, **found)  # type: ignore[arg-type]
     number, dim = found["embeddings"].shape
     return Written(number, dim, skipped)

@@ -21,8 +21,7 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from pipelines.data.sequential import read_in_order
 from pipelines.evaluate.sets import image_files
-from pipelines.shards import index as shards
-from pipelines.shards.index import ShardIndex
+from pipelines.shards.index import ShardIndex, index_exists
 
 BLOCK: Final = 128  # images of one call of `embed`
 
@@ -158,7 +157,7 @@ def embed_labelled(
     Raises:
         UserError: `source` is neither.
     """
-    if shards.exists(source):
+    if index_exists(source):
         return embed_set(embed, ShardIndex.load(source), topology, side, flip)
     files = image_files.every(source)
     labels = image_files.classes(files)

@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import RunError
 from mhe_dist.train.batch import MicroBatch, StepBatch
-from pipelines.data.bad_samples import Faults
-from pipelines.data.mixture import View
-from pipelines.data.order import Order
+from pipelines.data.bad_samples import BadSampleTally
+from pipelines.data.mixture import Mixture
+from pipelines.data.order import SampleOrder
 from pipelines.loader.shared_buffers import SharedBuffers
 from pipelines.loader.worker import PartialBatch, WorkerDataset
 from pipelines.loader.worker_status import WorkerStatusTable, describe_dead_worker
@@ -74,9 +74,9 @@ class Loader:
         self._local = range(micro_batches) if local_micro_batches is None else local_micro_batches
         self._steps = range(start_step, stop_step)
         sizes = [shard.samples for shard in index.shards]
-        choice = index if isinstance(index, View) else None
-        self.order = Order(sizes, data.streams, data.shuffle_window, seed, choice)
-        self.faults = Faults()
+        choice = index if isinstance(index, Mixture) else None
+        self.order = SampleOrder(sizes, data.streams, data.shuffle_window, seed, choice)
+        self.faults = BadSampleTally()
         streams_each = data.streams // micro_batches
         streams = [range(i * streams_each, (i + 1) * streams_each) for i in self._local]
         self._epoch_samples = sum(self.order.length(stream) for part in streams for stream in part)

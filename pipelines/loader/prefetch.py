@@ -15,11 +15,11 @@ from typing import Final, NamedTuple
 from fsspec.utils import get_protocol
 
 from mhe_dist.config.data import RemoteConfig
-from pipelines.data.order import Order, Piece, Window
-from pipelines.data.sample import span
-from pipelines.loader.shard_reader import ShardReader, together
+from pipelines.data.order import SampleOrder, ShardSpan, Window
+from pipelines.data.sample import byte_range
+from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
-from pipelines.storage.ranges import File
+from pipelines.storage.ranges import FileLocation
 
 _THREADS: Final = 4
 _NEAR: Final = 4  # the next window is fetched when 1/4 of the present one is left
@@ -37,7 +37,7 @@ class WindowBytes(NamedTuple):
     bad_shards: dict[str, str]
 
 
-class _Coming(NamedTuple):
+class _PendingWindow(NamedTuple):
     size: int
     future: Future[WindowBytes]
 
@@ -46,7 +46,7 @@ class WindowReader:
     """Reads the windows of some streams in one process; a context, left in good order."""
 
     def __init__(
-        self, index: ShardIndex, order: Order, remote: RemoteConfig, positions: range
+        self, index: ShardIndex, order: SampleOrder, remote: RemoteConfig, positions: range
     ) -> None:
         """Prepare.
 
@@ -61,7 +61,7 @@ class WindowReader:
         self._most = remote.read_ahead_mib << 20
         is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
         self._is_ahead = is_remote and self._most > 0
-        self._coming: dict[Window, _Coming] = {}
+        self._coming: dict[Window, _PendingWindow] = {}
         self._taken: dict[int, Window] = {}  # the last one of each stream
         self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used
 
@@ -111,17 +111,17 @@ class WindowReader:
         located = self._located(window)
         if all(file.is_local for _, file in located):
             return
-        bounds = [span(self._index, piece) for pieces, _ in located for piece in pieces]
+        bounds = [byte_range(self._index, piece) for pieces, _ in located for piece in pieces]
         size = sum(stop - start for start, stop in bounds)
         if size + sum(coming.size for coming in self._coming.values()) <= self._most:
-            self._coming[window] = _Coming(size, self._pool.submit(self._read, located))
+            self._coming[window] = _PendingWindow(size, self._pool.submit(self._read, located))
 
-    def _located(self, window: Window) -> list[tuple[list[Piece], File]]:
+    def _located(self, window: Window) -> list[tuple[list[ShardSpan], FileLocation]]:
         """The pieces of a window, those that are read together together, and where they are."""
-        runs = together(self._index, self._order.pieces(window))
+        runs = group_nearby_spans(self._index, self._order.pieces(window))
         return [(pieces, self._reader.file(pieces[0])) for pieces in runs]
 
-    def _read(self, located: list[tuple[list[Piece], File]]) -> WindowBytes:
+    def _read(self, located: list[tuple[list[ShardSpan], FileLocation]]) -> WindowBytes:
         samples: list[memoryview] = []
         bad: dict[str, str] = {}
         for pieces, file in located:

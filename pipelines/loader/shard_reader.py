@@ -14,11 +14,11 @@ from functools import partial
 from typing import BinaryIO, Final, NamedTuple
 
 from mhe_dist.config.data import RemoteConfig
-from pipelines.data.order import Piece
-from pipelines.data.sample import cut, span
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import byte_range, split_samples
 from pipelines.shards.index import Shard, ShardIndex
-from pipelines.storage.cache import Cache
-from pipelines.storage.ranges import File, file_at, read_range
+from pipelines.storage.cache import FileCache
+from pipelines.storage.ranges import FileLocation, locate_file, read_range
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _GAP: Final = 128 << 10  # most bytes between two pieces that are read together
 _CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
 
 
-class Fetched(NamedTuple):
+class FetchedSamples(NamedTuple):
     """The raw bytes of each sample of a piece, and what is wrong with its whole shard, if known.
 
     Behind the end of a shard samples are shorter than they should be.
@@ -37,7 +37,7 @@ class Fetched(NamedTuple):
     fault: str = ""
 
 
-class BadShard(Exception):
+class BadShardError(Exception):
     """A shard that is not the one of the index; the message says why."""
 
 
@@ -49,24 +49,24 @@ class ShardReader:
         self._index, self._retries = index, remote.retries
         self._bad: dict[int, str] = {}
         self._crowded = False
-        self._cache: Cache | None = None
+        self._cache: FileCache | None = None
         if remote.cache_dir:
             try:
-                self._cache = Cache(remote.cache_dir, int(remote.cache_gib * 2**30))
+                self._cache = FileCache(remote.cache_dir, int(remote.cache_gib * 2**30))
             except OSError as error:
                 self._do_without(error)
 
-    def file(self, piece: Piece) -> File:
+    def file(self, piece: ShardSpan) -> FileLocation:
         """Where a piece is; see `remote.file_at`."""
-        return file_at(self._index.url(piece.shard))
+        return locate_file(self._index.url(piece.shard))
 
-    def read(self, pieces: list[Piece], file: File) -> Fetched:
-        """The samples of pieces of one shard that are read `together`; it is in `file`.
+    def read(self, pieces: list[ShardSpan], file: FileLocation) -> FetchedSamples:
+        """The samples of pieces of one shard that are read `group_nearby_spans`; it is in `file`.
 
         Raises:
             RunError: the shard cannot be read.
         """
-        number, bounds = pieces[0].shard, [span(self._index, piece) for piece in pieces]
+        number, bounds = pieces[0].shard, [byte_range(self._index, piece) for piece in pieces]
         first, last = bounds[0][0], bounds[-1][1]
         data = None if file.is_local else self._cached(number, file, first, last)
         if data is None:
@@ -75,22 +75,22 @@ class ShardReader:
         for piece, (start, stop) in zip(pieces, bounds, strict=True):
             # What lies between pieces is let go.
             part = data if len(pieces) == 1 else data[start - first : stop - first]
-            samples += cut(self._index, piece, part)
-        return Fetched(samples, self._bad.get(number, ""))
+            samples += split_samples(self._index, piece, part)
+        return FetchedSamples(samples, self._bad.get(number, ""))
 
-    def _cached(self, number: int, file: File, start: int, stop: int) -> bytes | None:
+    def _cached(self, number: int, file: FileLocation, start: int, stop: int) -> bytes | None:
         """A range of a shard in the cache, or None if the shard is not to be had from there."""
         if self._cache is None or number in self._bad:
             return None
         shard = self._index.shards[number]
         fill = partial(_download, file, shard, self._retries)
         try:
-            stream = self._cache.open(_name(shard, file.url), shard.bytes, fill)
+            stream = self._cache.open(_cache_entry_name(shard, file.url), shard.bytes, fill)
             if stream is not None:
                 with stream:
                     stream.seek(start)
                     return stream.read(stop - start)
-        except BadShard as error:
+        except BadShardError as error:
             self._bad[number] = str(error)
             return None
         except OSError as error:
@@ -108,12 +108,12 @@ class ShardReader:
         self._cache = None
 
 
-def together(index: ShardIndex, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def group_nearby_spans(index: ShardIndex, pieces: Iterable[ShardSpan]) -> Iterator[list[ShardSpan]]:
     """Pieces, those that lie near one another in one shard as a list: a request costs more."""
-    run: list[Piece] = []
+    run: list[ShardSpan] = []
     end = 0
     for piece in pieces:
-        start, stop = span(index, piece)
+        start, stop = byte_range(index, piece)
         if run and not (piece.shard == run[0].shard and 0 <= start - end <= _GAP):
             yield run
             run = []
@@ -123,7 +123,7 @@ def together(index: ShardIndex, pieces: Iterable[Piece]) -> Iterator[list[Piece]
         yield run
 
 
-def _name(shard: Shard, url: str) -> str:
+def _cache_entry_name(shard: Shard, url: str) -> str:
     """Of a shard's entry: by its content, or by its place if the index does not know its checksum.
 
     A data set that was made anew under the same URL so never gets old bytes.
@@ -132,7 +132,7 @@ def _name(shard: Shard, url: str) -> str:
     return known[1] if known else hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
 
 
-def _download(file: File, shard: Shard, retries: int, stream: BinaryIO) -> None:
+def _download(file: FileLocation, shard: Shard, retries: int, stream: BinaryIO) -> None:
     """Write a whole shard, and once more as long as its checksum is another false one each time.
 
     Raises:
@@ -147,7 +147,7 @@ def _download(file: File, shard: Shard, retries: int, stream: BinaryIO) -> None:
             stop = min(start + _BLOCK, shard.bytes)
             data = read_range(file, start, stop, retries)
             if len(data) < stop - start:
-                raise BadShard(f"has {start + len(data)} bytes, the index says {shard.bytes}")
+                raise BadShardError(f"has {start + len(data)} bytes, the index says {shard.bytes}")
             digest.update(data)
             stream.write(data)
         checksum = f"sha256:{digest.hexdigest()}"
@@ -156,4 +156,4 @@ def _download(file: File, shard: Shard, retries: int, stream: BinaryIO) -> None:
         if checksum in found:
             break
         found.add(checksum)
-    raise BadShard("its checksum is not that of the index: it was changed or damaged")
+    raise BadShardError("its checksum is not that of the index: it was changed or damaged")

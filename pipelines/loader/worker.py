@@ -15,10 +15,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mhe_dist.config.data import AugmentConfig, DataConfig
 from mhe_dist.distributed.topology import share
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.augment import Noise, augment
+from pipelines.data.augment import AugmentationNoise, augment
 from pipelines.data.decode import Pixels
-from pipelines.data.order import Ints, Order, Window
-from pipelines.data.sample import Damaged, Example, load_example
+from pipelines.data.order import Ints, SampleOrder, Window
+from pipelines.data.sample import BadSampleError, DecodedSample, load_sample
 from pipelines.loader.prefetch import WindowReader
 from pipelines.loader.shared_buffers import SharedBuffers
 from pipelines.loader.worker_status import DECODING, READING, WAITING, WorkerStatusTable
@@ -50,7 +50,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
     def __init__(
         self,
         index: ShardIndex,
-        order: Order,
+        order: SampleOrder,
         data: DataConfig,
         seed: int,
         samples_per_stream: int,
@@ -77,7 +77,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         self.statuses, self.buffers = statuses, buffers
         self.process = self.batch_number = 0
         self.samples_per_stream = samples_per_stream
-        self.noise = Noise(seed)
+        self.noise = AugmentationNoise(seed)
         self.augmenting = data.augment != AugmentConfig()
 
     def __iter__(self) -> Iterator[PartialBatch]:
@@ -146,7 +146,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         piece = self.order.pieces(window)[0]
         return int(self.index.starts[piece.shard]) + piece.start
 
-    def _finish(self, sample: Example, epoch: int, number: int, row: Pixels) -> None:
+    def _finish(self, sample: DecodedSample, epoch: int, number: int, row: Pixels) -> None:
         """Put the augmented image into its row `[side, side, 3]`, where it may lie already."""
         image = sample.image
         if self.augmenting:
@@ -162,7 +162,7 @@ class OpenWindow:
     def __init__(
         self,
         index: ShardIndex,
-        order: Order,
+        order: SampleOrder,
         window: Window,
         image_size: int,
         raw: list[memoryview],
@@ -181,7 +181,7 @@ class OpenWindow:
         shard, inside = self._where[self._permuted[place]]
         return int(self._index.starts[shard]) + inside
 
-    def read(self, place: int, into: Pixels) -> tuple[Example, list[Fault]]:
+    def read(self, place: int, into: Pixels) -> tuple[DecodedSample, list[Fault]]:
         """The sample at a place, or its substitute and the fault of the one that belongs there.
 
         Its image may lie in `into`, see `decode`.
@@ -194,11 +194,11 @@ class OpenWindow:
             at = int(self._permuted[(place + attempt) % self.window.size])
             shard, inside = self._where[at]
             try:
-                sample = load_example(
+                sample = load_sample(
                     self._index, shard, inside, self._raw[at], self._image_size, into
                 )
                 return sample, faults[:1]
-            except Damaged as error:
+            except BadSampleError as error:
                 faults.append(Fault(self._index.place(shard, inside), str(error)))
         raise RunError(
             f"no sample of {self.window.size} in a row can be used; the first: {faults[0].place}: "

@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mhe_dist.errors import RunError
-from pipelines.data.order import Piece
-from pipelines.data.sample import Damaged, parse, read_piece
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import BadSampleError, parse_members, read_span
 from pipelines.shards.index import ShardIndex
 
 READING: Final = 1
@@ -100,7 +100,7 @@ def describe_dead_worker(statuses: WorkerStatusTable, index: ShardIndex) -> str:
 def _key(index: ShardIndex, shard: int, inside: int) -> str:
     """The key of a sample in brackets, where it can be read."""
     try:
-        [raw] = read_piece(index, Piece(shard, inside, inside + 1))
-        return f" ({parse(raw, alone=False)['__key__']})"
-    except (Damaged, RunError):
+        [raw] = read_span(index, ShardSpan(shard, inside, inside + 1))
+        return f" ({parse_members(raw, alone=False)['__key__']})"
+    except (BadSampleError, RunError):
         return ""

@@ -25,7 +25,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine import memory_estimate as footprint
 from mhe_dist.engine.engine import import_deepspeed
 from mhe_dist.engine.settings import resolve_precision
-from pipelines.data import mixture as view
+from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.pretrain.recorder import ignore
 from pipelines.pretrain.run import Run
 
@@ -111,7 +111,7 @@ def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, A
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.Footprint`), `trial` (the
         largest of each figure of the workers' `Trial`s) and `samples` of an epoch.
     """
-    index = view.open_data(config.data, config.run.seed)
+    index = open_training_index(config.data, config.run.seed)
     precision = resolve_precision(config.train.precision, topology.default_device())
     counted = footprint.count(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
@@ -120,5 +120,5 @@ def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, A
     return {
         "footprint": asdict(counted),
         "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},
-        "samples": view.epoch_samples(index),
+        "samples": samples_per_epoch(index),
     }

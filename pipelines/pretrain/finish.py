@@ -86,7 +86,7 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     run.tracker.artifact(str(folder / "plots"))
     run.tracker.artifact(str(folder / "config.yaml"))
     if run.bad_samples.total.count:
-        run.tracker.artifact(str(folder / bad_samples.FILE))
+        run.tracker.artifact(str(folder / bad_samples.BAD_SAMPLES_FILE))
 
 
 def _summary(

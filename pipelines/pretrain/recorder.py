@@ -15,7 +15,7 @@ from mhe_dist.tracking.base import Tracker
 from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.metrics import MetricWindow, memory
 from mhe_dist.train.stopwatch import Stopwatch
-from pipelines.data.bad_samples import Faults
+from pipelines.data.bad_samples import BadSampleTally
 
 Event = dict[str, Any]
 Report = Callable[[Event], None]
@@ -114,7 +114,7 @@ class Recorder:
         """Record values of the state after `step` steps, beside those of the last of them."""
         self._tracker.log(max(0, step - 1), metrics)
 
-    def bad_samples(self, step: int, found: Faults) -> None:
+    def bad_samples(self, step: int, found: BadSampleTally) -> None:
         """Record how many bad samples there were in the first `step` steps."""
         self.note(step, {"bad_samples": float(found.count)})
         if found.count:

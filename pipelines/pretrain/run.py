@@ -27,8 +27,8 @@ from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Ask, Loop, StepInfo
-from pipelines.data import mixture as view
 from pipelines.data.bad_samples import BadSamples
+from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.evaluate import in_training as cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.loader.loader import Loader
@@ -60,8 +60,8 @@ class Run:
 
     def __init__(self, config: Config, topology: Topology, report: Report) -> None:
         self.config, self.topology = config, topology
-        self.index = view.open_data(config.data, config.run.seed)
-        self.samples = view.epoch_samples(self.index)
+        self.index = open_training_index(config.data, config.run.seed)
+        self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
         self.engine = Engine(_initial_model(config), config, topology)
         self.head = _make_head(config, self.index, topology)
@@ -248,7 +248,7 @@ def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
         config.run.seed,
         config.train.micro_batches,
         folder=folder,
-        epoch_steps=view.epoch_samples(index) / config.train.global_batch,
+        epoch_steps=samples_per_epoch(index) / config.train.global_batch,
     )
     return build(spec, topology)
 

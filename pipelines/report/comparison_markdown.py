@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from pipelines.report import comparison_plot
 from pipelines.report import figures as pictures
 from pipelines.report.comparison import RANK1, TAR, Claim, Compared, Spread
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write
 
 _TOP = """# Results
 
@@ -73,7 +73,7 @@ def write(parts: Sequence[Part], page: str) -> list[str]:
             pictures.save(comparison_plot.draw(part.compared, part.columns), picture)
             written.append(picture)
         sections.append("\n".join(_section(part, Path(picture).name)))
-    with urls.created(page) as stream:
+    with atomic_write(page) as stream:
         stream.write("\n".join(sections).encode())
     return written
 

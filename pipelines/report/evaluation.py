@@ -17,7 +17,7 @@ from mhe_dist.tracking.append import append
 from mhe_dist.tracking.base import Metrics
 from pipelines.report import figures as pictures
 from pipelines.report.plots import STYLE
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write, resolve_url
 
 FOLDER = "evaluation"
 
@@ -39,7 +39,7 @@ def write(run: str, name: str, results: Any, curves: Curves, title: str) -> list
         Paths of the files.
     """
     place = f"{run}/{FOLDER}/{name}"
-    with urls.created(f"{place}.json") as stream:
+    with atomic_write(f"{place}.json") as stream:
         stream.write(json.dumps(results, indent=2).encode())
     if not curves:
         return [f"{place}.json"]
@@ -56,7 +56,7 @@ def to_mlflow(uri: str, run_id: str, step: int, metrics: Metrics, files: list[st
     with TemporaryDirectory() as folder:
         local = []
         for url in files:
-            filesystem, path = urls.find(url)
+            filesystem, path = resolve_url(url)
             local.append(f"{folder}/{PurePosixPath(path).name}")
             filesystem.get_file(path, local[-1])
         append(uri, run_id, step, metrics, local, FOLDER)

@@ -21,7 +21,7 @@ from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.report import evaluation as keep
 from pipelines.report import plots as report
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write, resolve_url
 
 _PICTURES: Final = {
     "training": ("Training", "Loss, accuracy among the classes seen, learning rate"),
@@ -92,7 +92,7 @@ def write(run: str, out: str) -> list[str]:
         tiles=list(_tiles(records, summary)),
         sections=sections,
     )
-    with urls.created(out) as stream:
+    with atomic_write(out) as stream:
         stream.write(page.encode())
     return [section.title for section in sections]
 
@@ -144,7 +144,7 @@ def _pictures(run: str, config: Config) -> Iterator[Section]:
 
 def _evaluations(run: str) -> Iterator[Section]:
     """What `mhe evaluate` left beside the run."""
-    filesystem, path = urls.find(f"{run}/{keep.FOLDER}")
+    filesystem, path = resolve_url(f"{run}/{keep.FOLDER}")
     if not filesystem.isdir(path):
         return
     for name in sorted(filesystem.glob(f"{path}/*.json")):
@@ -183,7 +183,7 @@ def _restarts(records: report.Records) -> Section:
 def _faults(run: str) -> Section:
     """Bad samples, from the logs of the ranks: each place once."""
     found: dict[str, str] = {}
-    filesystem, path = urls.find(f"{run}/logs")
+    filesystem, path = resolve_url(f"{run}/logs")
     for name in sorted(filesystem.glob(f"{path}/rank_*.log")):
         for match in _FAULT.finditer(filesystem.cat_file(name).decode(errors="replace")):
             found[match["place"]] = match["reason"]
@@ -228,5 +228,5 @@ def _picture(alt: str, content: bytes) -> Picture:
 
 
 def _bytes(url: str) -> bytes | None:
-    filesystem, path = urls.find(url)
+    filesystem, path = resolve_url(url)
     return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None

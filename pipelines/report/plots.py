@@ -22,7 +22,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
 from pipelines.report.contact_sheet import neighbours
-from pipelines.shards import index as shards
+from pipelines.shards.index import index_exists
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
 STYLE: Final[Any] = {
@@ -79,7 +79,7 @@ def draw(folder: str, config: Config) -> list[Path]:
     with mpl.rc_context(STYLE):
         for name, figure in _figures(records, details).items():
             written.append(_save(figure, plots / f"{name}.png"))
-        if "nearest" in details and shards.exists(config.evaluate.shards):
+        if "nearest" in details and index_exists(config.evaluate.shards):
             figure = neighbours(details, config.evaluate.shards, config.data.image_size)
             written.append(_save(figure, plots / "neighbours.png"))
     return written

@@ -13,8 +13,8 @@ from mhe_dist.seeds import generator, sample_without_replacement
 from pipelines.data.sequential import read_in_order
 from pipelines.report.contact_sheet import PLAIN, SIDE, WRONG, Pixels, blank, framed
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.tables import CLASSES
-from pipelines.storage import urls
+from pipelines.shards.tables import CLASSES_FILE
+from pipelines.storage.urls import resolve_url
 
 Ints = npt.NDArray[np.int64]
 
@@ -105,7 +105,7 @@ def class_names(index: ShardIndex, classes: list[int]) -> list[str]:
     names = dict.fromkeys(classes, "")
     if names and index.meta.get("class_names"):
         wanted, last = set(names), max(names)
-        filesystem, path = urls.find(f"{index.folder}/{CLASSES}")
+        filesystem, path = resolve_url(f"{index.folder}/{CLASSES_FILE}")
         if filesystem.exists(path):
             with filesystem.open(path, "rb") as stream:
                 for number, line in enumerate(stream, -1):

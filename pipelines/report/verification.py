@@ -10,15 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.data.verify import Ints, Report
+from pipelines.data.verify import DatasetReport, Ints
 from pipelines.report.figures import save
 from pipelines.report.plots import BLUE, ORANGE, STYLE
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write
 
 _LOG_ABOVE: Final = 60  # images per class from which on the axes are logarithmic
 
 
-def summary(report: Report) -> dict[str, Any]:
+def summary(report: DatasetReport) -> dict[str, Any]:
     """Everything of a report that JSON can hold, the numbers first."""
     index, present = report.data, report.per_class[report.per_class > 0]
     spread: dict[str, Any] = {"classes_without_images": int((report.per_class == 0).sum())}
@@ -45,16 +45,16 @@ def summary(report: Report) -> dict[str, Any]:
     }
 
 
-def write(report: Report, url: str) -> None:
+def write(report: DatasetReport, url: str) -> None:
     """Write `url.json`, and `url.png` if there is a usable image."""
     text = json.dumps(summary(report), indent=1, ensure_ascii=False)
-    with urls.created(f"{url}.json") as stream:
+    with atomic_write(f"{url}.json") as stream:
         stream.write(text.encode(errors="backslashreplace"))
     if report.per_class.any():
         draw(report, f"{url}.png")
 
 
-def draw(report: Report, url: str) -> None:
+def draw(report: DatasetReport, url: str) -> None:
     """Write the histogram of the classes as PNG.
 
     Args:

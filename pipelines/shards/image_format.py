@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif")
 """How image files end, and the members of a sample that hold its image, the usual ones first."""
 
 _BEGINNINGS: Final = {
@@ -19,7 +19,7 @@ _BEGINNINGS: Final = {
 }
 
 
-def extension_of(data: bytes) -> str | None:
+def image_extension(data: bytes) -> str | None:
     """The usual file extension of an encoded image, without a dot; None if it is no such image."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"

@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.shards.packing import unpack_labels, unpack_offsets
-from pipelines.storage import urls
-from pipelines.storage.retry import retried, words
+from pipelines.storage.retry import describe_error, with_retries
+from pipelines.storage.urls import atomic_write, is_absolute_url, resolve_url
 
 T = TypeVar("T")
 Unpack = Callable[[str, int], npt.NDArray[np.int64]]
 
-INDEX: Final = "index.json"
+INDEX_FILE: Final = "index.json"
 _FORMAT: Final = "mhe-shards-1"
 
 
@@ -37,7 +37,7 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Told(NamedTuple):
+class IndexEntry(NamedTuple):
     """What an index says of a sample, whatever the tar calls it.
 
     Attributes:
@@ -96,7 +96,7 @@ class Shard:
             return unpack(text, count)
         except (ValueError, zlib.error) as error:
             raise UserError(
-                f"{INDEX}: the entry of {self.url} is damaged ({error}); make it again"
+                f"{INDEX_FILE}: the entry of {self.url} is damaged ({error}); make it again"
             ) from None
 
 
@@ -138,7 +138,7 @@ class ShardIndex:
     def url(self, shard: int) -> str:
         """Full URL of a shard, by its number."""
         url = self.shards[shard].url
-        return url if urls.is_absolute(url) else f"{self.folder}/{url}"
+        return url if is_absolute_url(url) else f"{self.folder}/{url}"
 
     def place(self, shard: int, inside: int) -> str:
         """What messages call a sample."""
@@ -153,12 +153,12 @@ class ShardIndex:
         fields = self.meta.get("fields")
         return None if fields is None else tuple(fields["image"])
 
-    def told(self, shard: int, inside: int) -> Told | None:
+    def told(self, shard: int, inside: int) -> IndexEntry | None:
         """What counts for a sample of shards that somebody else wrote; None for our own."""
         labels = self.shards[shard].labels
         if self.fields is None or labels is None:
             return None
-        return Told(int(labels[inside]), self.fields)
+        return IndexEntry(int(labels[inside]), self.fields)
 
     @classmethod
     def load(cls, url: str) -> ShardIndex:
@@ -167,28 +167,34 @@ class ShardIndex:
         Raises:
             UserError: there is none, or it is not an index.
         """
-        folder = url.removesuffix(INDEX).rstrip("/")
-        filesystem, path = urls.find(f"{folder}/{INDEX}")
+        folder = url.removesuffix(INDEX_FILE).rstrip("/")
+        filesystem, path = resolve_url(f"{folder}/{INDEX_FILE}")
         try:
-            content = json.loads(retried(lambda: filesystem.cat_file(path), folder))
+            content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
         except FileNotFoundError:
             raise UserError(
-                f"{folder}: no shards here ({INDEX} is missing); give the folder that holds {INDEX}"
-                f", or set data.glyphs to have the glyph data set made"
+                f"{folder}: no shards here ({INDEX_FILE} is missing); give the folder that holds "
+                f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made"
             ) from None
         except OSError as error:
-            raise UserError(f"{folder}/{INDEX}: cannot be read ({words(error)})") from error
+            raise UserError(
+                f"{folder}/{INDEX_FILE}: cannot be read ({describe_error(error)})"
+            ) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{folder}/{INDEX}: not JSON ({error}); make the index again") from None
+            raise UserError(
+                f"{folder}/{INDEX_FILE}: not JSON ({error}); make the index again"
+            ) from None
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise UserError(f"{folder}/{INDEX}: not an index of format {_FORMAT}; make it again")
+            raise UserError(
+                f"{folder}/{INDEX_FILE}: not an index of format {_FORMAT}; make it again"
+            )
         try:
             shards = [Shard(**shard) for shard in content["shards"]]
             index = cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
             index.digest, index.fields, index.samples  # noqa: B018, computed once, now
             return index
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{folder}/{INDEX}: damaged ({error!r}); make it again") from None
+            raise UserError(f"{folder}/{INDEX_FILE}: damaged ({error!r}); make it again") from None
 
     def save(self) -> None:
         """Write `index.json` into the folder, which makes it a data set."""
@@ -199,11 +205,11 @@ class ShardIndex:
             "meta": self.meta,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        with urls.created(f"{self.folder}/{INDEX}") as stream:
+        with atomic_write(f"{self.folder}/{INDEX_FILE}") as stream:
             stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
-def exists(url: str) -> bool:
+def index_exists(url: str) -> bool:
     """Whether a folder holds a data set."""
     filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(retried(lambda: filesystem.exists(f"{path}/{INDEX}"), url))
+    return bool(with_retries(lambda: filesystem.exists(f"{path}/{INDEX_FILE}"), url))

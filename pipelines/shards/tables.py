@@ -11,10 +11,10 @@ from typing import Final
 import numpy as np
 
 from pipelines.shards.index import Fault, Shard
-from pipelines.storage import urls
+from pipelines.storage.urls import atomic_write
 
-CLASSES: Final = "classes.tsv"
-SKIPPED: Final = "skipped.tsv"
+CLASSES_FILE: Final = "classes.tsv"
+SKIPPED_FILE: Final = "skipped.tsv"
 
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
 """Header and rows."""
@@ -32,19 +32,19 @@ def class_table(names: Sequence[str], shards: Iterable[Shard]) -> Table:
 
 def skipped_table(faults: Sequence[Fault]) -> dict[str, Table]:
     """A row for everything that was left out, if anything was."""
-    return {SKIPPED: (["place", "reason"], faults)} if faults else {}
+    return {SKIPPED_FILE: (["place", "reason"], faults)} if faults else {}
 
 
 def write_table(url: str, table: Table) -> None:
     """Write a table; it appears complete or not at all."""
     header, rows = table
-    with urls.created(url) as stream:
-        stream.write(line(header))
+    with atomic_write(url) as stream:
+        stream.write(encode_row(header))
         for row in rows:
-            stream.write(line(row))
+            stream.write(encode_row(row))
 
 
-def line(row: Sequence[str]) -> bytes:
+def encode_row(row: Sequence[str]) -> bytes:
     r"""A row; `\`, tab and line breaks become `\\`, `\t`, `\n`, `\r`."""
     return ("\t".join(map(_escaped, row)) + "\n").encode(errors="backslashreplace")
 

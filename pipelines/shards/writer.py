@@ -12,10 +12,9 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from pipelines.shards.index import Fault, Shard, ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
-from pipelines.storage import urls
-from pipelines.storage import worker_pool as parallel
 from pipelines.storage.staging import Staging
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.storage.urls import atomic_write
+from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 T = TypeVar("T")
 
@@ -74,7 +73,7 @@ class ShardWriter:
         Raises:
             ValueError: a key that WebDataset would split or skip.
         """
-        self.write_all(_itself, [samples])
+        self.write_all(_unchanged, [samples])
         return self.shards[-1]
 
     def write_all(
@@ -82,7 +81,7 @@ class ShardWriter:
         make: Callable[[T], Iterable[Sample | Fault]],
         tasks: Sequence[T],
         processes: int = 1,
-        progress: Progress = ignore,
+        progress: Progress = no_progress,
     ) -> list[Fault]:
         """Write one tar for each task.
 
@@ -109,7 +108,7 @@ class ShardWriter:
             for number, url in enumerate(urls_)
             if number not in made
         )
-        for number, result in parallel.run(partial(_make_tar, make), todo, processes):
+        for number, result in map_unordered(partial(_make_tar, make), todo, processes):
             made[number] = result
             if journal is not None:
                 journal.keep(first + number, [asdict(result[0]), result[1]])
@@ -136,7 +135,7 @@ class ShardWriter:
         return ShardIndex(self.folder, num_classes, self.shards, meta or {})
 
 
-def _itself(samples: Iterable[Sample | Fault]) -> Iterable[Sample | Fault]:
+def _unchanged(samples: Iterable[Sample | Fault]) -> Iterable[Sample | Fault]:
     return samples
 
 
@@ -144,11 +143,11 @@ def _make_tar(
     make: Callable[[T], Iterable[Sample | Fault]], task: tuple[str, str, T]
 ) -> tuple[Shard, list[Fault]]:
     place, url, samples = task
-    with urls.created(place) as stream:
+    with atomic_write(place) as stream:
         return _write_tar(stream, url, make(samples))
 
 
-class _Counted(io.RawIOBase):
+class _HashingWriter(io.RawIOBase):
     """Counts and hashes what is written through it."""
 
     def __init__(self, stream: IO[bytes]) -> None:
@@ -169,7 +168,7 @@ def _write_tar(
     stream: IO[bytes], url: str, samples: Iterable[Sample | Fault]
 ) -> tuple[Shard, list[Fault]]:
     """Write one tar, the same bytes for the same samples, and describe it."""
-    counted = _Counted(stream)
+    counted = _HashingWriter(stream)
     offsets, labels, faults = [0], [], []
     with tarfile.open(fileobj=counted, mode="w") as tar:
         for sample in samples:

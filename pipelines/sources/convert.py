@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.shards.index import Fault, ShardIndex
-from pipelines.shards.tables import CLASSES, Table, class_table, skipped_table, write_table
+from pipelines.shards.tables import CLASSES_FILE, Table, class_table, skipped_table, write_table
 from pipelines.shards.writer import Sample, ShardWriter
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.storage.worker_pool import Progress, no_progress
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -29,7 +29,7 @@ _BLOCK: Final = 512
 _SHOWN: Final = 3  # faults that a message names
 
 
-class Options(NamedTuple):
+class ImportOptions(NamedTuple):
     """How a data set is written.
 
     Attributes:
@@ -45,10 +45,10 @@ class Options(NamedTuple):
     max_bad: float = 0.01
 
 
-DEFAULTS: Final = Options()
+DEFAULT_OPTIONS: Final = ImportOptions()
 
 
-class Found(NamedTuple):
+class FoundSamples(NamedTuple):
     """The samples of a source.
 
     Attributes:
@@ -66,7 +66,7 @@ class Found(NamedTuple):
     warnings: list[str]
 
 
-class Converted(NamedTuple):
+class ImportResult(NamedTuple):
     """A finished data set, what was left out of it, and what the user should know."""
 
     shards: ShardIndex
@@ -74,7 +74,7 @@ class Converted(NamedTuple):
     warnings: list[str]
 
 
-class Tars(Sequence[T]):
+class TarTasks(Sequence[T]):
     """The task of each tar, made when it is asked for."""
 
     def __init__(self, order: Ints, bounds: Ints, task: Callable[[Ints], T]) -> None:
@@ -88,17 +88,17 @@ class Tars(Sequence[T]):
         return self._task(self._order[self._bounds[number] : self._bounds[number + 1]])
 
 
-def write(
+def write_dataset(
     out: str,
-    found: Found,
+    found: FoundSamples,
     make: Callable[[T], Iterable[Sample | Fault]],
     task: Callable[[Ints], T],
     about: dict[str, Any],
     columns: Iterable[Ints],
-    options: Options,
-    progress: Progress = ignore,
+    options: ImportOptions,
+    progress: Progress = no_progress,
     tables: Mapping[str, Table] = MappingProxyType({}),
-) -> Converted:
+) -> ImportResult:
     """Write what a source found.
 
     Args:
@@ -116,29 +116,29 @@ def write(
         UserError: `out` exists, or there is no sample.
         RunError: too many samples are bad.
     """
-    refuse_too_many(found.faults, len(found.classes), options.max_bad)
+    check_bad_fraction(found.faults, len(found.classes), options.max_bad)
     if not len(found.classes):
         raise UserError(f"{about['from']}: no image here")
     order = _order(len(found.classes), options.shuffle, about["source"])
-    tars = Tars(order, _cut(found.sizes[order], options.shard_bytes), task)
+    tars = TarTasks(order, _tar_bounds(found.sizes[order], options.shard_bytes), task)
     recipe = about | {
         "version": _VERSION,
         "shuffle": options.shuffle,
         "shard_bytes": options.shard_bytes,
-        "samples": digest_of_columns([found.classes, found.sizes, *columns]),
+        "samples": digest_columns([found.classes, found.sizes, *columns]),
     }
     with ShardWriter(out, about["source"], recipe) as writer:
         later = writer.write_all(make, tars, options.processes, progress)
         faults = [*found.faults, *later]
-        refuse_too_many(faults, len(found.classes) - len(later), options.max_bad)
+        check_bad_fraction(faults, len(found.classes) - len(later), options.max_bad)
         about_classes = class_table(found.names, writer.shards)
-        for name, table in {**tables, CLASSES: about_classes, **skipped_table(faults)}.items():
+        for name, table in {**tables, CLASSES_FILE: about_classes, **skipped_table(faults)}.items():
             write_table(f"{writer.folder}/{name}", table)
-        meta = about | {"class_names": CLASSES, "skipped": len(faults)}
-        return Converted(writer.finish(len(found.names), meta), faults, found.warnings)
+        meta = about | {"class_names": CLASSES_FILE, "skipped": len(faults)}
+        return ImportResult(writer.finish(len(found.names), meta), faults, found.warnings)
 
 
-def refuse_too_many(faults: Sequence[Fault], good: int, most: float) -> None:
+def check_bad_fraction(faults: Sequence[Fault], good: int, most: float) -> None:
     """Raise RunError if the share of bad samples is more than `most`; it names the first ones."""
     if len(faults) <= most * (len(faults) + good):
         return
@@ -149,7 +149,7 @@ def refuse_too_many(faults: Sequence[Fault], good: int, most: float) -> None:
     )
 
 
-def dense(values: Ints) -> tuple[Ints, Ints]:
+def dense_classes(values: Ints) -> tuple[Ints, Ints]:
     """The distinct values in order, and for each value its place among them: a class."""
     distinct, classes = np.unique(values, return_inverse=True)
     return distinct, classes.astype(np.int64)
@@ -165,7 +165,7 @@ def _order(count: int, shuffle: bool, source: str) -> Ints:
     return permutation(count, generator(0, f"{source}/shuffle"))
 
 
-def _cut(sizes: Ints, shard_bytes: int) -> Ints:
+def _tar_bounds(sizes: Ints, shard_bytes: int) -> Ints:
     """Where to cut samples of these sizes for tars of equal bytes: int64 `[tars + 1]`."""
     # Two headers, the image and the label in whole blocks.
     ends = np.cumsum(3 * _BLOCK + -(-sizes // _BLOCK) * _BLOCK)
@@ -174,7 +174,7 @@ def _cut(sizes: Ints, shard_bytes: int) -> Ints:
     return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
 
 
-def digest_of(texts: Iterable[str]) -> str:
+def digest_texts(texts: Iterable[str]) -> str:
     """A digest of texts, for a recipe."""
     digest = hashlib.sha256()
     for text in texts:
@@ -182,7 +182,7 @@ def digest_of(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def digest_of_columns(columns: Iterable[Ints]) -> str:
+def digest_columns(columns: Iterable[Ints]) -> str:
     """A digest of columns of numbers, for a recipe."""
     digest = hashlib.sha256()
     for column in columns:

@@ -18,23 +18,30 @@ from urllib.parse import quote
 import numpy as np
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.shards.image_format import EXTENSIONS, extension_of
+from pipelines.shards.image_format import IMAGE_EXTENSIONS, image_extension
 from pipelines.shards.index import Fault
 from pipelines.shards.writer import Sample
-from pipelines.sources import convert
-from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
-from pipelines.storage import urls
-from pipelines.storage.staging import refuse_existing
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.sources.convert import (
+    DEFAULT_OPTIONS,
+    FoundSamples,
+    ImportOptions,
+    ImportResult,
+    Ints,
+    digest_texts,
+    write_dataset,
+)
+from pipelines.storage.staging import require_absent_or_resumable
+from pipelines.storage.urls import RangeReader, is_local, protocol_names, resolve_url
+from pipelines.storage.worker_pool import Progress, no_progress
 
-FILES: Final = "files.tsv"
-_AT_ONCE: Final = 64  # files that a store is asked for together
+FILES_TABLE: Final = "files.tsv"
+_FILES_PER_REQUEST: Final = 64  # files that a store is asked for together
 _UNKNOWN_SIZE: Final = 1 << 16
 _NUMBER: Final = re.compile(r"[+-]?\d{1,18}(\.\d*)?([eE][+-]?\d+)?")
-_MOST_CLASSES: Final = 1 << 62
+_MAX_CLASSES: Final = 1 << 62
 
 
-class File(NamedTuple):
+class ImageFile(NamedTuple):
     """An image file: its path below the root, what its class is called, and its bytes."""
 
     path: str
@@ -46,9 +53,9 @@ def import_folder(
     root: str,
     out: str,
     lst: str | None = None,
-    options: Options = DEFAULTS,
-    writing: Progress = ignore,
-) -> Converted:
+    options: ImportOptions = DEFAULT_OPTIONS,
+    writing: Progress = no_progress,
+) -> ImportResult:
     """Convert a folder of images.
 
     Args:
@@ -63,35 +70,35 @@ def import_folder(
         UserError: nothing to read, or an output that exists.
         RunError: more bad files than the options allow.
     """
-    refuse_existing(out)
+    require_absent_or_resumable(out)
     root = root.rstrip("/")
     faults: list[Fault] = []
     warnings: list[str] = []
     if lst is None:
-        files = sorted(_by_folder(below(root), warnings))
+        files = sorted(_by_folder(list_files(root), warnings))
     else:
         files = list(_by_list(root, lst, faults))
     names, classes = _classes(files, numeric=lst is not None)
     sizes = np.array([file.size for file in files], np.int64)
     paths = [file.path for file in files]
 
-    def task(chosen: Ints) -> _Task:
+    def task(chosen: Ints) -> _FileTask:
         mine = [paths[number] for number in chosen.tolist()]
-        return _Task(root, mine, chosen, classes[chosen])
+        return _FileTask(root, mine, chosen, classes[chosen])
 
-    found = Found(names, classes, sizes, faults, warnings)
-    about = {"source": "folder", "from": root, "lst": lst, "files": convert.digest_of(paths)}
-    keys = ((key_of(number), path) for number, path in enumerate(paths))
-    table = {FILES: (["key", "path"], keys)}
-    return convert.write(out, found, _samples, task, about, [], options, writing, table)
+    found = FoundSamples(names, classes, sizes, faults, warnings)
+    about = {"source": "folder", "from": root, "lst": lst, "files": digest_texts(paths)}
+    keys = ((sample_key(number), path) for number, path in enumerate(paths))
+    table = {FILES_TABLE: (["key", "path"], keys)}
+    return write_dataset(out, found, _samples, task, about, [], options, writing, table)
 
 
-def key_of(number: int) -> str:
+def sample_key(number: int) -> str:
     """Key of the sample of the n-th file (line n + 2 of `files.tsv`)."""
     return f"{number:09d}"
 
 
-def _classes(files: list[File], numeric: bool) -> tuple[list[str], Ints]:
+def _classes(files: list[ImageFile], numeric: bool) -> tuple[list[str], Ints]:
     """Names of the classes, sorted, and the class of each file."""
     labels = {file.label for file in files}
     names = sorted(labels, key=int) if numeric else sorted(labels)
@@ -99,15 +106,15 @@ def _classes(files: list[File], numeric: bool) -> tuple[list[str], Ints]:
     return names, np.array([number[file.label] for file in files], np.int64)
 
 
-def below(root: str) -> Iterator[tuple[str, int]]:
+def list_files(root: str) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of every file there; hidden ones are left out."""
-    filesystem, path = urls.find(root)
+    filesystem, path = resolve_url(root)
     if _is_web(filesystem):
         raise UserError(f"{root}: a web server does not list its folders; name the files by --lst")
     if not filesystem.isdir(path):
         raise UserError(f"{root}: no such folder")
-    if urls.is_local(filesystem):
-        yield from _below_local(path)
+    if is_local(filesystem):
+        yield from _list_local_files(path)
         return
     for name, info in filesystem.find(path, detail=True).items():
         inside = name[len(path) :].lstrip("/")
@@ -115,7 +122,7 @@ def below(root: str) -> Iterator[tuple[str, int]]:
             yield inside, int(info["size"] or 0)
 
 
-def _below_local(root: str) -> Iterator[tuple[str, int]]:
+def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
     """The same for a local folder; links are followed, each folder is entered once."""
     entered: set[tuple[int, int]] = set()
     for folder, below, names in os.walk(root, followlinks=True):
@@ -131,40 +138,40 @@ def _below_local(root: str) -> Iterator[tuple[str, int]]:
                 yield os.path.relpath(place, root), os.path.getsize(place)
 
 
-def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterator[File]:
+def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterator[ImageFile]:
     """The images that are in a class."""
     outside = other = 0
     for path, size in found:
         name, _, rest = path.partition("/")
-        if not is_image(path):
+        if not has_image_extension(path):
             other += 1
         elif not rest:
             outside += 1
         else:
-            yield File(path, name, size)
+            yield ImageFile(path, name, size)
     if outside:
         warnings.append(f"{outside:,} images are in no class folder; left out")
     if other:
         warnings.append(f"{other:,} files do not end like an image; left out")
 
 
-def is_image(path: str) -> bool:
+def has_image_extension(path: str) -> bool:
     """Whether a file is called like an image."""
-    return path.rpartition(".")[2].lower() in EXTENSIONS
+    return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[File]:
+def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[ImageFile]:
     """The files of a list that are there."""
-    filesystem, top = urls.find(root)
-    listed = None if _is_web(filesystem) or urls.is_local(filesystem) else dict(below(root))
-    with urls.Reader(lst) as reader:
+    filesystem, top = resolve_url(root)
+    listed = None if _is_web(filesystem) or is_local(filesystem) else dict(list_files(root))
+    with RangeReader(lst) as reader:
         lines = reader.read(0, reader.size).decode(errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            label, name = parse_line(line.rstrip("\r"))
-            path = inside(name, top)
+            label, name = parse_list_line(line.rstrip("\r"))
+            path = path_below_root(name, top)
             if _is_web(filesystem):
                 size = _UNKNOWN_SIZE
             elif listed is None:
@@ -176,10 +183,10 @@ def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[File]:
         except (ValueError, OSError) as error:
             faults.append(Fault(f"{lst} line {number}", str(error)))
             continue
-        yield File(path, str(label), size)
+        yield ImageFile(path, str(label), size)
 
 
-def parse_line(line: str) -> tuple[int, str]:
+def parse_list_line(line: str) -> tuple[int, str]:
     """Label and path of a line in either dialect.
 
     Raises:
@@ -200,12 +207,12 @@ def parse_line(line: str) -> tuple[int, str]:
 def _label(text: str) -> int:
     """A class; whole numbers are read exactly, however large."""
     value = Decimal(text)
-    if not 0 <= value < _MOST_CLASSES or value != int(value):
+    if not 0 <= value < _MAX_CLASSES or value != int(value):
         raise ValueError(f"label {text} is no class")
     return int(value)
 
 
-def inside(name: str, root: str) -> str:
+def path_below_root(name: str, root: str) -> str:
     """A path of a list as a path below `root`.
 
     Raises:
@@ -219,7 +226,7 @@ def inside(name: str, root: str) -> str:
     return path
 
 
-class _Task(NamedTuple):
+class _FileTask(NamedTuple):
     """Files that go into one tar, with their numbers and classes."""
 
     root: str
@@ -228,26 +235,26 @@ class _Task(NamedTuple):
     classes: Ints
 
 
-def _samples(task: _Task) -> Iterator[Sample | Fault]:
+def _samples(task: _FileTask) -> Iterator[Sample | Fault]:
     for path, number, label, data in zip(
         task.paths, task.numbers.tolist(), task.classes.tolist(), _contents(task), strict=True
     ):
         place = f"{task.root}/{path}"
         if not isinstance(data, bytes):
             yield Fault(place, f"cannot be read ({data})")
-        elif (extension := extension_of(data)) is None:
+        elif (extension := image_extension(data)) is None:
             yield Fault(place, f"no image of a known format (it begins with {data[:8]!r})")
         else:
-            yield Sample(key_of(number), {extension: data, "cls": str(label).encode()})
+            yield Sample(sample_key(number), {extension: data, "cls": str(label).encode()})
 
 
-def _contents(task: _Task) -> Iterator[bytes | OSError]:
+def _contents(task: _FileTask) -> Iterator[bytes | OSError]:
     """The content of each file, or why there is none."""
-    filesystem, root = urls.find(task.root)
-    for first in range(0, len(task.paths), _AT_ONCE):
-        paths = task.paths[first : first + _AT_ONCE]
+    filesystem, root = resolve_url(task.root)
+    for first in range(0, len(task.paths), _FILES_PER_REQUEST):
+        paths = task.paths[first : first + _FILES_PER_REQUEST]
         places = [f"{root}/{quote(path) if _is_web(filesystem) else path}" for path in paths]
-        if urls.is_local(filesystem):
+        if is_local(filesystem):
             yield from map(_read, places)
             continue
         whole: list[None] = [None] * len(places)
@@ -267,4 +274,4 @@ def _read(place: str) -> bytes | OSError:
 
 
 def _is_web(filesystem: Any) -> bool:
-    return "http" in urls.protocols(filesystem)
+    return "http" in protocol_names(filesystem)

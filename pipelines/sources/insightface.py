@@ -17,30 +17,37 @@ from typing import Final, NamedTuple
 import fsspec
 import numpy as np
 
-from pipelines.shards.image_format import extension_of
+from pipelines.shards.image_format import image_extension
 from pipelines.shards.index import Fault
 from pipelines.shards.writer import Sample
-from pipelines.sources import convert
-from pipelines.sources.convert import DEFAULTS, Converted, Found, Ints, Options
-from pipelines.sources.recordio import (
-    EXACT,
-    Damaged,
-    Frame,
-    Held,
-    class_of,
-    frame_at,
-    frames,
-    indexed_frames,
-    join,
-    payload_head,
-    read_index,
-    unpack,
+from pipelines.sources.convert import (
+    DEFAULT_OPTIONS,
+    FoundSamples,
+    ImportOptions,
+    ImportResult,
+    Ints,
+    dense_classes,
+    write_dataset,
 )
-from pipelines.storage.staging import refuse_existing
-from pipelines.storage.urls import Reader, find
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.sources.recordio import (
+    EXACT_LABELS,
+    BadRecordError,
+    BytesInMemory,
+    Frame,
+    class_of_labels,
+    join_parts,
+    read_frame,
+    read_indexed_frames,
+    read_payload_head,
+    read_record_index,
+    scan_frames,
+    unpack_record,
+)
+from pipelines.storage.staging import require_absent_or_resumable
+from pipelines.storage.urls import RangeReader, resolve_url
+from pipelines.storage.worker_pool import Progress, no_progress
 
-_AT_ONCE: Final = 256  # records that are asked for together
+_RECORDS_PER_REQUEST: Final = 256  # records that are asked for together
 _REPORT_EVERY: Final = 10_000  # records
 
 
@@ -48,10 +55,10 @@ def import_recordio(
     rec: str,
     out: str,
     use_index: bool = True,
-    options: Options = DEFAULTS,
-    scanning: Progress = ignore,
-    writing: Progress = ignore,
-) -> Converted:
+    options: ImportOptions = DEFAULT_OPTIONS,
+    scanning: Progress = no_progress,
+    writing: Progress = no_progress,
+) -> ImportResult:
     """Convert a RecordIO file.
 
     Args:
@@ -66,20 +73,20 @@ def import_recordio(
         UserError: no such file, a damaged index, an output that exists.
         RunError: more bad records than the options allow.
     """
-    refuse_existing(out)
-    with Reader(rec) as reader:
+    require_absent_or_resumable(out)
+    with RangeReader(rec) as reader:
         records = _scan(reader, _index_of(rec) if use_index else None, scanning)
-    distinct, classes = convert.dense(records.column("labels"))
+    distinct, classes = dense_classes(records.column("labels"))
     keys, starts, stops = (records.column(name) for name in ("keys", "starts", "stops"))
     warnings = _warnings(records, distinct, _announced_classes(rec))
     names = [str(label) for label in distinct.tolist()]
-    found = Found(names, classes, records.column("sizes"), records.faults, warnings)
+    found = FoundSamples(names, classes, records.column("sizes"), records.faults, warnings)
 
-    def task(chosen: Ints) -> _Task:
-        return _Task(rec, keys[chosen], starts[chosen], stops[chosen], classes[chosen])
+    def task(chosen: Ints) -> _RecordTask:
+        return _RecordTask(rec, keys[chosen], starts[chosen], stops[chosen], classes[chosen])
 
     about = {"source": "recordio", "from": rec}
-    return convert.write(out, found, _samples, task, about, [keys, starts, stops], options, writing)
+    return write_dataset(out, found, _samples, task, about, [keys, starts, stops], options, writing)
 
 
 @dataclass
@@ -101,7 +108,11 @@ class _Records:
         return np.frombuffer(getattr(self, name), np.int64)
 
     def add(self, key: int, frame: Frame, labels: list[float], size: int) -> None:
-        """Take a record; raises Damaged if it is neither an image with a class nor an identity."""
+        """Take a record.
+
+        Raises:
+            BadRecordError: it is neither an image with a class nor an identity.
+        """
         if size == 0 and len(labels) == 2:
             if frame.start == 0:
                 self.header = labels
@@ -109,38 +120,38 @@ class _Records:
                 self.identities += 1
             return
         if size == 0:
-            raise Damaged("no image")
-        label = class_of(labels)
+            raise BadRecordError("no image")
+        label = class_of_labels(labels)
         row = (key, frame.start, frame.stop, label, size)
         for name, value in zip(("keys", "starts", "stops", "labels", "sizes"), row, strict=True):
             getattr(self, name).append(value)
 
 
-def _scan(reader: Reader, index: tuple[Ints, Ints] | None, progress: Progress) -> _Records:
+def _scan(reader: RangeReader, index: tuple[Ints, Ints] | None, progress: Progress) -> _Records:
     """Look at the head of every record."""
     records = _Records(reader.url)
-    found = frames(reader) if index is None else indexed_frames(reader, index[1])
+    found = scan_frames(reader) if index is None else read_indexed_frames(reader, index[1])
     for number, frame in enumerate(found):
         key = number if index is None else int(index[0][number])
         try:
             if not isinstance(frame, Frame):
                 raise frame[1]
-            record, size = payload_head(reader, frame)
+            record, size = read_payload_head(reader, frame)
             records.add(key, frame, record.labels, size)
-        except Damaged as error:
+        except BadRecordError as error:
             start = frame.start if isinstance(frame, Frame) else frame[0]
-            records.faults.append(Fault(_place(reader.url, key, start), str(error)))
+            records.faults.append(Fault(_record_location(reader.url, key, start), str(error)))
         if number % _REPORT_EVERY == 0 and isinstance(frame, Frame):
             progress(frame.stop, reader.size)
     progress(reader.size, reader.size)
     return records
 
 
-def _place(rec: str, key: int, start: int) -> str:
+def _record_location(rec: str, key: int, start: int) -> str:
     return f"{rec.rpartition('/')[2]} record {key} at byte {start}"
 
 
-class _Task(NamedTuple):
+class _RecordTask(NamedTuple):
     """Records that go into one tar, with their classes."""
 
     rec: str
@@ -150,29 +161,29 @@ class _Task(NamedTuple):
     classes: Ints
 
 
-def _samples(task: _Task) -> Iterator[Sample | Fault]:
-    with Reader(task.rec) as reader:
-        for first in range(0, len(task.keys), _AT_ONCE):
-            part = slice(first, first + _AT_ONCE)
+def _samples(task: _RecordTask) -> Iterator[Sample | Fault]:
+    with RangeReader(task.rec) as reader:
+        for first in range(0, len(task.keys), _RECORDS_PER_REQUEST):
+            part = slice(first, first + _RECORDS_PER_REQUEST)
             parts = reader.read_many(task.starts[part].tolist(), task.stops[part].tolist())
             for number, data in enumerate(parts, first):
                 key, start = int(task.keys[number]), int(task.starts[number])
                 try:
                     yield _sample(key, int(task.classes[number]), data)
-                except Damaged as error:
-                    yield Fault(_place(task.rec, key, start), str(error))
+                except BadRecordError as error:
+                    yield Fault(_record_location(task.rec, key, start), str(error))
 
 
 def _sample(key: int, label: int, data: bytes) -> Sample:
     """The sample of one record.
 
     Raises:
-        Damaged: the record changed since it was found, or holds no image.
+        BadRecordError: the record changed since it was found, or holds no image.
     """
-    record = unpack(join(data, frame_at(Held(data), 0, len(data))))
-    extension = extension_of(record.image)
+    record = unpack_record(join_parts(data, read_frame(BytesInMemory(data), 0, len(data))))
+    extension = image_extension(record.image)
     if extension is None:
-        raise Damaged(f"no image of a known format (it begins with {record.image[:8]!r})")
+        raise BadRecordError(f"no image of a known format (it begins with {record.image[:8]!r})")
     members = {extension: record.image, "cls": str(label).encode()}
     if len(record.labels) > 1:
         members["json"] = json.dumps({"labels": record.labels}).encode()
@@ -182,8 +193,8 @@ def _sample(key: int, label: int, data: bytes) -> Sample:
 def _index_of(rec: str) -> tuple[Ints, Ints] | None:
     """The index beside a `.rec` file, if there is one."""
     url = f"{rec.removesuffix('.rec')}.idx"
-    filesystem, path = find(url)
-    return read_index(url) if filesystem.exists(path) else None
+    filesystem, path = resolve_url(url)
+    return read_record_index(url) if filesystem.exists(path) else None
 
 
 def _announced_classes(rec: str) -> int | None:
@@ -201,10 +212,10 @@ def _warnings(records: _Records, distinct: Ints, announced: int | None) -> list[
     """Where the numbers do not fit together."""
     warnings = []
     classes = len(distinct)
-    if classes and max(int(distinct[-1]) + 1, records.identities, announced or 0) > EXACT:
+    if classes and max(int(distinct[-1]) + 1, records.identities, announced or 0) > EXACT_LABELS:
         warnings.append(
-            f"labels are float32 in this format, which tells integers below {EXACT:,} apart only: "
-            f"classes above may have been merged when the file was written"
+            f"labels are float32 in this format, which tells integers below {EXACT_LABELS:,} apart "
+            f"only: classes above may have been merged when the file was written"
         )
     if records.identities and records.identities != classes:
         warnings.append(
@@ -212,7 +223,7 @@ def _warnings(records: _Records, distinct: Ints, announced: int | None) -> list[
         )
     if announced is not None and announced != classes:
         warnings.append(f"property says {announced:,} classes, the images have {classes:,}")
-    if records.header and records.header[0] < EXACT:
+    if records.header and records.header[0] < EXACT_LABELS:
         images, kept = int(records.header[0]) - 1, len(records.keys) + len(records.faults)
         if images != kept:
             warnings.append(f"the header announces {images:,} images, the file has {kept:,}")

@@ -22,24 +22,24 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.storage.urls import Reader
+from pipelines.storage.urls import RangeReader
 
 Ints = npt.NDArray[np.int64]
 
 MAGIC: Final = struct.pack("<I", 0xCED7230A)
-EXACT: Final = 1 << 24  # float32 tells all integers below this apart
+EXACT_LABELS: Final = 1 << 24  # float32 tells all integers below this apart
 _HEAD: Final = struct.Struct("<II")
 _IMAGE: Final = struct.Struct("<IfQQ")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _LENGTH_BITS: Final = 29
-_GLANCE: Final = 64  # bytes that usually hold the head of a part and all before the image
+_HEAD_BYTES: Final = 64  # bytes that usually hold the head of a part and all before the image
 _CHUNK: Final = 1 << 22
-_MOST_CLASSES: Final = 1 << 40
+_MAX_CLASSES: Final = 1 << 40
 _DIGITS: Final = 18
-_CURE: Final = "get the file again, or read the records without it (--no-idx)"
+_ADVICE: Final = "get the file again, or read the records without it (--no-idx)"
 
 
-class Damaged(Exception):
+class BadRecordError(Exception):
     """Bytes that are no record; the message says why."""
 
 
@@ -58,8 +58,8 @@ class ImageRecord(NamedTuple):
     image: bytes
 
 
-class Source(Protocol):
-    """Bytes that can be read from anywhere (`urls.Reader`, `Held`)."""
+class ByteSource(Protocol):
+    """Bytes that can be read from anywhere (`RangeReader`, `BytesInMemory`)."""
 
     size: int
 
@@ -67,18 +67,18 @@ class Source(Protocol):
         """The bytes `[start, stop)`, fewer at the end."""
 
 
-class Held:
-    """Bytes in memory as a `Source`."""
+class BytesInMemory:
+    """Bytes in memory as a `ByteSource`."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self.size = data, len(data)
 
     def read(self, start: int, stop: int) -> bytes:
-        """See `Source`."""
+        """See `ByteSource`."""
         return self._data[start:stop]
 
 
-def frames(source: Source) -> Iterator[Frame | tuple[int, Damaged]]:
+def scan_frames(source: ByteSource) -> Iterator[Frame | tuple[int, BadRecordError]]:
     """All records from front to back; of what is damaged, where it begins and why.
 
     After a damage the next beginning of a record is looked for.
@@ -86,8 +86,8 @@ def frames(source: Source) -> Iterator[Frame | tuple[int, Damaged]]:
     at = 0
     while at < source.size:
         try:
-            frame = frame_at(source, at)
-        except Damaged as error:
+            frame = read_frame(source, at)
+        except BadRecordError as error:
             yield at, error
             at = _next_record(source, at + 4)
         else:
@@ -95,16 +95,18 @@ def frames(source: Source) -> Iterator[Frame | tuple[int, Damaged]]:
             at = frame.stop
 
 
-def indexed_frames(source: Source, offsets: Ints) -> Iterator[Frame | tuple[int, Damaged]]:
+def read_indexed_frames(
+    source: ByteSource, offsets: Ints
+) -> Iterator[Frame | tuple[int, BadRecordError]]:
     """The same for the records that an index names, by rising offset."""
     for start, following in pairwise([*offsets.tolist(), source.size]):
         try:
-            yield frame_at(source, start, following)
-        except Damaged as error:
+            yield read_frame(source, start, following)
+        except BadRecordError as error:
             yield start, error
 
 
-def frame_at(source: Source, start: int, following: int | None = None) -> Frame:
+def read_frame(source: ByteSource, start: int, following: int | None = None) -> Frame:
     """The record that begins at an offset.
 
     Args:
@@ -113,38 +115,38 @@ def frame_at(source: Source, start: int, following: int | None = None) -> Frame:
         following: where an index says that the next record begins.
 
     Raises:
-        Damaged: none does, or it is not followed by another one or by the end of the file.
+        BadRecordError: none does, or it is not followed by another one or by the end of the file.
     """
     parts: list[tuple[int, int]] = []
     at = start
     while True:
         flag, length = _part(source, at)
         if flag not in ((_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)):
-            raise Damaged(f"a part with flag {flag} where there belongs another")
+            raise BadRecordError(f"a part with flag {flag} where there belongs another")
         if at + 8 + length > source.size:
-            raise Damaged("the file ends inside it")
+            raise BadRecordError("the file ends inside it")
         parts.append((at + 8, at + 8 + length))
         at += 8 + length + -length % 4
         if flag in (_WHOLE, _LAST):
             break
     stop = min(at, source.size)
     if following is not None and stop > following:
-        raise Damaged("it reaches into the next one")
+        raise BadRecordError("it reaches into the next one")
     if stop not in (following, source.size) and not _begins_record(source, stop):
-        raise Damaged("no other record begins where it ends")
+        raise BadRecordError("no other record begins where it ends")
     return Frame(start, stop, parts)
 
 
-def _part(source: Source, at: int) -> tuple[int, int]:
+def _part(source: ByteSource, at: int) -> tuple[int, int]:
     """cflag and payload length of the part at an offset."""
     head = source.read(at, at + 8)
     if at % 4 or len(head) < 8 or head[:4] != MAGIC:
-        raise Damaged(f"no record begins at byte {at}")
+        raise BadRecordError(f"no record begins at byte {at}")
     word = _HEAD.unpack(head)[1]
     return word >> _LENGTH_BITS, word & ((1 << _LENGTH_BITS) - 1)
 
 
-def _next_record(source: Source, start: int) -> int:
+def _next_record(source: ByteSource, start: int) -> int:
     """Offset of the first part at or after `start` that begins a record; the size if none does."""
     at = start + -start % 4
     while at < source.size:
@@ -159,59 +161,60 @@ def _next_record(source: Source, start: int) -> int:
     return source.size
 
 
-def _begins_record(source: Source, at: int) -> bool:
+def _begins_record(source: ByteSource, at: int) -> bool:
     return at + 8 <= source.size and _part(source, at)[0] in (_WHOLE, _FIRST)
 
 
-def payload_head(source: Source, frame: Frame) -> tuple[ImageRecord, int]:
+def read_payload_head(source: ByteSource, frame: Frame) -> tuple[ImageRecord, int]:
     """Labels of a record and the bytes of its image, which is not read.
 
     Raises:
-        Damaged: the payload is shorter than what it announces.
+        BadRecordError: the payload is shorter than what it announces.
     """
     size = sum(stop - start for start, stop in frame.parts) + 4 * (len(frame.parts) - 1)
     if len(frame.parts) > 1:
-        record = unpack(join(source.read(frame.start, frame.stop), frame))
+        record = unpack_record(join_parts(source.read(frame.start, frame.stop), frame))
         return ImageRecord(record.labels, b""), len(record.image)
     start, stop = frame.parts[0]
-    head = source.read(start, min(stop, start + _GLANCE))
+    head = source.read(start, min(stop, start + _HEAD_BYTES))
     announced = _announced(head)
     if announced > size:
-        raise Damaged(f"a payload of {size} bytes announces {announced}")
+        raise BadRecordError(f"a payload of {size} bytes announces {announced}")
     if announced > len(head):
         head = source.read(start, start + announced)
-    return ImageRecord(unpack(head[:announced]).labels, b""), size - announced
+    return ImageRecord(unpack_record(head[:announced]).labels, b""), size - announced
 
 
-def join(data: bytes, frame: Frame) -> bytes:
+def join_parts(data: bytes, frame: Frame) -> bytes:
     """The payload of a record from its bytes `[frame.start, frame.stop)`.
 
     Raises:
-        Damaged: the magic is where a writer would have cut, so a length is wrong; or too few bytes.
+        BadRecordError: too few bytes; or the magic is where a writer would have cut, so that a
+            length is wrong.
     """
     if len(data) < frame.stop - frame.start:
-        raise Damaged("the file ends inside it")
+        raise BadRecordError("the file ends inside it")
     parts = [data[start - frame.start : stop - frame.start] for start, stop in frame.parts]
     if any(_has_magic(part) for part in parts):
-        raise Damaged("other records begin inside it")
+        raise BadRecordError("other records begin inside it")
     return MAGIC.join(parts)
 
 
-def unpack(payload: bytes) -> ImageRecord:
+def unpack_record(payload: bytes) -> ImageRecord:
     """Labels and image of a payload.
 
     Raises:
-        Damaged: it is shorter than what it announces.
+        BadRecordError: it is shorter than what it announces.
     """
     announced = _announced(payload)
     if announced > len(payload):
-        raise Damaged(f"a payload of {len(payload)} bytes announces {announced}")
+        raise BadRecordError(f"a payload of {len(payload)} bytes announces {announced}")
     flag, label, _, _ = _IMAGE.unpack_from(payload)
     labels = struct.unpack_from(f"<{flag}f", payload, _IMAGE.size) if flag else [label]
     return ImageRecord(list(labels), payload[announced:])
 
 
-def pack(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
+def pack_record(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
     """The payload of an image record; one label is written in the header, several behind it."""
     if len(labels) == 1:
         return _IMAGE.pack(0, labels[0], key, 0) + image
@@ -221,23 +224,23 @@ def pack(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
 def _announced(payload: bytes) -> int:
     """Bytes before the image, by the first 4 of a payload."""
     if len(payload) < _IMAGE.size:
-        raise Damaged(f"a payload of {len(payload)} bytes is too short for an image")
+        raise BadRecordError(f"a payload of {len(payload)} bytes is too short for an image")
     return _IMAGE.size + 4 * int.from_bytes(payload[:4], "little")
 
 
-def class_of(labels: Sequence[float]) -> int:
+def class_of_labels(labels: Sequence[float]) -> int:
     """The class of an image: its first label.
 
     Raises:
-        Damaged: it is no class.
+        BadRecordError: it is no class.
     """
     label = labels[0] if labels else math.nan
-    if not 0 <= label < _MOST_CLASSES or label % 1:
-        raise Damaged(f"its label {label} is no class")
+    if not 0 <= label < _MAX_CLASSES or label % 1:
+        raise BadRecordError(f"its label {label} is no class")
     return int(label)
 
 
-def read_index(url: str) -> tuple[Ints, Ints]:
+def read_record_index(url: str) -> tuple[Ints, Ints]:
     """Keys and offsets of an `.idx` file, in the order of the offsets.
 
     Raises:
@@ -248,7 +251,7 @@ def read_index(url: str) -> tuple[Ints, Ints]:
         fields = line.split()
         if len(fields) != 2 or not all(f.isdigit() and len(f) <= _DIGITS for f in fields):
             raise UserError(
-                f"{url}: line {number}, {line[:40]!r}, is not a key and an offset; {_CURE}"
+                f"{url}: line {number}, {line[:40]!r}, is not a key and an offset; {_ADVICE}"
             )
         keys.append(int(fields[0]))
         offsets.append(int(fields[1]))
@@ -256,14 +259,14 @@ def read_index(url: str) -> tuple[Ints, Ints]:
     for name, values in (("key", key), ("offset", offset)):
         unique, counts = np.unique(values, return_counts=True)
         if (counts > 1).any():
-            raise UserError(f"{url}: {name} {unique[counts > 1][0]} is there twice; {_CURE}")
+            raise UserError(f"{url}: {name} {unique[counts > 1][0]} is there twice; {_ADVICE}")
     order = np.argsort(offset, kind="stable")
     return key[order], offset[order]
 
 
 def _lines(url: str) -> Iterator[bytes]:
     """The lines of a file, read in large pieces; one without an end comes in pieces, too."""
-    with Reader(url) as reader:
+    with RangeReader(url) as reader:
         at, rest = 0, b""
         while at < reader.size:
             chunk = reader.read(at, at + _CHUNK)

@@ -31,14 +31,14 @@ _COMPRESSED: Final = {
 }
 
 
-class DamagedTar(Exception):
+class DamagedTarError(Exception):
     """A tar that cannot be read on; the message says where and why."""
 
     def __init__(self, at: int, reason: str) -> None:
         super().__init__(f"byte {at}: {reason}")
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """One member.
 
     Attributes:
@@ -60,7 +60,7 @@ class _Header(NamedTuple):
     kind: int
 
 
-def members(stream: IO[bytes]) -> Iterator[Member]:
+def read_members(stream: IO[bytes]) -> Iterator[TarMember]:
     """The members up to the end marker.
 
     Args:
@@ -74,16 +74,16 @@ def members(stream: IO[bytes]) -> Iterator[Member]:
     while True:
         block = _read(stream, BLOCK)
         if len(block) < BLOCK:
-            raise DamagedTar(at, "it ends here, without an end marker: perhaps it was cut off")
+            raise DamagedTarError(at, "it ends here, without an end marker: perhaps it was cut off")
         if block == _ZERO:
             if at != start:
-                raise DamagedTar(at, "the end marker where a member should begin")
+                raise DamagedTarError(at, "the end marker where a member should begin")
             return
         header = _header(block, at)
         at += BLOCK
         if header.kind in (_LONG_NAME, _LONG_LINK, _PAX_FOR_ALL, *_PAX):
             if header.size > _LARGEST_HEADER:
-                raise DamagedTar(at, f"a header of {header.size} bytes")
+                raise DamagedTarError(at, f"a header of {header.size} bytes")
             more = _extended(_content(stream, at, header.size) or b"", header.kind, at)
             at += _padded(header.size)
             if header.kind == _PAX_FOR_ALL:
@@ -100,7 +100,7 @@ def members(stream: IO[bytes]) -> Iterator[Member]:
             size = 0
         data = _content(stream, at, size, is_file and size <= _LARGEST)
         at += _padded(size)
-        yield Member(name, start, at, data)
+        yield TarMember(name, start, at, data)
         start, over = at, {}
 
 
@@ -116,16 +116,16 @@ def _header(block: bytes, at: int) -> _Header:
     if at == 0:
         for beginning, name in _COMPRESSED.items():
             if block.startswith(beginning):
-                raise DamagedTar(0, f"compressed by {name}; unpack it first")
+                raise DamagedTarError(0, f"compressed by {name}; unpack it first")
     try:
         checksum, size = _number(block[148:156]), _number(block[124:136])
     except ValueError:
         checksum = size = -1
     if size < 0 or not _sums_to(block, checksum):
-        raise DamagedTar(at, "a damaged header" if at else "no tar: it begins with no header")
+        raise DamagedTarError(at, "a damaged header" if at else "no tar: it begins with no header")
     kind, name, prefix = block[156], _text(block[:100]), _text(block[345:500])
     if kind == _SPARSE:
-        raise DamagedTar(at, f"{name[:80]!r} is a sparse file")
+        raise DamagedTarError(at, f"{name[:80]!r} is a sparse file")
     if prefix and kind not in (_LONG_NAME, _LONG_LINK):
         name = f"{prefix}/{name}"
     return _Header(name, size, kind)
@@ -164,13 +164,13 @@ def _extended(data: bytes, kind: int, at: int) -> dict[str, str]:
     while match := _PAX_RECORD.match(data, place):
         length, key = int(match[1]), match[2].decode(errors="replace")
         if length <= match.end() - place:
-            raise DamagedTar(at, "a damaged PAX header")
+            raise DamagedTarError(at, "a damaged PAX header")
         value = data[match.end() : place + length - 1].decode(errors="surrogateescape")
         said[key] = value
         place += length
     for key in said:
         if key.startswith("GNU.sparse") or (kind == _PAX_FOR_ALL and key in ("path", "size")):
-            raise DamagedTar(at, f"a PAX header with {key[:40]}")
+            raise DamagedTarError(at, f"a PAX header with {key[:40]}")
     return {key: said[key] for key in ("path", "size") if key in said}
 
 
@@ -188,7 +188,7 @@ def _content(stream: IO[bytes], at: int, size: int, keep: bool = True) -> bytes 
         while missing and (chunk := stream.read(min(_CHUNK, missing))):
             missing -= len(chunk)
     if missing:
-        raise DamagedTar(at, f"the file ends {missing} bytes too early")
+        raise DamagedTarError(at, f"the file ends {missing} bytes too early")
     return data[:size] if keep else None
 
 

@@ -13,15 +13,20 @@ import numpy as np
 from braceexpand import braceexpand
 
 from mhe_dist.errors import UserError
-from pipelines.shards.index import INDEX, Fault, Shard, ShardIndex
+from pipelines.shards.index import INDEX_FILE, Fault, Shard, ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
-from pipelines.shards.tables import CLASSES, class_table, skipped_table, write_table
-from pipelines.sources.convert import Converted, refuse_too_many
-from pipelines.sources.webdataset_tar import INTEGER, USUAL, Layout, Task, scan
-from pipelines.storage import urls
-from pipelines.storage import worker_pool as parallel
+from pipelines.shards.tables import CLASSES_FILE, class_table, skipped_table, write_table
+from pipelines.sources.convert import ImportResult, check_bad_fraction
+from pipelines.sources.webdataset_tar import (
+    DEFAULT_LAYOUT,
+    INTEGER,
+    SampleLayout,
+    ScanTask,
+    scan_tar,
+)
 from pipelines.storage.staging import Journal
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.storage.urls import is_local, protocol_names, resolve_url, to_url
+from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 _JOURNAL: Final = ".index.partial"
 
@@ -29,12 +34,12 @@ _JOURNAL: Final = ".index.partial"
 def index_shards(
     given: Sequence[str],
     out: str = "",
-    layout: Layout = USUAL,
+    layout: SampleLayout = DEFAULT_LAYOUT,
     skip_damaged: bool = False,
     max_bad: float = 0.01,
     processes: int = 1,
-    progress: Progress = ignore,
-) -> Converted:
+    progress: Progress = no_progress,
+) -> ImportResult:
     """Write `index.json` for tars, and `classes.tsv` if their labels had to be mapped.
 
     Args:
@@ -50,10 +55,10 @@ def index_shards(
         UserError: no tars, an index that exists, a damaged tar, no usable sample.
         RunError: too many samples are bad.
     """
-    tars = expand(given)
-    folder = _whole(out or _common_folder(tars)).rstrip("/")
+    tars = expand_tars(given)
+    folder = _absolute(out or _common_folder(tars)).rstrip("/")
     journal = _journal(folder, [tars, layout])
-    results = _scan_all([Task(tar, layout) for tar in tars], journal, processes, progress)
+    results = _scan_all([ScanTask(tar, layout) for tar in tars], journal, processes, progress)
     damaged = [Fault(tar, found["damage"]) for tar, found in results if found["damage"]]
     if damaged and not skip_damaged:
         raise UserError(
@@ -61,25 +66,25 @@ def index_shards(
             f"read of them with --skip-damaged:\n  " + "\n  ".join(map(": ".join, damaged))
         )
     faults = damaged + [Fault(*fault) for _, found in results for fault in found["faults"]]
-    shards, names, num_classes = _labelled(results, folder, layout.num_classes)
+    shards, names, num_classes = _number_labels(results, folder, layout.num_classes)
     fields = {"image": list(layout.images), "label": layout.label}
-    about = {"source": "index", "fields": fields, "class_names": CLASSES if names else None}
+    about = {"source": "index", "fields": fields, "class_names": CLASSES_FILE if names else None}
     index = ShardIndex(folder, num_classes, shards, about | {"skipped": len(faults)})
-    refuse_too_many(faults, index.samples, max_bad)
+    check_bad_fraction(faults, index.samples, max_bad)
     if not index.samples:
         raise UserError(f"{tars[0]}: no sample with an image and a label here")
-    tables = {CLASSES: class_table(names, shards)} if names else {}
+    tables = {CLASSES_FILE: class_table(names, shards)} if names else {}
     for name, table in {**tables, **skipped_table(faults)}.items():
         write_table(f"{folder}/{name}", table)
     index.save()
     journal.remove()
-    return Converted(index, faults, [])
+    return ImportResult(index, faults, [])
 
 
 def _journal(folder: str, recipe: Any) -> Journal:
     """The journal of an attempt, unless the folder is indexed already."""
-    for name in (INDEX, CLASSES):
-        filesystem, path = urls.find(f"{folder}/{name}")
+    for name in (INDEX_FILE, CLASSES_FILE):
+        filesystem, path = resolve_url(f"{folder}/{name}")
         if filesystem.exists(path):
             raise UserError(f"{folder}/{name}: already exists; delete it or choose another --out")
     try:
@@ -88,7 +93,7 @@ def _journal(folder: str, recipe: Any) -> Journal:
         raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
 
 
-def expand(given: Sequence[str]) -> list[str]:
+def expand_tars(given: Sequence[str]) -> list[str]:
     """The tars that are meant, each once, in order; local ones by their whole path.
 
     Raises:
@@ -109,18 +114,18 @@ def expand(given: Sequence[str]) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    filesystem, path = urls.find(url)
-    is_web = "http" in urls.protocols(filesystem)
+    filesystem, path = resolve_url(url)
+    is_web = "http" in protocol_names(filesystem)
     if is_web or (url.endswith(".tar") and "*" not in url):
-        return [_whole(url)]
+        return [_absolute(url)]
     below = path if "*" in url else f"{path.rstrip('/')}/*.tar"
-    return [urls.full(filesystem, match) for match in sorted(filesystem.glob(below))]
+    return [to_url(filesystem, match) for match in sorted(filesystem.glob(below))]
 
 
-def _whole(url: str) -> str:
+def _absolute(url: str) -> str:
     """A local path as a whole one, so that it means the same from everywhere."""
-    filesystem, path = urls.find(url)
-    return path if urls.is_local(filesystem) else url
+    filesystem, path = resolve_url(url)
+    return path if is_local(filesystem) else url
 
 
 def _common_folder(tars: Sequence[str]) -> str:
@@ -133,13 +138,15 @@ def _common_folder(tars: Sequence[str]) -> str:
 
 
 def _scan_all(
-    tasks: list[Task], journal: Journal, processes: int, progress: Progress
+    tasks: list[ScanTask], journal: Journal, processes: int, progress: Progress
 ) -> list[tuple[str, dict[str, Any]]]:
     """What is in each tar; finished ones are taken from the journal unless the tar has changed."""
-    results = {n: kept for n, t in enumerate(tasks) if (kept := _kept(journal, n, t.url))}
+    results = {
+        n: kept for n, t in enumerate(tasks) if (kept := _finished_result(journal, n, t.url))
+    }
     progress(len(results), len(tasks))
     todo = [(number, task) for number, task in enumerate(tasks) if number not in results]
-    for number, result in parallel.run(scan, todo, processes):
+    for number, result in map_unordered(scan_tar, todo, processes):
         results[number] = result
         if not result["damage"]:
             journal.keep(number, result)
@@ -147,15 +154,15 @@ def _scan_all(
     return [(task.url, results[number]) for number, task in enumerate(tasks)]
 
 
-def _kept(journal: Journal, number: int, url: str) -> dict[str, Any] | None:
+def _finished_result(journal: Journal, number: int, url: str) -> dict[str, Any] | None:
     kept: dict[str, Any] | None = journal.get(number)
     if kept is None:
         return None
-    filesystem, path = urls.find(url)
+    filesystem, path = resolve_url(url)
     return kept if filesystem.exists(path) and filesystem.size(path) == kept["bytes"] else None
 
 
-def _labelled(
+def _number_labels(
     results: list[tuple[str, dict[str, Any]]], folder: str, num_classes: int
 ) -> tuple[list[Shard], list[str], int]:
     """The shards with labels in `[0, C)`; the classes' names, if they were no such numbers; C."""

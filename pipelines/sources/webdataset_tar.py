@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
-from pipelines.shards.image_format import EXTENSIONS
+from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import Fault
 from pipelines.shards.packing import pack_labels, pack_offsets
-from pipelines.sources.tar import DamagedTar, Member, members, rest_is_empty
-from pipelines.storage import urls
+from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
+from pipelines.storage.urls import RetryingStream, open_stream
 
 INTEGER: Final = re.compile(r"-?\d{1,18}")
 # WebDataset's own rules: what is the key, what the extension, and what is no sample at all.
@@ -23,7 +23,7 @@ _META: Final = re.compile(r"__[^/]*__($|/)")
 _LONGEST_LABEL: Final = 200
 
 
-class Layout(NamedTuple):
+class SampleLayout(NamedTuple):
     """Where a sample has its image and its label.
 
     Attributes:
@@ -32,25 +32,25 @@ class Layout(NamedTuple):
         num_classes: C, if the labels are numbers in `[0, C)` already; 0: find out.
     """
 
-    images: tuple[str, ...] = EXTENSIONS
+    images: tuple[str, ...] = IMAGE_EXTENSIONS
     label: str = "cls"
     num_classes: int = 0
 
 
-USUAL: Final = Layout()
+DEFAULT_LAYOUT: Final = SampleLayout()
 
 
-class Task(NamedTuple):
+class ScanTask(NamedTuple):
     """A tar to be read."""
 
     url: str
-    layout: Layout
+    layout: SampleLayout
 
 
-class _Hashed(io.RawIOBase):
+class _HashingReader(io.RawIOBase):
     """Hashes and counts what is read through it."""
 
-    def __init__(self, stream: urls.Steady) -> None:
+    def __init__(self, stream: RetryingStream) -> None:
         self.stream, self.bytes, self.hash = stream, 0, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -61,7 +61,7 @@ class _Hashed(io.RawIOBase):
         return data
 
 
-def scan(task: Task) -> dict[str, Any]:
+def scan_tar(task: ScanTask) -> dict[str, Any]:
     """Read one tar.
 
     Returns:
@@ -73,14 +73,14 @@ def scan(task: Task) -> dict[str, Any]:
         UserError: it cannot be opened.
     """
     try:
-        with urls.forward(task.url) as raw:
-            stream: Any = _Hashed(raw)
-            contents = _Contents(task)
+        with open_stream(task.url) as raw:
+            stream: Any = _HashingReader(raw)
+            contents = _TarContents(task)
             damage = ""
             try:
-                for sample in _samples(members(stream), task.layout):
+                for sample in _samples(read_members(stream), task.layout):
                     contents.add(sample)
-            except DamagedTar as error:
+            except DamagedTarError as error:
                 damage = str(error)
             if not rest_is_empty(stream) and not damage:
                 damage = "data behind its end marker, which no reader sees: several tars in one?"
@@ -90,10 +90,10 @@ def scan(task: Task) -> dict[str, Any]:
     return about | contents.result() | {"damage": damage}
 
 
-class _Contents:
+class _TarContents:
     """What has been found in a tar."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: ScanTask) -> None:
         self._task = task
         self._number: dict[str, int] = {}
         self._codes: list[int] = []
@@ -101,7 +101,7 @@ class _Contents:
         self._end = 0
         self._faults: list[Fault] = []
 
-    def add(self, sample: _Sample) -> None:
+    def add(self, sample: _SampleMembers) -> None:
         """Take a sample, or count it as a fault."""
         label = sample.label()
         if isinstance(label, Fault):
@@ -112,7 +112,7 @@ class _Contents:
         self._end = sample.stop
 
     def result(self) -> dict[str, Any]:
-        """The part of `scan`'s result that is about samples."""
+        """The part of `scan_tar`'s result that is about samples."""
         return {
             "samples": len(self._codes),
             "blocks": pack_offsets([*self._starts, self._end]),
@@ -122,16 +122,16 @@ class _Contents:
         }
 
 
-class _Sample:
+class _SampleMembers:
     """Neighbouring members of one key."""
 
-    def __init__(self, key: str, start: int, layout: Layout) -> None:
+    def __init__(self, key: str, start: int, layout: SampleLayout) -> None:
         self.key, self.start, self.stop = key, start, start
         self._layout = layout
         self._members: dict[str, bytes | None] = {}
         self._twice = ""
 
-    def add(self, extension: str, member: Member) -> None:
+    def add(self, extension: str, member: TarMember) -> None:
         """Take the next member of the sample."""
         if extension in self._members:
             self._twice = extension
@@ -161,7 +161,7 @@ class _Sample:
         data = self._members.get(extension)
         if data is None:
             raise ValueError(f"no {extension} among {', '.join(self._members)}")
-        text = data.decode().strip() if not path else _at(json.loads(data), path)
+        text = data.decode().strip() if not path else _json_text_at(json.loads(data), path)
         if not text or len(text) > _LONGEST_LABEL:
             raise ValueError(f"its label {text[:20]!r} is no class")
         is_integer = bool(INTEGER.fullmatch(text))
@@ -173,7 +173,7 @@ class _Sample:
         return text
 
 
-def _at(value: Any, path: str) -> str:
+def _json_text_at(value: Any, path: str) -> str:
     """The text at a path `a.b` of JSON."""
     for key in path.split("."):
         value = value[int(key)] if isinstance(value, list) else value[key]
@@ -184,13 +184,13 @@ def _at(value: Any, path: str) -> str:
     return str(value).strip()
 
 
-def _samples(found: Iterator[Member], layout: Layout) -> Iterator[_Sample]:
+def _samples(found: Iterator[TarMember], layout: SampleLayout) -> Iterator[_SampleMembers]:
     """Group neighbouring members, as WebDataset does.
 
     Raises:
         DamagedTar: the tar ends in a damage; a sample that was complete before it comes first.
     """
-    current: _Sample | None = None
+    current: _SampleMembers | None = None
     try:
         for member in found:
             match = _NAME.fullmatch(member.name)
@@ -199,9 +199,9 @@ def _samples(found: Iterator[Member], layout: Layout) -> Iterator[_Sample]:
             if current is None or current.key != match[1]:
                 if current is not None:
                     yield current
-                current = _Sample(match[1], member.start, layout)
+                current = _SampleMembers(match[1], member.start, layout)
             current.add(match[2].lower(), member)
-    except DamagedTar:
+    except DamagedTarError:
         if current is not None and isinstance(current.label(), str):
             yield current
         raise

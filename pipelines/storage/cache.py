@@ -22,7 +22,7 @@ _PART: Final = ".part"
 _LOCK: Final = "lock"
 
 
-class Cache:
+class FileCache:
     """The folder; any number of processes and threads may use one at the same time."""
 
     def __init__(self, folder: str, most: int) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import RunError
-from pipelines.storage import urls
-from pipelines.storage.retry import RETRIES, chain, named, retried, status
+from pipelines.storage.retry import RETRIES, error_chain, errors_naming, http_status, with_retries
+from pipelines.storage.urls import NO_RANGES, is_local, resolve_url
 
 _NOT_SATISFIABLE: Final = 416  # the range begins behind the end of the file
 
 
-class CutOff(ConnectionError):
+class TruncatedRead(ConnectionError):
     """Fewer bytes came than the file has there, though the answer looked complete."""
 
 
-class File(NamedTuple):
+class FileLocation(NamedTuple):
     """A file of any file system that fsspec knows."""
 
     url: str
@@ -25,10 +25,10 @@ class File(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Whether it is on this machine."""
-        return urls.is_local(self.filesystem)
+        return is_local(self.filesystem)
 
 
-def file_at(url: str) -> File:
+def locate_file(url: str) -> FileLocation:
     """The file of a URL, which need not exist.
 
     fsspec makes a client for each thread that asks, so ask in one and hand the file to the others.
@@ -36,10 +36,10 @@ def file_at(url: str) -> File:
     Raises:
         UserError: no such protocol.
     """
-    return File(url, *urls.find(url))
+    return FileLocation(url, *resolve_url(url))
 
 
-def read_range(file: File, start: int, stop: int, retries: int = RETRIES) -> bytes:
+def read_range(file: FileLocation, start: int, stop: int, retries: int = RETRIES) -> bytes:
     """The bytes `[start, stop)`; fewer only where the file itself ends.
 
     Raises:
@@ -47,18 +47,18 @@ def read_range(file: File, start: int, stop: int, retries: int = RETRIES) -> byt
     """
     if start >= stop:
         return b""
-    with named(file.url):
+    with errors_naming(file.url):
         if file.is_local:
             return bytes(file.filesystem.cat_file(file.path, start=start, end=stop))
-        return retried(lambda: _range(file, start, stop), file.url, retries)
+        return with_retries(lambda: _range(file, start, stop), file.url, retries)
 
 
-def _range(file: File, start: int, stop: int) -> bytes:
+def _range(file: FileLocation, start: int, stop: int) -> bytes:
     """One attempt."""
     try:
         data = bytes(file.filesystem.cat_file(file.path, start=start, end=stop))
     except Exception as error:
-        if _NOT_SATISFIABLE not in map(status, chain(error)):
+        if _NOT_SATISFIABLE not in map(http_status, error_chain(error)):
             raise
         data = b""
     if len(data) == stop - start:
@@ -66,7 +66,7 @@ def _range(file: File, start: int, stop: int) -> bytes:
     size = file.filesystem.size(file.path)
     there = stop - start if size is None else max(0, min(size, stop) - start)
     if len(data) > there:
-        raise RunError(f"{file.url}: {urls.WHOLE}")
+        raise RunError(f"{file.url}: {NO_RANGES}")
     if len(data) < there:
-        raise CutOff(f"{len(data)} bytes came instead of {there}")
+        raise TruncatedRead(f"{len(data)} bytes came instead of {there}")
     return data

@@ -70,7 +70,7 @@ _TRANSIENT_CODES: Final = frozenset({"InternalError", "RequestTimeout", "SlowDow
 _jitter = random.Random()
 
 
-def retried(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
+def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
     """The result of a call, made again after transient faults.
 
     Waits half a second at first and twice as long each time, up to half a minute; shortened at
@@ -96,28 +96,28 @@ def retried(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
             if attempt > retries:
                 raise RunError(
                     f"{url}: cannot be read: {attempt} attempts failed, the last with "
-                    f"{words(error)}"
+                    f"{describe_error(error)}"
                 ) from error
-            log.info("%s: attempt %d failed with %s", url, attempt, words(error))
+            log.info("%s: attempt %d failed with %s", url, attempt, describe_error(error))
         time.sleep(wait * _jitter.uniform(0.5, 1))
         wait = min(2 * wait, _LONGEST_WAIT_S)
 
 
 @contextmanager
-def named(url: str) -> Iterator[None]:
+def errors_naming(url: str) -> Iterator[None]:
     """Makes whatever a store raises a RunError that names the URL."""
     try:
         yield
     except (RunError, UserError):
         raise
     except Exception as error:  # stores raise what they like
-        raise RunError(f"{url}: cannot be read ({words(error)})") from error
+        raise RunError(f"{url}: cannot be read ({describe_error(error)})") from error
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     # The cause knows best: fsspec makes "not found" of a size that a server did not tell.
-    verdicts = (_verdict(each) for each in reversed(list(chain(error))))
+    verdicts = (_verdict(each) for each in reversed(list(error_chain(error))))
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
@@ -128,7 +128,7 @@ def _verdict(error: BaseException) -> bool | None:
         return getattr(error, "errno", None) == socket.EAI_AGAIN
     if _code(error) in _TRANSIENT_CODES:
         return True
-    if (told := status(error)) is not None:
+    if (told := http_status(error)) is not None:
         return told in _TRANSIENT_STATUS
     if isinstance(error, _PERMANENT):
         return False
@@ -137,12 +137,12 @@ def _verdict(error: BaseException) -> bool | None:
     return (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO) or None
 
 
-def words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Kind and text of an error; many stores' texts do not say what went wrong."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """An error, and what stores' libraries made it from."""
     seen: list[BaseException] = []
     each: BaseException | None = error
@@ -152,7 +152,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__
 
 
-def status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status that a server told, by an error of aiohttp, botocore, requests or gcsfs."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):

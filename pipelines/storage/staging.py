@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from mhe_dist.errors import UserError
-from pipelines.storage import urls
+from pipelines.storage.urls import (
+    TEMPORARY_SUFFIX,
+    atomic_write,
+    is_local,
+    require_absent,
+    resolve_url,
+)
 
 JOURNAL: Final = ".partial"
 _RECIPE: Final = "recipe.json"
@@ -38,7 +44,7 @@ class Journal:
             UserError: the folder holds an attempt with another recipe.
         """
         self.url = url
-        self._filesystem, self._path = urls.find(url)
+        self._filesystem, self._path = resolve_url(url)
         text = json.dumps(recipe, sort_keys=True)
         digest = {"digest": hashlib.sha256(text.encode()).hexdigest(), "recipe": recipe}
         place = f"{self._path}/{_RECIPE}"
@@ -77,7 +83,7 @@ class Journal:
             self._filesystem.rm(self._path, recursive=True)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        with urls.created(f"{self.url}/{name}") as stream:
+        with atomic_write(f"{self.url}/{name}") as stream:
             stream.write(json.dumps(content).encode())
 
 
@@ -89,12 +95,12 @@ def _parsed(text: bytes) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def refuse_existing(target: str) -> None:
+def require_absent_or_resumable(target: str) -> None:
     """Raise UserError if there is anything at a path or URL but an attempt to go on with."""
-    filesystem, path = urls.find(target)
+    filesystem, path = resolve_url(target)
     filesystem.invalidate_cache()
-    if urls.is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
-        urls.refuse_existing(target)
+    if is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+        require_absent(target)
 
 
 class Staging:
@@ -112,12 +118,12 @@ class Staging:
             UserError: something is there already, or an attempt with another recipe, or another
                 process is at it.
         """
-        self._filesystem, self._path = urls.find(target)
-        self._local = urls.is_local(self._filesystem)
+        self._filesystem, self._path = resolve_url(target)
+        self._local = is_local(self._filesystem)
         self._lock: int | None = None
         self.journal: Journal | None = None
         self.folder = target.rstrip("/")
-        (urls.refuse_existing if recipe is None else refuse_existing)(target)
+        (require_absent if recipe is None else require_absent_or_resumable)(target)
         if self._local:
             self.folder = str(_hidden(Path(self._path), recipe is not None))
         if recipe is None:
@@ -133,7 +139,7 @@ class Staging:
 
     def size(self, name: str) -> int:
         """Bytes of a file of the data set; -1 if it is not there."""
-        filesystem, path = urls.find(f"{self.folder}/{name}")
+        filesystem, path = resolve_url(f"{self.folder}/{name}")
         return int(filesystem.size(path)) if filesystem.exists(path) else -1
 
     def publish(self) -> None:
@@ -193,5 +199,5 @@ def _lock(folder: Path, target: str) -> int | None:
 
 def _sweep(folder: Path) -> None:
     """Remove what an attempt that was killed left half written."""
-    for path in folder.rglob(f".*{urls.TEMPORARY}"):
+    for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -17,14 +17,14 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
-from pipelines.storage.retry import named, retried
+from pipelines.storage.retry import errors_naming, with_retries
 
-TEMPORARY: Final = ".tmp"  # ends the name of a file that is not complete yet
-WHOLE: Final = "the server gives whole files only, no parts of them: download it first"
+TEMPORARY_SUFFIX: Final = ".tmp"  # ends the name of a file that is not complete yet
+NO_RANGES: Final = "the server gives whole files only, no parts of them: download it first"
 _READ_AHEAD: Final = 1 << 23  # bytes that a remote file is read in
 
 
-def find(url: str) -> tuple[Any, str]:
+def resolve_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
     Raises:
@@ -42,37 +42,37 @@ def is_local(filesystem: Any) -> bool:
     return isinstance(filesystem, LocalFileSystem)
 
 
-def protocols(filesystem: Any) -> tuple[str, ...]:
+def protocol_names(filesystem: Any) -> tuple[str, ...]:
     """The names of a file system's protocol, e.g. `http` and `https`."""
     names = filesystem.protocol
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def is_absolute(url: str) -> bool:
+def is_absolute_url(url: str) -> bool:
     """Whether a URL says where it is by itself, without a folder before it."""
     return "://" in url or url.startswith("/")
 
 
-def full(filesystem: Any, path: str) -> str:
+def to_url(filesystem: Any, path: str) -> str:
     """The URL of a path in a file system; a local one stays a path."""
     return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
 
 
-def refuse_existing(url: str) -> None:
+def require_absent(url: str) -> None:
     """Raise UserError if there is anything at a path or URL, except an empty folder."""
-    filesystem, path = find(url)
+    filesystem, path = resolve_url(url)
     if filesystem.isfile(path) or (filesystem.exists(path) and filesystem.ls(path, detail=False)):
         raise UserError(f"{url}: already exists; delete it or choose another output folder")
 
 
 @contextmanager
-def created(url: str) -> Iterator[IO[bytes]]:
+def atomic_write(url: str) -> Iterator[IO[bytes]]:
     """A file that is at `url` when the block ends well, complete, and not at all before.
 
     On an object store it is collected in a temporary file of this machine: closing a half-written
     object would make it appear.
     """
-    filesystem, path = find(url)
+    filesystem, path = resolve_url(url)
     if not is_local(filesystem):
         with NamedTemporaryFile() as stream:
             yield stream
@@ -81,7 +81,7 @@ def created(url: str) -> Iterator[IO[bytes]]:
         return
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
-    temporary = Path(parent) / f".{name}.{uuid.uuid4().hex}{TEMPORARY}"
+    temporary = Path(parent) / f".{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
     try:
         with temporary.open("xb") as stream:
             yield stream
@@ -93,18 +93,18 @@ def created(url: str) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def forward(url: str) -> Iterator[Steady]:
+def open_stream(url: str) -> Iterator[RetryingStream]:
     """A file from front to back.
 
     Raises:
         OSError: there is none, as its store says it.
     """
-    filesystem, path = find(url)
-    with retried(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
-        yield Steady(stream, url)
+    filesystem, path = resolve_url(url)
+    with with_retries(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
+        yield RetryingStream(stream, url)
 
 
-class Steady:
+class RetryingStream:
     """A file opened for reading; a part that does not come is asked for again."""
 
     def __init__(self, stream: Any, url: str) -> None:
@@ -116,11 +116,11 @@ class Steady:
         Raises:
             RunError: they cannot be read.
         """
-        with named(self._url):
-            return retried(lambda: bytes(self._stream.read(size)), self._url)
+        with errors_naming(self._url):
+            return with_retries(lambda: bytes(self._stream.read(size)), self._url)
 
 
-class Reader:
+class RangeReader:
     """Reads parts of one file, wherever it is; to be closed.
 
     Attributes:
@@ -135,14 +135,14 @@ class Reader:
             UserError: there is no such file, or it cannot be opened.
         """
         self.url = url
-        self._filesystem, self._path = find(url)
+        self._filesystem, self._path = resolve_url(url)
         self._stream: Any = None
         try:
             if is_local(self._filesystem):
                 self._stream = open(self._path, "rb", buffering=0)  # noqa: SIM115
                 self.size = os.fstat(self._stream.fileno()).st_size
             else:
-                self._stream = retried(self._open, url)
+                self._stream = with_retries(self._open, url)
                 self.size = int(self._stream.size)
         except (OSError, TypeError) as error:  # TypeError: a server that tells no size
             self.close()
@@ -153,7 +153,7 @@ class Reader:
             self._path, "rb", block_size=_READ_AHEAD, cache_type="readahead"
         )
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> RangeReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,11 +176,11 @@ class Reader:
         if is_local(self._filesystem):
             return os.pread(self._stream.fileno(), stop - start, start)
         self._stream.seek(start)
-        with named(self.url):
+        with errors_naming(self.url):
             try:
-                return retried(lambda: bytes(self._stream.read(stop - start)), self.url)
+                return with_retries(lambda: bytes(self._stream.read(stop - start)), self.url)
             except ValueError as error:  # what fsspec makes of a server without range requests
-                raise UserError(f"{self.url}: {WHOLE}") from error
+                raise UserError(f"{self.url}: {NO_RANGES}") from error
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
         """Many parts in any order; a store is asked for all of them at the same time.
@@ -194,12 +194,12 @@ class Reader:
             return [self.read(*pair) for pair in pairs]
         firsts, lasts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         paths = [self._path] * len(pairs)
-        with named(self.url):
-            parts: list[bytes] = retried(
+        with errors_naming(self.url):
+            parts: list[bytes] = with_retries(
                 lambda: self._filesystem.cat_ranges(paths, firsts, lasts, on_error="raise"),
                 self.url,
             )
         for part, (start, stop) in zip(parts, pairs, strict=True):
             if len(part) > stop - start:
-                raise UserError(f"{self.url}: {WHOLE}")
+                raise UserError(f"{self.url}: {NO_RANGES}")
         return parts

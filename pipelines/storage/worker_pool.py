@@ -21,16 +21,16 @@ Progress = Callable[[int, int], None]
 """Called as `progress(done, total)` while something long is made."""
 
 
-def ignore(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     """The progress callback of those who do not watch."""
 
 
-def cores() -> int:
+def available_cores() -> int:
     """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(
+def map_unordered(
     function: Callable[[T], R], tasks: Iterable[tuple[int, T]], processes: int
 ) -> Iterator[tuple[int, R]]:
     """Call `function` for every numbered task and yield `(number, result)` as they come.

@@ -19,7 +19,7 @@ from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
-from pipelines.data.bad_samples import FILE
+from pipelines.data.bad_samples import BAD_SAMPLES_FILE
 from pipelines.pretrain import main as pretrain
 from pipelines.pretrain import preemption as stopping
 from pipelines.shards.index import ShardIndex
@@ -214,6 +214,6 @@ def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_pat
     assert counts == {6: draws(6), 12: draws(12)}
     assert 0 < draws(5) < counts[12]  # the checkpoint has some, and the resumed run has more
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == counts[12]
-    named = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    named = [json.loads(line) for line in (folder / BAD_SAMPLES_FILE).read_text().splitlines()]
     assert sorted(line["place"] for line in named) == [index.place(*at) for at in damaged]
     assert all(".jpg: " in line["reason"] for line in named)

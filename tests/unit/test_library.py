@@ -23,7 +23,7 @@ NAMES = {
         *("StandaloneHead", "Topology", "UserError", "connect", "create_head", "load_config"),
     ],
     "pipelines": [
-        *("Loader", "Order", "Sample", "ShardIndex", "ShardWriter", "TrainedBackbone"),
+        *("Loader", "Sample", "SampleOrder", "ShardIndex", "ShardWriter", "TrainedBackbone"),
         *("class_centres", "embed_arrays", "load_trained_backbone", "open_checkpoint", "pretrain"),
     ],
 }

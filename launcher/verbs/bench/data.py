@@ -37,13 +37,13 @@ def data(
     from pipelines.bench.data import measure_loaders
     from pipelines.bench.photos import make_photos
     from pipelines.shards.index import ShardIndex
-    from pipelines.storage import urls
+    from pipelines.storage.urls import atomic_write
 
     with console.out.status("making photos"):
         index = ShardIndex.load(shards) if shards else make_photos(images)
     with Display().counting("reading") as progress:
         result = measure_loaders(index, workers, repeats, progress)
-    with urls.created(out) as stream:
+    with atomic_write(out) as stream:
         stream.write(json.dumps(result.to_dict(), indent=2).encode())
     console.out.print(_table(result))
     for name, ratios in result.ratios().items():

@@ -14,7 +14,7 @@ from launcher.verbs.data import convert as data_import
 from launcher.verbs.data.convert import Processes
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex
-from pipelines.storage.worker_pool import cores
+from pipelines.storage.worker_pool import available_cores
 
 DEFAULTS = GlyphsConfig()
 
@@ -71,7 +71,7 @@ def glyphs(
         image_size=image_size,
     )
     with data_import.resumable(), Display().counting("drawing the data set") as progress:
-        write_glyphs(fonts, out, settings, progress, processes or cores())
+        write_glyphs(fonts, out, settings, progress, processes or available_cores())
     for name in (TRAIN, HELDOUT):
         console.say(data_import.describe(ShardIndex.load(f"{out}/{name}")))
     places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"

@@ -14,12 +14,12 @@ from launcher.terminal.progress import Display
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
-from pipelines.sources.convert import DEFAULTS
-from pipelines.sources.webdataset_tar import USUAL, Layout
-from pipelines.storage.worker_pool import cores
+from pipelines.sources.convert import DEFAULT_OPTIONS
+from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout
+from pipelines.storage.worker_pool import available_cores
 
 if TYPE_CHECKING:
-    from pipelines.data.verify import Report
+    from pipelines.data.verify import DatasetReport
 
 SHOWN = 5  # problems of a kind that the terminal names
 MEANINGS = {
@@ -42,17 +42,17 @@ def index(
     ] = "",
     image: Annotated[
         str, typer.Option(help="Extensions of the image, the best first: jpg,png.")
-    ] = ",".join(USUAL.images),
+    ] = ",".join(DEFAULT_LAYOUT.images),
     label: Annotated[
         str, typer.Option(help="Extension of the label, or a key in JSON: json:label.")
-    ] = USUAL.label,
+    ] = DEFAULT_LAYOUT.label,
     num_classes: Annotated[
         int, typer.Option(min=0, help="Labels are numbers below this, and stay; 0: find out.")
     ] = 0,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Take what can be read of damaged tars.")
     ] = False,
-    max_bad: MaxBad = DEFAULTS.max_bad,
+    max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
 ) -> None:
     """Make an index for WebDataset shards that somebody else wrote; no tar is written anew.
@@ -65,10 +65,10 @@ def index(
     from pipelines.sources.webdataset import index_shards
 
     images = tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", image))
-    layout = Layout(images, label.strip().lower() if ":" not in label else label, num_classes)
+    layout = SampleLayout(images, label.strip().lower() if ":" not in label else label, num_classes)
     with resumable(), Display().counting("reading tars") as progress:
         made = index_shards(
-            tars, out, layout, skip_damaged, max_bad, processes or cores(), progress
+            tars, out, layout, skip_damaged, max_bad, processes or available_cores(), progress
         )
     tell(made)
 
@@ -87,7 +87,7 @@ def verify(
 
     Example: mhe data verify data/ms1mv2
     """
-    from pipelines.data.verify import verify as read
+    from pipelines.data.verify import verify_dataset
     from pipelines.report import verification as verify_report
     from pipelines.storage.staging import Journal
 
@@ -96,7 +96,7 @@ def verify(
     for name, found in zip(_names(data), sets, strict=True):
         journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
         with resumable(), Display().counting(f"reading {name}") as progress:
-            report = read(found, journal, processes or cores(), progress)
+            report = verify_dataset(found, journal, processes or available_cores(), progress)
         verify_report.write(report, f"{out}/{name}")
         journal.remove()
         _show(report)
@@ -116,7 +116,7 @@ def _names(data: list[str]) -> list[str]:
     return names
 
 
-def _show(report: Report) -> None:
+def _show(report: DatasetReport) -> None:
     """The report as a table, the first problems of each kind below it."""
     from pipelines.report.verification import summary
 

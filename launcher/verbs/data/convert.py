@@ -15,8 +15,8 @@ from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.progress import Display
 from pipelines.shards.index import ShardIndex
-from pipelines.sources.convert import DEFAULTS, Converted, Options
-from pipelines.storage.worker_pool import cores
+from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
+from pipelines.storage.worker_pool import available_cores
 
 MIB = 1 << 20
 
@@ -39,9 +39,9 @@ def recordio(
     idx: Annotated[
         bool, typer.Option(help="Read the records that .idx names, or all that there are.")
     ] = True,
-    shard_mib: ShardMib = DEFAULTS.shard_bytes / MIB,
-    shuffle: Shuffle = DEFAULTS.shuffle,
-    max_bad: MaxBad = DEFAULTS.max_bad,
+    shard_mib: ShardMib = DEFAULT_OPTIONS.shard_bytes / MIB,
+    shuffle: Shuffle = DEFAULT_OPTIONS.shuffle,
+    max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
 ) -> None:
     """Convert InsightFace RecordIO (MS1MV2, Glint360K, WebFace); images stay byte for byte.
@@ -70,9 +70,9 @@ def folder(
     lst: Annotated[
         str, typer.Option(help="An .lst file that names the files below --root and their labels.")
     ] = "",
-    shard_mib: ShardMib = DEFAULTS.shard_bytes / MIB,
-    shuffle: Shuffle = DEFAULTS.shuffle,
-    max_bad: MaxBad = DEFAULTS.max_bad,
+    shard_mib: ShardMib = DEFAULT_OPTIONS.shard_bytes / MIB,
+    shuffle: Shuffle = DEFAULT_OPTIONS.shuffle,
+    max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
 ) -> None:
     """Convert a folder of images; they stay byte for byte.
@@ -91,8 +91,8 @@ def folder(
     tell(made)
 
 
-def _options(shard_mib: float, shuffle: bool, max_bad: float, processes: int) -> Options:
-    return Options(round(shard_mib * MIB), shuffle, processes or cores(), max_bad)
+def _options(shard_mib: float, shuffle: bool, max_bad: float, processes: int) -> ImportOptions:
+    return ImportOptions(round(shard_mib * MIB), shuffle, processes or available_cores(), max_bad)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(stop.exit_code) from None
 
 
-def tell(made: Converted) -> None:
+def tell(made: ImportResult) -> None:
     """Say what a data set holds, what is odd about it, and what to type next."""
     console.say(describe(made.shards))
     for warning in made.warnings:

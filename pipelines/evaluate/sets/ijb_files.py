@@ -13,10 +13,10 @@ import pandas as pd
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.decode import Undecodable, decode_whole
+from pipelines.data.decode import ImageDecodeError, decode_full_size
 from pipelines.evaluate.sets.align import align
 from pipelines.evaluate.sets.stack import stacked
-from pipelines.sources.image_folder import inside
+from pipelines.sources.image_folder import path_below_root
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -62,8 +62,8 @@ class Ijb:
     def _face(self, number: int, side: int) -> npt.NDArray[np.uint8]:
         place = self.root / "loose_crop" / self.names[number]
         try:
-            return align(decode_whole(place.read_bytes()), self.landmarks[number], side)
-        except (OSError, Undecodable, ValueError) as error:
+            return align(decode_full_size(place.read_bytes()), self.landmarks[number], side)
+        except (OSError, ImageDecodeError, ValueError) as error:
             raise RunError(f"{place}: cannot be used: {error}") from error
 
     def pairs(self) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_]]]:
@@ -117,7 +117,7 @@ def load(root: str) -> Ijb:
         raise UserError(f"{meta}: the two tables of faces do not name the same images in one order")
     for name in names:
         try:
-            inside(name, str(folder))
+            path_below_root(name, str(folder))
         except ValueError as error:
             raise UserError(f"{meta}: {error}") from error
     numbers = faces.iloc[:, 1:].to_numpy(np.float64)

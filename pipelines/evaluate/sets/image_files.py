@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.decode import Undecodable, decode
+from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.evaluate.sets.stack import stacked
-from pipelines.sources.image_folder import below, inside, is_image
-from pipelines.storage import urls
+from pipelines.sources.image_folder import has_image_extension, list_files, path_below_root
+from pipelines.storage.urls import RangeReader, resolve_url
 
 Ints = npt.NDArray[np.int64]
 
@@ -58,10 +58,10 @@ class ImageFiles:
 
     def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
         path = self.paths[number]
-        filesystem, root = urls.find(self.root)
+        filesystem, root = resolve_url(self.root)
         try:
-            return decode(bytes(filesystem.cat_file(f"{root}/{path}")), side)
-        except (OSError, Undecodable) as error:
+            return decode_image(bytes(filesystem.cat_file(f"{root}/{path}")), side)
+        except (OSError, ImageDecodeError) as error:
             if not self.skip_bad:
                 raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
             log.warning("left out: %s/%s: %s", self.root, path, error)
@@ -76,7 +76,7 @@ def every(root: str, skip_bad: bool = False) -> ImageFiles:
         UserError: no such folder, or no image in it.
     """
     root = root.rstrip("/")
-    paths = sorted(path for path, _ in below(root) if is_image(path))
+    paths = sorted(path for path, _ in list_files(root) if has_image_extension(path))
     if not paths:
         raise UserError(f"{root}: holds no image")
     return ImageFiles(root, paths, skip_bad)
@@ -104,17 +104,17 @@ def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArr
     Raises:
         UserError: a column is missing, or a row is none; the message names the line.
     """
-    with urls.Reader(table) as reader:
+    with RangeReader(table) as reader:
         text = reader.read(0, reader.size).decode("utf-8-sig")
     rows = csv.DictReader(io.StringIO(text))
     if missing := {"first", "second", "same"} - set(rows.fieldnames or ()):
         raise UserError(f"{table}: has no column {min(missing)}; it takes first,second,same")
     numbers: dict[str, int] = {}
     pairs, same = [], []
-    top = urls.find(root)[1]
+    top = resolve_url(root)[1]
     for line, row in enumerate(rows, 2):
         try:
-            paths = [inside(row[name] or "", top) for name in ("first", "second")]
+            paths = [path_below_root(row[name] or "", top) for name in ("first", "second")]
             same.append({"0": False, "1": True}[(row["same"] or "").strip()])
         except (ValueError, KeyError) as error:
             raise UserError(f"{table} line {line}: {error}; `same` is 0 or 1") from error

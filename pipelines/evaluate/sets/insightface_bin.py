@@ -19,9 +19,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.decode import Undecodable, decode
+from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.evaluate.sets.stack import stacked
-from pipelines.storage import urls
+from pipelines.storage.urls import RangeReader
 
 _TYPES: Final = ("u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
 _MAX_ITEM: Final = 1 << 26  # bytes of an image: more than any, and no memory that matters
@@ -56,8 +56,8 @@ class VerificationBin:
 
     def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
         try:
-            return decode(self.images[number], side)
-        except Undecodable as error:
+            return decode_image(self.images[number], side)
+        except ImageDecodeError as error:
             raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
 
 
@@ -68,7 +68,7 @@ def read_bin(url: str) -> VerificationBin:
         UserError: there is no such file, it is no such set, or it names what a set does not need
             (the message says what); nothing of it was run.
     """
-    with urls.Reader(url) as reader:
+    with RangeReader(url) as reader:
         data = reader.read(0, reader.size)
     content = _restricted(url, data)
     if not isinstance(content, list | tuple) or len(content) != 2:

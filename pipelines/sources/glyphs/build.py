@@ -23,19 +23,24 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.data.order import permutation
-from pipelines.shards.index import ShardIndex, exists
-from pipelines.shards.tables import CLASSES, class_table, write_table
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.shards.tables import CLASSES_FILE, class_table, write_table
 from pipelines.shards.writer import ShardWriter
-from pipelines.sources import convert
-from pipelines.sources.convert import Ints
-from pipelines.sources.glyphs import draw as glyph_draw
-from pipelines.sources.glyphs.draw import Face, Row, Survey, Tar
+from pipelines.sources.convert import Ints, TarTasks
+from pipelines.sources.glyphs.draw import (
+    DrawTask,
+    FontFace,
+    GlyphSample,
+    SurveyTask,
+    draw_samples,
+    survey_typeface,
+    unpack_fingerprints,
+)
 from pipelines.sources.glyphs.fonts import FontFile, find_fonts
-from pipelines.sources.glyphs.plan import Glyph, Plan, plan_classes, split_fonts
-from pipelines.sources.glyphs.typeface import Typeface, Unusable, open_faces
-from pipelines.storage import worker_pool as parallel
-from pipelines.storage.staging import Journal, refuse_existing
-from pipelines.storage.worker_pool import Progress, ignore
+from pipelines.sources.glyphs.plan import Glyph, GlyphPlan, plan_classes, split_fonts
+from pipelines.sources.glyphs.typeface import Typeface, UnusableFontError, open_faces
+from pipelines.storage.staging import Journal, require_absent_or_resumable
+from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"
@@ -46,7 +51,7 @@ _SHARDS: Final = 256  # tars of a set so large that they hold more than that
 log = logging.getLogger(__name__)
 
 
-def ensure_glyphs(config: Config, progress: Progress = ignore, processes: int = 1) -> bool:
+def ensure_glyphs(config: Config, progress: Progress = no_progress, processes: int = 1) -> bool:
     """Make the glyph data set of `config.data.glyphs` if its shards are missing.
 
     Returns:
@@ -59,7 +64,7 @@ def ensure_glyphs(config: Config, progress: Progress = ignore, processes: int = 
     settings, shards = config.data.glyphs, config.data.shards.rstrip("/")
     if settings is None:
         return False
-    if exists(shards):
+    if index_exists(shards):
         _refuse_other_settings(shards, settings)
         return False
     root, _, name = shards.rpartition("/")
@@ -76,7 +81,7 @@ def write_glyphs(
     fonts: str,
     out: str,
     settings: GlyphsConfig,
-    progress: Progress = ignore,
+    progress: Progress = no_progress,
     processes: int = 1,
 ) -> None:
     """Render the fonts of a folder into `out/train` and `out/heldout`.
@@ -96,12 +101,12 @@ def write_glyphs(
         UserError: no fonts, a target that exists, or too few classes for the settings.
     """
     for name in (TRAIN, HELDOUT):
-        refuse_existing(f"{out}/{name}")
+        require_absent_or_resumable(f"{out}/{name}")
     files = find_fonts(fonts or matplotlib_fonts())
     typefaces = open_typefaces(files)
     known, unseen = split_fonts(list(typefaces.values()), settings)
     faces = [typefaces[name] for name in (*known, *unseen)]
-    drawing = _Drawing(files, faces, settings.image_size, processes, progress)
+    drawing = _GlyphDrawing(files, faces, settings.image_size, processes, progress)
     digests = [[file.name, file.digest] for file in files]
     journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
     plan = plan_classes(drawing.survey(journal), known, unseen, settings)
@@ -117,10 +122,10 @@ def write_glyphs(
 
 
 def _write(
-    out: str, plan: Plan, drawing: _Drawing, about: dict[str, Any], recipe: dict[str, Any]
+    out: str, plan: GlyphPlan, drawing: _GlyphDrawing, about: dict[str, Any], recipe: dict[str, Any]
 ) -> None:
     """Write both sets; they appear together."""
-    rows, shuffled = _Rows(HELDOUT, plan.heldout), _Rows(TRAIN, plan.train)
+    rows, shuffled = _GlyphSamples(HELDOUT, plan.heldout), _GlyphSamples(TRAIN, plan.train)
     with (
         ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
         ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
@@ -131,8 +136,8 @@ def _write(
         _write_classes(heldout, plan.heldout)
         _write_classes(train, plan.train)
         # The training set last: its index is what `ensure_glyphs` looks for.
-        heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES})
-        train.finish(len(plan.train), about | {"class_names": CLASSES})
+        heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES_FILE})
+        train.finish(len(plan.train), about | {"class_names": CLASSES_FILE})
 
 
 def matplotlib_fonts() -> str:
@@ -150,7 +155,7 @@ def open_typefaces(files: Sequence[FontFile]) -> dict[str, Typeface]:
     for file in files:
         try:
             faces = open_faces(Path(file.path), file.name)
-        except Unusable as error:
+        except UnusableFontError as error:
             log.warning("%s; left out", error)
             continue
         typefaces |= {face.name: face for face in faces}
@@ -159,7 +164,7 @@ def open_typefaces(files: Sequence[FontFile]) -> dict[str, Typeface]:
     return typefaces
 
 
-class _Rows:
+class _GlyphSamples:
     """The samples of a set, class by class.
 
     Attributes:
@@ -174,15 +179,15 @@ class _Rows:
         self._labels = np.repeat(np.arange(len(classes)), sizes)
         self._is_heldout = name == HELDOUT
 
-    def row(self, number: int) -> Row:
+    def row(self, number: int) -> GlyphSample:
         """A sample; its role is `train`, `gallery` (the first of a held-out class) or `probe`."""
         glyph, label, role = self.glyphs[number], int(self._labels[number]), "train"
         if self._is_heldout:
             role = "gallery" if self.firsts[label] == number else "probe"
-        return Row(label, glyph.key, glyph.code, glyph.font, role)
+        return GlyphSample(label, glyph.key, glyph.code, glyph.font, role)
 
 
-class _Drawing:
+class _GlyphDrawing:
     """Draws with all processes: first everything that there is, then the samples."""
 
     def __init__(
@@ -198,7 +203,9 @@ class _Drawing:
         self._faces = {}
         for typeface in typefaces:
             name, _, number = typeface.name.partition("#")
-            self._faces[typeface.name] = Face(paths[name], side, int(number or 0), typeface.capital)
+            self._faces[typeface.name] = FontFace(
+                paths[name], side, int(number or 0), typeface.capital
+            )
         self._processes, self._progress = processes, progress
         self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
 
@@ -216,11 +223,11 @@ class _Drawing:
         results = {n: kept for n in range(len(names)) if (kept := journal.get(n)) is not None}
         self._count(sum(len(self._codes[names[n]]) for n in results))
         todo = (
-            (n, Survey(self._faces[name], self._codes[name]))
+            (n, SurveyTask(self._faces[name], self._codes[name]))
             for n, name in enumerate(names)
             if n not in results
         )
-        for number, result in parallel.run(glyph_draw.survey, todo, self._processes):
+        for number, result in map_unordered(survey_typeface, todo, self._processes):
             results[number] = result
             journal.keep(number, result)
             if result["broken"]:
@@ -229,36 +236,36 @@ class _Drawing:
         return {
             Glyph(code, name): fingerprint
             for number, name in enumerate(names)
-            for code, fingerprint in glyph_draw.fingerprints(results[number])
+            for code, fingerprint in unpack_fingerprints(results[number])
         }
 
-    def write(self, writer: ShardWriter, rows: _Rows, order: Ints) -> None:
+    def write(self, writer: ShardWriter, rows: _GlyphSamples, order: Ints) -> None:
         """Write samples in an order, as shards of equal size."""
         total = len(order)
         shards = -(-total // max(_SHARD, -(-total // _SHARDS)))
         bounds = np.arange(shards + 1) * total // shards
-        tars = convert.Tars(order, bounds, partial(self._tar, rows))
+        tars = TarTasks(order, bounds, partial(self._tar, rows))
         before = self._done
 
         def progress(done: int, _: int) -> None:
             self._count(before + int(bounds[done]) - self._done)
 
-        writer.write_all(glyph_draw.samples, tars, self._processes, progress)
+        writer.write_all(draw_samples, tars, self._processes, progress)
 
-    def _tar(self, rows: _Rows, chosen: Ints) -> Tar:
+    def _tar(self, rows: _GlyphSamples, chosen: Ints) -> DrawTask:
         """What a process needs to draw some samples."""
         made = [rows.row(number) for number in chosen.tolist()]
-        return Tar(made, {row.font: self._faces[row.font] for row in made})
+        return DrawTask(made, {row.font: self._faces[row.font] for row in made})
 
 
 def _write_classes(writer: ShardWriter, classes: list[list[Glyph]]) -> None:
     """The code points of each class, as its name."""
     codes = (sorted({glyph.code for glyph in glyphs}) for glyphs in classes)
     names = [" ".join(f"U+{code:04X}" for code in merged) for merged in codes]
-    write_table(f"{writer.folder}/{CLASSES}", class_table(names, writer.shards))
+    write_table(f"{writer.folder}/{CLASSES_FILE}", class_table(names, writer.shards))
 
 
-def _roles(rows: _Rows) -> dict[str, Any]:
+def _roles(rows: _GlyphSamples) -> dict[str, Any]:
     """For the index of the held-out set: who is enrolled, and which typeface a sample is in.
 
     `gallery`: numbers of the enrolment samples, by class; all others are probes. `fonts` and

@@ -19,7 +19,7 @@ import simplejpeg
 from mhe_dist.errors import RunError
 from pipelines.shards.packing import pack_labels, unpack_labels
 from pipelines.shards.writer import Sample
-from pipelines.sources.glyphs.typeface import Pen
+from pipelines.sources.glyphs.typeface import GlyphPen
 
 _QUALITY: Final = 95
 _DIGEST: Final = 16
@@ -27,8 +27,8 @@ _DIGEST: Final = 16
 _PLACEHOLDER: Final = 32
 
 
-class Face(NamedTuple):
-    """Where a typeface is and how to draw it, see `Pen`."""
+class FontFace(NamedTuple):
+    """Where a typeface is and how to draw it, see `GlyphPen`."""
 
     path: str
     side: int
@@ -36,14 +36,14 @@ class Face(NamedTuple):
     capital: float
 
 
-class Survey(NamedTuple):
+class SurveyTask(NamedTuple):
     """The characters of a typeface that are to be drawn."""
 
-    face: Face
+    face: FontFace
     codes: list[int]
 
 
-class Row(NamedTuple):
+class GlyphSample(NamedTuple):
     """A sample: its class, its key, the character, the typeface, and the sample's role."""
 
     label: int
@@ -53,25 +53,25 @@ class Row(NamedTuple):
     role: str
 
 
-class Tar(NamedTuple):
+class DrawTask(NamedTuple):
     """The samples of a tar, and where their typefaces are, by name."""
 
-    rows: list[Row]
-    faces: dict[str, Face]
+    rows: list[GlyphSample]
+    faces: dict[str, FontFace]
 
 
 @lru_cache(maxsize=256)
-def _opened(face: Face) -> Pen:
-    return Pen(Path(face.path), face.side, face.number, face.capital)
+def _open_pen(face: FontFace) -> GlyphPen:
+    return GlyphPen(Path(face.path), face.side, face.number, face.capital)
 
 
-def survey(task: Survey) -> dict[str, Any]:
+def survey_typeface(task: SurveyTask) -> dict[str, Any]:
     """Draw the characters of a typeface; which of them have a picture, and its fingerprint.
 
     Returns:
-        What JSON can hold, see `fingerprints`; and `broken`, how many FreeType cannot draw.
+        What JSON can hold, see `unpack_fingerprints`; and `broken`, how many FreeType cannot draw.
     """
-    face = _opened(task.face)
+    face = _open_pen(task.face)
     found: dict[int, bytes] = {}
     broken = 0
     for code in task.codes:
@@ -88,18 +88,18 @@ def survey(task: Survey) -> dict[str, Any]:
     return {"count": len(found), "codes": pack_labels(found), "prints": prints, "broken": broken}
 
 
-def fingerprints(result: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
-    """Code point and fingerprint of every picture that `survey` found."""
+def unpack_fingerprints(result: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
+    """Code point and fingerprint of every picture that `survey_typeface` found."""
     prints = base64.b64decode(result["prints"])
     codes = unpack_labels(result["codes"], result["count"]).tolist()
     for number, code in enumerate(codes):
         yield code, prints[number * _DIGEST : (number + 1) * _DIGEST]
 
 
-def samples(task: Tar) -> Iterator[Sample]:
+def draw_samples(task: DrawTask) -> Iterator[Sample]:
     """White ink on black, as grey JPEG: black is also what augmentation fills with."""
     for row in task.rows:
-        picture = _opened(task.faces[row.font]).draw(row.code)
+        picture = _open_pen(task.faces[row.font]).draw(row.code)
         if picture is None:
             raise RunError(f"{row.key}: drew ink the first time and nothing the second time")
         image = simplejpeg.encode_jpeg(picture[:, :, None], quality=_QUALITY, colorspace="GRAY")

@@ -35,7 +35,7 @@ class Glyph(NamedTuple):
         return f"u{self.code:05x}-{stem}" + (f"-face{face}" if face else "")
 
 
-class Plan(NamedTuple):
+class GlyphPlan(NamedTuple):
     """What is to be written: classes as lists of glyphs whose pictures are distinct.
 
     A held-out class begins with its enrolment image, in a typeface that training knows.
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         return sum(len(glyphs) for glyphs in [*self.train, *self.heldout])
 
 
-class Font(Protocol):
+class FontCoverage(Protocol):
     """What the split needs to know of a typeface."""
 
     name: str
@@ -58,7 +58,9 @@ class Font(Protocol):
     codes: list[int]
 
 
-def split_fonts(fonts: Sequence[Font], settings: GlyphsConfig) -> tuple[list[str], list[str]]:
+def split_fonts(
+    fonts: Sequence[FontCoverage], settings: GlyphsConfig
+) -> tuple[list[str], list[str]]:
     """File names of the typefaces for training, the one of widest coverage first, and held out.
 
     Held out are the files that match `settings.heldout_fonts`. If none does (somebody's own
@@ -92,9 +94,9 @@ def _file_of(font: str) -> str:
     return font.partition("#")[0]
 
 
-def _smallest_family(fonts: Sequence[Font], settings: GlyphsConfig) -> list[Font]:
+def _smallest_family(fonts: Sequence[FontCoverage], settings: GlyphsConfig) -> list[FontCoverage]:
     """The fonts of the family of least coverage from which enough classes can be held out."""
-    families: dict[str, list[Font]] = defaultdict(list)
+    families: dict[str, list[FontCoverage]] = defaultdict(list)
     for font in fonts:
         families[font.family].append(font)
     covered = {name: {c for f in family for c in f.codes} for name, family in families.items()}
@@ -114,7 +116,7 @@ def plan_classes(
     known: Sequence[str],
     unseen: Sequence[str],
     settings: GlyphsConfig,
-) -> Plan:
+) -> GlyphPlan:
     """Form the classes and deal them to training and evaluation.
 
     Args:
@@ -134,7 +136,7 @@ def plan_classes(
             f"data.glyphs.heldout_classes={settings.heldout_classes}: only {len(eligible)} classes "
             f"are both in {', '.join(unseen)} and in another font"
         )
-    chosen = set(_some(eligible, settings.heldout_classes, "glyphs/heldout"))
+    chosen = set(_draw_some(eligible, settings.heldout_classes, "glyphs/heldout"))
     heldout = [_enrol(groups[number], pictures, rank, held) for number in sorted(chosen)]
     train = []
     for number, group in enumerate(groups):
@@ -148,10 +150,12 @@ def plan_classes(
             f"{len({_file_of(font) for font in known})} fonts for training; lower it"
         )
     most = settings.max_classes or len(train)
-    return Plan([train[n] for n in sorted(_some(range(len(train)), most, "glyphs/train"))], heldout)
+    return GlyphPlan(
+        [train[n] for n in sorted(_draw_some(range(len(train)), most, "glyphs/train"))], heldout
+    )
 
 
-def _some(numbers: Sequence[int], count: int, purpose: str) -> list[int]:
+def _draw_some(numbers: Sequence[int], count: int, purpose: str) -> list[int]:
     """So many of the numbers, drawn at random; a larger count has those of a smaller one."""
     drawn = permutation(len(numbers), generator(0, purpose))[:count]
     return [numbers[place] for place in drawn.tolist()]

@@ -18,7 +18,7 @@ Picture = npt.NDArray[np.uint8]
 _OVERSAMPLING: Final = 4  # drawn this much larger, then averaged: antialiasing without hinting
 _CAPITAL: Final = 0.625  # height of a capital letter, as a share of the image's side
 _USUAL_CAPITAL: Final = 0.72  # the same as a share of the em, for fonts without an H
-_MOST_FACES: Final = 64  # of a collection; one that is damaged may announce any number
+_MAX_FACES: Final = 64  # of a collection; one that is damaged may announce any number
 _MARGIN: Final = 1  # pixels on each side that stay empty
 # Controls, format characters, surrogates and private use: no characters that fonts agree on.
 _NO_CHARACTER: Final = ("Cc", "Cf", "Cs", "Co")
@@ -31,11 +31,11 @@ _UNUSABLE: Final = (
 )
 
 
-class Unusable(Exception):
+class UnusableFontError(Exception):
     """A font file that cannot be read; the message says why."""
 
 
-class Pen:
+class GlyphPen:
     """Draws the characters of a typeface as pictures of `side` x `side` pixels.
 
     All typefaces are scaled to capitals of one height, because relative size tells characters
@@ -80,7 +80,7 @@ class Pen:
         line = (side + _CAPITAL * side) / 2
         extent = max(ink.size)
         if extent > room:
-            ink, above = _fit(ink, room / extent), above * room / extent
+            ink, above = _shrink(ink, room / extent), above * room / extent
         top = min(max(round(line - above), margin), side - margin - ink.height)
         canvas = Image.new("L", (side, side))
         canvas.paste(ink, ((side - ink.width) // 2, top))
@@ -128,9 +128,9 @@ class Typeface:
                 shared = [tables.reader.tables[tag].offset for tag in _OUTLINES if tag in tables]
                 number = tables.getReverseGlyphMap()
             measured = 0.0 if ord("H") in cmap else _USUAL_CAPITAL
-            self.capital = Pen(path, 16, face, measured).capital
+            self.capital = GlyphPen(path, 16, face, measured).capital
         except _UNUSABLE as error:
-            raise Unusable(f"{path}: not a usable font ({error!r})") from error
+            raise UnusableFontError(f"{path}: not a usable font ({error!r})") from error
         self.codes = sorted(code for code, glyph in cmap.items() if is_character(code, glyph))
         self.outlines = [(number[cmap[code]], self.capital, *shared) for code in self.codes]
 
@@ -163,10 +163,10 @@ def _count_faces(path: Path) -> int:
         with path.open("rb") as stream:
             head = stream.read(12)
     except OSError as error:
-        raise Unusable(f"{path}: cannot be read ({error})") from error
+        raise UnusableFontError(f"{path}: cannot be read ({error})") from error
     if head[:4] != b"ttcf" or len(head) < 12:
         return 1
-    return min(int.from_bytes(head[8:12], "big"), _MOST_FACES)
+    return min(int.from_bytes(head[8:12], "big"), _MAX_FACES)
 
 
 def is_character(code: int, glyph: str) -> bool:
@@ -174,6 +174,6 @@ def is_character(code: int, glyph: str) -> bool:
     return glyph != ".notdef" and unicodedata.category(chr(code)) not in _NO_CHARACTER
 
 
-def _fit(ink: Image.Image, factor: float) -> Image.Image:
+def _shrink(ink: Image.Image, factor: float) -> Image.Image:
     size = (max(1, int(ink.width * factor)), max(1, int(ink.height * factor)))
     return ink.resize(size, Image.Resampling.BOX)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from launcher import cli
-from pipelines.data.decode import decode
+from pipelines.data.decode import decode_image
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import ijb_set, tiny
@@ -131,7 +131,7 @@ def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Ca
     assert found["paths"].tolist() == [f"{c}/{n}.jpg" for c in "abcd" for n in range(6)]
     np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-6)
     model = load_trained_backbone(run)
-    pixels = decode((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
+    pixels = decode_image((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
     row = model.embed(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].numpy()
     np.testing.assert_allclose(found["embeddings"][14], row / np.linalg.norm(row), atol=1e-5)
     shards = str(Path(run).parent / "heldout")

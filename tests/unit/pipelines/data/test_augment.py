@@ -7,7 +7,7 @@ import pytest
 
 from mhe_dist.config.data import AugmentConfig
 from mhe_dist.seeds import generator
-from pipelines.data.augment import SLOTS, Noise, augment
+from pipelines.data.augment import DRAWS_PER_IMAGE, AugmentationNoise, augment
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
 GREY = COLOUR[:, :, 0].copy()
@@ -25,7 +25,7 @@ ALL = {
 
 
 def draws(number: int) -> list[float]:
-    return Noise(0).draws(0, number)
+    return AugmentationNoise(0).draws(0, number)
 
 
 def test_nothing_configured_changes_nothing() -> None:
@@ -34,9 +34,9 @@ def test_nothing_configured_changes_nothing() -> None:
 
 
 def test_draws_are_those_of_the_keyed_generator() -> None:
-    noise = Noise(5)
+    noise = AugmentationNoise(5)
     for epoch, sample in [(0, 0), (3, 77), (0, 0), (10**6, 10**9)]:
-        expected = generator(5, "augment", epoch, sample).random(SLOTS)
+        expected = generator(5, "augment", epoch, sample).random(DRAWS_PER_IMAGE)
         assert noise.draws(epoch, sample) == expected.tolist()
 
 
@@ -109,12 +109,12 @@ def test_crop_keeps_at_least_its_share_and_fills_the_picture() -> None:
 
 def test_what_is_outside_gets_the_fill_value() -> None:
     white = np.full((20, 20, 3), 255, np.uint8)
-    corner = augment(white, AugmentConfig(rotate=45, fill=7), [1.0 - 1e-9] * SLOTS)[0, 0]
+    corner = augment(white, AugmentConfig(rotate=45, fill=7), [1.0 - 1e-9] * DRAWS_PER_IMAGE)[0, 0]
     assert corner.tolist() == [7, 7, 7]
 
 
 def test_brightness_contrast_and_saturation_are_linear() -> None:
-    low = [0.0] * SLOTS  # the factor is 1 - strength
+    low = [0.0] * DRAWS_PER_IMAGE  # the factor is 1 - strength
     assert np.array_equal(
         augment(COLOUR, AugmentConfig(brightness=0.5), low), (COLOUR / 2 + 0.5).astype(np.uint8)
     )
@@ -127,14 +127,14 @@ def test_brightness_contrast_and_saturation_are_linear() -> None:
 
 
 def test_bright_colours_are_clipped_not_wrapped() -> None:
-    high = [1.0 - 1e-9] * SLOTS
+    high = [1.0 - 1e-9] * DRAWS_PER_IMAGE
     white = np.full((8, 8, 3), 250, np.uint8)
     assert (augment(white, AugmentConfig(brightness=1, saturation=1), high) == 255).all()
 
 
 def test_blur_and_low_resolution_smooth() -> None:
     for config in (AugmentConfig(blur=1), AugmentConfig(low_resolution=1)):
-        smooth = augment(COLOUR, config, [0.5] * SLOTS)
+        smooth = augment(COLOUR, config, [0.5] * DRAWS_PER_IMAGE)
         assert np.abs(np.diff(smooth.astype(int), axis=0)).mean() < (
             0.95 * np.abs(np.diff(COLOUR.astype(int), axis=0)).mean()
         )

@@ -6,26 +6,26 @@ import json
 from pathlib import Path
 
 from mhe_dist.distributed.topology import Topology
-from pipelines.data.bad_samples import FILE, NAMED, BadSamples, Faults
+from pipelines.data.bad_samples import BAD_SAMPLES_FILE, MAX_NAMED, BadSamples, BadSampleTally
 from pipelines.shards.index import Fault
 
 
 def lines(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / BAD_SAMPLES_FILE).read_text().splitlines()]
 
 
 def test_names_are_bounded_and_counts_are_not() -> None:
-    one, other = Faults(), Faults()
-    one.add(5000, [Fault(f"a{number}", "") for number in range(NAMED + 5)])
+    one, other = BadSampleTally(), BadSampleTally()
+    one.add(5000, [Fault(f"a{number}", "") for number in range(MAX_NAMED + 5)])
     other.add(5000, [Fault("b", ""), Fault("a0", ""), Fault("a0", "")])
-    assert (one.count, len(one.samples)) == (NAMED + 5, NAMED)
+    assert (one.count, len(one.samples)) == (MAX_NAMED + 5, MAX_NAMED)
     other.merge(one)
-    assert (other.seen, other.count, len(other.samples)) == (10_000, NAMED + 8, NAMED)
+    assert (other.seen, other.count, len(other.samples)) == (10_000, MAX_NAMED + 8, MAX_NAMED)
     assert list(other.samples)[:3] == ["b", "a0", "a1"]
 
 
 def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
-    first, met = BadSamples(Topology(), str(tmp_path), None), Faults()
+    first, met = BadSamples(Topology(), str(tmp_path), None), BadSampleTally()
     met.add(10, [Fault("a", "broken")])
     first.gather(met)
     state = json.loads(json.dumps(first.state()))
@@ -33,7 +33,7 @@ def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     first.gather(met)
     assert [line["place"] for line in lines(tmp_path)] == ["a", "lost"]
 
-    second, met = BadSamples(Topology(), str(tmp_path), state), Faults()
+    second, met = BadSamples(Topology(), str(tmp_path), state), BadSampleTally()
     met.add(10, [Fault("b", "Ünlesbar\n"), Fault("a", "broken")])
     for _ in range(2):  # what was gathered before is not added again
         second.gather(met)
@@ -45,5 +45,5 @@ def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
 
 
 def test_a_run_without_any_says_so(tmp_path: Path) -> None:
-    BadSamples(Topology(), str(tmp_path), None).gather(Faults(seen=5))
+    BadSamples(Topology(), str(tmp_path), None).gather(BadSampleTally(seen=5))
     assert lines(tmp_path) == []

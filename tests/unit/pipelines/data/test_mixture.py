@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
-from pipelines.data import mixture as view
 from pipelines.data.class_list import read_classes
-from pipelines.data.mixture import View, at_most
-from pipelines.data.order import Order
-from pipelines.data.sample import Damaged
+from pipelines.data.mixture import Mixture, draw_at_most, open_training_index, samples_per_epoch
+from pipelines.data.order import SampleOrder
+from pipelines.data.sample import BadSampleError
 from pipelines.shards.index import Shard, ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
 
@@ -56,13 +55,13 @@ def listed(folder: str, lines: str) -> str:
     return str(path)
 
 
-def opened(shards: str, **data: object) -> View:
-    found = view.open_data(DataConfig(shards=shards, **data), seed=5)
-    assert isinstance(found, View)
+def opened(shards: str, **data: object) -> Mixture:
+    found = open_training_index(DataConfig(shards=shards, **data), seed=5)
+    assert isinstance(found, Mixture)
     return found
 
 
-def epoch(found: View, number: int) -> list[tuple[int, int]]:
+def epoch(found: Mixture, number: int) -> list[tuple[int, int]]:
     """(shard, sample in it) of an epoch."""
     chosen = found.draw(number)
     assert len(chosen) == len(found.shards)
@@ -73,21 +72,21 @@ def epoch(found: View, number: int) -> list[tuple[int, int]]:
     ]
 
 
-def labels(found: View, number: int) -> list[int]:
+def labels(found: Mixture, number: int) -> list[int]:
     return sorted(found.told(*sample).label for sample in epoch(found, number))
 
 
 def test_without_a_choice_there_is_no_view(shards: str) -> None:
-    found = view.open_data(DataConfig(shards=shards), seed=0)
+    found = open_training_index(DataConfig(shards=shards), seed=0)
     assert type(found) is ShardIndex
-    assert view.epoch_samples(found) == len(ALL)
+    assert samples_per_epoch(found) == len(ALL)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 100])
 def test_at_most_so_many_images_of_a_class_drawn_anew(shards: str, most: int) -> None:
     found = opened(shards, images_per_class=most)
     wanted = sorted(Counter({c: min(n, most) for c, n in Counter(ALL).items()}).elements())
-    assert view.epoch_samples(found) == len(wanted)
+    assert samples_per_epoch(found) == len(wanted)
     epochs = [epoch(found, number) for number in range(8)]
     assert all(labels(found, number) == wanted for number in range(8))
     assert all(len(set(drawn)) == len(drawn) for drawn in epochs)
@@ -105,7 +104,7 @@ def test_classes_of_a_list_are_numbered_by_their_ids(shards: str, lines: str) ->
     found = opened(shards, classes=listed(shards, lines))
     assert found.num_classes == 2
     assert labels(found, 0) == [0] * 5 + [1] * 2
-    assert view.epoch_samples(found) == 7
+    assert samples_per_epoch(found) == 7
 
 
 def test_sets_have_classes_of_their_own_and_come_as_often_as_they_weigh(
@@ -139,9 +138,9 @@ def test_an_order_shows_what_was_drawn_exactly_once(
     mix = [{"shards": folder, "weight": weight}] if data.draw(st.booleans()) else []
     most = data.draw(st.integers(0 if mix else 1, 4))
     found = opened(folder, images_per_class=most, mix=mix)
-    streams = data.draw(st.integers(1, min(6, view.epoch_samples(found))))
+    streams = data.draw(st.integers(1, min(6, samples_per_epoch(found))))
     window = data.draw(st.integers(1, 9))
-    order = Order([s.samples for s in found.shards], streams, window, 1, found)
+    order = SampleOrder([s.samples for s in found.shards], streams, window, 1, found)
     for number in range(2):
         shown: list[tuple[int, int]] = []
         for stream in range(streams):
@@ -159,7 +158,7 @@ def test_a_draw_favours_nobody() -> None:
     counts = Counter[int]()
     for seed in range(400):
         rng = np.random.Generator(np.random.Philox(key=seed))
-        drawn = at_most([5, 0, 2, 1], 2, rng)
+        drawn = draw_at_most([5, 0, 2, 1], 2, rng)
         assert len(drawn) == 5
         counts.update(drawn.tolist())
     assert [counts[number] for number in (5, 6, 7)] == [400] * 3
@@ -187,7 +186,7 @@ def test_labels_of_a_mix_cannot_slip_into_the_next_set(tmp_path: Path) -> None:
     assert found.told(0, 0).label == 1
     assert found.told(1, 0).label == CLASSES + 1
     for inside in (1, 2):
-        with pytest.raises(Damaged, match=r"is not in \[0, 7\)"):
+        with pytest.raises(BadSampleError, match=r"is not in \[0, 7\)"):
             found.told(0, inside)
 
 

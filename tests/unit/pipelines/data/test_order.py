@@ -13,19 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.data.order import Order, permutation
+from pipelines.data.order import SampleOrder, permutation
 
 Sample = tuple[int, int, int]  # epoch, shard, number in the shard
 
 
 @st.composite
-def orders(draw: st.DrawFn) -> Order:
+def orders(draw: st.DrawFn) -> SampleOrder:
     shards = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum))
     streams = draw(st.integers(1, min(16, sum(shards))))
-    return Order(shards, streams, draw(st.integers(1, 50)), draw(st.integers(0, 2**40)))
+    return SampleOrder(shards, streams, draw(st.integers(1, 50)), draw(st.integers(0, 2**40)))
 
 
-def samples(order: Order, stream: int, start: int, stop: int) -> list[Sample]:
+def samples(order: SampleOrder, stream: int, start: int, stop: int) -> list[Sample]:
     """What a stream shows at the positions `[start, stop)`, without any memory of the past."""
     shown = []
     for draw in order.draws(stream, start, stop):
@@ -36,7 +36,7 @@ def samples(order: Order, stream: int, start: int, stop: int) -> list[Sample]:
     return shown
 
 
-def global_batch(order: Order, step: int, per_stream: int, streams: range) -> list[Sample]:
+def global_batch(order: SampleOrder, step: int, per_stream: int, streams: range) -> list[Sample]:
     shown = []
     for stream in streams:
         shown += samples(order, stream, step * per_stream, (step + 1) * per_stream)
@@ -45,7 +45,7 @@ def global_batch(order: Order, step: int, per_stream: int, streams: range) -> li
 
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(0, 3))
-def test_every_sample_comes_exactly_once_per_epoch(order: Order, epoch: int) -> None:
+def test_every_sample_comes_exactly_once_per_epoch(order: SampleOrder, epoch: int) -> None:
     seen: Counter[tuple[int, int]] = Counter()
     for stream in range(order.streams):
         length = order.length(stream)
@@ -58,7 +58,7 @@ def test_every_sample_comes_exactly_once_per_epoch(order: Order, epoch: int) -> 
 
 @settings(deadline=None, max_examples=50)
 @given(orders())
-def test_streams_are_balanced_to_one_sample(order: Order) -> None:
+def test_streams_are_balanced_to_one_sample(order: SampleOrder) -> None:
     lengths = [order.length(stream) for stream in range(order.streams)]
     assert sum(lengths) == order.samples
     assert max(lengths) - min(lengths) <= 1
@@ -67,7 +67,7 @@ def test_streams_are_balanced_to_one_sample(order: Order) -> None:
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(1, 9), st.data())
 def test_a_resume_is_the_tail_of_the_uninterrupted_sequence(
-    order: Order, per_stream: int, data: st.DataObject
+    order: SampleOrder, per_stream: int, data: st.DataObject
 ) -> None:
     steps = 2 * order.samples // (order.streams * per_stream) + 2
     start = data.draw(st.integers(0, steps))
@@ -85,7 +85,7 @@ def test_a_resume_is_the_tail_of_the_uninterrupted_sequence(
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(0, 5), st.integers(1, 4))
 def test_ranks_and_loader_processes_cannot_be_seen(
-    order: Order, step: int, per_stream: int
+    order: SampleOrder, step: int, per_stream: int
 ) -> None:
     whole = global_batch(order, step, per_stream, range(order.streams))
     for pieces in range(1, order.streams + 1):
@@ -97,23 +97,23 @@ def test_ranks_and_loader_processes_cannot_be_seen(
 
 
 def test_epochs_seeds_and_streams_are_shuffled_differently() -> None:
-    order = Order([50] * 8, streams=4, window=32, seed=1)
+    order = SampleOrder([50] * 8, streams=4, window=32, seed=1)
     first, second = samples(order, 0, 0, 100), samples(order, 0, 100, 200)
     assert [s[1:] for s in first] != [s[1:] for s in second]
-    assert samples(Order([50] * 8, 4, 32, seed=2), 0, 0, 100) != first
+    assert samples(SampleOrder([50] * 8, 4, 32, seed=2), 0, 0, 100) != first
     # Not in reading order either.
     assert sorted(first) != first
 
 
 def test_a_window_mixes_only_its_own_samples() -> None:
-    order = Order([1000], streams=1, window=100, seed=0)
+    order = SampleOrder([1000], streams=1, window=100, seed=0)
     shown = [number for _, _, number in samples(order, 0, 0, 1000)]
     for start in range(0, 1000, 100):
         assert sorted(shown[start : start + 100]) == list(range(start, start + 100))
 
 
 def test_streams_do_not_all_need_a_new_window_in_the_same_step() -> None:
-    order = Order([6400], streams=64, window=64, seed=0)
+    order = SampleOrder([6400], streams=64, window=64, seed=0)
     ends = Counter(
         draw.window.start + draw.window.size
         for stream in range(64)
@@ -125,7 +125,7 @@ def test_streams_do_not_all_need_a_new_window_in_the_same_step() -> None:
 
 def test_the_order_is_what_it_has_always_been() -> None:
     """A change here means that no old run can be resumed: it needs a very good reason."""
-    order = Order([100, 7, 0, 93, 200], streams=8, window=16, seed=42)
+    order = SampleOrder([100, 7, 0, 93, 200], streams=8, window=16, seed=42)
     shown = [global_batch(order, step, 4, range(8)) for step in range(40)]
     digest = hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
     assert digest == "875148640cfab2da"
@@ -140,4 +140,4 @@ def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
 
 def test_more_streams_than_samples_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.streams=9: an epoch has 8 samples"):
-        Order([5, 3], streams=9, window=4, seed=0)
+        SampleOrder([5, 3], streams=9, window=4, seed=0)

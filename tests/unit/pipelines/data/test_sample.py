@@ -12,7 +12,7 @@ import webdataset.tariterators as tars
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.sample import Damaged, example, parse
+from pipelines.data.sample import BadSampleError, decode_sample, parse_members
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 JPEG = simplejpeg.encode_jpeg(PIXELS, quality=95)
@@ -51,18 +51,18 @@ def test_parsing_equals_webdataset(key: str, members: dict[str, bytes], layout: 
     if layout == tarfile.USTAR_FORMAT and len(key.encode()) > 90:
         return  # such a tar cannot be written
     raw = tar({f"{key}.{extension}": data for extension, data in members.items()}, format=layout)
-    assert parse(raw) == by_webdataset(raw)
+    assert parse_members(raw) == by_webdataset(raw)
 
 
 def test_folders_in_names_are_kept_in_the_key() -> None:
     raw = tar({"a/b.c/0001.jpg": JPEG, "a/b.c/0001.seg.png": b"x"})
-    assert parse(raw) == by_webdataset(raw)
-    assert parse(raw)["__key__"] == "a/b.c/0001"
+    assert parse_members(raw) == by_webdataset(raw)
+    assert parse_members(raw)["__key__"] == "a/b.c/0001"
 
 
 def test_an_example() -> None:
     raw = tar({"k.jpg": JPEG, "k.cls": b" 7\n", "k.json": b"{}"})
-    found = example(raw, len(raw), 8, 10)
+    found = decode_sample(raw, len(raw), 8, 10)
     assert (found.key, found.label) == ("k", 7)
     assert np.array_equal(found.image, simplejpeg.decode_jpeg(JPEG))
 
@@ -83,15 +83,15 @@ def test_an_example() -> None:
 )
 def test_damage_has_a_name(members: dict[str, bytes], words: str) -> None:
     raw = tar(members)
-    with pytest.raises(Damaged, match=words):
-        example(raw, len(raw), 8, 10)
+    with pytest.raises(BadSampleError, match=words):
+        decode_sample(raw, len(raw), 8, 10)
 
 
 def test_a_short_read_is_damage_whatever_is_left() -> None:
     raw = tar({"k.jpg": JPEG, "k.cls": b"1"})
     for length in range(0, len(raw), 100):
-        with pytest.raises(Damaged, match=f"ends {len(raw) - length} bytes too early"):
-            example(raw[:length], len(raw), 8, 10)
+        with pytest.raises(BadSampleError, match=f"ends {len(raw) - length} bytes too early"):
+            decode_sample(raw[:length], len(raw), 8, 10)
 
 
 @settings(deadline=None, max_examples=300)
@@ -100,8 +100,8 @@ def test_overwritten_bytes_are_an_example_or_damage_but_nothing_else(at: int, ju
     raw = bytearray(tar({"k.jpg": JPEG, "k.cls": b"1", "k.json": b"{}"}))
     raw[at : at + len(junk)] = junk[: len(raw) - at]
     try:
-        found = example(memoryview(raw), len(raw), 8, 10)
-    except Damaged:
+        found = decode_sample(memoryview(raw), len(raw), 8, 10)
+    except BadSampleError:
         return
     assert 0 <= found.label < 10
     assert found.image.shape in {(8, 8, 3), (8, 8)}

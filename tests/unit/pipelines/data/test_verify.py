@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.verify import Report, duplicates, verify
+from pipelines.data.verify import DatasetReport, find_duplicates, verify_dataset
 from pipelines.report import sample_sheet
 from pipelines.report import verification as verify_report
 from pipelines.report.figures import save
@@ -38,9 +38,9 @@ def index(tmp_path: Path) -> ShardIndex:
         return writer.finish(CLASSES)
 
 
-def read(index: ShardIndex, folder: Path, processes: int = 1) -> Report:
+def read(index: ShardIndex, folder: Path, processes: int = 1) -> DatasetReport:
     journal = Journal(str(folder / "journal"), index.digest)
-    report = verify(index, journal, processes)
+    report = verify_dataset(index, journal, processes)
     journal.remove()
     return report
 
@@ -144,7 +144,7 @@ def test_equal_images_in_two_classes_are_named(tmp_path: Path) -> None:
 def test_duplicates_are_those_of_a_plain_count(rows: list[tuple[int, int]]) -> None:
     digests = np.array([(image // 2, image % 2) for image, _ in rows], "<u8").reshape(-1, 2)
     labels = np.array([label for _, label in rows], np.int64)
-    pairs, repeated = duplicates(digests, labels)
+    pairs, repeated = find_duplicates(digests, labels)
     usable = Counter(row for row in rows if row[1] >= 0)
     assert repeated == sum(count - 1 for count in usable.values())
     classes = Counter(image for image, _ in usable)
@@ -161,10 +161,10 @@ def test_an_interrupted_verification_goes_on(index: ShardIndex, tmp_path: Path) 
 
     journal = Journal(str(tmp_path / "journal"), index.digest)
     with pytest.raises(KeyboardInterrupt):
-        verify(index, journal, progress=stop)
+        verify_dataset(index, journal, progress=stop)
     seen: list[int] = []
     again = Journal(str(tmp_path / "journal"), index.digest)
-    report = verify(index, again, progress=lambda done, _: seen.append(done))
+    report = verify_dataset(index, again, progress=lambda done, _: seen.append(done))
     assert seen == [2, 3]
     assert report.is_good
 

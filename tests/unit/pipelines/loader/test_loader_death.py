@@ -13,7 +13,7 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
-from pipelines.data import sample as fetch
+from pipelines.data import sample
 from pipelines.data.decode import Pixels
 from pipelines.shards.index import ShardIndex
 from tests import tiny
@@ -44,11 +44,11 @@ def place_of(index: ShardIndex, key: str) -> str:
 
 def when_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have the process that decodes `VICTIM` do `act` first; loader processes inherit it."""
-    original = fetch.decode
-    unpack = fetch.unpack
+    original = sample.decode
+    unpack = sample.extract_sample
     current: list[str] = []
 
-    def watched_unpack(*args: object) -> fetch.Packed:
+    def watched_unpack(*args: object) -> sample.EncodedSample:
         packed = unpack(*args)
         current[:] = [packed.key]
         return packed
@@ -58,8 +58,8 @@ def when_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
             act()
         return original(data, side, into)
 
-    monkeypatch.setattr(fetch, "unpack", watched_unpack)
-    monkeypatch.setattr(fetch, "decode", decode)
+    monkeypatch.setattr(sample, "extract_sample", watched_unpack)
+    monkeypatch.setattr(sample, "decode_image", decode)
 
 
 def test_a_process_killed_from_outside(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import share
-from pipelines.data import mixture as view
+from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from tests.loading import loader_of
@@ -76,8 +76,8 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
             "train": {"global_batch": global_batch, "micro_batch": global_batch // micro_batches},
         }
     )
-    index = view.open_data(config.data, config.run.seed)
-    steps = 2 * view.epoch_samples(index) // global_batch + 2
+    index = open_training_index(config.data, config.run.seed)
+    steps = 2 * samples_per_epoch(index) // global_batch + 2
     workers, start = draw(st.integers(1, 2)), draw(st.integers(0, steps - 1))
     return Case(index, config, steps, ranks, workers, start)
 
@@ -125,7 +125,7 @@ def test_any_reader_sees_each_sample_once_and_the_same_pixels(
 
     chosen, weights = case.config.data, [1.0, *(item.weight for item in case.config.data.mix)]
     seen = epoch_of(case, whole)
-    assert seen.total() == view.epoch_samples(case.index)
+    assert seen.total() == samples_per_epoch(case.index)
     assert max(seen.values()) <= (2 if max(weights) > 1 else 1)
     if not chosen.images_per_class and min(weights) == 1:
         urls = [chosen.shards, *(item.shards for item in chosen.mix)]

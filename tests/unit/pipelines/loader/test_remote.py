@@ -15,11 +15,11 @@ import torch
 
 from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
-from pipelines.data.order import Order, Piece
+from pipelines.data.order import SampleOrder, ShardSpan
 from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.loader.prefetch import WindowReader
-from pipelines.loader.shard_reader import ShardReader, together
+from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
@@ -134,7 +134,7 @@ def test_local_shards_are_not_read_ahead(index: ShardIndex) -> None:
 def test_what_is_read_ahead_is_bounded() -> None:
     data = Synthetic(shards=8, samples=64, sample_bytes=64 << 10)
     Counted.begin(data.content)
-    order = Order([64] * 8, STREAMS, 8, seed=0)
+    order = SampleOrder([64] * 8, STREAMS, 8, seed=0)
     remote = configure(read_ahead_mib=1).data.remote  # two windows of 512 KiB
     with WindowReader(data.index, order, remote, range(0, 1000)) as reader:
         reader.begin(range(STREAMS), 0)
@@ -150,8 +150,14 @@ def test_pieces_near_one_another_are_one_request() -> None:
     data = Synthetic(shards=2, samples=64, sample_bytes=16 << 10)
     Counted.begin(data.content)
     shards = ShardReader(data.index, RemoteConfig())
-    pieces = [Piece(0, 3, 4), Piece(0, 5, 7), Piece(0, 15, 16), Piece(0, 25, 26), Piece(1, 0, 1)]
-    runs = list(together(data.index, pieces))
+    pieces = [
+        ShardSpan(0, 3, 4),
+        ShardSpan(0, 5, 7),
+        ShardSpan(0, 15, 16),
+        ShardSpan(0, 25, 26),
+        ShardSpan(1, 0, 1),
+    ]
+    runs = list(group_nearby_spans(data.index, pieces))
     assert runs == [pieces[:3], pieces[3:4], pieces[4:]]
     found = [s for run in runs for s in shards.read(run, shards.file(run[0])).samples]
     names = [bytes(sample[:9]).decode() for sample in found]

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.shards.index import Fault, Shard, ShardIndex, exists
+from pipelines.shards.index import Fault, Shard, ShardIndex, index_exists
 from pipelines.shards.packing import pack_labels, pack_offsets, unpack_labels, unpack_offsets
 from pipelines.shards.writer import Sample, ShardWriter
 
@@ -100,9 +100,9 @@ def test_an_existing_target_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_a_fine_target(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
-    assert not exists(str(tmp_path / "set"))
+    assert not index_exists(str(tmp_path / "set"))
     write(str(tmp_path / "set"))
-    assert exists(str(tmp_path / "set"))
+    assert index_exists(str(tmp_path / "set"))
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "__meta__"])
@@ -190,7 +190,7 @@ def test_an_interrupted_attempt_goes_on(tmp_path: Path, where: str) -> None:
     target = where or str(tmp_path / "set")
     with pytest.raises(KeyboardInterrupt), ShardWriter(target, "part", RECIPE) as writer:
         writer.write_all(spoiled, range(4))
-    assert not exists(target)
+    assert not index_exists(target)
     with pytest.raises(UserError, match="another source or other settings"):
         ShardWriter(target, "part", {"made": "from milk"})
     made: list[int] = []
@@ -257,7 +257,7 @@ def test_processes_write_what_one_would(tmp_path: Path) -> None:
 def test_a_damaged_index_is_read_or_refused(
     tmp_path: Path, changes: list[tuple[int, int]], length: int
 ) -> None:
-    if not exists(str(tmp_path / "set")):
+    if not index_exists(str(tmp_path / "set")):
         write(str(tmp_path / "set"))
     content = bytearray((tmp_path / "set" / "index.json").read_bytes())
     for place, value in changes:

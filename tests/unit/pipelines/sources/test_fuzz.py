@@ -17,16 +17,16 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.decode import decode
-from pipelines.data.sample import Damaged, parse, unpack
+from pipelines.data.decode import decode_image
+from pipelines.data.sample import BadSampleError, extract_sample, parse_members
 from pipelines.data.sequential import read_in_order
-from pipelines.data.verify import verify
+from pipelines.data.verify import verify_dataset
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources import recordio
-from pipelines.sources.convert import Options
+from pipelines.sources.convert import ImportOptions
 from pipelines.sources.insightface import import_recordio
-from pipelines.sources.tar import DamagedTar, members
+from pipelines.sources.tar import DamagedTarError, read_members
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
 from tests.loading import loader_of
@@ -34,7 +34,7 @@ from tests.recordio_files import content, items, jpeg, layout, save
 
 CLASSES, COUNT, SIDE = 7, 24, 8
 IMAGES = {jpeg(number): number % CLASSES for number in range(COUNT)}
-PIXELS = {decode(image, SIDE).tobytes(): label for image, label in IMAGES.items()}
+PIXELS = {decode_image(image, SIDE).tobytes(): label for image, label in IMAGES.items()}
 few = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -133,7 +133,7 @@ def test_verifying_meets_a_damaged_tar(
     after = damaged(before, damage, unit)
     path.write_bytes(after)
     try:
-        report = verify(index, Journal(str(tmp_path_factory.mktemp("journal") / "j"), 0))
+        report = verify_dataset(index, Journal(str(tmp_path_factory.mktemp("journal") / "j"), 0))
         assert report.is_good == (after == before)
     finally:
         path.write_bytes(before)
@@ -170,18 +170,18 @@ def test_bytes_of_a_sample_are_damaged(index: ShardIndex, damage: Any, unit: int
     data = Path(index.url(0)).read_bytes()
     raw = memoryview(damaged(data[: int(offsets[1])], damage, unit))
     for attempt in (
-        lambda: parse(raw),
-        lambda: parse(raw, alone=False),
-        lambda: unpack(raw, int(offsets[1]), CLASSES),
+        lambda: parse_members(raw),
+        lambda: parse_members(raw, alone=False),
+        lambda: extract_sample(raw, int(offsets[1]), CLASSES),
     ):
         try:
             attempt()
-        except Damaged as error:
+        except BadSampleError as error:
             assert str(error)
     try:
-        found = list(members(io.BytesIO(damaged(data, damage, unit))))
+        found = list(read_members(io.BytesIO(damaged(data, damage, unit))))
         assert all(member.stop > member.start for member in found)
-    except DamagedTar as error:
+    except DamagedTarError as error:
         assert "byte" in str(error)
 
 
@@ -210,7 +210,7 @@ def test_importing_meets_damaged_records(
     folder = tmp_path_factory.mktemp("records")
     path = save(folder / "in", damaged(rec, damage, unit), idx if with_index else None)
     try:
-        made = import_recordio(path, str(folder / "out"), options=Options(max_bad=1.0))
+        made = import_recordio(path, str(folder / "out"), options=ImportOptions(max_bad=1.0))
     except (UserError, RunError) as error:
         assert str(folder) in str(error)
         return

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.sources.convert import Options
-from pipelines.sources.image_folder import import_folder, inside, parse_line
+from pipelines.sources.convert import ImportOptions
+from pipelines.sources.image_folder import import_folder, parse_list_line, path_below_root
 from tests.recordio_files import content, jpeg
 
 
@@ -94,7 +94,7 @@ def test_bad_files_are_named_and_bounded(root: Path, tmp_path: Path) -> None:
     (root / "cat" / "bad.jpg").write_bytes(b"GARBAGE!")
     with pytest.raises(RunError, match=r"1 of 5 samples are bad(?s:.*)cat/bad\.jpg: no image"):
         import_folder(str(root), str(tmp_path / "out"))
-    made = import_folder(str(root), str(tmp_path / "out"), options=Options(max_bad=0.2))
+    made = import_folder(str(root), str(tmp_path / "out"), options=ImportOptions(max_bad=0.2))
     assert len(made.faults) == 1
     assert "cat/bad.jpg" in (tmp_path / "out" / "skipped.tsv").read_text()
 
@@ -146,7 +146,7 @@ def test_large_labels_are_exact_and_sorted_as_numbers(root: Path, tmp_path: Path
 def test_a_bad_line_is_counted(root: Path, tmp_path: Path, line: str, words: str) -> None:
     lst = tmp_path / "train.lst"
     lst.write_bytes(b"0\t1\tcat/a.jpg\n\n" + line.encode() + b"\n")
-    made = import_folder(str(root), str(tmp_path / "out"), str(lst), Options(max_bad=0.5))
+    made = import_folder(str(root), str(tmp_path / "out"), str(lst), ImportOptions(max_bad=0.5))
     assert made.shards.samples == 1
     assert made.faults[0].place == f"{lst} line 3"
     assert words in made.faults[0].reason
@@ -155,7 +155,7 @@ def test_a_bad_line_is_counted(root: Path, tmp_path: Path, line: str, words: str
 @given(st.text(max_size=40))
 def test_any_path_stays_inside_or_is_refused(name: str) -> None:
     try:
-        path = inside(name, "/data/root")
+        path = path_below_root(name, "/data/root")
     except ValueError:
         return
     assert Path("/data/root", path).is_relative_to("/data/root")
@@ -165,7 +165,7 @@ def test_any_path_stays_inside_or_is_refused(name: str) -> None:
 @given(st.text(alphabet="0123456789.e+-\t/ab", max_size=30))
 def test_any_line_is_read_or_refused(line: str) -> None:
     try:
-        label, path = parse_line(line)
+        label, path = parse_list_line(line)
     except ValueError:
         return
     assert label >= 0
@@ -182,7 +182,7 @@ def test_a_damaged_list_gives_errors_or_true_labels(
     (folder / "a.lst").write_bytes(text[:at] + data + text[at:])
     try:
         made = import_folder(
-            str(root), str(folder / "out"), str(folder / "a.lst"), Options(max_bad=1)
+            str(root), str(folder / "out"), str(folder / "a.lst"), ImportOptions(max_bad=1)
         )
     except UserError:
         return
@@ -197,7 +197,7 @@ def test_folders_behind_urls(lst: str | None) -> None:
     filesystem.pipe({f"/store/root/{name}": data for name, data in FILES.items()})
     filesystem.pipe("/store/train.lst", b"0\t4\tcat/a.jpg\n1\t6\tant/x[1].v2.png\n2\t6\tgone.jpg\n")
     out = f"memory://store/out{bool(lst)}"
-    made = import_folder("memory://store/root", out, lst, Options(max_bad=0.5))
+    made = import_folder("memory://store/root", out, lst, ImportOptions(max_bad=0.5))
     assert made.shards.samples == (2 if lst else len(FILES))
     assert labels_of(out)[FILES["ant/x[1].v2.png"]] == (1 if lst else 0)
     assert [fault.reason for fault in made.faults] == (["gone.jpg: no such file"] if lst else [])

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.shards.index import ShardIndex, exists
-from pipelines.sources.convert import Options
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.sources.convert import ImportOptions
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
 from tests.recordio_files import Item, content, items, jpeg, layout, save
@@ -56,7 +56,7 @@ def test_classes_are_dense_and_their_names_are_kept(tmp_path: Path) -> None:
 
 def test_shards_are_shuffled_and_of_equal_size(tmp_path: Path) -> None:
     rec = save(tmp_path / "a", *layout(items(10, 10)))
-    import_recordio(rec, str(tmp_path / "out"), options=Options(shard_bytes=50_000))
+    import_recordio(rec, str(tmp_path / "out"), options=ImportOptions(shard_bytes=50_000))
     index = ShardIndex.load(str(tmp_path / "out"))
     sizes = [shard.bytes for shard in index.shards]
     assert len(sizes) > 3
@@ -64,9 +64,11 @@ def test_shards_are_shuffled_and_of_equal_size(tmp_path: Path) -> None:
     for shard in index.shards:
         assert shard.labels is not None
         assert len(set(shard.labels.tolist())) > 5
-    import_recordio(rec, str(tmp_path / "again"), options=Options(shard_bytes=50_000, processes=2))
+    import_recordio(
+        rec, str(tmp_path / "again"), options=ImportOptions(shard_bytes=50_000, processes=2)
+    )
     assert ShardIndex.load(str(tmp_path / "again")).digest == index.digest
-    import_recordio(rec, str(tmp_path / "sorted"), options=Options(shuffle=False))
+    import_recordio(rec, str(tmp_path / "sorted"), options=ImportOptions(shuffle=False))
     labels = ShardIndex.load(str(tmp_path / "sorted")).shards[0].labels
     assert labels is not None
     assert labels.tolist() == sorted(labels.tolist())
@@ -74,7 +76,7 @@ def test_shards_are_shuffled_and_of_equal_size(tmp_path: Path) -> None:
 
 def test_an_interrupted_import_goes_on(tmp_path: Path) -> None:
     rec, out = save(tmp_path / "a", *layout(items(10, 10))), str(tmp_path / "out")
-    small = Options(shard_bytes=50_000)
+    small = ImportOptions(shard_bytes=50_000)
 
     def stop(done: int, total: int) -> None:
         if done == 2:
@@ -82,7 +84,7 @@ def test_an_interrupted_import_goes_on(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         import_recordio(rec, out, options=small, writing=stop)
-    assert not exists(out)
+    assert not index_exists(out)
     with pytest.raises(UserError, match="other settings"):
         import_recordio(rec, out)
     seen: list[int] = []
@@ -139,8 +141,8 @@ def test_bad_records_are_named_and_bounded(tmp_path: Path) -> None:
     rec = save(tmp_path / "a", *layout(images))
     with pytest.raises(RunError, match=r"2 of 15 samples are bad(?s:.*)train\.rec record 12 at"):
         import_recordio(rec, str(tmp_path / "out"))
-    assert not exists(str(tmp_path / "out"))
-    made = import_recordio(rec, str(tmp_path / "out"), options=Options(max_bad=0.5))
+    assert not index_exists(str(tmp_path / "out"))
+    made = import_recordio(rec, str(tmp_path / "out"), options=ImportOptions(max_bad=0.5))
     assert [fault.reason for fault in made.faults] == [
         "its label 0.5 is no class",
         "no image",
@@ -188,7 +190,7 @@ def test_damaged_files_give_errors_or_true_samples(
     folder = tmp_path_factory.mktemp("fuzz")
     path = save(folder / "a", bytes(rec[:length]), bytes(idx))
     try:
-        made = import_recordio(path, str(folder / "out"), options=Options(max_bad=1.0))
+        made = import_recordio(path, str(folder / "out"), options=ImportOptions(max_bad=1.0))
     except UserError:
         return
     names = [line.split("\t")[2] for line in _lines(folder / "out" / "classes.tsv")]

@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from mhe_dist.errors import UserError
 from pipelines.sources.recordio import (
     MAGIC,
-    Damaged,
+    BadRecordError,
+    BytesInMemory,
     Frame,
-    Held,
     RecordWriter,
-    class_of,
-    frame_at,
-    frames,
-    indexed_frames,
-    join,
-    pack,
-    payload_head,
-    read_index,
-    unpack,
+    class_of_labels,
+    join_parts,
+    pack_record,
+    read_frame,
+    read_indexed_frames,
+    read_payload_head,
+    read_record_index,
+    scan_frames,
+    unpack_record,
 )
 from tests.recordio_files import items, layout, part
 
@@ -34,16 +34,16 @@ WORDS = st.lists(st.sampled_from([MAGIC, b"word", b"x", MAGIC[:2], b"\0\0\0\0"])
 
 
 def payloads(rec: bytes) -> list[bytes]:
-    found = list(frames(Held(rec)))
+    found = list(scan_frames(BytesInMemory(rec)))
     assert all(isinstance(frame, Frame) for frame in found)
-    return [join(rec[frame.start : frame.stop], frame) for frame in found]
+    return [join_parts(rec[frame.start : frame.stop], frame) for frame in found]
 
 
 def written(*contents: bytes) -> bytes:
     stream = io.BytesIO()
     writer = RecordWriter(stream)
     offsets = [writer.write(key, content) for key, content in enumerate(contents)]
-    assert [frame.start for frame in frames(Held(stream.getvalue()))] == offsets
+    assert [frame.start for frame in scan_frames(BytesInMemory(stream.getvalue()))] == offsets
     return stream.getvalue()
 
 
@@ -63,16 +63,16 @@ def test_payloads_round_trip(contents: list[bytes]) -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), WORDS.map(b"".join))
 def test_labels_and_image_round_trip(labels: list[float], image: bytes) -> None:
-    payload = pack(labels, image, key=7)
-    assert unpack(payload) == (labels, image)
+    payload = pack_record(labels, image, key=7)
+    assert unpack_record(payload) == (labels, image)
     rec = written(payload, b"another record")
-    head, size = payload_head(Held(rec), frame_at(Held(rec), 0))
+    head, size = read_payload_head(BytesInMemory(rec), read_frame(BytesInMemory(rec), 0))
     assert (head.labels, size) == (labels, len(image))
 
 
 def test_the_header_is_that_of_the_format() -> None:
-    assert pack([3.0], b"jpg", 5) == struct.pack("<IfQQ", 0, 3.0, 5, 0) + b"jpg"
-    assert pack([1.0, 2.0], b"", 6) == struct.pack("<IfQQff", 2, 0.0, 6, 0, 1.0, 2.0)
+    assert pack_record([3.0], b"jpg", 5) == struct.pack("<IfQQ", 0, 3.0, 5, 0) + b"jpg"
+    assert pack_record([1.0, 2.0], b"", 6) == struct.pack("<IfQQff", 2, 0.0, 6, 0, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -85,23 +85,23 @@ def test_the_header_is_that_of_the_format() -> None:
     ],
 )
 def test_a_short_payload_is_damage(payload: bytes, words: str) -> None:
-    with pytest.raises(Damaged, match=words):
-        unpack(payload)
+    with pytest.raises(BadRecordError, match=words):
+        unpack_record(payload)
     rec = written(payload)
-    with pytest.raises(Damaged, match=words):
-        payload_head(Held(rec), frame_at(Held(rec), 0))
+    with pytest.raises(BadRecordError, match=words):
+        read_payload_head(BytesInMemory(rec), read_frame(BytesInMemory(rec), 0))
 
 
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan"), float("inf"), 1e30])
 def test_a_label_that_is_no_class_is_damage(label: float) -> None:
-    with pytest.raises(Damaged, match="is no class"):
-        class_of([label])
+    with pytest.raises(BadRecordError, match="is no class"):
+        class_of_labels([label])
 
 
 def test_the_class_is_the_first_label() -> None:
-    assert class_of([16777215.0, 0.5]) == 16777215
-    with pytest.raises(Damaged):
-        class_of([])
+    assert class_of_labels([16777215.0, 0.5]) == 16777215
+    with pytest.raises(BadRecordError):
+        class_of_labels([])
 
 
 @pytest.mark.parametrize(
@@ -117,41 +117,45 @@ def test_the_class_is_the_first_label() -> None:
     ],
 )
 def test_what_is_no_record_says_why(rec: bytes, words: str) -> None:
-    with pytest.raises(Damaged, match=words):
-        frame_at(Held(rec), 0)
+    with pytest.raises(BadRecordError, match=words):
+        read_frame(BytesInMemory(rec), 0)
 
 
 def test_a_length_that_swallows_other_records_is_noticed() -> None:
     rec = bytearray(written(b"abcd", b"efgh", b"ijkl"))
     rec[4] = 4 + 12  # now the first one ends where the second one does
-    (first, _) = frames(Held(bytes(rec)))
+    (first, _) = scan_frames(BytesInMemory(bytes(rec)))
     assert isinstance(first, Frame)
-    with pytest.raises(Damaged, match="other records begin inside it"):
-        join(bytes(rec[first.start : first.stop]), first)
-    with pytest.raises(Damaged, match="reaches into the next"):
-        frame_at(Held(bytes(rec)), 0, following=12)
+    with pytest.raises(BadRecordError, match="other records begin inside it"):
+        join_parts(bytes(rec[first.start : first.stop]), first)
+    with pytest.raises(BadRecordError, match="reaches into the next"):
+        read_frame(BytesInMemory(bytes(rec)), 0, following=12)
 
 
 def survivors(original: bytes, damaged: bytes, index: bytes | None) -> int:
     """Whatever is still found begins where a record did, and has its label."""
-    records = {frame.start: frame for frame in frames(Held(original)) if isinstance(frame, Frame)}
+    records = {
+        frame.start: frame
+        for frame in scan_frames(BytesInMemory(original))
+        if isinstance(frame, Frame)
+    }
     if index is None:
-        found = list(frames(Held(damaged)))
+        found = list(scan_frames(BytesInMemory(damaged)))
     else:
         numbers = [int(line.split()[1]) for line in index.splitlines()]
-        found = list(indexed_frames(Held(damaged), sorted_array(numbers)))
+        found = list(read_indexed_frames(BytesInMemory(damaged), sorted_array(numbers)))
         assert len(found) == len(numbers)
     kept = 0
     for frame in found:
         if not isinstance(frame, Frame):
             continue
         try:
-            labels = payload_head(Held(damaged), frame)[0].labels
-            join(damaged[frame.start : frame.stop], frame)
-        except Damaged:
+            labels = read_payload_head(BytesInMemory(damaged), frame)[0].labels
+            join_parts(damaged[frame.start : frame.stop], frame)
+        except BadRecordError:
             continue
         kept += 1
-        before = payload_head(Held(original), records[frame.start])[0].labels
+        before = read_payload_head(BytesInMemory(original), records[frame.start])[0].labels
         head = slice(frame.start + 8, frame.start + 8 + 24 + 4 * max(len(labels), len(before)))
         assert labels == before or damaged[head] != original[head]
     return kept
@@ -182,20 +186,22 @@ def test_damaged_records_are_counted(
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_to_their_end(data: bytes) -> None:
-    for frame in frames(Held(data + REC[:300] + data)):
+    for frame in scan_frames(BytesInMemory(data + REC[:300] + data)):
         if isinstance(frame, Frame):
             assert 0 <= frame.start < frame.stop <= len(data) * 2 + 300
 
 
 def test_one_damaged_record_costs_no_other() -> None:
-    starts = [frame.start for frame in frames(Held(REC)) if isinstance(frame, Frame)]
+    starts = [frame.start for frame in scan_frames(BytesInMemory(REC)) if isinstance(frame, Frame)]
     rec = bytearray(REC)
     rec[starts[5]] ^= 1
-    kept = [frame.start for frame in frames(Held(bytes(rec))) if isinstance(frame, Frame)]
+    kept = [
+        frame.start for frame in scan_frames(BytesInMemory(bytes(rec))) if isinstance(frame, Frame)
+    ]
     # The one before cannot be told from one whose length is wrong, unless there is an index.
     assert kept == [*starts[:4], *starts[6:]]
     numbers = sorted_array([int(line.split()[1]) for line in IDX.splitlines()])
-    indexed = indexed_frames(Held(bytes(rec)), numbers)
+    indexed = read_indexed_frames(BytesInMemory(bytes(rec)), numbers)
     assert [frame.start for frame in indexed if isinstance(frame, Frame)] == [
         *starts[:5],
         *starts[6:],
@@ -205,7 +211,7 @@ def test_one_damaged_record_costs_no_other() -> None:
 def test_an_index_is_read_in_the_order_of_offsets(tmp_path: Path) -> None:
     path = tmp_path / "train.idx"
     path.write_bytes(b"2\t80\r\n0\t0\n1\t40")
-    keys, offsets = read_index(str(path))
+    keys, offsets = read_record_index(str(path))
     assert (keys.tolist(), offsets.tolist()) == ([0, 1, 2], [0, 40, 80])
 
 
@@ -226,7 +232,7 @@ def test_a_damaged_index_is_refused(tmp_path: Path, text: bytes, words: str) -> 
     path = tmp_path / "train.idx"
     path.write_bytes(text)
     with pytest.raises(UserError, match=f"{words}.*--no-idx"):
-        read_index(str(path))
+        read_record_index(str(path))
 
 
 @given(st.binary(max_size=60), st.integers(0, len(IDX)))
@@ -234,7 +240,7 @@ def test_any_bytes_are_an_index_or_refused(tmp_path_factory, data: bytes, cut: i
     path = tmp_path_factory.getbasetemp() / "fuzz.idx"
     path.write_bytes(IDX[:cut] + data + IDX[cut:])
     try:
-        keys, offsets = read_index(str(path))
+        keys, offsets = read_record_index(str(path))
     except UserError:
         return
     assert len(keys) == len(offsets) == len(path.read_bytes().splitlines())

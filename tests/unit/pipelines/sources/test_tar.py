@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.sources.tar import DamagedTar, Member, members, rest_is_empty
+from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
 
 CONTENTS = {
     "a.jpg": b"x" * 700,
@@ -43,9 +43,9 @@ def odd(data: bytes, size: int, **fields: object) -> bytes:
     return info.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % 512 + 1024)
 
 
-def read(data: bytes) -> list[Member]:
+def read(data: bytes) -> list[TarMember]:
     stream = io.BytesIO(data)
-    found = list(members(stream))
+    found = list(read_members(stream))
     assert rest_is_empty(stream)
     return found
 
@@ -125,7 +125,7 @@ def test_an_empty_tar() -> None:
     ],
 )
 def test_every_damage_says_where(data: bytes, words: str) -> None:
-    with pytest.raises(DamagedTar, match=words):
+    with pytest.raises(DamagedTarError, match=words):
         read(data)
 
 
@@ -133,13 +133,13 @@ def test_a_global_header_that_renames_is_refused() -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", pax_headers={"path": "b.jpg"}) as tar:
         tar.addfile(tarfile.TarInfo("a.jpg"))
-    with pytest.raises(DamagedTar, match="a PAX header with path"):
+    with pytest.raises(DamagedTarError, match="a PAX header with path"):
         read(stream.getvalue())
 
 
 def test_data_behind_the_end_are_noticed() -> None:
     stream = io.BytesIO(PLAIN + PLAIN)
-    assert len(list(members(stream))) == len(CONTENTS)
+    assert len(list(read_members(stream))) == len(CONTENTS)
     assert not rest_is_empty(stream)
 
 
@@ -156,8 +156,8 @@ def test_damaged_tars_end_in_an_error_or_in_true_members(
         data[place] = value
     truth = {member.start: member for member in read(original)}
     try:
-        found = list(members(io.BytesIO(bytes(data[:length]))))
-    except DamagedTar:
+        found = list(read_members(io.BytesIO(bytes(data[:length]))))
+    except DamagedTarError:
         return
     assert len(found) == len(truth) or bytes(data[:length]) != original
     for member in found:
@@ -170,6 +170,6 @@ def test_damaged_tars_end_in_an_error_or_in_true_members(
 def test_any_bytes_come_to_an_end(data: bytes) -> None:
     for content in (data, PLAIN[:1536] + data):
         try:
-            list(members(io.BytesIO(content)))
-        except DamagedTar as error:
+            list(read_members(io.BytesIO(content)))
+        except DamagedTarError as error:
             assert "byte" in str(error)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.decode import decode
+from pipelines.data.decode import decode_image
 from pipelines.data.sequential import read_in_order
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.webdataset import index_shards
-from pipelines.sources.webdataset_tar import Layout
+from pipelines.sources.webdataset_tar import SampleLayout
 from tests.loading import loader_of
 from tests.recordio_files import jpeg
 
@@ -55,7 +55,7 @@ def read(url: str) -> dict[str, int]:
     images, labels, keys = read_in_order(index, 0, index.samples, 8)
     for key, image in zip(keys, images, strict=True):
         number = int("".join(c for c in key if c.isdigit()))
-        assert (image.permute(1, 2, 0).numpy() == decode(jpeg(number), 8)).all()
+        assert (image.permute(1, 2, 0).numpy() == decode_image(jpeg(number), 8)).all()
     return dict(zip(keys, labels.tolist(), strict=True))
 
 
@@ -101,7 +101,7 @@ def test_other_labels_are_mapped_and_the_map_is_kept(
 
 def test_numbers_keep_their_meaning_if_the_number_of_classes_is_given(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", tar(*pair("k0", 0, "70"), *pair("k1", 1, "3")))
-    made = index_shards([folder], layout=Layout(num_classes=100))
+    made = index_shards([folder], layout=SampleLayout(num_classes=100))
     assert made.shards.num_classes == 100
     assert read(folder) == {"k0": 70, "k1": 3}
 
@@ -119,7 +119,7 @@ def test_any_image_and_label_field(tmp_path: Path) -> None:
     ]
     for name, path in (("a", "json:label"), ("b", "json:meta.ids.1")):
         folder = save(tmp_path / name, tar(*files))
-        index_shards([folder], layout=Layout(("crop.jpg",), path))
+        index_shards([folder], layout=SampleLayout(("crop.jpg",), path))
         assert [v for _, v in sorted(_labels(folder).items())] == [0, 1, 2]
         assert "5\n1\t1\t9\n2\t1\tx" in (tmp_path / name / "classes.tsv").read_text()
 
@@ -191,7 +191,7 @@ def test_a_label_that_is_not_in_the_json_is_counted(tmp_path: Path, text: str) -
     files: Files = [("a.jpg", jpeg(0)), ("a.json", text.encode())]
     good: Files = [("b.jpg", jpeg(1)), ("b.json", b'{"label": "x"}')]
     folder = save(tmp_path / "set", tar(*files, *good))
-    made = index_shards([folder], layout=Layout(label="json:label"), max_bad=0.5)
+    made = index_shards([folder], layout=SampleLayout(label="json:label"), max_bad=0.5)
     assert len(made.faults) == 1
 
 

@@ -16,14 +16,14 @@ import pytest
 from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
-from pipelines.data.order import Piece
-from pipelines.loader import shard_reader as reader
+from pipelines.data.order import ShardSpan
+from pipelines.loader import shard_reader
 from pipelines.loader.loader import Loader
 from pipelines.loader.shard_reader import ShardReader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
-from pipelines.storage.cache import Cache
+from pipelines.storage.cache import FileCache
 from tests.loading import loader_of
 from tests.recordio_files import jpeg
 from tests.stores import Counted, from_disk
@@ -35,7 +35,7 @@ fork = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(reader, "_BLOCK", 4096)
+    monkeypatch.setattr(shard_reader, "_BLOCK", 4096)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def cached(folder: Path, shards: float = 100, index: ShardIndex | None = None) -
 
 
 def read(shards: ShardReader, index: ShardIndex, number: int) -> bytes:
-    piece = Piece(number, 0, EACH)
+    piece = ShardSpan(number, 0, EACH)
     return b"".join(shards.read([piece], shards.file(piece)).samples)
 
 
@@ -206,7 +206,7 @@ def test_an_entry_that_a_crash_of_the_machine_cut_off_is_made_again(
 
 
 def test_an_entry_in_use_may_be_removed(folder: Path) -> None:
-    cache = Cache(str(folder), 10)
+    cache = FileCache(str(folder), 10)
     stream = cache.open("a", 8, lambda part: part.write(b"12345678"))
     other = cache.open("b", 8, lambda part: part.write(b"abcdefgh"))
     assert names(folder) == {"b"}

@@ -21,8 +21,8 @@ from aiohttp import http_exceptions
 
 from mhe_dist.errors import RunError
 from pipelines.storage import retry
-from pipelines.storage.ranges import file_at, read_range
-from pipelines.storage.retry import is_transient, retried
+from pipelines.storage.ranges import locate_file, read_range
+from pipelines.storage.retry import is_transient, with_retries
 from tests.stores import Counted, Faulty, files, served
 
 
@@ -115,7 +115,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_the_waits_double_up_to_half_a_minute(waits: list[float]) -> None:
-    assert retried(Call(*[TimeoutError() for _ in range(9)]), "u", 9) == "result"
+    assert with_retries(Call(*[TimeoutError() for _ in range(9)]), "u", 9) == "result"
     longest = [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
     assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
     assert len({wait / most for wait, most in zip(waits, longest, strict=True)}) == 9
@@ -127,14 +127,14 @@ def test_giving_up_names_everything(waits: list[float]) -> None:
         "s3://b/x: cannot be read: 4 attempts failed, the last with ConnectionResetError: number 3"
     )
     with pytest.raises(RunError, match=words):
-        retried(call, "s3://b/x", 3)
+        with_retries(call, "s3://b/x", 3)
     assert (call.calls, len(waits)) == (4, 3)
 
 
 def test_a_permanent_fault_is_raised_at_once(waits: list[float]) -> None:
     call = Call(TimeoutError(), PermissionError("no"))
     with pytest.raises(PermissionError):
-        retried(call, "u")
+        with_retries(call, "u")
     assert (call.calls, len(waits)) == (2, 1)
 
 
@@ -158,33 +158,33 @@ def spoiled(*answers: Callable[[bytes], Any]) -> Callable[[str, int, int], bytes
 
 def test_a_short_answer_is_asked_for_again(tar: Path, waits: list[float]) -> None:
     Counted.begin(spoiled(lambda data: data[:100], lambda data: b""))
-    assert read_range(file_at(f"counted://{tar}"), 10, 300) == tar.read_bytes()[10:300]
+    assert read_range(locate_file(f"counted://{tar}"), 10, 300) == tar.read_bytes()[10:300]
     assert len(waits) == 2
 
 
 def test_the_end_of_a_file_is_no_fault(tar: Path, waits: list[float]) -> None:
     Counted.begin()
     for url in (f"counted://{tar}", str(tar)):
-        assert read_range(file_at(url), 1000, 2000) == tar.read_bytes()[1000:]
-        assert read_range(file_at(url), 3000, 4000) == b""
-        assert read_range(file_at(url), 7, 7) == b""
+        assert read_range(locate_file(url), 1000, 2000) == tar.read_bytes()[1000:]
+        assert read_range(locate_file(url), 3000, 4000) == b""
+        assert read_range(locate_file(url), 7, 7) == b""
     with served(files(tar.parent)) as url:
-        assert read_range(file_at(f"{url}/a.tar"), 1000, 2000) == tar.read_bytes()[1000:]
-        assert read_range(file_at(f"{url}/a.tar"), 3000, 4000) == b""
+        assert read_range(locate_file(f"{url}/a.tar"), 1000, 2000) == tar.read_bytes()[1000:]
+        assert read_range(locate_file(f"{url}/a.tar"), 3000, 4000) == b""
     assert waits == []
 
 
 def test_a_server_that_always_fails_is_left(tar: Path, waits: list[float]) -> None:
     app = Faulty(files(tar.parent), share=1)
     with served(app) as url, pytest.raises(RunError, match=r"a\.tar: cannot be read: 3 attempts"):
-        read_range(file_at(f"{url}/a.tar"), 0, 10, retries=2)
+        read_range(locate_file(f"{url}/a.tar"), 0, 10, retries=2)
     assert app.requests == 3
 
 
 def test_a_missing_file_fails_at_once(tar: Path, waits: list[float]) -> None:
     app = Faulty(files(tar.parent), share=0)
     with served(app) as url, pytest.raises(RunError, match=r"b\.tar: cannot be read .FileNotFound"):
-        read_range(file_at(f"{url}/b.tar"), 0, 10)
+        read_range(locate_file(f"{url}/b.tar"), 0, 10)
     assert (app.requests, waits) == (1, [])
 
 
@@ -193,12 +193,12 @@ def test_whole_files_are_not_taken_for_parts(tar: Path, length: int) -> None:
     tar.write_bytes(tar.read_bytes()[:length])
     Counted.begin(lambda path, start, stop: Path(path).read_bytes())
     with pytest.raises(RunError, match="whole files only"):
-        read_range(file_at(f"counted://{tar}"), 150, 500)
+        read_range(locate_file(f"counted://{tar}"), 150, 500)
 
 
 def test_waiting_is_told_to_those_who_listen(
     waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        retried(Call(TimeoutError("slow")), "s3://b/x")
+        with_retries(Call(TimeoutError("slow")), "s3://b/x")
     assert "s3://b/x: attempt 1 failed with TimeoutError: slow" in caplog.text

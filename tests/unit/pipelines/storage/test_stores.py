@@ -13,16 +13,16 @@ import fsspec
 import pytest
 
 from mhe_dist.errors import UserError
-from pipelines.data.verify import verify
-from pipelines.shards.index import ShardIndex, exists
-from pipelines.sources.convert import Options
+from pipelines.data.verify import verify_dataset
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.sources.convert import ImportOptions
 from pipelines.sources.image_folder import import_folder
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
 from tests.recordio_files import content, items, jpeg, layout, save
 
-SMALL = Options(shard_bytes=50_000)
+SMALL = ImportOptions(shard_bytes=50_000)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_records_from_and_to_a_store(s3: str, tmp_path: Path) -> None:
     out = f"{s3}/out"
     with pytest.raises(KeyboardInterrupt):
         import_recordio(f"{s3}/in/train.rec", out, options=SMALL, writing=stop)
-    assert not exists(out)
+    assert not index_exists(out)
     seen: list[int] = []
     two = SMALL._replace(processes=2)
     made = import_recordio(
@@ -74,7 +74,7 @@ def test_a_store_is_indexed_and_verified(s3: str, tmp_path: Path) -> None:
     fsspec.filesystem("s3").rm([f"bucket/theirs/{name}" for name in ("index.json", "classes.tsv")])
     index = index_shards([f"{s3}/theirs/*.tar"]).shards
     assert [shard.url for shard in index.shards] == ["recordio-000000.tar"]
-    assert verify(index, Journal(str(tmp_path / "journal"), 0)).is_good
+    assert verify_dataset(index, Journal(str(tmp_path / "journal"), 0)).is_good
     assert len(content(f"{s3}/theirs")) == 12
 
 
@@ -146,6 +146,6 @@ def test_shards_and_lists_on_the_web(web: str, tmp_path: Path) -> None:
     (tmp_path / "root" / "a b" / "1#.jpg").write_bytes(jpeg(1))
     (tmp_path / "train.lst").write_text("0\t3\ta b/1#.jpg\n1\t4\tgone.jpg\n")
     made = import_folder(
-        f"{web}/root", str(tmp_path / "out"), f"{web}/train.lst", Options(max_bad=0.5)
+        f"{web}/root", str(tmp_path / "out"), f"{web}/train.lst", ImportOptions(max_bad=0.5)
     )
     assert (made.shards.samples, len(made.faults)) == (1, 1)

@@ -22,10 +22,10 @@ from pipelines.sources.glyphs.build import (
     open_typefaces,
     write_glyphs,
 )
-from pipelines.sources.glyphs.draw import Face, Survey, fingerprints, survey
+from pipelines.sources.glyphs.draw import FontFace, SurveyTask, survey_typeface, unpack_fingerprints
 from pipelines.sources.glyphs.fonts import find_fonts
 from pipelines.sources.glyphs.plan import Glyph, merge_lookalikes, plan_classes, split_fonts
-from pipelines.sources.glyphs.typeface import Pen, Typeface, Unusable, open_faces
+from pipelines.sources.glyphs.typeface import GlyphPen, Typeface, UnusableFontError, open_faces
 
 LATIN, GREEK = range(0x41, 0x5B), [c for c in range(0x391, 0x3AA) if c != 0x3A2]
 FILES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "STIXGeneralBol"]
@@ -161,7 +161,7 @@ def test_an_interrupted_call_goes_on(
     with pytest.raises(KeyboardInterrupt):
         write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS, stop)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name[0] != "."]
-    monkeypatch.setattr(Pen, "draw", lambda *_: pytest.fail("all was drawn already"))
+    monkeypatch.setattr(GlyphPen, "draw", lambda *_: pytest.fail("all was drawn already"))
     write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["heldout", "train"]
     for name in ("train", "heldout"):
@@ -229,13 +229,13 @@ def test_damaged_fonts_are_left_out(fonts: Path, tmp_path: Path) -> None:
     (tmp_path / "good.ttf.bak").write_bytes(b"")
     (tmp_path / "good.ttc").write_bytes((fonts / "DejaVuSans.ttf").read_bytes())
     assert list(open_typefaces(find_fonts(str(tmp_path)))) == ["good.ttc"]
-    with pytest.raises(Unusable, match=r"bad\.ttf: not a usable font"):
+    with pytest.raises(UnusableFontError, match=r"bad\.ttf: not a usable font"):
         Typeface(tmp_path / "bad.ttf")
 
 
 @pytest.mark.parametrize("side", [16, 32, 112])
 def test_relative_size_and_height_are_kept(side: int) -> None:
-    face = Pen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", side)
+    face = GlyphPen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", side)
 
     def rows(character: str) -> np.ndarray:
         picture = face.draw(ord(character))
@@ -250,7 +250,7 @@ def test_relative_size_and_height_are_kept(side: int) -> None:
 
 
 def test_what_is_larger_than_the_picture_is_shrunk() -> None:
-    face = Pen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", 32)
+    face = GlyphPen(Path(matplotlib_fonts()) / "DejaVuSans.ttf", 32)
     picture = face.draw(ord("‱"))
     assert picture is not None
     ink = np.flatnonzero((picture > 20).any(0))
@@ -295,7 +295,7 @@ def test_a_face_of_a_collection_draws_only_what_is_its_own(collection: Path) -> 
     assert (first.name, second.name) == ("Both.ttc", "Both.ttc#1")
     assert set(LATIN) <= set(first.codes)
     assert second.codes == [0x41, 0x42]
-    pens = [Pen(collection / "Both.ttc", 32, face) for face in (0, 1)]
+    pens = [GlyphPen(collection / "Both.ttc", 32, face) for face in (0, 1)]
     assert (pens[1].draw(0x41) == pens[0].draw(0x42)).all()
     assert Glyph(0x41, second.name).key == "u00041-Both-face1"
 
@@ -320,7 +320,7 @@ class SimpleFont(NamedTuple):
 @pytest.mark.parametrize("data", [b"ttcf", b"ttcf\0\1\0\0\xff\xff\xff\xff" + bytes(99), b"OTTO"])
 def test_a_damaged_collection_is_left_out(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "bad.ttc").write_bytes(data)
-    with pytest.raises(Unusable, match=r"bad\.ttc: not a usable font"):
+    with pytest.raises(UnusableFontError, match=r"bad\.ttc: not a usable font"):
         open_faces(tmp_path / "bad.ttc")
 
 
@@ -340,8 +340,10 @@ def test_classes_are_drawn_at_random_and_nested() -> None:
 
 
 def test_placeholders_are_no_pictures(fonts: Path) -> None:
-    face = Face(str(fonts / "DejaVuSans.ttf"), 32, 0, 0.0)
-    found = dict(fingerprints(survey(Survey(face, [0x41, 0x42, *[0x43] * 3, 0x20]))))
+    face = FontFace(str(fonts / "DejaVuSans.ttf"), 32, 0, 0.0)
+    found = dict(
+        unpack_fingerprints(survey_typeface(SurveyTask(face, [0x41, 0x42, *[0x43] * 3, 0x20])))
+    )
     assert sorted(found) == [0x41, 0x42, 0x43]
 
 
@@ -373,13 +375,15 @@ def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
     faces = open_typefaces(find_fonts(matplotlib_fonts()))
     known, unseen = split_fonts(list(faces.values()), settings)
     surveys = {
-        name: survey(Survey(Face(files[name], 16, 0, faces[name].capital), faces[name].codes))
+        name: survey_typeface(
+            SurveyTask(FontFace(files[name], 16, 0, faces[name].capital), faces[name].codes)
+        )
         for name in (*known, *unseen)
     }
     pictures = {
         Glyph(code, name): fingerprint
         for name, result in surveys.items()
-        for code, fingerprint in fingerprints(result)
+        for code, fingerprint in unpack_fingerprints(result)
     }
     plan = plan_classes(pictures, known, unseen, settings)
     assert known[0] == "DejaVuSans.ttf"
