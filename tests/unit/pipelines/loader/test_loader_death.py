@@ -44,7 +44,7 @@ def place_of(index: ShardIndex, key: str) -> str:
 
 def when_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have the process that decodes `VICTIM` do `act` first; loader processes inherit it."""
-    original = sample.decode
+    original = sample.decode_image
     unpack = sample.extract_sample
     current: list[str] = []
 
