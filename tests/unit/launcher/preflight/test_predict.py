@@ -152,6 +152,7 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
     assert "planted-secret" not in str(troubles)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
     settings = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train", classes=8))
     file = tmp_path / "a.yaml"
@@ -162,6 +163,7 @@ def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
         assert part in said
 
 
+@pytest.mark.slow
 def test_a_trial_finds_data_where_the_command_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def expected(model: Backbone, images: torch.Tensor, path: Path) -> np.ndarray:
         return model(inputs).numpy()
 
 
+@pytest.mark.slow
 def test_timm_alone_loads_the_folder(trained, tmp_path: Path) -> None:
     model, config, images = trained
     folder = tmp_path / "timm"
@@ -89,6 +90,7 @@ def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) ->
     assert timm.create_model(name, pretrained=True, num_classes=7)(inputs).shape == (9, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
@@ -127,6 +129,7 @@ def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
         export_timm(model, config, str(tmp_path / "timm"), images)
 
 
+@pytest.mark.slow
 def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path = tmp_path / "backbone.pt2"
@@ -140,6 +143,7 @@ def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1)[:, None], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path, difference = write_export("mlflow", model, config, str(tmp_path), images)
@@ -161,6 +165,7 @@ def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_options_of_onnx(trained, tmp_path: Path) -> None:
     import onnx
 

@@ -193,6 +193,7 @@ def test_names_that_mlflow_takes():
     assert metric_name("accuracy_std") == "accuracy_std"
 
 
+@pytest.mark.slow
 def test_no_noise_and_no_telemetry(tmp_path):
     code = f"""
 from mhe_dist.tracking.mlflow import MlflowTracker

@@ -18,6 +18,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
     return ShardIndex.load(tiny.write_shards(tmp_path_factory.mktemp("data") / "set", classes=90))
 
 
+@pytest.mark.slow
 def test_all_read_the_same_images_and_ratios_are_reported(index: ShardIndex) -> None:
     result = measure_loaders(index, workers=1, repeats=1)
     images = {name: timing.images for name, timing in result.timings.items()}

@@ -34,6 +34,7 @@ def results() -> list[HeadMeasurement]:
     return [HeadMeasurement(case, measure_case(case)) for case in cases]
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_the_head(results: list[HeadMeasurement]) -> None:
     by_kind = {result.case.kind: result.figures for result in results}
     for figures in by_kind.values():
@@ -44,11 +45,13 @@ def test_the_figures_are_those_of_the_head(results: list[HeadMeasurement]) -> No
     assert 4 < by_kind["mhs"]["classes_seen"] <= 12
 
 
+@pytest.mark.slow
 def test_a_routed_embedding_travels_there_and_back(results: list[HeadMeasurement]) -> None:
     routed = next(r.figures for r in results if r.case.kind == "mhs")
     assert routed["sent"] <= 2 * 2 * 8 * 16 * 4  # all samples of both ranks, and their gradients
 
 
+@pytest.mark.slow
 def test_report(results: list[HeadMeasurement], tmp_path: Path) -> None:
     in_turn = TimesInTurn({64: 2.0, 512: 3.0}, {"step": 2.0, "bare": 1.0})
     assert measurements_table(results).row_count == len(results)
@@ -61,6 +64,7 @@ def test_report(results: list[HeadMeasurement], tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "head.json").read_text())["cases"]) == len(results)
 
 
+@pytest.mark.slow
 def test_cases_take_turns_in_the_same_processes() -> None:
     seconds = measure_in_turn([HeadCase("mhs", classes, **SMALL) for classes in (512, 64)])
     assert len(seconds) == 2

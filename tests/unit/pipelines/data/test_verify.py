@@ -50,7 +50,13 @@ def test_good_data_is_good(index: ShardIndex, tmp_path: Path) -> None:
     assert report.is_good
     assert report.per_class.tolist() == [4, 4, 4, 3]
     assert (report.problems, report.repeated) == ([], 0)
-    assert read(index, tmp_path, processes=2)._replace(per_class=0) == report._replace(per_class=0)
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_would(index: ShardIndex, tmp_path: Path) -> None:
+    one, two = (read(index, tmp_path, processes=number) for number in (1, 2))
+    assert two.per_class.tolist() == one.per_class.tolist()
+    assert two._replace(per_class=0) == one._replace(per_class=0)
 
 
 def alter(index: ShardIndex, change: Callable[[bytearray], object], shard: int = 1) -> None:

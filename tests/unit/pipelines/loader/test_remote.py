@@ -213,6 +213,7 @@ def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) 
     assert app.faults >= 2
 
 
+@pytest.mark.slow
 def test_memory_stays_flat() -> None:
     data = Synthetic(shards=4, samples=64, sample_bytes=64 << 10)  # 16 MiB an epoch
     Counted.begin(data.content)

@@ -237,6 +237,7 @@ def test_two_writers_of_one_target_are_kept_apart(tmp_path: Path) -> None:
             ShardWriter(str(tmp_path / "set"), "part", RECIPE)
 
 
+@pytest.mark.slow
 def test_processes_write_what_one_would(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     with (
