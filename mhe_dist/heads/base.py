@@ -85,6 +85,31 @@ class TopK(NamedTuple):
         return TopK(classes, torch.cat([part.scores for part in parts]))
 
 
+class HeadState(NamedTuple):
+    """Named tensors of one rank for the checkpoint. The names do not depend on W.
+
+    Attributes:
+        replicated: equal on all ranks.
+        owned: on this rank alone. Rows are named by canonical group, `rows/<group>/<field>` (or
+            `rows/<group>/<level>/<field>`); a group lies on one rank as a whole.
+    """
+
+    replicated: dict[str, Tensor]
+    owned: dict[str, Tensor]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them."""
+        return self.replicated | self.owned
+
+    def with_prefix(self, prefix: str) -> HeadState:
+        """The same tensors, `prefix` before every name."""
+        return HeadState(
+            {prefix + name: tensor for name, tensor in self.replicated.items()},
+            {prefix + name: tensor for name, tensor in self.owned.items()},
+        )
+
+
 class Head(ABC):
     """A classifier over all classes, sharded over the ranks.
 
@@ -131,20 +156,16 @@ class Head(ABC):
         """Top-k over all classes; `embeddings` `[B, D]` are this rank's, all ranks must call."""
 
     @abstractmethod
-    def state(self) -> dict[str, Tensor]:
-        """Named tensors of this rank for the checkpoint.
-
-        The names do not depend on W: rows are named by canonical group, `rows/<group>/<field>`,
-        and a group lies on one rank as a whole. Anything else is replicated.
-        """
+    def state(self) -> HeadState:
+        """Tensors of this rank for the checkpoint."""
 
     @abstractmethod
-    def wants(self, name: str) -> bool:
-        """Whether this rank loads the tensor of that name (see `state`)."""
+    def loads(self, name: str) -> bool:
+        """Whether this rank loads the tensor of that name: what is replicated or its own."""
 
     @abstractmethod
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore from the tensors that `wants` selected, saved on any number of ranks."""
+        """Restore from the tensors that `loads` selects, saved on any number of ranks."""
 
     @abstractmethod
     def row_ranges(self) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,7 @@ from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import all_reduce, gather_rows
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import Head, TopK
+from mhe_dist.heads.base import Head, HeadState, TopK
 from mhe_dist.heads.class_rows import ClassRows
 from mhe_dist.heads.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
 
@@ -257,23 +257,24 @@ class RowHead(Head):
             classes = ids.gather(1, where)
         return TopK(classes, scores)
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> HeadState:
         """Touched units of each group: `rows/<group>/units` and a tensor for each field."""
-        tensors: dict[str, Tensor] = {}
+        replicated: dict[str, Tensor] = {}
+        owned: dict[str, Tensor] = {}
         touched = self.bank.touched
         for group in self.groups:
             heads = self.layout.group_heads(group)
             units = touched[(touched >= heads.start) & (touched < heads.stop)]
-            tensors[f"rows/{group:05d}/units"] = units
+            owned[f"rows/{group:05d}/units"] = units
             for field, rows in self.bank.saved(units).items():
-                tensors[f"rows/{group:05d}/{field}"] = rows
+                owned[f"rows/{group:05d}/{field}"] = rows
         if self.norms.needed:
-            tensors["norms"] = self.norms.running.cpu()
+            replicated["norms"] = self.norms.running.cpu()
         if self.permutations.every:
-            tensors["permutation"] = torch.tensor(self.permutation)
-        return tensors
+            replicated["permutation"] = torch.tensor(self.permutation)
+        return HeadState(replicated, owned)
 
-    def wants(self, name: str) -> bool:
+    def loads(self, name: str) -> bool:
         """Whether `name` is replicated or a tensor of one of this rank's groups."""
         parts = name.split("/")
         return parts[0] != "rows" or int(parts[1]) in self.groups

@@ -220,7 +220,7 @@ class StandaloneHead:
         return {
             "step": self.step_number,
             "made_with": self._made_with(),
-            "tensors": self._head.state(),
+            "tensors": self._head.state().tensors,
         }
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ class StandaloneHead:
                 raise UserError(f"the saved head has {key}={saved}, this one {key}={value}")
         tensors = {n: t for state in states for n, t in state["tensors"].items()}
         try:
-            self._head.load_state({n: t for n, t in tensors.items() if self._head.wants(n)})
+            self._head.load_state({n: t for n, t in tensors.items() if self._head.loads(n)})
         except KeyError as error:
             raise UserError(
                 f"{error.args[0]} is missing: another number of ranks saved this head; give the "

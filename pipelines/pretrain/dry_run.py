@@ -87,7 +87,7 @@ def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) ->
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             base_bytes=base,
             device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            rows_bytes=sum(t.numel() * t.element_size() for t in run.head.state().values()),
+            rows_bytes=sum(t.numel() * t.element_size() for t in run.head.state().tensors.values()),
         )
     )
 

@@ -125,14 +125,12 @@ class Run:
         self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
             self.bad_samples.gather(self.batches.faults)
-            rows = {HEAD_PREFIX + name: tensor for name, tensor in self.head.state().items()}
-            owned = {
-                name: rows.pop(name)
-                for name in list(rows)
-                if name.startswith(f"{HEAD_PREFIX}rows/")
-            }
+            head = self.head.state().with_prefix(HEAD_PREFIX)
             self.saver.save(
-                self.progress.step, self.engine.state() | rows, owned, self._description()
+                self.progress.step,
+                self.engine.state() | head.replicated,
+                head.owned,
+                self._description(),
             )
 
     def _after_step(self, info: StepInfo) -> None:

@@ -50,7 +50,7 @@ def find_checkpoint(url: str) -> Checkpoint:
 def load_head_state(head: Head, checkpoint: Checkpoint) -> None:
     """Load what a rank's head owns or replicates; nothing else is read."""
     rows = checkpoint.load(
-        lambda name: name.startswith(HEAD_PREFIX) and head.wants(name.removeprefix(HEAD_PREFIX))
+        lambda name: name.startswith(HEAD_PREFIX) and head.loads(name.removeprefix(HEAD_PREFIX))
     )
     head.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
 
@@ -160,7 +160,7 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
         head = head_of_checkpoint(checkpoint, topology, folder, num_classes=num_classes)
         copy_rows(head, checkpoint, topology)
-        state = {HEAD_PREFIX + name: tensor for name, tensor in head.state().items()}
+        state = head.state().with_prefix(HEAD_PREFIX)
         backbone: dict[str, Tensor] = checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX))
         run = checkpoint.run | {
             "classes": num_classes,
@@ -170,7 +170,7 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
             "grown_from": checkpoint.path,
         }
         store = CheckpointStore(root, topology, Keep(last=1 << 30))
-        store.save(checkpoint.step, backbone | state, {}, run)
+        store.save(checkpoint.step, backbone | state.replicated, state.owned, run)
         saved = store.wait()
     if saved is None or saved.error is not None:
         raise UserError(f"{root}: {saved.error if saved else 'nothing was written'}")

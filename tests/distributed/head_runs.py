@@ -157,7 +157,7 @@ def _run(topology: Topology, job: Job) -> dict[str, Tensor]:
     embeddings, labels = job.inputs()
     head = build(job.spec(), topology)
     if job.state:
-        head.load_state({name: t for name, t in job.state.items() if head.wants(name)})
+        head.load_state({name: t for name, t in job.state.items() if head.loads(name)})
     k = job.micro_batches // topology.world_size
     losses, grads, classes_seen, accuracy = [], [], [], []
     for step in range(*job.steps):
@@ -183,7 +183,7 @@ def _run(topology: Topology, job: Job) -> dict[str, Tensor]:
         "grads": torch.stack(grads, 1),
         "classes_seen": torch.stack(classes_seen),
         "accuracy": torch.stack(accuracy),
-        **{name: tensor for name, tensor in head.state().items() if head.wants(name)},
+        **{name: tensor for name, tensor in head.state().tensors.items() if head.loads(name)},
     }
     if job.predict:
         mine = embeddings[-1, topology.share(job.micro_batches)].flatten(0, 1)

@@ -48,7 +48,7 @@ def loaded_otherwise(topology: Topology, config: dict[str, Any]) -> list[str]:
     newest = run.store.newest()
     if newest is None:
         return []
-    rows = {HEAD_PREFIX + name: tensor for name, tensor in run.head.state().items()}
+    rows = run.head.state().with_prefix(HEAD_PREFIX).tensors
     state = run.engine.state() | rows
     saved = newest.load(lambda name: name in state)
     assert rows and saved.keys() == state.keys()

@@ -45,7 +45,7 @@ def _steps(topology: Topology, changes: dict) -> dict[str, Tensor]:
             x = embeddings[step, i].clone().requires_grad_()
             head(x, labels[step, i]).loss.backward()
         head.step(0.1)
-    return {name: tensor for name, tensor in head.state().items() if head.wants(name)}
+    return {name: tensor for name, tensor in head.state().tensors.items() if head.loads(name)}
 
 
 States = dict[str, dict[str, Tensor]]

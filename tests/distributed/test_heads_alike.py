@@ -85,7 +85,7 @@ def test_cosines_of_one_and_minus_one_are_finite(
     output = built(x, labels)
     output.loss.backward()
     built.step(LR)
-    state = [tensor for tensor in built.state().values() if tensor.is_floating_point()]
+    state = [tensor for tensor in built.state().tensors.values() if tensor.is_floating_point()]
     assert all(t.isfinite().all() for t in (output.loss, x.grad, *state))
 
 

@@ -59,7 +59,7 @@ def test_goes_on_alike(case: str, found: dict[str, list[dict[str, Tensor]]]) -> 
 def test_ranges_of_groups_cover_all_rows_once(case: str) -> None:
     head = build(job(case, 0, 1).spec(), Topology())
     ranges = head.row_ranges()
-    names = {name.rsplit("/", 1)[0] for name in head.state() if name.startswith("rows/")}
+    names = {name.rsplit("/", 1)[0] for name in head.state().owned}
     assert names == set(ranges)
     bounds = [ranges[name] for name in sorted(ranges)]
     assert bounds[0][0] == 0

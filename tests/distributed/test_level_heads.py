@@ -79,14 +79,15 @@ def test_names_and_ranges_do_not_depend_on_the_ranks() -> None:
     job = Job(level_config("mhc", "three"))
     heads = [build(job.spec(), Topology(rank, 2)) for rank in range(2)]
     alone = build(job.spec(), Topology())
-    names = [set(head.state()) for head in heads]
-    assert names[0] | names[1] == set(alone.state())
+    names = [set(head.state().tensors) for head in heads]
+    assert names[0] | names[1] == set(alone.state().tensors)
     assert names[0] & names[1] == {n for n in names[0] if not n.startswith("rows/")}
-    assert all(head.wants(name) for head, own in zip(heads, names, strict=True) for name in own)
-    assert not any(heads[0].wants(name) for name in names[1] - names[0])
+    assert names[0] & names[1] == set(heads[0].state().replicated)
+    assert all(head.loads(name) for head, own in zip(heads, names, strict=True) for name in own)
+    assert not any(heads[0].loads(name) for name in names[1] - names[0])
     ranges = heads[0].row_ranges()
     assert ranges == heads[1].row_ranges() == alone.row_ranges()
-    assert {n.rsplit("/", 1)[0] for n in alone.state() if n.startswith("rows/")} == set(ranges)
+    assert {name.rsplit("/", 1)[0] for name in alone.state().owned} == set(ranges)
     last = sorted(range_ for name, range_ in ranges.items() if name.endswith("level_3"))
     assert [start for start, _ in last] == [0, *(stop for _, stop in last[:-1])]
 

@@ -41,8 +41,7 @@ def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
     engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX)))
     rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD_PREFIX))
     classifier.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
-    state = {HEAD_PREFIX + name: tensor for name, tensor in classifier.state().items()}
-    return digests(engine.state() | state)
+    return digests(engine.state() | classifier.state().with_prefix(HEAD_PREFIX).tensors)
 
 
 @pytest.mark.parametrize("head", HEADS)

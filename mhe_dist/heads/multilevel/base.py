@@ -20,7 +20,7 @@ from mhe_dist.bank.class_layout import balanced_lengths
 from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, check_labels
+from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, HeadState, check_labels
 from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
@@ -221,17 +221,20 @@ class LevelHead(Head):
                 part.update(lr * self.spec.config.optim.lr_scale, self._step)
         self.norms.step()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> HeadState:
         """`<level>/<field>` and `<projection>/<field>` replicated, `rows/<group>/<level>/<field>`
-        sharded; see `Head`."""
-        tensors: dict[str, Tensor] = {}
+        owned; see `Head`."""
+        replicated: dict[str, Tensor] = {}
+        owned: dict[str, Tensor] = {}
         for name, part in (self.levels | self.projections).items():
-            tensors |= part.state(name)
+            state = part.state(name)
+            replicated |= state.replicated
+            owned |= state.owned
         if self.norms.needed:
-            tensors["norms"] = self.norms.running.cpu()
-        return tensors
+            replicated["norms"] = self.norms.running.cpu()
+        return HeadState(replicated, owned)
 
-    def wants(self, name: str) -> bool:
+    def loads(self, name: str) -> bool:
         """Whether `name` is replicated or a tensor of one of this rank's groups."""
         parts = name.split("/")
         return parts[0] != "rows" or int(parts[1]) in self.topology.share(self.spec.config.groups)

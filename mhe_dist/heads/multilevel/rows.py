@@ -21,6 +21,7 @@ from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import HeadState
 from mhe_dist.heads.grouping import GradientFactors, chunks_by_head
 from mhe_dist.heads.row_head import HeadSpec, initial_std
 
@@ -92,15 +93,15 @@ class ReplicatedRows:
             values = torch.zeros(shape, dtype=self.bank.compute_dtype, device=self.topology.device)
         return all_reduce(values.view(shape), self.topology)
 
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """All fields, replicated, as `<prefix>/<field>`."""
-        return {f"{prefix}/{field}": rows for field, rows in self.bank.saved(self.unit).items()}
+    def state(self, name: str) -> HeadState:
+        """All fields, replicated, as `<name>/<field>`."""
+        fields = self.bank.saved(self.unit)
+        return HeadState({f"{name}/{field}": rows for field, rows in fields.items()}, {})
 
-    def load(self, prefix: str, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-        self.bank.load(
-            self.unit, {field: tensors[f"{prefix}/{field}"] for field in self.bank.fields}
-        )
+    def load(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors that `state` gave."""
+        fields = {field: tensors[f"{name}/{field}"] for field in self.bank.fields}
+        self.bank.load(self.unit, fields)
 
 
 class SharedLevel:
@@ -141,12 +142,12 @@ class SharedLevel:
         """Forget the gradient."""
         self.rows.clear_gradient()
 
-    def state(self, name: str) -> dict[str, Tensor]:
+    def state(self, name: str) -> HeadState:
         """All rows, replicated."""
         return self.rows.state(name)
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+        """Restore the tensors that `state` gave."""
         self.rows.load(name, tensors)
 
     def row_ranges(self, name: str) -> dict[str, tuple[int, int]]:
@@ -219,8 +220,8 @@ class ShardedLevel:
         """Forget the gradients."""
         self._pending = []
 
-    def state(self, name: str) -> dict[str, Tensor]:
-        """Touched units of each group of this rank, as `rows/<group>/<name>/<field>`."""
+    def state(self, name: str) -> HeadState:
+        """Touched units of each group of this rank, owned, as `rows/<group>/<name>/<field>`."""
         tensors: dict[str, Tensor] = {}
         touched = self.bank.touched
         for group in self.groups:
@@ -228,7 +229,7 @@ class ShardedLevel:
             units = touched[(touched >= heads.start) & (touched < heads.stop)]
             tensors[prefix + "units"] = units
             tensors |= {prefix + field: rows for field, rows in self.bank.saved(units).items()}
-        return tensors
+        return HeadState({}, tensors)
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Restore the units of this rank's groups."""

@@ -79,7 +79,7 @@ def test_a_checkpoint_after_the_classes_moved(tmp_path: Path) -> None:
         head.step(0.1)
     assert head.permutation == 1
     store = CheckpointStore(str(tmp_path), Topology())
-    store.save(2, {HEAD_PREFIX + name: t for name, t in head.state().items()}, {}, run)
+    store.save(2, {HEAD_PREFIX + name: t for name, t in head.state().tensors.items()}, {}, run)
     store.wait()
     found = class_centres(str(tmp_path / "step_00000002"), CLASSES)
     assert torch.equal(found, rows_by_class(head)[CLASSES])
