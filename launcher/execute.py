@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from launcher.events import Event
-from launcher.preflight import checks
+from launcher.preflight.checks import (
+    check_selection,
+)
 from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
@@ -35,7 +37,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
         address: Ray cluster to train on; empty: one of this machine, for this run alone.
     """
     make_data(config, watcher)
-    checks.choice(config)
+    check_selection(config)
     save_config(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:

@@ -14,13 +14,21 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher import execute
-from launcher.preflight import checks
-from launcher.preflight import node_probe as probe
-from launcher.preflight import predict as judge
+from launcher.preflight.checks import (
+    check_backbone,
+    check_data,
+    refuse_changed_config,
+)
+from launcher.preflight.node_probe import probe_node
+from launcher.preflight.predict import (
+    NodeReport,
+    find_obstacles,
+    workers_per_node,
+)
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted
-from launcher.terminal.event_log import EventLines
+from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
@@ -51,9 +59,9 @@ def main(arguments: list[str]) -> int:
 
 def run(file: str) -> None:
     """Train, evaluate and export the run of a YAML file on this cluster."""
-    config = load_config(file, checks=[checks.data, checks.backbone])
-    checks.refuse_another_run(config)
-    lines = EventLines(sys.stdout)
+    config = load_config(file, checks=[check_data, check_backbone])
+    refuse_changed_config(config)
+    lines = EventLogWriter(sys.stdout)
     if (done := read_summary(config.run.path)) is not None:
         lines.handle({"event": "end", "summary": done})
         return
@@ -83,19 +91,19 @@ def preflight(file: str, trying: bool = True) -> None:
     config = load_config(file)
     os.environ.update(DRIVER_ENVIRONMENT)
     ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
-    lines = EventLines(sys.stdout)
+    lines = EventLogWriter(sys.stdout)
     found = _ask_nodes(config)
     lines.handle({"event": "nodes", "nodes": found})
-    if not trying or judge.reasons(config, found):
+    if not trying or find_obstacles(config, found):
         return
-    workers = judge.workers_per_node(config, found)
+    workers = workers_per_node(config, found)
     task = ray.remote(num_cpus=0, num_gpus=workers * int(config.scale.gpu))(_try)
     needs: dict[str, Any] = {"env_vars": worker_environment(config)}
     measured = ray.get(task.options(runtime_env=needs).remote(file, workers))
     lines.handle({"event": "trial", "measured": measured})
 
 
-def _ask_nodes(config: Config) -> list[judge.Node]:
+def _ask_nodes(config: Config) -> list[NodeReport]:
     """What each living node says of itself; a node that does not answer in time says only that."""
     import ray
 
@@ -103,7 +111,7 @@ def _ask_nodes(config: Config) -> list[judge.Node]:
     for told in ray.nodes():
         if told["Alive"]:
             here = {"ray.io/node-id": told["NodeID"]}
-            task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(probe.node)
+            task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(probe_node)
             asked[task.remote(config)] = told
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_S)
     silent = [told["NodeManagerHostname"] for ref, told in asked.items() if ref not in ready]
@@ -114,9 +122,9 @@ def _ask_nodes(config: Config) -> list[judge.Node]:
 
 def _try(file: str, workers: int) -> dict[str, Any] | None:
     """A trial in processes of its own, away from Ray's threads and memory."""
-    from launcher.preflight.trial_process import try_here
+    from launcher.preflight.trial_process import measure_trial
 
-    return try_here(load_config(file), workers)
+    return measure_trial(load_config(file), workers)
 
 
 def trial(file: str, workers: str) -> None:

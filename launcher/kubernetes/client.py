@@ -8,8 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.kubernetes import manifests
-from launcher.kubernetes.manifests import Place
+from launcher.kubernetes.manifests import (
+    PATH_ANNOTATION,
+    RUN_LABEL,
+    KubernetesTarget,
+    build_config_map,
+    build_rayjob,
+    rayjob_name,
+)
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 
@@ -19,7 +25,7 @@ _CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Preempted.exit_code}
 
 
 @dataclass(frozen=True)
-class State:
+class RayJobState:
     """A RayJob as the operator describes it.
 
     Attributes:
@@ -46,12 +52,12 @@ class State:
         return self.job in _CODES or self.deployment in ("Complete", "Failed")
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """What a command that follows it exits with."""
         return _CODES.get(self.job, 1) if self.is_over else 0
 
 
-class Kubernetes:
+class KubernetesClient:
     """One namespace."""
 
     def __init__(self, namespace: str, context: str = "") -> None:
@@ -71,7 +77,7 @@ class Kubernetes:
         self._core: Any = kubernetes.client.CoreV1Api(client)
         self._custom: Any = kubernetes.client.CustomObjectsApi(client)
 
-    def submit(self, config: Config, place: Place) -> str:
+    def submit(self, config: Config, target: KubernetesTarget) -> str:
         """Make the RayJob of a run and its settings; the RayJob's name.
 
         Raises:
@@ -86,28 +92,28 @@ class Kubernetes:
                     f"logs {state.name} -f) or stop it (mhe k8s stop {state.name})."
                 )
         attempt = 1
-        while manifests.object_name(config.run.name, attempt) in {state.name for state in known}:
+        while rayjob_name(config.run.name, attempt) in {state.name for state in known}:
             attempt += 1
-        job = manifests.rayjob(config, place, attempt)
+        job = build_rayjob(config, target, attempt)
         name = str(job["metadata"]["name"])
-        manifests.settings(config, place, name)  # refuses before anything is made
-        with self._translated():
+        build_config_map(config, target, name)  # refuses before anything is made
+        with self._translate_errors():
             made = self._custom.create_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, PLURAL, job
             )
-            settings = manifests.settings(config, place, name, made["metadata"]["uid"])
+            settings = build_config_map(config, target, name, made["metadata"]["uid"])
             self._core.create_namespaced_config_map(self.namespace, settings)
         return name
 
-    def states(self) -> list[State]:
+    def states(self) -> list[RayJobState]:
         """The RayJobs of the namespace."""
-        with self._translated():
+        with self._translate_errors():
             listed = self._custom.list_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, PLURAL
             )
         return [_state(item) for item in listed["items"]]
 
-    def find(self, name: str) -> State:
+    def find(self, name: str) -> RayJobState:
         """The RayJob of that name, or the last one of the run of that name.
 
         Raises:
@@ -120,28 +126,28 @@ class Kubernetes:
         names = ", ".join(state.name for state in known) or "none"
         raise UserError(f"namespace {self.namespace} has no RayJob or run {name!r}; it has {names}")
 
-    def output(self, name: str, follow: bool = False) -> Iterator[str]:
+    def read_output(self, name: str, follow: bool = False) -> Iterator[str]:
         """What a run prints, in pieces; with `follow`, until it ends.
 
         Raises:
             UserError: there is no output yet, or no longer.
         """
-        with self._translated():
+        with self._translate_errors():
             pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}")
         if not pods.items:
             raise UserError(
                 f"{name} prints nothing yet, or its pods are gone: mhe k8s status {name}"
             )
-        with self._translated():
+        with self._translate_errors():
             stream = self._core.read_namespaced_pod_log(
                 pods.items[-1].metadata.name, self.namespace, follow=follow, _preload_content=False
             )
             for chunk in stream.stream():
                 yield chunk.decode("utf-8", "replace")
 
-    def stop(self, state: State, now: bool = False) -> None:
+    def stop(self, state: RayJobState, now: bool = False) -> None:
         """Ask the run to save and stop; with `now`, delete the RayJob and all its pods."""
-        with self._translated():
+        with self._translate_errors():
             if now or not state.cluster:
                 self._custom.delete_namespaced_custom_object(
                     GROUP, VERSION, self.namespace, PLURAL, state.name
@@ -189,7 +195,7 @@ class Kubernetes:
         return base64.b64decode(secret.data.get("auth_token", "")).decode()
 
     @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """The client's errors in our words."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
@@ -206,12 +212,12 @@ class Kubernetes:
             raise UserError(f"Kubernetes does not answer: {error}") from error
 
 
-def _state(item: dict[str, Any]) -> State:
+def _state(item: dict[str, Any]) -> RayJobState:
     metadata, status = item["metadata"], item.get("status") or {}
-    return State(
+    return RayJobState(
         name=metadata["name"],
-        run=metadata.get("labels", {}).get(manifests.RUN_LABEL, ""),
-        path=metadata.get("annotations", {}).get(manifests.PATH_ANNOTATION, ""),
+        run=metadata.get("labels", {}).get(RUN_LABEL, ""),
+        path=metadata.get("annotations", {}).get(PATH_ANNOTATION, ""),
         job=status.get("jobStatus", ""),
         deployment=status.get("jobDeploymentStatus", ""),
         message=status.get("message", ""),

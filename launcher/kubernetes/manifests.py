@@ -24,7 +24,7 @@ _LONGEST_NAME = 40  # KubeRay adds to it, and 63 is a label's limit
 
 
 @dataclass(frozen=True)
-class Place:
+class KubernetesTarget:
     """Where in Kubernetes a run goes.
 
     Attributes:
@@ -46,46 +46,46 @@ class Place:
     shared_memory: str = "1Gi"
 
 
-def rayjob(config: Config, place: Place, attempt: int = 1) -> Manifest:
+def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> Manifest:
     """The RayJob that trains a run.
 
     Raises:
         UserError: see `settings`.
     """
     labels = {**_labels("run"), RUN_LABEL: config.run.name[:63]}
-    if place.queue:
-        labels["kueue.x-k8s.io/queue-name"] = place.queue
-    name = object_name(config.run.name, attempt)
+    if target.queue:
+        labels["kueue.x-k8s.io/queue-name"] = target.queue
+    name = rayjob_name(config.run.name, attempt)
     return {
         "apiVersion": API,
         "kind": "RayJob",
         "metadata": {
             "name": name,
-            "namespace": place.namespace,
+            "namespace": target.namespace,
             "labels": labels,
             "annotations": {PATH_ANNOTATION: config.run.path},
         },
         "spec": {
             "entrypoint": f"python -m launcher.job run {SETTINGS_FOLDER}/{SETTINGS}",
             "submissionMode": "K8sJobMode",
-            "suspend": bool(place.queue),  # Kueue lets it go when there is room for all of it
+            "suspend": bool(target.queue),  # Kueue lets it go when there is room for all of it
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
             "preRunningDeadlineSeconds": 1800,
             "activeDeadlineSeconds": 14 * 24 * 3600,
             "backoffLimit": 2,
-            "submitterPodTemplate": _submitter(place),
-            "rayClusterSpec": cluster_spec(config, place, settings_of=name),
+            "submitterPodTemplate": _submitter(target),
+            "rayClusterSpec": cluster_spec(config, target, config_map=name),
         },
     }
 
 
-def raycluster(config: Config, place: Place, name: str = "mhe") -> Manifest:
+def build_raycluster(config: Config, target: KubernetesTarget, name: str = "mhe") -> Manifest:
     """A Ray cluster that stays, as large as a run needs, for `mhe submit`.
 
     Its head may be lost: what it knows is kept in Redis (k8s/base/redis.yaml).
     """
-    spec = cluster_spec(config, place)
+    spec = cluster_spec(config, target)
     password = {"secretKeyRef": {"name": "mhe-redis", "key": "password"}}
     spec["gcsFaultToleranceOptions"] = {
         "redisAddress": "redis:6379",
@@ -94,12 +94,14 @@ def raycluster(config: Config, place: Place, name: str = "mhe") -> Manifest:
     return {
         "apiVersion": API,
         "kind": "RayCluster",
-        "metadata": {"name": name, "namespace": place.namespace, "labels": _labels("cluster")},
+        "metadata": {"name": name, "namespace": target.namespace, "labels": _labels("cluster")},
         "spec": spec,
     }
 
 
-def settings(config: Config, place: Place, name: str, owner: str = "") -> Manifest:
+def build_config_map(
+    config: Config, target: KubernetesTarget, name: str, owner: str = ""
+) -> Manifest:
     """The ConfigMap with a run's settings; it goes with the RayJob of that uid.
 
     Raises:
@@ -111,7 +113,7 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
             "the settings hold a secret, which a ConfigMap shows to everybody in the namespace: "
             "put it into a Secret and name that with --secret (MLFLOW_TRACKING_URI, for instance)"
         )
-    metadata: Manifest = {"name": name, "namespace": place.namespace, "labels": _labels("run")}
+    metadata: Manifest = {"name": name, "namespace": target.namespace, "labels": _labels("run")}
     if owner:
         reference = {"apiVersion": API, "kind": "RayJob", "name": name, "uid": owner}
         metadata["ownerReferences"] = [reference]
@@ -124,25 +126,25 @@ def settings(config: Config, place: Place, name: str, owner: str = "") -> Manife
     }
 
 
-def to_yaml(made: list[Manifest]) -> str:
+def manifests_to_yaml(made: list[Manifest]) -> str:
     """Manifests as YAML documents, without anchors: people read and patch them."""
     dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
     return yaml.dump_all(made, Dumper=dumper, sort_keys=False)
 
 
-def object_name(run: str, attempt: int) -> str:
+def rayjob_name(run: str, attempt: int) -> str:
     """The name of a run's n-th RayJob: lower case, digits and dashes."""
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].strip("-")
     return f"{plain or 'run'}-{attempt}"
 
 
-def cluster_spec(config: Config, place: Place, settings_of: str = "") -> Manifest:
+def cluster_spec(config: Config, target: KubernetesTarget, config_map: str = "") -> Manifest:
     """Head and workers: the head computes nothing, a worker pod holds one worker.
 
     Args:
         config: `scale` says how many workers and what each one gets.
-        place: where it goes.
-        settings_of: ConfigMap with the settings for the driver, which runs on the head.
+        target: where it goes.
+        config_map: ConfigMap with the settings for the driver, which runs on the head.
     """
     from importlib import metadata
 
@@ -152,7 +154,7 @@ def cluster_spec(config: Config, place: Place, settings_of: str = "") -> Manifes
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": _pod("head", config, place, settings_of),
+            "template": _pod("head", config, target, config_map),
         },
         "workerGroupSpecs": [
             {
@@ -161,38 +163,38 @@ def cluster_spec(config: Config, place: Place, settings_of: str = "") -> Manifes
                 "minReplicas": scale.workers,
                 "maxReplicas": scale.workers,
                 "rayStartParams": {},
-                "template": _pod("worker", config, place, ""),
+                "template": _pod("worker", config, target, ""),
             }
         ],
     }
 
 
-def _pod(kind: str, config: Config, place: Place, settings_of: str) -> Manifest:
+def _pod(kind: str, config: Config, target: KubernetesTarget, config_map: str) -> Manifest:
     volumes = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "home", "emptyDir": {}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": place.shared_memory}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}},
     ]
     mounts: list[Manifest] = [
         {"name": "tmp", "mountPath": "/tmp"},
         {"name": "home", "mountPath": "/home/mhe"},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
-    if place.claim:
-        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": place.claim}})
+    if target.claim:
+        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": target.claim}})
         mounts.append({"name": "data", "mountPath": "/data"})
-    if settings_of:
-        volumes.append({"name": "settings", "configMap": {"name": settings_of}})
+    if config_map:
+        volumes.append({"name": "settings", "configMap": {"name": config_map}})
         mounts.append({"name": "settings", "mountPath": SETTINGS_FOLDER, "readOnly": True})
     spec: Manifest = {
         **_pod_security(),
         "terminationGracePeriodSeconds": GRACE_S,
         "containers": [
             {
-                **_container(f"ray-{kind}", place),
+                **_container(f"ray-{kind}", target),
                 "env": _variables(config),
-                "envFrom": [{"secretRef": {"name": place.secret, "optional": True}}],
-                "resources": _resources(kind, config, place),
+                "envFrom": [{"secretRef": {"name": target.secret, "optional": True}}],
+                "resources": _resources(kind, config, target),
                 "volumeMounts": mounts,
             }
         ],
@@ -205,7 +207,7 @@ def _pod(kind: str, config: Config, place: Place, settings_of: str) -> Manifest:
     return {"metadata": {"labels": _labels(f"ray-{kind}")}, "spec": spec}
 
 
-def _submitter(place: Place) -> Manifest:
+def _submitter(target: KubernetesTarget) -> Manifest:
     """The pod that hands the job to the head and repeats its output."""
     small = {"cpu": "500m", "memory": "512Mi"}
     spec = {
@@ -213,7 +215,7 @@ def _submitter(place: Place) -> Manifest:
         "restartPolicy": "Never",
         "containers": [
             {
-                **_container("ray-job-submitter", place),
+                **_container("ray-job-submitter", target),
                 "resources": {"requests": small, "limits": small},
                 "volumeMounts": [
                     {"name": "tmp", "mountPath": "/tmp"},
@@ -226,10 +228,10 @@ def _submitter(place: Place) -> Manifest:
     return {"metadata": {"labels": _labels("submitter")}, "spec": spec}
 
 
-def _container(name: str, place: Place) -> Manifest:
+def _container(name: str, target: KubernetesTarget) -> Manifest:
     return {
         "name": name,
-        "image": place.image,
+        "image": target.image,
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -253,12 +255,12 @@ def _pod_security() -> Manifest:
     }
 
 
-def _resources(kind: str, config: Config, place: Place) -> Manifest:
+def _resources(kind: str, config: Config, target: KubernetesTarget) -> Manifest:
     if kind == "head":
         amounts: Manifest = {"cpu": "1", "memory": "4Gi"}
     else:
         # One core more for the loader processes.
-        amounts = {"cpu": str(config.scale.cpus_per_worker + 1), "memory": place.memory}
+        amounts = {"cpu": str(config.scale.cpus_per_worker + 1), "memory": target.memory}
         if config.scale.gpu:
             amounts["nvidia.com/gpu"] = "1"
     return {"requests": dict(amounts), "limits": dict(amounts)}

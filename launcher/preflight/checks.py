@@ -20,7 +20,7 @@ Mistake = tuple[str, str]
 TRAIN, HELDOUT = "train", "heldout"
 
 # Keys that do not change what is learnt: where and how fast a run computes, what it tells.
-FREE = (
+RUNTIME_KEYS = (
     *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
     *("data.remote.*", "head.bank.memory", "head.bank.path"),
@@ -29,8 +29,8 @@ FREE = (
 )
 
 
-def data(config: Config) -> Iterable[Mistake]:
-    """What is wrong with the places of the data (a check of `mhe_dist.config.load.load_config`).
+def check_data(config: Config) -> Iterable[Mistake]:
+    """What is wrong with the paths of the data (a check of `mhe_dist.config.load.load_config`).
 
     Shards must exist; `data.glyphs` makes those that it is known to write: a folder `train`, and
     the folder `heldout` beside it.
@@ -40,21 +40,21 @@ def data(config: Config) -> Iterable[Mistake]:
     made = set()
     if glyphs and train.rpartition("/")[2] == TRAIN:
         made = {train, train.removesuffix(TRAIN) + HELDOUT}
-    for key, place in (("data.shards", train), ("evaluate.shards", heldout)):
-        if place and place not in made and (trouble := _trouble(place)):
-            yield key, f"{trouble}; {_cure(key, glyphs)}"
+    for key, url in (("data.shards", train), ("evaluate.shards", heldout)):
+        if url and url not in made and (problem := _index_problem(url)):
+            yield key, f"{problem}; {_cure(key, glyphs)}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
     if (source := config.model.init_from) and not url_exists(source):
         yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
     if (source := config.head.init_from) and not url_exists(source):
         yield "head.init_from", "does not exist; give a run or one of its step_* folders"
-    for place in config.evaluate.verification:
-        if not url_exists(place):
-            yield "evaluate.verification", f"{place} does not exist; give InsightFace .bin files"
+    for path in config.evaluate.verification:
+        if not url_exists(path):
+            yield "evaluate.verification", f"{path} does not exist; give InsightFace .bin files"
 
 
-def backbone(config: Config) -> Iterable[Mistake]:
+def check_backbone(config: Config) -> Iterable[Mistake]:
     """What is wrong with the name of the backbone (a check of `mhe_dist.config.load.load_config`).
 
     timm itself takes seconds to import, so it is asked only about a name that its source does not
@@ -79,9 +79,9 @@ def _defined_by_timm(name: str) -> bool:
     return any(definition in file.read_text(encoding="utf-8") for file in files)
 
 
-def _trouble(place: str) -> str:
+def _index_problem(url: str) -> str:
     try:
-        return "" if index_exists(place) else f"there is no {INDEX_FILE} in it"
+        return "" if index_exists(url) else f"there is no {INDEX_FILE} in it"
     except (ImportError, ValueError, OSError) as error:
         return f"cannot be read: {error}"
 
@@ -93,7 +93,7 @@ def _cure(key: str, glyphs: bool) -> str:
     return f"give a folder of indexed shards, or one named {name!r} for data.glyphs to make"
 
 
-def choice(config: Config) -> None:
+def check_selection(config: Config) -> None:
     """Refuse a choice of sets, classes and images that cannot be trained on.
 
     Reads the indexes, if anything is chosen.
@@ -116,20 +116,17 @@ def choice(config: Config) -> None:
             )
 
 
-def changed(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Keys of two configs that differ and may not, as `(dotted key, old value, new value)`.
 
     A key that only one of them has, because the other comes from another release, is no change.
     """
     old, new = dict(_leaves(before)), dict(_leaves(after))
-    return [
-        (key, old[key], new[key])
-        for key in old
-        if key in new and old[key] != new[key] and not any(fnmatch(key, free) for free in FREE)
-    ]
+    held = [key for key in old if not any(fnmatch(key, pattern) for pattern in RUNTIME_KEYS)]
+    return [(key, old[key], new[key]) for key in held if key in new and old[key] != new[key]]
 
 
-def refuse_another_run(config: Config) -> None:
+def refuse_changed_config(config: Config) -> None:
     """Refuse to go on with a run of the same name that was started with other settings.
 
     Raises:
@@ -138,7 +135,7 @@ def refuse_another_run(config: Config) -> None:
     before = read_run_config(config.run.path)
     if before is None:
         return
-    differences = changed(before, config_to_dict(config))
+    differences = changed_keys(before, config_to_dict(config))
     if differences:
         rows = "\n".join(
             f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in differences

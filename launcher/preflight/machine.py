@@ -8,7 +8,7 @@ import subprocess
 PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "onnx")
 
 
-def gpus() -> list[str]:
+def list_gpus() -> list[str]:
     """Name and memory of each NVIDIA GPU, as its driver says; none without a driver."""
     command = shutil.which("nvidia-smi")
     if command is None:

@@ -1,4 +1,4 @@
-"""What a node has and what it can reach, looked at from the node itself; nothing is imported."""
+"""What a node has and what it can reach, seen from the node itself; imports no heavy library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ import fsspec
 import psutil
 from fsspec.core import url_to_fs
 
-from launcher.preflight import checks, machine
+from launcher.preflight.checks import (
+    check_data,
+)
+from launcher.preflight.machine import PACKAGES, list_gpus
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.redact import scrub
@@ -28,62 +31,62 @@ from pipelines.runs.folder import absolute_path, is_local
 DEADLINE_S = 10.0
 MLFLOW_S = 5.0
 PROBE = ".mhe-probe"
-Trouble = list[tuple[str, str]]
+Problems = list[tuple[str, str]]
 
 
-def node(config: Config) -> dict[str, Any]:
-    """Look over this node for a run; plain values, for a trip through JSON.
+def probe_node(config: Config) -> dict[str, Any]:
+    """Probe this node for a run; plain values, which JSON can carry.
 
     Returns:
         `host`, `python`, `versions` by package, `cpus`, `gpus` (names), `memory` (bytes available),
-        `disk` (bytes free in `run.dir`; None at a URL), and `troubles`: pairs of a key and what is
-        wrong with the place that it names.
+        `disk` (bytes free in `run.dir`; None at a URL), and `problems`: pairs of a key and what is
+        wrong with the path or URL that it names.
     """
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in machine.PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
         "cpus": psutil.cpu_count() or 1,
-        "gpus": machine.gpus(),
+        "gpus": list_gpus(),
         "memory": psutil.virtual_memory().available,
         "disk": _free(config),
-        "troubles": _troubles(config),
+        "problems": _problems(config),
     }
 
 
-def _troubles(config: Config) -> Trouble:
-    """What is wrong with the places of a run; one that does not answer in time is one of it."""
-    looks: dict[str, Callable[[Config], Iterable[tuple[str, str]]]] = {
-        "data.shards": checks.data,
+def _problems(config: Config) -> Problems:
+    """What is wrong with the paths and URLs of a run; one that does not answer in time counts."""
+    probes: dict[str, Callable[[Config], Iterable[tuple[str, str]]]] = {
+        "data.shards": check_data,
         "run.dir": _results,
         "tracking.uri": _mlflow,
     }
-    # The threads of looks that hang are left behind: waiting for them is what must not happen.
-    pool = ThreadPoolExecutor(len(looks))
-    futures = {key: pool.submit(_listed, look, config) for key, look in looks.items()}
+    # The threads of probes that hang are left behind: waiting for them is what must not happen.
+    pool = ThreadPoolExecutor(len(probes))
+    futures = {key: pool.submit(_listed, probe, config) for key, probe in probes.items()}
     wait_for(futures.values(), DEADLINE_S)
     pool.shutdown(wait=False, cancel_futures=True)
     late = f"does not answer within {DEADLINE_S:.0f} s"
-    found: Trouble = []
+    found: Problems = []
     for key, future in futures.items():
         found += future.result() if future.done() else [(key, late)]
     return found
 
 
-def _listed(look: Callable[[Config], Iterable[tuple[str, str]]], config: Config) -> Trouble:
-    return [(key, scrub(message)) for key, message in look(config)]
+def _listed(probe: Callable[[Config], Iterable[tuple[str, str]]], config: Config) -> Problems:
+    return [(key, scrub(message)) for key, message in probe(config)]
 
 
 def _results(config: Config) -> Iterable[tuple[str, str]]:
     """Write a small file where the run's results will be, read it and remove it."""
-    place = f"{config.run.dir.rstrip('/')}/{PROBE}-{uuid.uuid4().hex}"
+    url = f"{config.run.dir.rstrip('/')}/{PROBE}-{uuid.uuid4().hex}"
     try:
-        filesystem, path = url_to_fs(place)
-        if is_local(place):
+        filesystem, path = url_to_fs(url)
+        if is_local(url):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with fsspec.open(place, "wb") as file:
+        with fsspec.open(url, "wb") as file:
             file.write(b"mhe")
-        with fsspec.open(place, "rb") as file:
+        with fsspec.open(url, "rb") as file:
             read = file.read()
         filesystem.rm(path)
     except Exception as error:  # every store has errors of its own
@@ -115,10 +118,10 @@ def _mlflow(config: Config) -> Iterable[tuple[str, str]]:
 def _free(config: Config) -> int | None:
     if not is_local(config.run.dir):
         return None
-    place = Path(absolute_path(config.run.dir))
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    folder = Path(absolute_path(config.run.dir))
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _version(package: str) -> str:

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from launcher.ray_cluster.environment import worker_resources
-from launcher.terminal.progress import duration
+from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
 
 GIB = 2.0**30
-Node = dict[str, Any]
-"""What `probe.node` gives, and `resources`: what Ray counts on the node, by name."""
+NodeReport = dict[str, Any]
+"""What `probe_node` gives, and `resources`: what Ray counts on the node, by name."""
 
 
-class Prediction(NamedTuple):
+class CostPrediction(NamedTuple):
     """What a run would need.
 
     Attributes:
@@ -32,21 +32,21 @@ class Prediction(NamedTuple):
     epoch_s: float
 
 
-def reasons(config: Config, nodes: list[Node]) -> list[str]:
+def find_obstacles(config: Config, nodes: list[NodeReport]) -> list[str]:
     """Every reason, in a sentence with its cure, why the run cannot work on these nodes."""
-    return [*_places(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
+    return [*_unreachable(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
 
 
-def workers_per_node(config: Config, nodes: list[Node]) -> int:
+def workers_per_node(config: Config, nodes: list[NodeReport]) -> int:
     """Workers on the fullest node; packed, Ray fills a node before it goes to the next."""
     scale = config.scale
     spread = math.ceil(scale.workers / len(nodes))
     if scale.placement in ("spread", "strict_spread"):
         return spread
-    return max(spread, min(scale.workers, max(places(config, node) for node in nodes)))
+    return max(spread, min(scale.workers, max(worker_slots(config, node) for node in nodes)))
 
 
-def predict(config: Config, measured: dict[str, Any]) -> Prediction:
+def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     """Memory and time of each worker.
 
     The counted parts say what the memory is for. The peak is the trial's, with the rows that it
@@ -65,10 +65,12 @@ def predict(config: Config, measured: dict[str, Any]) -> Prediction:
     memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
     step = trial["step_s"]
     steps = measured["samples"] / config.train.global_batch
-    return Prediction(parts, memory, trial["device_bytes"], step, step * steps)
+    return CostPrediction(parts, memory, trial["device_bytes"], step, step * steps)
 
 
-def shortages(config: Config, prediction: Prediction, nodes: list[Node]) -> list[str]:
+def find_shortages(
+    config: Config, prediction: CostPrediction, nodes: list[NodeReport]
+) -> list[str]:
     """Why the predicted memory does not fit, and what would have to change."""
     crowd = workers_per_node(config, nodes)
     there = min(node["memory"] for node in nodes)
@@ -83,7 +85,7 @@ def shortages(config: Config, prediction: Prediction, nodes: list[Node]) -> list
     ]
 
 
-def rows(prediction: Prediction) -> Iterable[tuple[str, str]]:
+def prediction_rows(prediction: CostPrediction) -> Iterable[tuple[str, str]]:
     """The prediction as lines of a table."""
     for name, size in prediction.parts:
         yield f"memory: {name}", _gib(size)
@@ -91,21 +93,21 @@ def rows(prediction: Prediction) -> Iterable[tuple[str, str]]:
     if prediction.device:
         yield "memory of its GPU at its peak", _gib(prediction.device)
     yield "time of a step", f"{prediction.step_s:.3f} s"
-    yield "time of an epoch", duration(prediction.epoch_s)
+    yield "time of an epoch", format_duration(prediction.epoch_s)
 
 
-def _places(nodes: list[Node]) -> Iterable[str]:
+def _unreachable(nodes: list[NodeReport]) -> Iterable[str]:
     """What nodes cannot reach; the same trouble of several nodes once."""
     found: dict[tuple[str, str], list[str]] = {}
     for node in nodes:
-        for key, message in node["troubles"]:
+        for key, message in node["problems"]:
             found.setdefault((key, message), []).append(node["host"])
     for (key, message), hosts in found.items():
         where = "" if len(nodes) == 1 else f" (on {_listed(hosts, len(nodes))})"
         yield f"{key}: {message}{where}"
 
 
-def _disagreements(nodes: list[Node]) -> Iterable[str]:
+def _disagreements(nodes: list[NodeReport]) -> Iterable[str]:
     """Packages that are missing, or of several versions."""
     names = {"python": [node["python"] for node in nodes]}
     for package in nodes[0]["versions"]:
@@ -122,9 +124,9 @@ def _disagreements(nodes: list[Node]) -> Iterable[str]:
             yield f"{name} is not the same on all nodes ({told}): install one version"
 
 
-def _too_few(config: Config, nodes: list[Node]) -> Iterable[str]:
-    """Whether Ray would wait for ever for places."""
-    room = sum(places(config, node) for node in nodes)
+def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:
+    """Whether Ray would wait for ever for room."""
+    room = sum(worker_slots(config, node) for node in nodes)
     if room < config.scale.workers:
         wants = ", ".join(f"{name} {amount:g}" for name, amount in _needs(config).items())
         yield (
@@ -134,7 +136,7 @@ def _too_few(config: Config, nodes: list[Node]) -> Iterable[str]:
         )
 
 
-def places(config: Config, node: Node) -> int:
+def worker_slots(config: Config, node: NodeReport) -> int:
     """How many workers have room on a node."""
     has = node["resources"]
     return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in _needs(config).items())

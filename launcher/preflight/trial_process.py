@@ -10,7 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster import code_package as package
+from launcher.ray_cluster.code_package import (
+    SETTINGS_FILE,
+    with_absolute_paths,
+)
 from launcher.ray_cluster.environment import worker_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
@@ -19,15 +22,15 @@ from mhe_dist.errors import RunError
 TRIAL_S = 120.0
 
 
-def try_here(config: Config, workers: int) -> dict[str, Any] | None:
+def measure_trial(config: Config, workers: int) -> dict[str, Any] | None:
     """What a trial of some workers measures here; None while the data set is still to be made.
 
     Raises:
         RunError: the trial failed; the message holds its last words.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
-        file = Path(folder) / package.SETTINGS
-        file.write_text(config_to_yaml(package.portable(config)), encoding="utf-8")
+        file = Path(folder) / SETTINGS_FILE
+        file.write_text(config_to_yaml(with_absolute_paths(config)), encoding="utf-8")
         done = subprocess.run(
             [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
             cwd=Path(__file__).parents[2],

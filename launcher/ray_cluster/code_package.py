@@ -13,12 +13,12 @@ from mhe_dist.config.write import config_to_yaml
 from pipelines.runs.folder import absolute_path
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
-SETTINGS = "run.yaml"
+SETTINGS_FILE = "run.yaml"
 _SQLITE = "sqlite:///"
 
 
 @dataclass(frozen=True)
-class Package:
+class CodePackage:
     """A folder that is sent.
 
     Attributes:
@@ -32,7 +32,7 @@ class Package:
     bytes: int
 
 
-def make(config: Config, folder: Path) -> Package:
+def build_package(config: Config, folder: Path) -> CodePackage:
     """Copy the code that runs here and the settings into an empty folder.
 
     A list of what is sent, not of what is left out: data, runs, environments and whatever else lies
@@ -48,13 +48,13 @@ def make(config: Config, folder: Path) -> Package:
             target = folder / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    (folder / SETTINGS).write_text(config_to_yaml(config), encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(config_to_yaml(config), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
-    return Package(folder, names, sum(path.stat().st_size for path in files))
+    return CodePackage(folder, names, sum(path.stat().st_size for path in files))
 
 
-def portable(config: Config) -> Config:
+def with_absolute_paths(config: Config) -> Config:
     """A copy whose local paths hold in any working directory.
 
     They mean the same file system on every node: a laptop's own, or one that all nodes mount.

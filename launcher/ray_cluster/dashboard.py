@@ -19,7 +19,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
 
 
-def resolve(address: str) -> str:
+def resolve_address(address: str) -> str:
     """The address that is meant: as given, or of the environment, or of this machine.
 
     Raises:
@@ -39,14 +39,14 @@ def is_loopback(address: str) -> bool:
     return urlsplit(address).hostname in LOOPBACK
 
 
-def client(address: str) -> Any:
+def create_client(address: str) -> Any:
     """A `JobSubmissionClient` of the dashboard at an address that `resolve` gave.
 
     Raises:
         UserError: nothing answers there, or it wants another token.
     """
-    _reach(address)
-    with translated(address):
+    _check_reachable(address)
+    with translate_errors(address):
         from ray.job_submission import JobSubmissionClient
 
         ray_internals.quiet_job_client()
@@ -55,7 +55,7 @@ def client(address: str) -> Any:
 
 
 @contextmanager
-def translated(address: str) -> Iterator[None]:
+def translate_errors(address: str) -> Iterator[None]:
     """Ray's errors in our words."""
     try:
         yield
@@ -77,7 +77,7 @@ def translated(address: str) -> Iterator[None]:
         raise
 
 
-def _reach(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """See in a few seconds whether anything listens there: Ray's client would wait for ever."""
     parts = urlsplit(address)
     port = parts.port or (443 if parts.scheme == "https" else 80)

@@ -14,8 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import dashboard
+from launcher.ray_cluster.code_package import (
+    SETTINGS_FILE,
+    CodePackage,
+    build_package,
+)
+from launcher.ray_cluster.dashboard import (
+    create_client,
+    is_loopback,
+    resolve_address,
+    translate_errors,
+)
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.train import GRACE_S
 from mhe_dist.config.schema import Config
@@ -28,7 +37,11 @@ POLL_S = 0.5
 STOP_WAIT_S = round(GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
 
-RUN, PLACE = "mhe_run", "mhe_path"  # metadata of a job: what its run is called, and where it is
+RUN_KEY, PATH_KEY = (
+    "mhe_run",
+    "mhe_path",
+)
+"""Metadata of a job: name of its run, and where that is."""
 _NO_AGENT = "No available agent"
 _CODES = {"SUCCEEDED": 0, "STOPPED": Preempted.exit_code}
 
@@ -41,7 +54,7 @@ class Job:
         id: what names it in the Jobs API.
         run, path: name of its run, and where that is; empty for a job of another program.
         status: pending, running, stopped, succeeded or failed.
-        exit_code: of the entry point; None while it runs, or when it was ended by a signal.
+        driver_exit_code: of the entry point; None while it runs, or when a signal ended it.
         started, ended: seconds since 1970; 0 where it has not.
         message: what Ray says about it.
         runtime_env: as it was submitted.
@@ -51,7 +64,7 @@ class Job:
     run: str
     path: str
     status: str
-    exit_code: int | None
+    driver_exit_code: int | None
     started: float
     ended: float
     message: str
@@ -63,11 +76,11 @@ class Job:
         return self.status in ("stopped", "succeeded", "failed")
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """What a command that follows the job exits with: 0 also for one that is not over."""
         if not self.is_over:
             return 0
-        return self.exit_code or _CODES.get(self.status.upper(), 1)
+        return self.driver_exit_code or _CODES.get(self.status.upper(), 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Submission:
     entrypoint: str
     environment: dict[str, str]
     metadata: dict[str, str]
-    package: package.Package
+    package: CodePackage
 
 
 class Cluster:
@@ -99,8 +112,8 @@ class Cluster:
         Raises:
             UserError: nothing answers there, or it wants a token.
         """
-        self.address = dashboard.resolve(address)
-        self._client = dashboard.client(self.address)
+        self.address = resolve_address(address)
+        self._client = create_client(self.address)
 
     def submit(self, submission: Submission) -> None:
         """Start a job.
@@ -115,7 +128,7 @@ class Cluster:
         deadline = time.monotonic() + READY_S
         while True:
             try:
-                with dashboard.translated(self.address):
+                with translate_errors(self.address):
                     self._client.submit_job(
                         entrypoint=submission.entrypoint,
                         submission_id=submission.id,
@@ -136,9 +149,9 @@ class Cluster:
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted, of other programs too, newest first."""
-        with dashboard.translated(self.address):
+        with translate_errors(self.address):
             details = self._client.list_jobs()
-        found = [_job(detail) for detail in details if detail.submission_id]
+        found = [_to_job(detail) for detail in details if detail.submission_id]
         return sorted(found, key=lambda job: job.started, reverse=True)
 
     def find(self, name: str) -> Job:
@@ -172,9 +185,9 @@ class Cluster:
         """How many jobs there were for runs of that name."""
         return sum(job.run == name for job in self.jobs())
 
-    def output(self, job_id: str) -> str:
+    def read_output(self, job_id: str) -> str:
         """What a job has printed so far."""
-        with dashboard.translated(self.address):
+        with translate_errors(self.address):
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
@@ -182,13 +195,13 @@ class Cluster:
         seen = 0
         while True:
             try:
-                for chunk in _pieces(self._client.tail_job_logs(job_id), seen):
+                for chunk in _read_stream(self._client.tail_job_logs(job_id), seen):
                     seen += len(chunk)
                     yield chunk
             except (RuntimeError, OSError):
                 pass  # the connection went; whether the job did is asked next
             if self.find(job_id).is_over:
-                yield self.output(job_id)[seen:]
+                yield self.read_output(job_id)[seen:]
                 return
             time.sleep(POLL_S)
 
@@ -198,7 +211,7 @@ class Cluster:
         Ray knows one way to stop a job, the signal that asks it to save. Not to wait for that is
         told to the job by another, small one.
         """
-        with dashboard.translated(self.address):
+        with translate_errors(self.address):
             self._client.stop_job(job.id)
             if now and job.path:
                 env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
@@ -217,7 +230,7 @@ class Cluster:
         return job
 
 
-def prepare(
+def build_submission(
     config: Config,
     address: str,
     attempt: int,
@@ -228,7 +241,7 @@ def prepare(
     """Put together what starts a run as a job.
 
     Args:
-        config: of the run, with paths that hold anywhere (`package.portable`).
+        config: of the run, with paths that hold anywhere (`with_absolute_paths`).
         address: of the cluster.
         attempt: number of the job among those of this run; two people who start the same run at
             the same time get the same id, which Ray gives only once.
@@ -236,25 +249,25 @@ def prepare(
         folder: an empty folder, for what is sent.
         verb: what the job does (`launcher.job`); only one that runs is a job of the run.
     """
-    command = [_python(address), "-m", "launcher.job", verb, package.SETTINGS]
+    command = [_python(address), "-m", "launcher.job", verb, SETTINGS_FILE]
     is_run = verb == "run"
     return Submission(
         id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
         entrypoint=shlex.join(command),
         environment=_environment(config) | variables,
-        metadata={RUN: config.run.name, PLACE: config.run.path} if is_run else {},
-        package=package.make(config, folder),
+        metadata={RUN_KEY: config.run.name, PATH_KEY: config.run.path} if is_run else {},
+        package=build_package(config, folder),
     )
 
 
 @contextmanager
-def staging() -> Iterator[Path]:
+def staging_folder() -> Iterator[Path]:
     """An empty folder for the length of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="mhe-") as folder:
         yield Path(folder)
 
 
-def passed_on(words: list[str]) -> dict[str, str]:
+def resolve_variables(words: list[str]) -> dict[str, str]:
     """Variables from `NAME=VALUE`, or `NAME` for one that this process has.
 
     Raises:
@@ -293,10 +306,10 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _python(address: str) -> str:
     """The interpreter of the job: ours on this machine, else what the nodes call python."""
-    return sys.executable if dashboard.is_loopback(address) else "python"
+    return sys.executable if is_loopback(address) else "python"
 
 
-def _pieces(stream: Any, skip: int) -> Iterator[str]:
+def _read_stream(stream: Any, skip: int) -> Iterator[str]:
     """What an asynchronous stream of texts holds beyond its first `skip` characters."""
     loop = asyncio.new_event_loop()
     try:
@@ -313,14 +326,14 @@ def _pieces(stream: Any, skip: int) -> Iterator[str]:
         loop.close()
 
 
-def _job(detail: Any) -> Job:
+def _to_job(detail: Any) -> Job:
     metadata = detail.metadata or {}
     return Job(
         id=detail.submission_id,
-        run=metadata.get(RUN, ""),
-        path=metadata.get(PLACE, ""),
+        run=metadata.get(RUN_KEY, ""),
+        path=metadata.get(PATH_KEY, ""),
         status=detail.status.value.lower(),
-        exit_code=detail.driver_exit_code,
+        driver_exit_code=detail.driver_exit_code,
         started=(detail.start_time or 0) / 1000,
         ended=(detail.end_time or 0) / 1000,
         message=detail.message or "",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from launcher.reproduce.studies import STUDIES, Planned, Study, Variant, planned
+from launcher.reproduce.studies import STUDIES, PlannedRun, Study, Variant, plan_runs
 from pipelines.report.comparison import Compared, Outcome
 from pipelines.runs.folder import newest_checkpoint, read_run_config, read_summary
 
 
-def write(page: str, folder: str, study: Study, seeds: int) -> list[str]:
+def write_study_page(page: str, folder: str, study: Study, seeds: int) -> list[str]:
     """Write the page from what is complete: this study, and others that were begun there.
 
     Args:
@@ -25,7 +25,7 @@ def write(page: str, folder: str, study: Study, seeds: int) -> list[str]:
 
     parts = []
     for each in STUDIES.values():
-        compared = list(compare(each, folder, seeds if each is study else each.seeds))
+        compared = list(compare_variants(each, folder, seeds if each is study else each.seeds))
         if each is study or any(row.outcomes for row in compared):
             parts.append(
                 comparison_page.Part(
@@ -36,13 +36,13 @@ def write(page: str, folder: str, study: Study, seeds: int) -> list[str]:
     return comparison_page.write(parts, page)
 
 
-def compare(study: Study, folder: str, seeds: int) -> Iterator[Compared]:
+def compare_variants(study: Study, folder: str, seeds: int) -> Iterator[Compared]:
     """What the runs of each variant reached, and which are not complete."""
     for variant in study.variants:
-        yield _compared(variant, folder, planned(study, [variant], seeds))
+        yield _compared(variant, folder, plan_runs(study, [variant], seeds))
 
 
-def _compared(variant: Variant, folder: str, plans: Iterable[Planned]) -> Compared:
+def _compared(variant: Variant, folder: str, plans: Iterable[PlannedRun]) -> Compared:
     found = Compared(variant.name, variant.title, [])
     for plan in plans:
         path = f"{folder}/{plan.name}"

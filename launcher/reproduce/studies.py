@@ -69,7 +69,7 @@ class Study:
         return [known[name] for name in dict.fromkeys(only)] if only else list(self.variants)
 
 
-class Planned(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run of a study: an ordinary run of that name."""
 
     study: Study
@@ -87,11 +87,11 @@ class Planned(NamedTuple):
         return [*self.variant.overrides, f"run.seed={self.seed}", f"run.name={self.name}"]
 
 
-def planned(study: Study, variants: Sequence[Variant], seeds: int) -> Iterator[Planned]:
+def plan_runs(study: Study, variants: Sequence[Variant], seeds: int) -> Iterator[PlannedRun]:
     """Every run, seed by seed, so that all heads can be compared after the first one."""
     for seed in range(seeds):
         for variant in variants:
-            yield Planned(study, variant, seed)
+            yield PlannedRun(study, variant, seed)
 
 
 def _head(name: str, title: str, *settings: str) -> Variant:

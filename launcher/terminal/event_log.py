@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import IO
 
 from launcher.events import Event
-from launcher.terminal.progress import announcement
+from launcher.terminal.progress import announce_once
 
 _START = '{"event": '
 
 
-class EventLines:
+class EventLogWriter:
     """Writes what goes on in a run as lines; a `launcher.execute.Watcher`."""
 
     def __init__(self, sink: IO[str]) -> None:
@@ -28,7 +28,7 @@ class EventLines:
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """Write that something begins, once it does."""
-        yield announcement(self.waiting, what)
+        yield announce_once(self.waiting, what)
 
     def handle(self, event: Event) -> None:
         """Write an event, and when it was."""
@@ -36,7 +36,7 @@ class EventLines:
         self._sink.flush()
 
 
-def parse(line: str) -> Event | None:
+def parse_event(line: str) -> Event | None:
     """The event that a line holds; None for a line of another kind."""
     if not line.startswith(_START):
         return None
@@ -47,7 +47,7 @@ def parse(line: str) -> Event | None:
     return event if isinstance(event, dict) else None
 
 
-def split(chunks: Iterator[str]) -> Iterator[str]:
+def split_lines(chunks: Iterator[str]) -> Iterator[str]:
     """Whole lines, without their ends, of a text that arrives in pieces."""
     rest = ""
     for chunk in chunks:

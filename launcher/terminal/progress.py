@@ -25,7 +25,7 @@ from launcher.terminal import console
 PLAIN_EVERY_S = 20.0
 
 
-class Display:
+class ProgressDisplay:
     """Draws the events of a run, as a context manager around it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Display:
         self._next_line = 0.0
         self.summary: dict[str, Any] | None = None
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ProgressDisplay:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +65,7 @@ class Display:
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
         if not self._console.is_terminal:
-            yield announcement(self._say, what)
+            yield announce_once(self._say, what)
             return
         columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
         with _progress(self._console, *columns) as bar:
@@ -125,10 +125,10 @@ class Display:
     def _remaining(self, step: int) -> str:
         since, first = self._begun
         seconds = (self._clock() - since) / (step - first) * (self._steps - step)
-        return f"{duration(seconds)} left"
+        return f"{format_duration(seconds)} left"
 
     def _evaluation(self, event: Event) -> None:
-        figures = ", ".join(f"{name} {value}" for name, value in accuracies(event))
+        figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(event))
         self._say(f"step {event['step']:,}  held-out: {figures}")
 
     def _bad_samples(self, event: Event) -> None:
@@ -177,7 +177,7 @@ class Display:
             self._spinner = None
 
 
-def announcement(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+def announce_once(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
     """A progress callback that says once what is going on."""
     told = False
 
@@ -206,7 +206,7 @@ def _progress(terminal: Console, *columns: ProgressColumn) -> Progress:
     return Progress(*columns, console=terminal, redirect_stdout=False, redirect_stderr=False)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`seconds` as a person says it: 42 s, 3 min 05 s, 2 h 10 min."""
     seconds = round(seconds)
     if seconds < 60:
@@ -216,7 +216,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-def accuracies(heldout: dict[str, Any]) -> list[tuple[str, str]]:
+def accuracy_rows(heldout: dict[str, Any]) -> list[tuple[str, str]]:
     """The held-out figures that matter as `(name, value)`, chance beside rank-1."""
     rows = []
     if "rank1" in heldout:

@@ -8,20 +8,20 @@ from typing import Any
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.terminal import event_log as event_lines
-from launcher.terminal.progress import Display
+from launcher.terminal.event_log import parse_event
+from launcher.terminal.progress import ProgressDisplay
 
 
-def draw(lines: Iterable[str]) -> dict[str, Any] | None:
+def replay_log(lines: Iterable[str]) -> dict[str, Any] | None:
     """Draw the lines of a job's output by the clock of its events.
 
     Returns:
         The run's summary, if it got so far.
     """
     now = 0.0
-    with Display(clock=lambda: now) as display:
+    with ProgressDisplay(clock=lambda: now) as display:
         for line in lines:
-            event = event_lines.parse(line)
+            event = parse_event(line)
             if event is None:
                 console.say(escape(line))
             else:

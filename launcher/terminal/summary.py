@@ -9,26 +9,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.terminal.progress import accuracies, duration
+from launcher.terminal.progress import accuracy_rows, format_duration
 from mhe_dist.config.schema import Config
 
 Row = tuple[str, str]
 
 
-def show(config: Config, summary: dict[str, Any]) -> None:
+def show_summary(config: Config, summary: dict[str, Any]) -> None:
     """Print the figures of a complete run, where everything is, and what to type next."""
     table = Table(title=f"Run {config.run.name}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in figures(summary):
+    for name, value in summary_rows(summary):
         table.add_row(name, escape(value))
     console.out.print()
     console.out.print(table)
-    console.list_commands("Where it is", places(config, summary))
-    console.list_commands("Next", next_steps(config, summary))
+    console.list_commands("Where it is", result_paths(config, summary))
+    console.list_commands("Next", next_commands(config, summary))
 
 
-def figures(summary: dict[str, Any]) -> Iterator[Row]:
+def summary_rows(summary: dict[str, Any]) -> Iterator[Row]:
     """The rows of the table."""
     training, heldout = summary["training"], summary["heldout"]
     yield "steps", f"{summary['steps']:,} on {summary['world_size']} workers"
@@ -36,18 +36,18 @@ def figures(summary: dict[str, Any]) -> Iterator[Row]:
     if "loss" in training:
         yield "loss", f"{training['loss']:.3f}"
     if heldout:
-        yield from accuracies(heldout)
+        yield from accuracy_rows(heldout)
     yield "bad samples", f"{summary.get('bad_samples', 0):,}"
     yield "speed", f"{summary['images_per_s']:,.0f} images/s"
     phases = summary["phases"].items()
-    yield "time", ", ".join(f"{name} {duration(seconds)}" for name, seconds in phases)
+    yield "time", ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in phases)
     for failure in summary.get("failed_checkpoints", []):
         yield "checkpoint that failed", failure
     if summary["resumed_from"]:
         yield "resumed from", summary["resumed_from"]
 
 
-def places(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
+def result_paths(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
     """Where the results are."""
     path = config.run.path
     for name, export in summary["exports"].items():
@@ -61,7 +61,7 @@ def places(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
     yield "logs", f"{path}/logs"
 
 
-def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
+def next_commands(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
     """What to type next."""
     path = config.run.path
     if summary["mlflow"]:

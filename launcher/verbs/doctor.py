@@ -13,7 +13,7 @@ import psutil
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight import machine
+from launcher.preflight.machine import PACKAGES, list_gpus
 from launcher.terminal import console
 
 GIB = 2**30
@@ -40,13 +40,13 @@ def doctor() -> None:
 def findings() -> Iterator[Row]:
     """Everything that was looked at."""
     yield "python", platform.python_version(), ""
-    for package in machine.PACKAGES:
+    for package in PACKAGES:
         yield _version(package)
     yield "cores", str(os.cpu_count()), ""
     yield _free("memory", psutil.virtual_memory().available, 4, "a run needs about 4 GiB")
     yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
     yield _shared_memory()
-    yield "GPUs", "; ".join(machine.gpus()) or "none: runs use the CPU (scale.gpu=false)", ""
+    yield "GPUs", "; ".join(list_gpus()) or "none: runs use the CPU (scale.gpu=false)", ""
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "C++ compiler", compiler or "none; not needed", ""
     yield _loopback()

@@ -11,16 +11,35 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight import checks
-from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import dashboard, jobs
+from launcher.preflight.checks import (
+    check_backbone,
+)
+from launcher.ray_cluster.code_package import (
+    SETTINGS_FILE,
+    with_absolute_paths,
+)
+from launcher.ray_cluster.dashboard import (
+    ADDRESS_VARIABLE,
+    DEFAULT_ADDRESS,
+    is_loopback,
+    resolve_address,
+)
 from launcher.ray_cluster.environment import worker_resources
+from launcher.ray_cluster.jobs import (
+    STOP_WAIT_S,
+    Cluster,
+    Job,
+    Submission,
+    build_submission,
+    resolve_variables,
+    staging_folder,
+)
 from launcher.ray_cluster.ray_internals import is_token_auth_enabled
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
-from launcher.terminal import event_log as event_lines
-from launcher.terminal.progress import duration
-from launcher.terminal.replay import draw
+from launcher.terminal.event_log import parse_event, split_lines
+from launcher.terminal.progress import format_duration
+from launcher.terminal.replay import replay_log
 from launcher.verbs.config import ConfigFile, Overrides
 from launcher.verbs.preflight import check, on_cluster
 from mhe_dist.config.load import load_config
@@ -36,8 +55,7 @@ _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped":
 Address = Annotated[
     str,
     typer.Option(
-        help=f"Dashboard of the cluster; else {dashboard.ADDRESS_VARIABLE}, "
-        f"else {dashboard.DEFAULT_ADDRESS}."
+        help=f"Dashboard of the cluster; else {ADDRESS_VARIABLE}, else {DEFAULT_ADDRESS}."
     ),
 ]
 JobName = Annotated[
@@ -71,33 +89,33 @@ def submit(
 
     Example: mhe submit configs/quickstart.yaml --address http://127.0.0.1:8265 --follow
     """
-    settings = package.portable(load_config(config, overrides or [], [checks.backbone]))
-    variables = jobs.passed_on(env or [])
+    settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
+    variables = resolve_variables(env or [])
     if dry_run:
-        with jobs.staging() as folder:
-            sent = jobs.prepare(settings, dashboard.resolve(address), 1, variables, folder)
-            _show(settings, sent, dashboard.resolve(address))
+        with staging_folder() as folder:
+            sent = build_submission(settings, resolve_address(address), 1, variables, folder)
+            _show(settings, sent, resolve_address(address))
         return
-    cluster = jobs.Cluster(address)
+    cluster = Cluster(address)
     cluster.refuse_running(settings)
     if preflight:
         with console.out.status("preflight"):
             check(settings, on_cluster(settings, cluster, trial=False), trial=False)
-    with jobs.staging() as folder:
+    with staging_folder() as folder:
         attempt = cluster.attempts(settings.run.name) + 1
-        sent = jobs.prepare(settings, cluster.address, attempt, variables, folder)
+        sent = build_submission(settings, cluster.address, attempt, variables, folder)
         cluster.submit(sent)
     _announce(settings, sent, cluster.address)
     if follow:
         _follow(cluster, sent.id)
 
 
-def jobs_(address: Address = "") -> None:
+def list_jobs(address: Address = "") -> None:
     """List the jobs of a cluster, newest first.
 
     Example: mhe jobs --address http://127.0.0.1:8265
     """
-    found = jobs.Cluster(address).jobs()
+    found = Cluster(address).jobs()
     table = Table("job", "run", "status", "started", "time", box=None, padding=(0, 2, 0, 0))
     for job in found:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
@@ -113,14 +131,14 @@ def status(job_id: JobName, address: Address = "") -> None:
 
     Example: mhe status quickstart
     """
-    cluster = jobs.Cluster(address)
+    cluster = Cluster(address)
     job = cluster.find(job_id)
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
     for name, value in _facts(job, cluster):
         console.say(f"  {name}: {escape(value)}")
     if job.status == "failed":
         console.say(escape(scrub(job.message)))
-    raise typer.Exit(job.code)
+    raise typer.Exit(job.exit_code)
 
 
 def logs(
@@ -134,11 +152,11 @@ def logs(
 
     Example: mhe logs quickstart -f
     """
-    cluster = jobs.Cluster(address)
+    cluster = Cluster(address)
     job = cluster.find(job_id)
     if follow:
         _follow(cluster, job.id)
-    draw(cluster.output(job.id).splitlines())
+    replay_log(cluster.read_output(job.id).splitlines())
 
 
 def stop(
@@ -150,14 +168,14 @@ def stop(
 
     Example: mhe stop quickstart
     """
-    cluster = jobs.Cluster(address)
+    cluster = Cluster(address)
     job = cluster.find(job_id)
     if job.is_over:
         console.say(f"{escape(job.id)} has {_status(job)} already.")
         return
     cluster.stop(job, now)
     with console.out.status("ending it" if now else "waiting for its checkpoint"):
-        job = cluster.wait(job.id, STOP_NOW_S if now else jobs.STOP_WAIT_S + STOP_NOW_S)
+        job = cluster.wait(job.id, STOP_NOW_S if now else STOP_WAIT_S + STOP_NOW_S)
     newest = newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
     console.say(
         f"{escape(job.id)}: {_status(job)}." + (f" It goes on from {newest}." * bool(newest))
@@ -166,7 +184,7 @@ def stop(
         raise typer.Exit(1)
 
 
-def _show(config: Config, sent: jobs.Submission, address: str) -> None:
+def _show(config: Config, sent: Submission, address: str) -> None:
     """All that a submission consists of."""
     console.say(f"[bold]Job[/] {escape(sent.id)} on {escape(scrub(address))}")
     console.say(f"  {escape(sent.entrypoint)}")
@@ -182,7 +200,7 @@ def _show(config: Config, sent: jobs.Submission, address: str) -> None:
     )
     for name in files:
         console.say(f"  {escape(name)}")
-    console.say(f"\n[bold]{package.SETTINGS}[/]")
+    console.say(f"\n[bold]{SETTINGS_FILE}[/]")
     shown = Config.model_validate(masked(config_to_dict(config)))
     console.say(escape(config_to_yaml(shown)))
 
@@ -193,16 +211,16 @@ def _placement(config: Config) -> Iterable[str]:
     yield f"{config.scale.workers} workers ({config.scale.placement}){kind}, each with {needs}"
 
 
-def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
+def _announce(config: Config, sent: Submission, address: str) -> None:
     name = shlex.quote(sent.id)
-    where = f" --address {address}" if address != dashboard.DEFAULT_ADDRESS else ""
+    where = f" --address {address}" if address != DEFAULT_ADDRESS else ""
     console.say(f"Job [bold]{escape(sent.id)}[/] is submitted.")
     rows = [("dashboard", f"{address}/#/jobs/{sent.id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
         rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
     for what, link in rows:
         console.say(f"  {what}: {escape(link)}")
-    if not dashboard.is_loopback(address) and not is_token_auth_enabled():
+    if not is_loopback(address) and not is_token_auth_enabled():
         console.say(
             "[yellow]warning:[/] this cluster takes jobs from anybody who reaches it; start it "
             "with RAY_AUTH_MODE=token (docs/clusters.md)"
@@ -217,11 +235,11 @@ def _announce(config: Config, sent: jobs.Submission, address: str) -> None:
     )
 
 
-def _follow(cluster: jobs.Cluster, job_id: str) -> None:
+def _follow(cluster: Cluster, job_id: str) -> None:
     """Draw what a job does until it is over, then exit as it did."""
     try:
         with interruptible():
-            summary = draw(event_lines.split(cluster.follow(job_id)))
+            summary = replay_log(split_lines(cluster.follow(job_id)))
     except Interrupted as stop_:
         console.say(f"[yellow]The job goes on.[/] mhe logs {escape(job_id)} -f watches it again.")
         raise typer.Exit(stop_.exit_code) from None
@@ -229,15 +247,15 @@ def _follow(cluster: jobs.Cluster, job_id: str) -> None:
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
     if summary:
         console.list_commands("Where it is", [("results", summary["run"])])
-    raise typer.Exit(job.code)
+    raise typer.Exit(job.exit_code)
 
 
-def _facts(job: jobs.Job, cluster: jobs.Cluster) -> Iterable[tuple[str, str]]:
+def _facts(job: Job, cluster: Cluster) -> Iterable[tuple[str, str]]:
     yield "dashboard", f"{cluster.address}/#/jobs/{job.id}"
     if not job.path:
         return
     yield "run", job.path
-    events = [event_lines.parse(line) for line in cluster.output(job.id).splitlines()]
+    events = [parse_event(line) for line in cluster.read_output(job.id).splitlines()]
     kinds = {event["event"]: event for event in events if event}
     if "start" in kinds and (newest := kinds.get("metrics")):
         yield "step", f"{newest['step'] + 1:,} of {kinds['start']['steps']:,}"
@@ -245,17 +263,17 @@ def _facts(job: jobs.Job, cluster: jobs.Cluster) -> Iterable[tuple[str, str]]:
         yield "speed", f"{newest['images_per_s']:,.0f} images/s"
     if "checkpoint" in kinds:
         yield "checkpoint", f"of step {kinds['checkpoint']['step']:,}"
-    if job.exit_code:
-        yield "exit code", str(job.exit_code)
+    if job.driver_exit_code:
+        yield "exit code", str(job.driver_exit_code)
 
 
-def _status(job: jobs.Job) -> str:
+def _status(job: Job) -> str:
     style = _STYLES.get(job.status, "")
     return f"[{style}]{job.status}[/]" if style else job.status
 
 
-def _length(job: jobs.Job) -> str:
-    return duration(max(0.0, (job.ended or time.time()) - job.started))
+def _length(job: Job) -> str:
+    return format_duration(max(0.0, (job.ended or time.time()) - job.started))
 
 
 def _is_visible(path: str) -> bool:

@@ -8,21 +8,28 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.kubernetes import manifests
-from launcher.kubernetes.client import Kubernetes, State
-from launcher.kubernetes.manifests import Place
-from launcher.preflight import checks
+from launcher.kubernetes.client import KubernetesClient, RayJobState
+from launcher.kubernetes.manifests import (
+    KubernetesTarget,
+    build_config_map,
+    build_raycluster,
+    build_rayjob,
+    manifests_to_yaml,
+)
+from launcher.preflight.checks import (
+    check_backbone,
+)
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
-from launcher.terminal import event_log as event_lines
-from launcher.terminal.replay import draw
+from launcher.terminal.event_log import split_lines
+from launcher.terminal.replay import replay_log
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 
 app = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, as RayJobs of KubeRay.")
 
-DEFAULT = Place()
+DEFAULT = KubernetesTarget()
 JobName = Annotated[
     str, typer.Argument(metavar="NAME", help="A RayJob, or a run: its last RayJob.")
 ]
@@ -61,13 +68,13 @@ def render(
     Example: mhe k8s render configs/quickstart.yaml --claim mhe-data | kubectl apply -f -
     """
     settings = _load(config, overrides)
-    place = Place(image, namespace, claim, secret, queue, memory)
+    target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
     if cluster:
-        made = [manifests.raycluster(settings, place)]
+        made = [build_raycluster(settings, target)]
     else:
-        job = manifests.rayjob(settings, place)
-        made = [job, manifests.settings(settings, place, job["metadata"]["name"])]
-    typer.echo(manifests.to_yaml(made), nl=False)
+        job = build_rayjob(settings, target)
+        made = [job, build_config_map(settings, target, job["metadata"]["name"])]
+    typer.echo(manifests_to_yaml(made), nl=False)
 
 
 @app.command()
@@ -87,8 +94,8 @@ def submit(
     Example: mhe k8s submit run.yaml --image registry.example/mhe@sha256:... --claim mhe-data
     """
     settings = _load(config, overrides)
-    place = Place(image, namespace, claim, secret, queue, memory)
-    name = Kubernetes(namespace, context).submit(settings, place)
+    target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
+    name = KubernetesClient(namespace, context).submit(settings, target)
     console.say(f"RayJob [bold]{escape(name)}[/] is made in namespace {escape(namespace)}.")
     console.list_commands(
         "Next",
@@ -110,7 +117,7 @@ def status(
 
     Example: mhe k8s status quickstart
     """
-    api = Kubernetes(namespace, context)
+    api = KubernetesClient(namespace, context)
     found = [api.find(name)] if name else api.states()
     table = Table("rayjob", "run", "job", "deployment", "", box=None, padding=(0, 2, 0, 0))
     for state in found:
@@ -118,7 +125,7 @@ def status(
         table.add_row(*row, escape(state.message))
     console.out.print(table)
     if name:
-        raise typer.Exit(found[0].code)
+        raise typer.Exit(found[0].exit_code)
 
 
 @app.command()
@@ -134,15 +141,15 @@ def logs(
 
     Example: mhe k8s logs quickstart -f
     """
-    api = Kubernetes(namespace, context)
+    api = KubernetesClient(namespace, context)
     state = api.find(name)
     try:
         with interruptible():
-            draw(event_lines.split(api.output(state.name, follow)))
+            replay_log(split_lines(api.read_output(state.name, follow)))
     except Interrupted as stop_:
         raise typer.Exit(stop_.exit_code) from None
     if follow:
-        raise typer.Exit(api.find(state.name).code)
+        raise typer.Exit(api.find(state.name).exit_code)
 
 
 @app.command()
@@ -158,7 +165,7 @@ def stop(
 
     Example: mhe k8s stop quickstart
     """
-    api = Kubernetes(namespace, context)
+    api = KubernetesClient(namespace, context)
     state = api.find(name)
     if state.is_over:
         console.say(f"{escape(state.name)} is over: {_word(state)}.")
@@ -169,8 +176,8 @@ def stop(
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
-    return load_config(config, overrides or [], [checks.backbone])
+    return load_config(config, overrides or [], [check_backbone])
 
 
-def _word(state: State) -> str:
+def _word(state: RayJobState) -> str:
     return (state.job or state.deployment).lower()

@@ -10,14 +10,25 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight import checks, machine
-from launcher.preflight import node_probe as probe
-from launcher.preflight import predict as preflight
-from launcher.preflight.trial_process import TRIAL_S, try_here
-from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import jobs
+from launcher.preflight.checks import (
+    check_backbone,
+)
+from launcher.preflight.machine import list_gpus
+from launcher.preflight.node_probe import probe_node
+from launcher.preflight.predict import (
+    CostPrediction,
+    find_obstacles,
+    find_shortages,
+    predict_cost,
+    prediction_rows,
+)
+from launcher.preflight.trial_process import TRIAL_S, measure_trial
+from launcher.ray_cluster.code_package import (
+    with_absolute_paths,
+)
+from launcher.ray_cluster.jobs import POLL_S, Cluster, build_submission, staging_folder
 from launcher.terminal import console
-from launcher.terminal import event_log as event_lines
+from launcher.terminal.event_log import parse_event
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -26,7 +37,7 @@ from mhe_dist.errors import RunError, UserError
 NODES_S = 60.0  # what stands in the way is told as soon as it is known
 
 
-def preflight_(
+def preflight(
     config: ConfigFile,
     overrides: Overrides = None,
     address: Annotated[
@@ -43,51 +54,47 @@ def preflight_(
 
     Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
     """
-    settings = package.portable(load_config(config, overrides or [], [checks.backbone]))
-    events = (
-        on_cluster(settings, jobs.Cluster(address), trial) if address else here(settings, trial)
-    )
+    settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
+    events = on_cluster(settings, Cluster(address), trial) if address else here(settings, trial)
     prediction = check(settings, events, trial)
     if prediction:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in preflight.rows(prediction):
+        for name, value in prediction_rows(prediction):
             table.add_row(name, escape(value))
         console.out.print(table)
     console.say("Nothing stands in the way.")
 
 
-def check(
-    config: Config, events: Iterator[dict[str, Any]], trial: bool
-) -> preflight.Prediction | None:
+def check(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> CostPrediction | None:
     """Judge what comes in; the prediction, if a trial is wanted and possible.
 
     Raises:
         UserError: the run cannot work; the message holds every reason.
     """
     nodes = next(events)["nodes"]
-    _refuse(preflight.reasons(config, nodes))
+    _refuse(find_obstacles(config, nodes))
     if not trial:
         return None
     measured = next(events)["measured"]
     if measured is None:
         console.say("No prediction: the data set is made when the run begins.")
         return None
-    prediction = preflight.predict(config, measured)
-    _refuse(preflight.shortages(config, prediction, nodes))
+    prediction = predict_cost(config, measured)
+    _refuse(find_shortages(config, prediction, nodes))
     return prediction
 
 
 def here(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
     """What this machine says, then what a trial in a process of its own measured."""
-    found = probe.node(config)
+    found = probe_node(config)
     # `mhe train` gives its workers as many of Ray's CPUs as they ask for.
     cpus = config.scale.workers * config.scale.cpus_per_worker
-    resources = {"CPU": float(cpus), "GPU": float(len(machine.gpus()))}
+    resources = {"CPU": float(cpus), "GPU": float(len(list_gpus()))}
     yield {"nodes": [{**found, "resources": resources}]}
-    yield {"measured": try_here(config, config.scale.workers) if trial else None}
+    yield {"measured": measure_trial(config, config.scale.workers) if trial else None}
 
 
-def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[dict[str, Any]]:
+def on_cluster(config: Config, cluster: Cluster, trial: bool) -> Iterator[dict[str, Any]]:
     """What the nodes of a cluster say, then what a trial there measured.
 
     Raises:
@@ -95,8 +102,8 @@ def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[d
         RunError: the job failed.
     """
     verb = "preflight" if trial else "probe"
-    with jobs.staging() as folder:
-        sent = jobs.prepare(config, cluster.address, int(time.time()), {}, folder, verb)
+    with staging_folder() as folder:
+        sent = build_submission(config, cluster.address, int(time.time()), {}, folder, verb)
         cluster.submit(sent)
         events = _events(cluster, sent.id)
         try:
@@ -107,13 +114,13 @@ def on_cluster(config: Config, cluster: jobs.Cluster, trial: bool) -> Iterator[d
                 cluster.stop(job)
 
 
-def _events(cluster: jobs.Cluster, job_id: str) -> Iterator[dict[str, Any]]:
+def _events(cluster: Cluster, job_id: str) -> Iterator[dict[str, Any]]:
     """The events of the job, each as soon as it is there."""
     deadline, seen = time.monotonic() + NODES_S, 0
     while True:
         job = cluster.find(job_id)
-        lines = cluster.output(job_id).splitlines() if job.status != "pending" else []
-        events = [event for line in lines if (event := event_lines.parse(line))]
+        lines = cluster.read_output(job_id).splitlines() if job.status != "pending" else []
+        events = [event for line in lines if (event := parse_event(line))]
         for event in events[seen:]:
             deadline = time.monotonic() + TRIAL_S
             yield event
@@ -125,7 +132,7 @@ def _events(cluster: jobs.Cluster, job_id: str) -> Iterator[dict[str, Any]]:
                 f"{cluster.address} did not answer in time: mhe jobs shows what keeps it busy; "
                 f"--no-preflight goes without"
             )
-        time.sleep(jobs.POLL_S)
+        time.sleep(POLL_S)
 
 
 def _refuse(found: list[str]) -> None:

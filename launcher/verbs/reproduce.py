@@ -10,16 +10,22 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight import checks
-from launcher.preflight import predict as preflight
-from launcher.reproduce import page as study_page
-from launcher.reproduce.studies import STUDIES, Planned, planned
+from launcher.preflight.checks import (
+    check_backbone,
+    check_data,
+    refuse_changed_config,
+)
+from launcher.preflight.predict import (
+    CostPrediction,
+)
+from launcher.reproduce.page import compare_variants, write_study_page
+from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
 from launcher.terminal import console
-from launcher.terminal.progress import Display, accuracies, duration
+from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
 from launcher.verbs import preflight as preflight_verb
 from launcher.verbs.config import Overrides
-from launcher.verbs.data import convert as data_import
-from launcher.verbs.train import to_the_end
+from launcher.verbs.data import convert
+from launcher.verbs.train import train_to_end
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
@@ -57,15 +63,15 @@ def reproduce(
     chosen = STUDIES[study.value]
     names = [name.strip() for name in only.split(",")] if only else []
     count = seeds or chosen.seeds
-    plans = list(planned(chosen, chosen.chosen(names), count))
+    plans = list(plan_runs(chosen, chosen.chosen(names), count))
     configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
-    written = study_page.write(page, out, chosen, count)
+    written = write_study_page(page, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(config, plan.study.minutes)
-        written = study_page.write(page, out, chosen, count)
+        written = write_study_page(page, out, chosen, count)
     console.list_commands("Where it is", [("page and pictures", ", ".join(written)), ("runs", out)])
-    missing = [row for row in study_page.compare(chosen, out, count) if row.missing]
+    missing = [row for row in compare_variants(chosen, out, count) if row.missing]
     for row in missing:
         console.say(f"[yellow]Not complete:[/] {escape(row.unfinished)}")
     again = ["mhe", "reproduce", chosen.name, *(overrides or [])]
@@ -75,18 +81,18 @@ def reproduce(
     console.list_commands("Next", steps)
 
 
-def settings(plan: Planned, overrides: list[str], out: str) -> Config:
+def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
     """The config of a run; `overrides` are those of the command line, for all runs.
 
     Raises:
         UserError: a mistake in them, or a run of that name was begun with other settings.
     """
     words = [*plan.overrides, *overrides, f"run.dir={out}"]
-    config = load_config(plan.study.file, words, [checks.data, checks.backbone])
+    config = load_config(plan.study.file, words, [check_data, check_backbone])
     before = read_run_config(config.run.path)
     if plan.study.minutes and before and not config.train.max_steps:
         config.train.max_steps = before["train"]["max_steps"]  # what a trial found
-    checks.refuse_another_run(config)
+    refuse_changed_config(config)
     return config
 
 
@@ -96,14 +102,14 @@ def _train(config: Config, minutes: float) -> None:
     if summary is None:
         if minutes and not config.train.max_steps:
             config.train.max_steps = _steps_in(minutes, config)
-        summary = to_the_end(config)
-    figures = ", ".join(f"{name} {value}" for name, value in accuracies(summary["heldout"]))
+        summary = train_to_end(config)
+    figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(summary["heldout"]))
     console.say(f"complete: {figures}")
 
 
 def _steps_in(minutes: float, config: Config) -> int:
     """How many steps of a run take that long, as a trial of all workers predicts."""
-    with data_import.resumable(), Display() as display:
+    with convert.resumable(), ProgressDisplay() as display:
         execute.make_data(config, display)
         display.waiting("trying some steps, to see how far the time goes")
         found = preflight_verb.check(config, preflight_verb.here(config, True), True)
@@ -111,11 +117,12 @@ def _steps_in(minutes: float, config: Config) -> int:
         raise UserError(f"data.shards={config.data.shards}: nothing is there to try steps on")
     steps = steps_in(60 * minutes, found)
     console.say(
-        f"A step takes about {found.step_s:.2f} s: {steps:,} steps in {duration(60 * minutes)}."
+        f"A step takes about {found.step_s:.2f} s: "
+        f"{steps:,} steps in {format_duration(60 * minutes)}."
     )
     return steps
 
 
-def steps_in(seconds: float, found: preflight.Prediction) -> int:
+def steps_in(seconds: float, found: CostPrediction) -> int:
     """Steps that fit in that time, with some to spare."""
     return max(1, int(SHARE * seconds / found.step_s))

@@ -135,10 +135,10 @@ def report(
     """
     from pipelines.report import html as page
 
-    place = find_run(run.rstrip("/"))
-    target = out or f"{place}/report.html"
-    with console.out.status(f"drawing {escape(place)}"):
-        sections = page.write(place, target)
+    path = find_run(run.rstrip("/"))
+    target = out or f"{path}/report.html"
+    with console.out.status(f"drawing {escape(path)}"):
+        sections = page.write(path, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
     console.list_commands("Next", [("see it", f"python -m webbrowser {target}")])
 

@@ -10,10 +10,15 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight import checks
+from launcher.preflight.checks import (
+    check_backbone,
+    check_data,
+    refuse_changed_config,
+)
 from launcher.signals import Interrupted, interruptible
-from launcher.terminal import console, summary
-from launcher.terminal.progress import Display
+from launcher.terminal import console
+from launcher.terminal.progress import ProgressDisplay
+from launcher.terminal.summary import show_summary
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -32,23 +37,23 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
     """
-    settings = load_config(config, overrides or [], [checks.data, checks.backbone])
-    checks.refuse_another_run(settings)
+    settings = load_config(config, overrides or [], [check_data, check_backbone])
+    refuse_changed_config(settings)
     path = settings.run.path
     if (done := read_summary(path)) is not None:
         console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
-        summary.show(settings, done)
+        show_summary(settings, done)
         return
-    summary.show(settings, to_the_end(settings))
+    show_summary(settings, train_to_end(settings))
 
 
-def to_the_end(config: Config) -> dict[str, Any]:
+def train_to_end(config: Config) -> dict[str, Any]:
     """Train a run on this machine, or go on with it, and give its summary.
 
     Raises:
         typer.Exit: it was asked to stop, and the command that continues it was printed.
     """
-    display = Display()
+    display = ProgressDisplay()
     try:
         with (
             interruptible(),

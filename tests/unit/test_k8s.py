@@ -15,8 +15,13 @@ import pytest
 import yaml
 
 from launcher import cli
-from launcher.kubernetes import manifests
-from launcher.kubernetes.manifests import Place
+from launcher.kubernetes.manifests import (
+    KubernetesTarget,
+    build_config_map,
+    build_raycluster,
+    build_rayjob,
+    rayjob_name,
+)
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 
@@ -188,8 +193,8 @@ def test_the_files_are_those_that_the_command_renders(words, file: str, capsys) 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_any_run_makes_a_valid_rayjob(gpu: bool) -> None:
     settings = config(run={"name": "Big_Run.v2"}, scale={"workers": 4, "gpu": gpu})
-    place = Place(image="registry/mhe@sha256:0", claim="c", queue="q", memory="8Gi")
-    job = manifests.rayjob(settings, place, 3)
+    target = KubernetesTarget(image="registry/mhe@sha256:0", claim="c", queue="q", memory="8Gi")
+    job = build_rayjob(settings, target, 3)
     check_ray(job)
     assert job["metadata"]["name"] == "big-run-v2-3"
     workers = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
@@ -197,14 +202,14 @@ def test_any_run_makes_a_valid_rayjob(gpu: bool) -> None:
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == ("1" if gpu else None)
     assert limits["memory"] == "8Gi"
-    check_ray(manifests.raycluster(settings, place))
-    kubernetes_validate.validate(manifests.settings(settings, place, "a"), KUBERNETES, strict=True)
+    check_ray(build_raycluster(settings, target))
+    kubernetes_validate.validate(build_config_map(settings, target, "a"), KUBERNETES, strict=True)
 
 
 def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
     source = str(ROOT / "configs" / "quickstart.yaml")
     before = load_config(source, ["optim.lr=0.3", "run.name='007'"])
-    made = manifests.settings(before, Place(), "a")
+    made = build_config_map(before, KubernetesTarget(), "a")
     file = tmp_path / "run.yaml"
     file.write_text(made["data"]["run.yaml"])
     assert load_config(str(file)) == before
@@ -215,7 +220,7 @@ def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
     [("a", "a-1"), ("A_b.C", "a-b-c-1"), ("x" * 99, "x" * 40 + "-1"), ("9-", "9-1")],
 )
 def test_names_are_those_that_kubernetes_allows(run: str, name: str) -> None:
-    assert manifests.object_name(run, 1) == name
+    assert rayjob_name(run, 1) == name
 
 
 def test_the_image_is_lean_and_nobody_s() -> None:

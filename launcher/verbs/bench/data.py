@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.terminal.progress import Display
+from launcher.terminal.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from pipelines.bench.data import LoaderComparison
@@ -41,7 +41,7 @@ def data(
 
     with console.out.status("making photos"):
         index = ShardIndex.load(shards) if shards else make_photos(images)
-    with Display().counting("reading") as progress:
+    with ProgressDisplay().counting("reading") as progress:
         result = measure_loaders(index, workers, repeats, progress)
     with atomic_write(out) as stream:
         stream.write(json.dumps(result.to_dict(), indent=2).encode())

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.checkpoint import grow as checkpoint_grow
+from launcher.verbs.checkpoint import grow
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import find_checkpoint_folder
 
@@ -24,8 +24,8 @@ MIB = 2**20
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, grow them.")
 
 
-app.command("grow")(checkpoint_grow.grow)
-app.command("verify")(checkpoint_grow.verify)
+app.command("grow")(grow.grow)
+app.command("verify")(grow.verify)
 
 
 @app.callback()

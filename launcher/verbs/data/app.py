@@ -8,9 +8,8 @@ import typer
 
 from launcher.preflight.checks import HELDOUT, TRAIN
 from launcher.terminal import console
-from launcher.terminal.progress import Display
-from launcher.verbs.data import check as data_check
-from launcher.verbs.data import convert as data_import
+from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.data import check, convert
 from launcher.verbs.data.convert import Processes
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex
@@ -26,8 +25,8 @@ def data() -> None:
     """Make and check the tar shards that a run streams."""
 
 
-app.command()(data_import.recordio)
-app.command()(data_import.folder)
+app.command()(convert.recordio)
+app.command()(convert.folder)
 
 
 @app.command()
@@ -70,15 +69,15 @@ def glyphs(
         max_classes=max_classes,
         image_size=image_size,
     )
-    with data_import.resumable(), Display().counting("drawing the data set") as progress:
+    with convert.resumable(), ProgressDisplay().counting("drawing the data set") as progress:
         write_glyphs(fonts, out, settings, progress, processes or available_cores())
     for name in (TRAIN, HELDOUT):
-        console.say(data_import.describe(ShardIndex.load(f"{out}/{name}")))
+        console.say(convert.describe(ShardIndex.load(f"{out}/{name}")))
     places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
     command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
     console.list_commands("Next", [("train on it", command)])
 
 
-app.command()(data_check.index)
-app.command()(data_check.verify)
-app.command()(data_check.show)
+app.command()(check.index)
+app.command()(check.verify)
+app.command()(check.show)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.terminal.progress import Display
+from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
@@ -66,7 +66,7 @@ def index(
 
     images = tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", image))
     layout = SampleLayout(images, label.strip().lower() if ":" not in label else label, num_classes)
-    with resumable(), Display().counting("reading tars") as progress:
+    with resumable(), ProgressDisplay().counting("reading tars") as progress:
         made = index_shards(
             tars, out, layout, skip_damaged, max_bad, processes or available_cores(), progress
         )
@@ -95,7 +95,7 @@ def verify(
     good = True
     for name, found in zip(_names(data), sets, strict=True):
         journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
-        with resumable(), Display().counting(f"reading {name}") as progress:
+        with resumable(), ProgressDisplay().counting(f"reading {name}") as progress:
             report = verify_dataset(found, journal, processes or available_cores(), progress)
         verify_report.write(report, f"{out}/{name}")
         journal.remove()

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
-from launcher.terminal.progress import Display
+from launcher.terminal.progress import ProgressDisplay
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
 from pipelines.storage.worker_pool import available_cores
@@ -54,7 +54,7 @@ def recordio(
     from pipelines.sources.insightface import import_recordio
 
     options = _options(shard_mib, shuffle, max_bad, processes)
-    with resumable(), Display().counting("converting") as progress:
+    with resumable(), ProgressDisplay().counting("converting") as progress:
         # Looking through the records is the smaller part of the work.
         made = import_recordio(
             *(rec, out, idx, options),
@@ -86,7 +86,7 @@ def folder(
     from pipelines.sources.image_folder import import_folder
 
     options = _options(shard_mib, shuffle, max_bad, processes)
-    with resumable(), Display().counting("writing tars") as written:
+    with resumable(), ProgressDisplay().counting("writing tars") as written:
         made = import_folder(root, out, lst or None, options, written)
     tell(made)
 
@@ -116,15 +116,15 @@ def tell(made: ImportResult) -> None:
     for warning in made.warnings:
         console.say(f"[yellow]warning:[/] {escape(warning)}")
     if made.faults:
-        place = f"{made.shards.folder}/skipped.tsv"
-        console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(place)}")
-    place = shlex.quote(made.shards.folder)
+        listing = f"{made.shards.folder}/skipped.tsv"
+        console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(listing)}")
+    folder = shlex.quote(made.shards.folder)
     console.list_commands(
         "Next",
         [
-            ("look at it", f"mhe data show {place}"),
-            ("check it", f"mhe data verify {place}"),
-            ("train on it", f"mhe train CONFIG data.shards={place}"),
+            ("look at it", f"mhe data show {folder}"),
+            ("check it", f"mhe data verify {folder}"),
+            ("train on it", f"mhe train CONFIG data.shards={folder}"),
         ],
     )
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from launcher.terminal import console
-from launcher.terminal.progress import accuracies
-from launcher.verbs.evaluate import own_images as evaluate_own
+from launcher.terminal.progress import accuracy_rows
+from launcher.verbs.evaluate import own_images
 from launcher.verbs.evaluate.shared import Flip, Log, RunName, busy, join, keep
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import load_trained_backbone
@@ -74,7 +74,7 @@ def heldout(
     if not topology.is_first:
         return
     table = Table(title=f"{found.checkpoint} on {config.evaluate.shards}", show_header=False)
-    for name, value in accuracies(metrics):
+    for name, value in accuracy_rows(metrics):
         table.add_row(name, value)
     for name in ("gallery", "probes", "pairs", "impostors"):
         table.add_row(name, f"{metrics[name]:,.0f}")
@@ -190,5 +190,5 @@ def _verified(title: str, results: Sequence[Verified]) -> Table:
     return table
 
 
-app.command()(evaluate_own.identification)
-app.command()(evaluate_own.probe)
+app.command()(own_images.identification)
+app.command()(own_images.probe)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from launcher import cli
-from launcher.terminal.event_log import EventLines
+from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
 from tests import tiny
@@ -158,7 +158,7 @@ def test_logs_are_drawn_and_exit_as_the_run_did(api: Api, file: str, capsys) -> 
         def flush(self) -> None:
             pass
 
-    EventLines(Sink()).handle({"event": "checkpoint", "step": 20, "path": "/data/x"})  # type: ignore[arg-type]
+    EventLogWriter(Sink()).handle({"event": "checkpoint", "step": 20, "path": "/data/x"})  # type: ignore[arg-type]
     api.log += "a line of a library\n"
     api.now("small-1", "FAILED", "Failed")
     assert cli.run(["k8s", "logs", "small", "-f"]) == 1

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight import checks
+from launcher.preflight.checks import (
+    changed_keys,
+    check_data,
+    refuse_changed_config,
+)
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import UserError
@@ -20,7 +24,7 @@ def config(**sections: dict[str, Any]) -> Config:
 
 def wrong_keys(shards: str, heldout: str, glyphs: bool) -> list[str]:
     data = {"shards": shards, "glyphs": {} if glyphs else None}
-    return [key for key, _ in checks.data(config(data=data, evaluate={"shards": heldout}))]
+    return [key for key, _ in check_data(config(data=data, evaluate={"shards": heldout}))]
 
 
 def make_shards(folder: Path) -> str:
@@ -52,13 +56,13 @@ def test_glyphs_do_not_excuse_a_folder_that_they_never_write() -> None:
 
 
 def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
-    ((key, message),) = checks.data(config(data={"shards": "nosuch://bucket/train"}))
+    ((key, message),) = check_data(config(data={"shards": "nosuch://bucket/train"}))
     assert key == "data.shards"
     assert "cannot be read" in message
 
 
 def test_the_message_names_the_cure() -> None:
-    ((_, message),) = checks.data(config(data={"shards": "/nowhere"}))
+    ((_, message),) = check_data(config(data={"shards": "/nowhere"}))
     assert "index.json" in message
     assert "data.glyphs" in message
 
@@ -66,12 +70,12 @@ def test_the_message_names_the_cure() -> None:
 def test_only_keys_that_change_what_is_learnt_are_held() -> None:
     before = config_to_dict(config())
     free = config(scale={"workers": 2}, train={"log_every": 3}, checkpoint={"keep_last": 9})
-    assert checks.changed(before, config_to_dict(free)) == []
+    assert changed_keys(before, config_to_dict(free)) == []
     remote = {"retries": 9, "cache_dir": "/scratch"}
     cached = config(data={"shards": before["data"]["shards"], "remote": remote})
-    assert checks.changed(before, config_to_dict(cached)) == []
+    assert changed_keys(before, config_to_dict(cached)) == []
     held = config(optim={"lr": 0.2}, head={"mhs": {"length": 10}})
-    assert checks.changed(before, config_to_dict(held)) == [
+    assert changed_keys(before, config_to_dict(held)) == [
         ("head.mhs.length", before["head"]["mhs"]["length"], 10),
         ("optim.lr", 0.1, 0.2),
     ]
@@ -80,13 +84,13 @@ def test_only_keys_that_change_what_is_learnt_are_held() -> None:
 def test_a_key_of_another_release_is_no_change() -> None:
     now = config_to_dict(config())
     before = {**now, "gone": 1, "optim": {k: v for k, v in now["optim"].items() if k != "power"}}
-    assert checks.changed(before, now) == []
+    assert changed_keys(before, now) == []
 
 
 def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     first = config(run={"name": "a", "dir": str(tmp_path)})
-    checks.refuse_another_run(first)
+    refuse_changed_config(first)
     save_config(first, f"{first.run.path}/config.yaml")
-    checks.refuse_another_run(first)
+    refuse_changed_config(first)
     with pytest.raises(UserError, match=r"optim.lr: 0.1 in the run, 0.2 now[\s\S]*run.name="):
-        checks.refuse_another_run(config(run=first.run.model_dump(), optim={"lr": 0.2}))
+        refuse_changed_config(config(run=first.run.model_dump(), optim={"lr": 0.2}))

@@ -9,10 +9,15 @@ from typing import Any
 import pytest
 
 from launcher import cli
-from launcher.preflight import node_probe as probe
-from launcher.preflight import predict as preflight
-from launcher.preflight.predict import GIB
-from launcher.preflight.trial_process import try_here
+from launcher.preflight.node_probe import probe_node
+from launcher.preflight.predict import (
+    GIB,
+    find_obstacles,
+    find_shortages,
+    predict_cost,
+    workers_per_node,
+)
+from launcher.preflight.trial_process import measure_trial
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from tests import tiny
@@ -34,24 +39,24 @@ def node(host: str = "a", cpus: int = 4, gpus: int = 0, **changes: Any) -> dict[
         "gpus": [],
         "memory": int(8 * GIB),
         "disk": None,
-        "troubles": [],
+        "problems": [],
         "resources": resources,
         **changes,
     }
 
 
 def test_nothing_stands_in_the_way_of_a_run_that_fits() -> None:
-    assert preflight.reasons(config(scale={"workers": 4}), [node("a", 2), node("b", 2)]) == []
+    assert find_obstacles(config(scale={"workers": 4}), [node("a", 2), node("b", 2)]) == []
 
 
 def test_every_reason_is_told_at_once() -> None:
     trouble = [("data.shards", "not there")]
     nodes = [
-        node("a", 1, troubles=trouble),
-        node("b", 1, troubles=trouble, versions={**VERSIONS, "torch": "2.13.0"}),
+        node("a", 1, problems=trouble),
+        node("b", 1, problems=trouble, versions={**VERSIONS, "torch": "2.13.0"}),
         node("c", 1, versions={**VERSIONS, "ray": ""}),
     ]
-    told = preflight.reasons(config(scale={"workers": 4}), nodes)
+    told = find_obstacles(config(scale={"workers": 4}), nodes)
     assert told[0] == "data.shards: not there (on a, b)"
     assert told[1].startswith("torch is not the same on all nodes (2.14.1 on")
     assert "2.13.0 on b" in told[1]
@@ -75,7 +80,7 @@ def test_a_worker_needs_its_place_on_one_node(scale: dict[str, Any], room: int) 
     settings = config(
         scale={"workers": 8, **scale}, train={"global_batch": 1024}, data={"shards": "x"}
     )
-    (told,) = preflight.reasons(settings, [first, node("b")])
+    (told,) = find_obstacles(settings, [first, node("b")])
     assert f"there is room for {room}," in told
 
 
@@ -98,20 +103,18 @@ MEASURED = {
 
 
 def test_memory_is_that_of_the_trial_and_of_the_rows_it_did_not_meet() -> None:
-    found = preflight.predict(config(), MEASURED)
+    found = predict_cost(config(), MEASURED)
     assert found.memory == pytest.approx(2.9 * GIB, rel=1e-6)
     assert dict(found.parts)["libraries"] == int(0.9 * GIB)
 
 
 def test_a_checkpoint_s_copies_count_where_they_are_more_than_the_activations() -> None:
     measured = {**MEASURED, "footprint": {**MEASURED["footprint"], "activations": 0}}
-    assert preflight.predict(config(), measured).memory == pytest.approx(
-        (2.9 + 0.9) * GIB, rel=1e-6
-    )
+    assert predict_cost(config(), measured).memory == pytest.approx((2.9 + 0.9) * GIB, rel=1e-6)
 
 
 def test_time_is_that_of_the_trial_s_steps() -> None:
-    found = preflight.predict(config(train={"global_batch": 512}), MEASURED)
+    found = predict_cost(config(train={"global_batch": 512}), MEASURED)
     assert (found.step_s, found.epoch_s) == (0.9, pytest.approx(9.0))
 
 
@@ -120,26 +123,26 @@ def test_time_is_that_of_the_trial_s_steps() -> None:
 )
 def test_a_trial_has_as_many_workers_as_the_fullest_node(placement: str, workers: int) -> None:
     settings = config(scale={"workers": 4, "placement": placement})
-    assert preflight.workers_per_node(settings, [node("a", 3), node("b", 2)]) == workers
+    assert workers_per_node(settings, [node("a", 3), node("b", 2)]) == workers
 
 
 def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     settings = config(scale={"workers": 4})
-    found = preflight.predict(settings, MEASURED)
-    (told,) = preflight.shortages(settings, found, [node()])
+    found = predict_cost(settings, MEASURED)
+    (told,) = find_shortages(settings, found, [node()])
     assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in told
     assert "lower train.micro_batch" in told
-    (told,) = preflight.shortages(settings, found, [node(), node("b")])
+    (told,) = find_shortages(settings, found, [node(), node("b")])
     assert told.endswith(", or set scale.placement=spread.")
     settings.scale.placement = "spread"
-    assert preflight.shortages(settings, found, [node(), node("b")]) == []
+    assert find_shortages(settings, found, [node(), node("b")]) == []
 
 
 def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "train", classes=8)
     good = tiny.config(tmp_path / "runs", shards, tracking={"mlflow": False})
-    said = probe.node(good)
-    assert said["troubles"] == []
+    said = probe_node(good)
+    assert said["problems"] == []
     assert json.loads(json.dumps(said)) == said
     assert not list((tmp_path / "runs").iterdir()), "the probe leaves nothing"
     bad = tiny.config(
@@ -147,9 +150,9 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
         str(tmp_path / "lost"),
         tracking={"mlflow": True, "uri": "http://me:planted-secret@127.0.0.1:1"},
     )
-    troubles = dict(probe.node(bad)["troubles"])
-    assert set(troubles) == {"data.shards", "run.dir", "tracking.uri"}
-    assert "planted-secret" not in str(troubles)
+    problems = dict(probe_node(bad)["problems"])
+    assert set(problems) == {"data.shards", "run.dir", "tracking.uri"}
+    assert "planted-secret" not in str(problems)
 
 
 @pytest.mark.slow
@@ -169,5 +172,5 @@ def test_a_trial_finds_data_where_the_command_was_typed(
 ) -> None:
     tiny.write_shards(tmp_path / "train", classes=8)
     monkeypatch.chdir(tmp_path)
-    measured = try_here(tiny.config(Path("runs"), "train"), 1)
+    measured = measure_trial(tiny.config(Path("runs"), "train"), 1)
     assert measured is not None and measured["samples"] == 8 * tiny.IMAGES

@@ -12,9 +12,13 @@ import pytest
 from ray.job_submission import JobStatus
 
 from launcher import cli
-from launcher.ray_cluster import code_package as package
-from launcher.ray_cluster import dashboard, jobs
-from launcher.terminal import event_log as event_lines
+from launcher.ray_cluster.code_package import (
+    PACKAGES,
+    with_absolute_paths,
+)
+from launcher.ray_cluster.dashboard import ADDRESS_VARIABLE, resolve_address
+from launcher.ray_cluster.jobs import Submission, _to_job, build_submission, resolve_variables
+from launcher.terminal.event_log import EventLogWriter, parse_event, split_lines
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
@@ -26,12 +30,12 @@ SECRET = "correct-horse-battery"
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return package.portable(tiny.config(tmp_path / "runs", str(tmp_path / "train")))
+    return with_absolute_paths(tiny.config(tmp_path / "runs", str(tmp_path / "train")))
 
 
-def prepare(config: Config, folder: Path, address: str = "http://head:8265") -> jobs.Submission:
+def prepare(config: Config, folder: Path, address: str = "http://head:8265") -> Submission:
     folder.mkdir(exist_ok=True)
-    return jobs.prepare(config, address, 3, {}, folder)
+    return build_submission(config, address, 3, {}, folder)
 
 
 def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_path: Path) -> None:
@@ -42,7 +46,7 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
         "mhe_dist/train/loop.py",
         "run.yaml",
     } < {*sent.files}
-    assert {name.partition("/")[0] for name in sent.files} == {*package.PACKAGES, "run.yaml"}
+    assert {name.partition("/")[0] for name in sent.files} == {*PACKAGES, "run.yaml"}
     assert all(name.endswith(".py") for name in sent.files if name != "run.yaml")
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config
@@ -58,7 +62,7 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
             "tracking": {"uri": "sqlite:///runs/mlflow.db"},
         }
     )
-    there = package.portable(config)
+    there = with_absolute_paths(config)
     assert there.run.path == f"{tmp_path}/runs/run"
     assert there.data.shards == f"{tmp_path}/data/train"
     assert there.data.glyphs is not None and there.data.glyphs.fonts == f"{tmp_path}/fonts"
@@ -86,18 +90,18 @@ def test_secrets_do_not_travel(monkeypatch, config: Config, tmp_path: Path) -> N
     assert SECRET not in json.dumps([sent.environment, sent.metadata, sent.entrypoint])
     for word in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", f"X={SECRET}", "DB_PASSWORD=x"):
         with pytest.raises(UserError, match="looks like a secret"):
-            jobs.passed_on([word])
+            resolve_variables([word])
 
 
 def test_variables_are_passed_on_by_value_or_by_name(monkeypatch) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     monkeypatch.delenv("NOT_SET", raising=False)
-    assert jobs.passed_on(["NCCL_SOCKET_IFNAME", "A=b=c"]) == {
+    assert resolve_variables(["NCCL_SOCKET_IFNAME", "A=b=c"]) == {
         "NCCL_SOCKET_IFNAME": "eth0",
         "A": "b=c",
     }
     with pytest.raises(UserError, match="no such variable"):
-        jobs.passed_on(["NOT_SET"])
+        resolve_variables(["NOT_SET"])
 
 
 def test_a_dry_run_shows_everything_but_secrets(
@@ -122,13 +126,13 @@ def test_a_dry_run_shows_everything_but_secrets(
 
 
 def test_an_address_comes_from_the_option_the_environment_or_this_machine(monkeypatch) -> None:
-    monkeypatch.delenv(dashboard.ADDRESS_VARIABLE, raising=False)
-    assert dashboard.resolve("") == "http://127.0.0.1:8265"
-    monkeypatch.setenv(dashboard.ADDRESS_VARIABLE, "https://head/")
-    assert dashboard.resolve("") == "https://head"
-    assert dashboard.resolve("http://other:1") == "http://other:1"
+    monkeypatch.delenv(ADDRESS_VARIABLE, raising=False)
+    assert resolve_address("") == "http://127.0.0.1:8265"
+    monkeypatch.setenv(ADDRESS_VARIABLE, "https://head/")
+    assert resolve_address("") == "https://head"
+    assert resolve_address("http://other:1") == "http://other:1"
     with pytest.raises(UserError, match="http://HEAD:8265"):
-        dashboard.resolve("head:6379")
+        resolve_address("head:6379")
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:
@@ -161,21 +165,21 @@ def detail(status: JobStatus, exit_code: int | None = None) -> Any:
     ],
 )
 def test_commands_exit_as_the_job_did(status, exit_code, over: bool, code: int) -> None:
-    job = jobs._job(detail(status, exit_code))
+    job = _to_job(detail(status, exit_code))
     assert (job.run, job.path, job.started) == ("a", "/runs/a", 1.5)
-    assert (job.is_over, job.code) == (over, code)
+    assert (job.is_over, job.exit_code) == (over, code)
 
 
 def test_events_come_back_from_a_log_that_holds_other_lines_too() -> None:
     sink = io.StringIO()
-    lines = event_lines.EventLines(sink)
+    lines = EventLogWriter(sink)
     lines.handle({"event": "metrics", "step": 3, "loss": 0.5})
     with lines.counting("drawing") as progress:
         progress(1, 2)
         progress(2, 2)
     text = f"from a library\n{sink.getvalue()}" + '{"event": "cut'
     pieces = [text[start : start + 7] for start in range(0, len(text), 7)]
-    found = [event_lines.parse(line) for line in event_lines.split(iter(pieces))]
+    found = [parse_event(line) for line in split_lines(iter(pieces))]
     assert [event and event["event"] for event in found] == [None, "metrics", "waiting", None]
     assert found[1] is not None and (found[1]["step"], found[1]["loss"]) == (3, 0.5)
     assert found[1]["time"] > 1e9

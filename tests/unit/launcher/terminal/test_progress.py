@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.terminal.progress import PLAIN_EVERY_S, Display, accuracies, duration
+from launcher.terminal.progress import (
+    PLAIN_EVERY_S,
+    ProgressDisplay,
+    accuracy_rows,
+    format_duration,
+)
 
 START = {
     **{"event": "start", "run": "runs/a", "step": 0, "steps": 1000, "resumed_from": None},
@@ -32,7 +37,7 @@ def clock() -> Clock:
 def plain(clock: Clock, *events: tuple[float, dict[str, Any]]) -> list[str]:
     """Lines printed for `(seconds since the last event, event)` rows."""
     file = io.StringIO()
-    with Display(Console(file=file, width=200), clock) as display:
+    with ProgressDisplay(Console(file=file, width=200), clock) as display:
         for seconds, event in events:
             clock.now += seconds
             display.handle(event)
@@ -94,14 +99,14 @@ def test_evaluations_checkpoints_and_failures_have_their_lines(clock: Clock) -> 
 
 
 def test_the_summary_is_kept(clock: Clock) -> None:
-    display = Display(Console(file=io.StringIO()), clock)
+    display = ProgressDisplay(Console(file=io.StringIO()), clock)
     display.handle({"event": "end", "summary": {"steps": 3}})
     assert display.summary == {"steps": 3}
 
 
 def test_a_terminal_gets_a_bar(clock: Clock) -> None:
     file = io.StringIO()
-    with Display(Console(file=file, force_terminal=True, width=120), clock) as display:
+    with ProgressDisplay(Console(file=file, force_terminal=True, width=120), clock) as display:
         display.waiting("starting")
         for event in (START, metrics(9), {"event": "end", "summary": {}}):
             display.handle(event)
@@ -111,7 +116,7 @@ def test_a_terminal_gets_a_bar(clock: Clock) -> None:
 
 def test_counting_says_plainly_and_once_what_it_does(clock: Clock) -> None:
     file = io.StringIO()
-    with Display(Console(file=file), clock).counting("drawing") as progress:
+    with ProgressDisplay(Console(file=file), clock).counting("drawing") as progress:
         progress(1, 2)
         progress(2, 2)
     assert file.getvalue() == "drawing\n"
@@ -119,7 +124,7 @@ def test_counting_says_plainly_and_once_what_it_does(clock: Clock) -> None:
 
 def test_counting_nothing_says_nothing(clock: Clock) -> None:
     file = io.StringIO()
-    with Display(Console(file=file), clock).counting("drawing"):
+    with ProgressDisplay(Console(file=file), clock).counting("drawing"):
         pass
     assert not file.getvalue()
 
@@ -129,16 +134,20 @@ def test_counting_nothing_says_nothing(clock: Clock) -> None:
     [(0.4, "0 s"), (59.4, "59 s"), (60, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_accuracies_leave_out_sizes() -> None:
-    assert [name for name, _ in accuracies(HELDOUT)] == ["rank-1", "verification", "TAR@FAR=1E-3"]
+    assert [name for name, _ in accuracy_rows(HELDOUT)] == [
+        "rank-1",
+        "verification",
+        "TAR@FAR=1E-3",
+    ]
 
 
 def test_accuracies_name_the_typefaces() -> None:
     brush = {"brush/rank1": 0.6, "brush/tar@far=1e-3": 0.5, "brush/tar@far=1e-4": 0.4}
-    assert accuracies(HELDOUT | brush)[3:] == [
+    assert accuracy_rows(HELDOUT | brush)[3:] == [
         ("brush: rank-1", "60.0%"),
         ("brush: TAR@FAR=1E-4", "40.0%"),
     ]

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from launcher import cli, execute
-from launcher.preflight import predict as preflight
+from launcher.preflight.predict import (
+    CostPrediction,
+)
 from launcher.reproduce import studies
-from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, planned
+from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, plan_runs
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs import preflight as preflight_verb
@@ -42,13 +44,13 @@ SEEN = {  # of 6,000 classes, by 64 samples
 }
 
 
-def config_of(plan: studies.Planned) -> Config:
+def config_of(plan: studies.PlannedRun) -> Config:
     return load_config(plan.study.file, plan.overrides)
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
 def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> None:
-    plans = list(planned(study, study.variants, 2))
+    plans = list(plan_runs(study, study.variants, 2))
     configs = [config_of(plan) for plan in plans]
     assert len({config.run.path for config in configs}) == len(plans)
     assert [config.run.seed for config in configs] == sorted([0, 1] * len(study.variants))
@@ -69,13 +71,13 @@ def classes_seen(config: Config, classes: int) -> float:
 
 @pytest.mark.parametrize("variant", SMALL.variants, ids=lambda variant: variant.name)
 def test_the_variants_see_what_they_say(variant: studies.Variant) -> None:
-    config = config_of(next(planned(SMALL, [variant], 1)))
+    config = config_of(next(plan_runs(SMALL, [variant], 1)))
     assert classes_seen(config, 6000) == SEEN[variant.name]
 
 
 @pytest.mark.parametrize("variant", PAPER.variants, ids=lambda variant: variant.name)
 def test_the_papers_heads_fit_a_hundred_classes(variant: studies.Variant) -> None:
-    config = config_of(next(planned(PAPER, [variant], 1)))
+    config = config_of(next(plan_runs(PAPER, [variant], 1)))
     assert 14 <= classes_seen(config, 100) <= 100
 
 
@@ -167,12 +169,12 @@ def test_half_an_hour_is_turned_into_steps_once(
 ) -> None:
     tried = []
 
-    def try_here(config: Config, *_: object) -> preflight.Prediction:
+    def measure_trial(config: Config, *_: object) -> CostPrediction:
         tried.append(config.run.name)
-        return preflight.Prediction([], 0, 0, step_s=0.5, epoch_s=100.0)
+        return CostPrediction([], 0, 0, step_s=0.5, epoch_s=100.0)
 
     monkeypatch.setattr(execute, "make_data", lambda config, watcher: None)
-    monkeypatch.setattr(preflight_verb, "check", try_here)
+    monkeypatch.setattr(preflight_verb, "check", measure_trial)
     trainer.stop_after = 1
     assert mhe("full") == 130
     trainer.stop_after = 99
@@ -181,7 +183,7 @@ def test_half_an_hour_is_turned_into_steps_once(
     told = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
     assert [settings["train"]["max_steps"] for settings in told if settings] == [3240, 3240]
     assert "| 3,240 |" in Path("docs/results.md").read_text()
-    assert reproduce.steps_in(1.0, preflight.Prediction([], 0, 0, 5.0, 1.0)) == 1
+    assert reproduce.steps_in(1.0, CostPrediction([], 0, 0, 5.0, 1.0)) == 1
     assert FULL.minutes == 30
 
 
