@@ -25,7 +25,7 @@ HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
 A run is one YAML file. `mhe train` trains, evaluates and exports it on this machine, and
 goes on where it stopped when the same command is typed again.
 
-Begin with `mhe train configs/quickstart.yaml`: it makes its own data and needs no GPU.
+Begin with `mhe train quickstart`: it makes its own data and needs no GPU.
 """
 
 app = typer.Typer(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -14,11 +16,15 @@ from rich.text import Text
 
 from launcher.terminal import console
 from mhe_dist.config.describe import ConfigEntry, describe_config
+from mhe_dist.config.json_schema import json_schema
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import config_to_dict
 
 REQUIRED = "(required)"  # what `describe` says where there is no default
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+CONFIG = typer.Argument(
+    metavar="CONFIG", help="YAML file of the run, or a name that comes with mhe: quickstart."
+)
+ConfigFile = Annotated[str, CONFIG]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file."),
@@ -26,20 +32,34 @@ Overrides = Annotated[
 
 
 def show(
-    config: ConfigFile,
+    config: Annotated[str | None, CONFIG] = None,
     overrides: Overrides = None,
     as_yaml: Annotated[
-        bool, typer.Option("--yaml", help="Print YAML that can be run again, without descriptions.")
+        bool | None,
+        typer.Option(
+            "--yaml/--table",
+            help="YAML that can be run again, or a table with meanings; by default YAML if the "
+            "output goes to a file.",
+        ),
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of all settings, for editors.")
     ] = False,
 ) -> None:
     """Show every setting of a run, with its meaning; those that are not the default stand out.
 
-    Example: mhe config configs/quickstart.yaml optim.lr=0.4
+    Example: mhe config quickstart optim.lr=0.4
+
+    Example: mhe config quickstart > mine.yaml
     """
+    if schema:
+        sys.stdout.write(f"{json.dumps(json_schema(), indent=2)}\n")
+        return
+    if config is None:
+        raise typer.BadParameter("give a YAML file or a name", param_hint="CONFIG")
     resolved = load_config(config, overrides or [])
-    if as_yaml:
-        text = yaml.safe_dump(config_to_dict(resolved), sort_keys=False, allow_unicode=True)
-        console.out.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+    if not sys.stdout.isatty() if as_yaml is None else as_yaml:
+        _print_yaml(yaml.safe_dump(config_to_dict(resolved), sort_keys=False, allow_unicode=True))
         return
     entries = describe_config(resolved)
     console.out.print(_table(entries))
@@ -47,6 +67,14 @@ def show(
     console.say(f"{len(entries)} keys, {changed} of them (bold) not at their default.")
     command = " ".join(["mhe train", config, *(overrides or [])])
     console.list_commands("Next", [("run it", command), ("as YAML", f"mhe config {config} --yaml")])
+
+
+def _print_yaml(text: str) -> None:
+    """Print YAML, in colours where there are any, and never wrapped."""
+    if console.out.is_terminal:
+        console.out.print(Syntax(text.rstrip(), "yaml", background_color="default"))
+    else:
+        sys.stdout.write(text)
 
 
 def _table(entries: list[ConfigEntry]) -> Table:

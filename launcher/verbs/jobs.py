@@ -87,7 +87,7 @@ def submit(
     say: at URLs, or on a file system that every node sees. The same run again goes on where it
     stopped; one that is being trained is refused.
 
-    Example: mhe submit configs/quickstart.yaml --address http://127.0.0.1:8265 --follow
+    Example: mhe submit quickstart --address http://127.0.0.1:8265 --follow
     """
     settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
     variables = resolve_variables(env or [])

@@ -65,7 +65,7 @@ def render(
 ) -> None:
     """Print what would be sent: a RayJob and its settings, as YAML for `kubectl apply -f -`.
 
-    Example: mhe k8s render configs/quickstart.yaml --claim mhe-data | kubectl apply -f -
+    Example: mhe k8s render quickstart --claim mhe-data | kubectl apply -f -
     """
     settings = _load(config, overrides)
     target = KubernetesTarget(image, namespace, claim, secret, queue, memory)

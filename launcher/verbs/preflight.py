@@ -52,7 +52,7 @@ def preflight(
     Each node is asked for its versions and devices and whether it reaches data, results and
     MLflow. Then the workers of one node try a few steps together, and nothing of that is kept.
 
-    Example: mhe preflight configs/quickstart.yaml --address http://127.0.0.1:8265
+    Example: mhe preflight quickstart --address http://127.0.0.1:8265
     """
     settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
     events = on_cluster(settings, Cluster(address), trial) if address else here(settings, trial)

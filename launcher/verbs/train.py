@@ -35,7 +35,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     it leaves alone. SIGTERM makes the run save itself first; the exit code is then 75. Logs of the
     workers and of Ray are in `logs/` of the run.
 
-    Example: mhe train configs/quickstart.yaml run.name=wide head.mhs.extra_heads=16
+    Example: mhe train quickstart run.name=wide head.mhs.extra_heads=16
     """
     settings = load_config(config, overrides or [], [check_data, check_backbone])
     refuse_changed_config(settings)

@@ -24,6 +24,7 @@ from mhe_dist.config.mistakes import (
 )
 from mhe_dist.config.schema import CHECKED_LATER, Config, validate_combinations
 from mhe_dist.config.section import applicable_values, inapplicable_keys
+from mhe_dist.config.shipped import find_config, shipped_configs
 from mhe_dist.config.stored import stored_config
 
 COMMAND_LINE = "command line"
@@ -39,7 +40,8 @@ def load_config(
     out. Any other key that does not belong to the chosen kind is a mistake.
 
     Args:
-        path: YAML file; None for defaults and overrides alone.
+        path: YAML file, or the name of a config that comes with mhe, such as "quickstart"; None for
+            defaults and overrides alone.
         overrides: `key=value` each; the value is YAML, except that a key which holds text takes
             it as it stands.
         checks: further demands, such as that files exist. Each yields (path of a key, message)
@@ -80,8 +82,9 @@ def load_config(
     return config
 
 
-def _read(path: str) -> tuple[DictConfig, dict[str, str]]:
+def _read(name: str) -> tuple[DictConfig, dict[str, str]]:
     """A YAML file's values, and `file:line` of each of its keys."""
+    path = str(find_config(name))
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = OmegaConf.create(text)
@@ -105,10 +108,15 @@ def _alone(source: str, message: str) -> ConfigErrors:
 
 
 def _similar_file(path: str) -> str:
+    """A hint for a path that does not exist, or for a name that no shipped config has."""
     folder = Path(path).parent
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    near = get_close_matches(Path(path).name, names, 1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    near = [str(folder / name) for name in get_close_matches(Path(path).name, names, 1)]
+    shipped = shipped_configs()
+    near += get_close_matches(Path(path).stem, shipped, 1)
+    hint = f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "."
+    is_name = Path(path).name == path and not Path(path).suffix
+    return hint + (f" These come with mhe: {', '.join(shipped)}" if is_name else "")
 
 
 def _lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]:

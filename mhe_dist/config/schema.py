@@ -6,9 +6,9 @@ overrides into these models and words the mistakes.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.head import HeadConfig
@@ -106,10 +106,23 @@ class TrainConfig(ConfigSection):
         return self.global_batch // self.micro_batch
 
 
+_WORKERS = {
+    "anyOf": [
+        {"type": "integer", "exclusiveMinimum": 0},
+        {
+            "type": "object",
+            "properties": {name: {"type": "integer"} for name in ("min", "max")},
+            "required": ["min", "max"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
 class ScaleConfig(ConfigSection):
     """The workers and what each one gets."""
 
-    workers: PositiveInt = Field(
+    workers: Annotated[PositiveInt, WithJsonSchema(_WORKERS)] = Field(
         1, description="W: number of workers (ranks); {min: a, max: b} sets min_workers, too."
     )
     min_workers: int = Field(

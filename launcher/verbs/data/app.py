@@ -74,7 +74,7 @@ def glyphs(
     for name in (TRAIN, HELDOUT):
         console.say(convert.describe(ShardIndex.load(f"{out}/{name}")))
     places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
-    command = f"mhe train configs/quickstart.yaml run.name=glyphs data.glyphs=null {places}"
+    command = f"mhe train quickstart run.name=glyphs data.glyphs=null {places}"
     console.list_commands("Next", [("train on it", command)])
 
 

@@ -113,7 +113,7 @@ def test_errors_have_one_message_and_a_code(
 
 
 def test_config_shows_values_and_meanings(capsys: Captured) -> None:
-    assert cli.run(["config", QUICKSTART, "optim.lr=0.25"]) == 0
+    assert cli.run(["config", "--table", QUICKSTART, "optim.lr=0.25"]) == 0
     shown = capsys.readouterr().out
     assert "optim.lr" in shown
     assert "0.25" in shown
@@ -125,6 +125,19 @@ def test_config_as_yaml_can_be_run_again(capsys: Captured, tmp_path: Path) -> No
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
     assert load_config(str(again)) == load_config(QUICKSTART, ["optim.lr=0.25"])
+
+
+def test_config_in_a_file_is_yaml(capsys: Captured, tmp_path: Path) -> None:
+    assert cli.run(["config", "quickstart"]) == 0
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(capsys.readouterr().out)
+    assert load_config(str(mine)) == load_config(QUICKSTART)
+
+
+def test_config_prints_the_schema(capsys: Captured) -> None:
+    assert cli.run(["config", "--schema"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs" / "schema.json").read_text()
+    assert cli.run(["config"]) == 2
 
 
 def test_a_complete_run_is_shown_and_left_alone(
