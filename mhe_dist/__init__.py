@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mhe_dist.checkpoint.reader import Checkpoint
     from mhe_dist.checkpoint.store import CheckpointStore
+    from mhe_dist.config.data import DataConfig
     from mhe_dist.config.load import load_config
     from mhe_dist.config.schema import Config
     from mhe_dist.distributed.topology import Topology, connect
@@ -25,6 +26,7 @@ _MODULES = {
     "Checkpoint": "mhe_dist.checkpoint.reader",
     "CheckpointStore": "mhe_dist.checkpoint.store",
     "Config": "mhe_dist.config.schema",
+    "DataConfig": "mhe_dist.config.data",
     "Engine": "mhe_dist.engine.engine",
     "HeadOutput": "mhe_dist.heads.base",
     "Loop": "mhe_dist.train.loop",
@@ -40,6 +42,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointStore",
     "Config",
+    "DataConfig",
     "Engine",
     "HeadOutput",
     "Loop",

@@ -19,8 +19,9 @@ from pipelines.pretrain import main as pretrain_main
 
 NAMES = {
     "mhe_dist": [
-        *("Checkpoint", "CheckpointStore", "Config", "Engine", "HeadOutput", "Loop", "RunError"),
-        *("StandaloneHead", "Topology", "UserError", "connect", "create_head", "load_config"),
+        *("Checkpoint", "CheckpointStore", "Config", "DataConfig", "Engine", "HeadOutput", "Loop"),
+        *("RunError", "StandaloneHead", "Topology", "UserError"),
+        *("connect", "create_head", "load_config"),
     ],
     "pipelines": [
         *("Loader", "Sample", "SampleOrder", "ShardIndex", "ShardWriter", "TrainedBackbone"),
