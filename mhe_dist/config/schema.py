@@ -268,7 +268,7 @@ class Config(ConfigSection):
 def validate_combinations(config: Config) -> list[str]:
     """Say which values contradict one another, a sentence each that names every key it is about.
 
-    Micro-batches, workers and streams must divide one another (DESIGN section 5).
+    Micro-batches, workers and streams must divide one another (docs/design.md section 5).
     """
     train, data, scale = config.train, config.data, config.scale
     wrong = []

@@ -1,8 +1,9 @@
 """BatchNorm's running statistics as a function of the step, not of the number of ranks.
 
 Every micro-batch of a step updates the statistics once, from the values at the step's start; the
-step's result is the mean over its micro-batches (DESIGN section 5). The sum is taken in float64, so
-its order does not show (gradient_sum.py says why that matters): one small reduction per step.
+step's result is the mean over its micro-batches (docs/design.md section 5). The sum is taken in
+float64, so its order does not show (exact_reduce.py says why that matters): one small reduction per
+step.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The sum of a step's gradients, exact, so that it does not depend on the number of ranks.
 
-Micro-batches are canonical (DESIGN section 5), so the gradient of each is the same at any W; the
-order in which they are summed is not, and in float32 that shows: a young network makes 1e-4 of a
-difference of 1e-7 within a few steps (docs/survival.md). The sum of float32 numbers in float64 is
-exact, unless one is some 2^26 times another, so any order gives the same bits. The division by the
-number of micro-batches and the rounding to float32 come after it, once. The price: twice the memory
-and traffic of the gradients.
+Micro-batches are canonical (docs/design.md section 5), so the gradient of each is the same at any
+W. The order in which they are summed is not, and in float32 that shows: a young network makes 1e-4
+of a difference of 1e-7 within a few steps (docs/survival.md). The sum of float32 numbers in float64
+is exact, unless one is some 2^26 times another, so any order gives the same bits. The division by
+the number of micro-batches and the rounding to float32 come after it, once. The price: twice the
+memory and traffic of the gradients.
 
 DeepSpeed's optimizers sum in any dtype, its config names none above float32: at ZeRO 1 to 3 they
 are told here. At ZeRO 0 it lets autograd sum in the parameters' dtype; there the sum is ours.

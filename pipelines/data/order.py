@@ -152,6 +152,23 @@ class SampleOrder:
             yield WindowSlice(window, place, place + taken)
             start += taken
 
+    def batch(self, step: int, global_batch: int) -> list[tuple[int, int]]:
+        """Shard, and number in it, of each sample of a step `[global_batch]`, in their order.
+
+        Args:
+            step: from 0.
+            global_batch: samples per step, a multiple of the streams.
+        """
+        each = global_batch // self.streams
+        found: list[tuple[int, int]] = []
+        for stream in range(self.streams):
+            for drawn in self.draws(stream, step * each, (step + 1) * each):
+                spans = self.pieces(drawn.window)
+                samples = [(s.shard, i) for s in spans for i in range(s.start, s.stop)]
+                places = self.shuffled(drawn.window)[drawn.start : drawn.stop]
+                found += [samples[place] for place in places.tolist()]
+        return found
+
     def find(self, stream: int, position: int) -> tuple[Window, int]:
         """The window that holds a position of a stream, and the place there.
 

@@ -74,7 +74,7 @@ def embed_images(
         images: the same on all ranks.
         topology: the ranks; each embeds a contiguous range of blocks.
         side: to which images are brought.
-        flip: add the embedding of the mirrored image (FORMATS.md: the raw sum).
+        flip: add the embedding of the mirrored image (docs/formats.md section 2: the raw sum).
         block: images of one call; part of what the result is, so no setting of a run.
 
     Returns:

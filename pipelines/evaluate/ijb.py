@@ -1,4 +1,4 @@
-"""IJB-B and IJB-C: templates verified 1:1 and identified 1:N (FORMATS.md)."""
+"""IJB-B and IJB-C: templates verified 1:1 and identified 1:N (docs/formats.md section 3)."""
 
 from __future__ import annotations
 

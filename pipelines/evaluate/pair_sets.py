@@ -47,7 +47,7 @@ class PairSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Verified:
-    """What the ten-fold protocol found on a set (FORMATS.md).
+    """What the ten-fold protocol found on a set (docs/formats.md section 2).
 
     Attributes:
         name: of the set.

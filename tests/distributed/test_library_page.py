@@ -1,4 +1,4 @@
-"""The blocks of docs/library.md: all of them in order in an empty folder; the DDP one on two ranks."""
+"""The blocks of docs/library.md: all in order in an empty folder; the one with DDP on two ranks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def network() -> nn.Linear:
 def data() -> list[tuple[Tensor, Tensor]]:
     rng = torch.Generator().manual_seed(7)
     inputs = torch.randn(STEPS, SAMPLES, INPUTS, generator=rng, dtype=torch.float64)
-    return list(zip(inputs, torch.randint(0, CLASSES, (STEPS, SAMPLES), generator=rng)))
+    labels = torch.randint(0, CLASSES, (STEPS, SAMPLES), generator=rng)
+    return list(zip(inputs, labels, strict=True))
 
 
 def train_as_shown(topology: Topology) -> dict[str, Any]:

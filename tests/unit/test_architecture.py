@@ -1,4 +1,4 @@
-"""DESIGN section 3: arrows point one way, each thing has one owner, every room fits the eye.
+"""docs/design.md section 3: arrows point one way, each thing has one owner, rooms fit the eye.
 
 Every import counts: those inside functions and those for type checkers, too.
 """

@@ -1,4 +1,4 @@
-"""Templates: the images of one appearance of a person, pooled to one row (FORMATS.md)."""
+"""Templates: the images of a person's appearance, pooled to one row (docs/formats.md section 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""1:1 verification as FORMATS.md words it: ten folds, accuracy, TAR at FAR."""
+"""1:1 verification by docs/formats.md section 2: ten folds, accuracy, TAR at FAR."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faces by their landmarks: the similarity transform to the usual crop of 112x112 (FORMATS.md)."""
+"""Faces by landmarks: the transform to the usual crop of 112x112 (docs/formats.md section 3)."""
 
 from __future__ import annotations
 

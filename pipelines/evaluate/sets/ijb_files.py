@@ -1,4 +1,4 @@
-"""IJB-B and IJB-C as they are handed out: `loose_crop/` and `meta/` (FORMATS.md)."""
+"""IJB-B and IJB-C as they are handed out: `loose_crop/` and `meta/` (docs/formats.md section 3)."""
 
 from __future__ import annotations
 

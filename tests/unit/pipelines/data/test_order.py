@@ -57,6 +57,14 @@ def test_every_sample_comes_exactly_once_per_epoch(order: SampleOrder, epoch: in
 
 
 @settings(deadline=None, max_examples=50)
+@given(orders(), st.integers(0, 9), st.integers(1, 5))
+def test_a_step_is_asked_for_at_once(order: SampleOrder, step: int, per_stream: int) -> None:
+    shown = global_batch(order, step, per_stream, range(order.streams))
+    expected = [(shard, number) for _, shard, number in shown]
+    assert order.batch(step, per_stream * order.streams) == expected
+
+
+@settings(deadline=None, max_examples=50)
 @given(orders())
 def test_streams_are_balanced_to_one_sample(order: SampleOrder) -> None:
     lengths = [order.length(stream) for stream in range(order.streams)]

@@ -1,4 +1,4 @@
-"""IJB: alignment, templates, protocols, against FORMATS.md written out in plain NumPy."""
+"""IJB: alignment, templates, protocols, against docs/formats.md written out in plain NumPy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_alignment_moves_pixels_where_they_belong() -> None:
 
 
 def reference_pool(rows, weights, ids, media) -> dict[int, np.ndarray]:
-    """FORMATS.md: per template the mean per media, the sum over media, L2-normalise."""
+    """docs/formats.md section 3: a template's mean per media, the sum over media, L2-normalise."""
     found = {}
     for template in sorted(set(ids.tolist())):
         total = np.zeros(rows.shape[1])

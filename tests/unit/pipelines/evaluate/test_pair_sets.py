@@ -1,4 +1,4 @@
-"""Verification sets from embeddings to figures, against FORMATS.md written out in plain NumPy."""
+"""Verification sets: from embeddings to figures, against docs/formats.md in plain NumPy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def embed(images: torch.Tensor) -> torch.Tensor:
 
 
 def reference(left: np.ndarray, right: np.ndarray, same: np.ndarray, far: float) -> list[float]:
-    """FORMATS.md, sentence by sentence: accuracy, its std, thresholds, TAR@FAR."""
+    """docs/formats.md section 2, sentence by sentence: accuracy, its std, thresholds, TAR@FAR."""
     left, right = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (left, right))
     distance = ((left - right) ** 2).sum(axis=1)
     parts, right_share, chosen, tars = np.array_split(np.arange(len(same)), 10), [], [], []

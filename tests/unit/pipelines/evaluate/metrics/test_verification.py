@@ -1,4 +1,4 @@
-"""The 1:1 protocol of FORMATS.md, against small cases by hand and a plain loop."""
+"""The 1:1 protocol of docs/formats.md, against small cases by hand and a plain loop."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,49 @@
+"""The pages of docs/: what the code cites is there, links lead somewhere, the rooms are named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.unit.test_architecture import ROOMS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CODE = sorted(
+    p for f in ("mhe_dist", "pipelines", "launcher", "tests") for p in ROOT.glob(f"{f}/**/*.py")
+)
+CITATION = re.compile(r"docs/(?P<page>\w+)\.md(?:\s+section\s+(?P<section>\d+))?")
+# Pages that are not part of the repository.
+ELSEWHERE = re.compile(r"\b(?:DESIGN|FORMATS|FACTS|PAPER|HOUSE)(?:\.md\b|,? section \d)")
+LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
+
+
+def citations() -> set[tuple[str, str]]:
+    texts = [path.read_text() for path in [*CODE, *PAGES]]
+    return {(m["page"], m["section"] or "") for text in texts for m in CITATION.finditer(text)}
+
+
+@pytest.mark.parametrize(("page", "section"), sorted(citations()))
+def test_a_cited_section_exists(page: str, section: str) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    assert not section or re.search(rf"^## {section}\. ", text, re.MULTILINE)
+
+
+def test_nothing_cites_pages_that_are_not_in_the_repository() -> None:
+    here = Path(__file__)
+    assert not [str(p) for p in [*CODE, *PAGES] if p != here and ELSEWHERE.search(p.read_text())]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("floor", ["mhe_dist", "pipelines"])
+def test_the_design_names_every_room(floor: str) -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    missing = [room for room in ROOMS[floor] if not re.search(rf"`{room}/?`", text)]
+    assert not missing
