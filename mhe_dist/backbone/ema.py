@@ -26,30 +26,30 @@ class AveragedWeights:
         parameters: name -> parameter, whole on every rank.
         decay: weight of the old average in each step, below 1.
         """
-        self._live = {name: parameter.detach() for name, parameter in parameters.items()}
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._decay = decay
-        self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+        self.tensors = {name: tensor.clone() for name, tensor in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step: `average = decay * average + (1 - decay) * parameter`."""
-        pairs = list(self.tensors.values()), list(self._live.values())
+        pairs = list(self.tensors.values()), list(self._parameters.values())
         torch._foreach_lerp_(*pairs, 1 - self._decay)
 
     @contextmanager
     @torch.no_grad()
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Within, the parameters hold their averages; afterwards, their own values again."""
-        kept = {name: tensor.clone() for name, tensor in self._live.items()}
+        saved = {name: tensor.clone() for name, tensor in self._parameters.items()}
         self._fill(self.tensors)
         try:
             yield
         finally:
-            self._fill(kept)
+            self._fill(saved)
 
     @torch.no_grad()
     def _fill(self, values: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._live.items():
+        for name, tensor in self._parameters.items():
             tensor.copy_(values[name])
 
 

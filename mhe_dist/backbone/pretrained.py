@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhe_dist.backbone.ema import backbone_weights, is_backbone_weight
 from mhe_dist.backbone.model import Backbone
-from mhe_dist.checkpoint.shape_check import refuse_mismatch, shapes
+from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
@@ -93,12 +93,12 @@ def _state(found: Any, source: str) -> dict[str, Tensor]:
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     """Copy the tensors in; every name must be there, with its shape, and no other."""
     refuse_mismatch(
-        shapes(module.state_dict()),
-        shapes(tensors),
+        tensor_shapes(module.state_dict()),
+        tensor_shapes(tensors),
         f"model.init_from={source} is not of this model (model.name, model.kwargs, "
         "model.embedding_dim, model.neck)",
         ("the model", "the file"),
-        show=6,
+        limit=6,
     )
     module.load_state_dict(tensors)
 

@@ -19,7 +19,8 @@ from mhe_dist.distributed.topology import Topology
 class RunningStatistics:
     """The BatchNorm buffers of a model, brought through the micro-batches of a step.
 
-    Call `begin` before and `end` after each training forward, `finish` once per step.
+    Call `begin_micro_batch` before and `end_micro_batch` after each training forward,
+    `finish_step` once per step.
     `num_batches_tracked` then counts steps.
     """
 
@@ -41,7 +42,7 @@ class RunningStatistics:
         return self._seen > 0
 
     @torch.no_grad()
-    def begin(self) -> None:
+    def begin_micro_batch(self) -> None:
         """Before a training forward: back to the values at the step's start."""
         if not self.values:
             return
@@ -53,7 +54,7 @@ class RunningStatistics:
             torch._foreach_copy_(self._counts, self._start_counts)
 
     @torch.no_grad()
-    def end(self) -> None:
+    def end_micro_batch(self) -> None:
         """After a training forward: remember what it made of the statistics."""
         if not self.values:
             return
@@ -65,7 +66,7 @@ class RunningStatistics:
         self._seen += 1
 
     @torch.no_grad()
-    def finish(self, topology: Topology) -> None:
+    def finish_step(self, topology: Topology) -> None:
         """At the end of a step: the mean over the micro-batches of all ranks; all ranks must call.
 
         What a forward pass that was repeated in the backward pass (gradient checkpointing) made of

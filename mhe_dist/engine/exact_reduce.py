@@ -22,25 +22,25 @@ from torch import Tensor
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
 
-PRECISE = torch.float64
+EXACT_DTYPE = torch.float64
 
 
 def sum_dtype(precision: str) -> torch.dtype:
     """What the gradients of a step are summed in, at the precision "bf16" or "float32"."""
-    return PRECISE if precision == "float32" else torch.float32
+    return EXACT_DTYPE if precision == "float32" else torch.float32
 
 
-def sum_precisely(optimizer: Any, stage: int) -> None:
+def sum_in_float64(optimizer: Any, stage: int) -> None:
     """Let DeepSpeed's ZeRO `optimizer`, not used so far, sum gradients in float64.
 
     Its own division by the number of ranks must be off (`gradient_allreduce_op`) below stage 3,
     where it is turned off here: it would round before the sum.
     """
-    optimizer.gradient_accumulation_dtype = PRECISE
-    optimizer.communication_data_type = PRECISE
-    optimizer.get_param_comm_dtype = lambda parameter: PRECISE
+    optimizer.gradient_accumulation_dtype = EXACT_DTYPE
+    optimizer.communication_data_type = EXACT_DTYPE
+    optimizer.get_param_comm_dtype = lambda parameter: EXACT_DTYPE
     (bucket,) = optimizer.ipg_buckets.values()
-    optimizer.ipg_buckets = {PRECISE: bucket}
+    optimizer.ipg_buckets = {EXACT_DTYPE: bucket}
     if stage < 3:
         optimizer.use_grad_accum_attribute = True
         optimizer.contiguous_gradients = False  # the contiguous copy has the parameters' dtype
@@ -48,14 +48,14 @@ def sum_precisely(optimizer: Any, stage: int) -> None:
     # Of the two ways to reduce, the other divides.
     optimizer.reduce_scatter = False
     optimizer._gradient_averaging_world_size = lambda parameters, world_size: 1
-    kept = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-    flat = optimizer.grad_partitions_flat_buffer.to(PRECISE)
+    partitions = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    flat = optimizer.grad_partitions_flat_buffer.to(EXACT_DTYPE)
     optimizer.grad_partitions_flat_buffer = flat
-    pieces = flat.split([partition.numel() for partition in kept.values()])
-    kept.update(zip(kept, pieces, strict=True))
+    pieces = flat.split([partition.numel() for partition in partitions.values()])
+    partitions.update(zip(partitions, pieces, strict=True))
 
 
-class PreciseSum:
+class ExactSum:
     """The gradients of `parameters`, taken from each as autograd leaves them there.
 
     Attributes:
@@ -65,22 +65,22 @@ class PreciseSum:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         trained = list(parameters)
         sizes = [p.numel() for p in trained]
-        self.flat = trained[0].new_zeros(sum(sizes), dtype=PRECISE)
+        self.flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
         pieces = self.flat.split(sizes)
-        self._places = {p: piece.view_as(p) for p, piece in zip(trained, pieces, strict=True)}
+        self._sums = {p: piece.view_as(p) for p, piece in zip(trained, pieces, strict=True)}
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._take)
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
 
-    def _take(self, parameter: Tensor) -> None:
-        self._places[parameter].add_(parameter.grad)
+    def _accumulate(self, parameter: Tensor) -> None:
+        self._sums[parameter].add_(parameter.grad)
         parameter.grad = None
 
     def reduce(self, topology: Topology) -> None:
         """Add up over the ranks; all ranks must call, once per step."""
         all_reduce(self.flat, topology)
 
-    def give(self) -> None:
+    def write_grads(self) -> None:
         """Round the sums into the parameters' `grad` and start again from zero."""
-        for parameter, place in self._places.items():
-            parameter.grad = torch.empty_like(parameter).copy_(place)
+        for parameter, total in self._sums.items():
+            parameter.grad = torch.empty_like(parameter).copy_(total)
         self.flat.zero_()

@@ -21,7 +21,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes on one worker.
 
     Attributes:
@@ -49,8 +49,10 @@ class Footprint:
         return sum(self.__dict__.values())
 
 
-def count(config: Config, num_classes: int, workers: int, precision: str) -> Footprint:
-    """The footprint of a config on each of W workers.
+def estimate_memory(
+    config: Config, num_classes: int, workers: int, precision: str
+) -> MemoryEstimate:
+    """What a config needs on each of W workers.
 
     Args:
         config: of the run.
@@ -66,11 +68,11 @@ def count(config: Config, num_classes: int, workers: int, precision: str) -> Foo
     numel = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     stage = int(config.scale.zero_stage)
-    settings = deepspeed_settings(config, precision, 1, numel)
+    settings = deepspeed_settings(config.train.micro_batch, 1, stage, precision, numel)
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
     gradient = sum_dtype(precision).itemsize
-    return Footprint(
+    return MemoryEstimate(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
         gradients=numel * gradient // (workers if stage >= 2 else 1),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),

@@ -7,25 +7,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhe_dist.config.schema import Config, OptimConfig
-from mhe_dist.engine.exact_reduce import PRECISE, sum_dtype
+from mhe_dist.config.schema import OptimConfig
+from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype
 
 _LARGEST_BUCKET = 50_000_000  # elements of one gradient reduction; DeepSpeed allocates that many
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
+def resolve_precision(setting: str, device: torch.device) -> str:
     """What `train.precision` comes to: "bf16" or "float32".
 
     A CPU without bfloat16 instructions computes 10 to 40 times slower in bfloat16 than in float32,
     so `auto` does not ask it to.
     """
-    if wanted != "auto":
-        return wanted
+    if setting != "auto":
+        return setting
     if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if able else "float32"
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if supported else "float32"
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -42,24 +42,31 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def deepspeed_settings(
-    config: Config, precision: str, accumulated: int, numel: int
+    micro_batch: int, accumulation_steps: int, zero_stage: int, precision: str, numel: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.
 
-    Gradients are reduced (at precision float32 even in float64: gradient_sum.py) and weights
+    Gradients are reduced (at precision float32 even in float64: exact_reduce.py) and weights
     gathered in float32 (no "safe modules"), so that evaluation sees the true weights. Norm and
     clipping are the engine's: DeepSpeed's own wait for the device, and at stage 3 its norm, which
     cannot be switched off, watches for overflow only.
+
+    Args:
+        micro_batch: B.
+        accumulation_steps: micro-batches of a step on one rank.
+        zero_stage: 0 to 3.
+        precision: "bf16" or "float32".
+        numel: elements of all parameters.
     """
-    stage = int(config.scale.zero_stage)
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(numel, _LARGEST_BUCKET)}
-    if stage in (1, 2):
+    exact = sum_dtype(precision) == EXACT_DTYPE
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": min(numel, _LARGEST_BUCKET)}
+    if zero_stage in (1, 2):
         zero["compute_grad_norm"] = False
     return {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulated,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": 0.0,
-        "gradient_allreduce_op": "sum" if sum_dtype(precision) == PRECISE and stage < 3 else "mean",
+        "gradient_allreduce_op": "sum" if exact and zero_stage < 3 else "mean",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "torch_autocast": {

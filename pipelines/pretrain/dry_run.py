@@ -22,8 +22,8 @@ from mhe_dist.distributed import topology
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.engine import memory_estimate as footprint
 from mhe_dist.engine.engine import import_deepspeed
+from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
 from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.pretrain.recorder import ignore
@@ -108,12 +108,12 @@ def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, A
             memory.
 
     Returns:
-        plain values: `footprint` (`mhe_dist.engine.memory_estimate.Footprint`), `trial` (the
+        plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
         largest of each figure of the workers' `Trial`s) and `samples` of an epoch.
     """
     index = open_training_index(config.data, config.run.seed)
     precision = resolve_precision(config.train.precision, topology.default_device())
-    counted = footprint.count(config, index.num_classes, config.scale.workers, precision)
+    counted = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
         values = config_to_dict(share(config, workers, folder))
         seen = run_ranks(measure, workers, values, libraries, device=None, timeout_s=TIMEOUT_S)

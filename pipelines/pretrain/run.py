@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mhe_dist.backbone.model import build_backbone
+from mhe_dist.backbone.model import build_backbone, compile_in_place
 from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.retention import Keep
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
@@ -63,7 +63,14 @@ class Run:
         self.index = open_training_index(config.data, config.run.seed)
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
-        self.engine = Engine(_initial_model(config), config, topology)
+        self.engine = Engine(
+            initial_model(config, topology.device),
+            config.optim,
+            config.train,
+            topology,
+            int(config.scale.zero_stage),
+            config.run.seed,
+        )
         self.head = _make_head(config, self.index, topology)
         self.store = CheckpointStore(
             f"{config.run.path}/checkpoints", topology, _keep(config.checkpoint)
@@ -229,11 +236,14 @@ class Run:
         return tracker
 
 
-def _initial_model(config: Config) -> torch.nn.Module:
+def initial_model(config: Config, device: torch.device) -> torch.nn.Module:
+    """The backbone that a run begins with: drawn from its seed, or `model.init_from`."""
     seed_torch(config.run.seed, "backbone")
     model = build_backbone(config.model, config.data.image_size)
     if config.model.init_from:
         load_pretrained(model, config.model.init_from)
+    if config.model.compile:
+        compile_in_place(model, device)
     return model
 
 

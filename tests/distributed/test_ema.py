@@ -18,7 +18,7 @@ from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
 
 
-def test_the_average_by_hand_and_its_place() -> None:
+def test_the_average_by_hand_and_where_it_is_applied() -> None:
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
     average = AveragedWeights(dict(layer.named_parameters()), 0.75)
@@ -26,7 +26,7 @@ def test_the_average_by_hand_and_its_place() -> None:
         layer.weight.data.fill_(value)
         average.update()
     assert average.tensors["weight"].item() == 0.75 * (0.75 * 1 + 0.25 * 5) + 0.25 * 9
-    with pytest.raises(ZeroDivisionError), average.in_place():
+    with pytest.raises(ZeroDivisionError), average.applied():
         assert layer.weight.item() == average.tensors["weight"].item()
         raise ZeroDivisionError
     assert layer.weight.item() == 9.0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mhe_dist.backbone.model import compile_in_place
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology, disconnect
 from mhe_dist.engine.engine import Engine
@@ -58,6 +59,13 @@ def make_config(**changes: Any) -> Config:
     return Config.model_validate(tree)
 
 
+def make_engine(net: nn.Module, topology: Topology, **changes: Any) -> Engine:
+    config = make_config(**changes)
+    return Engine(
+        net, config.optim, config.train, topology, config.scale.zero_stage, config.run.seed
+    )
+
+
 def images_of(step: int) -> Tensor:
     """uint8 `[N, B, 3, SIZE, SIZE]`; micro-batches differ in brightness, so statistics do too."""
     generator = torch.Generator().manual_seed(100 + step)
@@ -85,7 +93,7 @@ def train(engine: Engine, topology: Topology, steps: range) -> list[Tensor]:
 
 
 def run(topology: Topology, changes: dict[str, Any], steps: int, dropout: float = 0.0) -> dict:
-    engine = Engine(make_net(dropout), make_config(**changes), topology)
+    engine = make_engine(make_net(dropout), topology, **changes)
     norms = train(engine, topology, range(steps))
     return {"state": engine.state(), "norms": norms, "embed": engine.embed(images_of(99)[0])}
 
@@ -187,9 +195,17 @@ def test_rounding_depends_on_nothing_but_the_step(run_distributed) -> None:
                 equal(state, alone[0])
 
 
+def run_compiled(topology: Topology, changes: dict[str, Any], steps: int) -> dict:
+    net = make_net()
+    compile_in_place(net, topology.device)
+    engine = make_engine(net, topology, **changes)
+    norms = train(engine, topology, range(steps))
+    return {"state": engine.state(), "norms": norms, "embed": engine.embed(images_of(99)[0])}
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_network_equals_plain_training(run_distributed) -> None:
-    (result,) = run_distributed(run, 1, CASES["sgd"] | {"model.compile": True}, 4)
+    (result,) = run_distributed(run_compiled, 1, CASES["sgd"], 4)
     assert_equals_reference(result, reference(CASES["sgd"], 4), 4)
 
 
@@ -206,15 +222,13 @@ def other_engine(topology: Topology, kind: str, stage: int) -> Engine:
     with torch.no_grad():
         for tensor in (*net.parameters(), net.norm.running_mean, net.norm.running_var):
             tensor.add_(7.0)
-    return Engine(net, make_config(**{"optim.kind": kind, "scale.zero_stage": stage}), topology)
+    return make_engine(net, topology, **{"optim.kind": kind, "scale.zero_stage": stage})
 
 
 def go_round_the_stages(topology: Topology, kind: str) -> dict[str, dict[str, Tensor]]:
     """Hand the state from stage to stage, train a step on each, and never hand it on."""
     stages = [0, 1, 2, 3, 1, 0]
-    first = Engine(
-        make_net(), make_config(**{"optim.kind": kind, "scale.zero_stage": stages[0]}), topology
-    )
+    first = make_engine(make_net(), topology, **{"optim.kind": kind, "scale.zero_stage": stages[0]})
     stays, goes = first, first
     fresh = other_engine(topology, kind, 3)
     fresh.load_state(first.state())
@@ -230,17 +244,17 @@ def go_round_the_stages(topology: Topology, kind: str) -> dict[str, dict[str, Te
     return {"state": goes.state(), "embed": {"": goes.embed(images_of(9)[0])}}
 
 
-def take_over(topology: Topology, kind: str, stage: int, before: dict) -> None:
+def load_and_compare(topology: Topology, kind: str, stage: int, before: dict) -> None:
     engine = other_engine(topology, kind, stage)
     engine.load_state(before["state"])
     equal(engine.state(), before["state"])
     torch.testing.assert_close(engine.embed(images_of(9)[0]), before["embed"][""])
 
 
-def take_over_all(topology: Topology, befores: dict[str, dict]) -> bool:
+def load_and_compare_all(topology: Topology, befores: dict[str, dict]) -> bool:
     for kind, before in befores.items():
         for stage in STAGES:
-            take_over(topology, kind, stage, before)
+            load_and_compare(topology, kind, stage, before)
     return True
 
 
@@ -258,7 +272,7 @@ def test_state_moves_bit_exactly_between_stages_and_ranks(run_distributed) -> No
     assert "model.unsaved" not in names
     assert results[0]["adamw"]["state"]["optim.step"] == 5
     assert results[0]["sgd"]["state"]["optim.fc.bias.momentum_buffer"].abs().sum() > 0
-    assert run_distributed(take_over_all, 1, results[0]) == [True]
+    assert run_distributed(load_and_compare_all, 1, results[0]) == [True]
 
 
 def refusal(engine: Engine, tensors: dict[str, Tensor]) -> str:
@@ -274,7 +288,7 @@ def alone(_: Topology) -> dict[Any, Any]:
     images = images_of(0)
     results: dict[Any, Any] = {}
 
-    engine = Engine(make_net(0.5), make_config(), topology)
+    engine = make_engine(make_net(0.5), topology)
     results["norm before a step"] = engine.grad_norm()
     one = engine.forward(images[0], 3, 0).detach()
     torch.rand(17)
@@ -285,16 +299,16 @@ def alone(_: Topology) -> dict[Any, Any]:
     with pytest.raises(RuntimeError, match="after 1 of this rank's 6 micro-batches"):
         engine.step(0.1)
 
-    engine = Engine(make_net(), make_config(), topology)
+    engine = make_engine(make_net(), topology)
     state = engine.state()
     results["missing"] = refusal(engine, {n: t for n, t in state.items() if n != "model.fc.bias"})
     results["shape"] = refusal(engine, state | {"model.fc.weight": torch.zeros(6, 7)})
-    adamw = Engine(make_net(), make_config(**{"optim.kind": "adamw"}), topology)
+    adamw = make_engine(make_net(), topology, **{"optim.kind": "adamw"})
     results["optimizer"] = refusal(adamw, state)
 
     for stage in STAGES:
         changes = {"train.precision": "bf16", "scale.zero_stage": stage}
-        engine = Engine(make_net(), make_config(**changes), topology)
+        engine = make_engine(make_net(), topology, **changes)
         train(engine, topology, range(4))
         plain = make_net()
         state = engine.state()
@@ -334,14 +348,14 @@ def test_one_rank_alone(run_distributed) -> None:
         )
 
 
-def meet(topology: Topology) -> dict[str, Any]:
-    engine = Engine(make_net(), make_config(), topology)
+def statistics_of_a_rank(topology: Topology) -> dict[str, Any]:
+    engine = make_engine(make_net(), topology)
     mean = dict(engine.model.named_buffers())["norm.running_mean"]
     engine.forward(images_of(0)[topology.rank], 0, topology.rank)
     apart = mean.clone()
     with pytest.raises(RuntimeError, match="within a step"):
         engine.embed(images_of(0)[0])
-    engine = Engine(make_net(), make_config(), topology)
+    engine = make_engine(make_net(), topology)
     train(engine, topology, range(1))
     mean = dict(engine.model.named_buffers())["norm.running_mean"]
     together = mean.clone()
@@ -352,6 +366,6 @@ def meet(topology: Topology) -> dict[str, Any]:
 
 
 def test_ranks_agree_on_the_statistics_after_every_step(run_distributed) -> None:
-    one, two = run_distributed(meet, 2)
+    one, two = run_distributed(statistics_of_a_rank, 2)
     assert not torch.equal(one["apart"], two["apart"])
     assert torch.equal(one["together"], two["together"])

@@ -27,7 +27,7 @@ def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
     checkpoint = find_checkpoint(path_of(head))
     config = stored_config(checkpoint.run["config"])
     model = build_backbone(config.model, config.data.image_size)
-    engine = Engine(model, config, topology)
+    engine = Engine(model, config.optim, config.train, topology, config.scale.zero_stage)
     spec = HeadSpec(
         config.head,
         checkpoint.run["classes"],

@@ -17,7 +17,7 @@ from mhe_dist.config.schema import ModelConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.errors import UserError
-from pipelines.pretrain.run import _initial_model
+from pipelines.pretrain.run import initial_model
 from tests import tiny
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
@@ -148,7 +148,9 @@ def test_weights_of_an_exported_folder_and_of_a_run(tmp_path: Path) -> None:
     load_pretrained(again, f"{run.run.path}/checkpoints/step_00000024")
     assert torch.equal(again(inputs), trained(inputs))
     assert torch.equal(
-        _initial_model(tiny.config(tmp_path, "unused", model=begin)).eval()(inputs),
+        initial_model(tiny.config(tmp_path, "unused", model=begin), torch.device("cpu")).eval()(
+            inputs
+        ),
         trained(inputs),
     )
     export_timm(trained, run, str(tmp_path / "timm"), images)

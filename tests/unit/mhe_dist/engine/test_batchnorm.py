@@ -12,10 +12,10 @@ from mhe_dist.engine.batchnorm import RunningStatistics
 
 def step(model: nn.Module, statistics: RunningStatistics, batches: list[torch.Tensor]) -> None:
     for batch in batches:
-        statistics.begin()
+        statistics.begin_micro_batch()
         model(batch)
-        statistics.end()
-    statistics.finish(Topology())
+        statistics.end_micro_batch()
+    statistics.finish_step(Topology())
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

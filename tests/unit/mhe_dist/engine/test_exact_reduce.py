@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.engine.exact_reduce import PreciseSum
+from mhe_dist.engine.exact_reduce import ExactSum
 
 GENERATOR = torch.Generator().manual_seed(4)
 GRADIENTS = torch.randn(4, 50, generator=GENERATOR).mul_(10.0 ** torch.arange(-2, 2).view(4, 1))
@@ -27,14 +27,14 @@ def parameter() -> nn.Parameter:
 
 
 def test_any_order_gives_the_exact_sum_rounded_once(parameter: nn.Parameter) -> None:
-    total = PreciseSum([parameter])
+    total = ExactSum([parameter])
     columns = GRADIENTS.T.tolist()
     exact = torch.tensor([float(sum(map(Fraction, column))) for column in columns])
     for order in permutations(range(4)):
         backward(parameter, order)
         assert parameter.grad is None, "taken over"
         total.reduce(Topology())
-        total.give()
+        total.write_grads()
         assert torch.equal(parameter.grad.flatten(), exact)
         parameter.grad = None
 
@@ -51,10 +51,10 @@ def test_autograds_own_sum_depends_on_the_order(parameter: nn.Parameter) -> None
 def test_gradients_have_the_layout_of_their_parameters() -> None:
     weight = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
     vector = nn.Parameter(torch.randn(3))
-    total = PreciseSum([weight, vector])
+    total = ExactSum([weight, vector])
     (weight.square().sum() + vector.sum()).backward()
     assert total.flat.numel() == 51
-    total.give()
+    total.write_grads()
     assert torch.equal(weight.grad, 2 * weight)
     assert weight.grad.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(vector.grad, torch.ones(3))

@@ -10,7 +10,7 @@ import torch
 
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.schema import Config
-from mhe_dist.engine import memory_estimate as footprint
+from mhe_dist.engine.memory_estimate import estimate_memory
 
 
 def config(**sections: Any) -> Config:
@@ -41,36 +41,36 @@ def kept_by_a_real_forward_pass(settings: Config) -> list[int]:
 def test_activations_are_those_of_a_real_forward_pass() -> None:
     settings = config(train={"micro_batch": 16, "global_batch": 64})
     real = kept_by_a_real_forward_pass(settings)
-    counted = footprint.count(settings, 100, 1, "float32").activations
+    counted = estimate_memory(settings, 100, 1, "float32").activations
     assert counted == pytest.approx(sum(real) + sum(real[-2:]), rel=0.02)
 
 
 def test_activations_grow_with_the_micro_batch() -> None:
-    small = footprint.count(config(train={"micro_batch": 16}), 100, 1, "float32")
-    large = footprint.count(config(train={"micro_batch": 64}), 100, 1, "float32")
+    small = estimate_memory(config(train={"micro_batch": 16}), 100, 1, "float32")
+    large = estimate_memory(config(train={"micro_batch": 64}), 100, 1, "float32")
     assert large.activations == pytest.approx(4 * small.activations, rel=0.01)
     assert large.weights == small.weights
 
 
 def test_rows_are_shared_by_the_workers_and_carry_their_moments() -> None:
-    one = footprint.count(config(), 1000, 1, "float32").rows
+    one = estimate_memory(config(), 1000, 1, "float32").rows
     assert one == 1000 * 64 * 4 * 2  # momentum
-    assert footprint.count(config(), 1000, 4, "float32").rows == one // 4
+    assert estimate_memory(config(), 1000, 4, "float32").rows == one // 4
     half = {"bank": {"dtype": "bfloat16"}, "optim": {"kind": "adamw"}}
-    assert footprint.count(config(head=half), 1000, 1, "float32").rows == 1000 * 64 * 2 * 3
+    assert estimate_memory(config(head=half), 1000, 1, "float32").rows == 1000 * 64 * 2 * 3
     file = {"bank": {"memory": "file"}}
-    assert footprint.count(config(head=file), 1000, 1, "float32").rows == 0
+    assert estimate_memory(config(head=file), 1000, 1, "float32").rows == 0
 
 
 def test_gradients_are_summed_in_float64_at_float32() -> None:
-    exact, fast = (footprint.count(config(), 10, 2, p) for p in ("float32", "bf16"))
+    exact, fast = (estimate_memory(config(), 10, 2, p) for p in ("float32", "bf16"))
     assert exact.gradients == 2 * fast.gradients
     assert exact.communication == 2 * fast.communication
 
 
 def test_zero_shares_the_optimizer() -> None:
     at = {
-        stage: footprint.count(config(scale={"zero_stage": stage}), 10, 4, "bf16")
+        stage: estimate_memory(config(scale={"zero_stage": stage}), 10, 4, "bf16")
         for stage in range(4)
     }
     assert at[0].optimizer == pytest.approx(at[0].gradients)
