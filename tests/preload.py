@@ -3,7 +3,7 @@
 import torch
 
 from mhe_dist.engine.engine import import_deepspeed
-from pipelines.pretrain import main as pretrain
+from pipelines.pretrain.main import pretrain
 
 torch.set_num_threads(1)
 import_deepspeed(torch.device("cpu"))

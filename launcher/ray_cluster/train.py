@@ -19,7 +19,7 @@ from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
-from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
 
 POLL_S = 0.25
@@ -198,7 +198,7 @@ def _fit(settings: dict[str, Any]) -> None:
             name="ray",
             storage_path=settings["storage"],
             failure_config=FailureConfig(max_failures=scale.max_failures),
-            callbacks=[ray_internals.on_main_thread_of_workers(stopping.listen)],
+            callbacks=[ray_internals.on_main_thread_of_workers(preemption.listen_for_sigterm)],
             worker_runtime_env={"env_vars": worker_environment(config)},
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from launcher.ray_cluster.mailbox import EventSender, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
-from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain import preemption
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         os.chdir(settings["folder"])
     redirect_output(Path(settings["logs"]) / f"rank_{rank}.log")
     send = EventSender(settings["mailbox"])
-    watch_stop(settings["mailbox"], stopping.stop)
+    watch_stop(settings["mailbox"], preemption.request)
     try:
         _train(Config.model_validate(settings["config"]), send)
     except Preempted as stop:
@@ -47,9 +47,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(config: Config, send: EventSender) -> None:
-    from pipelines.pretrain import main as pretrain
+    from pipelines.pretrain.main import pretrain
 
-    pretrain.main(config, report=send)
+    pretrain(config, on_event=send)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Files of a checkpoint: written with checksums, listed by a manifest, checked against it.
 
-A folder is a checkpoint only if its `manifest.json`, written last, is there and true. Everything
-goes through fsspec, so a folder may be local or in an object store.
+A folder is a checkpoint only if its `manifest.json`, written last, is there and agrees with the
+files. Everything goes through fsspec, so a folder may be local or in an object store.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What the manifest says of a file: its size, and CRC-32 as 8 hexadecimal digits."""
+    """The manifest's entry of a file: its size, and CRC-32 as 8 hexadecimal digits."""
 
     bytes: int
     crc32: str
 
 
-class Writer(FsspecWriter):
+class ChecksumWriter(FsspecWriter):
     """torch.distributed.checkpoint's writer to any fsspec URL, which remembers what it wrote.
 
     Attributes:
@@ -55,7 +55,7 @@ class _RecordingFileSystem(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Generator[Any, None, None]:
-        """A stream to `path`; one that writes is summed, and entered when it ends well."""
+        """A stream to `path`; a written file gets its entry when the stream ends without error."""
         with super().create_stream(path, mode) as stream:
             if "w" not in mode:
                 yield stream
@@ -70,7 +70,7 @@ class _RecordingFileSystem(FileSystem):
 
 
 class _ChecksumStream:
-    """A stream that is written from front to back, summed on the way."""
+    """A stream that is written from front to back, with the checksum of what went through it."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -99,17 +99,17 @@ class _ChecksumStream:
         return FileEntry(self._bytes, f"{self._crc:08x}")
 
 
-class Folder:
+class CheckpointFolder:
     """One checkpoint's folder, local or remote."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.fs, self._path = fsspec.core.url_to_fs(url)
 
-    def _at(self, name: str) -> str:
+    def _path_of(self, name: str) -> str:
         return f"{self._path}/{name}"
 
-    def finish(self, entries: dict[str, FileEntry], run: dict[str, Any]) -> int:
+    def write_manifest(self, entries: dict[str, FileEntry], run: dict[str, Any]) -> int:
         """Write `run.json`, then the manifest that makes the folder a checkpoint.
 
         Returns:
@@ -125,18 +125,18 @@ class Folder:
     def _put(self, name: str, data: bytes) -> None:
         """Write a small file as a whole or not at all; object stores do that by themselves."""
         local = isinstance(self.fs, LocalFileSystem)
-        target = self._at(f"{name}.tmp" if local else name)
+        target = self._path_of(f"{name}.tmp" if local else name)
         with self.fs.open(target, "wb") as file:
             file.write(data)
             if local:
                 file.flush()
                 os.fsync(file.fileno())
         if local:
-            os.replace(target, self._at(name))
+            os.replace(target, self._path_of(name))
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file of the folder."""
-        return json.loads(self.fs.cat_file(self._at(name)))
+        return json.loads(self.fs.cat_file(self._path_of(name)))
 
     def manifest(self) -> dict[str, FileEntry] | str:
         """The files of the checkpoint, or the reason why this is none (sizes are compared)."""
@@ -158,11 +158,11 @@ class Folder:
                 return f"{name} has {sizes[name]} bytes, {MANIFEST} says {entry.bytes}"
         return files
 
-    def wrong(self, files: Iterable[tuple[str, FileEntry]]) -> str | None:
-        """The first file whose checksum is not the manifest's, in words; None: all are right."""
+    def first_corrupt_file(self, files: Iterable[tuple[str, FileEntry]]) -> str | None:
+        """The first file whose checksum is not the manifest's, in words; None: there is none."""
         for name, entry in files:
             try:
-                with self.fs.open(self._at(name), "rb") as file:
+                with self.fs.open(self._path_of(name), "rb") as file:
                     crc = _crc32(file)
             except OSError as error:
                 return f"{name} cannot be read: {error}"
@@ -171,10 +171,10 @@ class Folder:
         return None
 
     def remove(self) -> None:
-        """Delete the folder, its manifest first, so that no half of it is taken for a whole."""
+        """Delete the folder, its manifest first: half of it must not pass for a checkpoint."""
         self.fs.invalidate_cache()
-        if self.fs.exists(self._at(MANIFEST)):
-            self.fs.rm_file(self._at(MANIFEST))
+        if self.fs.exists(self._path_of(MANIFEST)):
+            self.fs.rm_file(self._path_of(MANIFEST))
         if self.fs.exists(self._path):
             self.fs.rm(self._path, recursive=True)
 

@@ -1,4 +1,4 @@
-"""One complete checkpoint: what it holds, and the tensors that somebody wants of it."""
+"""One complete checkpoint: what it holds, and loading some or all of its tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mhe_dist.checkpoint.files import RUN, Folder
+from mhe_dist.checkpoint.files import RUN, CheckpointFolder
 from mhe_dist.errors import RunError
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
     @cached_property
     def run(self) -> dict[str, Any]:
         """What was given to `save` as `run`."""
-        return Folder(self.path).read_json(RUN)
+        return CheckpointFolder(self.path).read_json(RUN)
 
     def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every tensor."""
@@ -45,10 +45,10 @@ class Checkpoint:
     def _metadata(self) -> Any:
         return FsspecReader(self.path).read_metadata()
 
-    def load(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-        """Tensors on the host, whose names `wanted` picks; no other bytes are read.
+    def load(self, select: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Tensors on the host, of the names that `select` accepts; no other bytes are read.
 
-        Every rank may load other names; nobody waits for anybody.
+        Each rank may load other names; none waits for another.
 
         Raises:
             RunError: the files cannot be read.
@@ -56,7 +56,7 @@ class Checkpoint:
         tensors = {
             name: torch.empty(shape, dtype=dtype)
             for name, (shape, dtype) in self.names().items()
-            if wanted(name)
+            if select(name)
         }
         try:
             # With collectives DCP would ask all ranks to load the same names.
@@ -71,6 +71,6 @@ def first_failure(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {type(cause).__name__}: {cause}"
-    if isinstance(error, RunError):  # rank 0's own words
+    if isinstance(error, RunError):  # rank 0's message
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Which checkpoints to delete: pure policy, from history to decision."""
+"""Which checkpoints to delete: a pure function of the history."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which complete checkpoints stay.
 
     Attributes:
@@ -23,33 +23,33 @@ class Keep:
     best: str = ""
 
     def score(self, scores: Mapping[str, float]) -> float | None:
-        """What `best` makes of a checkpoint's scores, higher is better; None: it has no score."""
+        """The score that `best` names, higher is better; None: the checkpoint has none."""
         value = scores.get(self.best.removeprefix("-")) if self.best else None
         if value is None or math.isnan(value):
             return None
         return -value if self.best.startswith("-") else value
 
 
-def to_delete(
-    history: Mapping[int, bool], keep: Keep, scores: Mapping[int, float] | None = None
+def steps_to_delete(
+    history: Mapping[int, bool], policy: RetentionPolicy, scores: Mapping[int, float] | None = None
 ) -> list[int]:
-    """Steps whose checkpoints may go, oldest first.
+    """Steps whose checkpoints are to be deleted, oldest first.
 
-    The newest complete one always stays, so nothing goes before a newer one is complete. An
-    incomplete one goes when a complete one is newer: it is the remains of a process that died.
-    Otherwise it may be in the making and stays.
+    The newest complete one always stays, so none is deleted before a newer one is complete. An
+    incomplete one is deleted when a complete one is newer: a process died while it wrote it.
+    Otherwise it may still be written to, and stays.
 
     Args:
         history: step -> whether its checkpoint is complete.
-        keep: which complete ones stay.
-        scores: step -> `Keep.score`, of those that have one; of equal ones the newest stays.
+        policy: which complete ones stay.
+        scores: step -> `RetentionPolicy.score`, where there is one; of equal ones the newest stays.
     """
     complete = sorted(step for step, done in history.items() if done)
     if not complete:
         return []
-    kept = set(complete[-max(keep.last, 1) :])
-    if keep.every:
-        kept |= {step for step in complete if step % keep.every == 0}
+    kept = set(complete[-max(policy.last, 1) :])
+    if policy.every:
+        kept |= {step for step in complete if step % policy.every == 0}
     ranked = [(score, step) for step, score in (scores or {}).items() if step in complete]
     if ranked:
         kept.add(max(ranked)[1])

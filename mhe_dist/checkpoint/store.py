@@ -25,17 +25,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from mhe_dist.checkpoint import retention
-from mhe_dist.checkpoint.files import FileEntry, Folder, Writer
+from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry
 from mhe_dist.checkpoint.reader import Checkpoint, first_failure
-from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.retention import RetentionPolicy, steps_to_delete
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"step_(\d{8,})$")
-READ_ONLY = Keep()  # of a store that nobody saves to
+READ_ONLY = RetentionPolicy()  # of a store that only reads
 _WRITE_TIMEOUT_S = 3600.0  # a rank may wait this long for the slowest writer
 
 # DCP warns that `no_dist` works without collectives, which is why it is given. Filtered for good:
@@ -48,7 +47,7 @@ class CheckpointWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Saved:
+class SaveResult:
     """How a save ended.
 
     Attributes:
@@ -74,21 +73,21 @@ class CheckpointStore:
             until it is written anew.
     """
 
-    def __init__(self, root: str, topology: Topology, keep: Keep = READ_ONLY) -> None:
+    def __init__(self, root: str, topology: Topology, policy: RetentionPolicy = READ_ONLY) -> None:
         """All ranks must call.
 
         Args:
             root: folder or fsspec URL that holds the `step_*` folders.
-            topology: this rank's place.
-            keep: which complete checkpoints stay when a newer one is complete.
+            topology: this rank's position.
+            policy: which complete checkpoints stay when a newer one is complete.
         """
         self.rejected: dict[str, str] = {}
         self._root = root.rstrip("/")
         self._topology = topology
-        self._keep = keep
+        self._policy = policy
         self._group = topology.side_group(_WRITE_TIMEOUT_S)
         self._thread: threading.Thread | None = None
-        self._outcome: Saved | None = None
+        self._outcome: SaveResult | None = None
         self._copies: dict[str, Tensor] = {}
 
     # -- saving --------------------------------------------------------------------------------
@@ -99,19 +98,19 @@ class CheckpointStore:
         replicated: dict[str, Tensor],
         owned: dict[str, Tensor],
         run: dict[str, Any],
-    ) -> Saved | None:
+    ) -> SaveResult | None:
         """Copy the tensors to host memory and write them while the caller goes on.
 
-        All ranks must call. Waits for the save before, if that still runs.
+        All ranks must call. Waits for the save before, if it still runs.
 
         Args:
             step: number of completed steps; names the folder.
-            replicated: tensors that all ranks hold alike; written once, spread over the ranks.
+            replicated: tensors that are equal on all ranks; written once, spread over the ranks.
             owned: tensors that only this rank holds, under names that no other rank uses.
             run: plain data for `Checkpoint.run`; rank 0's counts.
 
         Returns:
-            How the save before ended, if it was not asked for yet.
+            How the save before ended, if `wait` or `poll` did not return that yet.
         """
         before = self.wait()
         begin = time.perf_counter()
@@ -124,8 +123,8 @@ class CheckpointStore:
         self._thread.start()
         return before
 
-    def wait(self) -> Saved | None:
-        """Wait for the running save; tell, once, how the last one ended.
+    def wait(self) -> SaveResult | None:
+        """Wait for the running save; return, once, how the last one ended.
 
         A failed save also raises a `CheckpointWarning` on rank 0.
         """
@@ -142,8 +141,8 @@ class CheckpointStore:
             )
         return outcome
 
-    def poll(self) -> Saved | None:
-        """Like `wait`, but at once: None while the save still runs."""
+    def poll(self) -> SaveResult | None:
+        """Like `wait`, without waiting: None while the save still runs."""
         if self._thread is not None and self._thread.is_alive():
             return None
         return self.wait()
@@ -154,82 +153,84 @@ class CheckpointStore:
         """In the background: write, and leave the outcome for `wait`."""
         path, size, error = self._path(step), 0, None
         try:
-            if self._prepare(path):
+            if self._clear_folder(path):
                 size = self._commit(path, self._write_tensors(path, tensors), run)
         # Whatever went wrong, training must go on; the caller gets the reason. (DCP's exception is
         # no Exception.)
         except (Exception, dcp.CheckpointException) as failure:
             error = first_failure(failure)
-        self._outcome = Saved(step, path, size, time.perf_counter() - begin, error)
+        self._outcome = SaveResult(step, path, size, time.perf_counter() - begin, error)
 
-    def _prepare(self, path: str) -> bool:
-        """Clear what a dead process left there; whether there is anything to write.
+    def _clear_folder(self, path: str) -> bool:
+        """Remove what a dead process left there; whether there is anything to write.
 
         A complete checkpoint of the step stays: it holds the same, and may be the only good one.
         """
 
-        def clear() -> bool:
+        def remove_incomplete() -> bool:
             """Whether the folder is free now."""
-            folder = Folder(path)
+            folder = CheckpointFolder(path)
             if self._is_complete(path):
                 return False
             folder.remove()
             return True
 
-        return self._on_first(clear)
+        return self._on_first(remove_incomplete)
 
     def _write_tensors(self, path: str, tensors: dict[str, Tensor]) -> dict[str, FileEntry]:
         """Write this rank's tensors; the files it wrote."""
-        writer = Writer(path)
+        writer = ChecksumWriter(path)
         alone = self._topology.world_size == 1
         dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
         return writer.entries
 
     def _commit(self, path: str, entries: dict[str, FileEntry], run: dict[str, Any]) -> int:
-        """Make the folder a checkpoint and let old ones go; its size in bytes."""
+        """Make the folder a checkpoint and delete old ones; its size in bytes."""
         gathered = self._all_gather(entries)
 
-        def finish() -> int:
+        def write_manifest() -> int:
             """Bytes of the finished checkpoint."""
             files = {name: entry for part in gathered for name, entry in part.items()}
-            size = Folder(path).finish(files, run)
+            size = CheckpointFolder(path).write_manifest(files, run)
             self.rejected.pop(_name(path), None)
             try:
-                self._forget_old()
+                self._delete_old()
             except (OSError, ValueError) as failure:  # this one is complete all the same
                 logger.warning("old checkpoints in %s cannot be deleted: %s", self._root, failure)
             return size
 
-        return self._on_first(finish)
+        return self._on_first(write_manifest)
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0; its result on all ranks, or its failure on all ranks."""
-        box: list[Any] = [None, None]
+        result: list[Any] = [None, None]  # and the failure
         if self._topology.is_first:
             try:
-                box[0] = work()
-            except Exception as failure:  # told to every rank below, which raises it
-                box[1] = first_failure(failure)
+                result[0] = work()
+            except Exception as failure:  # broadcast below; every rank raises it
+                result[1] = first_failure(failure)
         if self._topology.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        if box[1] is not None:
-            raise RunError(box[1])
-        return box[0]
+            dist.broadcast_object_list(result, src=0, group=self._group)
+        if result[1] is not None:
+            raise RunError(result[1])
+        return result[0]
 
-    def _forget_old(self) -> None:
+    def _delete_old(self) -> None:
         paths = {step: self._path(step) for step in self._steps()}
         history = {step: self._is_complete(path) for step, path in paths.items()}
         scores = {}
-        for step in [s for s, complete in history.items() if complete and self._keep.best]:
-            score = self._keep.score(Checkpoint(paths[step], step).run.get("scores", {}))
+        for step in [s for s, complete in history.items() if complete and self._policy.best]:
+            score = self._policy.score(Checkpoint(paths[step], step).run.get("scores", {}))
             if score is not None:
                 scores[step] = score
-        for step in retention.to_delete(history, self._keep, scores):
-            Folder(paths[step]).remove()
+        for step in steps_to_delete(history, self._policy, scores):
+            CheckpointFolder(paths[step]).remove()
 
     def _is_complete(self, path: str) -> bool:
         """Whether the last `newest` would have taken it for a checkpoint, by its files' sizes."""
-        return _name(path) not in self.rejected and not isinstance(Folder(path).manifest(), str)
+        if _name(path) in self.rejected:
+            return False
+        return not isinstance(CheckpointFolder(path).manifest(), str)
 
     # -- discovery -----------------------------------------------------------------------------
 
@@ -240,15 +241,15 @@ class CheckpointStore:
         """
         self.wait()
         self.rejected = {}
-        for step in self._agree(self._steps() if self._topology.is_first else None):
+        for step in self._broadcast(self._steps() if self._topology.is_first else None):
             path = self._path(step)
-            reason = self._reason_against(path)
+            reason = self._find_fault(path)
             if reason is None:
                 return Checkpoint(path, step)
             self.rejected[_name(path)] = reason
         return None
 
-    def go_back(self, step: int) -> bool:
+    def roll_back_to(self, step: int) -> bool:
         """Delete the checkpoints of more than `step` steps, if an older complete one stands.
 
         All ranks must call. Where there is no checkpoint at all nothing needs to be deleted.
@@ -257,29 +258,29 @@ class CheckpointStore:
             Whether the newest checkpoint, if there is one, is now of `step` steps at most.
         """
 
-        def forget() -> bool:
-            """Whether there was a way back."""
+        def delete_newer() -> bool:
+            """Whether an older checkpoint stands, or none at all."""
             steps = self._steps()
             good = [s for s in steps if s <= step and self._is_complete(self._path(s))]
             newer = [s for s in steps if s > step]
             if newer and not good:
                 return False
-            for late in newer:
-                Folder(self._path(late)).remove()
+            for number in newer:
+                CheckpointFolder(self._path(number)).remove()
             return True
 
-        return self._on_first(forget)
+        return self._on_first(delete_newer)
 
-    def _reason_against(self, path: str) -> str | None:
-        folder = Folder(path)
-        files = self._agree(folder.manifest() if self._topology.is_first else None)
+    def _find_fault(self, path: str) -> str | None:
+        folder = CheckpointFolder(path)
+        files = self._broadcast(folder.manifest() if self._topology.is_first else None)
         if isinstance(files, str):
             return files
         mine = sorted(files.items())[self._topology.rank :: self._topology.world_size]
-        reasons = self._all_gather(folder.wrong(mine))
+        reasons = self._all_gather(folder.first_corrupt_file(mine))
         return next((reason for reason in reasons if reason), None)
 
-    def _agree(self, value: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks."""
         box = [value]
         if self._topology.world_size > 1:
@@ -306,12 +307,12 @@ class CheckpointStore:
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def _copied(tensor: Tensor, used: Tensor | None) -> Tensor:
+def _copied(tensor: Tensor, old_copy: Tensor | None) -> Tensor:
     """A copy on the host, in the memory of the copy before where it fits: fresh pages cost more
     than what is written to them."""
-    if used is None or used.shape != tensor.shape or used.dtype != tensor.dtype:
-        used = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return used.copy_(tensor.detach())
+    if old_copy is None or old_copy.shape != tensor.shape or old_copy.dtype != tensor.dtype:
+        old_copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return old_copy.copy_(tensor.detach())
 
 
 def _name(path: str) -> str:

@@ -21,7 +21,7 @@ from mhe_dist.backbone.ema import EMA_PREFIX, AveragedWeights
 from mhe_dist.backbone.model import normalize_images
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.collectives import all_reduce
-from mhe_dist.distributed.topology import Topology, connect
+from mhe_dist.distributed.topology import Topology, connect, disconnect
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, ExactSum, sum_dtype, sum_in_float64
 from mhe_dist.engine.settings import deepspeed_settings, make_optimizer, resolve_precision
@@ -183,11 +183,8 @@ class Engine:
             return [self._exact_sum.flat]
         if self._stage == 0:
             return [p.grad for p in self._trained.values() if p.grad is not None]
-        return [
-            g
-            for group in self._deepspeed_engine.optimizer.averaged_gradients.values()
-            for g in group
-        ]
+        groups = self._deepspeed_engine.optimizer.averaged_gradients.values()
+        return [gradient for group in groups for gradient in group]
 
     # -- evaluation ----------------------------------------------------------------------------
 
@@ -254,3 +251,11 @@ def import_deepspeed(device: torch.device) -> Any:
     # Its calls of torch functions that were renamed would warn on every rank.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     return deepspeed
+
+
+def leave_process_group() -> None:
+    """Leave the process group, and let DeepSpeed forget it: else no later engine would work."""
+    deepspeed: Any = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    disconnect()

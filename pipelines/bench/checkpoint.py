@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
@@ -56,7 +56,7 @@ def measure_saves(folder: Path, size: int, rounds: int = 3) -> SaveTimes:
     torch.manual_seed(0)
     count = max(1, size // TENSOR_BYTES)
     state = {f"t{i}": torch.randn(size // count // 4) for i in range(count)}
-    store = CheckpointStore(str(folder / "checkpoints"), Topology(), Keep())
+    store = CheckpointStore(str(folder / "checkpoints"), Topology(), RetentionPolicy())
     rows = [
         (
             *_time_save(store, step, state),

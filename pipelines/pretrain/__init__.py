@@ -42,10 +42,10 @@ def pretrain(
         Preempted: the process was asked to stop; the run is saved and goes on when called again.
     """
     from mhe_dist.config.resolve import resolve_config
-    from pipelines.pretrain.main import main
+    from pipelines.pretrain.main import pretrain
 
     found = resolve_config(config, overrides, **sections)
-    return main(found, report) if report else main(found)
+    return pretrain(found, report) if report else pretrain(found)
 
 
 class _CallablePackage(ModuleType):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import sys
 
 from mhe_dist.config.load import load_config
-from mhe_dist.distributed import topology
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
-from pipelines.pretrain.main import main
+from pipelines.pretrain.main import pretrain
 
 if __name__ == "__main__":
-    preemption.listen()
+    preemption.listen_for_sigterm()
     try:
-        main(load_config(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
+        pretrain(load_config(sys.argv[1], sys.argv[2:]), lambda event: print(event, flush=True))
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
-    topology.disconnect()

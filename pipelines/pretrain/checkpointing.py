@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from mhe_dist.checkpoint.store import CheckpointStore, Saved
+from mhe_dist.checkpoint.store import CheckpointStore, SaveResult
 from mhe_dist.config.schema import CheckpointConfig
 from pipelines.pretrain.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
 
-class Saver:
-    """Saves through a store and tells the recorder; all ranks must call alike.
+class Checkpointer:
+    """Saves through a store and reports to the recorder; all ranks must make the same calls.
 
     Attributes:
         written: checkpoints that this process completed.
@@ -36,13 +36,13 @@ class Saver:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config, self._store, self._recorder, self._clock = config, store, recorder, clock
-        self._last = clock()
+        self._last_save = clock()
         self.written = 0
         self.failures: list[str] = []
 
     @property
-    def state(self) -> str:
-        """Where the newest save of this process stands, in words."""
+    def status(self) -> str:
+        """How the newest save of this process ended, in words."""
         if self.failures:
             return f"the last good checkpoint stands ({self.failures[-1]})"
         return "everything is saved" if self.written else "nothing was saved"
@@ -50,7 +50,7 @@ class Saver:
     def overdue(self) -> bool:
         """Whether the clock of this rank asks for a save (`checkpoint.every_minutes`)."""
         minutes = self._config.every_minutes
-        return minutes > 0 and self._clock() - self._last >= 60 * minutes
+        return minutes > 0 and self._clock() - self._last_save >= 60 * minutes
 
     def due(self, step: int, evaluated: bool) -> bool:
         """Whether a save after `step` steps is due, whatever the clock says.
@@ -60,8 +60,8 @@ class Saver:
             evaluated: whether the model was evaluated as it is now.
         """
         every = self._config.every_steps
-        wanted = evaluated and bool(self._config.keep_best)
-        return wanted or (every > 0 and step % every == 0)
+        is_scored = evaluated and bool(self._config.keep_best)
+        return is_scored or (every > 0 and step % every == 0)
 
     def save(
         self,
@@ -70,26 +70,26 @@ class Saver:
         owned: dict[str, Tensor],
         run: dict[str, Any],
     ) -> None:
-        """Copy the tensors; they are written while training goes on. See `CheckpointStore.save`."""
-        self._last = self._clock()
-        self._tell(self._store.save(step, replicated, owned, run))
+        """Copy the tensors; they are written while training goes on: `CheckpointStore.save`."""
+        self._last_save = self._clock()
+        self._report(self._store.save(step, replicated, owned, run))
 
     def poll(self) -> None:
-        """Tell how the last save ended, if it has."""
-        self._tell(self._store.poll())
+        """Report how the last save ended, if it has."""
+        self._report(self._store.poll())
 
     def wait(self) -> None:
-        """Wait for the last save and tell how it ended."""
-        self._tell(self._store.wait())
+        """Wait for the last save and report how it ended."""
+        self._report(self._store.wait())
 
-    def _tell(self, saved: Saved | None) -> None:
+    def _report(self, saved: SaveResult | None) -> None:
         if saved is None:
             return
         if saved.error is None:
             self.written += 1
             figures = {"checkpoint_seconds": saved.seconds, "checkpoint_bytes": float(saved.bytes)}
-            self._recorder.note(saved.step, figures)
-            self._recorder.event(
+            self._recorder.record_state(saved.step, figures)
+            self._recorder.emit(
                 "checkpoint",
                 step=saved.step,
                 path=saved.path,
@@ -99,7 +99,7 @@ class Saver:
             return
         self.failures.append(f"step {saved.step}: {saved.error}")
         logger.error("checkpoint of step %d failed: %s", saved.step, saved.error)
-        self._recorder.note(saved.step, {"checkpoint_failures": float(len(self.failures))})
-        self._recorder.event(
+        self._recorder.record_state(saved.step, {"checkpoint_failures": float(len(self.failures))})
+        self._recorder.emit(
             "checkpoint_failed", step=saved.step, path=saved.path, message=saved.error
         )

@@ -26,7 +26,7 @@ from mhe_dist.engine.engine import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
 from pipelines.data.mixture import open_training_index, samples_per_epoch
-from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 
 STEPS, WARM_UP, FEWEST = 24, 8, 12
@@ -74,7 +74,7 @@ def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) ->
         importlib.import_module(name)
     import_deepspeed(topology.device)
     base = psutil.Process().memory_info().rss
-    run = Run(config, topology, ignore)
+    run = Run(config, topology, ignore_event)
     marks = [time.perf_counter()]
     for _ in run.loop.steps(run.open_loader(run.progress.step, run.total_steps)):
         marks.append(time.perf_counter())

@@ -27,7 +27,7 @@ from pipelines.shards.index import ShardIndex
 PARITY_IMAGES = 64
 
 
-def finish(run: Run) -> dict[str, Any]:
+def finish_run(run: Run) -> dict[str, Any]:
     """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
     run.recorder.flush()
     evaluation = run.evaluate()
@@ -43,20 +43,20 @@ def finish(run: Run) -> dict[str, Any]:
     if run.topology.is_first:
         with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
             json.dump(summary, file, indent=2)
-        run.recorder.event("end", summary=summary)
+        run.recorder.emit("end", summary=summary)
     return summary
 
 
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
-    rebuilt = restore_backbone(config.model, config.data.image_size, tensors)
-    images = _some_images(run.index, config.data.image_size)
+    backbone = restore_backbone(config.model, config.data.image_size, tensors)
+    images = _parity_images(run.index, config.data.image_size)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = write_export(name, rebuilt, config, folder, images)
+        path, difference = write_export(name, backbone, config, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
-        run.recorder.event("export", format=name, path=path, max_difference=difference)
+        run.recorder.emit("export", format=name, path=path, max_difference=difference)
     if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
         model = write_mlflow_model(
             exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
@@ -65,7 +65,7 @@ def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return exports
 
 
-def _some_images(index: ShardIndex, side: int) -> Tensor:
+def _parity_images(index: ShardIndex, side: int) -> Tensor:
     """uint8 `[n, 3, side, side]`: the first good ones; a bad one must not end a trained run."""
     images: list[Tensor] = []
     for number in range(index.samples):
@@ -110,7 +110,7 @@ def _summary(
         "heldout": results,
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
-        "failed_checkpoints": run.saver.failures,
+        "failed_checkpoints": run.checkpointer.failures,
         "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,

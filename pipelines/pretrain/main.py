@@ -1,43 +1,72 @@
 """One rank of a pretraining run: config -> data, model, head, engine, records; then the loop.
 
-Runs alike under Ray Train (launcher/ray_cluster/worker.py), in one process, and under
-`torchrun -m pipelines.pretrain CONFIG`.
+It is the same under Ray Train (launcher/ray_cluster/worker.py), in one process such as a notebook,
+and under `torchrun -m pipelines.pretrain CONFIG`. A process may run it several times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed.topology import connect
+from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.distributed.watchdog import watched
+from mhe_dist.engine.engine import leave_process_group
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.base import Status
 from mhe_dist.train.divergence import Divergence
-from pipelines.pretrain import finish, rollback
-from pipelines.pretrain.recorder import Report, ignore
+from pipelines.pretrain import preemption
+from pipelines.pretrain.finish import finish_run
+from pipelines.pretrain.recorder import EventHandler, ignore_event
+from pipelines.pretrain.rollback import roll_back
 from pipelines.pretrain.run import Run
 
 
-def main(config: Config, report: Report = ignore) -> dict[str, Any]:
+def pretrain(config: Config, on_event: EventHandler = ignore_event) -> dict[str, Any]:
     """Train, evaluate and export; go on where the newest complete checkpoint ends.
 
     Args:
         config: the whole config.
-        report: called on rank 0 with events, plain dicts (see `Recorder.event`).
+        on_event: called on rank 0 with events, plain dicts (see `Recorder.emit`).
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
 
     Raises:
-        Preempted: a rank was told to stop (`pipelines.pretrain.preemption`); everything is saved.
+        Preempted: a rank was asked to stop (`pipelines.pretrain.preemption`); everything is saved.
         Stuck: a rank did not come to a collective within `scale.timeout_s`.
         Diverged: the run no longer learns (`pipelines.pretrain.rollback`).
     """
-    topology = connect(config.scale.timeout_s)
-    while (summary := _attempt(Run(config, topology, report))) is None:
-        pass
+    with _connected(config.scale.timeout_s) as topology:
+        while (summary := _attempt(Run(config, topology, on_event))) is None:
+            pass
     return summary
+
+
+@contextmanager
+def _connected(timeout_s: float) -> Iterator[Topology]:
+    """The ranks of the run; a request to stop ends with it.
+
+    A process group that was made here is left again, but by a failed rank only where it is alone:
+    it must not enter another collective.
+    """
+    is_ours = not dist.is_initialized()
+    topology = connect(timeout_s)
+    in_order = topology.world_size == 1
+    try:
+        yield topology
+        in_order = True
+    except Preempted:
+        in_order = True
+        raise
+    finally:
+        preemption.clear()
+        if is_ours and in_order:
+            leave_process_group()
 
 
 def _attempt(run: Run) -> dict[str, Any] | None:
@@ -48,9 +77,9 @@ def _attempt(run: Run) -> dict[str, Any] | None:
             try:
                 run.train()
             except Divergence as divergence:
-                rollback.roll_back(run, divergence)
+                roll_back(run, divergence)
                 return None
-            summary = finish.finish(run)
+            summary = finish_run(run)
         status = "finished"
         return summary
     except Preempted:

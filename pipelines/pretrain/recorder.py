@@ -18,32 +18,32 @@ from mhe_dist.train.stopwatch import Stopwatch
 from pipelines.data.bad_samples import BadSampleTally
 
 Event = dict[str, Any]
-Report = Callable[[Event], None]
+EventHandler = Callable[[Event], None]
 
 _DIGEST_DIGITS = 12  # hexadecimal; 48 bits are exact in a float
 
 
-def ignore(event: Event) -> None:
-    """The report of a run that nobody watches."""
+def ignore_event(event: Event) -> None:
+    """The event handler of a run that nobody watches."""
 
 
 class Recorder:
-    """Collects what happened until the window is full; all ranks must record alike.
+    """Collects what happened until the window is full; all ranks must record the same steps.
 
     Args:
         topology: the ranks.
         tracker: where records go; it keeps nothing on ranks other than the first.
-        report: called on the first rank with each event.
+        on_event: called on the first rank with each event.
         head_time: the loop's stopwatch.
     """
 
     def __init__(
-        self, topology: Topology, tracker: Tracker, report: Report, head_time: Stopwatch
+        self, topology: Topology, tracker: Tracker, on_event: EventHandler, head_time: Stopwatch
     ) -> None:
         self._topology, self._tracker, self._head_time = topology, tracker, head_time
-        self._report = report
+        self._on_event = on_event
         self._window = MetricWindow(topology)
-        self._extras: dict[int, dict[str, float]] = {}
+        self._step_values: dict[int, dict[str, float]] = {}
         self._begin = time.perf_counter()
         self._images = 0
         self.phases: dict[str, float] = {}
@@ -51,14 +51,14 @@ class Recorder:
         self.last: dict[str, float] = {}
         self._scored: tuple[int, dict[str, float]] = (-1, {})
 
-    def add(self, info: StepInfo) -> None:
-        """Take in a step."""
+    def add_step(self, info: StepInfo) -> None:
+        """Add a step to the window."""
         metrics = dict(info.metrics)
         self._window.add_loss(info.step, metrics.pop("loss"))
         self._window.add(metrics)
         self._window.add({"_wait": info.wait_s})
         digest = int(info.samples[:_DIGEST_DIGITS], 16)
-        self._extras[info.step] = {"lr": info.lr, "sample_digest": float(digest)}
+        self._step_values[info.step] = {"lr": info.lr, "sample_digest": float(digest)}
         self._images += info.images
 
     def flush(self) -> list[tuple[int, dict[str, float]]]:
@@ -69,9 +69,9 @@ class Recorder:
         Returns:
             (step, record) of each step, the same losses and metrics on all ranks.
         """
-        if not self._extras:
+        if not self._step_values:
             return []
-        steps = len(self._extras)
+        steps = len(self._step_values)
         self._window.add({"head_time": self._head_time.take() / steps})
         self._window.add(memory(self._topology.device), kind="max")
         seconds = time.perf_counter() - self._begin
@@ -80,15 +80,15 @@ class Recorder:
         rates = {"images_per_s": self._images / seconds, "data_wait": wait * steps / seconds}
         records = window.records()
         for step, record in records:
-            record.update(self._extras[step])
+            record.update(self._step_values[step])
             if step == records[-1][0]:
                 record.update(rates)
             self._tracker.log(step, record)
         step, self.last = records[-1]
-        self.event("metrics", step=step, **self.last)
+        self.emit("metrics", step=step, **self.last)
         self._add_phase("train", seconds)
         self.images += self._images
-        self._extras, self._images, self._begin = {}, 0, time.perf_counter()
+        self._step_values, self._images, self._begin = {}, 0, time.perf_counter()
         return records
 
     @contextmanager
@@ -100,30 +100,30 @@ class Recorder:
         self._begin += seconds
         self._add_phase(name, seconds)
 
-    def results(self, step: int, metrics: dict[str, float]) -> None:
+    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Record an evaluation after `step` steps."""
         self._scored = step, metrics
-        self.note(step, {f"heldout/{k}": v for k, v in metrics.items()})
-        self.event("evaluation", step=step, **metrics)
+        self.record_state(step, {f"heldout/{k}": v for k, v in metrics.items()})
+        self.emit("evaluation", step=step, **metrics)
 
     def scores(self, step: int) -> dict[str, float]:
         """What the evaluation after `step` steps found; empty if there was none."""
         return self._scored[1] if self._scored[0] == step else {}
 
-    def note(self, step: int, metrics: dict[str, float]) -> None:
+    def record_state(self, step: int, metrics: dict[str, float]) -> None:
         """Record values of the state after `step` steps, beside those of the last of them."""
         self._tracker.log(max(0, step - 1), metrics)
 
-    def bad_samples(self, step: int, found: BadSampleTally) -> None:
+    def record_bad_samples(self, step: int, faults: BadSampleTally) -> None:
         """Record how many bad samples there were in the first `step` steps."""
-        self.note(step, {"bad_samples": float(found.count)})
-        if found.count:
-            self.event("bad_samples", step=step, count=found.count)
+        self.record_state(step, {"bad_samples": float(faults.count)})
+        if faults.count:
+            self.emit("bad_samples", step=step, count=faults.count)
 
-    def event(self, name: str, **values: Any) -> None:
-        """Tell whoever watches, from the first rank."""
+    def emit(self, name: str, **values: Any) -> None:
+        """Hand an event to whoever watches, on the first rank."""
         if self._topology.is_first:
-            self._report({"event": name, **values})
+            self._on_event({"event": name, **values})
 
     def _add_phase(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds

@@ -1,7 +1,7 @@
-"""What happens when a run no longer learns: a bundle on disk, then the end, or a step back.
+"""What happens when a run diverges: a bundle on disk, then the end, or a rollback.
 
-A step back continues from the newest checkpoint before the trouble, without the step at which it
-showed and the one before, whose update may have caused it.
+A rollback goes on from the newest checkpoint before the divergence. It leaves out the step that
+showed it, and the step before, whose update may have caused it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 
 from mhe_dist.train.divergence import Diverged, Divergence
-from pipelines.pretrain.restarts import skipped
+from pipelines.pretrain.restarts import read_skipped_steps
 from pipelines.pretrain.run import Run
 
 logger = logging.getLogger(__name__)
@@ -26,28 +26,28 @@ def roll_back(run: Run, divergence: Divergence) -> None:
     All ranks must call.
 
     Raises:
-        Diverged: the run cannot go on, or is not to.
+        Diverged: there is no way back, or `guard.on_divergence` is not `rollback`.
     """
-    guard, bundle = run.config.guard, _write(run, divergence)
-    said = f"{divergence}; what is known of it is in {bundle}"
-    run.recorder.event("diverged", step=divergence.step, what=divergence.reason, bundle=bundle)
-    logger.error(said)
+    guard, bundle = run.config.guard, _write_bundle(run, divergence)
+    message = f"{divergence}; what is known of it is in {bundle}"
+    run.recorder.emit("diverged", step=divergence.step, what=divergence.reason, bundle=bundle)
+    logger.error(message)
     path = run.config.run.path
-    without = skipped(path) | {divergence.step - 1, divergence.step}
+    skipped = read_skipped_steps(path) | {divergence.step - 1, divergence.step}
     if guard.on_divergence == "stop":
-        raise Diverged(f"{said}. Lower optim.lr, clip (optim.clip_norm), or guard.on_divergence")
-    if len(without) > 2 * guard.max_rollbacks:
-        raise Diverged(f"{said}. It went back guard.max_rollbacks={guard.max_rollbacks} times")
-    run.saver.wait()
-    if not run.store.go_back(divergence.step - 1):
-        raise Diverged(f"{said}. No checkpoint is older")
+        raise Diverged(f"{message}. Lower optim.lr, clip (optim.clip_norm), or guard.on_divergence")
+    if len(skipped) > 2 * guard.max_rollbacks:
+        raise Diverged(f"{message}. It went back guard.max_rollbacks={guard.max_rollbacks} times")
+    run.checkpointer.wait()
+    if not run.store.roll_back_to(divergence.step - 1):
+        raise Diverged(f"{message}. No checkpoint is older")
     if run.topology.is_first:
         with fsspec.open(f"{path}/skipped.json", "w") as file:
-            json.dump(sorted(without), file)
+            json.dump(sorted(skipped), file)
     run.topology.barrier()
 
 
-def _write(run: Run, divergence: Divergence) -> str:
+def _write_bundle(run: Run, divergence: Divergence) -> str:
     """The bundle: norms per layer as they are now, and the batch of the step, read once more."""
     folder = f"{run.config.run.path}/divergence/step_{divergence.step:08d}"
     (batch,) = run.open_loader(divergence.step, divergence.step + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from mhe_dist.backbone.model import build_backbone, compile_in_place
 from mhe_dist.backbone.pretrained import load_pretrained
-from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.schema import CheckpointConfig, Config
 from mhe_dist.config.write import save_config
@@ -21,21 +22,21 @@ from mhe_dist.heads.registry import build
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
 from mhe_dist.seeds import seed_torch
-from mhe_dist.tracking import factory as tracking
 from mhe_dist.tracking.base import Tracker
 from mhe_dist.tracking.environment import environment_tags
+from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Ask, Loop, StepInfo
-from pipelines.data.bad_samples import BadSamples
+from pipelines.data.bad_samples import BadSamples, BadSampleTally
 from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.evaluate import in_training as cadence
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.loader.loader import Loader
-from pipelines.pretrain import preemption as stopping
-from pipelines.pretrain.checkpointing import Saver
-from pipelines.pretrain.recorder import Recorder, Report
-from pipelines.pretrain.restarts import Restart, skipped
+from pipelines.pretrain import preemption
+from pipelines.pretrain.checkpointing import Checkpointer
+from pipelines.pretrain.recorder import EventHandler, Recorder
+from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
     NO_DATA_DIGEST,
@@ -47,7 +48,7 @@ from pipelines.shards.index import ShardIndex
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run is: completed steps, and the images of earlier processes."""
 
     step: int = 0
@@ -58,7 +59,7 @@ class Progress:
 class Run:
     """The parts of a run on one rank, put together."""
 
-    def __init__(self, config: Config, topology: Topology, report: Report) -> None:
+    def __init__(self, config: Config, topology: Topology, on_event: EventHandler) -> None:
         self.config, self.topology = config, topology
         self.index = open_training_index(config.data, config.run.seed)
         self.samples = samples_per_epoch(self.index)
@@ -73,7 +74,7 @@ class Run:
         )
         self.head = _make_head(config, self.index, topology)
         self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", topology, _keep(config.checkpoint)
+            f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
         )
         self.loop = Loop(
             self.engine,
@@ -84,19 +85,20 @@ class Run:
             self._ask,
         )
         self.versions = environment_tags()
-        self.restart = Restart()
+        self.restart = Restart(time.time())
         self.progress, run_id, bad_samples = self._restore()
         if topology.is_first:
-            self.restart.look_back(f"{config.run.path}/metrics.jsonl", self.progress.step)
+            record = f"{config.run.path}/metrics.jsonl"
+            self.restart = read_restart(record, self.progress.step, self.restart.began)
         self.bad_samples = BadSamples(topology, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
-        self.recorder = Recorder(topology, self.tracker, report, self.loop.head_time)
+        self.recorder = Recorder(topology, self.tracker, on_event, self.loop.head_time)
         self.guard = Guard(config.guard)
-        self.saver = Saver(config.checkpoint, self.store, self.recorder)
+        self.checkpointer = Checkpointer(config.checkpoint, self.store, self.recorder)
 
     def train(self) -> None:
         """The remaining steps, with records, evaluations and checkpoints between them."""
-        self.recorder.event(
+        self.recorder.emit(
             "start",
             run=self.config.run.path,
             step=self.progress.step,
@@ -108,15 +110,15 @@ class Run:
             samples=self.samples,
             precision=self.engine.precision,
         )
-        self.batches = self.open_loader(self.progress.step, self.total_steps)
-        without = skipped(self.config.run.path) - {self.total_steps - 1}
-        steps = self.loop.steps(batch for batch in self.batches if batch.step not in without)
-        with self.batches.reporting_dead_workers():
-            for info in self.restart.noted(self.progress.step, steps, self.recorder):
-                self.recorder.add(info)
+        batches = self.open_loader(self.progress.step, self.total_steps)
+        skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
+        steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
+        with batches.reporting_dead_workers():
+            for info in self.restart.recorded(self.progress.step, steps, self.recorder):
+                self.recorder.add_step(info)
                 self.progress.step = info.step + 1
-                self._after_step(info)
-        self.saver.wait()
+                self._after_step(info, batches.faults)
+        self.checkpointer.wait()
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
@@ -124,44 +126,48 @@ class Run:
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
             evaluation = cadence.run(self.engine.embed, self.config, self.topology)
-        self.recorder.results(self.progress.step, evaluation.metrics)
+        self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation
 
-    def save(self) -> None:
-        """Checkpoint what a resumed run needs; written while training goes on."""
+    def save(self, faults: BadSampleTally) -> None:
+        """Checkpoint what a resumed run needs; written while training goes on.
+
+        Args:
+            faults: the bad samples that this rank met since the process began.
+        """
         self._flush()  # what a resumed run will not do again is on record, and is sound
         with self.recorder.phase("checkpoint"):
-            self.bad_samples.gather(self.batches.faults)
+            self.bad_samples.gather(faults)
             head = self.head.state().with_prefix(HEAD_PREFIX)
-            self.saver.save(
+            self.checkpointer.save(
                 self.progress.step,
                 self.engine.state() | head.replicated,
                 head.owned,
                 self._description(),
             )
 
-    def _after_step(self, info: StepInfo) -> None:
+    def _after_step(self, info: StepInfo, faults: BadSampleTally) -> None:
         done, config = self.progress.step, self.config
         last = done == self.total_steps
-        evaluating = _due(done, config.evaluate.every_steps) and not last
+        evaluating = _is_multiple(done, config.evaluate.every_steps) and not last
         if done % config.train.log_every == 0 or last:
             self._flush()
         if self._epochs(done) > self._epochs(done - 1) or last:
-            self.bad_samples.gather(self.batches.faults)
-            self.recorder.bad_samples(done, self.bad_samples.total)
+            self.bad_samples.gather(faults)
+            self.recorder.record_bad_samples(done, self.bad_samples.total)
         if evaluating:
             self.evaluate()
-        if self.saver.due(done, evaluating) or info.asked or last:
-            self.save()
-        self.saver.poll()
+        if self.checkpointer.due(done, evaluating) or info.asked or last:
+            self.save(faults)
+        self.checkpointer.poll()
         if Ask.STOP in info.asked and not last:
-            self.saver.wait()
-            raise Preempted(f"told to stop after step {done}; {self.saver.state}")
+            self.checkpointer.wait()
+            raise Preempted(f"told to stop after step {done}; {self.checkpointer.status}")
 
     def _ask(self) -> Ask:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
-        save = Ask.SAVE if self.topology.is_first and self.saver.overdue() else Ask.NOTHING
-        return save | Ask.STOP if stopping.told() else save
+        save = Ask.SAVE if self.topology.is_first and self.checkpointer.overdue() else Ask.NOTHING
+        return save | Ask.STOP if preemption.requested() else save
 
     def _flush(self) -> None:
         """Record the window of steps, and see whether they were sound."""
@@ -199,12 +205,12 @@ class Run:
             "versions": self.versions,
         }
 
-    def _restore(self) -> tuple[Progress, str | None, dict[str, Any] | None]:
+    def _restore(self) -> tuple[RunProgress, str | None, dict[str, Any] | None]:
         """How far the run is, its MLflow run, and its bad samples so far."""
         checkpoint = self.store.newest()
         if checkpoint is None:
             load_initial_rows(self.config, self.head, self.topology)
-            return Progress(), None, None
+            return RunProgress(), None, None
         found = checkpoint.run
         if found["data_digest"] == NO_DATA_DIGEST:
             refuse_other_num_classes(found["classes"], self.index, self.config)
@@ -215,7 +221,7 @@ class Run:
                 "and mix (data.*), or give the run another name (run.name)"
             )
         self._load(checkpoint)
-        progress = Progress(found["step"], found["images"], checkpoint.path)
+        progress = RunProgress(found["step"], found["images"], checkpoint.path)
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -225,7 +231,7 @@ class Run:
     def _open_tracker(self, run_id: str | None) -> Tracker:
         if self.topology.is_first:
             save_config(self.config, f"{self.config.run.path}/config.yaml")
-        tracker = tracking.open_tracker(self.config, self.topology.is_first, run_id)
+        tracker = open_tracker(self.config, self.topology.is_first, run_id)
         tags = self.versions | {
             "data_digest": self.index.digest,
             "world_size": str(self.topology.world_size),
@@ -261,9 +267,9 @@ def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
     return build(spec, topology)
 
 
-def _keep(config: CheckpointConfig) -> Keep:
-    return Keep(config.keep_last, config.keep_every, config.keep_best)
+def _retention_policy(config: CheckpointConfig) -> RetentionPolicy:
+    return RetentionPolicy(config.keep_last, config.keep_every, config.keep_best)
 
 
-def _due(done: int, every: int) -> bool:
-    return every > 0 and done % every == 0
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from mhe_dist.bank.repartition import move
-from mhe_dist.checkpoint.files import Folder
+from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.checkpoint.reader import Checkpoint
-from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
@@ -42,7 +42,7 @@ def find_checkpoint(url: str) -> Checkpoint:
         if found is None:
             raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
-    if isinstance(reason := Folder(url).manifest(), str):
+    if isinstance(reason := CheckpointFolder(url).manifest(), str):
         raise UserError(f"{url} is not a complete checkpoint: {reason}")
     return Checkpoint(url, int(name.removeprefix("step_")))
 
@@ -169,7 +169,7 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
             "run_id": None,
             "grown_from": checkpoint.path,
         }
-        store = CheckpointStore(root, topology, Keep(last=1 << 30))
+        store = CheckpointStore(root, topology, RetentionPolicy(last=1 << 30))
         store.save(checkpoint.step, backbone | state.replicated, state.owned, run)
         saved = store.wait()
     if saved is None or saved.error is not None:

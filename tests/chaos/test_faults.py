@@ -20,8 +20,8 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
-from pipelines.pretrain import main as pretrain
-from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain import preemption
+from pipelines.pretrain.main import pretrain
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_undisturbed
@@ -38,11 +38,11 @@ DISK_BYTES = 250_000  # less than a checkpoint's largest file, more than anythin
 def train(rank: int, port: int, config: dict[str, Any], told: Any, disk: int) -> None:
     """One rank; it tells its events and how it ended."""
     environment(rank, RANKS, port)
-    stopping.listen()
+    preemption.listen_for_sigterm()
     if disk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     try:
-        pretrain.main(Config.model_validate(config), told.send)
+        pretrain(Config.model_validate(config), told.send)
     except Preempted:
         told.send({"event": "preempted"})
         os._exit(Preempted.exit_code)

@@ -13,7 +13,7 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.watchdog import Stuck
-from pipelines.pretrain import main as pretrain
+from pipelines.pretrain.main import pretrain
 from tests import tiny
 from tests.rank_processes import environment, free_port
 
@@ -29,7 +29,7 @@ def train(rank: int, port: int, config: dict[str, Any], told: Any) -> None:
         told.send(event["event"])
 
     try:
-        pretrain.main(Config.model_validate(config), report)
+        pretrain(Config.model_validate(config), report)
     except Stuck as stuck:
         told.send(str(stuck))
     os._exit(1)  # as a failed rank does: without entering another collective

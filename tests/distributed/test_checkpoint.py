@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mhe_dist.checkpoint import files as checkpoint_files
 from mhe_dist.checkpoint.files import MANIFEST
-from mhe_dist.checkpoint.retention import Keep
+from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
@@ -48,7 +48,7 @@ def owned(topology: Topology, step: int) -> dict[str, Tensor]:
 
 
 def save(topology: Topology, root: str, steps: list[int], keep_last: int = 2) -> list[Any]:
-    store = CheckpointStore(root, topology, Keep(keep_last))
+    store = CheckpointStore(root, topology, RetentionPolicy(keep_last))
     ends = [
         store.save(s, replicated(s), owned(topology, s), {"step": s, "by": topology.rank})
         for s in steps
@@ -232,8 +232,8 @@ from mhe_dist.distributed.topology import Topology
 store = CheckpointStore(sys.argv[1], Topology())
 store.save(1, {"weight": torch.ones(3)}, {}, {})
 store.wait()
-finish = checkpoint_files.Folder.finish
-checkpoint_files.Folder.finish = lambda *args: time.sleep(60)
+finish = checkpoint_files.CheckpointFolder.write_manifest
+checkpoint_files.CheckpointFolder.write_manifest = lambda *args: time.sleep(60)
 store.save(2, {"weight": torch.zeros(3)}, {}, {})
 print("saving", flush=True)
 time.sleep(60)
@@ -350,12 +350,12 @@ def test_poll_does_not_wait(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_old_ones_that_cannot_be_deleted_do_not_spoil_the_new(tmp_path: Path, monkeypatch) -> None:
-    def refuse(folder: checkpoint_files.Folder) -> None:
+    def refuse(folder: checkpoint_files.CheckpointFolder) -> None:
         if "step_00000001" in folder.url:
             raise PermissionError(folder.url)
 
     save(ALONE, str(tmp_path), [1])
-    monkeypatch.setattr(checkpoint_files.Folder, "remove", refuse)
+    monkeypatch.setattr(checkpoint_files.CheckpointFolder, "remove", refuse)
     assert [end[2] for end in save(ALONE, str(tmp_path), [2], keep_last=1)] == [None]
     assert load(ALONE, str(tmp_path))["step"] == 2
 
@@ -385,7 +385,7 @@ def test_a_damaged_newer_one_does_not_cost_a_good_older_one(tmp_path: Path) -> N
 
 
 def test_the_best_one_is_known_by_its_score(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path), ALONE, Keep(1, every=30, best="rank1"))
+    store = CheckpointStore(str(tmp_path), ALONE, RetentionPolicy(1, every=30, best="rank1"))
     for step, rank1 in [(10, 0.2), (20, 0.9), (30, 0.3), (40, 0.8), (50, float("nan"))]:
         store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": rank1}})
     store.wait()

@@ -14,9 +14,9 @@ import torch
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted
-from pipelines.pretrain import main as pretrain
-from pipelines.pretrain import preemption as stopping
-from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain import preemption
+from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 from pipelines.runs.warm_start import HEAD_PREFIX
 from tests import tiny
@@ -29,11 +29,11 @@ def go_on(topology: Topology, config: dict[str, Any], until: int) -> list[str]:
 
     def report(event: dict[str, Any]) -> None:
         if event["event"] == "metrics" and event["step"] >= until:
-            stopping.stop()
+            preemption.request()
 
     changed = loaded_otherwise(topology, config)
     try:
-        pretrain.main(Config.model_validate(config), report)
+        pretrain(Config.model_validate(config), report)
     except Preempted:
         assert until < STEPS
     else:
@@ -43,7 +43,7 @@ def go_on(topology: Topology, config: dict[str, Any], until: int) -> list[str]:
 
 def loaded_otherwise(topology: Topology, config: dict[str, Any]) -> list[str]:
     """Tensors of the newest checkpoint that this rank's freshly loaded state does not equal."""
-    run = Run(Config.model_validate(config), topology, ignore)
+    run = Run(Config.model_validate(config), topology, ignore_event)
     run.tracker.close()
     newest = run.store.newest()
     if newest is None:

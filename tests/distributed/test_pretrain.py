@@ -14,14 +14,14 @@ import torch
 
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.topology import Topology, disconnect
 from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
-from pipelines.pretrain import main as pretrain
-from pipelines.pretrain import preemption as stopping
+from pipelines.pretrain import preemption
+from pipelines.pretrain.main import pretrain
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.loading import loader_of
@@ -44,7 +44,7 @@ def run_rank(topology: Topology, config: dict, stop_at: int) -> bool:
             raise Stopped
 
     try:
-        pretrain.main(Config.model_validate(config), report)
+        pretrain(Config.model_validate(config), report)
     except Stopped:
         return False
     return True
@@ -105,11 +105,11 @@ def run_preempted(topology: Topology, config: dict) -> str:
         if event["event"] == "start":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    stopping.listen()
+    preemption.listen_for_sigterm()
     if topology.rank == topology.world_size - 1 > 0:
         os.kill(os.getpid(), signal.SIGTERM)
     try:
-        pretrain.main(Config.model_validate(config), report if topology.world_size == 1 else print)
+        pretrain(Config.model_validate(config), report if topology.world_size == 1 else print)
     except Preempted as stop:
         return str(stop)
     return ""
@@ -134,6 +134,48 @@ def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
         assert tiny.per_step(config) == tiny.per_step(undisturbed)
 
 
+def run_several_times(topology: Topology, configs: dict[str, dict]) -> dict[str, list]:
+    """Runs one after the other in one process without a process group, as in a notebook.
+
+    The second one is asked to stop, by a signal before it and by itself; the third goes on with it.
+    """
+    disconnect()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    found: dict[str, list] = {"preempted": []}
+    preemption.listen_for_sigterm()
+    pretrain(Config.model_validate(configs["first"]))
+    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        pretrain(Config.model_validate(configs["second"]), lambda event: preemption.request())
+    except Preempted as stop:
+        found["preempted"].append(str(stop))
+    for name in ("second", "second", "third"):
+        summary = pretrain(Config.model_validate(configs[name]))
+        found[name] = [summary["steps"], summary["resumed_from"]]
+    found["joined"] = [torch.distributed.is_initialized()]
+    return found
+
+
+def test_one_process_runs_several_times_and_a_request_stops_one_run_only(
+    run_distributed, undisturbed: Config, tmp_path: Path
+) -> None:
+    configs = {name: undisturbed.model_copy(deep=True) for name in ("first", "second", "third")}
+    for name, config in configs.items():
+        config.run.dir, config.run.name = str(tmp_path), name
+    configs["third"].scale.zero_stage = 3
+    values = {name: config.model_dump() for name, config in configs.items()}
+    (found,) = run_distributed(run_several_times, 1, values)
+    assert found["preempted"] == ["told to stop after step 1; everything is saved"]
+    last = "checkpoints/step_00000024"
+    assert found["second"] == [24, f"{configs['second'].run.path}/{last}"], "it was complete"
+    assert found["third"] == [24, None]
+    assert found["joined"] == [False]
+    for config in configs.values():
+        assert tiny.per_step(config) == tiny.per_step(undisturbed)
+        assert tiny.differing(config, undisturbed) == []
+
+
 def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:
     """Step 13 makes the network's output infinite, whenever it is trained on."""
     forward = Engine.forward
@@ -145,7 +187,7 @@ def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:
     Engine.forward = poisoned
     events: list[dict] = []
     try:
-        pretrain.main(Config.model_validate(config), events.append)
+        pretrain(Config.model_validate(config), events.append)
     except Diverged as stop:
         events.append({"event": "stopped", "message": str(stop)})
     kinds = ("start", "diverged", "stopped", "end")

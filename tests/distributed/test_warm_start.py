@@ -13,8 +13,8 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.row_head import RowHead
-from pipelines.pretrain import main as pretrain
-from pipelines.pretrain.recorder import ignore
+from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint, refuse_other_num_classes
 from pipelines.shards.index import ShardIndex
@@ -39,12 +39,12 @@ def rows_of(head: Any, topology: Topology) -> dict[str, Tensor]:
 
 
 def train(topology: Topology, config: dict[str, Any]) -> None:
-    pretrain.main(Config.model_validate(config))
+    pretrain(Config.model_validate(config))
 
 
 def begin(topology: Topology, config: dict[str, Any]) -> dict[str, Any]:
     """What a run holds before its first step."""
-    run = Run(Config.model_validate(config), topology, ignore)
+    run = Run(Config.model_validate(config), topology, ignore_event)
     run.tracker.close()
     return {
         "step": run.progress.step,

@@ -44,11 +44,11 @@ def inspect(
 
     Example: mhe checkpoint inspect runs/quickstart
     """
-    from mhe_dist.checkpoint.files import Folder
+    from mhe_dist.checkpoint.files import CheckpointFolder
     from mhe_dist.checkpoint.store import Checkpoint
 
     path = find_checkpoint_folder(url)
-    manifest = Folder(path).manifest()
+    manifest = CheckpointFolder(path).manifest()
     if isinstance(manifest, str):
         raise UserError(f"{path} is not a complete checkpoint: {manifest}")
     found = Checkpoint(path, int(path.rpartition("_")[2]))

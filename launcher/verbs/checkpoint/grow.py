@@ -46,13 +46,14 @@ def verify(url: Url) -> None:
 
     Example: mhe checkpoint verify runs/quickstart
     """
-    from mhe_dist.checkpoint.files import Folder
+    from mhe_dist.checkpoint.files import CheckpointFolder
 
-    folder = Folder(find_checkpoint_folder(url))
+    folder = CheckpointFolder(find_checkpoint_folder(url))
     files = folder.manifest()
     if isinstance(files, str):
         raise RunError(f"{folder.url}: {files}")
-    wrong = [said for entry in sorted(files.items()) if (said := folder.wrong([entry]))]
+    found = (folder.first_corrupt_file([entry]) for entry in sorted(files.items()))
+    wrong = [reason for reason in found if reason]
     if wrong:
         raise RunError("\n  ".join([f"{folder.url}:", *wrong]))
     size = sum(entry.bytes for entry in files.values())

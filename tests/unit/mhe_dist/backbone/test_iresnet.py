@@ -203,11 +203,11 @@ def test_a_repeated_forward_pass_leaves_no_trace() -> None:
         statistics = RunningStatistics(model)
         for part in images:
             torch.manual_seed(1)
-            statistics.begin()
+            statistics.begin_micro_batch()
             out = model(part)
-            statistics.end()
+            statistics.end_micro_batch()
             out.square().mean().backward()
-        statistics.finish(Topology())
+        statistics.finish_step(Topology())
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         results.append(
             buffers | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

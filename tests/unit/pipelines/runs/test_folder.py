@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from mhe_dist.checkpoint.files import FileEntry, Folder
+from mhe_dist.checkpoint.files import CheckpointFolder, FileEntry
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import (
@@ -89,7 +89,7 @@ def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
         folder.mkdir(parents=True)
         (folder / "0.distcp").write_bytes(b"rows")
         entry = FileEntry(4, f"{zlib.crc32(b'rows'):08x}")
-        Folder(str(folder)).finish({"0.distcp": entry}, {"step": step})
+        CheckpointFolder(str(folder)).write_manifest({"0.distcp": entry}, {"step": step})
     assert cli.run(["checkpoint", "verify", "first"]) == 0
     assert "2 files" in capsys.readouterr().out
     (run / "checkpoints" / "step_000000020" / "0.distcp").write_bytes(b"rots")
