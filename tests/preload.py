@@ -3,9 +3,9 @@
 import torch
 
 from mhe_dist.engine.engine import import_deepspeed
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 
 torch.set_num_threads(1)
 import_deepspeed(torch.device("cpu"))
 
-__all__ = ["pretrain"]
+__all__ = ["run_pretraining"]

@@ -47,9 +47,9 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(config: Config, send: EventSender) -> None:
-    from pipelines.pretrain.main import pretrain
+    from pipelines.pretrain.main import run_pretraining
 
-    pretrain(config, on_event=send)
+    run_pretraining(config, on_event=send)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def pretrain(
     config: ConfigLike,
     overrides: Sequence[str] = (),
     *,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
     **sections: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Train, evaluate and export in this process; go on where the newest checkpoint ends.
@@ -30,7 +30,7 @@ def pretrain(
     Args:
         config: a YAML file, a dict of sections, or a `Config`.
         overrides: `section.key=value` each, as on the command line.
-        report: called with the events of the run, plain dicts, on rank 0; such as `print`.
+        on_event: called with the events of the run, plain dicts, on rank 0; such as `print`.
         **sections: keys of some sections, such as `train={"max_steps": 100}`.
 
     Returns:
@@ -42,10 +42,10 @@ def pretrain(
         Preempted: the process was asked to stop; the run is saved and goes on when called again.
     """
     from mhe_dist.config.resolve import resolve_config
-    from pipelines.pretrain.main import pretrain
+    from pipelines.pretrain.main import run_pretraining
 
     found = resolve_config(config, overrides, **sections)
-    return pretrain(found, report) if report else pretrain(found)
+    return run_pretraining(found, on_event) if on_event else run_pretraining(found)
 
 
 class _CallablePackage(ModuleType):

@@ -26,7 +26,7 @@ from pipelines.pretrain.rollback import roll_back
 from pipelines.pretrain.run import Run
 
 
-def pretrain(config: Config, on_event: EventHandler = ignore_event) -> dict[str, Any]:
+def run_pretraining(config: Config, on_event: EventHandler = ignore_event) -> dict[str, Any]:
     """Train, evaluate and export; go on where the newest complete checkpoint ends.
 
     Args:

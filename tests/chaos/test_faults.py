@@ -21,7 +21,7 @@ import pytest
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_undisturbed
@@ -42,7 +42,7 @@ def train(rank: int, port: int, config: dict[str, Any], told: Any, disk: int) ->
     if disk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     try:
-        pretrain(Config.model_validate(config), told.send)
+        run_pretraining(Config.model_validate(config), told.send)
     except Preempted:
         told.send({"event": "preempted"})
         os._exit(Preempted.exit_code)

@@ -13,7 +13,7 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.watchdog import Stuck
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.rank_processes import environment, free_port
 
@@ -25,11 +25,11 @@ TIMEOUT_S = 4.0
 def train(rank: int, port: int, config: dict[str, Any], told: Any) -> None:
     environment(rank, 2, port)
 
-    def report(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         told.send(event["event"])
 
     try:
-        pretrain(Config.model_validate(config), report)
+        run_pretraining(Config.model_validate(config), on_event)
     except Stuck as stuck:
         told.send(str(stuck))
     os._exit(1)  # as a failed rank does: without entering another collective

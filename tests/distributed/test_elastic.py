@@ -15,7 +15,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 from pipelines.runs.warm_start import HEAD_PREFIX
@@ -27,13 +27,13 @@ STEPS = 30
 def go_on(topology: Topology, config: dict[str, Any], until: int) -> list[str]:
     """Train until all are told to stop, after step `until`; tensors that loading changed."""
 
-    def report(event: dict[str, Any]) -> None:
+    def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "metrics" and event["step"] >= until:
             preemption.request()
 
     changed = loaded_otherwise(topology, config)
     try:
-        pretrain(Config.model_validate(config), report)
+        run_pretraining(Config.model_validate(config), on_event)
     except Preempted:
         assert until < STEPS
     else:

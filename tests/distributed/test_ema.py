@@ -13,7 +13,7 @@ from mhe_dist.backbone.ema import AveragedWeights, backbone_weights
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
 
@@ -36,13 +36,13 @@ def test_the_average_by_hand_and_where_it_is_applied() -> None:
 
 def train_twice(topology: Topology, whole: dict, resumed: dict) -> bool:
     """A run of six steps, and the same from the checkpoint of its third."""
-    pretrain(Config.model_validate(whole))
+    run_pretraining(Config.model_validate(whole))
     if topology.is_first:
         step = "checkpoints/step_00000003"
         config = Config.model_validate(resumed)
         shutil.copytree(f"{whole['run']['dir']}/whole/{step}", f"{config.run.path}/{step}")
     topology.barrier()
-    pretrain(Config.model_validate(resumed))
+    run_pretraining(Config.model_validate(resumed))
     return True
 
 

@@ -21,7 +21,7 @@ from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
 from pipelines.pretrain import preemption
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.loading import loader_of
@@ -39,12 +39,12 @@ class Stopped(Exception):
 def run_rank(topology: Topology, config: dict, stop_at: int) -> bool:
     """One rank of a run; with `stop_at`, it dies when the first rank's record reaches that step."""
 
-    def report(event: dict) -> None:
+    def on_event(event: dict) -> None:
         if event["event"] == "metrics" and 0 < stop_at <= event["step"]:
             raise Stopped
 
     try:
-        pretrain(Config.model_validate(config), report)
+        run_pretraining(Config.model_validate(config), on_event)
     except Stopped:
         return False
     return True
@@ -101,7 +101,7 @@ def test_a_resumed_run_is_the_same_run(
 def run_preempted(topology: Topology, config: dict) -> str:
     """The last rank is told to stop while the first window of steps is trained."""
 
-    def report(event: dict) -> None:
+    def on_event(event: dict) -> None:
         if event["event"] == "start":
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -109,7 +109,9 @@ def run_preempted(topology: Topology, config: dict) -> str:
     if topology.rank == topology.world_size - 1 > 0:
         os.kill(os.getpid(), signal.SIGTERM)
     try:
-        pretrain(Config.model_validate(config), report if topology.world_size == 1 else print)
+        run_pretraining(
+            Config.model_validate(config), on_event if topology.world_size == 1 else print
+        )
     except Preempted as stop:
         return str(stop)
     return ""
@@ -144,14 +146,16 @@ def run_several_times(topology: Topology, configs: dict[str, dict]) -> dict[str,
         del os.environ[name]
     found: dict[str, list] = {"preempted": []}
     preemption.listen_for_sigterm()
-    pretrain(Config.model_validate(configs["first"]))
+    run_pretraining(Config.model_validate(configs["first"]))
     os.kill(os.getpid(), signal.SIGTERM)
     try:
-        pretrain(Config.model_validate(configs["second"]), lambda event: preemption.request())
+        run_pretraining(
+            Config.model_validate(configs["second"]), lambda event: preemption.request()
+        )
     except Preempted as stop:
         found["preempted"].append(str(stop))
     for name in ("second", "second", "third"):
-        summary = pretrain(Config.model_validate(configs[name]))
+        summary = run_pretraining(Config.model_validate(configs[name]))
         found[name] = [summary["steps"], summary["resumed_from"]]
     found["joined"] = [torch.distributed.is_initialized()]
     return found
@@ -187,7 +191,7 @@ def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:
     Engine.forward = poisoned
     events: list[dict] = []
     try:
-        pretrain(Config.model_validate(config), events.append)
+        run_pretraining(Config.model_validate(config), events.append)
     except Diverged as stop:
         events.append({"event": "stopped", "message": str(stop)})
     kinds = ("start", "diverged", "stopped", "end")

@@ -13,7 +13,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.row_head import RowHead
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint, refuse_other_num_classes
@@ -39,7 +39,7 @@ def rows_of(head: Any, topology: Topology) -> dict[str, Tensor]:
 
 
 def train(topology: Topology, config: dict[str, Any]) -> None:
-    pretrain(Config.model_validate(config))
+    run_pretraining(Config.model_validate(config))
 
 
 def begin(topology: Topology, config: dict[str, Any]) -> dict[str, Any]:

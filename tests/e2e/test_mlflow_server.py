@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mhe_dist.tracking.mlflow import MlflowTracker
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from tests import mlflow_server, tiny
 from tests.rank_processes import free_port
 
@@ -45,7 +45,7 @@ def test_what_a_run_leaves_on_a_server(
         evaluate={"shards": tiny.write_shards(tmp_path / "heldout", 10, 1000), "pairs": 100},
         export={"formats": ["onnx"]},
     )
-    summary = pretrain(config)
+    summary = run_pretraining(config)
     client = MlflowClient(uri)
     run = client.get_run(summary["mlflow"]["run_id"])
     assert run.info.status == "FINISHED"

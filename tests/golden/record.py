@@ -9,7 +9,7 @@ from typing import Any
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from pipelines.pretrain.main import pretrain
+from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.conftest import run_ranks
 
@@ -19,7 +19,7 @@ STEPS = 20
 
 def train(topology: Topology, config: dict[str, Any]) -> bool:
     """One rank of the run."""
-    pretrain(Config.model_validate(config))
+    run_pretraining(Config.model_validate(config))
     return True
 
 

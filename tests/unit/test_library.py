@@ -73,19 +73,21 @@ def test_importing_takes_no_time_and_brings_nothing_large() -> None:
 
 def test_pretrain_is_a_function_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(pretrain_main, "main", lambda *args: seen.append(args) or {"step": 3})
+    monkeypatch.setattr(
+        pretrain_main, "run_pretraining", lambda *args: seen.append(args) or {"step": 3}
+    )
     summary = pipelines.pretrain(
         {"data": {"shards": "here"}},
         ["train.max_steps=3", "run.name=mine"],
-        report=print,
+        on_event=print,
         train={"global_batch": 64, "micro_batch": 64},
         data={"streams": 8},
     )
     assert summary == {"step": 3}
-    ((config, report),) = seen
+    ((config, on_event),) = seen
     assert config.run.name == "mine" and config.train.max_steps == 3
     assert (config.data.shards, config.data.streams, config.train.micro_batch) == ("here", 8, 64)
-    assert report is print
+    assert on_event is print
 
 
 def test_a_config_comes_from_a_file_a_dict_or_a_config(tmp_path: Path) -> None:

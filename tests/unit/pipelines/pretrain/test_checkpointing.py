@@ -13,7 +13,7 @@ from mhe_dist.config.schema import CheckpointConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.base import NullTracker
 from mhe_dist.train.stopwatch import Stopwatch
-from pipelines.pretrain.checkpointing import Saver
+from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import Recorder
 
 
@@ -28,7 +28,7 @@ class Notes(NullTracker):
 
 
 class Scene:
-    """A saver, and everything that it says."""
+    """A checkpointer, and everything that it reports."""
 
     def __init__(self, root: Path, **config: Any) -> None:
         topology = Topology()
@@ -36,17 +36,19 @@ class Scene:
         self.now, self.notes = 0.0, Notes()
         recorder = Recorder(topology, self.notes, self.events.append, Stopwatch(topology.device))
         store = CheckpointStore(str(root), topology)
-        self.saver = Saver(CheckpointConfig(**config), store, recorder, lambda: self.now)
+        self.checkpointer = Checkpointer(
+            CheckpointConfig(**config), store, recorder, lambda: self.now
+        )
 
     def save(self, step: int) -> None:
-        self.saver.save(step, {"weight": torch.ones(3)}, {}, {})
+        self.checkpointer.save(step, {"weight": torch.ones(3)}, {}, {})
 
 
 def test_a_checkpoint_is_told_of_when_it_is_complete_not_when_it_is_begun(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.save(7)
     assert scene.events == []
-    scene.saver.wait()
+    scene.checkpointer.wait()
     (event,) = scene.events
     assert (event["event"], event["step"]) == ("checkpoint", 7)
     assert (Path(event["path"]) / "manifest.json").exists()
@@ -56,7 +58,7 @@ def test_a_checkpoint_is_told_of_when_it_is_complete_not_when_it_is_begun(tmp_pa
     ((step, figures),) = scene.notes.logged
     assert step == 6
     assert figures["checkpoint_bytes"] == event["bytes"]
-    assert scene.saver.state == "everything is saved"
+    assert scene.checkpointer.status == "everything is saved"
 
 
 def test_a_failed_save_is_told_everywhere_and_the_next_one_is_made(tmp_path: Path) -> None:
@@ -64,32 +66,32 @@ def test_a_failed_save_is_told_everywhere_and_the_next_one_is_made(tmp_path: Pat
     (tmp_path / "root").write_text("a file where the folder should be")
     scene.save(1)
     with pytest.warns(CheckpointWarning):
-        scene.saver.wait()
+        scene.checkpointer.wait()
     assert scene.events[0]["event"] == "checkpoint_failed"
     assert scene.notes.logged == [(0, {"checkpoint_failures": 1.0})]
-    assert scene.saver.failures[0].startswith("step 1: ")
-    assert "last good checkpoint stands" in scene.saver.state
+    assert scene.checkpointer.failures[0].startswith("step 1: ")
+    assert "last good checkpoint stands" in scene.checkpointer.status
     (tmp_path / "root").unlink()
     scene.save(2)
-    scene.saver.wait()
+    scene.checkpointer.wait()
     assert [event["event"] for event in scene.events] == ["checkpoint_failed", "checkpoint"]
 
 
 def test_minutes_count_from_the_last_save(tmp_path: Path) -> None:
     scene = Scene(tmp_path, every_minutes=2)
     scene.now = 119
-    assert not scene.saver.overdue()
+    assert not scene.checkpointer.overdue()
     scene.now = 120
-    assert scene.saver.overdue()
+    assert scene.checkpointer.overdue()
     scene.save(1)
-    assert not scene.saver.overdue()
-    scene.saver.wait()
+    assert not scene.checkpointer.overdue()
+    scene.checkpointer.wait()
 
 
 def test_no_minutes_no_clock(tmp_path: Path) -> None:
     scene = Scene(tmp_path)
     scene.now = 1e9
-    assert not scene.saver.overdue()
+    assert not scene.checkpointer.overdue()
 
 
 @pytest.mark.parametrize(
@@ -105,4 +107,4 @@ def test_no_minutes_no_clock(tmp_path: Path) -> None:
 def test_steps_and_scored_steps_are_due(
     tmp_path: Path, config: dict[str, Any], step: int, evaluated: bool, due: bool
 ) -> None:
-    assert Scene(tmp_path, **config).saver.due(step, evaluated) is due
+    assert Scene(tmp_path, **config).checkpointer.due(step, evaluated) is due
