@@ -56,4 +56,4 @@ def make_data(config: Config, watcher: Watcher) -> None:
     from pipelines.storage.worker_pool import available_cores
 
     with watcher.counting("drawing the data set") as progress:
-        ensure_glyphs(config, progress, available_cores())
+        ensure_glyphs(config.data, progress, available_cores())

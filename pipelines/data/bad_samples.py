@@ -42,17 +42,17 @@ class BadSampleTally:
         self.seen += seen
         for fault in faults:
             self.count += 1
-            if fault.place not in self.samples and len(self.samples) < MAX_NAMED:
-                log.warning("bad sample: %s: %s", fault.place, fault.reason)
-                self.samples[fault.place] = fault.reason
+            if fault.location not in self.samples and len(self.samples) < MAX_NAMED:
+                log.warning("bad sample: %s: %s", fault.location, fault.reason)
+                self.samples[fault.location] = fault.reason
 
     def merge(self, other: BadSampleTally) -> None:
         """Take in what somebody else met."""
         self.seen += other.seen
         self.count += other.count
-        for place, reason in other.samples.items():
+        for location, reason in other.samples.items():
             if len(self.samples) < MAX_NAMED:
-                self.samples.setdefault(place, reason)
+                self.samples.setdefault(location, reason)
 
     def check(self, data: DataConfig, epoch: int) -> None:
         """Hold the rule; `epoch` is the number of samples of one.
@@ -99,8 +99,8 @@ class BadSamples:
         ranks = [mine]
         if self._topology.world_size > 1:
             # So that all ranks together send no more names than are kept.
-            most = MAX_NAMED // self._topology.world_size + 1
-            named = dict(list(mine.samples.items())[:most])
+            limit = MAX_NAMED // self._topology.world_size + 1
+            named = dict(list(mine.samples.items())[:limit])
             ranks = [mine] * self._topology.world_size
             dist.all_gather_object(
                 ranks, BadSampleTally(mine.seen, mine.count, named), group=self._topology.host_group
@@ -118,7 +118,7 @@ class BadSamples:
     def _write(self) -> None:
         """The file: a line for each place; it is replaced as a whole."""
         with atomic_write(self._url) as stream:
-            for place, reason in self.total.samples.items():
-                line = json.dumps({"place": place, "reason": reason}, ensure_ascii=False)
+            for location, reason in self.total.samples.items():
+                line = json.dumps({"place": location, "reason": reason}, ensure_ascii=False)
                 stream.write(line.encode(errors="backslashreplace") + b"\n")
         self._written = dict(self.total.samples)

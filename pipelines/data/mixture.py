@@ -75,18 +75,18 @@ class MixedDataset:
         numbers, counts = self._pool
         return numbers[draw_at_most(counts, self.per_class, rng)] if self.per_class else numbers
 
-    def told(self, shard: int, inside: int) -> IndexEntry:
-        """Label and image of a sample, see `ShardIndex.told`.
+    def entry(self, shard: int, position: int) -> IndexEntry:
+        """Label and image of a sample, see `ShardIndex.entry`.
 
         Raises:
             BadSampleError: the label is out of range, where the next set's classes may begin.
         """
-        label = int(self._labels(shard)[inside])
+        label = int(self._labels(shard)[position])
         if not 0 <= label < self.index.num_classes:
             raise BadSampleError(f"label {label} is not in [0, {self.index.num_classes})")
         if self.classes is not None:
             label = int(np.searchsorted(self.classes, label))
-        return IndexEntry(self.first_class + label, self.index.fields or IMAGE_EXTENSIONS)
+        return IndexEntry(self.first_class + label, self.index.image_extensions or IMAGE_EXTENSIONS)
 
     @cached_property
     def _pool(self) -> tuple[Ints, Ints]:
@@ -112,20 +112,20 @@ class DatasetPass:
 
     Attributes:
         source: the set.
-        share: of the images of a whole pass, in (0, 1].
+        fraction: of the images of a whole pass, in (0, 1].
         number: of the pass in its view, which keys its draws with the seed.
         seed: of the run.
     """
 
     source: MixedDataset
-    share: float
+    fraction: float
     number: int
     seed: int
 
     @property
     def samples(self) -> int:
         """How many images of each epoch are its, always."""
-        return round(self.share * self.source.pass_samples)
+        return round(self.fraction * self.source.pass_samples)
 
     def draw(self, epoch: int) -> SubsetIndices:
         """Its images in an epoch: for each shard their numbers in it, sorted; None: all.
@@ -134,7 +134,7 @@ class DatasetPass:
         taken as it is.
         """
         index = self.source.index
-        if self.source.is_whole and self.share == 1:
+        if self.source.is_whole and self.fraction == 1:
             return [None] * len(index.shards)
         numbers = self.source.draw(generator(self.seed, "view/classes", self.number, epoch))
         if len(numbers) > self.samples:
@@ -165,11 +165,11 @@ class Mixture(ShardIndex):
         """The samples of an epoch: for each shard their numbers in it, sorted; None: all."""
         return [chosen for part in self.passes for chosen in part.draw(epoch)]
 
-    def told(self, shard: int, inside: int) -> IndexEntry:
-        """See `ShardIndex.told`; here the index speaks for our own shards as well."""
+    def entry(self, shard: int, position: int) -> IndexEntry:
+        """See `ShardIndex.entry`; here the index speaks for our own shards as well."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         source = self.passes[number].source
-        return source.told(shard - int(self._first_shards[number]), inside)
+        return source.entry(shard - int(self._first_shards[number]), position)
 
     @cached_property
     def digest(self) -> str:
@@ -178,7 +178,7 @@ class Mixture(ShardIndex):
         for part in self.passes:
             source = part.source
             classes = None if source.classes is None else source.classes.tolist()
-            content.append([source.index.digest, source.per_class, classes, part.share])
+            content.append([source.index.digest, source.per_class, classes, part.fraction])
         return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
@@ -202,8 +202,11 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         index = _require_labels(ShardIndex.load(item.shards))
         classes = read_classes(item.classes, index) if item.classes else None
         source = MixedDataset(index, first_class, classes, data.images_per_class)
-        shares = [min(1.0, item.weight - turn) for turn in range(math.ceil(item.weight))]
-        made = [DatasetPass(source, share, len(passes) + n, seed) for n, share in enumerate(shares)]
+        fractions = [min(1.0, item.weight - whole) for whole in range(math.ceil(item.weight))]
+        made = [
+            DatasetPass(source, fraction, len(passes) + n, seed)
+            for n, fraction in enumerate(fractions)
+        ]
         if not any(part.samples for part in made):
             raise UserError(
                 f"{item.shards}: no image of it would be in an epoch, with weight="
@@ -239,12 +242,12 @@ def samples_per_epoch(index: ShardIndex) -> int:
     return index.epoch_samples if isinstance(index, Mixture) else index.samples
 
 
-def draw_at_most(counts: Sequence[int] | Ints, most: int, rng: np.random.Generator) -> Ints:
-    """Draw at most `most` members of each group, any as likely as any other.
+def draw_at_most(counts: Sequence[int] | Ints, limit: int, rng: np.random.Generator) -> Ints:
+    """Draw at most `limit` members of each group, any as likely as any other.
 
     Args:
         counts: sizes of the groups, whose members follow one another.
-        most: per group.
+        limit: most members of a group.
         rng: one number is drawn for each member.
 
     Returns:
@@ -254,5 +257,5 @@ def draw_at_most(counts: Sequence[int] | Ints, most: int, rng: np.random.Generat
     groups = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
     noise = rng.bit_generator.random_raw(len(groups)) >> np.uint64(_HALF_WORD)
     shuffled = np.argsort(groups << np.uint64(_HALF_WORD) | noise, kind="stable")
-    place = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return shuffled[place < most]
+    rank = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return shuffled[rank < limit]

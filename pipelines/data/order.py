@@ -83,14 +83,14 @@ class _EpochLayout(NamedTuple):
 
 
 class WindowSlice(NamedTuple):
-    """Consecutive places `[start, stop)` of a permuted window."""
+    """Consecutive slots `[start, stop)` of a permuted window."""
 
     window: Window
     start: int
     stop: int
 
 
-def permutation(count: int, rng: np.random.Generator) -> Ints:
+def stable_permutation(count: int, rng: np.random.Generator) -> Ints:
     """A random permutation of `[0, count)` that no version of NumPy draws differently.
 
     `Generator.permutation` may change between versions; the raw bits of a bit generator may not.
@@ -107,7 +107,7 @@ class SampleOrder:
         streams: int,
         window: int,
         seed: int,
-        choice: Subset | None = None,
+        subset: Subset | None = None,
     ) -> None:
         """Describe the data set.
 
@@ -116,14 +116,14 @@ class SampleOrder:
             streams: S.
             window: most samples that are permuted together.
             seed: of the run.
-            choice: which samples are in an epoch; None: all.
+            subset: which samples are in an epoch; None: all.
 
         Raises:
             UserError: there are fewer samples than streams.
         """
         self.shard_samples = np.asarray(shard_samples, np.int64)
-        self.choice = choice
-        self.samples = choice.epoch_samples if choice else int(self.shard_samples.sum())
+        self.subset = subset
+        self.samples = subset.epoch_samples if subset else int(self.shard_samples.sum())
         self.streams, self.window, self.seed = streams, window, seed
         if self.samples < streams:
             raise UserError(
@@ -132,24 +132,24 @@ class SampleOrder:
             )
         self._layouts: dict[int, _EpochLayout] = {}
 
-    def bounds(self, stream: int) -> tuple[int, int]:
-        """First and last + 1 place of a stream in the concatenation of an epoch."""
+    def stream_bounds(self, stream: int) -> tuple[int, int]:
+        """First and last + 1 sample of a stream in the concatenation of an epoch."""
         return (
             stream * self.samples // self.streams,
             (stream + 1) * self.samples // self.streams,
         )
 
-    def length(self, stream: int) -> int:
+    def stream_length(self, stream: int) -> int:
         """L: samples of a stream per epoch."""
-        start, stop = self.bounds(stream)
+        start, stop = self.stream_bounds(stream)
         return stop - start
 
-    def draws(self, stream: int, start: int, stop: int) -> Iterator[WindowSlice]:
-        """The windows, and the places in them, of the positions `[start, stop)` of a stream."""
+    def window_slices(self, stream: int, start: int, stop: int) -> Iterator[WindowSlice]:
+        """The windows, and the slots in them, of the positions `[start, stop)` of a stream."""
         while start < stop:
-            window, place = self.find(stream, start)
-            taken = min(window.size - place, stop - start)
-            yield WindowSlice(window, place, place + taken)
+            window, slot = self.window_at(stream, start)
+            taken = min(window.size - slot, stop - start)
+            yield WindowSlice(window, slot, slot + taken)
             start += taken
 
     def batch(self, step: int, global_batch: int) -> list[tuple[int, int]]:
@@ -162,20 +162,20 @@ class SampleOrder:
         each = global_batch // self.streams
         found: list[tuple[int, int]] = []
         for stream in range(self.streams):
-            for drawn in self.draws(stream, step * each, (step + 1) * each):
-                spans = self.pieces(drawn.window)
+            for part in self.window_slices(stream, step * each, (step + 1) * each):
+                spans = self.spans(part.window)
                 samples = [(s.shard, i) for s in spans for i in range(s.start, s.stop)]
-                places = self.shuffled(drawn.window)[drawn.start : drawn.stop]
-                found += [samples[place] for place in places.tolist()]
+                shown = self.permutation(part.window)[part.start : part.stop]
+                found += [samples[number] for number in shown.tolist()]
         return found
 
-    def find(self, stream: int, position: int) -> tuple[Window, int]:
-        """The window that holds a position of a stream, and the place there.
+    def window_at(self, stream: int, position: int) -> tuple[Window, int]:
+        """The window that holds a position of a stream, and the slot there.
 
         The first window of an epoch is shorter in later streams. Without that all streams would
         come to the end of a window, and have to read the next, in the same step.
         """
-        length = self.length(stream)
+        length = self.stream_length(stream)
         epoch, offset = divmod(position, length)
         lead = stream * self.window // self.streams
         number = (offset + lead) // self.window
@@ -183,28 +183,28 @@ class SampleOrder:
         stop = min(length, (number + 1) * self.window - lead)
         return Window(stream, epoch, number, start, stop - start), offset - start
 
-    def shuffled(self, window: Window) -> Ints:
-        """int64 `[size]`: which of the window's samples, in reading order, comes at each place."""
+    def permutation(self, window: Window) -> Ints:
+        """int64 `[size]`: which of the window's samples, in reading order, comes at each slot."""
         keys = (window.epoch, window.stream, window.number)
-        return permutation(window.size, generator(self.seed, "order/window", *keys))
+        return stable_permutation(window.size, generator(self.seed, "order/window", *keys))
 
-    def pieces(self, window: Window) -> list[ShardSpan]:
+    def spans(self, window: Window) -> list[ShardSpan]:
         """Where the samples of a window lie, in reading order."""
         layout = self._layout(window.epoch)
-        first = self.bounds(window.stream)[0] + window.start
+        first = self.stream_bounds(window.stream)[0] + window.start
         last = first + window.size
-        pieces: list[ShardSpan] = []
+        spans: list[ShardSpan] = []
         at = int(np.searchsorted(layout.starts, first, side="right")) - 1
         while first < last:
             stop = min(last, int(layout.starts[at + 1]))
             if stop > first:  # a shard may be empty
                 begin = int(layout.starts[at])
-                piece = ShardSpan(int(layout.shards[at]), first - begin, stop - begin)
-                pieces += _consecutive_spans(
-                    piece, layout.chosen[piece.shard] if layout.chosen else None
+                span = ShardSpan(int(layout.shards[at]), first - begin, stop - begin)
+                spans += _consecutive_spans(
+                    span, layout.chosen[span.shard] if layout.chosen else None
                 )
             first, at = stop, at + 1
-        return pieces
+        return spans
 
     def _layout(self, epoch: int) -> _EpochLayout:
         if epoch not in self._layouts:
@@ -212,8 +212,8 @@ class SampleOrder:
             for old in list(self._layouts)[:-3]:
                 del self._layouts[old]
             rng = generator(self.seed, "order/shards", epoch)
-            shards = permutation(len(self.shard_samples), rng)
-            chosen = self.choice.draw(epoch) if self.choice else None
+            shards = stable_permutation(len(self.shard_samples), rng)
+            chosen = self.subset.draw(epoch) if self.subset else None
             sizes = self.shard_samples if chosen is None else self._sizes(chosen)
             starts = np.cumsum(np.append(0, sizes[shards]), dtype=np.int64)
             self._layouts[epoch] = _EpochLayout(shards, starts, chosen)
@@ -224,13 +224,13 @@ class SampleOrder:
         return np.array([size if c is None else len(c) for size, c in pairs], np.int64)
 
 
-def _consecutive_spans(piece: ShardSpan, chosen: Ints | None) -> list[ShardSpan]:
-    """The consecutive samples that a piece of the chosen ones of a shard is made of."""
+def _consecutive_spans(span: ShardSpan, chosen: Ints | None) -> list[ShardSpan]:
+    """The consecutive samples that a span of the chosen ones of a shard is made of."""
     if chosen is None:
-        return [piece]
-    numbers = chosen[piece.start : piece.stop]
+        return [span]
+    numbers = chosen[span.start : span.stop]
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     firsts = numbers[np.append(0, breaks)]
     lasts = numbers[np.append(breaks, len(numbers)) - 1]
     pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
-    return [ShardSpan(piece.shard, first, last + 1) for first, last in pairs]
+    return [ShardSpan(span.shard, first, last + 1) for first, last in pairs]

@@ -46,26 +46,26 @@ class DecodedSample(NamedTuple):
     image: Pixels
 
 
-def read_span(index: ShardIndex, piece: ShardSpan) -> list[memoryview]:
-    """The raw bytes of each sample of a piece; shorter than they should be after the shard's end.
+def read_span(index: ShardIndex, span: ShardSpan) -> list[memoryview]:
+    """The raw bytes of each sample of a span; shorter than they should be after the shard's end.
 
     Raises:
         RunError: the shard cannot be opened or read.
     """
     return split_samples(
-        index, piece, read_range(locate_file(index.url(piece.shard)), *byte_range(index, piece))
+        index, span, read_range(locate_file(index.url(span.shard)), *byte_range(index, span))
     )
 
 
-def byte_range(index: ShardIndex, piece: ShardSpan) -> tuple[int, int]:
-    """First and last + 1 byte of a piece in its shard."""
-    offsets = index.shards[piece.shard].offsets
-    return int(offsets[piece.start]), int(offsets[piece.stop])
+def byte_range(index: ShardIndex, span: ShardSpan) -> tuple[int, int]:
+    """First and last + 1 byte of a span in its shard."""
+    offsets = index.shards[span.shard].offsets
+    return int(offsets[span.start]), int(offsets[span.stop])
 
 
-def split_samples(index: ShardIndex, piece: ShardSpan, data: bytes) -> list[memoryview]:
-    """The bytes of a piece sample by sample."""
-    offsets = index.shards[piece.shard].offsets[piece.start : piece.stop + 1]
+def split_samples(index: ShardIndex, span: ShardSpan, data: bytes) -> list[memoryview]:
+    """The bytes of a span sample by sample."""
+    offsets = index.shards[span.shard].offsets[span.start : span.stop + 1]
     inside = [int(offset) for offset in offsets - offsets[0]]
     raw = memoryview(data)
     return [raw[start:stop] for start, stop in pairwise(inside)]
@@ -76,7 +76,7 @@ def decode_sample(
     length: int,
     side: int,
     num_classes: int,
-    told: IndexEntry | None = None,
+    entry: IndexEntry | None = None,
     into: Pixels | None = None,
 ) -> DecodedSample:
     """Read, check and decode one sample.
@@ -86,21 +86,21 @@ def decode_sample(
         length: how many bytes that should be.
         side: of the image to return, in pixels.
         num_classes: labels must be below this.
-        told: what the index says of it (`ShardIndex.told`).
+        entry: what the index says of it (`ShardIndex.entry`).
         into: memory that the image may be written to, see `decode_image`.
 
     Raises:
         BadSampleError: it is truncated, no sample, without image or label, or one of them is bad.
     """
-    packed = extract_sample(raw, length, num_classes, told)
+    encoded = extract_sample(raw, length, num_classes, entry)
     try:
-        return DecodedSample(packed.key, packed.label, decode_image(packed.data, side, into))
+        return DecodedSample(encoded.key, encoded.label, decode_image(encoded.data, side, into))
     except ImageDecodeError as error:
-        raise BadSampleError(f"{packed.key}.{packed.extension}: {error}") from error
+        raise BadSampleError(f"{encoded.key}.{encoded.extension}: {error}") from error
 
 
 def extract_sample(
-    raw: memoryview, length: int, num_classes: int, told: IndexEntry | None = None
+    raw: memoryview, length: int, num_classes: int, entry: IndexEntry | None = None
 ) -> EncodedSample:
     """The same without decoding.
 
@@ -110,9 +110,9 @@ def extract_sample(
     if len(raw) < length:
         raise BadSampleError(f"the shard ends {length - len(raw)} bytes too early for it")
     # Between samples of somebody else's shard may be what the index left out.
-    members = parse_members(raw, alone=told is None)
-    label = _label(members, num_classes) if told is None else told.label
-    for extension in IMAGE_EXTENSIONS if told is None else told.images:
+    members = parse_members(raw, alone=entry is None)
+    label = _label(members, num_classes) if entry is None else entry.label
+    for extension in IMAGE_EXTENSIONS if entry is None else entry.image_extensions:
         if extension in members:
             return EncodedSample(members["__key__"], label, extension, members[extension])
     raise BadSampleError(f"{members['__key__']}: no image among {_extensions(members)}")
@@ -237,10 +237,10 @@ def load_sample(
     """
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[inside + 1] - offsets[inside])
-    told = index.told(shard, inside)
-    sample = decode_sample(raw, length, side, index.num_classes, told, into)
+    entry = index.entry(shard, inside)
+    sample = decode_sample(raw, length, side, index.num_classes, entry, into)
     # What a tar says of itself has no checksum.
-    if told is None and labels is not None and sample.label != labels[inside]:
+    if entry is None and labels is not None and sample.label != labels[inside]:
         raise BadSampleError(
             f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}"
         )

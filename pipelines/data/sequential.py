@@ -29,12 +29,12 @@ def read_in_order(
     images = np.empty((stop - start, 3, image_size, image_size), np.uint8)
     labels = np.empty(stop - start, np.int64)
     keys: list[str] = []
-    for piece in spans_in_order(index, start, stop):
-        for inside, raw in enumerate(read_span(index, piece), piece.start):
+    for span in spans_in_order(index, start, stop):
+        for position, raw in enumerate(read_span(index, span), span.start):
             try:
-                sample = load_sample(index, piece.shard, inside, raw, image_size)
+                sample = load_sample(index, span.shard, position, raw, image_size)
             except BadSampleError as error:
-                raise RunError(f"{index.place(piece.shard, inside)}: {error}") from error
+                raise RunError(f"{index.sample_name(span.shard, position)}: {error}") from error
             images[len(keys)] = _channels_first(sample.image)
             labels[len(keys)] = sample.label
             keys.append(sample.key)

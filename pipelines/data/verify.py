@@ -42,12 +42,12 @@ class DataProblem(NamedTuple):
 
     Attributes:
         kind: `shard`, `sample`, `image`, `label` or `duplicate`.
-        place: where.
+        location: where.
         reason: what.
     """
 
     kind: str
-    place: str
+    location: str
     reason: str
 
 
@@ -91,7 +91,7 @@ def verify_dataset(
     todo = [(n, _only(index, n)) for n in range(total) if n not in results]
     for number, result in map_unordered(verify_shard, todo, processes):
         results[number] = result
-        journal.keep(number, result)
+        journal.record(number, result)
         progress(len(results), total)
     ordered = [results[number] for number in range(total)]
     problems = [DataProblem(*problem) for result in ordered for problem in result["problems"]]
@@ -152,14 +152,14 @@ def _duplicate_problem(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -
 def _sample_name(index: ShardIndex, number: int) -> str:
     """Where a sample is, with its key."""
     shard = int(np.searchsorted(index.starts, number, side="right")) - 1
-    inside = number - int(index.starts[shard])
-    place = f"sample {inside} of {index.url(shard)}"
+    position = number - int(index.starts[shard])
+    location = index.sample_name(shard, position)
     try:
-        raw = read_span(index, ShardSpan(shard, inside, inside + 1))[0]
-        told = index.told(shard, inside)
-        return f"{place} ({extract_sample(raw, len(raw), index.num_classes, told).key})"
+        raw = read_span(index, ShardSpan(shard, position, position + 1))[0]
+        entry = index.entry(shard, position)
+        return f"{location} ({extract_sample(raw, len(raw), index.num_classes, entry).key})"
     except (RunError, BadSampleError):
-        return place
+        return location
 
 
 def verify_shard(index: ShardIndex) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def verify_shard(index: ShardIndex) -> dict[str, Any]:
     digest, size = hashlib.sha256(), 0
     try:
         with open_stream(url) as stream:
-            for data in _pieces(stream, shard.offsets, found):
+            for data in _checked_bytes(stream, shard.offsets, found):
                 digest.update(data)
                 size += len(data)
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def verify_shard(index: ShardIndex) -> dict[str, Any]:
     return found.result()
 
 
-def _pieces(stream: RetryingStream, offsets: Ints, found: _ShardFindings) -> Iterator[bytes]:
+def _checked_bytes(stream: RetryingStream, offsets: Ints, found: _ShardFindings) -> Iterator[bytes]:
     """All bytes of a tar in order; on the way its samples are looked at."""
     yield stream.read(int(offsets[0]))
     for first in range(0, len(offsets) - 1, _SAMPLES_PER_READ):
@@ -190,7 +190,7 @@ def _pieces(stream: RetryingStream, offsets: Ints, found: _ShardFindings) -> Ite
         data = stream.read(int(bounds[-1]))
         yield data
         for number, (start, stop) in enumerate(pairwise(bounds.tolist()), first):
-            found.look(number, memoryview(data)[start:stop], stop - start)
+            found.check_sample(number, memoryview(data)[start:stop], stop - start)
     while data := stream.read(_CHUNK):
         yield data
 
@@ -206,41 +206,41 @@ class _ShardFindings:
         self._labels = np.full(samples, _BAD, np.int64)
         self._digests = np.zeros((samples, 2), "<u8")
 
-    def add(self, kind: str, place: str, reason: str) -> None:
+    def add(self, kind: str, location: str, reason: str) -> None:
         """Count a problem, and name it if there are not too many of its kind."""
         self._counts[kind] += 1
         if self._counts[kind] <= _LISTED:
-            self._problems.append(DataProblem(kind, place, reason))
+            self._problems.append(DataProblem(kind, location, reason))
 
-    def look(self, number: int, raw: memoryview, length: int) -> None:
+    def check_sample(self, number: int, raw: memoryview, length: int) -> None:
         """Check one sample."""
-        place = f"sample {number} of {self._index.url(0)}"
+        location = self._index.sample_name(0, number)
         try:
-            packed = extract_sample(
-                raw, length, self._index.num_classes, self._index.told(0, number)
+            encoded = extract_sample(
+                raw, length, self._index.num_classes, self._index.entry(0, number)
             )
         except BadSampleError as error:
-            self.add("sample", place, str(error))
+            self.add("sample", location, str(error))
             return
-        place = f"{place} ({packed.key})"
-        self._check_label(number, place, packed)
-        if packed.key.startswith("/") or ".." in packed.key.split("/"):
-            self.add("sample", place, "its name leaves the folder")
+        location = f"{location} ({encoded.key})"
+        self._check_label(number, location, encoded)
+        if encoded.key.startswith("/") or ".." in encoded.key.split("/"):
+            self.add("sample", location, "its name leaves the folder")
         try:
-            decode_image(packed.data, _SIDE)
+            decode_image(encoded.data, _SIDE)
         except ImageDecodeError as error:
-            self.add("image", place, str(error))
+            self.add("image", location, str(error))
             return
-        self._labels[number] = packed.label
-        digest = hashlib.blake2b(packed.data, digest_size=_DIGEST).digest()
+        self._labels[number] = encoded.label
+        digest = hashlib.blake2b(encoded.data, digest_size=_DIGEST).digest()
         self._digests[number] = np.frombuffer(digest, "<u8")
 
-    def _check_label(self, number: int, place: str, packed: EncodedSample) -> None:
+    def _check_label(self, number: int, location: str, encoded: EncodedSample) -> None:
         labels = self._index.shards[0].labels
-        if labels is not None and labels[number] != packed.label:
-            self.add("label", place, f"{packed.label}, the index says {labels[number]}")
-        if not 0 <= packed.label < self._index.num_classes:
-            self.add("label", place, f"{packed.label} is not in [0, {self._index.num_classes})")
+        if labels is not None and labels[number] != encoded.label:
+            self.add("label", location, f"{encoded.label}, the index says {labels[number]}")
+        if not 0 <= encoded.label < self._index.num_classes:
+            self.add("label", location, f"{encoded.label} is not in [0, {self._index.num_classes})")
 
     def result(self) -> dict[str, Any]:
         """See `verify_shard`."""

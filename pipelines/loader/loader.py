@@ -74,12 +74,14 @@ class Loader:
         self._local = range(micro_batches) if local_micro_batches is None else local_micro_batches
         self._steps = range(start_step, stop_step)
         sizes = [shard.samples for shard in index.shards]
-        choice = index if isinstance(index, Mixture) else None
-        self.order = SampleOrder(sizes, data.streams, data.shuffle_window, seed, choice)
+        subset = index if isinstance(index, Mixture) else None
+        self.order = SampleOrder(sizes, data.streams, data.shuffle_window, seed, subset)
         self.faults = BadSampleTally()
         streams_each = data.streams // micro_batches
         streams = [range(i * streams_each, (i + 1) * streams_each) for i in self._local]
-        self._epoch_samples = sum(self.order.length(stream) for part in streams for stream in part)
+        self._epoch_samples = sum(
+            self.order.stream_length(stream) for part in streams for stream in part
+        )
         self._processes = max(1, min(data.loader_workers, streams_each))
         self._statuses = WorkerStatusTable(self._processes)
         samples_per_stream = global_batch // data.streams

@@ -22,7 +22,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.storage.ranges import FileLocation
 
 _THREADS: Final = 4
-_NEAR: Final = 4  # the next window is fetched when 1/4 of the present one is left
+_PREFETCH_AT: Final = 4  # the next window is fetched when 1/4 of the present one is left
 
 
 class WindowBytes(NamedTuple):
@@ -58,27 +58,27 @@ class WindowReader:
         """
         self._index, self._order, self._positions = index, order, positions
         self._reader = ShardReader(index, remote)
-        self._most = remote.read_ahead_mib << 20
+        self._max_bytes = remote.read_ahead_mib << 20
         is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
-        self._is_ahead = is_remote and self._most > 0
-        self._coming: dict[Window, _PendingWindow] = {}
-        self._taken: dict[int, Window] = {}  # the last one of each stream
+        self._is_ahead = is_remote and self._max_bytes > 0
+        self._pending: dict[Window, _PendingWindow] = {}
+        self._last_read: dict[int, Window] = {}  # the last one of each stream
         self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used
 
     def __enter__(self) -> WindowReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._coming.clear()
+        self._pending.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def begin(self, streams: Iterable[int], position: int) -> None:
+    def prefetch(self, streams: Iterable[int], position: int) -> None:
         """Fetch the windows of a position at the same time, if they have not been taken before."""
         if self._is_ahead:
             for stream in streams:
-                self._want(stream, position)
+                self._submit(stream, position)
 
-    def look_ahead(self, stream: int, start: int, stop: int) -> None:
+    def prefetch_next(self, stream: int, start: int, stop: int) -> None:
         """Fetch a stream's next window if the present one is nearly used up.
 
         Args:
@@ -86,46 +86,46 @@ class WindowReader:
             start, stop: see there.
         """
         if self._is_ahead:
-            window, place = self._order.find(stream, stop - 1)
-            left = window.size - place - 1
-            if left < max(window.size // _NEAR, stop - start):
-                self._want(stream, stop + left)
+            window, slot = self._order.window_at(stream, stop - 1)
+            left = window.size - slot - 1
+            if left < max(window.size // _PREFETCH_AT, stop - start):
+                self._submit(stream, stop + left)
 
-    def take(self, window: Window) -> WindowBytes:
+    def read(self, window: Window) -> WindowBytes:
         """The bytes of a window.
 
         Raises:
             RunError: a shard cannot be read.
             UserError: the index is damaged there.
         """
-        self._taken[window.stream] = window
-        coming = self._coming.pop(window, None)
-        return self._read(self._located(window)) if coming is None else coming.future.result()
+        self._last_read[window.stream] = window
+        pending = self._pending.pop(window, None)
+        return self._fetch(self._locate(window)) if pending is None else pending.future.result()
 
-    def _want(self, stream: int, position: int) -> None:
+    def _submit(self, stream: int, position: int) -> None:
         """Begin to fetch the window of a position, unless that is of no use or too much."""
-        window, _ = self._order.find(stream, position)
-        is_known = window in self._coming or window == self._taken.get(stream)
+        window, _ = self._order.window_at(stream, position)
+        is_known = window in self._pending or window == self._last_read.get(stream)
         if is_known or position not in self._positions:
             return
-        located = self._located(window)
+        located = self._locate(window)
         if all(file.is_local for _, file in located):
             return
-        bounds = [byte_range(self._index, piece) for pieces, _ in located for piece in pieces]
+        bounds = [byte_range(self._index, span) for spans, _ in located for span in spans]
         size = sum(stop - start for start, stop in bounds)
-        if size + sum(coming.size for coming in self._coming.values()) <= self._most:
-            self._coming[window] = _PendingWindow(size, self._pool.submit(self._read, located))
+        if size + sum(pending.size for pending in self._pending.values()) <= self._max_bytes:
+            self._pending[window] = _PendingWindow(size, self._pool.submit(self._fetch, located))
 
-    def _located(self, window: Window) -> list[tuple[list[ShardSpan], FileLocation]]:
-        """The pieces of a window, those that are read together together, and where they are."""
-        runs = group_nearby_spans(self._index, self._order.pieces(window))
-        return [(pieces, self._reader.file(pieces[0])) for pieces in runs]
+    def _locate(self, window: Window) -> list[tuple[list[ShardSpan], FileLocation]]:
+        """The spans of a window, those that are read together together, and where they are."""
+        runs = group_nearby_spans(self._index, self._order.spans(window))
+        return [(spans, self._reader.locate(spans[0])) for spans in runs]
 
-    def _read(self, located: list[tuple[list[ShardSpan], FileLocation]]) -> WindowBytes:
+    def _fetch(self, located: list[tuple[list[ShardSpan], FileLocation]]) -> WindowBytes:
         samples: list[memoryview] = []
         bad: dict[str, str] = {}
-        for pieces, file in located:
-            found = self._reader.read(pieces, file)
+        for spans, file in located:
+            found = self._reader.read(spans, file)
             samples += found.samples
             if found.fault:
                 bad[file.url] = found.fault

@@ -23,12 +23,12 @@ from pipelines.storage.ranges import FileLocation, locate_file, read_range
 log = logging.getLogger(__name__)
 
 _BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
-_GAP: Final = 128 << 10  # most bytes between two pieces that are read together
+_GAP: Final = 128 << 10  # most bytes between two spans that are read together
 _CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
 
 
 class FetchedSamples(NamedTuple):
-    """The raw bytes of each sample of a piece, and what is wrong with its whole shard, if known.
+    """The raw bytes of each sample of a span, and what is wrong with its whole shard, if known.
 
     Behind the end of a shard samples are shorter than they should be.
     """
@@ -42,40 +42,40 @@ class BadShardError(Exception):
 
 
 class ShardReader:
-    """Reads pieces; its methods may run in several threads."""
+    """Reads spans; its methods may run in several threads."""
 
     def __init__(self, index: ShardIndex, remote: RemoteConfig) -> None:
         """Reading begins later, but the cache's folder is made."""
         self._index, self._retries = index, remote.retries
         self._bad: dict[int, str] = {}
-        self._crowded = False
+        self._cache_is_full = False
         self._cache: FileCache | None = None
         if remote.cache_dir:
             try:
                 self._cache = FileCache(remote.cache_dir, int(remote.cache_gib * 2**30))
             except OSError as error:
-                self._do_without(error)
+                self._disable_cache(error)
 
-    def file(self, piece: ShardSpan) -> FileLocation:
-        """Where a piece is; see `remote.file_at`."""
-        return locate_file(self._index.url(piece.shard))
+    def locate(self, span: ShardSpan) -> FileLocation:
+        """Where a span is; see `remote.file_at`."""
+        return locate_file(self._index.url(span.shard))
 
-    def read(self, pieces: list[ShardSpan], file: FileLocation) -> FetchedSamples:
-        """The samples of pieces of one shard that are read `group_nearby_spans`; it is in `file`.
+    def read(self, spans: list[ShardSpan], file: FileLocation) -> FetchedSamples:
+        """The samples of spans of one shard that are read `group_nearby_spans`; it is in `file`.
 
         Raises:
             RunError: the shard cannot be read.
         """
-        number, bounds = pieces[0].shard, [byte_range(self._index, piece) for piece in pieces]
+        number, bounds = spans[0].shard, [byte_range(self._index, span) for span in spans]
         first, last = bounds[0][0], bounds[-1][1]
         data = None if file.is_local else self._cached(number, file, first, last)
         if data is None:
             data = read_range(file, first, last, self._retries)
         samples: list[memoryview] = []
-        for piece, (start, stop) in zip(pieces, bounds, strict=True):
-            # What lies between pieces is let go.
-            part = data if len(pieces) == 1 else data[start - first : stop - first]
-            samples += split_samples(self._index, piece, part)
+        for span, (start, stop) in zip(spans, bounds, strict=True):
+            # What lies between spans is let go.
+            part = data if len(spans) == 1 else data[start - first : stop - first]
+            samples += split_samples(self._index, span, part)
         return FetchedSamples(samples, self._bad.get(number, ""))
 
     def _cached(self, number: int, file: FileLocation, start: int, stop: int) -> bytes | None:
@@ -94,30 +94,30 @@ class ShardReader:
             self._bad[number] = str(error)
             return None
         except OSError as error:
-            self._do_without(error)
+            self._disable_cache(error)
             return None
-        if not self._crowded:
-            self._crowded = True
+        if not self._cache_is_full:
+            self._cache_is_full = True
             log.warning(
                 "%s: no room in the cache (data.remote.cache_gib), read without it", file.url
             )
         return None
 
-    def _do_without(self, error: OSError) -> None:
+    def _disable_cache(self, error: OSError) -> None:
         log.warning("data.remote.cache_dir cannot be used (%s); going on without it", error)
         self._cache = None
 
 
-def group_nearby_spans(index: ShardIndex, pieces: Iterable[ShardSpan]) -> Iterator[list[ShardSpan]]:
+def group_nearby_spans(index: ShardIndex, spans: Iterable[ShardSpan]) -> Iterator[list[ShardSpan]]:
     """Pieces, those that lie near one another in one shard as a list: a request costs more."""
     run: list[ShardSpan] = []
     end = 0
-    for piece in pieces:
-        start, stop = byte_range(index, piece)
-        if run and not (piece.shard == run[0].shard and 0 <= start - end <= _GAP):
+    for span in spans:
+        start, stop = byte_range(index, span)
+        if run and not (span.shard == run[0].shard and 0 <= start - end <= _GAP):
             yield run
             run = []
-        run.append(piece)
+        run.append(span)
         end = stop
     if run:
         yield run

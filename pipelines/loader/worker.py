@@ -110,24 +110,24 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         labels = np.empty(len(streams) * self.samples_per_stream, np.int64)
         keys: list[str] = []
         faults: list[Fault] = []
-        self.reader.begin(streams, positions[0])
+        self.reader.prefetch(streams, positions[0])
         for stream in streams:
-            for draw in self.order.draws(stream, *positions):
+            for window_slice in self.order.window_slices(stream, *positions):
                 window = open_windows.get(stream)
-                if window is None or window.window != draw.window:
+                if window is None or window.window != window_slice.window:
                     open_windows.pop(stream, None)  # first let go of the old bytes
-                    window = self._open(draw.window, faults)
+                    window = self._open(window_slice.window, faults)
                     open_windows[stream] = window
-                for place in range(draw.start, draw.stop):
-                    number = window.number(place)
+                for slot in range(window_slice.start, window_slice.stop):
+                    number = window.number(slot)
                     self._record(DECODING, number)
                     row = images[len(keys)]
-                    sample, found = window.read(place, row)
+                    sample, found = window.read(slot, row)
                     faults += found
-                    self._finish(sample, draw.window.epoch, number, row)
+                    self._finish(sample, window_slice.window.epoch, number, row)
                     labels[len(keys)] = sample.label
                     keys.append(sample.key)
-            self.reader.look_ahead(stream, *positions)
+            self.reader.prefetch_next(stream, *positions)
         self._record(WAITING, number)
         self.batch_number += 1
         return PartialBatch(self.process, self.batch_number - 1, labels, keys, faults)
@@ -135,7 +135,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
     def _open(self, window: Window, faults: list[Fault]) -> OpenWindow:
         """Read a window; bad shards are added to the faults."""
         self._record(READING, self._first(window))
-        fetched = self.reader.take(window)
+        fetched = self.reader.read(window)
         faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
         return OpenWindow(self.index, self.order, window, self.data.image_size, fetched.samples)
 
@@ -143,8 +143,8 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         self.statuses.update(self.process, activity, sample)
 
     def _first(self, window: Window) -> int:
-        piece = self.order.pieces(window)[0]
-        return int(self.index.starts[piece.shard]) + piece.start
+        span = self.order.spans(window)[0]
+        return int(self.index.starts[span.shard]) + span.start
 
     def _finish(self, sample: DecodedSample, epoch: int, number: int, row: Pixels) -> None:
         """Put the augmented image into its row `[side, side, 3]`, where it may lie already."""
@@ -170,19 +170,19 @@ class OpenWindow:
         """Take the bytes of the window's samples, in reading order."""
         self.window = window
         self._index, self._image_size = index, image_size
-        self._permuted = order.shuffled(window)
+        self._permuted = order.permutation(window)
         self._raw = raw
-        self._where: list[tuple[int, int]] = []  # shard, and number of the sample in it
-        for piece in order.pieces(window):
-            self._where += [(piece.shard, i) for i in range(piece.start, piece.stop)]
+        self._locations: list[tuple[int, int]] = []  # shard, and number of the sample in it
+        for span in order.spans(window):
+            self._locations += [(span.shard, i) for i in range(span.start, span.stop)]
 
-    def number(self, place: int) -> int:
-        """The number, through the whole index, of the sample that belongs at a place."""
-        shard, inside = self._where[self._permuted[place]]
-        return int(self._index.starts[shard]) + inside
+    def number(self, slot: int) -> int:
+        """The number, through the whole index, of the sample that belongs at a slot."""
+        shard, position = self._locations[self._permuted[slot]]
+        return int(self._index.starts[shard]) + position
 
-    def read(self, place: int, into: Pixels) -> tuple[DecodedSample, list[Fault]]:
-        """The sample at a place, or its substitute and the fault of the one that belongs there.
+    def read(self, slot: int, into: Pixels) -> tuple[DecodedSample, list[Fault]]:
+        """The sample at a slot, or its substitute and the fault of the one that belongs there.
 
         Its image may lie in `into`, see `decode`.
 
@@ -191,16 +191,16 @@ class OpenWindow:
         """
         faults: list[Fault] = []
         for attempt in range(self.window.size):
-            at = int(self._permuted[(place + attempt) % self.window.size])
-            shard, inside = self._where[at]
+            at = int(self._permuted[(slot + attempt) % self.window.size])
+            shard, position = self._locations[at]
             try:
                 sample = load_sample(
-                    self._index, shard, inside, self._raw[at], self._image_size, into
+                    self._index, shard, position, self._raw[at], self._image_size, into
                 )
                 return sample, faults[:1]
             except BadSampleError as error:
-                faults.append(Fault(self._index.place(shard, inside), str(error)))
+                faults.append(Fault(self._index.sample_name(shard, position), str(error)))
         raise RunError(
-            f"no sample of {self.window.size} in a row can be used; the first: {faults[0].place}: "
-            f"{faults[0].reason}"
+            f"no sample of {self.window.size} in a row can be used; the first: "
+            f"{faults[0].location}: {faults[0].reason}"
         )

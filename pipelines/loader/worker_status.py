@@ -88,19 +88,19 @@ def describe_dead_worker(statuses: WorkerStatusTable, index: ShardIndex) -> str:
         return ""
     process, activity, sample, code = dead[0]
     shard = int(np.searchsorted(index.starts, sample, side="right")) - 1
-    inside = sample - int(index.starts[shard])
+    position = sample - int(index.starts[shard])
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return (
         f"loader process {process} ended with {end} while it {_DESCRIPTIONS[activity]} "
-        f"{index.place(shard, inside)}{_key(index, shard, inside)}; if memory ran out, fewer "
-        "data.loader_workers or a smaller data.shuffle_window need less"
+        f"{index.sample_name(shard, position)}{_key(index, shard, position)}; if memory ran out, "
+        "fewer data.loader_workers or a smaller data.shuffle_window need less"
     )
 
 
-def _key(index: ShardIndex, shard: int, inside: int) -> str:
+def _key(index: ShardIndex, shard: int, position: int) -> str:
     """The key of a sample in brackets, where it can be read."""
     try:
-        [raw] = read_span(index, ShardSpan(shard, inside, inside + 1))
+        [raw] = read_span(index, ShardSpan(shard, position, position + 1))
         return f" ({parse_members(raw, alone=False)['__key__']})"
     except (BadSampleError, RunError):
         return ""

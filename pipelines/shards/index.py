@@ -33,7 +33,7 @@ _FORMAT: Final = "mhe-shards-1"
 class Fault(NamedTuple):
     """Something bad in the data: where it is, and what is wrong with it."""
 
-    place: str
+    location: str
     reason: str
 
 
@@ -42,11 +42,11 @@ class IndexEntry(NamedTuple):
 
     Attributes:
         label: in `[0, C)`.
-        images: extensions of its image, the best first.
+        image_extensions: extensions of its image, the best first.
     """
 
     label: int
-    images: tuple[str, ...]
+    image_extensions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class ShardIndex:
         """`sha256:` of the class count and of the shards' order and contents; not of `folder`."""
         shards = [[s.url, s.samples, s.checksum] for s in self.shards]
         content: list[Any] = [self.num_classes, shards]
-        if self.fields is not None:
+        if self.image_extensions is not None:
             content.append([s.classes for s in self.shards])
         return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -140,12 +140,12 @@ class ShardIndex:
         url = self.shards[shard].url
         return url if is_absolute_url(url) else f"{self.folder}/{url}"
 
-    def place(self, shard: int, inside: int) -> str:
+    def sample_name(self, shard: int, position: int) -> str:
         """What messages call a sample."""
-        return f"sample {inside} of {self.url(shard)}"
+        return f"sample {position} of {self.url(shard)}"
 
     @cached_property
-    def fields(self) -> tuple[str, ...] | None:
+    def image_extensions(self) -> tuple[str, ...] | None:
         """Extensions of the images, the best first, of shards that somebody else wrote.
 
         None for our own shards.
@@ -153,12 +153,12 @@ class ShardIndex:
         fields = self.meta.get("fields")
         return None if fields is None else tuple(fields["image"])
 
-    def told(self, shard: int, inside: int) -> IndexEntry | None:
+    def entry(self, shard: int, position: int) -> IndexEntry | None:
         """What counts for a sample of shards that somebody else wrote; None for our own."""
         labels = self.shards[shard].labels
-        if self.fields is None or labels is None:
+        if self.image_extensions is None or labels is None:
             return None
-        return IndexEntry(int(labels[inside]), self.fields)
+        return IndexEntry(int(labels[position]), self.image_extensions)
 
     @classmethod
     def load(cls, url: str) -> ShardIndex:
@@ -191,7 +191,7 @@ class ShardIndex:
         try:
             shards = [Shard(**shard) for shard in content["shards"]]
             index = cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
-            index.digest, index.fields, index.samples  # noqa: B018, computed once, now
+            index.digest, index.image_extensions, index.samples  # noqa: B018, computed once, now
             return index
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{folder}/{INDEX_FILE}: damaged ({error!r}); make it again") from None

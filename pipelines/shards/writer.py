@@ -65,7 +65,7 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         if not self._finished:
-            self._staging.leave()
+            self._staging.abort()
 
     def write(self, samples: Iterable[Sample | Fault]) -> Shard:
         """Write the next tar; its samples keep their order.
@@ -111,7 +111,7 @@ class ShardWriter:
         for number, result in map_unordered(partial(_make_tar, make), todo, processes):
             made[number] = result
             if journal is not None:
-                journal.keep(first + number, [asdict(result[0]), result[1]])
+                journal.record(first + number, [asdict(result[0]), result[1]])
             progress(len(made), len(tasks))
         self.shards += [made[number][0] for number in range(len(tasks))]
         return [fault for number in range(len(tasks)) for fault in made[number][1]]
@@ -142,8 +142,8 @@ def _unchanged(samples: Iterable[Sample | Fault]) -> Iterable[Sample | Fault]:
 def _make_tar(
     make: Callable[[T], Iterable[Sample | Fault]], task: tuple[str, str, T]
 ) -> tuple[Shard, list[Fault]]:
-    place, url, samples = task
-    with atomic_write(place) as stream:
+    target, url, samples = task
+    with atomic_write(target) as stream:
         return _write_tar(stream, url, make(samples))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -66,10 +67,11 @@ class FoundSamples(NamedTuple):
     warnings: list[str]
 
 
-class ImportResult(NamedTuple):
+@dataclass(frozen=True)
+class ImportResult:
     """A finished data set, what was left out of it, and what the user should know."""
 
-    shards: ShardIndex
+    index: ShardIndex
     faults: list[Fault]
     warnings: list[str]
 
@@ -138,13 +140,13 @@ def write_dataset(
         return ImportResult(writer.finish(len(found.names), meta), faults, found.warnings)
 
 
-def check_bad_fraction(faults: Sequence[Fault], good: int, most: float) -> None:
-    """Raise RunError if the share of bad samples is more than `most`; it names the first ones."""
-    if len(faults) <= most * (len(faults) + good):
+def check_bad_fraction(faults: Sequence[Fault], good: int, max_bad: float) -> None:
+    """Raise RunError, which names the first faults, if a larger share than `max_bad` is bad."""
+    if len(faults) <= max_bad * (len(faults) + good):
         return
-    named = "\n".join(f"  {fault.place}: {fault.reason}" for fault in faults[:_SHOWN])
+    named = "\n".join(f"  {fault.location}: {fault.reason}" for fault in faults[:_SHOWN])
     raise RunError(
-        f"{len(faults)} of {len(faults) + good} samples are bad, more than --max-bad {most:g} "
+        f"{len(faults)} of {len(faults) + good} samples are bad, more than --max-bad {max_bad:g} "
         f"allows; the first of them:\n{named}"
     )
 
@@ -160,9 +162,9 @@ def _order(count: int, shuffle: bool, source: str) -> Ints:
         return np.arange(count)
     # They import torch, which the processes that write have no use for.
     from mhe_dist.seeds import generator
-    from pipelines.data.order import permutation
+    from pipelines.data.order import stable_permutation
 
-    return permutation(count, generator(0, f"{source}/shuffle"))
+    return stable_permutation(count, generator(0, f"{source}/shuffle"))
 
 
 def _tar_bounds(sizes: Ints, shard_bytes: int) -> Ints:

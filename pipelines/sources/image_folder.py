@@ -133,9 +133,9 @@ def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
         entered.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in names:
-            place = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(place):
-                yield os.path.relpath(place, root), os.path.getsize(place)
+            path = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                yield os.path.relpath(path, root), os.path.getsize(path)
 
 
 def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterator[ImageFile]:
@@ -239,11 +239,11 @@ def _samples(task: _FileTask) -> Iterator[Sample | Fault]:
     for path, number, label, data in zip(
         task.paths, task.numbers.tolist(), task.classes.tolist(), _contents(task), strict=True
     ):
-        place = f"{task.root}/{path}"
+        url = f"{task.root}/{path}"
         if not isinstance(data, bytes):
-            yield Fault(place, f"cannot be read ({data})")
+            yield Fault(url, f"cannot be read ({data})")
         elif (extension := image_extension(data)) is None:
-            yield Fault(place, f"no image of a known format (it begins with {data[:8]!r})")
+            yield Fault(url, f"no image of a known format (it begins with {data[:8]!r})")
         else:
             yield Sample(sample_key(number), {extension: data, "cls": str(label).encode()})
 
@@ -253,21 +253,21 @@ def _contents(task: _FileTask) -> Iterator[bytes | OSError]:
     filesystem, root = resolve_url(task.root)
     for first in range(0, len(task.paths), _FILES_PER_REQUEST):
         paths = task.paths[first : first + _FILES_PER_REQUEST]
-        places = [f"{root}/{quote(path) if _is_web(filesystem) else path}" for path in paths]
+        urls = [f"{root}/{quote(path) if _is_web(filesystem) else path}" for path in paths]
         if is_local(filesystem):
-            yield from map(_read, places)
+            yield from map(_read, urls)
             continue
-        whole: list[None] = [None] * len(places)
-        found = filesystem.cat_ranges(places, whole, whole, on_error="return")
-        for place, data in zip(places, found, strict=True):
+        whole: list[None] = [None] * len(urls)
+        found = filesystem.cat_ranges(urls, whole, whole, on_error="return")
+        for url, data in zip(urls, found, strict=True):
             if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
-                raise RunError(f"{task.root}: {place} cannot be read ({data})") from data
+                raise RunError(f"{task.root}: {url} cannot be read ({data})") from data
             yield data
 
 
-def _read(place: str) -> bytes | OSError:
+def _read(path: str) -> bytes | OSError:
     try:
-        with open(place, "rb") as stream:
+        with open(path, "rb") as stream:
             return stream.read()
     except OSError as error:
         return error

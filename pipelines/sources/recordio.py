@@ -151,12 +151,11 @@ def _next_record(source: ByteSource, start: int) -> int:
     at = start + -start % 4
     while at < source.size:
         chunk = source.read(at, at + _CHUNK + 4)
-        place = chunk.find(MAGIC)
-        while place >= 0:
-            found = at + place
-            if place % 4 == 0 and _begins_record(source, found):
-                return found
-            place = chunk.find(MAGIC, place + 1)
+        offset = chunk.find(MAGIC)
+        while offset >= 0:
+            if offset % 4 == 0 and _begins_record(source, at + offset):
+                return at + offset
+            offset = chunk.find(MAGIC, offset + 1)
         at += _CHUNK
     return source.size
 
@@ -309,14 +308,14 @@ class RecordWriter:
 def _split(payload: bytes) -> list[bytes]:
     """Cut at every magic that stands at a multiple of 4, and drop it."""
     pieces, begin = [], 0
-    place = payload.find(MAGIC)
-    while place >= 0:
-        if place % 4 == 0:
-            pieces.append(payload[begin:place])
-            begin = place + 4
-            place = payload.find(MAGIC, begin)
+    offset = payload.find(MAGIC)
+    while offset >= 0:
+        if offset % 4 == 0:
+            pieces.append(payload[begin:offset])
+            begin = offset + 4
+            offset = payload.find(MAGIC, begin)
         else:
-            place = payload.find(MAGIC, place + 1)
+            offset = payload.find(MAGIC, offset + 1)
     return [*pieces, payload[begin:]]
 
 

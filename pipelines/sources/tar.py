@@ -159,19 +159,19 @@ def _extended(data: bytes, kind: int, at: int) -> dict[str, str]:
         return {}
     if kind == _LONG_NAME:
         return {"path": _text(data)}
-    said: dict[str, str] = {}
-    place = 0
-    while match := _PAX_RECORD.match(data, place):
+    records: dict[str, str] = {}
+    position = 0
+    while match := _PAX_RECORD.match(data, position):
         length, key = int(match[1]), match[2].decode(errors="replace")
-        if length <= match.end() - place:
+        if length <= match.end() - position:
             raise DamagedTarError(at, "a damaged PAX header")
-        value = data[match.end() : place + length - 1].decode(errors="surrogateescape")
-        said[key] = value
-        place += length
-    for key in said:
+        value = data[match.end() : position + length - 1].decode(errors="surrogateescape")
+        records[key] = value
+        position += length
+    for key in records:
         if key.startswith("GNU.sparse") or (kind == _PAX_FOR_ALL and key in ("path", "size")):
             raise DamagedTarError(at, f"a PAX header with {key[:40]}")
-    return {key: said[key] for key in ("path", "size") if key in said}
+    return {key: records[key] for key in ("path", "size") if key in records}
 
 
 def _padded(size: int) -> int:

@@ -149,7 +149,7 @@ def _scan_all(
     for number, result in map_unordered(scan_tar, todo, processes):
         results[number] = result
         if not result["damage"]:
-            journal.keep(number, result)
+            journal.record(number, result)
         progress(len(results), len(tasks))
     return [(task.url, results[number]) for number, task in enumerate(tasks)]
 
@@ -177,8 +177,8 @@ def _number_labels(
         codes = unpack_labels(found["codes"], found["samples"])
         labels = np.array([number[value] for value in found["values"]], np.int64)[codes]
         fields = {key: found[key] for key in ("samples", "bytes", "checksum", "blocks")}
-        place = url.removeprefix(f"{folder}/")
-        shards.append(Shard(url=place, classes=pack_labels(labels), **fields))
+        relative = url.removeprefix(f"{folder}/")
+        shards.append(Shard(url=relative, classes=pack_labels(labels), **fields))
     return shards, values if is_mapped else [], num_classes or len(values)
 
 

@@ -105,7 +105,7 @@ class _TarContents:
         """Take a sample, or count it as a fault."""
         label = sample.label()
         if isinstance(label, Fault):
-            self._faults.append(Fault(f"{self._task.url} {label.place}", label.reason))
+            self._faults.append(Fault(f"{self._task.url} {label.location}", label.reason))
             return
         self._codes.append(self._number.setdefault(label, len(self._number)))
         self._starts.append(sample.start)
@@ -167,9 +167,9 @@ class _SampleMembers:
         is_integer = bool(INTEGER.fullmatch(text))
         if is_integer and int(text) < 0:
             raise ValueError(f"its label {text} is negative")
-        most = self._layout.num_classes
-        if most and not (is_integer and int(text) < most):
-            raise ValueError(f"its label {text[:20]!r} is not in [0, {most})")
+        num_classes = self._layout.num_classes
+        if num_classes and not (is_integer and int(text) < num_classes):
+            raise ValueError(f"its label {text[:20]!r} is not in [0, {num_classes})")
         return text
 
 

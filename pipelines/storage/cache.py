@@ -25,17 +25,17 @@ _LOCK: Final = "lock"
 class FileCache:
     """The folder; any number of processes and threads may use one at the same time."""
 
-    def __init__(self, folder: str, most: int) -> None:
+    def __init__(self, folder: str, max_bytes: int) -> None:
         """Open or begin.
 
         Args:
             folder: on a local disk; it is made, for this user alone.
-            most: bytes of all entries together, those that are being made included.
+            max_bytes: bytes of all entries together, those that are being made included.
 
         Raises:
             OSError: it cannot be made.
         """
-        self._folder, self._most = Path(folder).expanduser(), most
+        self._folder, self._max_bytes = Path(folder).expanduser(), max_bytes
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def open(self, name: str, size: int, fill: Callable[[BinaryIO], None]) -> BinaryIO | None:
@@ -107,8 +107,10 @@ class FileCache:
         """Give a part its size, if there is room or room can be made."""
         with self._locked():
             paths = list(self._folder.iterdir())
-            parts = [path for path in paths if path.suffix == _PART and not _swept(path)]
-            room = self._most - size - sum(_size_and_age(path)[0] for path in parts)
+            parts = [
+                path for path in paths if path.suffix == _PART and not _remove_if_abandoned(path)
+            ]
+            room = self._max_bytes - size - sum(_size_and_age(path)[0] for path in parts)
             if room < 0:
                 return False
             _evict([p for p in paths if p.suffix != _PART and p.name != _LOCK], room)
@@ -116,18 +118,18 @@ class FileCache:
             return True
 
 
-def _evict(entries: list[Path], most: int) -> None:
-    """Remove entries, the longest unused first, until they are `most` bytes together."""
+def _evict(entries: list[Path], max_bytes: int) -> None:
+    """Remove entries, the longest unused first, until they are `max_bytes` bytes together."""
     found = sorted((_size_and_age(path)[::-1], path) for path in entries)
     total = sum(size for (_, size), _ in found)
     for (_, size), path in found:
-        if total <= most:
+        if total <= max_bytes:
             return
         path.unlink(missing_ok=True)
         total -= size
 
 
-def _swept(path: Path) -> bool:
+def _remove_if_abandoned(path: Path) -> bool:
     """Remove a part whose maker died; whether that was so."""
     try:
         stream = open(path, "rb")  # noqa: SIM115

@@ -117,19 +117,19 @@ def errors_naming(url: str) -> Iterator[None]:
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     # The cause knows best: fsspec makes "not found" of a size that a server did not tell.
-    verdicts = (_verdict(each) for each in reversed(list(error_chain(error))))
+    verdicts = (_classify(each) for each in reversed(list(error_chain(error))))
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
-def _verdict(error: BaseException) -> bool | None:
+def _classify(error: BaseException) -> bool | None:
     """The same for one error of a chain; None if it does not tell."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & _PERMANENT_NAMES or isinstance(error, socket.gaierror):
         return getattr(error, "errno", None) == socket.EAI_AGAIN
     if _code(error) in _TRANSIENT_CODES:
         return True
-    if (told := http_status(error)) is not None:
-        return told in _TRANSIENT_STATUS
+    if (code := http_status(error)) is not None:
+        return code in _TRANSIENT_STATUS
     if isinstance(error, _PERMANENT):
         return False
     if isinstance(error, _TRANSIENT) or names & _TRANSIENT_NAMES:
@@ -153,14 +153,14 @@ def error_chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status that a server told, by an error of aiohttp, botocore, requests or gcsfs."""
+    """The HTTP status that made aiohttp, botocore, requests or gcsfs raise an error."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     elif response is not None:
         found = getattr(response, "status_code", None)
     else:
-        # What aiohttp's parser complains of has a `code`, too, which no server told.
+        # Errors of aiohttp's parser have a `code`, too, but no server sent it.
         found = getattr(error, "code" if type(error).__name__ == "HttpError" else "status", None)
     return int(found) if str(found).isdecimal() else None
 

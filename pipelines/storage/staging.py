@@ -47,12 +47,12 @@ class Journal:
         self._filesystem, self._path = resolve_url(url)
         text = json.dumps(recipe, sort_keys=True)
         digest = {"digest": hashlib.sha256(text.encode()).hexdigest(), "recipe": recipe}
-        place = f"{self._path}/{_RECIPE}"
+        recipe_path = f"{self._path}/{_RECIPE}"
         self._known: set[int] = set()
-        if not self._filesystem.exists(place):
+        if not self._filesystem.exists(recipe_path):
             self._write(_RECIPE, digest)
             return
-        if _parsed(self._filesystem.cat_file(place)).get("digest") != digest["digest"]:
+        if _parse(self._filesystem.cat_file(recipe_path)).get("digest") != digest["digest"]:
             raise UserError(
                 f"{url}: an interrupted attempt with another source or other settings; repeat that "
                 f"command to go on with it, or delete {url.removesuffix('/' + JOURNAL)}"
@@ -69,10 +69,10 @@ class Journal:
         """The result of a piece, or None if it is not finished."""
         if number not in self._known:
             return None
-        content = _parsed(self._filesystem.cat_file(f"{self._path}/{number:06d}.json"))
+        content = _parse(self._filesystem.cat_file(f"{self._path}/{number:06d}.json"))
         return content.get("result")
 
-    def keep(self, number: int, result: Any) -> None:
+    def record(self, number: int, result: Any) -> None:
         """Keep the result of a piece, for the next attempt, too."""
         self._write(f"{number:06d}.json", {"result": result})
         self._known.add(number)
@@ -87,7 +87,7 @@ class Journal:
             stream.write(json.dumps(content).encode())
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError:  # cut off by a crash of the machine: as if it were not there
@@ -125,12 +125,12 @@ class Staging:
         self.folder = target.rstrip("/")
         (require_absent if recipe is None else require_absent_or_resumable)(target)
         if self._local:
-            self.folder = str(_hidden(Path(self._path), recipe is not None))
+            self.folder = str(_make_hidden_folder(Path(self._path), recipe is not None))
         if recipe is None:
             return
         if self._local:
             self._lock = _lock(Path(self.folder) / JOURNAL, target)
-            _sweep(Path(self.folder))
+            _remove_temporary_files(Path(self.folder))
         try:
             self.journal = Journal(f"{self.folder}/{JOURNAL}", recipe)
         except BaseException:
@@ -151,7 +151,7 @@ class Staging:
             self._filesystem.rm(f"{self._path}/{JOURNAL}", recursive=True)
         self._unlock()
 
-    def leave(self) -> None:
+    def abort(self) -> None:
         """Stop before the end; what is finished stays if there is a recipe to go on with."""
         if self.journal is not None and len(self.journal):
             self._unlock()
@@ -168,7 +168,7 @@ class Staging:
             self._lock = None
 
 
-def _hidden(target: Path, lasting: bool) -> Path:
+def _make_hidden_folder(target: Path, lasting: bool) -> Path:
     """A hidden folder beside `target`, on the same file system; its name says whether it lasts."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if lasting:
@@ -197,7 +197,7 @@ def _lock(folder: Path, target: str) -> int | None:
     return descriptor
 
 
-def _sweep(folder: Path) -> None:
+def _remove_temporary_files(folder: Path) -> None:
     """Remove what an attempt that was killed left half written."""
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -261,5 +261,5 @@ def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_pat
     assert 0 < draws(5) < counts[12]  # the checkpoint has some, and the resumed run has more
     assert json.loads((folder / "summary.json").read_text())["bad_samples"] == counts[12]
     named = [json.loads(line) for line in (folder / BAD_SAMPLES_FILE).read_text().splitlines()]
-    assert sorted(line["place"] for line in named) == [index.place(*at) for at in damaged]
+    assert sorted(line["place"] for line in named) == [index.sample_name(*at) for at in damaged]
     assert all(".jpg: " in line["reason"] for line in named)

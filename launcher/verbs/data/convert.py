@@ -112,13 +112,13 @@ def resumable() -> Iterator[None]:
 
 def tell(made: ImportResult) -> None:
     """Say what a data set holds, what is odd about it, and what to type next."""
-    console.say(describe(made.shards))
+    console.say(describe(made.index))
     for warning in made.warnings:
         console.say(f"[yellow]warning:[/] {escape(warning)}")
     if made.faults:
-        listing = f"{made.shards.folder}/skipped.tsv"
+        listing = f"{made.index.folder}/skipped.tsv"
         console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(listing)}")
-    folder = shlex.quote(made.shards.folder)
+    folder = shlex.quote(made.index.folder)
     console.list_commands(
         "Next",
         [

@@ -18,11 +18,10 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 
-from mhe_dist.config.data import GlyphsConfig
-from mhe_dist.config.schema import Config
+from mhe_dist.config.data import DataConfig, GlyphsConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
-from pipelines.data.order import permutation
+from pipelines.data.order import stable_permutation
 from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.shards.tables import CLASSES_FILE, class_table, write_table
 from pipelines.shards.writer import ShardWriter
@@ -51,8 +50,8 @@ _SHARDS: Final = 256  # tars of a set so large that they hold more than that
 log = logging.getLogger(__name__)
 
 
-def ensure_glyphs(config: Config, progress: Progress = no_progress, processes: int = 1) -> bool:
-    """Make the glyph data set of `config.data.glyphs` if its shards are missing.
+def ensure_glyphs(data: DataConfig, progress: Progress = no_progress, processes: int = 1) -> bool:
+    """Make the glyph data set of `data.glyphs` if its shards are missing.
 
     Returns:
         whether anything was made.
@@ -61,7 +60,7 @@ def ensure_glyphs(config: Config, progress: Progress = no_progress, processes: i
         UserError: `data.shards` does not name a `train` folder, or holds glyphs that were made
             with other settings.
     """
-    settings, shards = config.data.glyphs, config.data.shards.rstrip("/")
+    settings, shards = data.glyphs, data.shards.rstrip("/")
     if settings is None:
         return False
     if index_exists(shards):
@@ -110,7 +109,7 @@ def write_glyphs(
     digests = [[file.name, file.digest] for file in files]
     journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
     plan = plan_classes(drawing.survey(journal), known, unseen, settings)
-    drawing.expect(plan.samples)
+    drawing.set_remaining(plan.samples)
     about = {
         "source": "glyphs",
         "settings": _recorded(settings),
@@ -131,7 +130,7 @@ def _write(
         ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
     ):
         drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
-        order = permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
+        order = stable_permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
         drawing.write(train, shuffled, order)
         _write_classes(heldout, plan.heldout)
         _write_classes(train, plan.train)
@@ -209,7 +208,7 @@ class _GlyphDrawing:
         self._processes, self._progress = processes, progress
         self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
 
-    def expect(self, pictures: int) -> None:
+    def set_remaining(self, pictures: int) -> None:
         """So many are still to be drawn."""
         self._total = self._done + pictures
 
@@ -229,7 +228,7 @@ class _GlyphDrawing:
         )
         for number, result in map_unordered(survey_typeface, todo, self._processes):
             results[number] = result
-            journal.keep(number, result)
+            journal.record(number, result)
             if result["broken"]:
                 log.warning("%s: FreeType cannot draw %d glyphs", names[number], result["broken"])
             self._count(len(self._codes[names[number]]))

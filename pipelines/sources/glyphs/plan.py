@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 from mhe_dist.config.data import GlyphsConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
-from pipelines.data.order import permutation
+from pipelines.data.order import stable_permutation
 
 # Fonts whose cmap does not say what they show: code blocks in place of characters, TeX's own
 # encoding, oversized parts of brackets, private use.
@@ -149,15 +149,15 @@ def plan_classes(
             f"data.glyphs.min_fonts={settings.min_fonts}: no character is in so many of the "
             f"{len({_file_of(font) for font in known})} fonts for training; lower it"
         )
-    most = settings.max_classes or len(train)
+    count = settings.max_classes or len(train)
     return GlyphPlan(
-        [train[n] for n in sorted(_draw_some(range(len(train)), most, "glyphs/train"))], heldout
+        [train[n] for n in sorted(_draw_some(range(len(train)), count, "glyphs/train"))], heldout
     )
 
 
 def _draw_some(numbers: Sequence[int], count: int, purpose: str) -> list[int]:
     """So many of the numbers, drawn at random; a larger count has those of a smaller one."""
-    drawn = permutation(len(numbers), generator(0, purpose))[:count]
+    drawn = stable_permutation(len(numbers), generator(0, purpose))[:count]
     return [numbers[place] for place in drawn.tolist()]
 
 

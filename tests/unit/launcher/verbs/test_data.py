@@ -57,7 +57,7 @@ def test_a_folder_and_a_list(tmp_path: Path, faces: str, capsys: Captured) -> No
     Path("one", "index.json").unlink()
     Path("one", "classes.tsv").unlink()
     assert run("data", "index", "one", "--image", ".JPG, png") == 0
-    assert ShardIndex.load("one").fields == ("jpg", "png")
+    assert ShardIndex.load("one").image_extensions == ("jpg", "png")
 
 
 def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured) -> None:

@@ -73,7 +73,7 @@ def epoch(found: Mixture, number: int) -> list[tuple[int, int]]:
 
 
 def labels(found: Mixture, number: int) -> list[int]:
-    return sorted(found.told(*sample).label for sample in epoch(found, number))
+    return sorted(found.entry(*sample).label for sample in epoch(found, number))
 
 
 def test_without_a_choice_there_is_no_view(shards: str) -> None:
@@ -144,13 +144,13 @@ def test_an_order_shows_what_was_drawn_exactly_once(
     for number in range(2):
         shown: list[tuple[int, int]] = []
         for stream in range(streams):
-            length = order.length(stream)
-            for draw in order.draws(stream, number * length, (number + 1) * length):
-                pieces = order.pieces(draw.window)
-                inside = [(p.shard, i) for p in pieces for i in range(p.start, p.stop)]
-                permuted = order.shuffled(draw.window)
+            length = order.stream_length(stream)
+            for window_slice in order.window_slices(stream, number * length, (number + 1) * length):
+                spans = order.spans(window_slice.window)
+                inside = [(p.shard, i) for p in spans for i in range(p.start, p.stop)]
+                permuted = order.permutation(window_slice.window)
                 assert len(inside) == len(permuted)
-                shown += [inside[i] for i in permuted[draw.start : draw.stop]]
+                shown += [inside[i] for i in permuted[window_slice.start : window_slice.stop]]
         assert sorted(shown) == sorted(epoch(found, number))
 
 
@@ -183,11 +183,11 @@ def test_the_digest_tells_choices_apart_and_not_where_they_lie(shards: str, tmp_
 def test_labels_of_a_mix_cannot_slip_into_the_next_set(tmp_path: Path) -> None:
     folder = save(tmp_path / "damaged", [[1, CLASSES, -1]])
     found = opened(folder, mix=[{"shards": folder}])
-    assert found.told(0, 0).label == 1
-    assert found.told(1, 0).label == CLASSES + 1
+    assert found.entry(0, 0).label == 1
+    assert found.entry(1, 0).label == CLASSES + 1
     for inside in (1, 2):
         with pytest.raises(BadSampleError, match=r"is not in \[0, 7\)"):
-            found.told(0, inside)
+            found.entry(0, inside)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.data.order import SampleOrder, permutation
+from pipelines.data.order import SampleOrder, stable_permutation
 
 Sample = tuple[int, int, int]  # epoch, shard, number in the shard
 
@@ -28,11 +28,16 @@ def orders(draw: st.DrawFn) -> SampleOrder:
 def samples(order: SampleOrder, stream: int, start: int, stop: int) -> list[Sample]:
     """What a stream shows at the positions `[start, stop)`, without any memory of the past."""
     shown = []
-    for draw in order.draws(stream, start, stop):
-        inside = [(p.shard, i) for p in order.pieces(draw.window) for i in range(p.start, p.stop)]
-        permuted = order.shuffled(draw.window)
-        assert len(inside) == len(permuted) == draw.window.size <= order.window
-        shown += [(draw.window.epoch, *inside[i]) for i in permuted[draw.start : draw.stop]]
+    for window_slice in order.window_slices(stream, start, stop):
+        inside = [
+            (p.shard, i) for p in order.spans(window_slice.window) for i in range(p.start, p.stop)
+        ]
+        permuted = order.permutation(window_slice.window)
+        assert len(inside) == len(permuted) == window_slice.window.size <= order.window
+        shown += [
+            (window_slice.window.epoch, *inside[i])
+            for i in permuted[window_slice.start : window_slice.stop]
+        ]
     return shown
 
 
@@ -48,7 +53,7 @@ def global_batch(order: SampleOrder, step: int, per_stream: int, streams: range)
 def test_every_sample_comes_exactly_once_per_epoch(order: SampleOrder, epoch: int) -> None:
     seen: Counter[tuple[int, int]] = Counter()
     for stream in range(order.streams):
-        length = order.length(stream)
+        length = order.stream_length(stream)
         shown = samples(order, stream, epoch * length, (epoch + 1) * length)
         assert {e for e, _, _ in shown} == {epoch}
         seen.update((shard, number) for _, shard, number in shown)
@@ -67,7 +72,7 @@ def test_a_step_is_asked_for_at_once(order: SampleOrder, step: int, per_stream: 
 @settings(deadline=None, max_examples=50)
 @given(orders())
 def test_streams_are_balanced_to_one_sample(order: SampleOrder) -> None:
-    lengths = [order.length(stream) for stream in range(order.streams)]
+    lengths = [order.stream_length(stream) for stream in range(order.streams)]
     assert sum(lengths) == order.samples
     assert max(lengths) - min(lengths) <= 1
 
@@ -96,8 +101,8 @@ def test_ranks_and_loader_processes_cannot_be_seen(
     order: SampleOrder, step: int, per_stream: int
 ) -> None:
     whole = global_batch(order, step, per_stream, range(order.streams))
-    for pieces in range(1, order.streams + 1):
-        cuts = [order.streams * i // pieces for i in range(pieces + 1)]
+    for parts in range(1, order.streams + 1):
+        cuts = [order.streams * i // parts for i in range(parts + 1)]
         joined = []
         for start, stop in pairwise(cuts):
             joined += global_batch(order, step, per_stream, range(start, stop))
@@ -123,10 +128,10 @@ def test_a_window_mixes_only_its_own_samples() -> None:
 def test_streams_do_not_all_need_a_new_window_in_the_same_step() -> None:
     order = SampleOrder([6400], streams=64, window=64, seed=0)
     ends = Counter(
-        draw.window.start + draw.window.size
+        window_slice.window.start + window_slice.window.size
         for stream in range(64)
-        for draw in order.draws(stream, 0, order.length(stream))
-        if draw.window.start + draw.window.size < order.length(stream)
+        for window_slice in order.window_slices(stream, 0, order.stream_length(stream))
+        if window_slice.window.start + window_slice.window.size < order.stream_length(stream)
     )
     assert max(ends.values()) <= 2
 
@@ -140,7 +145,7 @@ def test_the_order_is_what_it_has_always_been() -> None:
 
 
 def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
-    drawn = permutation(1000, np.random.Generator(np.random.Philox(key=5)))
+    drawn = stable_permutation(1000, np.random.Generator(np.random.Philox(key=5)))
     assert sorted(drawn) == list(range(1000))
     raw = np.random.Philox(key=5).random_raw(1000)
     assert list(drawn) == sorted(range(1000), key=lambda i: raw[i])

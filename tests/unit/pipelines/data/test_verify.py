@@ -88,7 +88,7 @@ def test_damage_of_a_tar(
     report = read(index, tmp_path)
     assert report.counts == kinds
     assert any(words in problem.reason for problem in report.problems)
-    assert all("x-000001.tar" in problem.place for problem in report.problems)
+    assert all("x-000001.tar" in problem.location for problem in report.problems)
 
 
 def test_a_missing_tar(index: ShardIndex, tmp_path: Path) -> None:
@@ -118,7 +118,9 @@ def test_a_bad_sample_is_named(
         writer.write([Sample("k00", sample), Sample("k01", members(1))])
         report = read(writer.finish(CLASSES), tmp_path)
     assert report.counts == {kind: 1}
-    assert words in f"{report.problems[0].place.rpartition(' ')[2][1:-1]}.jpg {report.problems[0]}"
+    assert (
+        words in f"{report.problems[0].location.rpartition(' ')[2][1:-1]}.jpg {report.problems[0]}"
+    )
     assert report.per_class.tolist() == [0, 1, 0, 0]
 
 
@@ -141,7 +143,7 @@ def test_equal_images_in_two_classes_are_named(tmp_path: Path) -> None:
         report = read(writer.finish(CLASSES), tmp_path)
     assert (report.counts, report.repeated) == ({"duplicate": 1}, 1)
     (problem,) = report.problems
-    assert problem.place.endswith("x-000000.tar (k0)")
+    assert problem.location.endswith("x-000000.tar (k0)")
     assert problem.reason.startswith("class 0; the same in class 3: sample 1 of ")
     assert problem.reason.endswith("x-000001.tar (k4)")
 

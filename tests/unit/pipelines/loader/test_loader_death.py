@@ -38,7 +38,7 @@ def place_of(index: ShardIndex, key: str) -> str:
         tar = Path(index.url(number)).read_bytes()
         for inside, offset in enumerate(shard.offsets[:-1]):
             if tar[offset:].startswith(key.encode()):
-                return index.place(number, inside)
+                return index.sample_name(number, inside)
     raise AssertionError(f"no {key} in {index.folder}")
 
 

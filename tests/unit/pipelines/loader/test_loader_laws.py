@@ -110,7 +110,7 @@ def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
     for (step, number), (_, _, keys) in loaded.items():
         for at, key in enumerate(keys):
             stream = number * per_batch + at // per_stream
-            seen[key] += step * per_stream + at % per_stream < order.length(stream)
+            seen[key] += step * per_stream + at % per_stream < order.stream_length(stream)
     return +seen
 
 

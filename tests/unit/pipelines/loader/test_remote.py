@@ -137,11 +137,11 @@ def test_what_is_read_ahead_is_bounded() -> None:
     order = SampleOrder([64] * 8, STREAMS, 8, seed=0)
     remote = configure(read_ahead_mib=1).data.remote  # two windows of 512 KiB
     with WindowReader(data.index, order, remote, range(0, 1000)) as reader:
-        reader.begin(range(STREAMS), 0)
-        taken = [reader.take(order.find(stream, 0)[0]) for stream in (0, 1)]
+        reader.prefetch(range(STREAMS), 0)
+        taken = [reader.read(order.window_at(stream, 0)[0]) for stream in (0, 1)]
         assert Counted.bytes.value <= 1 << 20
-        reader.begin(range(2, STREAMS), 0)
-        taken.append(reader.take(order.find(2, 0)[0]))
+        reader.prefetch(range(2, STREAMS), 0)
+        taken.append(reader.read(order.window_at(2, 0)[0]))
         assert Counted.bytes.value <= 2 << 20
     assert [len(found.samples) for found in taken] == [8, 7, 6]
 
@@ -150,16 +150,16 @@ def test_pieces_near_one_another_are_one_request() -> None:
     data = Synthetic(shards=2, samples=64, sample_bytes=16 << 10)
     Counted.begin(data.content)
     shards = ShardReader(data.index, RemoteConfig())
-    pieces = [
+    spans = [
         ShardSpan(0, 3, 4),
         ShardSpan(0, 5, 7),
         ShardSpan(0, 15, 16),
         ShardSpan(0, 25, 26),
         ShardSpan(1, 0, 1),
     ]
-    runs = list(group_nearby_spans(data.index, pieces))
-    assert runs == [pieces[:3], pieces[3:4], pieces[4:]]
-    found = [s for run in runs for s in shards.read(run, shards.file(run[0])).samples]
+    runs = list(group_nearby_spans(data.index, spans))
+    assert runs == [spans[:3], spans[3:4], spans[4:]]
+    found = [s for run in runs for s in shards.read(run, shards.locate(run[0])).samples]
     names = [bytes(sample[:9]).decode() for sample in found]
     assert names == [f"000-{n:05d}" for n in (3, 5, 6, 15, 25)] + ["001-00000"]
     assert Counted.bytes.value == (13 + 1 + 1) * (16 << 10)

@@ -148,11 +148,11 @@ def test_indexing_meets_a_damaged_tar(
     (folder / "a.tar").write_bytes(damaged(Path(index.url(0)).read_bytes(), damage, unit))
     try:
         made = index_shards([str(folder)], skip_damaged=True, max_bad=1.0)
-        images, labels, _ = read_in_order(made.shards, 0, made.shards.samples, SIDE)
+        images, labels, _ = read_in_order(made.index, 0, made.index.samples, SIDE)
     except (UserError, RunError) as error:
         assert str(folder) in str(error)
         return
-    names = list(range(made.shards.num_classes))
+    names = list(range(made.index.num_classes))
     if (folder / "classes.tsv").exists():
         rows = (folder / "classes.tsv").read_text().splitlines()[1:]
         names = [row.split("\t")[2] for row in rows]
@@ -219,4 +219,4 @@ def test_importing_meets_damaged_records(
     is_moved = any(what == "overwrite" for what, *_ in damage)  # a label has no checksum
     for label, image, _ in content(str(folder / "out")).values():
         assert is_moved or names[label] == TRUTH.get(image, names[label])
-    assert made.shards.samples + len(made.faults) >= 1
+    assert made.index.samples + len(made.faults) >= 1

@@ -72,8 +72,8 @@ def test_what_is_no_image_is_told_and_left_out(root: Path, tmp_path: Path) -> No
         (root / name).write_bytes(jpeg(9))
     (root / "empty").mkdir()
     made = import_folder(str(root), str(tmp_path / "out"))
-    assert made.shards.samples == len(FILES)
-    assert made.shards.num_classes == 3
+    assert made.index.samples == len(FILES)
+    assert made.index.num_classes == 3
     assert made.warnings == [
         "1 images are in no class folder; left out",
         "1 files do not end like an image; left out",
@@ -87,7 +87,7 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> No
     (tmp_path / "elsewhere" / "d.jpg").write_bytes(jpeg(5))
     (root / "dog" / "broken.jpg").symlink_to("nowhere.jpg")
     made = import_folder(str(root), str(tmp_path / "out"))
-    assert made.shards.samples == len(FILES) + 1
+    assert made.index.samples == len(FILES) + 1
 
 
 def test_bad_files_are_named_and_bounded(root: Path, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_a_bad_line_is_counted(root: Path, tmp_path: Path, line: str, words: str
     lst = tmp_path / "train.lst"
     lst.write_bytes(b"0\t1\tcat/a.jpg\n\n" + line.encode() + b"\n")
     made = import_folder(str(root), str(tmp_path / "out"), str(lst), ImportOptions(max_bad=0.5))
-    assert made.shards.samples == 1
-    assert made.faults[0].place == f"{lst} line 3"
+    assert made.index.samples == 1
+    assert made.faults[0].location == f"{lst} line 3"
     assert words in made.faults[0].reason
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_list_gives_errors_or_true_labels(
         return
     found = labels_of(folder / "out")
     assert set(found) <= set(FILES.values())
-    assert 1 <= len(found) <= made.shards.samples
+    assert 1 <= len(found) <= made.index.samples
 
 
 @pytest.mark.parametrize("lst", [None, "memory://store/train.lst"])
@@ -198,7 +198,7 @@ def test_folders_behind_urls(lst: str | None) -> None:
     filesystem.pipe("/store/train.lst", b"0\t4\tcat/a.jpg\n1\t6\tant/x[1].v2.png\n2\t6\tgone.jpg\n")
     out = f"memory://store/out{bool(lst)}"
     made = import_folder("memory://store/root", out, lst, ImportOptions(max_bad=0.5))
-    assert made.shards.samples == (2 if lst else len(FILES))
+    assert made.index.samples == (2 if lst else len(FILES))
     assert labels_of(out)[FILES["ant/x[1].v2.png"]] == (1 if lst else 0)
     assert [fault.reason for fault in made.faults] == (["gone.jpg: no such file"] if lst else [])
 

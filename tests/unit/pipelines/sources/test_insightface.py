@@ -29,7 +29,7 @@ def test_every_image_byte_for_byte(tmp_path: Path, kind: str, with_index: bool) 
     assert MAGIC in b"".join(image for _, image in images)
     made = import_recordio(rec, str(tmp_path / "out"), with_index)
     assert images_of(str(tmp_path / "out")) == [(int(labels[0]), image) for labels, image in images]
-    assert (made.faults, made.warnings, made.shards.num_classes) == ([], [], 3)
+    assert (made.faults, made.warnings, made.index.num_classes) == ([], [], 3)
 
 
 def test_label_arrays_are_kept(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_classes_are_dense_and_their_names_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "classes.tsv").read_text() == (
         "class\tsamples\tname\n0\t1\t3\n1\t2\t9\n2\t1\t16777215\n"
     )
-    assert made.shards.meta["class_names"] == "classes.tsv"
+    assert made.index.meta["class_names"] == "classes.tsv"
 
 
 def test_shards_are_shuffled_and_of_equal_size(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_shards_and_records_behind_urls(tmp_path: Path) -> None:
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe({"/faces/train.rec": rec, "/faces/train.idx": idx, "/faces/property": b"3,8,8"})
     made = import_recordio("memory://faces/train.rec", "memory://made/faces")
-    assert made.shards.samples == 12
+    assert made.index.samples == 12
     assert made.warnings == []
-    assert ShardIndex.load("memory://made/faces").digest == made.shards.digest
+    assert ShardIndex.load("memory://made/faces").digest == made.index.digest
     assert not filesystem.exists("/made/faces/.partial")
 
 
@@ -151,7 +151,7 @@ def test_bad_records_are_named_and_bounded(tmp_path: Path) -> None:
     table = (tmp_path / "out" / "skipped.tsv").read_text().splitlines()
     assert table[0] == "place\treason"
     assert len(table) == 4
-    assert made.shards.meta["skipped"] == 3
+    assert made.index.meta["skipped"] == 3
     assert len(content(str(tmp_path / "out"))) == 12
 
 
@@ -198,7 +198,7 @@ def test_damaged_files_give_errors_or_true_samples(
     for label, image, _ in content(str(folder / "out")).values():
         if image in truth and float(names[label]) != truth[image]:
             assert _label_was_changed(changes, image), "a wrong label"
-    assert made.shards.samples + len(made.faults) >= 1
+    assert made.index.samples + len(made.faults) >= 1
 
 
 def _lines(path: Path) -> list[str]:

@@ -63,7 +63,7 @@ def test_labels_that_are_numbers_stay(tmp_path: Path) -> None:
     one, two = tar(*pair("k0", 0, "2"), *pair("k1", 1, "0")), tar(*pair("k2", 2, " 1\n"))
     folder = save(tmp_path / "set", one, two)
     made = index_shards([folder])
-    assert (made.shards.num_classes, made.faults) == (3, [])
+    assert (made.index.num_classes, made.faults) == (3, [])
     assert read(folder) == {"k0": 2, "k1": 0, "k2": 1}
     assert sorted(path.name for path in Path(folder).iterdir()) == [
         "index.json",
@@ -89,7 +89,7 @@ def test_other_labels_are_mapped_and_the_map_is_kept(
     files = [file for n, label in enumerate(labels) for file in pair(f"k{n}", n, label)]
     made = index_shards([save(tmp_path / "set", tar(*files))])
     assert list(read(str(tmp_path / "set")).values()) == expected
-    assert made.shards.num_classes == len(set(expected))
+    assert made.index.num_classes == len(set(expected))
     table = tmp_path / "set" / "classes.tsv"
     assert table.exists() == (names is not None)
     if names:
@@ -102,7 +102,7 @@ def test_other_labels_are_mapped_and_the_map_is_kept(
 def test_numbers_keep_their_meaning_if_the_number_of_classes_is_given(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", tar(*pair("k0", 0, "70"), *pair("k1", 1, "3")))
     made = index_shards([folder], layout=SampleLayout(num_classes=100))
-    assert made.shards.num_classes == 100
+    assert made.index.num_classes == 100
     assert read(folder) == {"k0": 70, "k1": 3}
 
 
@@ -146,13 +146,13 @@ def test_what_lies_between_samples_is_passed_over(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", tar(*files))
     made = index_shards([folder], max_bad=0.6)
     assert read(folder) == {"k0": 0, "x" * 150 + "1": 1}
-    assert [(f.place.rpartition(" ")[2], f.reason) for f in made.faults] == [
+    assert [(f.location.rpartition(" ")[2], f.reason) for f in made.faults] == [
         ("../k8", "its name leaves the folder"),
         ("k9", "no cls among jpg"),
         ("note", "no image among txt"),
     ]
     assert (tmp_path / "set" / "skipped.tsv").read_text().count("\n") == 4
-    loader = loader_of(made.shards, _config(folder), range(1), 0, 2)
+    loader = loader_of(made.index, _config(folder), range(1), 0, 2)
     assert [sorted(step.micro_batches[0].labels.tolist()) for step in loader] == [[0, 1]] * 2
     assert loader.faults.count == 0
 
@@ -201,7 +201,7 @@ def test_a_damaged_tar_is_refused_or_read_as_far_as_it_goes(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"1 of 2 tars(?s:.*)other-001\.tar: byte 2560: it ends"):
         index_shards([folder])
     made = index_shards([folder], skip_damaged=True, max_bad=0.5)
-    assert [shard.samples for shard in made.shards.shards] == [3, 1]
+    assert [shard.samples for shard in made.index.shards] == [3, 1]
     assert len(made.faults) == 1
     assert not (tmp_path / "set" / ".index.partial").exists()
 
@@ -226,8 +226,8 @@ def test_an_interrupted_index_goes_on(tmp_path: Path) -> None:
 
 def test_processes_find_what_one_would(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", *(tar(*pair(f"k{n}", n, f"c{n}")) for n in range(3)))
-    one = index_shards([folder], str(tmp_path / "one")).shards
-    two = index_shards([folder], str(tmp_path / "two"), processes=2).shards
+    one = index_shards([folder], str(tmp_path / "one")).index
+    two = index_shards([folder], str(tmp_path / "two"), processes=2).index
     assert one.digest == two.digest
     assert _labels(str(tmp_path / "one")) == {"k0": 0, "k1": 1, "k2": 2}
 
@@ -239,7 +239,7 @@ def test_tars_in_several_folders_and_patterns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 folders: say where the index goes with --out"):
         index_shards(given)
     made = index_shards(given, str(tmp_path / "a"))
-    assert [s.url for s in made.shards.shards] == [
+    assert [s.url for s in made.index.shards] == [
         "other-000.tar",
         "other-001.tar",
         "b/other-000.tar",
@@ -281,7 +281,7 @@ def test_damaged_tars_give_errors_or_true_labels(
         made = index_shards([folder], skip_damaged=True, max_bad=1.0)
     except UserError:
         return
-    shard = made.shards.shards[0]
+    shard = made.index.shards[0]
     names = ["c0", "c1"]
     if (Path(folder) / "classes.tsv").exists():
         rows = (Path(folder) / "classes.tsv").read_text().splitlines()[1:]

@@ -69,8 +69,8 @@ def cached(folder: Path, shards: float = 100, index: ShardIndex | None = None) -
 
 
 def read(shards: ShardReader, index: ShardIndex, number: int) -> bytes:
-    piece = ShardSpan(number, 0, EACH)
-    return b"".join(shards.read([piece], shards.file(piece)).samples)
+    span = ShardSpan(number, 0, EACH)
+    return b"".join(shards.read([span], shards.locate(span)).samples)
 
 
 def truth(index: ShardIndex, number: int) -> bytes:

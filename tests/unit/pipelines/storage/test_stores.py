@@ -61,7 +61,7 @@ def test_records_from_and_to_a_store(s3: str, tmp_path: Path) -> None:
     )
     assert seen[0] == 1
     local = import_recordio(save(tmp_path / "in", rec, idx), str(tmp_path / "out"), options=SMALL)
-    assert made.shards.digest == local.shards.digest
+    assert made.index.digest == local.index.digest
     assert len(content(out)) == 40
     assert not filesystem.exists("bucket/out/.partial")
     with pytest.raises(UserError, match="already exists"):
@@ -72,7 +72,7 @@ def test_a_store_is_indexed_and_verified(s3: str, tmp_path: Path) -> None:
     rec = save(tmp_path / "in", *layout(items()))
     import_recordio(rec, f"{s3}/theirs", options=SMALL)
     fsspec.filesystem("s3").rm([f"bucket/theirs/{name}" for name in ("index.json", "classes.tsv")])
-    index = index_shards([f"{s3}/theirs/*.tar"]).shards
+    index = index_shards([f"{s3}/theirs/*.tar"]).index
     assert [shard.url for shard in index.shards] == ["recordio-000000.tar"]
     assert verify_dataset(index, Journal(str(tmp_path / "journal"), 0)).is_good
     assert len(content(f"{s3}/theirs")) == 12
@@ -117,7 +117,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 def test_records_from_the_web(web: str, tmp_path: Path) -> None:
     save(tmp_path / "in", *layout(items(), "classic"))
     made = import_recordio(f"{web}/in/train.rec", str(tmp_path / "out"))
-    assert (made.shards.samples, made.warnings) == (12, [])
+    assert (made.index.samples, made.warnings) == (12, [])
     assert len(content(str(tmp_path / "out"))) == 12
     with pytest.raises(UserError, match=r"none\.rec: cannot be opened"):
         import_recordio(f"{web}/in/none.rec", str(tmp_path / "other"))
@@ -148,4 +148,4 @@ def test_shards_and_lists_on_the_web(web: str, tmp_path: Path) -> None:
     made = import_folder(
         f"{web}/root", str(tmp_path / "out"), f"{web}/train.lst", ImportOptions(max_bad=0.5)
     )
-    assert (made.shards.samples, len(made.faults)) == (1, 1)
+    assert (made.index.samples, len(made.faults)) == (1, 1)

@@ -176,21 +176,21 @@ def config(shards: Path, **glyphs: object) -> Config:
 
 def test_ensure_makes_them_once(fonts: Path, tmp_path: Path) -> None:
     wanted = config(tmp_path / "a" / "train", fonts=str(fonts))
-    assert ensure_glyphs(wanted)
+    assert ensure_glyphs(wanted.data)
     assert ShardIndex.load(str(tmp_path / "a" / "heldout")).num_classes == 6
-    assert not ensure_glyphs(wanted)
-    assert not ensure_glyphs(Config(data={"shards": "/nowhere"}))
+    assert not ensure_glyphs(wanted.data)
+    assert not ensure_glyphs(Config(data={"shards": "/nowhere"}).data)
 
 
 def test_ensure_does_not_take_other_glyphs_for_those_of_the_config(made: Path) -> None:
-    assert not ensure_glyphs(config(made / "train"))
+    assert not ensure_glyphs(config(made / "train").data)
     with pytest.raises(UserError, match=r"data\.glyphs\.image_size=48: .* were made with 32"):
-        ensure_glyphs(config(made / "train", image_size=48))
+        ensure_glyphs(config(made / "train", image_size=48).data)
 
 
 def test_ensure_wants_a_folder_that_leaves_room_for_the_heldout_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it must be a folder named 'train'"):
-        ensure_glyphs(config(tmp_path / "glyphs"))
+        ensure_glyphs(config(tmp_path / "glyphs").data)
 
 
 def test_a_folder_without_fonts_is_refused(tmp_path: Path) -> None:
