@@ -12,7 +12,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | Config
-"""A YAML file, the sections of a config as a dict, or a whole config."""
+"""A YAML file or the name of one that comes with mhe, a dict of sections, or a whole config."""
 
 
 def resolve_config(

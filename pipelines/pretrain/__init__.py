@@ -5,6 +5,7 @@ The package can be called, too: `pipelines.pretrain(config)` makes a whole run i
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -25,10 +26,11 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train, evaluate and export in this process; go on where the newest checkpoint ends.
 
-    Under `torchrun` each process calls it and is one rank.
+    Under `torchrun` each process calls it and is one rank; the data must be there then. Alone it
+    makes the glyph data set of `data.glyphs` first, if it is missing.
 
     Args:
-        config: a YAML file, a dict of sections, or a `Config`.
+        config: a YAML file or the name of one that comes with mhe, a dict of sections, a `Config`.
         overrides: `section.key=value` each, as on the command line.
         on_event: called with the events of the run, plain dicts, on rank 0; such as `print`.
         **sections: keys of some sections, such as `train={"max_steps": 100}`.
@@ -43,8 +45,12 @@ def pretrain(
     """
     from mhe_dist.config.resolve import resolve_config
     from pipelines.pretrain.main import run_pretraining
+    from pipelines.sources.glyphs.build import ensure_glyphs
+    from pipelines.storage.worker_pool import available_cores
 
     found = resolve_config(config, overrides, **sections)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks would write over one another
+        ensure_glyphs(found, processes=available_cores())
     return run_pretraining(found, on_event) if on_event else run_pretraining(found)
 
 

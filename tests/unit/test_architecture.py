@@ -41,7 +41,9 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "sources": {"data", "shards", "storage"},
         "evaluate": {"sources", "data", "shards", "storage"},
         "report": {"evaluate", "data", "shards", "storage"},
-        "pretrain": {"report", "evaluate", "runs", "loader", "data", "shards", "storage"},
+        "pretrain": {
+            *("report", "evaluate", "runs", "loader", "sources", "data", "shards", "storage"),
+        },
         "bench": {"report", "loader", "data", "shards", "storage"},
     },
     "launcher": {

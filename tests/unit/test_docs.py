@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mhe_dist
+import pipelines
 from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]
@@ -47,3 +49,10 @@ def test_the_design_names_every_room(floor: str) -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     missing = [room for room in ROOMS[floor] if not re.search(rf"`{room}/?`", text)]
     assert not missing
+
+
+def test_the_python_of_the_readme_uses_names_of_the_door() -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    used = re.findall(r"\b(mhe_dist|pipelines)\.(\w+)", block)
+    door = {"mhe_dist": mhe_dist.__all__, "pipelines": pipelines.__all__}
+    assert used and not [name for package, name in used if name not in door[package]]
