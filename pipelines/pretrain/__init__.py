@@ -50,7 +50,7 @@ def pretrain(
 
     found = resolve_config(config, overrides, **sections)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks would write over one another
-        ensure_glyphs(found, processes=available_cores())
+        ensure_glyphs(found.data, processes=available_cores())
     return run_pretraining(found, on_event) if on_event else run_pretraining(found)
 
 
