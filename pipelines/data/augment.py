@@ -32,7 +32,7 @@ _LUMA: Final = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 class AugmentationNoise:
-    """The draws of any (epoch, sample), three times faster than a new generator for each."""
+    """The draws of any epoch and sample, three times faster than a new generator for each."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -81,13 +81,13 @@ def _flip_crop_rotate(image: Pixels, config: AugmentConfig, draws: UniformDraws)
     height, width = image.shape[:2]
     scale = 1 - config.crop * draws[_SCALE]
     angle = math.radians(config.rotate) * (2 * draws[_ROTATE] - 1)
-    along, across = scale * math.cos(angle), scale * math.sin(angle)
+    cosine, sine = scale * math.cos(angle), scale * math.sin(angle)
     mirror = -1.0 if flip else 1.0
     # The middle of the part that is kept, in pixels of the input.
     x = width * (scale / 2 + (1 - scale) * draws[_LEFT])
     y = height * (scale / 2 + (1 - scale) * draws[_TOP])
     # Pillow maps a pixel of the output to (a x + b y + c, d x + e y + f) of the input.
-    a, b, d, e = mirror * along, -across, mirror * across, along
+    a, b, d, e = mirror * cosine, -sine, mirror * sine, cosine
     c, f = x - (a * width + b * height) / 2, y - (d * width + e * height) / 2
     moved = Image.fromarray(image).transform(
         (width, height),

@@ -1,4 +1,4 @@
-"""Bad samples: how many a run bears, and their record over all ranks and all processes of a run."""
+"""Bad samples: how many a run tolerates, and their record over all ranks and restarts of a run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ log = logging.getLogger(__name__)
 
 BAD_SAMPLES_FILE: Final = "bad_samples.jsonl"
 MAX_NAMED: Final = 1000
-"""Most bad samples that are kept by name."""
+"""How many bad samples are kept by name at most."""
 
 
 @dataclass
 class BadSampleTally:
-    """The bad samples that somebody met.
+    """The bad samples among those that were drawn.
 
     Attributes:
         seen: samples drawn so far, good or bad.
         count: bad ones among them; a sample counts each time it is drawn.
-        samples: where a bad sample is -> what is wrong with it; the first `MAX_NAMED` of them.
+        samples: location of a bad sample -> what is wrong with it; the first `MAX_NAMED` of them.
     """
 
     seen: int = 0
@@ -38,7 +38,7 @@ class BadSampleTally:
     samples: dict[str, str] = field(default_factory=dict)
 
     def add(self, seen: int, faults: Iterable[Fault]) -> None:
-        """Take in what was met among `seen` samples, and log what is new."""
+        """Add the faults found among `seen` samples, and log those at new locations."""
         self.seen += seen
         for fault in faults:
             self.count += 1
@@ -47,7 +47,7 @@ class BadSampleTally:
                 self.samples[fault.location] = fault.reason
 
     def merge(self, other: BadSampleTally) -> None:
-        """Take in what somebody else met."""
+        """Add the counts and names of another tally."""
         self.seen += other.seen
         self.count += other.count
         for location, reason in other.samples.items():
@@ -55,10 +55,10 @@ class BadSampleTally:
                 self.samples.setdefault(location, reason)
 
     def check(self, data: DataConfig, epoch: int) -> None:
-        """Hold the rule; `epoch` is the number of samples of one.
+        """Enforce the rule of the config; `epoch` is the number of samples of an epoch.
 
         Raises:
-            RunError: there is a bad sample, or there are too many, and the rule bears none.
+            RunError: there is a bad sample and none is allowed, or there are too many.
         """
         if not self.count:
             return
@@ -74,7 +74,7 @@ class BadSampleTally:
 
 
 class BadSamples:
-    """The bad samples of a run: those of all ranks, and of the processes that it began with.
+    """The bad samples of a run: those of all ranks, and those before a restart.
 
     Attributes:
         total: what `gather` found; the same on all ranks.
@@ -116,7 +116,7 @@ class BadSamples:
         return {"seen": self.total.seen, "count": self.total.count, "samples": self.total.samples}
 
     def _write(self) -> None:
-        """The file: a line for each place; it is replaced as a whole."""
+        """Replace the file; it has a line for each location."""
         with atomic_write(self._url) as stream:
             for location, reason in self.total.samples.items():
                 line = json.dumps({"place": location, "reason": reason}, ensure_ascii=False)

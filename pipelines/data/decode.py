@@ -15,7 +15,7 @@ _JPEG = b"\xff\xd8\xff"
 
 
 class ImageDecodeError(Exception):
-    """The bytes are no image, or a damaged one; the message says what the decoder said."""
+    """The bytes are no image, or a damaged one; the message is the decoder's."""
 
 
 def decode_image(data: bytes, side: int, into: Pixels | None = None) -> Pixels:

@@ -1,13 +1,13 @@
 """What a run trains on: several data sets as one, some of their classes, some images of a class.
 
-A *view* is an index that lists the shards of all its sets, those of a set once for each *pass* that
-an epoch makes over it. What belongs to a pass is drawn for each epoch on its own: images of the
-chosen classes, at most so many of a class, and in the end a share of them. Their number is always
-the same, so the order (`order.py`) stays arithmetic, and a resume too.
+A *mixture* is an index that lists the shards of all its data sets, those of a data set once for
+each *pass* that an epoch makes over it. The samples of a pass are drawn anew for each epoch: the
+images of the chosen classes, at most so many of each class, and finally a fraction of them. Their
+number never changes, so the order (`order.py`) stays arithmetic, and so does a resume.
 
-The sets have disjoint classes: those of a set follow the ones of the set before it. With a list of
-classes, they are the listed ones in the order of their ids. What a sample's class is, the labels of
-the index say.
+The data sets have disjoint classes: the classes of a data set follow those of the data set before
+it. With a list of classes, they are the listed ones in the order of their ids. The index holds each
+sample's label.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _HALF_WORD: Final = 32
 
 @dataclass(frozen=True)
 class MixedDataset:
-    """A data set in a view.
+    """A data set in a mixture.
 
     Attributes:
-        index: the set.
-        first_class: what its classes are counted from in the view.
+        index: of the data set.
+        first_class: its first class in the mixture.
         classes: int64, ids of the chosen classes, sorted; None: all.
-        per_class: most images of a class in a pass; 0: no limit.
+        per_class: most images of each class in a pass; 0: no limit.
     """
 
     index: ShardIndex
@@ -57,7 +57,7 @@ class MixedDataset:
 
     @property
     def num_classes(self) -> int:
-        """How many classes it has in the view."""
+        """How many classes it has in the mixture."""
         return self.index.num_classes if self.classes is None else len(self.classes)
 
     @cached_property
@@ -69,7 +69,7 @@ class MixedDataset:
         return int(np.minimum(counts, self.per_class).sum()) if self.per_class else len(numbers)
 
     def draw(self, rng: np.random.Generator) -> Ints:
-        """The images of a pass: int64 numbers through the set, in no order."""
+        """The images of a pass: int64 numbers through the data set, in no order."""
         if self.is_whole:
             return np.arange(self.index.samples)
         numbers, counts = self._pool
@@ -102,7 +102,7 @@ class MixedDataset:
 
     def _labels(self, shard: int) -> Ints:
         labels = self.index.shards[shard].labels
-        assert labels is not None, "open_data has looked"
+        assert labels is not None, "_require_labels has checked this"
         return labels
 
 
@@ -111,9 +111,9 @@ class DatasetPass:
     """One pass over a data set in every epoch.
 
     Attributes:
-        source: the set.
+        source: the data set.
         fraction: of the images of a whole pass, in (0, 1].
-        number: of the pass in its view, which keys its draws with the seed.
+        number: of the pass in its mixture; keys its draws, together with the seed.
         seed: of the run.
     """
 
@@ -124,14 +124,14 @@ class DatasetPass:
 
     @property
     def samples(self) -> int:
-        """How many images of each epoch are its, always."""
+        """How many images the pass has in every epoch."""
         return round(self.fraction * self.source.pass_samples)
 
     def draw(self, epoch: int) -> SubsetIndices:
         """Its images in an epoch: for each shard their numbers in it, sorted; None: all.
 
-        A shuffle of the whole set, about 0.1 s for a million images; nothing where a set is
-        taken as it is.
+        This shuffles the whole data set, about 0.1 s for a million images, unless it is taken
+        whole.
         """
         index = self.source.index
         if self.source.is_whole and self.fraction == 1:
@@ -148,7 +148,7 @@ class DatasetPass:
 
 @dataclass(frozen=True)
 class Mixture(ShardIndex):
-    """A data set made of passes over data sets; `num_classes` are those of the view.
+    """A data set made of passes over data sets; `num_classes` counts those of the mixture.
 
     Attributes:
         passes: their shards follow one another in `shards`.
@@ -158,7 +158,7 @@ class Mixture(ShardIndex):
 
     @cached_property
     def epoch_samples(self) -> int:
-        """How many samples an epoch has, always."""
+        """How many samples every epoch has."""
         return sum(part.samples for part in self.passes)
 
     def draw(self, epoch: int) -> SubsetIndices:
@@ -166,14 +166,14 @@ class Mixture(ShardIndex):
         return [chosen for part in self.passes for chosen in part.draw(epoch)]
 
     def entry(self, shard: int, position: int) -> IndexEntry:
-        """See `ShardIndex.entry`; here the index speaks for our own shards as well."""
+        """See `ShardIndex.entry`; here our own shards have an entry as well."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         source = self.passes[number].source
         return source.entry(shard - int(self._first_shards[number]), position)
 
     @cached_property
     def digest(self) -> str:
-        """`sha256:` of all that decides what is in an epoch, but for the seed."""
+        """`sha256:` of all that decides what is in an epoch, except the seed."""
         content = []
         for part in self.passes:
             source = part.source
@@ -189,7 +189,7 @@ class Mixture(ShardIndex):
 
 
 def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
-    """The index of what a run trains on: that of `data.shards`, or a view.
+    """The index of what a run trains on: that of `data.shards`, or a mixture.
 
     Raises:
         UserError: a set or a list cannot be read, they do not fit, or no image is left.

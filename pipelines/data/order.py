@@ -1,6 +1,6 @@
 """Which sample comes when: a pure function of (seed, shard sizes, step).
 
-Nothing here knows of ranks, loader processes or files, so neither can change the order.
+Nothing here knows of ranks, loader processes or files, so none of them can change the order.
 
 An *epoch* is the concatenation of all shards in a shuffled order. *Stream* s of S owns the samples
 `[s * N // S, (s + 1) * N // S)` of every epoch, so all streams are equal to one sample; a stream
@@ -9,8 +9,8 @@ position p is offset `p % L` of its epoch `p // L`, with L its constant length. 
 samples of a stream are permuted inside *windows* of consecutive ones. A step takes the next
 `global_batch / S` positions of every stream, in the order of the streams.
 
-So no batch is short, a sample comes exactly once in an epoch of its stream, and the step alone says
-what is next. Streams whose lengths differ by one drift apart by one sample per epoch.
+So no batch is short, a sample comes exactly once in an epoch of its stream, and the step alone
+determines what is next. Streams whose lengths differ by one drift apart by one sample per epoch.
 
 Where a `Subset` says which samples of each shard are in an epoch, the others are left out before
 all this, as if the shards did not hold them. All epochs have the same number of samples.
@@ -34,11 +34,11 @@ SubsetIndices = list[Ints | None]
 
 
 class Subset(Protocol):
-    """Which samples are in an epoch (`view.View`)."""
+    """Which samples are in an epoch; a `Mixture` is one."""
 
     @property
     def epoch_samples(self) -> int:
-        """How many, in every epoch."""
+        """N: how many samples each epoch has."""
 
     def draw(self, epoch: int) -> SubsetIndices:
         """The samples of an epoch."""
@@ -56,7 +56,7 @@ class Window(NamedTuple):
     """Samples of a stream that are permuted together.
 
     Attributes:
-        stream, epoch, number: what keys the permutation.
+        stream, epoch, number: they key the permutation.
         start: offset of the first one in this epoch of the stream.
         size: how many.
     """
@@ -105,7 +105,7 @@ class SampleOrder:
         self,
         shard_samples: Sequence[int],
         streams: int,
-        window: int,
+        shuffle_window: int,
         seed: int,
         subset: Subset | None = None,
     ) -> None:
@@ -113,8 +113,8 @@ class SampleOrder:
 
         Args:
             shard_samples: number of samples of each shard, by the index.
-            streams: S.
-            window: most samples that are permuted together.
+            streams: S, the number of streams.
+            shuffle_window: most samples that are permuted together.
             seed: of the run.
             subset: which samples are in an epoch; None: all.
 
@@ -124,7 +124,7 @@ class SampleOrder:
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.subset = subset
         self.samples = subset.epoch_samples if subset else int(self.shard_samples.sum())
-        self.streams, self.window, self.seed = streams, window, seed
+        self.streams, self.shuffle_window, self.seed = streams, shuffle_window, seed
         if self.samples < streams:
             raise UserError(
                 f"data.streams={streams}: an epoch has {self.samples} samples only; give at most "
@@ -177,14 +177,14 @@ class SampleOrder:
         """
         length = self.stream_length(stream)
         epoch, offset = divmod(position, length)
-        lead = stream * self.window // self.streams
-        number = (offset + lead) // self.window
-        start = max(0, number * self.window - lead)
-        stop = min(length, (number + 1) * self.window - lead)
+        lead = stream * self.shuffle_window // self.streams
+        number = (offset + lead) // self.shuffle_window
+        start = max(0, number * self.shuffle_window - lead)
+        stop = min(length, (number + 1) * self.shuffle_window - lead)
         return Window(stream, epoch, number, start, stop - start), offset - start
 
     def permutation(self, window: Window) -> Ints:
-        """int64 `[size]`: which of the window's samples, in reading order, comes at each slot."""
+        """int64 `[size]`: for each slot, the number of its sample in reading order."""
         keys = (window.epoch, window.stream, window.number)
         return stable_permutation(window.size, generator(self.seed, "order/window", *keys))
 
@@ -225,7 +225,7 @@ class SampleOrder:
 
 
 def _consecutive_spans(span: ShardSpan, chosen: Ints | None) -> list[ShardSpan]:
-    """The consecutive samples that a span of the chosen ones of a shard is made of."""
+    """The runs of consecutive samples in a span of a shard's chosen samples."""
     if chosen is None:
         return [span]
     numbers = chosen[span.start : span.stop]

@@ -30,7 +30,7 @@ class BadSampleError(Exception):
 
 
 class EncodedSample(NamedTuple):
-    """A sample whose image is not decoded; `extension` is that of the image."""
+    """A sample whose image is not decoded; `extension` is the image's."""
 
     key: str
     label: int
@@ -86,7 +86,7 @@ def decode_sample(
         length: how many bytes that should be.
         side: of the image to return, in pixels.
         num_classes: labels must be below this.
-        entry: what the index says of it (`ShardIndex.entry`).
+        entry: what the index holds of it (`ShardIndex.entry`); None: the tar decides.
         into: memory that the image may be written to, see `decode_image`.
 
     Raises:
@@ -102,7 +102,7 @@ def decode_sample(
 def extract_sample(
     raw: memoryview, length: int, num_classes: int, entry: IndexEntry | None = None
 ) -> EncodedSample:
-    """The same without decoding.
+    """Read and check one sample without decoding; see `decode_sample`.
 
     Raises:
         BadSampleError: it is truncated, no sample, or without image or label, or the label is bad.
@@ -178,9 +178,9 @@ def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
 
 
 def _only_sample(files: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What webdataset groups members to, where they are surely one sample, or None.
+    """The sample that webdataset would group the members to, or None if that is doubtful.
 
-    Its grouping is left the doubtful ones: folders with dots, names without any, two keys, an
+    The doubtful ones are left to its grouping: folders with dots, names without a dot, two keys, an
     extension that comes twice.
     """
     key = files[0]["fname"].partition(".")[0]
@@ -217,7 +217,7 @@ def _extensions(members: dict[str, Any]) -> str:
 def load_sample(
     index: ShardIndex,
     shard: int,
-    inside: int,
+    position: int,
     raw: memoryview,
     side: int,
     into: Pixels | None = None,
@@ -227,7 +227,7 @@ def load_sample(
     Args:
         index: the data set.
         shard: number of the shard.
-        inside: number of the sample in the shard.
+        position: number of the sample in the shard.
         raw: the sample's part of the tar.
         side: of the image to return, in pixels.
         into: memory that the image may be written to, see `decode_image`.
@@ -236,12 +236,12 @@ def load_sample(
         BadSampleError: see `decode_sample`; or its label is not the one of the index.
     """
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
-    length = int(offsets[inside + 1] - offsets[inside])
-    entry = index.entry(shard, inside)
+    length = int(offsets[position + 1] - offsets[position])
+    entry = index.entry(shard, position)
     sample = decode_sample(raw, length, side, index.num_classes, entry, into)
     # What a tar says of itself has no checksum.
-    if entry is None and labels is not None and sample.label != labels[inside]:
+    if entry is None and labels is not None and sample.label != labels[position]:
         raise BadSampleError(
-            f"{sample.key}.cls: label {sample.label}, the index says {labels[inside]}"
+            f"{sample.key}.cls: label {sample.label}, the index says {labels[position]}"
         )
     return sample

@@ -1,4 +1,4 @@
-"""Reads a whole data set as training would, and says what is wrong with it.
+"""Reads a whole data set as training would, and reports what is wrong with it.
 
 Every tar is read from front to back: its size and checksum against the index, then each sample's
 name, label and image, which is decoded completely. Images that are the same, byte for byte, are
@@ -42,8 +42,8 @@ class DataProblem(NamedTuple):
 
     Attributes:
         kind: `shard`, `sample`, `image`, `label` or `duplicate`.
-        location: where.
-        reason: what.
+        location: of a shard or a sample.
+        reason: what is wrong.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class DatasetReport(NamedTuple):
 def verify_dataset(
     index: ShardIndex, journal: Journal, processes: int = 1, progress: Progress = no_progress
 ) -> DatasetReport:
-    """Read everything.
+    """Read a whole data set and report its problems.
 
     Args:
         index: the data set.
@@ -150,7 +150,7 @@ def _duplicate_problem(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -
 
 
 def _sample_name(index: ShardIndex, number: int) -> str:
-    """Where a sample is, with its key."""
+    """The name of a sample in messages, with its key."""
     shard = int(np.searchsorted(index.starts, number, side="right")) - 1
     position = number - int(index.starts[shard])
     location = index.sample_name(shard, position)
@@ -163,7 +163,7 @@ def _sample_name(index: ShardIndex, number: int) -> str:
 
 
 def verify_shard(index: ShardIndex) -> dict[str, Any]:
-    """Read the tar of an index of one; what JSON can hold of the result."""
+    """Read the only tar of an index; returns the result as JSON-able values."""
     found = _ShardFindings(index)
     shard, url = index.shards[0], index.url(0)
     digest, size = hashlib.sha256(), 0
@@ -183,7 +183,7 @@ def verify_shard(index: ShardIndex) -> dict[str, Any]:
 
 
 def _checked_bytes(stream: RetryingStream, offsets: Ints, found: _ShardFindings) -> Iterator[bytes]:
-    """All bytes of a tar in order; on the way its samples are looked at."""
+    """All bytes of a tar in order; its samples are checked on the way."""
     yield stream.read(int(offsets[0]))
     for first in range(0, len(offsets) - 1, _SAMPLES_PER_READ):
         bounds = offsets[first : first + _SAMPLES_PER_READ + 1] - offsets[first]
@@ -207,7 +207,7 @@ class _ShardFindings:
         self._digests = np.zeros((samples, 2), "<u8")
 
     def add(self, kind: str, location: str, reason: str) -> None:
-        """Count a problem, and name it if there are not too many of its kind."""
+        """Count a problem, and keep it by name unless there are too many of its kind."""
         self._counts[kind] += 1
         if self._counts[kind] <= _LISTED:
             self._problems.append(DataProblem(kind, location, reason))

@@ -1,7 +1,7 @@
-"""The bytes of windows, remote ones fetched in the background before their turn.
+"""The bytes of windows; remote ones are fetched in the background before they are needed.
 
 When a stream has used up most of a window, its next one is fetched by a thread, so that the change
-does not wait for the store. That changes when bytes are read, never which. Memory: the open
+does not wait for the store. This changes when bytes are read, never which. Memory: the open
 windows of a process's streams, and beside them at most one window more for each stream, all of
 these together at most `data.remote.read_ahead_mib`. What does not fit is read when it is needed.
 """
@@ -26,10 +26,10 @@ _PREFETCH_AT: Final = 4  # the next window is fetched when 1/4 of the present on
 
 
 class WindowBytes(NamedTuple):
-    """The raw bytes of a window's samples in reading order; shards that are not as they should be.
+    """The raw bytes of a window's samples in reading order, and what is wrong with shards.
 
     Attributes:
-        samples: see `fetch.read_piece`.
+        samples: see `read_span`.
         bad_shards: URL -> what is wrong.
     """
 
@@ -43,7 +43,7 @@ class _PendingWindow(NamedTuple):
 
 
 class WindowReader:
-    """Reads the windows of some streams in one process; a context, left in good order."""
+    """Reads the windows of some streams in one process; as a context, it ends its threads."""
 
     def __init__(
         self, index: ShardIndex, order: SampleOrder, remote: RemoteConfig, positions: range
@@ -73,7 +73,7 @@ class WindowReader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def prefetch(self, streams: Iterable[int], position: int) -> None:
-        """Fetch the windows of a position at the same time, if they have not been taken before."""
+        """Fetch the windows at a position of some streams, unless they were read before."""
         if self._is_ahead:
             for stream in streams:
                 self._submit(stream, position)
@@ -103,7 +103,7 @@ class WindowReader:
         return self._fetch(self._locate(window)) if pending is None else pending.future.result()
 
     def _submit(self, stream: int, position: int) -> None:
-        """Begin to fetch the window of a position, unless that is of no use or too much."""
+        """Begin to fetch the window of a position, unless it is known, local or too large."""
         window, _ = self._order.window_at(stream, position)
         is_known = window in self._pending or window == self._last_read.get(stream)
         if is_known or position not in self._positions:
@@ -117,7 +117,7 @@ class WindowReader:
             self._pending[window] = _PendingWindow(size, self._pool.submit(self._fetch, located))
 
     def _locate(self, window: Window) -> list[tuple[list[ShardSpan], FileLocation]]:
-        """The spans of a window, those that are read together together, and where they are."""
+        """The spans of a window, grouped into those that are read together, and their files."""
         runs = group_nearby_spans(self._index, self._order.spans(window))
         return [(spans, self._reader.locate(spans[0])) for spans in runs]
 

@@ -1,7 +1,7 @@
-"""Pieces of shards for one process: straight from where the shards are, or through the cache.
+"""Reads spans of shards for one process: from where the shards are, or through the cache.
 
-A local shard is always read where it is. Of a remote one the wanted range alone is read, or, if
-there is a cache, the whole shard once, which also tells whether its checksum is that of the index.
+A local shard is always read where it is. Of a remote shard only the range that is needed is read.
+With a cache, the whole shard is read once, and its checksum is compared with the one of the index.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class ShardReader:
                 self._disable_cache(error)
 
     def locate(self, span: ShardSpan) -> FileLocation:
-        """Where a span is; see `remote.file_at`."""
+        """The file that a span is in; see `locate_file`."""
         return locate_file(self._index.url(span.shard))
 
     def read(self, spans: list[ShardSpan], file: FileLocation) -> FetchedSamples:
-        """The samples of spans of one shard that are read `group_nearby_spans`; it is in `file`.
+        """The samples of nearby spans of one shard, which is in `file`, by one request.
 
         Raises:
             RunError: the shard cannot be read.
@@ -73,13 +73,13 @@ class ShardReader:
             data = read_range(file, first, last, self._retries)
         samples: list[memoryview] = []
         for span, (start, stop) in zip(spans, bounds, strict=True):
-            # What lies between spans is let go.
+            # The bytes between spans are dropped.
             part = data if len(spans) == 1 else data[start - first : stop - first]
             samples += split_samples(self._index, span, part)
         return FetchedSamples(samples, self._bad.get(number, ""))
 
     def _cached(self, number: int, file: FileLocation, start: int, stop: int) -> bytes | None:
-        """A range of a shard in the cache, or None if the shard is not to be had from there."""
+        """A range of a shard from the cache, or None if the cache cannot hold the shard."""
         if self._cache is None or number in self._bad:
             return None
         shard = self._index.shards[number]
@@ -109,7 +109,7 @@ class ShardReader:
 
 
 def group_nearby_spans(index: ShardIndex, spans: Iterable[ShardSpan]) -> Iterator[list[ShardSpan]]:
-    """Pieces, those that lie near one another in one shard as a list: a request costs more."""
+    """Group spans that lie near one another in a shard: a request costs more than the gap."""
     run: list[ShardSpan] = []
     end = 0
     for span in spans:
@@ -124,16 +124,16 @@ def group_nearby_spans(index: ShardIndex, spans: Iterable[ShardSpan]) -> Iterato
 
 
 def _cache_entry_name(shard: Shard, url: str) -> str:
-    """Of a shard's entry: by its content, or by its place if the index does not know its checksum.
+    """The name of a shard's cache entry: its checksum, or else a hash of its size and URL.
 
-    A data set that was made anew under the same URL so never gets old bytes.
+    So a data set that was made again under the same URL never gets old bytes.
     """
     known = _CHECKSUM.fullmatch(shard.checksum)
     return known[1] if known else hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
 
 
 def _download(file: FileLocation, shard: Shard, retries: int, stream: BinaryIO) -> None:
-    """Write a whole shard, and once more as long as its checksum is another false one each time.
+    """Write a whole shard; try again while its checksum is wrong, but not twice the same.
 
     Raises:
         BadShard: it is shorter than the index says, or the same false checksum came twice.

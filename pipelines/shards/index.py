@@ -38,7 +38,7 @@ class Fault(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """What an index says of a sample, whatever the tar calls it.
+    """What the index holds of a sample; it counts, whatever the tar says.
 
     Attributes:
         label: in `[0, C)`.
@@ -108,7 +108,7 @@ class ShardIndex:
         folder: URL of the folder that holds `index.json` and the tars.
         num_classes: C; every label is in `[0, C)`.
         shards: the tars.
-        meta: whatever the writer wants to tell, e.g. the enrolment images of a held-out set.
+        meta: more about the data, e.g. the enrolment images of a held-out set.
     """
 
     folder: str
@@ -141,7 +141,7 @@ class ShardIndex:
         return url if is_absolute_url(url) else f"{self.folder}/{url}"
 
     def sample_name(self, shard: int, position: int) -> str:
-        """What messages call a sample."""
+        """The name of a sample in messages."""
         return f"sample {position} of {self.url(shard)}"
 
     @cached_property
@@ -154,7 +154,7 @@ class ShardIndex:
         return None if fields is None else tuple(fields["image"])
 
     def entry(self, shard: int, position: int) -> IndexEntry | None:
-        """What counts for a sample of shards that somebody else wrote; None for our own."""
+        """Label and image of a sample of shards that somebody else wrote; None for our own."""
         labels = self.shards[shard].labels
         if self.image_extensions is None or labels is None:
             return None

@@ -29,9 +29,9 @@ class Sample(NamedTuple):
 class ShardWriter:
     """Writes a data set, tar after tar, then `finish`.
 
-    It appears under its name when it is finished, and not before (see `staging.Staging`). Without
-    a recipe, what leaves the `with` block earlier leaves nothing behind. With one, finished tars
-    are kept, and the next writer with the same target and recipe takes them as they are.
+    It appears under its name when it is finished, and not before (see `Staging`). If the `with`
+    block ends earlier, nothing is left behind without a recipe. With a recipe, finished tars are
+    kept, and the next writer with the same target and recipe takes them as they are.
 
     Attributes:
         shards: the finished tars, in order.
@@ -88,7 +88,7 @@ class ShardWriter:
         Args:
             make: the samples of a task; a function that can be imported. A sample that cannot be
                 made is a `Fault` in its place.
-            tasks: asked for one by one, and only for tars that are not finished yet.
+            tasks: taken one by one, and only for tars that are not finished yet.
             processes: how many of them write at the same time.
             progress: called with the finished tars and their number.
 
@@ -117,7 +117,7 @@ class ShardWriter:
         return [fault for number in range(len(tasks)) for fault in made[number][1]]
 
     def _finished_before(self, number: int, url: str) -> tuple[Shard, list[Fault]] | None:
-        """What an earlier attempt made of a tar, if it is still there as a whole."""
+        """The tar of an earlier attempt and its faults, if the file is still complete."""
         journal = self._staging.journal
         result = None if journal is None else journal.get(number)
         if result is None:

@@ -1,4 +1,4 @@
-"""What all sources share: classes in `[0, C)`, a global shuffle, shards of equal size, the report.
+"""What all sources share: classes in `[0, C)`, a global shuffle, shards of equal size, reports.
 
 A source finds its samples first, as columns of numbers, and writes them afterwards, tar by tar in
 any number of processes. Its samples are shuffled over the whole data set, because data sets come
@@ -56,8 +56,8 @@ class FoundSamples(NamedTuple):
         names: of the classes, by class; each has a sample.
         classes: int64 `[N]`, the class of each sample.
         sizes: int64 `[N]`, bytes of its image.
-        faults: what had to be left out.
-        warnings: what the user should know.
+        faults: samples that had to be left out.
+        warnings: messages for the user.
     """
 
     names: Sequence[str]
@@ -69,7 +69,7 @@ class FoundSamples(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportResult:
-    """A finished data set, what was left out of it, and what the user should know."""
+    """The index of a finished data set, what was left out of it, and messages for the user."""
 
     index: ShardIndex
     faults: list[Fault]
@@ -77,7 +77,7 @@ class ImportResult:
 
 
 class TarTasks(Sequence[T]):
-    """The task of each tar, made when it is asked for."""
+    """The task of each tar, made when it is needed."""
 
     def __init__(self, order: Ints, bounds: Ints, task: Callable[[Ints], T]) -> None:
         """Args: samples in order; where the tars begin, and the end; from samples to a task."""
@@ -101,7 +101,7 @@ def write_dataset(
     progress: Progress = no_progress,
     tables: Mapping[str, Table] = MappingProxyType({}),
 ) -> ImportResult:
-    """Write what a source found.
+    """Write the samples that a source found as a data set.
 
     Args:
         out: folder or URL, which must not exist.
@@ -110,7 +110,7 @@ def write_dataset(
         task: from the numbers of some samples, in order, to what `make` needs of them.
         about: for the index; with the columns it is the recipe.
         columns: whatever else decides the content, one row per sample.
-        options: see there.
+        options: how to write.
         progress: called with the finished tars and their number.
         tables: more files beside the tars.
 
@@ -152,7 +152,7 @@ def check_bad_fraction(faults: Sequence[Fault], good: int, max_bad: float) -> No
 
 
 def dense_classes(values: Ints) -> tuple[Ints, Ints]:
-    """The distinct values in order, and for each value its place among them: a class."""
+    """The distinct values in order, and for each value its number among them: a class."""
     distinct, classes = np.unique(values, return_inverse=True)
     return distinct, classes.astype(np.int64)
 

@@ -123,7 +123,7 @@ def list_files(root: str) -> Iterator[tuple[str, int]]:
 
 
 def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
-    """The same for a local folder; links are followed, each folder is entered once."""
+    """See `list_files`; links are followed, and each folder is entered once."""
     entered: set[tuple[int, int]] = set()
     for folder, below, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -139,7 +139,7 @@ def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
 
 
 def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterator[ImageFile]:
-    """The images that are in a class."""
+    """The images that lie in a class folder; the others are counted in `warnings`."""
     outside = other = 0
     for path, size in found:
         name, _, rest = path.partition("/")
@@ -156,12 +156,12 @@ def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterato
 
 
 def has_image_extension(path: str) -> bool:
-    """Whether a file is called like an image."""
+    """Whether a file name ends like that of an image."""
     return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[ImageFile]:
-    """The files of a list that are there."""
+    """The files of a list that exist; the others are added to `faults`."""
     filesystem, top = resolve_url(root)
     listed = None if _is_web(filesystem) or is_local(filesystem) else dict(list_files(root))
     with RangeReader(lst) as reader:

@@ -1,8 +1,8 @@
 """InsightFace data sets (`train.rec`, `train.idx`, `property`) to shards, images byte for byte.
 
 In the *classic* layout the first record is a header and the last ones are identity records, all of
-them two labels without an image; in the *flat* one every record is an image. So what has no image
-is no sample, whatever the layout.
+them two labels without an image; in the *flat* one every record is an image. So a record without an
+image is no sample in either layout.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def import_recordio(
 
 @dataclass
 class _Records:
-    """The image records of a file as columns, and what else was there."""
+    """The image records of a file as columns, and what else the file holds."""
 
     rec: str
     keys: array[int] = field(default_factory=lambda: array("q"))
@@ -209,7 +209,7 @@ def _announced_classes(rec: str) -> int | None:
 
 
 def _warnings(records: _Records, distinct: Ints, announced: int | None) -> list[str]:
-    """Where the numbers do not fit together."""
+    """A message for each pair of counts that do not agree."""
     warnings = []
     classes = len(distinct)
     if classes and max(int(distinct[-1]) + 1, records.identities, announced or 0) > EXACT_LABELS:

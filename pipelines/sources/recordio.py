@@ -79,9 +79,9 @@ class BytesInMemory:
 
 
 def scan_frames(source: ByteSource) -> Iterator[Frame | tuple[int, BadRecordError]]:
-    """All records from front to back; of what is damaged, where it begins and why.
+    """All records from front to back; for a damaged one, its offset and the error.
 
-    After a damage the next beginning of a record is looked for.
+    After a damaged record, the search goes on for the next record that begins.
     """
     at = 0
     while at < source.size:
@@ -98,7 +98,7 @@ def scan_frames(source: ByteSource) -> Iterator[Frame | tuple[int, BadRecordErro
 def read_indexed_frames(
     source: ByteSource, offsets: Ints
 ) -> Iterator[Frame | tuple[int, BadRecordError]]:
-    """The same for the records that an index names, by rising offset."""
+    """The records that an index names, by rising offset; see `scan_frames`."""
     for start, following in pairwise([*offsets.tolist(), source.size]):
         try:
             yield read_frame(source, start, following)

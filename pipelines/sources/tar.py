@@ -1,7 +1,7 @@
-"""The members of a tar from front to back, with their places, and nothing taken on trust.
+"""The members of a tar from front to back, with their offsets; everything is checked.
 
-`tarfile` ends without a word at a damaged header or where a file was cut off, so that what follows
-is lost unseen. Here either is an error that says where. Understands what writers of data sets make:
+`tarfile` ends silently at a damaged header or where a file was cut off, so that what follows is
+lost. Here both are errors that say where. Understands what writers of data sets make:
 ustar, PAX and GNU headers, with long names and large sizes.
 """
 
@@ -32,7 +32,7 @@ _COMPRESSED: Final = {
 
 
 class DamagedTarError(Exception):
-    """A tar that cannot be read on; the message says where and why."""
+    """A tar that cannot be read further; the message says where and why."""
 
     def __init__(self, at: int, reason: str) -> None:
         super().__init__(f"byte {at}: {reason}")
@@ -105,7 +105,7 @@ def read_members(stream: IO[bytes]) -> Iterator[TarMember]:
 
 
 def rest_is_empty(stream: IO[bytes]) -> bool:
-    """Read to the end of the file; whether there is nothing but zeros behind the end marker."""
+    """Read to the end of the file; return whether only zeros follow the end marker."""
     empty = True
     while chunk := stream.read(_CHUNK):
         empty = empty and not any(chunk)
@@ -154,7 +154,7 @@ def _text(field: bytes) -> str:
 
 
 def _extended(data: bytes, kind: int, at: int) -> dict[str, str]:
-    """What an extended header says of the member after it: `path` and `size`."""
+    """`path` and `size` of the next member, as far as an extended header sets them."""
     if kind == _LONG_LINK:
         return {}
     if kind == _LONG_NAME:

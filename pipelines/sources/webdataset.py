@@ -1,7 +1,7 @@
 """An index for shards that somebody else wrote: any tars in WebDataset's layout, left as they are.
 
 Every tar is read once, from front to back. The index then holds where its samples are, and their
-labels as numbers in `[0, C)`, whatever the tars call them; so neither needs to be written anew.
+labels as numbers in `[0, C)`, whatever the tars call them. So the tars stay as they are.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _journal(folder: str, recipe: Any) -> Journal:
 
 
 def expand_tars(given: Sequence[str]) -> list[str]:
-    """The tars that are meant, each once, in order; local ones by their whole path.
+    """The tars that paths and patterns name, each once, in order; local ones by absolute path.
 
     Raises:
         UserError: there are none.
@@ -123,7 +123,7 @@ def _matches(url: str) -> list[str]:
 
 
 def _absolute(url: str) -> str:
-    """A local path as a whole one, so that it means the same from everywhere."""
+    """A local path as an absolute one, so that it does not depend on the working folder."""
     filesystem, path = resolve_url(url)
     return path if is_local(filesystem) else url
 

@@ -41,7 +41,7 @@ DEFAULT_LAYOUT: Final = SampleLayout()
 
 
 class ScanTask(NamedTuple):
-    """A tar to be read."""
+    """A tar to read, and the layout of its samples."""
 
     url: str
     layout: SampleLayout
@@ -91,7 +91,7 @@ def scan_tar(task: ScanTask) -> dict[str, Any]:
 
 
 class _TarContents:
-    """What has been found in a tar."""
+    """The samples and faults found in a tar so far."""
 
     def __init__(self, task: ScanTask) -> None:
         self._task = task

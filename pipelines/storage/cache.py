@@ -1,10 +1,11 @@
 """A folder of whole files with a bound on its size, shared by the processes of a host.
 
-An entry appears by a rename when it is complete, so a reader never sees half of one. While it is
-made it is `<name>.part`, locked by its maker: a second process that wants it waits and then finds
-it. The system drops the lock of a process that dies, and whoever comes next takes the remains over
-or removes them. Room is reserved before anything is written, so the bound holds at every moment:
-entries that were not used for the longest time give way, those that are being made do not.
+An entry is renamed into place when it is complete, so a reader never sees half of one. While it is
+made it is `<name>.part`, locked by the process that makes it: a second process that needs the entry
+waits and then finds it. When a process dies, the system drops its lock, and the next process takes
+the remains over or removes them. Room is reserved before anything is written, so the bound holds at
+every moment: the entries that were not used for the longest time are removed, but none that is
+being made.
 
 A reader that has an entry open may read on after it was removed.
 """
@@ -26,7 +27,7 @@ class FileCache:
     """The folder; any number of processes and threads may use one at the same time."""
 
     def __init__(self, folder: str, max_bytes: int) -> None:
-        """Open or begin.
+        """Open or make the folder.
 
         Args:
             folder: on a local disk; it is made, for this user alone.
@@ -51,7 +52,7 @@ class FileCache:
         """
         while (stream := self._existing(name, size)) is None:
             with self._claimed(f"{name}{_PART}") as part:
-                # Somebody may have finished it between the two looks.
+                # Another process may have finished it since the first check.
                 if part is None or (self._folder / name).exists():
                     continue
                 if not self._reserve(part, size):
@@ -98,7 +99,7 @@ class FileCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Sizes and names do not change meanwhile, except that entries may be removed."""
+        """Hold the lock: sizes and names do not change, except that entries may be removed."""
         with open(self._folder / _LOCK, "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -130,7 +131,7 @@ def _evict(entries: list[Path], max_bytes: int) -> None:
 
 
 def _remove_if_abandoned(path: Path) -> bool:
-    """Remove a part whose maker died; whether that was so."""
+    """Remove a part if the process that made it died; return whether it did."""
     try:
         stream = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Parts of files, wherever they are."""
+"""Byte ranges of files, local or remote."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class FileLocation(NamedTuple):
 def locate_file(url: str) -> FileLocation:
     """The file of a URL, which need not exist.
 
-    fsspec makes a client for each thread that asks, so ask in one and hand the file to the others.
+    fsspec makes a client for each thread that calls this, so call it in one thread and hand the
+    result to the others.
 
     Raises:
         UserError: no such protocol.

@@ -1,9 +1,9 @@
-"""A store that has a bad moment is asked again.
+"""Repeats a request to a store after a transient fault.
 
 A fault is *transient* if the same request may well succeed a little later: a timeout, a lost
-connection, a body that was cut off, an answer of 5xx. Whatever else goes wrong (no such file, no
-permission, a false certificate) fails at once. Stores' own libraries may try again, too, and count
-as one attempt here.
+connection, a body that was cut off, an answer of 5xx. Any other fault (no such file, no
+permission, a false certificate) fails at once. Retries inside a store's own library count as one
+attempt here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
     Args:
         call: what to do.
         url: what it is about, for messages.
-        retries: most further attempts.
+        retries: how many attempts may follow the first one.
 
     Raises:
         RunError: a transient fault each time; names the attempts and the last fault.
@@ -105,7 +105,7 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
 
 @contextmanager
 def errors_naming(url: str) -> Iterator[None]:
-    """Makes whatever a store raises a RunError that names the URL."""
+    """Turn whatever a store raises into a RunError that names the URL."""
     try:
         yield
     except (RunError, UserError):
@@ -122,7 +122,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _classify(error: BaseException) -> bool | None:
-    """The same for one error of a chain; None if it does not tell."""
+    """Whether one error of a chain is transient; None if it does not tell."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if names & _PERMANENT_NAMES or isinstance(error, socket.gaierror):
         return getattr(error, "errno", None) == socket.EAI_AGAIN
@@ -143,7 +143,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def error_chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what stores' libraries made it from."""
+    """An error and its causes, one after the other."""
     seen: list[BaseException] = []
     each: BaseException | None = error
     while each is not None and each not in seen:

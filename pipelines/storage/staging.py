@@ -1,4 +1,4 @@
-"""Where something lies while it is made, and what of it is finished already.
+"""Where a data set lies while it is made, and which parts of it are finished.
 
 Locally a data set is made in a hidden folder beside its target and renamed as a whole at the end.
 On an object store, where an object appears only when it is complete, its files go straight to
@@ -73,12 +73,12 @@ class Journal:
         return content.get("result")
 
     def record(self, number: int, result: Any) -> None:
-        """Keep the result of a piece, for the next attempt, too."""
+        """Keep the result of a piece, also for a later attempt."""
         self._write(f"{number:06d}.json", {"result": result})
         self._known.add(number)
 
     def remove(self) -> None:
-        """Forget everything: the whole is done."""
+        """Delete all results: the whole is done."""
         if self._filesystem.exists(self._path):
             self._filesystem.rm(self._path, recursive=True)
 
@@ -90,13 +90,13 @@ class Journal:
 def _parse(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError:  # cut off by a crash of the machine: as if it were not there
+    except ValueError:  # cut off when the machine crashed: treated as missing
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def require_absent_or_resumable(target: str) -> None:
-    """Raise UserError if there is anything at a path or URL but an attempt to go on with."""
+    """Raise UserError if a path or URL exists, unless it is an attempt that can go on."""
     filesystem, path = resolve_url(target)
     filesystem.invalidate_cache()
     if is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
@@ -115,8 +115,8 @@ class Staging:
         """Claim the target.
 
         Raises:
-            UserError: something is there already, or an attempt with another recipe, or another
-                process is at it.
+            UserError: the target exists, an attempt has another recipe, or another process is
+                making it.
         """
         self._filesystem, self._path = resolve_url(target)
         self._local = is_local(self._filesystem)
@@ -152,7 +152,7 @@ class Staging:
         self._unlock()
 
     def abort(self) -> None:
-        """Stop before the end; what is finished stays if there is a recipe to go on with."""
+        """Stop before the end; with a recipe, finished parts are kept for the next attempt."""
         if self.journal is not None and len(self.journal):
             self._unlock()
             return
@@ -198,6 +198,6 @@ def _lock(folder: Path, target: str) -> int | None:
 
 
 def _remove_temporary_files(folder: Path) -> None:
-    """Remove what an attempt that was killed left half written."""
+    """Remove the half-written files of an attempt that was killed."""
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

@@ -67,10 +67,10 @@ def require_absent(url: str) -> None:
 
 @contextmanager
 def atomic_write(url: str) -> Iterator[IO[bytes]]:
-    """A file that is at `url` when the block ends well, complete, and not at all before.
+    """Write a file that appears at `url`, complete, when the block ends without an error.
 
-    On an object store it is collected in a temporary file of this machine: closing a half-written
-    object would make it appear.
+    For an object store the bytes are collected in a temporary file of this machine, because closing
+    a half-written object would make it appear.
     """
     filesystem, path = resolve_url(url)
     if not is_local(filesystem):
@@ -94,10 +94,10 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_stream(url: str) -> Iterator[RetryingStream]:
-    """A file from front to back.
+    """Open a file to read it from front to back.
 
     Raises:
-        OSError: there is none, as its store says it.
+        OSError: there is no such file; the error is the store's own.
     """
     filesystem, path = resolve_url(url)
     with with_retries(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
@@ -105,7 +105,7 @@ def open_stream(url: str) -> Iterator[RetryingStream]:
 
 
 class RetryingStream:
-    """A file opened for reading; a part that does not come is asked for again."""
+    """A file opened for reading; a read that fails for the moment is tried again."""
 
     def __init__(self, stream: Any, url: str) -> None:
         self._stream, self._url = stream, url
@@ -160,7 +160,7 @@ class RangeReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._stream is not None:
             self._stream.close()
 
@@ -183,7 +183,7 @@ class RangeReader:
                 raise UserError(f"{self.url}: {NO_RANGES}") from error
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-        """Many parts in any order; a store is asked for all of them at the same time.
+        """Many parts in any order; a store gets all requests at the same time.
 
         Raises:
             RunError: the file cannot be read.

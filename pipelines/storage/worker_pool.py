@@ -1,4 +1,4 @@
-"""Many pieces of work over some processes, in bounded memory."""
+"""Many tasks on some processes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 
 
 def no_progress(done: int, total: int) -> None:
-    """The progress callback of those who do not watch."""
+    """A progress callback that does nothing."""
 
 
 def available_cores() -> int:
@@ -33,13 +33,13 @@ def available_cores() -> int:
 def map_unordered(
     function: Callable[[T], R], tasks: Iterable[tuple[int, T]], processes: int
 ) -> Iterator[tuple[int, R]]:
-    """Call `function` for every numbered task and yield `(number, result)` as they come.
+    """Call `function` for every numbered task; yield `(number, result)` as each one ends.
 
     Args:
         function: importable, because the processes are started afresh; with one process it is
             called here and may be anything.
-        tasks: asked for only when a process will soon be free.
-        processes: how many.
+        tasks: taken from the iterable only when a process will soon be free.
+        processes: how many work at the same time.
 
     Raises:
         RunError: a process was killed. What `function` raises is raised here, too.

@@ -92,7 +92,7 @@ def write_glyphs(
     Args:
         fonts: folder of font files, also in folders below; empty: those that matplotlib ships.
         out: folder for the two data sets; neither may exist.
-        settings: see `GlyphsConfig`; its `fonts` is not looked at.
+        settings: see `GlyphsConfig`; its `fonts` is not used.
         progress: called with the pictures drawn and the number in all; two passes over them.
         processes: how many draw at the same time.
 
@@ -187,7 +187,7 @@ class _GlyphSamples:
 
 
 class _GlyphDrawing:
-    """Draws with all processes: first everything that there is, then the samples."""
+    """Draws with all processes: first every character of every typeface, then the samples."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class _GlyphDrawing:
         self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
 
     def set_remaining(self, pictures: int) -> None:
-        """So many are still to be drawn."""
+        """Set how many pictures are still to be drawn."""
         self._total = self._done + pictures
 
     def _count(self, pictures: int) -> None:
@@ -252,7 +252,7 @@ class _GlyphDrawing:
         writer.write_all(draw_samples, tars, self._processes, progress)
 
     def _tar(self, rows: _GlyphSamples, chosen: Ints) -> DrawTask:
-        """What a process needs to draw some samples."""
+        """The task for a process that draws some samples."""
         made = [rows.row(number) for number in chosen.tolist()]
         return DrawTask(made, {row.font: self._faces[row.font] for row in made})
 
@@ -286,7 +286,7 @@ def _recorded(settings: GlyphsConfig) -> dict[str, Any]:
 
 
 def _refuse_other_settings(shards: str, settings: GlyphsConfig) -> None:
-    """Old shards must not pass for what the config asks for now."""
+    """Raise UserError if the shards were made with other settings than the config's."""
     made = ShardIndex.load(shards).meta.get("settings")
     if made is None:
         return

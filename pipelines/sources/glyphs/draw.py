@@ -1,6 +1,6 @@
-"""What the processes do that draw glyphs: look through a typeface, or draw the samples of a tar.
+"""The work of processes that draw glyphs: survey a typeface, or draw the samples of a tar.
 
-Free of torch, so that a process is there at once.
+It imports no torch, so that a process starts at once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _open_pen(face: FontFace) -> GlyphPen:
 
 
 def survey_typeface(task: SurveyTask) -> dict[str, Any]:
-    """Draw the characters of a typeface; which of them have a picture, and its fingerprint.
+    """Draw the characters of a typeface, and find which of them have a picture.
 
     Returns:
         What JSON can hold, see `unpack_fingerprints`; and `broken`, how many FreeType cannot draw.

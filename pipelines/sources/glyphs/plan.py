@@ -51,7 +51,7 @@ class GlyphPlan(NamedTuple):
 
 
 class FontCoverage(Protocol):
-    """What the split needs to know of a typeface."""
+    """The properties of a typeface that the split uses."""
 
     name: str
     family: str
@@ -156,9 +156,9 @@ def plan_classes(
 
 
 def _draw_some(numbers: Sequence[int], count: int, purpose: str) -> list[int]:
-    """So many of the numbers, drawn at random; a larger count has those of a smaller one."""
+    """Draw `count` of the numbers at random; a larger count includes those of a smaller one."""
     drawn = stable_permutation(len(numbers), generator(0, purpose))[:count]
-    return [numbers[place] for place in drawn.tolist()]
+    return [numbers[i] for i in drawn.tolist()]
 
 
 def merge_lookalikes(pictures: Mapping[Glyph, bytes]) -> list[list[Glyph]]:

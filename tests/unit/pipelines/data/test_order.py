@@ -33,7 +33,7 @@ def samples(order: SampleOrder, stream: int, start: int, stop: int) -> list[Samp
             (p.shard, i) for p in order.spans(window_slice.window) for i in range(p.start, p.stop)
         ]
         permuted = order.permutation(window_slice.window)
-        assert len(inside) == len(permuted) == window_slice.window.size <= order.window
+        assert len(inside) == len(permuted) == window_slice.window.size <= order.shuffle_window
         shown += [
             (window_slice.window.epoch, *inside[i])
             for i in permuted[window_slice.start : window_slice.stop]
@@ -110,7 +110,7 @@ def test_ranks_and_loader_processes_cannot_be_seen(
 
 
 def test_epochs_seeds_and_streams_are_shuffled_differently() -> None:
-    order = SampleOrder([50] * 8, streams=4, window=32, seed=1)
+    order = SampleOrder([50] * 8, streams=4, shuffle_window=32, seed=1)
     first, second = samples(order, 0, 0, 100), samples(order, 0, 100, 200)
     assert [s[1:] for s in first] != [s[1:] for s in second]
     assert samples(SampleOrder([50] * 8, 4, 32, seed=2), 0, 0, 100) != first
@@ -119,14 +119,14 @@ def test_epochs_seeds_and_streams_are_shuffled_differently() -> None:
 
 
 def test_a_window_mixes_only_its_own_samples() -> None:
-    order = SampleOrder([1000], streams=1, window=100, seed=0)
+    order = SampleOrder([1000], streams=1, shuffle_window=100, seed=0)
     shown = [number for _, _, number in samples(order, 0, 0, 1000)]
     for start in range(0, 1000, 100):
         assert sorted(shown[start : start + 100]) == list(range(start, start + 100))
 
 
 def test_streams_do_not_all_need_a_new_window_in_the_same_step() -> None:
-    order = SampleOrder([6400], streams=64, window=64, seed=0)
+    order = SampleOrder([6400], streams=64, shuffle_window=64, seed=0)
     ends = Counter(
         window_slice.window.start + window_slice.window.size
         for stream in range(64)
@@ -138,7 +138,7 @@ def test_streams_do_not_all_need_a_new_window_in_the_same_step() -> None:
 
 def test_the_order_is_what_it_has_always_been() -> None:
     """A change here means that no old run can be resumed: it needs a very good reason."""
-    order = SampleOrder([100, 7, 0, 93, 200], streams=8, window=16, seed=42)
+    order = SampleOrder([100, 7, 0, 93, 200], streams=8, shuffle_window=16, seed=42)
     shown = [global_batch(order, step, 4, range(8)) for step in range(40)]
     digest = hashlib.sha256(repr(shown).encode()).hexdigest()[:16]
     assert digest == "875148640cfab2da"
@@ -153,4 +153,4 @@ def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
 
 def test_more_streams_than_samples_are_refused() -> None:
     with pytest.raises(UserError, match=r"data\.streams=9: an epoch has 8 samples"):
-        SampleOrder([5, 3], streams=9, window=4, seed=0)
+        SampleOrder([5, 3], streams=9, shuffle_window=4, seed=0)
