@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluate.sets.align import POINTS
+from pipelines.evaluate.sets.align import REFERENCE_LANDMARKS
 
 SUBJECTS, TEMPLATES = 8, 4
 
 
-def write(root: Path, side: int = 40) -> Path:
+def write_ijb_set(root: Path, side: int = 40) -> Path:
     """Faces are coarse patterns, turned and shifted, with their landmarks; returns `root`."""
     rng = np.random.default_rng(0)
     (root / "loose_crop").mkdir(parents=True)
@@ -28,7 +28,7 @@ def write(root: Path, side: int = 40) -> Path:
                     small = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
                     image = small.resize((side, side)).rotate(rng.uniform(-10, 10))
                     image.save(root / "loose_crop" / f"{number}.jpg", quality=95)
-                    marks = POINTS * side / 112 + rng.normal(0, 0.3, (5, 2))
+                    marks = REFERENCE_LANDMARKS * side / 112 + rng.normal(0, 0.3, (5, 2))
                     score = rng.uniform(0.6, 1.0)
                     points.append([f"{number}.jpg", *marks.ravel().round(3), round(score, 4)])
                     identity = 100 + subject * TEMPLATES + template

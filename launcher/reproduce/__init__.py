@@ -1,1 +1,1 @@
-"""Studies of many runs, and the page about their results."""
+"""Studies: sets of runs that are compared, and the page about their results."""

@@ -1,4 +1,4 @@
-"""What `mhe reproduce` trains: runs that share a config and differ in the head and the seed."""
+"""The studies of `mhe reproduce`: runs that share a config and differ in head and seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Variant(NamedTuple):
-    """One thing to compare: its name, what a table calls it, and what it changes in the config."""
+    """A variant of a study: its name, its title in tables, and its overrides of the config."""
 
     name: str
     title: str
@@ -28,15 +28,15 @@ class Study:
 
     Attributes:
         name: of the study.
-        title: heading of its part of the page.
-        text: what is compared on what, for the page.
+        title: heading of its section on the page.
+        text: for the page: what is compared, and on which data.
         config: file in `configs/` that the runs share.
-        variants: what they differ in.
-        seeds: how many seeds by default, counted from 0.
-        typefaces: names in `evaluate.typefaces` of the config, each with what the page calls it;
+        variants: what is compared.
+        seeds: default number of seeds, counted from 0.
+        typefaces: names in `evaluate.typefaces` of the config, each with its title on the page;
             none: the figures of all probes.
-        minutes: of training that a run may take; 0: as the config says.
-        claim: what the page has to judge.
+        minutes: training time of a run; 0: the config decides.
+        claim: a claim that the page checks.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Study:
         """Path of the config."""
         return str(CONFIGS / self.config)
 
-    def chosen(self, only: Sequence[str]) -> list[Variant]:
-        """The variants of these names, all if none is named.
+    def select_variants(self, only: Sequence[str]) -> list[Variant]:
+        """The variants of these names, or all if `only` is empty.
 
         Raises:
             UserError: there is no such variant.
@@ -83,12 +83,12 @@ class PlannedRun(NamedTuple):
 
     @property
     def overrides(self) -> list[str]:
-        """What it changes in the study's config."""
+        """Its overrides of the study's config."""
         return [*self.variant.overrides, f"run.seed={self.seed}", f"run.name={self.name}"]
 
 
 def plan_runs(study: Study, variants: Sequence[Variant], seeds: int) -> Iterator[PlannedRun]:
-    """Every run, seed by seed, so that all heads can be compared after the first one."""
+    """Yield every run, seed by seed, so that all variants can be compared after the first seed."""
     for seed in range(seeds):
         for variant in variants:
             yield PlannedRun(study, variant, seed)
@@ -112,12 +112,21 @@ SMALL = Study(
         _head("partial_fc", "PartialFC 0.1", "kind=partial_fc", "partial_fc.rate=0.1"),
         _head("mhs_own", "MHS {60;100} own", "kind=mhs", "mhs.length=100", "mhs.negatives=own"),
         _head(
-            *("mhs_own_plus", "MHS {60;100} own + 5", "kind=mhs", "mhs.length=100"),
-            *("mhs.negatives=own_plus", "mhs.extra_heads=5"),
+            "mhs_own_plus",
+            "MHS {60;100} own + 5",
+            "kind=mhs",
+            "mhs.length=100",
+            "mhs.negatives=own_plus",
+            "mhs.extra_heads=5",
         ),
         _head(
-            *("mhs_batch", "MHS {600;10} batch", "kind=mhs", "mhs.length=10"),
-            *("mhs.exchange=gather", "mhs.negatives=batch", "mhs.extra_heads=0"),
+            "mhs_batch",
+            "MHS {600;10} batch",
+            "kind=mhs",
+            "mhs.length=10",
+            "mhs.exchange=gather",
+            "mhs.negatives=batch",
+            "mhs.extra_heads=0",
         ),
         _head("mhp", "MHP {78;77}", "kind=mhp"),
         _head("mhc", "MHC {78;77}", "kind=mhc"),
@@ -125,7 +134,12 @@ SMALL = Study(
     seeds=3,
     typefaces=(("wenkai", "LXGW WenKai, easy"), ("brush", "Kouzan brush, hard")),
     claim=Claim(
-        *("mhs_own_plus", "full"), easy="wenkai", points=0.3, hard="brush", alike="partial_fc"
+        variant="mhs_own_plus",
+        reference="full",
+        easy="wenkai",
+        points=0.3,
+        hard="brush",
+        control="partial_fc",
     ),
 )
 
@@ -146,7 +160,7 @@ FULL = Study(
     minutes=30.0,
 )
 
-_CODES = {"10_10": "[10,10]", "4_5_5": "[4,5,5]"}
+_LENGTHS = {"10_10": "[10,10]", "4_5_5": "[4,5,5]"}
 
 PAPER = Study(
     name="paper100",
@@ -162,11 +176,13 @@ PAPER = Study(
         _head("one_hot", "one-hot", "kind=full"),
         *(
             _head(
-                *(f"{kind}_{code}", f"{kind.upper()} {{{code.replace('_', ';')}}}"),
-                *(f"kind={kind}", f"{kind}.lengths={lengths}"),
+                f"{kind}_{name}",
+                f"{kind.upper()} {{{name.replace('_', ';')}}}",
+                f"kind={kind}",
+                f"{kind}.lengths={lengths}",
             )
             for kind in ("mhp", "mhc")
-            for code, lengths in _CODES.items()
+            for name, lengths in _LENGTHS.items()
         ),
         _head("mhs_10_10", "MHS {10;10} own + 3", "kind=mhs", "mhs.length=10"),
         _head("mhs_4_5_5", "MHS {4;5;5} own + 3", "kind=mhs", "mhs.length=5"),

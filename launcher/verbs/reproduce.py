@@ -1,4 +1,4 @@
-"""`mhe reproduce`: the comparisons of docs/results.md, from one command each."""
+"""`mhe reproduce`: each comparison of docs/results.md by one command."""
 
 from __future__ import annotations
 
@@ -10,14 +10,8 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight.checks import (
-    check_backbone,
-    check_data,
-    refuse_changed_config,
-)
-from launcher.preflight.predict import (
-    CostPrediction,
-)
+from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.predict import CostPrediction
 from launcher.reproduce.page import compare_variants, write_study_page
 from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
 from launcher.terminal import console
@@ -31,39 +25,37 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import read_run_config, read_summary
 
-SHARE = 0.9  # of the minutes that training may take; the rest is what a trial does not foresee
+TIME_SHARE = 0.9  # of the available minutes; the rest is for what a trial does not predict
 
 Name = Enum("Name", {name: name for name in STUDIES}, type=str)  # type: ignore[misc]
 
 
 def reproduce(
-    study: Annotated[Name, typer.Argument(help="Which comparison.")],
+    study: Annotated[Name, typer.Argument(help="The comparison.")],
     overrides: Overrides = None,
     seeds: Annotated[
         int, typer.Option(min=0, help="Seeds of each variant; 0: as many as the study has.")
     ] = 0,
-    only: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Train these variants alone; others stay.")
-    ] = "",
+    only: Annotated[str, typer.Option(metavar="NAME,...", help="Train these variants only.")] = "",
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Or only write the page of what is there.")
+        bool, typer.Option("--train/--no-train", help="Without training, only the page is written.")
     ] = True,
     out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/reproduce",
-    page: Annotated[str, typer.Option(help="The page; pictures go beside it.")] = "docs/results.md",
+    page: Annotated[str, typer.Option(help="The page; plots go beside it.")] = "docs/results.md",
 ) -> None:
-    """Train every variant of a comparison, and write the page with tables and pictures.
+    """Train every variant of a comparison, and write a page with tables and plots.
 
-    small: 6,000 classes under seven heads, three seeds each. full: more than 80,000 classes, two
-    heads, half an hour each. paper100: the paper's heads at 100 classes. Each run is one of
-    `mhe train`, with a name of its own in the output folder. The same command goes on where it
-    was interrupted, and keeps what is complete; the page is written after every run.
+    small: 6,000 classes, seven heads, three seeds each. full: more than 80,000 classes, two heads,
+    half an hour each. paper100: the paper's heads at 100 classes. Each run is an ordinary run of
+    `mhe train` with a name of its own in the output folder. After an interruption the same command
+    continues and keeps complete runs. The page is written after every run.
 
     Example: mhe reproduce small --only full,mhs_own_plus --seeds 1
     """
     chosen = STUDIES[study.value]
     names = [name.strip() for name in only.split(",")] if only else []
     count = seeds or chosen.seeds
-    plans = list(plan_runs(chosen, chosen.chosen(names), count))
+    plans = list(plan_runs(chosen, chosen.select_variants(names), count))
     configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
     written = write_study_page(page, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
@@ -82,10 +74,10 @@ def reproduce(
 
 
 def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
-    """The config of a run; `overrides` are those of the command line, for all runs.
+    """The config of a run; `overrides` are those of the command line for all runs.
 
     Raises:
-        UserError: a mistake in them, or a run of that name was begun with other settings.
+        UserError: an override is wrong, or the run was begun with other settings.
     """
     words = [*plan.overrides, *overrides, f"run.dir={out}"]
     config = load_config(plan.study.file, words, [check_data, check_backbone])
@@ -97,7 +89,7 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
 
 
 def _train(config: Config, minutes: float) -> None:
-    """Train a run to its end, if it is not complete."""
+    """Train a run to its end, unless it is complete."""
     summary = read_summary(config.run.path)
     if summary is None:
         if minutes and not config.train.max_steps:
@@ -108,10 +100,10 @@ def _train(config: Config, minutes: float) -> None:
 
 
 def _steps_in(minutes: float, config: Config) -> int:
-    """How many steps of a run take that long, as a trial of all workers predicts."""
+    """Number of steps that a run takes in that time, as a trial of all workers predicts."""
     with convert.resumable(), ProgressDisplay() as display:
         execute.make_data(config, display)
-        display.waiting("trying some steps, to see how far the time goes")
+        display.waiting("trying some steps, to see how many the time allows")
         found = preflight_verb.check(config, preflight_verb.here(config, True), True)
     if found is None:
         raise UserError(f"data.shards={config.data.shards}: nothing is there to try steps on")
@@ -124,5 +116,5 @@ def _steps_in(minutes: float, config: Config) -> int:
 
 
 def steps_in(seconds: float, found: CostPrediction) -> int:
-    """Steps that fit in that time, with some to spare."""
-    return max(1, int(SHARE * seconds / found.step_s))
+    """Number of steps that fit into that time, with a reserve."""
+    return max(1, int(TIME_SHARE * seconds / found.step_s))

@@ -1,4 +1,4 @@
-"""`mhe export`, `mhe embed`, `mhe report`: what others need of a run."""
+"""`mhe export`, `mhe embed`, `mhe report`, `mhe sync`: the results of a run, for others to use."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import RunName, busy, join
+from launcher.verbs.evaluate.shared import RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking import factory as tracking
 from pipelines.runs.folder import find_run, read_run_config
 
 PARITY_IMAGES = 64
-SHOWN = 20  # images that were left out
+MAX_SHOWN = 20  # images that were left out and are named
 
 
 class Format(str, Enum):
-    """What a backbone can be exported as."""
+    """A format of an exported backbone."""
 
     TIMM = "timm"
     ONNX = "onnx"
@@ -27,12 +27,14 @@ class Format(str, Enum):
     MLFLOW = "mlflow"
 
 
-USUAL = [Format.TIMM, Format.ONNX]
+DEFAULT_FORMATS = [Format.TIMM, Format.ONNX]
 
 
 def export(
     run: RunName,
-    to: Annotated[list[Format], typer.Option(help="Format; repeat it for several.")] = USUAL,
+    to: Annotated[
+        list[Format], typer.Option(help="Format; repeat it for several.")
+    ] = DEFAULT_FORMATS,
     out: Annotated[
         str, typer.Option(help="Folder for the files; export/ of the run if left out.")
     ] = "",
@@ -44,11 +46,11 @@ def export(
         bool, typer.Option("--normalize", help="Embeddings of length 1 (not in the timm folder).")
     ] = False,
 ) -> None:
-    """Export the backbone of a run's newest checkpoint, and compare what was written with it.
+    """Export the backbone of a run's newest checkpoint, and compare the files with it.
 
     timm makes a folder for timm.create_model('local-dir:...', pretrained=True), onnx a file for
     ONNX Runtime, torch-export a program for torch.export.load, mlflow a model that mlflow models
-    predict and serve; the batch size is free. Works while the run goes on, too, and for any of its
+    predict and serve; the batch size is free. Works during the run, too, and for any of its
     checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
     Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
@@ -58,24 +60,28 @@ def export(
     from mhe_dist.backbone.export import ExportOptions, write_export
     from pipelines.runs.trained import load_trained_backbone
 
-    found = load_trained_backbone(run)
-    folder = out.rstrip("/") or f"{found.path}/export"
-    size = found.config.data.image_size
+    backbone = load_trained_backbone(run)
+    folder = out.rstrip("/") or f"{backbone.path}/export"
+    size = backbone.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
-    console.say(f"From {escape(found.checkpoint)}:")
+    console.say(f"From {escape(backbone.checkpoint)}:")
     for name in dict.fromkeys(to):
         with console.out.status(f"writing {name.value} into {folder}"):
             path, difference = write_export(
-                *(name.value, found.model, found.config, folder, images),
+                name.value,
+                backbone.model,
+                backbone.config,
+                folder,
+                images,
                 ExportOptions(opset, fp16, normalize),
             )
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     if normalize and Format.TIMM in to:
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
-    console.list_commands("Next", _uses(to, folder))
+    console.list_commands("Next", _next_steps(to, folder))
 
 
-def _uses(to: list[Format], folder: str) -> list[tuple[str, str]]:
+def _next_steps(to: list[Format], folder: str) -> list[tuple[str, str]]:
     load = {
         Format.TIMM: f"import timm; timm.create_model('local-dir:{folder}/timm', pretrained=True)",
         Format.ONNX: f"import onnxruntime; onnxruntime.InferenceSession('{folder}/backbone.onnx')",
@@ -102,23 +108,28 @@ def embed(
 
     Example: mhe embed quickstart --images photos --out photos.npz
     """
-    from pipelines.evaluate import embed as embedding
+    from pipelines.evaluate.embed import write_embeddings
     from pipelines.runs.trained import load_trained_backbone
 
-    topology = join()
-    found = load_trained_backbone(run, topology.device)
-    with busy(topology, f"embedding {images}"):
-        written = embedding.write(
-            *(found.embed, images.rstrip("/"), out, topology, found.config.data.image_size),
-            *(flip, normalize),
+    topology = join_ranks()
+    backbone = load_trained_backbone(run, topology.device)
+    with spinner(topology, f"embedding {images}"):
+        written = write_embeddings(
+            backbone.embed,
+            images.rstrip("/"),
+            out,
+            topology,
+            backbone.config.data.image_size,
+            flip,
+            normalize,
         )
     if written is None:
         return
     console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
-    for path in written.skipped[:SHOWN]:
+    for path in written.skipped[:MAX_SHOWN]:
         console.say(f"[yellow]left out:[/] {escape(path)}")
-    if len(written.skipped) > SHOWN:
-        console.say(f"[yellow]and {len(written.skipped) - SHOWN:,} more[/]")
+    if len(written.skipped) > MAX_SHOWN:
+        console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
     load = f"import numpy; numpy.load('{out}')['embeddings']"
     console.list_commands("Next", [("use them", f'python -c "{load}"')])
 
@@ -129,24 +140,24 @@ def report(
 ) -> None:
     """Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.
 
-    It needs no network and no other file. Works while the run goes on, too.
+    The page needs no network and no other file. Works during the run, too.
 
     Example: mhe report quickstart --out quickstart.html
     """
-    from pipelines.report import html as page
+    from pipelines.report.html import write_run_page
 
     path = find_run(run.rstrip("/"))
     target = out or f"{path}/report.html"
     with console.out.status(f"drawing {escape(path)}"):
-        sections = page.write(path, target)
+        sections = write_run_page(path, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
     console.list_commands("Next", [("see it", f"python -m webbrowser {target}")])
 
 
 def sync(run: RunName) -> None:
-    """Send the metrics of a run that did not reach MLflow, because it was down when the run ended.
+    """Send the metrics of a run to MLflow that did not reach it, because it was down at the end.
 
-    A run that goes on sends them by itself.
+    A run that is still going sends them by itself.
 
     Example: mhe sync quickstart
     """

@@ -1,1 +1,1 @@
-"""Evaluation protocols on embeddings."""
+"""Evaluation protocols: which images are embedded, and which embeddings are compared."""

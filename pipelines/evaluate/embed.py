@@ -1,4 +1,4 @@
-"""Images to a file of embeddings."""
+"""Embeds images and writes the embeddings to a file."""
 
 from __future__ import annotations
 
@@ -9,69 +9,69 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalised
-from pipelines.evaluate.sets import image_files
+from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalize_embeddings
+from pipelines.evaluate.sets.image_files import ImageFiles, list_images
 from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.storage.urls import atomic_write
 
 
-class Written(NamedTuple):
-    """What is in the file, and the paths of images that could not be read."""
+class EmbeddingsFile(NamedTuple):
+    """Size of a written file, and the paths of images that could not be read."""
 
     rows: int
     dim: int
     skipped: list[str]
 
 
-def write(
+def write_embeddings(
     embed: Embed,
     source: str,
     out: str,
     topology: Topology,
-    side: int,
+    image_size: int,
     flip: bool = False,
-    normalise: bool = False,
-) -> Written | None:
+    normalize: bool = False,
+) -> EmbeddingsFile | None:
     """Embed a folder of images, or a set of shards, into an `.npz` file; all ranks must call.
 
     The file holds `embeddings` float32 `[N, D]` and, of a folder, `paths` `[N]` below it, sorted;
-    of shards, `labels` int64 `[N]` in the order of the index. A file that is no image is left out
-    and named; a bad sample of a shard is an error.
+    of shards, `labels` int64 `[N]` in the order of the index. A file that cannot be decoded is left
+    out and named; a bad sample of a shard is an error.
 
     Args:
         embed: see `embeddings.Embed`.
         source: folder or URL.
         out: path or URL of the file.
-        topology, side, flip: see `embeddings.embed_images`.
-        normalise: bring the embeddings to length 1.
+        topology, image_size, flip: see `embeddings.embed_images`.
+        normalize: scale the embeddings to length 1.
 
     Returns:
-        What was written, on rank 0; None elsewhere.
+        Size of the file on rank 0, None elsewhere.
 
     Raises:
         UserError: there is no image.
     """
     if index_exists(source):
         images: Any = ShardImages(ShardIndex.load(source))
-        marks = images.labels
+        labels_or_bad = images.labels
     else:
-        images = image_files.every(source, skip_bad=True)
-        marks = images.bad
-    rows = embed_images(embed, images, topology, side, flip)
-    if topology.world_size > 1:  # each rank has marked its own images
-        dist.reduce(marks, 0, group=topology.host_group)
+        images = list_images(source, skip_bad=True)
+        labels_or_bad = images.bad
+    rows = embed_images(embed, images, topology, image_size, flip)
+    if topology.world_size > 1:  # each rank knows those of the images that it read
+        dist.reduce(labels_or_bad, 0, group=topology.host_group)
     if rows is None:
         return None
-    found: dict[str, npt.NDArray[Any]] = {"embeddings": rows, "labels": marks.numpy()}
+    arrays: dict[str, npt.NDArray[Any]] = {"embeddings": rows, "labels": labels_or_bad.numpy()}
     skipped: list[str] = []
-    if isinstance(images, image_files.ImageFiles):
-        good = marks.numpy() == 0
+    if isinstance(images, ImageFiles):
+        good = labels_or_bad.numpy() == 0
         paths = np.array(images.paths)
         skipped = paths[~good].tolist()
-        found = {"embeddings": rows[good], "paths": paths[good]}
-    if normalise:
-        found["embeddings"] = normalised(found["embeddings"]).astype(np.float32)
+        arrays = {"embeddings": rows[good], "paths": paths[good]}
+    if normalize:
+        arrays["embeddings"] = normalize_embeddings(arrays["embeddings"]).astype(np.float32)
     with atomic_write(out) as stream:
-        np.savez(stream, **found)  # type: ignore[arg-type]
-    number, dim = found["embeddings"].shape
-    return Written(number, dim, skipped)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+    number, dim = arrays["embeddings"].shape
+    return EmbeddingsFile(number, dim, skipped)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from pipelines.data.sequential import read_in_order
-from pipelines.evaluate.sets import image_files
+from pipelines.evaluate.sets.image_files import folder_labels, list_images
 from pipelines.shards.index import ShardIndex, index_exists
 
-BLOCK: Final = 128  # images of one call of `embed`
+BLOCK: Final = 128  # images per call of `embed`
 
 log = logging.getLogger(__name__)
 
@@ -46,21 +46,21 @@ class EmbeddedSet(NamedTuple):
 
 
 class Images(Protocol):
-    """Images that are read by their numbers."""
+    """Images that can be read by number."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of images."""
 
-    def read(self, start: int, stop: int, side: int) -> Tensor:
-        """The images `[start, stop)`, uint8 `[n, 3, side, side]`."""
+    def read(self, start: int, stop: int, image_size: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, image_size, image_size]`."""
 
 
 def embed_images(
     embed: Embed,
     images: Images,
     topology: Topology,
-    side: int,
+    image_size: int,
     flip: bool = False,
     block: int = BLOCK,
 ) -> npt.NDArray[np.float32] | None:
@@ -69,32 +69,31 @@ def embed_images(
     Rank 0 holds the result and one block of each rank, whatever the number of images.
 
     Args:
-        embed: called by every rank equally often (ZeRO 3 communicates in it), always with `block`
+        embed: every rank calls it equally often (ZeRO 3 communicates in it), always with `block`
             images.
         images: the same on all ranks.
         topology: the ranks; each embeds a contiguous range of blocks.
-        side: to which images are brought.
+        image_size: width and height that images are resized to.
         flip: add the embedding of the mirrored image (docs/formats.md section 2: the raw sum).
-        block: images of one call; part of what the result is, so no setting of a run.
+        block: images per call. The result depends on it, so it is no setting of a run.
 
     Returns:
-        float32 `[count, D]` with their norms on rank 0, None elsewhere: they can be many, and one
-        copy on a node is enough.
+        float32 `[count, D]` with their norms on rank 0, None elsewhere: the result can be large.
     """
     rounds = math.ceil(math.ceil(images.count / block) / topology.world_size)
     out: npt.NDArray[np.float32] | None = None
-    for turn in range(rounds):
-        start = (topology.rank * rounds + turn) * block
-        pixels = _block(images, start, block, side)
+    for number in range(rounds):
+        start = (topology.rank * rounds + number) * block
+        pixels = _read_block(images, start, block, image_size)
         rows = embed(pixels)
         if flip:
             rows = rows + embed(pixels.flip(-1))
-        for rank, part in _gather(rows.detach().float().cpu(), topology):
+        for rank, part in _gather_rows(rows.detach().float().cpu(), topology):
             if out is None:
                 out = np.empty((images.count, part.shape[1]), np.float32)
-            place = (rank * rounds + turn) * block
-            if place < images.count:
-                out[place : place + block] = part[: images.count - place].numpy()
+            begin = (rank * rounds + number) * block
+            if begin < images.count:
+                out[begin : begin + block] = part[: images.count - begin].numpy()
     return out
 
 
@@ -113,39 +112,46 @@ def embed_set(
     """
     images = ShardImages(index)
     rows = embed_images(embed, images, topology, image_size, flip, block)
-    if topology.world_size > 1:  # each rank has seen the labels of its images
+    if topology.world_size > 1:  # each rank knows the labels of the images that it read
         dist.reduce(images.labels, 0, group=topology.host_group)
     if rows is None:
         return None
     labels = images.labels.numpy()
-    return EmbeddedSet(rows, labels, roles(index, labels))
+    return EmbeddedSet(rows, labels, gallery_mask(index, labels))
 
 
 class ShardImages:
-    """The images of a shard set in the order of its index, and the labels that were met."""
+    """The images of a shard set in the order of its index, and the labels of those read so far."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index, self.count = index, index.samples
         self.labels = torch.zeros(index.samples, dtype=torch.int64)
 
-    def read(self, start: int, stop: int, side: int) -> Tensor:
-        """See `Images`; takes down the labels."""
-        images, self.labels[start:stop], _ = read_in_order(self.index, start, stop, side)
+    def read(self, start: int, stop: int, image_size: int) -> Tensor:
+        """See `Images.read`; also stores the labels."""
+        images, self.labels[start:stop], _ = read_in_order(self.index, start, stop, image_size)
         return images
 
 
-def roles(index: ShardIndex, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Who is enrolled: the samples that `index.meta["gallery"]` numbers, or each class's first."""
+def gallery_mask(index: ShardIndex, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """bool `[N]`: enrolled. Those in `index.meta["gallery"]`, else the first of each class."""
     enrolled = index.meta.get("gallery")
     if enrolled is None:
-        enrolled = np.unique(labels, return_index=True)[1]
+        return first_of_each_class(labels)
     gallery = np.zeros(len(labels), bool)
     gallery[np.asarray(enrolled, np.int64)] = True
     return gallery
 
 
+def first_of_each_class(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """bool `[N]`: the first sample of each class."""
+    first = np.zeros(len(labels), bool)
+    first[np.unique(labels, return_index=True)[1]] = True
+    return first
+
+
 def embed_labelled(
-    embed: Embed, source: str, topology: Topology, side: int, flip: bool = False
+    embed: Embed, source: str, topology: Topology, image_size: int, flip: bool = False
 ) -> EmbeddedSet | None:
     """Embed a set of shards, or a folder that holds a folder of images for each class.
 
@@ -158,22 +164,20 @@ def embed_labelled(
         UserError: `source` is neither.
     """
     if index_exists(source):
-        return embed_set(embed, ShardIndex.load(source), topology, side, flip)
-    files = image_files.every(source)
-    labels = image_files.classes(files)
-    rows = embed_images(embed, files, topology, side, flip)
+        return embed_set(embed, ShardIndex.load(source), topology, image_size, flip)
+    files = list_images(source)
+    labels = folder_labels(files)
+    rows = embed_images(embed, files, topology, image_size, flip)
     if rows is None:
         return None
-    gallery = np.zeros(len(labels), bool)
-    gallery[np.unique(labels, return_index=True)[1]] = True
-    return EmbeddedSet(rows, labels, gallery)
+    return EmbeddedSet(rows, labels, first_of_each_class(labels))
 
 
-def normalised(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """float64 `[N, D]` of length 1.
+def normalize_embeddings(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Scale each row to length 1; float64 `[N, D]`.
 
-    A row of zeros stays one. So does, with a warning, a row that is not finite: it is then as close
-    to one class as to any other, and ties count against the model.
+    A row of zeros stays zero. A row that is not finite becomes zero, with a warning: it is then
+    equally close to all classes, and ties count against the model.
     """
     rows = embeddings.astype(np.float64)
     broken = ~np.isfinite(rows).all(axis=1)
@@ -184,17 +188,17 @@ def normalised(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return rows / np.where(norms > 0, norms, 1.0)
 
 
-def _block(images: Images, start: int, block: int, side: int) -> Tensor:
-    """A block, padded with black images; beyond the set it is all padding."""
+def _read_block(images: Images, start: int, block: int, image_size: int) -> Tensor:
+    """A block of images, padded with black ones; beyond the set it is all padding."""
     stop = min(start + block, images.count)
-    pixels = torch.zeros(block, 3, side, side, dtype=torch.uint8)
+    pixels = torch.zeros(block, 3, image_size, image_size, dtype=torch.uint8)
     if start < stop:
-        pixels[: stop - start] = images.read(start, stop, side)
+        pixels[: stop - start] = images.read(start, stop, image_size)
     return pixels
 
 
-def _gather(rows: Tensor, topology: Topology) -> Iterator[tuple[int, Tensor]]:
-    """The rows of each rank, on rank 0."""
+def _gather_rows(rows: Tensor, topology: Topology) -> Iterator[tuple[int, Tensor]]:
+    """Yield (rank, its rows) on rank 0."""
     if topology.world_size == 1:
         yield topology.rank, rows
         return

@@ -1,4 +1,4 @@
-"""The evaluation of a run: unseen classes, verified 1:1 and identified 1:N."""
+"""Evaluation on held-out classes: verification 1:1 and identification 1:N."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from mhe_dist.config.schema import Config
+from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, EmbeddedSet, embed_set, normalised
-from pipelines.evaluate.metrics.identification import Comparison, compare
+from pipelines.evaluate.embeddings import Embed, EmbeddedSet, embed_set, normalize_embeddings
+from pipelines.evaluate.metrics.identification import Identification, identify
 from pipelines.evaluate.metrics.pair_sampling import draw_pairs, squared_distances
-from pipelines.evaluate.metrics.roc import FARS, far_name
-from pipelines.evaluate.metrics.verification import accuracy
+from pipelines.evaluate.metrics.roc import FARS, tar_name
+from pipelines.evaluate.metrics.verification import ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
 
 RANKS: Final = (1, 5)
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
         metrics: name -> value, on every rank.
-        details: arrays for pictures, on rank 0 (empty elsewhere): `far`, `tar` of the ROC;
-            `probes` `[P]`, `nearest` `[P, k]` sample numbers in the set, `right` bool `[P, k]`.
+        details: arrays for plots, on rank 0 (empty elsewhere): `far`, `tar` of the ROC;
+            `probes` `[P]`, `nearest` `[P, k]` sample numbers in the set, `right` bool `[P, k]`:
+            whether a neighbour is of the probe's class.
     """
 
     metrics: dict[str, float]
@@ -42,84 +43,85 @@ class Evaluation(NamedTuple):
         np.savez_compressed(path, **self.details)  # type: ignore[arg-type]
 
 
-def evaluate(embed: Embed, config: Config, topology: Topology) -> dict[str, float]:
-    """The metrics of `run`; all ranks must call."""
-    return run(embed, config, topology).metrics
-
-
-def run(embed: Embed, config: Config, topology: Topology) -> Evaluation:
-    """Evaluate on `config.evaluate.shards`; all ranks must call and all get the metrics.
+def evaluate_heldout(
+    embed: Embed, settings: EvaluateConfig, image_size: int, seed: int, topology: Topology
+) -> Evaluation:
+    """Evaluate on the shards `settings.shards`; all ranks must call, and all get the metrics.
 
     The metrics are `rank1`, `rank5` (share of probes whose class is among the k best of the
     gallery), `chance` (of rank1), `accuracy` and `accuracy_std` (ten folds of drawn pairs),
     `tar@far=1e-2` and so on (all pairs of gallery and probe, at the lowest threshold whose FAR does
     not exceed the target), and the sizes `probes`, `gallery`, `pairs`, `impostors`. For each name
-    in `config.evaluate.typefaces` there are `name/rank1`, `name/tar@far=1e-2` and so on,
-    `name/probes`: those of its typefaces against the whole gallery.
+    in `settings.typefaces` there are `name/rank1`, `name/tar@far=1e-2` and so on, and
+    `name/probes`: the figures of the probes in its typefaces against the whole gallery.
 
     Args:
         embed: see `embeddings.Embed`.
-        config: of the run; `evaluate`, `data.image_size` and `run.seed` are looked at.
+        settings: `evaluate` of the config.
+        image_size: of the images in pixels.
+        seed: of the drawn pairs.
         topology: the ranks.
 
     Raises:
         UserError: there is no such set, or it is too small to evaluate on.
     """
-    index = ShardIndex.load(config.evaluate.shards)
-    found = embed_set(embed, index, topology, config.data.image_size, config.evaluate.flip)
+    index = ShardIndex.load(settings.shards)
+    embedded = embed_set(embed, index, topology, image_size, settings.flip)
     result, message = Evaluation({}, {}), ""
-    if found is not None:
+    if embedded is not None:
         try:
-            result = _score(found, config, index)
+            result = _evaluate_embedded(embedded, settings, seed, index)
         except UserError as error:
-            # Told to the others, who would wait for the metrics until their timeout.
-            message = f"{config.evaluate.shards}: {error}"
-    metrics, message = from_first((result.metrics, message), topology)
+            # Sent to the other ranks, which would wait for the metrics until their timeout.
+            message = f"{settings.shards}: {error}"
+    metrics, message = broadcast_from_first((result.metrics, message), topology)
     if message:
         raise UserError(message)
     return Evaluation(metrics, result.details)
 
 
-def from_first(value: Any, topology: Topology) -> Any:
-    """Rank 0's value, on every rank."""
+def broadcast_from_first(value: Any, topology: Topology) -> Any:
+    """Return rank 0's value on every rank."""
     box = [value]
     if topology.world_size > 1:
         dist.broadcast_object_list(box, src=0, group=topology.host_group)
     return box[0]
 
 
-def _score(found: EmbeddedSet, config: Config, index: ShardIndex) -> Evaluation:
-    rows = normalised(found.embeddings)
-    pairs = draw_pairs(found.labels, config.evaluate.pairs, config.run.seed)
-    folds = accuracy(squared_distances(rows, pairs), pairs.same)
-    gallery, probes = np.flatnonzero(found.gallery), np.flatnonzero(~found.gallery)
-    result = compare(rows[gallery], found.labels[gallery], rows[probes], found.labels[probes])
-    metrics = _figures(result)
+def _evaluate_embedded(
+    embedded: EmbeddedSet, settings: EvaluateConfig, seed: int, index: ShardIndex
+) -> Evaluation:
+    rows, labels = normalize_embeddings(embedded.embeddings), embedded.labels
+    pairs = draw_pairs(labels, settings.pairs, seed)
+    folds = ten_fold_accuracy(squared_distances(rows, pairs), pairs.same)
+    gallery, probes = np.flatnonzero(embedded.gallery), np.flatnonzero(~embedded.gallery)
+    result = identify(rows[gallery], labels[gallery], rows[probes], labels[probes])
+    metrics = _identification_metrics(result)
     metrics |= {"chance": result.chance(1), "accuracy": folds.mean, "accuracy_std": folds.std}
     sizes = {"probes": probes, "gallery": gallery, "pairs": pairs.same}
     metrics |= {name: float(len(numbers)) for name, numbers in sizes.items()}
-    metrics["impostors"] = float(result.pairs.impostors)
-    for name, some in _of_typefaces(config.evaluate.typefaces, index, probes):
-        part = compare(rows[gallery], found.labels[gallery], rows[some], found.labels[some])
-        metrics |= {f"{name}/{key}": value for key, value in _figures(part).items()}
-        metrics[f"{name}/probes"] = float(len(some))
-    far, tar = result.pairs.curve(0.1)
+    metrics["impostors"] = float(result.roc.impostors)
+    for name, chosen in _probes_by_typeface(settings.typefaces, index, probes):
+        part = identify(rows[gallery], labels[gallery], rows[chosen], labels[chosen])
+        metrics |= {f"{name}/{key}": value for key, value in _identification_metrics(part).items()}
+        metrics[f"{name}/probes"] = float(len(chosen))
+    far, tar = result.roc.curve(0.1)
     roc = {"far": far, "tar": tar}
-    return Evaluation(metrics, roc | _neighbours(result, found.labels, gallery, probes))
+    return Evaluation(metrics, roc | _neighbours(result, labels, gallery, probes))
 
 
-def _figures(result: Comparison) -> dict[str, float]:
+def _identification_metrics(result: Identification) -> dict[str, float]:
     ranks = {f"rank{k}": result.rank(k) for k in RANKS}
-    return ranks | {far_name(far): result.pairs.tar(far) for far in FARS}
+    return ranks | {tar_name(far): result.roc.tar(far) for far in FARS}
 
 
-def _of_typefaces(
+def _probes_by_typeface(
     patterns: dict[str, str], index: ShardIndex, probes: npt.NDArray[np.int64]
 ) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
-    """For each name, the probes in the typefaces of its pattern.
+    """Yield each name, and the probes in the typefaces that match its pattern.
 
     Raises:
-        UserError: the set does not say its typefaces, or no probe is in one of a pattern.
+        UserError: the set does not name its typefaces, or no probe matches a pattern.
     """
     if not patterns:
         return
@@ -129,19 +131,19 @@ def _of_typefaces(
         )
     fonts, font = index.meta["fonts"], np.asarray(index.meta["font"], np.int64)[probes]
     for name, pattern in patterns.items():
-        wanted = [n for n, file in enumerate(fonts) if fnmatch(file.partition("#")[0], pattern)]
-        some = probes[np.isin(font, wanted)]
-        if not len(some):
+        matching = [n for n, file in enumerate(fonts) if fnmatch(file.partition("#")[0], pattern)]
+        chosen = probes[np.isin(font, matching)]
+        if not len(chosen):
             known = ", ".join(fonts[n] for n in np.unique(font))
             raise UserError(
                 f"evaluate.typefaces.{name}={pattern}: no probe is in such a typeface; "
                 f"there are {known}"
             )
-        yield name, some
+        yield name, chosen
 
 
 def _neighbours(
-    result: Comparison,
+    result: Identification,
     labels: npt.NDArray[np.int64],
     gallery: npt.NDArray[np.int64],
     probes: npt.NDArray[np.int64],

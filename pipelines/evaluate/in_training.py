@@ -1,36 +1,45 @@
-"""What a run is evaluated on while it trains: held-out shards, verification sets, or both."""
+"""Evaluation while a run trains: held-out shards, verification sets, or both."""
 
 from __future__ import annotations
 
-from mhe_dist.config.schema import Config
+from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate import heldout
 from pipelines.evaluate.embeddings import Embed
-from pipelines.evaluate.heldout import Evaluation
-from pipelines.evaluate.pair_sets import load_bins, verify
+from pipelines.evaluate.heldout import Evaluation, broadcast_from_first, evaluate_heldout
+from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 
 
-def wanted(config: Config) -> bool:
+def has_evaluation(settings: EvaluateConfig) -> bool:
     """Whether the config asks for an evaluation."""
-    return bool(config.evaluate.shards or config.evaluate.verification)
+    return bool(settings.shards or settings.verification)
 
 
-def run(embed: Embed, config: Config, topology: Topology) -> Evaluation:
-    """Evaluate on everything that the config names; all ranks must call and all get the metrics.
+def evaluate_in_training(
+    embed: Embed, settings: EvaluateConfig, image_size: int, seed: int, topology: Topology
+) -> Evaluation:
+    """Evaluate on everything that the config names; all ranks must call, and all get the metrics.
 
-    Beside the metrics of `heldout.run` there are `lfw/accuracy` and so on for each `.bin` set. All
-    ranks embed; what the first one does alone takes milliseconds, so there is no bootstrap here
-    (`mhe evaluate verification` has it).
+    In addition to the metrics of `evaluate_heldout` there are `lfw/accuracy` and so on for each
+    `.bin` set. All ranks embed. Rank 0 computes the figures alone while the others wait; this takes
+    milliseconds, because the bootstrap is left out (`mhe evaluate verification` computes it).
+
+    Args:
+        embed: see `embeddings.Embed`.
+        settings: `evaluate` of the config.
+        image_size: of the images in pixels.
+        seed: of the drawn pairs of the held-out shards.
+        topology: the ranks.
 
     Raises:
         UserError: a set cannot be used.
     """
-    found = Evaluation({}, {})
-    if config.evaluate.shards:
-        found = heldout.run(embed, config, topology)
-    if not config.evaluate.verification:
-        return found
-    sets = load_bins(config.evaluate.verification)
-    results = verify(embed, sets, topology, config.data.image_size, with_intervals=False)
-    figures = {name: value for each in results for name, value in each.flat().items()}
-    return Evaluation(found.metrics | heldout.from_first(figures, topology), found.details)
+    evaluation = Evaluation({}, {})
+    if settings.shards:
+        evaluation = evaluate_heldout(embed, settings, image_size, seed, topology)
+    if not settings.verification:
+        return evaluation
+    sets = read_bin_sets(settings.verification)
+    results = verify_pair_sets(embed, sets, topology, image_size, with_intervals=False)
+    metrics = {name: value for each in results for name, value in each.named_metrics().items()}
+    metrics = broadcast_from_first(metrics, topology)
+    return Evaluation(evaluation.metrics | metrics, evaluation.details)

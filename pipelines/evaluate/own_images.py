@@ -1,4 +1,4 @@
-"""A user's own images, identified 1:N, and compared all with all."""
+"""A user's own images: identification 1:N, and verification over all pairs."""
 
 from __future__ import annotations
 
@@ -6,42 +6,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate.embeddings import Embed, embed_labelled, normalised
-from pipelines.evaluate.metrics.all_pairs import compare_all
-from pipelines.evaluate.metrics.identification import compare
-from pipelines.evaluate.metrics.roc import FARS, Floats, far_name
+from pipelines.evaluate.embeddings import Embed, embed_labelled, normalize_embeddings
+from pipelines.evaluate.metrics.all_pairs import compare_all_pairs
+from pipelines.evaluate.metrics.identification import identify
+from pipelines.evaluate.metrics.roc import FARS, Floats, tar_name
 
 
 @dataclass(frozen=True)
-class OwnImages:
-    """What was found on a user's images.
+class OwnImagesResult:
+    """The figures of a user's images.
 
     Attributes:
         metrics: `rank1`, `rank5`, `chance`, `tar@far=...` of gallery-probe pairs, sizes, and
             `all/tar@far=...` of all pairs.
-        beyond: FARs of all pairs that were asked for and would take too much memory.
+        skipped_fars: requested FARs of all pairs that would take too much memory.
         roc: FAR and TAR of the gallery-probe pairs.
     """
 
     metrics: dict[str, float]
-    beyond: list[float]
+    skipped_fars: list[float]
     roc: tuple[Floats, Floats]
 
 
-def evaluate(
+def identify_own_images(
     embed: Embed,
     source: str,
     topology: Topology,
-    side: int,
+    image_size: int,
     flip: bool = True,
     all_pairs_fars: Sequence[float] = (),
-) -> OwnImages | None:
-    """Embed labelled images, look the probes up in the gallery; all ranks must call.
+) -> OwnImagesResult | None:
+    """Embed labelled images and look the probes up in the gallery; all ranks must call.
 
     Args:
-        embed, topology, side, flip: see `embeddings.embed_images`.
+        embed, topology, image_size, flip: see `embeddings.embed_images`.
         source: see `embeddings.embed_labelled`.
-        all_pairs_fars: FARs for `all_pairs.compare_all`.
+        all_pairs_fars: FARs for `all_pairs.compare_all_pairs`; none: all pairs are not compared.
 
     Returns:
         The result on rank 0, None elsewhere.
@@ -49,18 +49,18 @@ def evaluate(
     Raises:
         UserError: there is nothing to compare.
     """
-    found = embed_labelled(embed, source, topology, side, flip)
+    found = embed_labelled(embed, source, topology, image_size, flip)
     if found is None:
         return None
-    rows, labels, gallery = normalised(found.embeddings), found.labels, found.gallery
-    result = compare(rows[gallery], labels[gallery], rows[~gallery], labels[~gallery])
+    rows, labels, gallery = normalize_embeddings(found.embeddings), found.labels, found.gallery
+    result = identify(rows[gallery], labels[gallery], rows[~gallery], labels[~gallery])
     metrics = {f"rank{k}": result.rank(k) for k in (1, 5)} | {"chance": result.chance(1)}
-    metrics |= {far_name(far): result.pairs.tar(far) for far in FARS}
+    metrics |= {tar_name(far): result.roc.tar(far) for far in FARS}
     metrics |= {"gallery": float(gallery.sum()), "probes": float((~gallery).sum())}
-    beyond: list[float] = []
+    skipped_fars: list[float] = []
     if all_pairs_fars:
-        every = compare_all(rows, labels, all_pairs_fars)
-        metrics |= {f"all/{far_name(far)}": tar for far, tar in every.tar.items()}
+        every = compare_all_pairs(rows, labels, all_pairs_fars)
+        metrics |= {f"all/{tar_name(far)}": tar for far, tar in every.tar.items()}
         metrics |= {"genuine": float(every.genuine), "impostors": float(every.impostors)}
-        beyond = every.beyond
-    return OwnImages(metrics, beyond, result.pairs.curve(0.1))
+        skipped_fars = every.skipped_fars
+    return OwnImagesResult(metrics, skipped_fars, result.roc.curve(0.1))

@@ -1,4 +1,4 @@
-"""Sets of image pairs, verified 1:1: InsightFace's `.bin` files, and pairs that a table names."""
+"""Verification 1:1 on sets of image pairs: InsightFace's `.bin` files, and CSV tables of pairs."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ import numpy as np
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, Images, embed_images, normalised
-from pipelines.evaluate.metrics.bootstrap import Interval, interval
-from pipelines.evaluate.metrics.pair_sampling import Pairs, squared_distances
-from pipelines.evaluate.metrics.roc import far_name
+from pipelines.evaluate.embeddings import Embed, Images, embed_images, normalize_embeddings
+from pipelines.evaluate.metrics.bootstrap import Interval, bootstrap_interval
+from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
+from pipelines.evaluate.metrics.roc import tar_name
 from pipelines.evaluate.metrics.verification import (
     FOLDS,
     Bools,
     Floats,
-    accuracy,
-    curve,
     fold_slices,
+    roc_curve,
     tar_at_far,
+    ten_fold_accuracy,
 )
 from pipelines.evaluate.sets.image_files import read_pairs
-from pipelines.evaluate.sets.insightface_bin import read_bin
+from pipelines.evaluate.sets.insightface_bin import read_verification_bin
 
 FARS: Final = (1e-2, 1e-3)
 
 
 class PairSet(NamedTuple):
-    """Images, and which of them are compared.
+    """Images, and the pairs of them that are compared.
 
     Attributes:
-        name: what the set is called in results.
+        name: of the set in the results.
         images: all of its images.
         pairs: numbers of images.
     """
 
     name: str
     images: Images
-    pairs: Pairs
+    pairs: SamplePairs
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What the ten-fold protocol found on a set (docs/formats.md section 2).
+class PairSetResult:
+    """The figures of the ten-fold protocol on a set (docs/formats.md section 2).
 
     Attributes:
         name: of the set.
@@ -64,32 +64,32 @@ class Verified:
     intervals: dict[str, Interval]
     roc: tuple[Floats, Floats]
 
-    def flat(self) -> dict[str, float]:
-        """Every figure under a name of its own, as trackers want it."""
+    def named_metrics(self) -> dict[str, float]:
+        """Every figure under a name of its own, as trackers take it."""
         figures = {f"{self.name}/{key}": value for key, value in self.metrics.items()}
         for key, (low, high) in self.intervals.items():
             figures |= {f"{self.name}/{key}_low": low, f"{self.name}/{key}_high": high}
         return figures
 
-    def plain(self) -> dict[str, Any]:
-        """The figures as JSON holds them, without the curve."""
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON can hold them, without the curve."""
         return {"pairs": self.pairs, **self.metrics} | {
             f"{key}_interval": list(value) for key, value in self.intervals.items()
         }
 
 
-def load_bins(paths: Sequence[str]) -> list[PairSet]:
+def read_bin_sets(paths: Sequence[str]) -> list[PairSet]:
     """Read `.bin` files; each is named by its file.
 
     Raises:
-        UserError: see `verification_bin.read_bin` and `refuse_unbalanced`; or two files have one
+        UserError: see `read_verification_bin` and `refuse_unbalanced`; or two files have the same
             name.
     """
     sets = []
     for path in paths:
-        found = read_bin(path)
+        found = read_verification_bin(path)
         first = np.arange(0, found.count, 2)
-        pairs = Pairs(first, first + 1, found.same)
+        pairs = SamplePairs(first, first + 1, found.same)
         refuse_unbalanced(path, pairs)
         sets.append(PairSet(PurePosixPath(path).stem, found, pairs))
     names = [each.name for each in sets]
@@ -98,63 +98,65 @@ def load_bins(paths: Sequence[str]) -> list[PairSet]:
     return sets
 
 
-def load_table(table: str, root: str) -> PairSet:
-    """Pairs of a CSV file (`image_files.read_pairs`), named by the file.
+def read_table_set(table: str, root: str) -> PairSet:
+    """Read the pairs of a CSV file (`image_files.read_pairs`); the set is named by the file.
 
     Raises:
         UserError: see `read_pairs` and `refuse_unbalanced`.
     """
     files, first, second, same = read_pairs(table, root)
-    pairs = Pairs(first, second, same)
+    pairs = SamplePairs(first, second, same)
     refuse_unbalanced(table, pairs)
     return PairSet(PurePosixPath(table).stem, files, pairs)
 
 
-def verify(
+def verify_pair_sets(
     embed: Embed,
     sets: Sequence[PairSet],
     topology: Topology,
-    side: int,
+    image_size: int,
     flip: bool = True,
     with_intervals: bool = True,
-) -> list[Verified]:
+) -> list[PairSetResult]:
     """Embed and score the sets, one after the other; all ranks must call.
 
     Args:
         embed: see `embeddings.Embed`.
         sets: the same on all ranks.
         topology: the ranks; the result does not depend on their number.
-        side: of the images in pixels.
+        image_size: of the images in pixels.
         flip: add the embedding of the mirrored image, as the protocol does.
-        with_intervals: bootstrap too, which takes seconds of rank 0.
+        with_intervals: compute bootstrap intervals too, which takes seconds on rank 0.
 
     Returns:
-        a result for each set on rank 0; nothing elsewhere.
+        A result for each set on rank 0, an empty list elsewhere.
     """
     results = []
     for each in sets:
-        rows = embed_images(embed, each.images, topology, side, flip)
+        rows = embed_images(embed, each.images, topology, image_size, flip)
         if rows is not None:
-            distances = squared_distances(normalised(rows), each.pairs)
-            results.append(score(each.name, distances, each.pairs.same, with_intervals))
+            distances = squared_distances(normalize_embeddings(rows), each.pairs)
+            results.append(score_pairs(each.name, distances, each.pairs.same, with_intervals))
     return results
 
 
-def score(name: str, distances: Floats, same: Bools, with_intervals: bool = True) -> Verified:
-    """The figures of a set from the squared distances of its pairs, `[P]`; see `verify`."""
-    folds = accuracy(distances, same)
+def score_pairs(
+    name: str, distances: Floats, same: Bools, with_intervals: bool = True
+) -> PairSetResult:
+    """The figures of a set from the squared distances of its pairs, `[P]`."""
+    folds = ten_fold_accuracy(distances, same)
     metrics = {"accuracy": folds.mean, "accuracy_std": folds.std}
     metrics["threshold"] = float(folds.thresholds.mean())
-    metrics |= {far_name(far): tar_at_far(distances, same, far).tar for far in FARS}
+    metrics |= {tar_name(far): tar_at_far(distances, same, far).tar for far in FARS}
     intervals = {}
     if with_intervals:
-        intervals = {"accuracy": interval(_accuracy, distances, same)}
+        intervals = {"accuracy": bootstrap_interval(_accuracy, distances, same)}
         for far in FARS:
-            intervals[far_name(far)] = interval(partial(_tar, far=far), distances, same)
-    return Verified(name, len(same), metrics, intervals, curve(distances, same))
+            intervals[tar_name(far)] = bootstrap_interval(partial(_tar, far=far), distances, same)
+    return PairSetResult(name, len(same), metrics, intervals, roc_curve(distances, same))
 
 
-def refuse_unbalanced(name: str, pairs: Pairs) -> None:
+def refuse_unbalanced(name: str, pairs: SamplePairs) -> None:
     """Refuse pairs that the protocol cannot score.
 
     Raises:
@@ -170,7 +172,7 @@ def refuse_unbalanced(name: str, pairs: Pairs) -> None:
 
 
 def _accuracy(distances: Floats, same: Bools) -> float:
-    return accuracy(distances, same).mean
+    return ten_fold_accuracy(distances, same).mean
 
 
 def _tar(distances: Floats, same: Bools, far: float) -> float:

@@ -1,4 +1,4 @@
-"""Is a backbone good for another task? Simple classifiers on its embeddings, by scikit-learn."""
+"""How good a backbone is for another task: simple classifiers on its embeddings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, embed_labelled, normalised
+from pipelines.evaluate.embeddings import Embed, embed_labelled, normalize_embeddings
 
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -17,40 +17,42 @@ Ints = npt.NDArray[np.int64]
 TEST_SHARE = 0.2
 
 
-def evaluate(
-    embed: Embed, source: str, test: str, topology: Topology, side: int, k: int = 20
+def probe_images(
+    embed: Embed, source: str, test: str, topology: Topology, image_size: int, k: int = 20
 ) -> dict[str, float] | None:
-    """Embed labelled images and probe; all ranks must call.
+    """Embed labelled images and probe the embeddings; all ranks must call.
 
     Args:
         embed: see `embeddings.Embed`.
         source: shards or a folder per class (`embeddings.embed_labelled`).
         test: the same, with the same classes; empty: a fifth of each class of `source`.
-        topology, side: see `embeddings.embed_images`.
-        k: see `probe`.
+        topology, image_size: see `embeddings.embed_images`.
+        k: see `probe_embeddings`.
 
     Returns:
         The accuracies on rank 0, None elsewhere.
     """
-    found = embed_labelled(embed, source, topology, side)
-    other = embed_labelled(embed, test, topology, side) if test else None
+    found = embed_labelled(embed, source, topology, image_size)
+    other = embed_labelled(embed, test, topology, image_size) if test else None
     if found is None:
         return None
     rows, labels = found.embeddings, found.labels
     if other is not None:
-        return probe(rows, labels, other.embeddings, other.labels, k)
-    fitted, seen = split(labels)
-    return probe(rows[fitted], labels[fitted], rows[seen], labels[seen], k)
+        return probe_embeddings(rows, labels, other.embeddings, other.labels, k)
+    train_rows, test_rows = split_by_class(labels)
+    return probe_embeddings(
+        rows[train_rows], labels[train_rows], rows[test_rows], labels[test_rows], k
+    )
 
 
-def probe(
+def probe_embeddings(
     train: Rows, train_labels: Ints, test: Rows, test_labels: Ints, k: int = 20
 ) -> dict[str, float]:
-    """Accuracy on the test rows of classifiers that were fitted on the others.
+    """Accuracy on the test rows of classifiers that were fitted to the training rows.
 
     `knn` is the majority of the k nearest by the cosine; `linear` is logistic regression on
-    standardised embeddings of length 1 (L2 penalty, C = 1); `majority` names the most frequent
-    class, whatever it sees.
+    standardised embeddings of length 1 (L2 penalty, C = 1); `majority` always answers with the
+    most frequent class.
 
     Args:
         train, test: embeddings `[N, D]`, `[M, D]`.
@@ -73,14 +75,14 @@ def probe(
         "linear": make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
         "majority": DummyClassifier(),
     }
-    fitted, seen = normalised(train), normalised(test)
+    train_rows, test_rows = normalize_embeddings(train), normalize_embeddings(test)
     return {
-        name: float(model.fit(fitted, train_labels).score(seen, test_labels))
+        name: float(model.fit(train_rows, train_labels).score(test_rows, test_labels))
         for name, model in models.items()
     }
 
 
-def split(labels: Ints) -> tuple[Ints, Ints]:
+def split_by_class(labels: Ints) -> tuple[Ints, Ints]:
     """Numbers of the training and of the test samples: a fifth of each class, always the same.
 
     Raises:

@@ -21,7 +21,7 @@ from pipelines.data import bad_samples
 from pipelines.data.sequential import read_in_order
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain.run import Run
-from pipelines.report import plots as report
+from pipelines.report.plots import draw_plots
 from pipelines.shards.index import ShardIndex
 
 PARITY_IMAGES = 64
@@ -82,7 +82,7 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     if evaluation.details:
         evaluation.save(folder / "evaluation.npz")
         run.tracker.artifact(str(folder / "evaluation.npz"))
-    report.draw(str(folder), run.config)
+    draw_plots(str(folder), run.config.evaluate.shards, run.config.data.image_size)
     run.tracker.artifact(str(folder / "plots"))
     run.tracker.artifact(str(folder / "config.yaml"))
     if run.bad_samples.total.count:

@@ -30,8 +30,8 @@ from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Ask, Loop, StepInfo
 from pipelines.data.bad_samples import BadSamples, BadSampleTally
 from pipelines.data.mixture import open_training_index, samples_per_epoch
-from pipelines.evaluate import in_training as cadence
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.evaluate.in_training import evaluate_in_training, has_evaluation
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
@@ -122,10 +122,17 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks."""
-        if not cadence.wanted(self.config):
+        config = self.config
+        if not has_evaluation(config.evaluate):
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
-            evaluation = cadence.run(self.engine.embed, self.config, self.topology)
+            evaluation = evaluate_in_training(
+                self.engine.embed,
+                config.evaluate,
+                config.data.image_size,
+                config.run.seed,
+                self.topology,
+            )
         self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation
 

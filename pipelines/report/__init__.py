@@ -1,1 +1,1 @@
-"""Plots and pages about runs, for people to look at."""
+"""Plots and pages about runs, evaluations and data sets."""

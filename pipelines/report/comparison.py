@@ -1,4 +1,4 @@
-"""Runs that differ in one thing, several seeds each: what they reached, and what follows. Pure."""
+"""Compares variants of a run over several seeds: their results, and whether a claim holds. Pure."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pipelines.evaluate.metrics.roc import far_name
+from pipelines.evaluate.metrics.roc import tar_name
 
-RANK1, TAR = "rank1", far_name(1e-4)
+RANK1, TAR = "rank1", tar_name(1e-4)
 
 
 class Outcome(NamedTuple):
-    """What a complete run reached.
+    """The results of a complete run.
 
     Attributes:
         seed: of the run.
         heldout: metrics of its last evaluation, by name.
-        classes_seen: classes in the softmax of a sample, mean over the run.
-        head_s: seconds of a step in the head, median over the run.
+        classes_seen: number of classes in the softmax of a sample, mean over the run.
+        head_s: seconds that a step spends in the head, median over the run.
         memory_gib: largest resident memory of a worker.
         images_per_s: over all workers, while training.
-        train_s: seconds of training, of the last process if it was resumed.
-        steps, epochs: how far it went.
+        train_s: seconds of training; of a resumed run, those since the last resume.
+        steps, epochs: length of the run.
     """
 
     seed: int
@@ -40,7 +40,7 @@ class Outcome(NamedTuple):
     def of(
         cls, seed: int, batch: int, summary: dict[str, Any], records: Sequence[dict[str, Any]]
     ) -> Outcome:
-        """From what a run leaves behind.
+        """Read the results from the files of a run.
 
         Args:
             seed: of the run.
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A figure over seeds: its mean, and the lowest and highest one."""
+    """A figure over seeds: its mean, lowest and highest value."""
 
     mean: float
     low: float
@@ -74,19 +74,19 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of one value or more."""
+        """Of at least one value."""
         return cls(statistics.fmean(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
-class Compared:
-    """All seeds of one variant.
+class VariantResult:
+    """The runs of one variant.
 
     Attributes:
         name: of the variant.
-        title: what a table calls it.
+        title: its name in tables.
         outcomes: of the complete runs, by seed.
-        missing: seeds of the runs that are not complete, each with how far it is.
+        missing: seed -> step that an incomplete run has reached.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Compared:
 
     @property
     def unfinished(self) -> str:
-        """The missing runs in words."""
+        """A description of the missing runs."""
         seeds = [
             f"{seed} (at step {step:,})" if step else f"{seed}"
             for seed, step in self.missing.items()
@@ -104,12 +104,12 @@ class Compared:
         return f"{self.title}: seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
 
     def values(self, metric: str, typeface: str = "") -> list[float]:
-        """A held-out metric of each seed, of all probes or of a typeface."""
+        """A held-out metric of each seed, over all probes or those in a typeface."""
         key = f"{typeface}/{metric}" if typeface else metric
         return [outcome.heldout[key] for outcome in self.outcomes]
 
     def spread(self, metric: str, typeface: str = "") -> Spread:
-        """The same over the seeds."""
+        """`values` as a spread over the seeds."""
         return Spread.of(self.values(metric, typeface))
 
     def mean(self, attribute: str) -> float:
@@ -118,15 +118,15 @@ class Compared:
 
 
 class Claim(NamedTuple):
-    """That one variant does as well as another.
+    """The claim that one variant does as well as another.
 
     Attributes:
-        variant, reference: names of the two.
-        easy: typeface on which rank-1 may be `points` of a percent lower at most.
+        variant, reference: names of the two variants.
+        easy: typeface on which rank-1 may be at most `points` percentage points lower.
         points: see `easy`.
         hard: typeface on which the mean may not be below the lowest seed of the reference.
-        alike: name of a third variant, whose samples meet about as many classes as those of
-            `variant` but other ones; it tells whether a difference comes with their number.
+        control: name of a third variant, whose samples see about as many classes as those of
+            `variant`, chosen in another way. It shows whether their number explains a difference.
     """
 
     variant: str
@@ -134,65 +134,72 @@ class Claim(NamedTuple):
     easy: str
     points: float
     hard: str
-    alike: str = ""
+    control: str = ""
 
-    def judge(self, compared: Sequence[Compared]) -> list[str]:
-        """What the figures say of it: a sentence for each typeface."""
-        found = {each.name: each for each in compared}
-        mine, theirs = found[self.variant], found[self.reference]
-        for each in (mine, theirs):
+    def verdict(self, results: Sequence[VariantResult]) -> list[str]:
+        """Whether the figures support the claim: a sentence for each typeface."""
+        by_name = {each.name: each for each in results}
+        variant, reference = by_name[self.variant], by_name[self.reference]
+        for each in (variant, reference):
             if not each.outcomes:
                 return [f"Not decided yet: no run of {each.title} is complete."]
-        sentences = [self._easy(mine, theirs), self._hard(mine, theirs)]
-        third = found.get(self.alike)
-        if third and third.outcomes and self._below(mine, theirs) > self.points:
-            sentences.append(self._why(third, mine, theirs))
+        sentences = [
+            self._easy_sentence(variant, reference),
+            self._hard_sentence(variant, reference),
+        ]
+        control = by_name.get(self.control)
+        if control and control.outcomes and self._gap(variant, reference) > self.points:
+            sentences.append(self._control_sentence(control, variant, reference))
         return sentences
 
-    def _easy(self, mine: Compared, theirs: Compared) -> str:
-        ours, full = (each.spread(RANK1, self.easy).mean for each in (mine, theirs))
-        below = self._below(mine, theirs)
-        holds = "holds" if below <= self.points else "does **not** hold"
+    def _easy_sentence(self, variant: VariantResult, reference: VariantResult) -> str:
+        ours, full = (each.spread(RANK1, self.easy).mean for each in (variant, reference))
+        gap = self._gap(variant, reference)
+        holds = "holds" if gap <= self.points else "does **not** hold"
         return (
-            f"Rank-1, {self.easy}: {mine.title} {_points(ours)}, {theirs.title} {_points(full)}, a "
-            f"difference of {0 - below:+.2f} points. At most {self.points:g} below: {holds}."
+            f"Rank-1, {self.easy}: {variant.title} {_percent(ours)}, "
+            f"{reference.title} {_percent(full)}, a "
+            f"difference of {0 - gap:+.2f} points. At most {self.points:g} below: {holds}."
         )
 
-    def _why(self, third: Compared, mine: Compared, theirs: Compared) -> str:
-        """Whether who meets as few classes in another way loses as much."""
-        lost, ours = self._below(third, theirs), self._below(mine, theirs)
-        met = ", ".join(
-            f"{each.mean('classes_seen'):,.0f} with {each.title}" for each in (third, mine, theirs)
+    def _control_sentence(
+        self, control: VariantResult, variant: VariantResult, reference: VariantResult
+    ) -> str:
+        """Whether the control, which sees as few classes, is as far below the reference."""
+        control_gap, gap = self._gap(control, reference), self._gap(variant, reference)
+        seen = ", ".join(
+            f"{each.mean('classes_seen'):,.0f} with {each.title}"
+            for each in (control, variant, reference)
         )
         text = (
-            f"Classes that a sample meets: {met}. {third.title} is {lost:.2f} points below "
-            f"{theirs.title} on {self.easy}: "
+            f"Classes that a sample sees: {seen}. "
+            f"{control.title} is {control_gap:.2f} points below {reference.title} on {self.easy}: "
         )
-        if lost >= 0.5 * ours:
+        if control_gap >= 0.5 * gap:
             return text + (
-                "most of the difference comes with meeting fewer classes in as many steps, "
-                "not with how they are chosen."
+                "most of the difference comes from seeing fewer classes in as many steps, "
+                "not from how they are chosen."
             )
-        return text + "meeting fewer classes is not what most of the difference comes with."
+        return text + "seeing fewer classes does not explain most of the difference."
 
-    def _below(self, mine: Compared, theirs: Compared) -> float:
-        """By how many points a variant is below another on the easy typeface."""
-        ours, full = (each.spread(RANK1, self.easy).mean for each in (mine, theirs))
-        return round(100 * (full - ours), 6)  # 0.3 is 0.3, whatever a difference of floats is
+    def _gap(self, variant: VariantResult, reference: VariantResult) -> float:
+        """Percentage points by which a variant is below another on the easy typeface."""
+        ours, full = (each.spread(RANK1, self.easy).mean for each in (variant, reference))
+        return round(100 * (full - ours), 6)  # so that 0.3 is 0.3 after the subtraction
 
-    def _hard(self, mine: Compared, theirs: Compared) -> str:
-        ours, full = (each.spread(RANK1, self.hard) for each in (mine, theirs))
-        seeds = f"from {_points(full.low)} to {_points(full.high)}"
+    def _hard_sentence(self, variant: VariantResult, reference: VariantResult) -> str:
+        ours, full = (each.spread(RANK1, self.hard) for each in (variant, reference))
+        seeds = f"from {_percent(full.low)} to {_percent(full.high)}"
         text = (
-            f"Rank-1, {self.hard}: {mine.title} {_points(ours.mean)}, {theirs.title} "
-            f"{_points(full.mean)}, whose seeds lie {seeds}."
+            f"Rank-1, {self.hard}: {variant.title} {_percent(ours.mean)}, {reference.title} "
+            f"{_percent(full.mean)}, whose seeds lie {seeds}."
         )
-        if len(theirs.outcomes) < 2:
+        if len(reference.outcomes) < 2:
             return f"{text} Within the spread of the seeds: not decided, it takes two seeds."
         holds = "holds" if ours.mean >= full.low else "does **not** hold"
         above = ", above it" if ours.mean > full.high else ""
         return f"{text} Within the spread of the seeds, or above: {holds}{above}."
 
 
-def _points(share: float) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.2f}"

@@ -1,4 +1,4 @@
-"""Comparisons as a page of Markdown with tables and pictures."""
+"""Writes comparisons of runs as a page of Markdown with tables and plots."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from pipelines.report import comparison_plot
-from pipelines.report import figures as pictures
-from pipelines.report.comparison import RANK1, TAR, Claim, Compared, Spread
+from pipelines.report.comparison import RANK1, TAR, Claim, Spread, VariantResult
+from pipelines.report.comparison_plot import draw_comparison
+from pipelines.report.figures import save_figure
 from pipelines.storage.urls import atomic_write
 
 _TOP = """# Results
@@ -16,93 +16,94 @@ _TOP = """# Results
 Written by `mhe reproduce`, not by hand: its next call replaces it.
 
 - rank-1: share of the probes whose own class is the nearest in the gallery.
-- TAR: share of the right gallery-probe pairs above the threshold that at most 1 in 10,000 wrong
-  pairs exceeds (FAR 1e-4). Both in percent: mean over the seeds (lowest to highest).
-- classes seen: in the softmax of a sample, mean over the run.
-- head, ms: time of a step in the head, median over the run. images/s: of all workers together,
-  while training. memory: largest of a worker process, libraries included. minutes: of training,
-  since the last resume where a run was interrupted. Times compare only where the machine had
-  nothing else to do in any of the runs, which nobody checks.
+- TAR: share of the pairs of one class that score above the threshold which at most 1 in 10,000
+  pairs of two classes exceed (FAR 1e-4); pairs of a probe and a gallery entry. Both figures are in
+  percent: mean over the seeds (lowest to highest).
+- classes seen: number of classes in the softmax of a sample, mean over the run.
+- head, ms: time that a step spends in the head, median over the run. images/s: of all workers
+  together, while training. memory: of the largest worker process, libraries included. minutes: of
+  training; of an interrupted run, since the last resume. Times can be compared only if the machine
+  had nothing else to do during any of the runs; this is not checked.
 """
 
 
 @dataclass(frozen=True)
-class Part:
+class ComparisonSection:
     """One comparison on the page.
 
     Attributes:
-        name: of the study; names the picture too.
+        name: of the study; the plot is named by it, too.
         title: heading.
         text: what is compared on what.
-        command: what makes it.
-        compared: a row each.
-        typefaces: (name in the metrics, what the page calls it); none: all probes together.
-        claim: to be judged.
+        command: makes the comparison.
+        results: a row each.
+        typefaces: (name in the metrics, title on the page); none: all probes together.
+        claim: to be checked.
     """
 
     name: str
     title: str
     text: str
     command: str
-    compared: Sequence[Compared]
+    results: Sequence[VariantResult]
     typefaces: Sequence[tuple[str, str]] = ()
     claim: Claim | None = None
 
     @property
     def columns(self) -> Sequence[tuple[str, str]]:
-        """The groups of probes that figures are given for."""
+        """The groups of probes: (name in the metrics, title)."""
         return self.typefaces or [("", "unseen typefaces")]
 
 
-def write(parts: Sequence[Part], page: str) -> list[str]:
-    """Write the page, and beside it a picture for every part that has something to show.
+def write_comparison_page(sections: Sequence[ComparisonSection], page: str) -> list[str]:
+    """Write the page, and beside it a plot for every section that has a complete run.
 
     Args:
-        parts: in their order.
-        page: path or URL of the Markdown file; what is there is replaced.
+        sections: in their order.
+        page: path or URL of the Markdown file; an existing one is replaced.
 
     Returns:
         Paths of the files.
     """
-    written, sections = [page], [_TOP]
+    written, blocks = [page], [_TOP]
     stem = str(PurePath(page).with_suffix("")) if "://" not in page else page.removesuffix(".md")
-    for part in parts:
+    for section in sections:
         picture = ""
-        if any(each.outcomes for each in part.compared):
-            picture = f"{stem}-{part.name}.png"
-            pictures.save(comparison_plot.draw(part.compared, part.columns), picture)
+        if any(each.outcomes for each in section.results):
+            picture = f"{stem}-{section.name}.png"
+            save_figure(draw_comparison(section.results, section.columns), picture)
             written.append(picture)
-        sections.append("\n".join(_section(part, Path(picture).name)))
+        blocks.append("\n".join(_section_lines(section, Path(picture).name)))
     with atomic_write(page) as stream:
-        stream.write("\n".join(sections).encode())
+        stream.write("\n".join(blocks).encode())
     return written
 
 
-def _section(part: Part, picture: str) -> Iterator[str]:
-    yield f"## {part.title}\n"
-    yield f"    {part.command}\n"
-    yield f"{part.text}\n"
-    complete = [each for each in part.compared if each.outcomes]
+def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
+    yield f"## {section.title}\n"
+    yield f"    {section.command}\n"
+    yield f"{section.text}\n"
+    complete = [each for each in section.results if each.outcomes]
     if complete:
         first = complete[0]
-        probes = [(int(first.values("probes", name)[0]), title) for name, title in part.columns]
+        probes = [(int(first.values("probes", name)[0]), title) for name, title in section.columns]
         sizes = ", ".join(f"{count:,} ({title})" for count, title in probes)
         yield f"Probes: {sizes}, against {int(first.values('gallery')[0]):,} enrolled.\n"
-        yield from _table(part, complete)
-        yield f"\n![{part.title}]({picture})\n"
-    if part.claim and complete:
-        yield from (f"- {sentence}" for sentence in part.claim.judge(part.compared))
+        yield from _table(section, complete)
+        yield f"\n![{section.title}]({picture})\n"
+    if section.claim and complete:
+        yield from (f"- {sentence}" for sentence in section.claim.verdict(section.results))
         yield ""
-    missing = [each.unfinished for each in part.compared if each.missing]
+    missing = [each.unfinished for each in section.results if each.missing]
     if missing:
         yield f"Not complete: {'; '.join(missing)}.\n"
 
 
-def _table(part: Part, complete: Sequence[Compared]) -> Iterator[str]:
-    """What was reached, then what it cost."""
-    figures = [f"{title}: {figure}" for _, title in part.columns for figure in ("rank-1", "TAR")]
+def _table(section: ComparisonSection, complete: Sequence[VariantResult]) -> Iterator[str]:
+    """The table of figures, then the table of costs."""
+    cells = [f"{title}: {figure}" for _, title in section.columns for figure in ("rank-1", "TAR")]
     yield from _rows(
-        ["head", "seeds", "classes seen", *figures], [_reached(part, each) for each in complete]
+        ["head", "seeds", "classes seen", *cells], [_reached(section, each) for each in complete]
     )
     yield ""
     costs = ["head", "head, ms", "images/s", "memory, GiB", "steps", "epochs", "minutes"]
@@ -116,14 +117,16 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def _reached(part: Part, each: Compared) -> list[str]:
-    figures = [
-        _percent(each.spread(metric, name)) for name, _ in part.columns for metric in (RANK1, TAR)
+def _reached(section: ComparisonSection, each: VariantResult) -> list[str]:
+    cells = [
+        _percent(each.spread(metric, name))
+        for name, _ in section.columns
+        for metric in (RANK1, TAR)
     ]
-    return [each.title, str(len(each.outcomes)), f"{each.mean('classes_seen'):,.0f}", *figures]
+    return [each.title, str(len(each.outcomes)), f"{each.mean('classes_seen'):,.0f}", *cells]
 
 
-def _cost(each: Compared) -> list[str]:
+def _cost(each: VariantResult) -> list[str]:
     return [
         each.title,
         f"{1000 * each.mean('head_s'):.1f}",

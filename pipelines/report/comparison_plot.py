@@ -1,4 +1,4 @@
-"""Held-out figures of several variants: a point for each seed, a bar for their mean."""
+"""Plots held-out figures of several variants: a point for each seed, a bar for their mean."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.report.comparison import RANK1, TAR, Compared
+from pipelines.report.comparison import RANK1, TAR, VariantResult
 from pipelines.report.plots import BLUE, ORANGE, STYLE
 
 _COLOURS = (BLUE, ORANGE)
 
 
-def draw(compared: Sequence[Compared], columns: Sequence[tuple[str, str]]) -> Figure:
-    """A panel for rank-1 and one for TAR at FAR 1e-4 of each group of probes.
+def draw_comparison(results: Sequence[VariantResult], columns: Sequence[tuple[str, str]]) -> Figure:
+    """Draw a panel for rank-1 and one for TAR at FAR 1e-4, for each group of probes.
 
     Args:
-        compared: a line each, from the top; those without a complete run are left out.
+        results: a line each, from the top; those without a complete run are left out.
         columns: (name of the typeface in the metrics or "", title).
     """
-    shown = [each for each in compared if each.outcomes]
+    shown = [each for each in results if each.outcomes]
     panels = [
         (name, metric, f"{title}\n{label}", colour)
         for (name, title), colour in zip(columns, _COLOURS, strict=False)
@@ -31,7 +31,7 @@ def draw(compared: Sequence[Compared], columns: Sequence[tuple[str, str]]) -> Fi
         figure = Figure(figsize=(2.4 + 2.5 * len(panels), 1.3 + 0.36 * len(shown)))
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for each, (name, metric, title, colour) in zip(axes, panels, strict=True):
-            _panel(each, shown, (name, metric), colour)
+            _draw_panel(each, shown, name, metric, colour)
             each.set_title(title, fontsize=9.5)
         labels = [f"{each.title}  ({each.mean('classes_seen'):,.0f})" for each in shown]
         axes[0].set_yticks(range(len(shown)), labels)
@@ -40,13 +40,14 @@ def draw(compared: Sequence[Compared], columns: Sequence[tuple[str, str]]) -> Fi
     return figure
 
 
-def _panel(axes: Axes, shown: Sequence[Compared], figure: tuple[str, str], colour: str) -> None:
-    """One figure: (typeface, metric)."""
-    typeface, metric = figure
-    for place, each in enumerate(shown):
+def _draw_panel(
+    axes: Axes, shown: Sequence[VariantResult], typeface: str, metric: str, colour: str
+) -> None:
+    """Draw one metric of the probes in a typeface."""
+    for row, each in enumerate(shown):
         values = [100 * value for value in each.values(metric, typeface)]
         mean = 100 * each.spread(metric, typeface).mean
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5)
-        axes.plot([mean], [place], "|", color=colour, markersize=15, markeredgewidth=2.2)
+        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.45, markersize=5)
+        axes.plot([mean], [row], "|", color=colour, markersize=15, markeredgewidth=2.2)
     axes.margins(x=0.12, y=0.12)
     axes.grid(axis="y", visible=False)

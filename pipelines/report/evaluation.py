@@ -1,4 +1,4 @@
-"""Keeps what an evaluation found: JSON and a picture beside the run, and the same in MLflow."""
+"""Saves the results of an evaluation: JSON and a ROC beside the run, and both in MLflow."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from matplotlib.figure import Figure
 
 from mhe_dist.tracking.append import append
 from mhe_dist.tracking.base import Metrics
-from pipelines.report import figures as pictures
+from pipelines.report.figures import save_figure
 from pipelines.report.plots import STYLE
 from pipelines.storage.urls import atomic_write, resolve_url
 
-FOLDER = "evaluation"
+EVALUATION_FOLDER = "evaluation"
 
 Curves = Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 """Name -> FAR and TAR, both `[n]`."""
 
 
-def write(run: str, name: str, results: Any, curves: Curves, title: str) -> list[str]:
+def save_evaluation(run: str, name: str, results: Any, curves: Curves, title: str) -> list[str]:
     """Write `<run>/evaluation/<name>.json` and, if there are curves, `<name>.png`.
 
     Args:
         run: folder or URL of the run.
-        name: of the evaluation; what an earlier one of that name left is replaced.
-        results: what JSON can hold.
+        name: of the evaluation; the files of an earlier one of that name are replaced.
+        results: any value that JSON can hold.
         curves: ROC curves.
-        title: of the picture.
+        title: of the plot.
 
     Returns:
         Paths of the files.
     """
-    place = f"{run}/{FOLDER}/{name}"
-    with atomic_write(f"{place}.json") as stream:
+    stem = f"{run}/{EVALUATION_FOLDER}/{name}"
+    with atomic_write(f"{stem}.json") as stream:
         stream.write(json.dumps(results, indent=2).encode())
     if not curves:
-        return [f"{place}.json"]
-    pictures.save(roc_figure(curves, title), f"{place}.png")
-    return [f"{place}.json", f"{place}.png"]
+        return [f"{stem}.json"]
+    save_figure(draw_roc(curves, title), f"{stem}.png")
+    return [f"{stem}.json", f"{stem}.png"]
 
 
-def to_mlflow(uri: str, run_id: str, step: int, metrics: Metrics, files: list[str]) -> None:
-    """Add the figures and the files, wherever they lie, to the run in MLflow.
+def log_evaluation(uri: str, run_id: str, step: int, metrics: Metrics, files: list[str]) -> None:
+    """Add metrics, and files at any path or URL, to the run in MLflow.
 
     Raises:
         RunError: MLflow cannot be reached, or refuses.
@@ -59,11 +59,11 @@ def to_mlflow(uri: str, run_id: str, step: int, metrics: Metrics, files: list[st
             filesystem, path = resolve_url(url)
             local.append(f"{folder}/{PurePosixPath(path).name}")
             filesystem.get_file(path, local[-1])
-        append(uri, run_id, step, metrics, local, FOLDER)
+        append(uri, run_id, step, metrics, local, EVALUATION_FOLDER)
 
 
-def roc_figure(curves: Curves, title: str) -> Figure:
-    """TAR over FAR, a line for each name."""
+def draw_roc(curves: Curves, title: str) -> Figure:
+    """Draw TAR over FAR, a line for each name."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.2))
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""A run on one HTML page that needs no network: figures, curves, restarts, faults, settings."""
+"""Writes one HTML page about a run that needs no network: figures, curves, restarts, settings."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
-from pipelines.report import evaluation as keep
-from pipelines.report import plots as report
+from pipelines.report.evaluation import EVALUATION_FOLDER
+from pipelines.report.plots import HELDOUT, Records, draw_plots
 from pipelines.storage.urls import atomic_write, resolve_url
 
 _PICTURES: Final = {
@@ -29,22 +29,22 @@ _PICTURES: Final = {
     "heldout": ("Unseen classes", "Held-out figures over the training, and the ROC of the last"),
     "neighbours": ("Nearest neighbours", "Probes of unseen classes, the gallery's nearest entries"),
 }
-_FAULT: Final = re.compile(r"bad sample: (?P<place>.*?): (?P<reason>.*)")
-_MOST_FAULTS: Final = 50
+_BAD_SAMPLE: Final = re.compile(r"bad sample: (?P<sample>.*?): (?P<reason>.*)")
+_MAX_BAD_SAMPLES: Final = 50
 _RESTART: Final = ("restarts", "restart_lost_steps", "restart_seconds")
 
 
 @dataclass
 class Picture:
-    """A PNG in base64, and what it shows."""
+    """A PNG in base64, and the text that describes it."""
 
     alt: str
     data: str
 
 
 @dataclass
-class Section:
-    """A part of the page; what is empty is left out."""
+class PageSection:
+    """A section of the page; the template leaves out what is empty."""
 
     title: str
     text: str = ""
@@ -56,12 +56,12 @@ class Section:
     narrow: bool = False
 
 
-def write(run: str, out: str) -> list[str]:
+def write_run_page(run: str, out: str) -> list[str]:
     """Write the page of a run, complete or not, from its records alone.
 
     Args:
         run: folder or URL of the run.
-        out: path or URL of the page; what is there is replaced.
+        out: path or URL of the page; an existing file is replaced.
 
     Returns:
         Titles of its sections.
@@ -69,16 +69,16 @@ def write(run: str, out: str) -> list[str]:
     Raises:
         UserError: there is no run, or its records are damaged.
     """
-    config = stored_config(yaml.safe_load(_bytes(f"{run}/config.yaml") or b"{}"))
+    config = stored_config(yaml.safe_load(_read_bytes(f"{run}/config.yaml") or b"{}"))
     records = read_records(f"{run}/metrics.jsonl")
-    summary = json.loads(_bytes(f"{run}/summary.json") or b"{}")
+    summary = json.loads(_read_bytes(f"{run}/summary.json") or b"{}")
     sections = [
-        *_pictures(run, config),
-        *_evaluations(run),
-        *_exports(summary),
-        _restarts(records),
-        _faults(run),
-        _settings(config),
+        *_picture_sections(run, config),
+        *_evaluation_sections(run),
+        *_export_sections(summary),
+        _restarts_section(records),
+        _bad_samples_section(run),
+        _settings_section(config),
     ]
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -97,20 +97,20 @@ def write(run: str, out: str) -> list[str]:
     return [section.title for section in sections]
 
 
-def _subtitle(config: Config, records: report.Records, summary: dict[str, Any]) -> str:
+def _subtitle(config: Config, records: Records, summary: dict[str, Any]) -> str:
     data = f"{summary['classes']:,} classes, {summary['samples']:,} images; " if summary else ""
     state = "complete" if summary else f"under way or interrupted, {_steps(records):,} steps so far"
     return f"{data}{config.model.name} under {config.head.kind}, {config.head.margin.kind}; {state}"
 
 
-def _steps(records: report.Records) -> int:
+def _steps(records: Records) -> int:
     return max((record["step"] + 1 for record in records if "loss" in record), default=0)
 
 
-def _tiles(records: report.Records, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The figures that matter, as (name, value)."""
+def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The most important figures, as (name, value)."""
     heldout = {key[8:]: value for r in records for key, value in r.items() if key[:8] == "heldout/"}
-    for key, name in report.HELDOUT:
+    for key, name in HELDOUT:
         if key in heldout:
             yield f"{name}, unseen classes", f"{heldout[key]:.1%}"
     if "chance" in heldout:
@@ -130,31 +130,32 @@ def _tiles(records: report.Records, summary: dict[str, Any]) -> Iterator[tuple[s
         yield "minutes in all", f"{sum(summary['phases'].values()) / 60:.1f}"
 
 
-def _pictures(run: str, config: Config) -> Iterator[Section]:
-    """The pictures that `mhe train` draws too, drawn again from the records."""
+def _picture_sections(run: str, config: Config) -> Iterator[PageSection]:
+    """The plots that `mhe train` draws too, drawn again from the records."""
     with TemporaryDirectory() as folder:
         for name in ("metrics.jsonl", "evaluation.npz"):
-            if (content := _bytes(f"{run}/{name}")) is not None:
+            if (content := _read_bytes(f"{run}/{name}")) is not None:
                 Path(folder, name).write_bytes(content)
-        drawn = {path.stem: path for path in report.draw(folder, config)}
+        paths = draw_plots(folder, config.evaluate.shards, config.data.image_size)
+        drawn = {path.stem: path for path in paths}
         for name, (title, text) in _PICTURES.items():
             if name in drawn:
-                yield Section(title, text, [_picture(title, drawn[name].read_bytes())])
+                yield PageSection(title, text, [_picture(title, drawn[name].read_bytes())])
 
 
-def _evaluations(run: str) -> Iterator[Section]:
-    """What `mhe evaluate` left beside the run."""
-    filesystem, path = resolve_url(f"{run}/{keep.FOLDER}")
+def _evaluation_sections(run: str) -> Iterator[PageSection]:
+    """The results that `mhe evaluate` saved beside the run."""
+    filesystem, path = resolve_url(f"{run}/{EVALUATION_FOLDER}")
     if not filesystem.isdir(path):
         return
     for name in sorted(filesystem.glob(f"{path}/*.json")):
-        found = json.loads(filesystem.cat_file(name))
+        saved = json.loads(filesystem.cat_file(name))
         stem = name.rpartition("/")[2].removesuffix(".json")
-        drawn = _bytes(f"{run}/{keep.FOLDER}/{stem}.png")
-        rows = [[key, _shown(value)] for key, value in _flat(found["results"])]
-        yield Section(
+        drawn = _read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png")
+        rows = [[key, _format_value(value)] for key, value in _flatten(saved["results"])]
+        yield PageSection(
             f"Evaluation: {stem}",
-            f"Checkpoint of step {found['step']:,}",
+            f"Checkpoint of step {saved['step']:,}",
             [_picture(f"ROC of {stem}", drawn)] if drawn else [],
             ["figure", "value"],
             rows,
@@ -162,62 +163,68 @@ def _evaluations(run: str) -> Iterator[Section]:
         )
 
 
-def _exports(summary: dict[str, Any]) -> Iterator[Section]:
+def _export_sections(summary: dict[str, Any]) -> Iterator[PageSection]:
     exports = summary.get("exports") or {}
     rows = [[name, e["path"], f"{e['max_difference']:.1e}"] for name, e in exports.items()]
     if rows:
         head = ["format", "path", "largest difference from the trained model"]
-        yield Section("Exported backbone", "", [], head, rows)
+        yield PageSection("Exported backbone", "", [], head, rows)
 
 
-def _restarts(records: report.Records) -> Section:
+def _restarts_section(records: Records) -> PageSection:
     rows = [
-        [f"{record['step'] + 1:,}", *(_shown(record.get(key, "")) for key in _RESTART)]
+        [f"{record['step'] + 1:,}", *(_format_value(record.get(key, "")) for key in _RESTART)]
         for record in records
         if any(key in record for key in _RESTART)
     ]
     head = ["step", "restarts so far", "steps done again", "seconds until the next step"]
-    return Section("Restarts", "" if rows else "None is recorded.", [], head if rows else [], rows)
-
-
-def _faults(run: str) -> Section:
-    """Bad samples, from the logs of the ranks: each place once."""
-    found: dict[str, str] = {}
-    filesystem, path = resolve_url(f"{run}/logs")
-    for name in sorted(filesystem.glob(f"{path}/rank_*.log")):
-        for match in _FAULT.finditer(filesystem.cat_file(name).decode(errors="replace")):
-            found[match["place"]] = match["reason"]
-    rows = [[place, reason] for place, reason in list(found.items())[:_MOST_FAULTS]]
-    text = f"{len(found):,} samples could not be used." if found else "None is in the logs."
-    if len(found) > _MOST_FAULTS:
-        text += f" The first {_MOST_FAULTS}:"
-    return Section("Bad samples", text, [], ["place", "reason"] if rows else [], rows)
-
-
-def _settings(config: Config) -> Section:
-    """What differs from the defaults as a table, everything as YAML."""
-    rows = [
-        [entry.path, _shown(entry.value)]
-        for entry in describe_config(config)
-        if entry.value != entry.default
-    ]
-    return Section(
-        *("Settings", "What differs from the defaults:", [], ["key", "value"], rows),
-        *("all settings", config_to_yaml(config)),
+    return PageSection(
+        "Restarts", "" if rows else "None is recorded.", [], head if rows else [], rows
     )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _bad_samples_section(run: str) -> PageSection:
+    """Bad samples from the logs of the ranks, each sample once."""
+    reasons: dict[str, str] = {}
+    filesystem, path = resolve_url(f"{run}/logs")
+    for name in sorted(filesystem.glob(f"{path}/rank_*.log")):
+        for match in _BAD_SAMPLE.finditer(filesystem.cat_file(name).decode(errors="replace")):
+            reasons[match["sample"]] = match["reason"]
+    rows = [[sample, reason] for sample, reason in list(reasons.items())[:_MAX_BAD_SAMPLES]]
+    text = f"{len(reasons):,} samples could not be used." if reasons else "None is in the logs."
+    if len(reasons) > _MAX_BAD_SAMPLES:
+        text += f" The first {_MAX_BAD_SAMPLES}:"
+    return PageSection("Bad samples", text, [], ["sample", "reason"] if rows else [], rows)
+
+
+def _settings_section(config: Config) -> PageSection:
+    """The settings that differ from the defaults as a table, and all of them as YAML."""
+    rows = [
+        [entry.path, _format_value(entry.value)]
+        for entry in describe_config(config)
+        if entry.value != entry.default
+    ]
+    return PageSection(
+        title="Settings",
+        text="What differs from the defaults:",
+        head=["key", "value"],
+        rows=rows,
+        summary="all settings",
+        pre=config_to_yaml(config),
+    )
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key} ")
+            yield from _flatten(value, f"{prefix}{key} ")
         else:
             yield f"{prefix}{key}", value
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_format_value, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.5g}"
     return f"{value:,}" if type(value) is int else str(value)
@@ -227,6 +234,6 @@ def _picture(alt: str, content: bytes) -> Picture:
     return Picture(alt, base64.b64encode(content).decode())
 
 
-def _bytes(url: str) -> bytes | None:
+def _read_bytes(url: str) -> bytes | None:
     filesystem, path = resolve_url(url)
     return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None

@@ -1,6 +1,6 @@
-"""Pictures of a run, from its records alone: curves, ROC, nearest neighbours.
+"""Plots of a run, from its records alone: curves, ROC, nearest neighbours.
 
-`draw` needs the run's folder (`metrics.jsonl`, `evaluation.npz`) and, for the neighbours, the
+`draw_plots` needs the run's folder (`metrics.jsonl`, `evaluation.npz`) and, for the neighbours, the
 held-out shards; so a report can be made again long after the run.
 """
 
@@ -18,10 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mhe_dist.config.schema import Config
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
-from pipelines.report.contact_sheet import neighbours
+from pipelines.report.contact_sheet import draw_neighbours
 from pipelines.shards.index import index_exists
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
@@ -61,54 +60,61 @@ Arrays = dict[str, npt.NDArray[Any]]
 Panel = Callable[[Axes], None]
 
 
-def draw(folder: str, config: Config) -> list[Path]:
-    """Draw everything that the records of a run allow into `<folder>/plots`.
+def draw_plots(folder: str, heldout_shards: str, image_size: int) -> list[Path]:
+    """Draw every plot that the records of a run allow into `<folder>/plots`.
 
     Args:
         folder: of the run.
-        config: of the run; says where the held-out shards are.
+        heldout_shards: folder or URL of the held-out shards; empty if there are none.
+        image_size: of the held-out images in pixels.
 
     Returns:
-        The pictures, PNG; the neighbours only where the held-out shards still are.
+        Paths of the PNG files. Nearest neighbours are drawn only if the held-out shards exist.
     """
     records = read_records(Path(folder) / "metrics.jsonl")
-    details = _details(Path(folder) / "evaluation.npz")
+    details = _load_details(Path(folder) / "evaluation.npz")
     plots = Path(folder) / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
-        for name, figure in _figures(records, details).items():
+        for name, figure in _draw_figures(records, details).items():
             written.append(_save(figure, plots / f"{name}.png"))
-        if "nearest" in details and index_exists(config.evaluate.shards):
-            figure = neighbours(details, config.evaluate.shards, config.data.image_size)
+        if "nearest" in details and index_exists(heldout_shards):
+            figure = draw_neighbours(details, heldout_shards, image_size)
             written.append(_save(figure, plots / "neighbours.png"))
     return written
 
 
-def _figures(records: Records, details: Arrays) -> dict[str, Figure]:
-    """The figures for which there is something to show."""
-    training: list[Panel] = [lambda ax: loss(ax, records), lambda ax: learning_rate(ax, records)]
+def _draw_figures(records: Records, details: Arrays) -> dict[str, Figure]:
+    """Draw the figures for which there are records."""
+    training: list[Panel] = [
+        lambda ax: plot_loss(ax, records),
+        lambda ax: plot_learning_rate(ax, records),
+    ]
     if any("accuracy" in record for record in records):
-        training.insert(1, lambda ax: accuracy(ax, records))
-    speed: list[Panel] = [lambda ax: throughput(ax, records), lambda ax: waiting(ax, records)]
+        training.insert(1, lambda ax: plot_accuracy(ax, records))
+    speed: list[Panel] = [
+        lambda ax: plot_throughput(ax, records),
+        lambda ax: plot_data_wait(ax, records),
+    ]
     results: list[Panel] = []
     if any("heldout/rank1" in record for record in records):
-        results.append(lambda ax: heldout(ax, records))
+        results.append(lambda ax: plot_heldout(ax, records))
     if "tar" in details:
-        results.append(lambda ax: roc(ax, details))
+        results.append(lambda ax: plot_roc(ax, details))
     figures = {}
     if any("loss" in record for record in records):
-        figures["training"] = _row(training)
-        figures["overview"] = _row([training[0], *results])
+        figures["training"] = _draw_row(training)
+        figures["overview"] = _draw_row([training[0], *results])
     if any("images_per_s" in record for record in records):
-        figures["throughput"] = _row(speed)
+        figures["throughput"] = _draw_row(speed)
     if results:
-        figures["heldout"] = _row(results)
+        figures["heldout"] = _draw_row(results)
     return figures
 
 
-def loss(axes: Axes, records: Records) -> None:
-    """Loss per step, and its running mean."""
+def plot_loss(axes: Axes, records: Records) -> None:
+    """Plot the loss per step, and its running mean."""
     steps, values = series(records, "loss")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
     axes.plot(steps, running_mean(values, max(1, round(_SMOOTH * len(values)))), color=BLUE)
@@ -118,22 +124,22 @@ def loss(axes: Axes, records: Records) -> None:
         axes.set_ylim(bottom=0, top=1.05 * finite.max() if finite.max() > 0 else None)
 
 
-def accuracy(axes: Axes, records: Records) -> None:
-    """Share of the training images whose class scores best of those in its softmax."""
+def plot_accuracy(axes: Axes, records: Records) -> None:
+    """Plot the share of training images whose class scores highest in their softmax."""
     axes.plot(*series(records, "accuracy"), color=BLUE)
     axes.set(title="Training accuracy, classes seen", xlabel="step")
-    _share(axes)
+    _percent_axis(axes)
 
 
-def learning_rate(axes: Axes, records: Records) -> None:
-    """Learning rate of the backbone per step."""
+def plot_learning_rate(axes: Axes, records: Records) -> None:
+    """Plot the learning rate of the backbone per step."""
     axes.plot(*series(records, "lr"), color=GREY)
     axes.set(title="Learning rate", xlabel="step")
     axes.set_ylim(bottom=0)
 
 
-def heldout(axes: Axes, records: Records) -> None:
-    """The held-out figures of every evaluation, beside chance."""
+def plot_heldout(axes: Axes, records: Records) -> None:
+    """Plot the held-out figures of every evaluation, beside chance."""
     for key, name in HELDOUT:
         steps, values = series(records, f"heldout/{key}")
         if len(steps):
@@ -143,14 +149,14 @@ def heldout(axes: Axes, records: Records) -> None:
     if len(chance):
         label = f"chance (rank-1)  {chance[-1]:.1%}"
         axes.axhline(chance[-1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=label)
-    _share(axes)
+    _percent_axis(axes)
     axes.set(title="Unseen classes", xlabel="step")
     axes.set_xlim(left=0)
     axes.legend(loc="best")
 
 
-def roc(axes: Axes, details: Arrays) -> None:
-    """True over false accept rate of all gallery-probe pairs."""
+def plot_roc(axes: Axes, details: Arrays) -> None:
+    """Plot the true over the false accept rate of all gallery-probe pairs."""
     axes.plot(details["far"], details["tar"], color=BLUE, clip_on=False)
     for target in FARS:
         if details["far"][0] <= target:
@@ -161,21 +167,21 @@ def roc(axes: Axes, details: Arrays) -> None:
     axes.set_xscale("log")
     axes.set(title="ROC, all gallery-probe pairs", xlabel="false accept rate")
     axes.set_ylabel("true accept rate")
-    _share(axes)
+    _percent_axis(axes)
 
 
-def throughput(axes: Axes, records: Records) -> None:
-    """Images per second, over all ranks."""
+def plot_throughput(axes: Axes, records: Records) -> None:
+    """Plot images per second over all ranks."""
     axes.plot(*series(records, "images_per_s"), color=GREEN)
     axes.set(title="Throughput", xlabel="step", ylabel="images/s")
     axes.set_ylim(bottom=0)
 
 
-def waiting(axes: Axes, records: Records) -> None:
-    """Share of the time that a rank waits for data."""
+def plot_data_wait(axes: Axes, records: Records) -> None:
+    """Plot the share of time that a rank waits for data."""
     axes.plot(*series(records, "data_wait"), color=ORANGE)
     axes.set(title="Waiting for data", xlabel="step")
-    _share(axes)
+    _percent_axis(axes)
 
 
 def series(
@@ -188,17 +194,17 @@ def series(
 
 
 def running_mean(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
-    """Mean of the `width` values around each one, of those that there are at the ends."""
+    """Mean of the `width` values around each one; of fewer at the ends."""
     window = np.ones(width)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _share(axes: Axes) -> None:
+def _percent_axis(axes: Axes) -> None:
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def _row(panels: Sequence[Panel]) -> Figure:
+def _draw_row(panels: Sequence[Panel]) -> Figure:
     figure = Figure(figsize=(4.6 * len(panels), 3.5))
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         panel(axes)
@@ -210,7 +216,7 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _details(path: Path) -> Arrays:
+def _load_details(path: Path) -> Arrays:
     if not path.exists():
         return {}
     with np.load(path) as stored:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.seeds import generator, sample_without_replacement
 from pipelines.data.sequential import read_in_order
-from pipelines.report.contact_sheet import PLAIN, SIDE, WRONG, Pixels, blank, framed
+from pipelines.report.contact_sheet import PLAIN, SIDE, WRONG, Pixels, blank_tile, frame_image
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.tables import CLASSES_FILE
 from pipelines.storage.urls import resolve_url
@@ -19,67 +19,69 @@ from pipelines.storage.urls import resolve_url
 Ints = npt.NDArray[np.int64]
 
 _GAP: Final = 8  # pixels between tiles
-_NAME: Final = 28  # characters of a class's name that are shown
+_NAME_LENGTH: Final = 28  # characters of a class's name that are shown
 _DPI: Final = 150
 
 
-def sheet(index: ShardIndex, rows: int = 8, columns: int = 8, seed: int = 0) -> Figure:
-    """Draw classes and images at random, always the same ones for the same seed.
+def draw_sample_sheet(index: ShardIndex, rows: int = 8, columns: int = 8, seed: int = 0) -> Figure:
+    """Draw a sheet of random classes and images; the same seed gives the same sheet.
 
     Args:
         index: the data set.
         rows: classes.
         columns: images of a class, at most.
-        seed: of the draw.
+        seed: of the random choice.
 
     Raises:
         UserError: there is no sample.
     """
     if not index.samples:
         raise UserError(f"{index.folder}: there is no sample to show")
-    labels = _labels(index)
+    labels = _all_labels(index)
     if labels is None:  # an index of an earlier release: any images
-        chosen = _draw(index.samples, rows * columns, seed, 0)
+        chosen = _choose(index.samples, rows * columns, seed, 0)
         parts = [chosen[n : n + columns] for n in range(0, len(chosen), columns)]
-        return _figure(index, np.concatenate([_row(index, part, columns) for part in parts]), [])
+        return _draw_figure(
+            index, np.concatenate([_row(index, part, columns) for part in parts]), []
+        )
     present = np.unique(labels)
-    classes = present[_draw(len(present), rows, seed, 0)].tolist()
+    classes = present[_choose(len(present), rows, seed, 0)].tolist()
     lines = []
     for label in classes:
         mine = np.flatnonzero(labels == label)
-        lines.append(_row(index, mine[_draw(len(mine), columns, seed, label + 1)], columns))
-    return _figure(index, np.concatenate(lines), classes)
+        lines.append(_row(index, mine[_choose(len(mine), columns, seed, label + 1)], columns))
+    return _draw_figure(index, np.concatenate(lines), classes)
 
 
-def _labels(index: ShardIndex) -> Ints | None:
-    """The label of every sample, if the index holds them all."""
+def _all_labels(index: ShardIndex) -> Ints | None:
+    """The label of every sample, or None if the index does not hold all labels."""
     labels = [shard.labels for shard in index.shards]
     known = [part for part in labels if part is not None]
     return np.concatenate(known) if len(known) == len(labels) else None
 
 
-def _draw(population: int, count: int, seed: int, label: int) -> Ints:
+def _choose(population: int, count: int, seed: int, label: int) -> Ints:
     rng = generator(seed, "sample_sheet", label)
     return sample_without_replacement(population, min(count, population), rng)
 
 
 def _row(index: ShardIndex, numbers: Ints, columns: int) -> Pixels:
-    """Images side by side: uint8 `[height, width, 3]`; one that cannot be read is a red frame."""
-    tiles = [_image(index, int(number)) for number in numbers]
-    tiles += [blank(tiles[0].shape[1])] * (columns - len(tiles))
-    row = np.concatenate([part for each in tiles for part in (each, blank(_GAP))][:-1], axis=1)
+    """Images side by side: uint8 `[height, width, 3]`; an unreadable image is a red frame."""
+    tiles = [_read_tile(index, int(number)) for number in numbers]
+    tiles += [blank_tile(tiles[0].shape[1])] * (columns - len(tiles))
+    row = np.concatenate([part for each in tiles for part in (each, blank_tile(_GAP))][:-1], axis=1)
     return np.pad(row, ((0, _GAP), (0, 0), (0, 0)), constant_values=255)
 
 
-def _image(index: ShardIndex, number: int) -> Pixels:
+def _read_tile(index: ShardIndex, number: int) -> Pixels:
     try:
         images, *_ = read_in_order(index, number, number + 1, SIDE)
     except RunError:
-        return framed(np.full((SIDE, SIDE, 3), 255, np.uint8), WRONG)
-    return framed(images[0].permute(1, 2, 0).numpy(), PLAIN)
+        return frame_image(np.full((SIDE, SIDE, 3), 255, np.uint8), WRONG)
+    return frame_image(images[0].permute(1, 2, 0).numpy(), PLAIN)
 
 
-def _figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figure:
+def _draw_figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figure:
     height, width, _ = picture.shape
     left, top = 330, 70  # pixels beside and above the picture
     size = ((width + left) / _DPI, (height + top) / _DPI)
@@ -89,9 +91,9 @@ def _figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figure:
     axes.imshow(picture, aspect="auto", interpolation="nearest")
     axes.set_axis_off()
     counts = f"{index.samples:,} images of {index.num_classes:,} classes"
-    place = f"{index.folder.rstrip('/').rpartition('/')[2]}: {counts}"
+    title = f"{index.folder.rstrip('/').rpartition('/')[2]}: {counts}"
     style: dict[str, Any] = {"parse_math": False, "va": "center"}
-    figure.text(0.01, 1 - top / 2 / (height + top), place, fontweight="bold", **style)
+    figure.text(0.01, 1 - top / 2 / (height + top), title, fontweight="bold", **style)
     names = class_names(index, classes)
     for row, (label, name) in enumerate(zip(classes, names, strict=True)):
         text = f"{label}\n{name}" if name else str(label)
@@ -101,22 +103,22 @@ def _figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figure:
 
 
 def class_names(index: ShardIndex, classes: list[int]) -> list[str]:
-    """What the source called these classes, shortened; empty where the data set does not say."""
+    """Names of classes in their source, shortened; empty if the data set does not hold them."""
     names = dict.fromkeys(classes, "")
     if names and index.meta.get("class_names"):
-        wanted, last = set(names), max(names)
+        last = max(names)
         filesystem, path = resolve_url(f"{index.folder}/{CLASSES_FILE}")
         if filesystem.exists(path):
             with filesystem.open(path, "rb") as stream:
                 for number, line in enumerate(stream, -1):
-                    if number in wanted:
+                    if number in names:
                         names[number] = line.decode(errors="replace").rstrip("\n").split("\t")[-1]
                     if number >= last:
                         break
-    return [_shown(name) for name in names.values()]
+    return [_printable(name) for name in names.values()]
 
 
-def _shown(name: str) -> str:
-    """The name in letters that the font of the picture has."""
-    name = name if len(name) <= _NAME else f"{name[: _NAME - 1]}~"
+def _printable(name: str) -> str:
+    """The name in characters that the font of the plot has."""
+    name = name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 1]}~"
     return name.encode("latin-1", "backslashreplace").decode("latin-1")

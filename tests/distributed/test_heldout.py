@@ -10,8 +10,8 @@ from PIL import Image
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate import heldout
 from pipelines.evaluate.embeddings import embed_set
+from pipelines.evaluate.heldout import Evaluation, evaluate_heldout
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 
@@ -60,14 +60,20 @@ def config(folder, flip=False):
     return Config.model_validate({"data": data, "evaluate": values})
 
 
+def evaluate(embed, config, topology) -> Evaluation:
+    """Held-out evaluation with the settings of a config."""
+    image_size, seed = config.data.image_size, config.run.seed
+    return evaluate_heldout(embed, config.evaluate, image_size, seed, topology)
+
+
 def embedded(topology, folder, empty):
     """(sizes of the calls, embeddings, labels, gallery), metrics and error of this rank."""
     embed = Embed()
     found = embed_set(embed, ShardIndex.load(folder), topology, SIDE, block=BLOCK)
     rows = () if found is None else tuple(torch.from_numpy(part) for part in found)
-    metrics = heldout.evaluate(Embed(), config(folder), topology)
+    metrics = evaluate(Embed(), config(folder), topology).metrics
     try:
-        heldout.evaluate(Embed(), config(empty), topology)
+        evaluate(Embed(), config(empty), topology)
     except UserError as error:
         return embed.sizes, rows, metrics, str(error)
     return embed.sizes, rows, metrics, ""
@@ -93,7 +99,7 @@ def test_a_rank_beyond_the_last_block_calls_as_often(tmp_path):
     folder = str(tmp_path / "set")
     write_set(folder)
     embed = Embed()
-    idle = Topology(rank=6)  # without a group to meet
+    idle = Topology(rank=6)  # without a process group
     embed_set(embed, ShardIndex.load(folder), idle, SIDE, block=64)
     assert embed.sizes == [64]
 
@@ -128,7 +134,7 @@ def test_flip_adds_the_mirrored_image(tmp_path):
 def test_the_metrics_of_a_run(tmp_path):
     folder = str(tmp_path / "set")
     write_set(folder)
-    evaluation = heldout.run(Embed(), config(folder), Topology())
+    evaluation = evaluate(Embed(), config(folder), Topology())
     metrics, details = evaluation
     assert metrics["chance"] == 1 / CLASSES
     assert metrics["gallery"] == CLASSES
@@ -149,9 +155,9 @@ def test_the_metrics_of_a_run(tmp_path):
 def test_a_model_of_nan_scores_nothing(tmp_path, caplog):
     folder = str(tmp_path / "set")
     write_set(folder)
-    metrics = heldout.evaluate(
+    metrics = evaluate(
         lambda images: torch.full((len(images), 4), float("nan")), config(folder), Topology()
-    )
+    ).metrics
     assert metrics["rank1"] == 0.0
     assert metrics["tar@far=1e-2"] == 0.0
     assert metrics["accuracy"] == 0.5
@@ -169,24 +175,27 @@ def test_figures_for_the_probes_of_some_typefaces(tmp_path):
     write_set(folder, FONTS)
     settings = config(folder)
     settings.evaluate.typefaces = {"easy": "easy*", "hard": "hard.tt?", "all": "*"}
-    metrics = heldout.evaluate(Embed(), settings, Topology())
+    metrics = evaluate(Embed(), settings, Topology()).metrics
     sizes = [metrics[f"{name}/probes"] for name in ("easy", "hard", "all")]
     assert sizes == [2 * CLASSES, CLASSES, 3 * CLASSES]
     for key in ("rank1", "rank5", "tar@far=1e-2", "tar@far=1e-4"):
         assert metrics[f"all/{key}"] == metrics[key]
-    both = (2 * metrics["easy/rank1"] + metrics["hard/rank1"]) / 3  # all meet the same gallery
+    both = (2 * metrics["easy/rank1"] + metrics["hard/rank1"]) / 3  # all use the same gallery
     assert both == pytest.approx(metrics["rank1"], abs=1e-12)
 
 
 def test_typefaces_that_are_not_there_are_refused(tmp_path):
-    told, silent = str(tmp_path / "told"), str(tmp_path / "silent")
-    write_set(told, FONTS)
-    write_set(silent)
+    with_fonts, without = str(tmp_path / "with_fonts"), str(tmp_path / "without")
+    write_set(with_fonts, FONTS)
+    write_set(without)
     for folder, message in (
-        (told, r"evaluate.typefaces.soft=soft\*: no probe .*; there are easy-bold.ttf, easy.ttc#1"),
-        (silent, "only sets of `mhe data glyphs` say which typeface"),
+        (
+            with_fonts,
+            r"evaluate.typefaces.soft=soft\*: no probe .*; there are easy-bold.ttf, easy.ttc#1",
+        ),
+        (without, "only sets of `mhe data glyphs` say which typeface"),
     ):
         settings = config(folder)
         settings.evaluate.typefaces = {"soft": "soft*"}
         with pytest.raises(UserError, match=message):
-            heldout.evaluate(Embed(), settings, Topology())
+            evaluate(Embed(), settings, Topology())

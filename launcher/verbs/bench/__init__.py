@@ -1,1 +1,1 @@
-"""`mhe bench`."""
+"""`mhe bench`: measurements of parts of the system beside their baselines."""

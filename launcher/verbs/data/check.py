@@ -88,7 +88,7 @@ def verify(
     Example: mhe data verify data/ms1mv2
     """
     from pipelines.data.verify import verify_dataset
-    from pipelines.report import verification as verify_report
+    from pipelines.report.verification import write_verification
     from pipelines.storage.staging import Journal
 
     sets = [ShardIndex.load(url) for url in data]
@@ -97,7 +97,7 @@ def verify(
         journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
         with resumable(), ProgressDisplay().counting(f"reading {name}") as progress:
             report = verify_dataset(found, journal, processes or available_cores(), progress)
-        verify_report.write(report, f"{out}/{name}")
+        write_verification(report, f"{out}/{name}")
         journal.remove()
         _show(report)
         console.say(f"Report: {escape(f'{out}/{name}')}.json, .png")
@@ -118,9 +118,9 @@ def _names(data: list[str]) -> list[str]:
 
 def _show(report: DatasetReport) -> None:
     """The report as a table, the first problems of each kind below it."""
-    from pipelines.report.verification import summary
+    from pipelines.report.verification import verification_summary
 
-    about = summary(report)
+    about = verification_summary(report)
     console.say(describe(report.data))
     table = Table(show_header=False)
     for kind, meaning in MEANINGS.items():
@@ -154,10 +154,10 @@ def show(
     """
     if not out.lower().endswith(".png"):
         raise UserError(f"--out {out}: the picture is a PNG; let its name end with .png")
-    from pipelines.report.figures import save
-    from pipelines.report.sample_sheet import sheet
+    from pipelines.report.figures import save_figure
+    from pipelines.report.sample_sheet import draw_sample_sheet
 
     found = ShardIndex.load(data)
-    save(sheet(found, classes, images, seed), out)
+    save_figure(draw_sample_sheet(found, classes, images, seed), out)
     console.say(describe(found))
     console.say(f"Contact sheet: {escape(out)}")

@@ -1,1 +1,1 @@
-"""`mhe evaluate`."""
+"""`mhe evaluate`: what a trained backbone can do, by the protocols of the field."""

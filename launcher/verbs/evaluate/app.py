@@ -15,14 +15,21 @@ from typer.core import TyperGroup
 
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
-from launcher.verbs.evaluate import own_images
-from launcher.verbs.evaluate.shared import Flip, Log, RunName, busy, join, keep
+from launcher.verbs.evaluate.own_images import identification, probe
+from launcher.verbs.evaluate.shared import (
+    FlipOption,
+    MlflowOption,
+    RunName,
+    join_ranks,
+    save_results,
+    spinner,
+)
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import load_trained_backbone
 
 if TYPE_CHECKING:
     from pipelines.evaluate.ijb import IjbResult
-    from pipelines.evaluate.pair_sets import Verified
+    from pipelines.evaluate.pair_sets import PairSetResult
 
 
 class _HeldoutByDefault(TyperGroup):
@@ -40,7 +47,7 @@ app = typer.Typer(cls=_HeldoutByDefault, no_args_is_help=True)
 
 @app.callback()
 def evaluate() -> None:
-    """Evaluate the newest checkpoint of a run; without another word, on its held-out shards."""
+    """Evaluate the newest checkpoint of a run; without another verb, on its held-out shards."""
 
 
 @app.command()
@@ -57,31 +64,34 @@ def heldout(
 
     Example: mhe evaluate quickstart --shards data/other/heldout
     """
-    from pipelines.evaluate import heldout as protocol
+    from pipelines.evaluate.heldout import evaluate_heldout
 
-    topology = join()
-    found = load_trained_backbone(run, topology.device)
-    config = found.config
+    topology = join_ranks()
+    backbone = load_trained_backbone(run, topology.device)
+    config = backbone.config
+    settings = config.evaluate
     if shards:
-        config.evaluate.shards = shards
-        config.evaluate.typefaces = {}  # they are those of the run's own set
+        settings.shards = shards
+        settings.typefaces = {}  # they are those of the run's own set
     if flip is not None:
-        config.evaluate.flip = flip
-    if not config.evaluate.shards:
+        settings.flip = flip
+    if not settings.shards:
         raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
-    with busy(topology, f"evaluating {found.checkpoint}"):
-        metrics, details = protocol.run(found.embed, config, topology)
+    with spinner(topology, f"evaluating {backbone.checkpoint}"):
+        metrics, details = evaluate_heldout(
+            backbone.embed, settings, config.data.image_size, config.run.seed, topology
+        )
     if not topology.is_first:
         return
-    table = Table(title=f"{found.checkpoint} on {config.evaluate.shards}", show_header=False)
+    table = Table(title=f"{backbone.checkpoint} on {settings.shards}", show_header=False)
     for name, value in accuracy_rows(metrics):
         table.add_row(name, value)
     for name in ("gallery", "probes", "pairs", "impostors"):
         table.add_row(name, f"{metrics[name]:,.0f}")
     console.out.print(table)
-    about = {"shards": config.evaluate.shards, **metrics}
+    results = {"shards": settings.shards, **metrics}
     curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
-    keep(found, "heldout", about, curves, f"ROC, {config.evaluate.shards}", {})
+    save_results(backbone, "heldout", results, curves, f"ROC, {settings.shards}", {})
     console.list_commands("Next", [("export it", f"mhe export {run}")])
 
 
@@ -96,8 +106,8 @@ def verification(
         str, typer.Option(help="A CSV file: first,second,same (paths below --images; 0 or 1).")
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of the images of --pairs.")] = ".",
-    flip: Flip = True,
-    mlflow: Log = True,
+    flip: FlipOption = True,
+    mlflow: MlflowOption = True,
 ) -> None:
     """Pairs of images, 1:1: ten-fold accuracy and TAR at FAR, with 95 % bootstrap intervals.
 
@@ -105,29 +115,31 @@ def verification(
 
     Example: mhe evaluate verification quickstart --pairs pairs.csv --images photos
     """
-    from pipelines.evaluate import pair_sets
+    from pipelines.evaluate.pair_sets import read_bin_sets, read_table_set, verify_pair_sets
 
     paths = [*(sets or []), *(more or [])]
     if not paths and not pairs:
         raise UserError("name the sets: --sets lfw.bin cfp_fp.bin ..., or --pairs FILE.csv")
-    topology = join()
-    loaded = pair_sets.load_bins(paths)
+    topology = join_ranks()
+    pair_sets = read_bin_sets(paths)
     if pairs:
-        loaded.append(pair_sets.load_table(pairs, images))
-    found = load_trained_backbone(run, topology.device)
-    with busy(topology, f"embedding {sum(each.images.count for each in loaded):,} images"):
-        results = pair_sets.verify(
-            found.embed, loaded, topology, found.config.data.image_size, flip
+        pair_sets.append(read_table_set(pairs, images))
+    backbone = load_trained_backbone(run, topology.device)
+    with spinner(topology, f"embedding {sum(each.images.count for each in pair_sets):,} images"):
+        results = verify_pair_sets(
+            backbone.embed, pair_sets, topology, backbone.config.data.image_size, flip
         )
     if not topology.is_first:
         return
-    console.out.print(_verified(found.checkpoint, results))
-    plain = {each.name: each.plain() for each in results}
-    figures = {name: value for each in results for name, value in each.flat().items()}
-    keep(
-        *(found, "verification", plain, {each.name: each.roc for each in results}),
-        "ROC of the verification sets",
-        figures if mlflow else {},
+    console.out.print(_pair_sets_table(backbone.checkpoint, results))
+    metrics = {name: value for each in results for name, value in each.named_metrics().items()}
+    save_results(
+        backbone,
+        name="verification",
+        results={each.name: each.to_dict() for each in results},
+        curves={each.name: each.roc for each in results},
+        title="ROC of the verification sets",
+        metrics=metrics if mlflow else {},
     )
 
 
@@ -135,32 +147,36 @@ def verification(
 def ijb(
     run: RunName,
     root: Annotated[str, typer.Option(help="Folder that holds loose_crop/ and meta/.")],
-    mlflow: Log = True,
+    mlflow: MlflowOption = True,
 ) -> None:
     """IJB-B or IJB-C: templates 1:1 at FAR 1e-6 to 1e-1, and 1:N by rank and TPIR at FPIR.
 
     Example: mhe evaluate ijb quickstart --root IJBC
     """
-    from pipelines.evaluate import ijb as protocol
-    from pipelines.evaluate.sets import ijb_files as source
+    from pipelines.evaluate.ijb import evaluate_ijb
+    from pipelines.evaluate.sets.ijb_files import load_ijb
 
-    topology = join()
-    files = source.load(root)
-    found = load_trained_backbone(run, topology.device)
-    with busy(topology, f"embedding {files.count:,} faces of {root}"):
-        result = protocol.evaluate(found.embed, files, topology, found.config.data.image_size)
+    topology = join_ranks()
+    ijb_set = load_ijb(root)
+    backbone = load_trained_backbone(run, topology.device)
+    with spinner(topology, f"embedding {ijb_set.count:,} faces of {root}"):
+        result = evaluate_ijb(backbone.embed, ijb_set, topology, backbone.config.data.image_size)
     if result is None:
         return
-    console.out.print(_ijb(f"{found.checkpoint} on {root}", result))
-    curves = {files.name: result.roc}
-    figures = {f"{files.name}/{key}": value for key, value in result.flat().items()}
-    keep(
-        *(found, files.name, result.plain(), curves, f"ROC of {files.name.upper()}, templates"),
-        figures if mlflow else {},
+    console.out.print(_ijb_table(f"{backbone.checkpoint} on {root}", result))
+    name = ijb_set.name
+    metrics = {f"{name}/{key}": value for key, value in result.named_metrics().items()}
+    save_results(
+        backbone,
+        name=name,
+        results=result.to_dict(),
+        curves={name: result.roc},
+        title=f"ROC of {name.upper()}, templates",
+        metrics=metrics if mlflow else {},
     )
 
 
-def _ijb(title: str, result: IjbResult) -> Table:
+def _ijb_table(title: str, result: IjbResult) -> Table:
     table = Table("figure", "not above the FAR", "nearest FAR, as published", title=title)
     for far, tar in result.tar.items():
         nearest, at = result.nearest[far]
@@ -176,19 +192,19 @@ def _ijb(title: str, result: IjbResult) -> Table:
     return table
 
 
-def _verified(title: str, results: Sequence[Verified]) -> Table:
-    from pipelines.evaluate.metrics.roc import far_name
+def _pair_sets_table(title: str, results: Sequence[PairSetResult]) -> Table:
+    from pipelines.evaluate.metrics.roc import tar_name
     from pipelines.evaluate.pair_sets import FARS
 
-    table = Table("set", "pairs", "accuracy", *(far_name(f).upper() for f in FARS), title=title)
+    table = Table("set", "pairs", "accuracy", *(tar_name(f).upper() for f in FARS), title=title)
     for each in results:
         cells = []
-        for key in ("accuracy", *map(far_name, FARS)):
+        for key in ("accuracy", *map(tar_name, FARS)):
             low, high = each.intervals[key]
             cells.append(f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.2f}-{100 * high:.2f}[/]")
         table.add_row(each.name, f"{each.pairs:,}", *cells)
     return table
 
 
-app.command()(own_images.identification)
-app.command()(own_images.probe)
+app.command()(identification)
+app.command()(probe)

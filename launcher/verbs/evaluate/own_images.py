@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import Log, RunName, busy, join, keep
+from launcher.verbs.evaluate.shared import MlflowOption, RunName, join_ranks, save_results, spinner
 from pipelines.runs.trained import load_trained_backbone
 
 Source = Annotated[
@@ -26,38 +26,45 @@ def identification(
     flip: Annotated[
         bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
     ] = None,
-    mlflow: Log = True,
+    mlflow: MlflowOption = True,
 ) -> None:
-    """Own images, 1:N: one of each class is enrolled, the others are looked up among those.
+    """Own images, 1:N: one of each class is enrolled, and the others are looked up among those.
 
-    Shards may say who is enrolled; otherwise it is the first image of each class.
+    The first image of each class is enrolled, unless the shards name others.
 
     Example: mhe evaluate identification quickstart --images photos --all-pairs
     """
-    from pipelines.evaluate import own_images as protocol
+    from pipelines.evaluate.own_images import identify_own_images
 
-    topology = join()
-    found = load_trained_backbone(run, topology.device)
+    topology = join_ranks()
+    backbone = load_trained_backbone(run, topology.device)
     if flip is None:
-        flip = found.config.evaluate.flip
-    with busy(topology, f"embedding {images}"):
-        result = protocol.evaluate(
-            *(found.embed, images, topology, found.config.data.image_size, flip),
-            FARS if all_pairs else (),
+        flip = backbone.config.evaluate.flip
+    with spinner(topology, f"embedding {images}"):
+        result = identify_own_images(
+            backbone.embed,
+            images,
+            topology,
+            backbone.config.data.image_size,
+            flip,
+            all_pairs_fars=FARS if all_pairs else (),
         )
     if result is None:
         return
-    table = Table("figure", "value", title=f"{found.checkpoint} on {images}")
+    table = Table("figure", "value", title=f"{backbone.checkpoint} on {images}")
     for name, value in result.metrics.items():
         share = name not in ("gallery", "probes", "genuine", "impostors")
         table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
-    for far in result.beyond:
+    for far in result.skipped_fars:
         table.add_row(f"all pairs {far:g}", "would take too much memory")
     console.out.print(table)
-    keep(
-        *(found, "identification", {"images": images, **result.metrics}),
-        {"gallery-probe pairs": result.roc},
-        *(f"ROC, {images}", result.metrics if mlflow else {}),
+    save_results(
+        backbone,
+        name="identification",
+        results={"images": images, **result.metrics},
+        curves={"gallery-probe pairs": result.roc},
+        title=f"ROC, {images}",
+        metrics=result.metrics if mlflow else {},
     )
 
 
@@ -68,25 +75,25 @@ def probe(
         str, typer.Option(help="The same for testing; a fifth of --images if left out.")
     ] = "",
     k: Annotated[int, typer.Option(min=1, help="Neighbours of the k-NN.")] = 20,
-    mlflow: Log = True,
+    mlflow: MlflowOption = True,
 ) -> None:
     """Is the backbone good for another task? k-NN and a linear classifier on its embeddings.
 
     Example: mhe evaluate probe quickstart --images data/flowers/train --test data/flowers/test
     """
-    from pipelines.evaluate import probe as protocol
+    from pipelines.evaluate.probe import probe_images
 
-    topology = join()
-    found = load_trained_backbone(run, topology.device)
-    with busy(topology, f"embedding {images}"):
-        result = protocol.evaluate(
-            found.embed, images, test, topology, found.config.data.image_size, k
+    topology = join_ranks()
+    backbone = load_trained_backbone(run, topology.device)
+    with spinner(topology, f"embedding {images}"):
+        result = probe_images(
+            backbone.embed, images, test, topology, backbone.config.data.image_size, k
         )
     if result is None:
         return
-    table = Table("classifier", "accuracy", title=f"{found.checkpoint} on {test or images}")
+    table = Table("classifier", "accuracy", title=f"{backbone.checkpoint} on {test or images}")
     for name, value in result.items():
         table.add_row(name, f"{100 * value:.2f}")
     console.out.print(table)
-    about = {"images": images, "test": test, "k": k, **result}
-    keep(found, "probe", about, {}, "", result if mlflow else {})
+    settings = {"images": images, "test": test, "k": k}
+    save_results(backbone, "probe", settings | result, {}, "", result if mlflow else {})

@@ -1,4 +1,4 @@
-"""What the verbs of `mhe evaluate` share: where they run, and where their results go."""
+"""Shared by the verbs of `mhe evaluate`: they join the ranks, and save their results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ RunName = Annotated[
         metavar="RUN", help="Folder or URL of a run, its name in runs/, or a step_* checkpoint."
     ),
 ]
-Flip = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
-Log = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures to the run.")]
+FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
+MlflowOption = Annotated[
+    bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures to the run.")
+]
 
 
-def join() -> Topology:
-    """This process among those that torchrun started, or alone."""
+def join_ranks() -> Topology:
+    """Join the processes that torchrun started; without torchrun this process is alone."""
     from mhe_dist.distributed.topology import Topology, connect, default_device
 
     if "RANK" in os.environ:
@@ -37,25 +39,40 @@ def join() -> Topology:
     return Topology(device=default_device())
 
 
-def busy(topology: Topology, what: str) -> AbstractContextManager[Any]:
+def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:
     """A spinner on the first rank's terminal."""
     return console.out.status(escape(what)) if topology.is_first else nullcontext()
 
 
-def keep(
-    found: TrainedBackbone, name: str, plain: Any, curves: Curves, title: str, figures: Metrics
+def save_results(
+    backbone: TrainedBackbone,
+    name: str,
+    results: Any,
+    curves: Curves,
+    title: str,
+    metrics: Metrics,
 ) -> None:
-    """Write results beside the run, to MLflow if there are figures, and say where they are."""
-    from mhe_dist.tracking.factory import mlflow_uri
-    from pipelines.report import evaluation as keeping
+    """Write results beside the run, log them to MLflow if there are metrics, and print the paths.
 
-    about = {"checkpoint": found.checkpoint, "step": found.step, "results": plain}
-    files = keeping.write(found.path, name, about, curves, title)
+    Args:
+        backbone: what was evaluated.
+        name: of the evaluation.
+        results: any value that JSON can hold.
+        curves: ROC curves for a plot; none: no plot.
+        title: of the plot.
+        metrics: for MLflow; empty: nothing is logged.
+    """
+    from mhe_dist.tracking.factory import mlflow_uri
+    from pipelines.report.evaluation import log_evaluation, save_evaluation
+
+    record = {"checkpoint": backbone.checkpoint, "step": backbone.step, "results": results}
+    files = save_evaluation(backbone.path, name, record, curves, title)
     console.say("Written: " + ", ".join(escape(file) for file in files))
-    if not (figures and found.run_id and found.config.tracking.mlflow):
+    if not (metrics and backbone.run_id and backbone.config.tracking.mlflow):
         return
-    named = {f"{name}/{key}": value for key, value in figures.items()}
+    named = {f"{name}/{key}": value for key, value in metrics.items()}
     try:
-        keeping.to_mlflow(mlflow_uri(found.config), found.run_id, found.step, named, files)
+        uri = mlflow_uri(backbone.config)
+        log_evaluation(uri, backbone.run_id, backbone.step, named, files)
     except RunError as error:
         console.say(f"[yellow]warning:[/] {escape(str(error))}; the files above have them")

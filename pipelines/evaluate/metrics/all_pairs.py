@@ -1,7 +1,7 @@
 """TAR at FAR over all pairs of a set, in memory that does not grow with their number.
 
-The pairs of two classes are gone through in tiles, and only their highest scores are kept; those
-give the thresholds. The pairs of one class are then counted above the thresholds, class by class.
+The pairs of two classes are scored in tiles, and only their highest scores are kept, which give
+the thresholds. Then the pairs of one class above the thresholds are counted, class by class.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.metrics.roc import Floats, Highest, Ints, rounded
+from pipelines.evaluate.metrics.roc import Floats, Ints, TopScores, round_scores
 
-KEPT: Final = 1 << 24  # scores: 128 MB, and twice that at times
+KEPT: Final = 1 << 24  # scores: 128 MB, for moments twice that
 _TILE: Final = 2048  # rows and columns of scores in memory
 
 
 class AllPairs(NamedTuple):
-    """What was found.
+    """The figures of all pairs.
 
     Attributes:
         genuine, impostors: numbers of pairs of one class, and of two.
         tar: FAR -> TAR at the lowest threshold whose FAR does not exceed it.
-        beyond: FARs that were asked for and would take more memory.
+        skipped_fars: requested FARs that would take more memory.
     """
 
     genuine: int
     impostors: int
     tar: dict[float, float]
-    beyond: list[float]
+    skipped_fars: list[float]
 
 
-def compare_all(rows: Floats, labels: Ints, fars: Sequence[float]) -> AllPairs:
+def compare_all_pairs(rows: Floats, labels: Ints, fars: Sequence[float]) -> AllPairs:
     """Compare every sample with every other one by the cosine.
 
     Args:
         rows: float64 `[N, D]`, of length 1.
         labels: `[N]`.
-        fars: wanted.
+        fars: at which TAR is computed.
 
     Raises:
         UserError: all samples are of one class, or each of its own.
@@ -52,35 +52,38 @@ def compare_all(rows: Floats, labels: Ints, fars: Sequence[float]) -> AllPairs:
         raise UserError(f"all pairs: {genuine} pairs of one class and {impostors} of two classes")
     allowed = {far: math.floor(far * impostors + 1e-9) for far in fars}
     held = {far: count for far, count in allowed.items() if count < min(KEPT, impostors)}
-    highest = Highest(max(held.values(), default=0) + 1)
-    for scores, apart in _tiles(rows, labels):
-        highest.add(scores[apart & (scores > highest.floor)])
-    falling = highest.falling()
-    limits = np.array([falling[count] for count in held.values()])
-    shares = _above(rows, labels, limits) / genuine
+    highest = TopScores(max(held.values(), default=0) + 1)
+    for scores, different in _tiles(rows, labels):
+        highest.add(scores[different & (scores > highest.lower_bound)])
+    impostor_scores = highest.descending()
+    limits = np.array([impostor_scores[count] for count in held.values()])
+    shares = _count_above(rows, labels, limits) / genuine
     tar = dict(zip(held, shares.tolist(), strict=True))
     return AllPairs(genuine, impostors, tar, [far for far in fars if far not in held])
 
 
 def _tiles(rows: Floats, labels: Ints) -> Iterator[tuple[Floats, np.ndarray]]:
-    """Scores, and which of them are pairs of two classes; each pair once."""
+    """Yield scores, and which of them are of pairs of two classes; each pair once."""
     for first in range(0, len(rows), _TILE):
         left, mine = rows[first : first + _TILE], labels[first : first + _TILE]
         for second in range(first, len(rows), _TILE):
             right, theirs = rows[second : second + _TILE], labels[second : second + _TILE]
-            apart = mine[:, None] != theirs[None, :]
-            yield rounded(left @ right.T), np.triu(apart, 1) if first == second else apart
+            different = mine[:, None] != theirs[None, :]
+            yield (
+                round_scores(left @ right.T),
+                np.triu(different, 1) if first == second else different,
+            )
 
 
-def _above(rows: Floats, labels: Ints, limits: Floats) -> Ints:
-    """Pairs of one class whose score is above each limit, `[limits]`."""
+def _count_above(rows: Floats, labels: Ints, limits: Floats) -> Ints:
+    """Number of pairs of one class whose score is above each limit, `[limits]`."""
     counts = np.zeros(len(limits), np.int64)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=labels.min() - 1))
     for mine in np.split(order, starts[1:]):
         for first in range(0, len(mine), _TILE):
             part = rows[mine[first : first + _TILE]]
-            scores = rounded(part @ rows[mine[first:]].T)
+            scores = round_scores(part @ rows[mine[first:]].T)
             pairs = scores[np.triu(np.ones(scores.shape, bool), 1)]
             counts += (pairs[:, None] > limits).sum(axis=0)
     return counts

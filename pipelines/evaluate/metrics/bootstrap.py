@@ -1,4 +1,4 @@
-"""How sure a verification figure is: the bootstrap over pairs."""
+"""Confidence intervals of verification figures: the bootstrap over pairs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LEVEL: Final = 0.95
 
 
 class Interval(NamedTuple):
-    """The range that holds a share `LEVEL` of the bootstrap's figures, by percentiles."""
+    """The range that holds a share `LEVEL` of the bootstrap's figures, from percentiles."""
 
     low: float
     high: float
 
 
-def interval(
+def bootstrap_interval(
     figure: Callable[[Floats, Bools], float],
     distances: Floats,
     same: Bools,
@@ -31,15 +31,15 @@ def interval(
 ) -> Interval:
     """The bootstrap interval of a ten-fold figure.
 
-    Each draw puts together as many same and as many different pairs of each fold as it has, with
-    replacement, and goes through the whole protocol again, choice of thresholds included. Pairs
-    stay in their folds, so none is in the training and in the test part.
+    Each draw takes as many same and as many different pairs of each fold as the fold has, with
+    replacement, and runs the whole protocol again, including the choice of thresholds. Pairs stay
+    in their folds, so no pair is in both the training and the test part.
 
     Args:
-        figure: distances `[P]` and same `[P]` to the figure.
+        figure: computes the figure from distances `[P]` and same `[P]`.
         distances, same: of all pairs.
-        seed: keys the draws, together with nothing else.
-        draws: how many; 0: `DRAWS`.
+        seed: alone decides the draws.
+        draws: number of draws; 0: `DRAWS`.
     """
     strata = _strata(same)
     figures = np.empty(draws or DRAWS)

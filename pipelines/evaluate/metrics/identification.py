@@ -1,7 +1,7 @@
-"""Gallery against probes: rank-k identification and TAR at FAR over all their pairs.
+"""Probes against a gallery: rank-k identification, and TAR at FAR over all their pairs.
 
-Scores are made in chunks and never kept as a whole. They are rounded to 12 decimals, so that equal
-embeddings get equal scores wherever a matrix product puts them; ties count against the model.
+Scores are computed in chunks and never kept as a whole. They are rounded to 12 decimals, so that
+equal embeddings get equal scores wherever a matrix product puts them; ties count against the model.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.metrics.roc import Collector, Floats, Ints, PairScores, rounded
+from pipelines.evaluate.metrics.roc import Floats, Ints, Roc, RocCollector, round_scores
 
 _CHUNK: Final = 1 << 22  # scores in memory at a time: 32 MB
 
 
-class Comparison(NamedTuple):
-    """What comparing every probe with the whole gallery gave.
+class Identification(NamedTuple):
+    """The result of comparing every probe with the whole gallery.
 
     Attributes:
         ranks: int64 `[P]`, 1 + number of other classes that score at least as high as the probe's
             own; 0 for a probe whose class is not enrolled.
         classes: number of enrolled classes.
-        pairs: the scores of all pairs of a probe and a gallery entry.
+        roc: of all pairs of a probe and a gallery entry.
         nearest: int64 `[P, k]`, numbers of the k best gallery entries, best first.
-        scores: `[P, k]`, theirs.
+        scores: `[P, k]`, the scores of `nearest`.
     """
 
     ranks: Ints
     classes: int
-    pairs: PairScores
+    roc: Roc
     nearest: Ints
     scores: Floats
 
@@ -41,15 +41,15 @@ class Comparison(NamedTuple):
         return float(np.mean(enrolled <= k)) if len(enrolled) else math.nan
 
     def chance(self, k: int) -> float:
-        """What a random order of the classes would give for `rank(k)`."""
+        """`rank(k)` of a random order of the classes."""
         return min(1.0, k / self.classes)
 
     def tpir(self, fpir: float) -> float:
         """True positive identification rate at a false positive identification rate, open set.
 
         The threshold is the lowest at which at most a share `fpir` of the probes that are not
-        enrolled find anybody at all; the figure is the share of the enrolled probes that find
-        their own class first, above the threshold. Not a number without probes of both kinds.
+        enrolled match any entry. The figure is the share of the enrolled probes whose best match
+        is their own class, above the threshold. It is NaN without probes of both kinds.
         """
         enrolled, best = self.ranks > 0, self.scores[:, 0]
         strangers = -np.sort(-best[~enrolled])
@@ -60,14 +60,14 @@ class Comparison(NamedTuple):
         return float(np.mean((self.ranks == 1)[enrolled] & (best[enrolled] > limit)))
 
 
-def compare(
+def identify(
     gallery: Floats,
     gallery_labels: Ints,
     probes: Floats,
     probe_labels: Ints,
     nearest: int = 5,
     max_far: float = 0.1,
-) -> Comparison:
+) -> Identification:
     """Compare every probe with every gallery entry by the cosine.
 
     Args:
@@ -75,8 +75,8 @@ def compare(
         gallery_labels: `[G]`; a class may have several entries, the best one counts.
         probes: `[P, D]`, rows of length 1.
         probe_labels: `[P]`.
-        nearest: k, gallery entries to name for each probe.
-        max_far: largest FAR that will be asked for; bounds what is kept of the impostors.
+        nearest: k, number of gallery entries to return for each probe.
+        max_far: largest FAR that will be requested; bounds how many impostor scores are kept.
 
     Raises:
         UserError: no gallery or no probes.
@@ -87,21 +87,21 @@ def compare(
     gallery, names = gallery[order], gallery_labels[order]
     classes, first = np.unique(names, return_index=True)
     matches = np.searchsorted(names, probe_labels, "right") - np.searchsorted(names, probe_labels)
-    kept = Collector(len(probes) * len(names) - int(matches.sum()), max_far)
+    collector = RocCollector(len(probes) * len(names) - int(matches.sum()), max_far)
     k = min(nearest, len(names))
     ranks, best, top = [], [], []
     chunk = max(1, _CHUNK // len(names))
     for start in range(0, len(probes), chunk):
         labels = probe_labels[start : start + chunk]
-        scores = rounded(probes[start : start + chunk] @ gallery.T)
-        kept.add(scores, labels[:, None] == names[None, :])
+        scores = round_scores(probes[start : start + chunk] @ gallery.T)
+        collector.add(scores, labels[:, None] == names[None, :])
         ranks.append(_ranks(np.maximum.reduceat(scores, first, axis=1), classes, labels))
-        top.append(_best(scores, k))
+        top.append(_top_columns(scores, k))
         best.append(np.take_along_axis(scores, top[-1], axis=1))
-    return Comparison(
+    return Identification(
         np.concatenate(ranks),
         len(classes),
-        kept.scores(),
+        collector.roc(),
         order[np.concatenate(top)],
         np.concatenate(best),
     )
@@ -109,14 +109,14 @@ def compare(
 
 def _ranks(scores: Floats, classes: Ints, labels: Ints) -> Ints:
     """Ranks of the probes' own classes, from the best score of each class, `[p, classes]`."""
-    place = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
-    own = scores[np.arange(len(labels)), place]
+    column = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    own = scores[np.arange(len(labels)), column]
     ranks = (scores >= own[:, None]).sum(axis=1)  # its own class is the 1
-    return np.where(classes[place] == labels, ranks, 0)
+    return np.where(classes[column] == labels, ranks, 0)
 
 
-def _best(scores: Floats, k: int) -> Ints:
-    """Columns of the k highest scores of each row, highest first, of equal ones the first."""
+def _top_columns(scores: Floats, k: int) -> Ints:
+    """Columns of the k highest scores of each row, highest first; of equal scores the first one."""
     chosen = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-    falling = np.argsort(-np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(chosen, falling, axis=1)
+    order = np.argsort(-np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=1)

@@ -12,7 +12,7 @@ from mhe_dist.seeds import generator, sample_without_replacement
 Ints = npt.NDArray[np.int64]
 
 
-class Pairs(NamedTuple):
+class SamplePairs(NamedTuple):
     """P pairs of samples.
 
     Attributes:
@@ -25,26 +25,26 @@ class Pairs(NamedTuple):
     same: npt.NDArray[np.bool_]
 
 
-def draw_pairs(labels: Ints, count: int, seed: int) -> Pairs:
-    """Distinct pairs, uniform over all of their kind, half of them same; same, different, same, ...
+def draw_pairs(labels: Ints, count: int, seed: int) -> SamplePairs:
+    """Draw distinct pairs in the order same, different, same, ..., each kind uniformly.
 
-    So contiguous folds hold equally many of both. Same pairs come sorted by class: folds hardly
-    share classes, as in LFW.
+    So contiguous folds hold equally many of both kinds. Same pairs are sorted by class, so that
+    folds hardly share classes, as in LFW.
 
     Args:
         labels: int64 `[N]`.
-        count: pairs wanted; there are fewer when the set has fewer of either kind.
-        seed: keys the draw, together with nothing else.
+        count: number of pairs; it is smaller if the set has too few pairs of either kind.
+        seed: alone decides the draw.
     """
     order = np.argsort(labels, kind="stable")
     sizes = np.unique(labels, return_counts=True)[1]
     ends = np.repeat(np.cumsum(sizes), sizes)
-    places = np.arange(len(labels))
+    positions = np.arange(len(labels))
     # Partners of a sample that come after it in `order`: within its class, and beyond it.
-    within, beyond = ends - places - 1, len(labels) - ends
+    within, beyond = ends - positions - 1, len(labels) - ends
     half = min(count // 2, int(within.sum()), int(beyond.sum()))
     pairs = np.empty((2 * half, 2), np.int64)
-    kinds = (("same", within, places + 1), ("different", beyond, ends))
+    kinds = (("same", within, positions + 1), ("different", beyond, ends))
     for kind, (name, partners, first) in enumerate(kinds):
         rng = generator(seed, f"pairs/{name}")
         drawn = sample_without_replacement(int(partners.sum()), half, rng)
@@ -52,11 +52,11 @@ def draw_pairs(labels: Ints, count: int, seed: int) -> Pairs:
         left = np.searchsorted(starts, drawn, side="right") - 1
         right = first[left] + drawn - starts[left]
         pairs[kind::2] = order[np.stack([left, right], axis=1)]
-    return Pairs(pairs[:, 0], pairs[:, 1], np.arange(2 * half) % 2 == 0)
+    return SamplePairs(pairs[:, 0], pairs[:, 1], np.arange(2 * half) % 2 == 0)
 
 
 def squared_distances(
-    embeddings: npt.NDArray[np.float64], pairs: Pairs, chunk: int = 1 << 14
+    embeddings: npt.NDArray[np.float64], pairs: SamplePairs, chunk: int = 1 << 14
 ) -> npt.NDArray[np.float64]:
     """Squared L2 distance of each pair, `[P]`, between rows of length 1: 0 to 4."""
     out = np.empty(len(pairs.same))

@@ -1,4 +1,4 @@
-"""Scores of very many pairs: of the impostors' only the highest are kept, which TAR at FAR needs.
+"""The ROC of very many pairs. Of the impostors' scores only the highest are kept.
 
 Scores are rounded to 12 decimals, so that equal embeddings get equal scores wherever a matrix
 product puts them; ties count against the model.
@@ -20,16 +20,16 @@ FARS: Final = (1e-2, 1e-3, 1e-4)
 """The FARs that a run reports."""
 
 _DECIMALS: Final = 12
-_SPARE: Final = 1 << 20  # values that may gather before the highest are picked
+_SPARE: Final = 1 << 20  # values that may accumulate before the highest are selected
 
 
-class PairScores(NamedTuple):
-    """What is known of the scores of all pairs.
+class Roc(NamedTuple):
+    """True accept rate over false accept rate, from the scores of all pairs.
 
     Attributes:
         genuine: scores of all pairs of one class.
         impostors: number of pairs of two classes.
-        highest: the highest impostor scores, falling.
+        highest: the highest impostor scores, in descending order.
     """
 
     genuine: Floats
@@ -39,10 +39,10 @@ class PairScores(NamedTuple):
     def tar(self, far: float) -> float:
         """Share of genuine pairs above the lowest threshold that accepts at most `far` impostors.
 
-        Not a number without genuine pairs.
+        NaN without genuine pairs.
 
         Raises:
-            ValueError: so many impostors were not kept.
+            ValueError: too few impostor scores were kept for this FAR.
         """
         # The tolerance is for products such as 0.29 * 100, which is below 29.
         allowed = math.floor(far * self.impostors + 1e-9)
@@ -53,12 +53,13 @@ class PairScores(NamedTuple):
     def nearest_tar(self, far: float) -> tuple[float, float]:
         """TAR at the point of the ROC whose FAR is nearest to `far`, and that point's FAR.
 
-        No interpolation; each score that occurs is a threshold ("at least this"). Of two FARs
-        equally near the larger one counts, and of the points of one FAR the one of the highest
-        TAR. That FAR may exceed the target, which flatters the model: `tar` does not let it.
+        There is no interpolation; each score that occurs is a threshold ("at least this"). Of two
+        FARs that are equally near, the larger one counts; of several points with the same FAR, the
+        one with the highest TAR. That FAR may exceed the target, which flatters the model; in `tar`
+        it never does.
 
         Raises:
-            ValueError: so many impostors were not kept.
+            ValueError: too few impostor scores were kept for this FAR.
         """
         kept = self.highest
         counts = np.concatenate([[0], np.flatnonzero(kept[:-1] > kept[1:]) + 1])
@@ -72,11 +73,11 @@ class PairScores(NamedTuple):
         return self._above(best), best / self.impostors if self.impostors else 0.0
 
     def curve(self, highest_far: float, points: int = 200) -> tuple[Floats, Floats]:
-        """FAR and TAR, from one impostor accepted to `highest_far` of them.
+        """FAR and TAR, from one accepted impostor to a share `highest_far` of them.
 
         Returns:
-            arrays of `points` evenly on a logarithmic scale and, if they are within, `FARS`: what
-            is read off the curve there is what is reported.
+            Arrays over `points` FARs, evenly spaced on a logarithmic scale, and those of `FARS`
+            that lie between them, so that the curve passes through the reported figures.
         """
         lowest = 1 / max(self.impostors, 1 / highest_far)
         within = [far for far in FARS if lowest <= far <= highest_far]
@@ -84,35 +85,35 @@ class PairScores(NamedTuple):
         return far, np.array([self.tar(value) for value in far])
 
     def _above(self, allowed: int) -> float:
-        """TAR where that many impostors may be accepted."""
+        """TAR if that many impostors may be accepted."""
         if allowed >= self.impostors:
             return 1.0
         above = self.genuine > self.highest[allowed]
         return float(np.mean(above)) if len(above) else math.nan
 
 
-class Highest:
-    """Keeps the `count` highest of all values that pass by, and at times as many again.
+class TopScores:
+    """Keeps the `count` highest of all values that are added, and temporarily more of them.
 
     Attributes:
-        floor: what is not above it need not be shown.
+        lower_bound: values that are not above it need not be added.
     """
 
     def __init__(self, count: int) -> None:
-        self.floor = -math.inf
+        self.lower_bound = -math.inf
         self._count = count
         self._parts: list[Floats] = []
         self._size = 0
 
     def add(self, values: Floats) -> None:
-        """Let values pass by."""
-        values = values[values > self.floor]
+        """Take in values."""
+        values = values[values > self.lower_bound]
         self._parts.append(values)
         self._size += len(values)
         if self._size > 2 * self._count + _SPARE:
             self._compact()
 
-    def falling(self) -> Floats:
+    def descending(self) -> Floats:
         """The kept values, highest first."""
         self._compact()
         return -np.sort(-self._parts[0])
@@ -122,39 +123,39 @@ class Highest:
         surplus = len(values) - self._count
         if surplus > 0:
             values = np.partition(values, surplus)[surplus:] if self._count else np.empty(0)
-            self.floor = float(values.min()) if len(values) else math.inf
+            self.lower_bound = float(values.min()) if len(values) else math.inf
         self._parts, self._size = [values], len(values)
 
 
-class Collector:
-    """Takes scores as they come; memory for the genuine ones and a share of the others.
+class RocCollector:
+    """Collects scores in any order; keeps the genuine ones and the highest impostor scores.
 
     Args:
-        impostors: how many pairs of two classes there will be.
-        max_far: largest FAR that will be asked for.
+        impostors: number of pairs of two classes that will be added.
+        max_far: largest FAR that will be requested.
     """
 
     def __init__(self, impostors: int, max_far: float) -> None:
         self._impostors = impostors
         self._genuine: list[Floats] = []
-        self._highest = Highest(min(impostors, math.floor(max_far * impostors) + 1))
+        self._highest = TopScores(min(impostors, math.floor(max_far * impostors) + 1))
 
     def add(self, scores: Floats, same: Bools) -> None:
-        """Take in scores (`rounded`), and whether their pairs are of one class; any shape."""
+        """Take in scores (`round_scores`), and whether their pairs are of one class; any shape."""
         self._genuine.append(scores[same])
         self._highest.add(scores[~same])
 
-    def scores(self) -> PairScores:
-        """What came in."""
+    def roc(self) -> Roc:
+        """The ROC of all scores that were added."""
         genuine = np.concatenate(self._genuine) if self._genuine else np.empty(0)
-        return PairScores(genuine, self._impostors, self._highest.falling())
+        return Roc(genuine, self._impostors, self._highest.descending())
 
 
-def rounded(scores: Floats) -> Floats:
-    """Scores as they are compared."""
+def round_scores(scores: Floats) -> Floats:
+    """Round scores for comparison."""
     return np.round(scores, _DECIMALS)
 
 
-def far_name(far: float) -> str:
+def tar_name(far: float) -> str:
     """`tar@far=1e-3` for 0.001."""
     return f"tar@far={far:.0e}".replace("e-0", "e-")

@@ -1,4 +1,4 @@
-"""Templates: the images of a person's appearance, pooled to one row (docs/formats.md section 3)."""
+"""Pools the images of a template to one embedding (docs/formats.md section 3)."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.evaluate.metrics.roc import Floats, Ints, rounded
+from pipelines.evaluate.metrics.roc import Floats, Ints, round_scores
 
-_ROWS: Final = 1 << 14  # of images or pairs in float64 at a time
+_ROWS: Final = 1 << 14  # images or pairs in float64 at a time
 
 
-def pool(
+def pool_templates(
     embeddings: npt.NDArray[np.float32], weights: Floats, templates: Ints, media: Ints
 ) -> tuple[Ints, Floats]:
-    """Per template the mean over each medium, the sum of those, brought to length 1.
+    """For each template: the mean over each medium, the sum of those means, scaled to length 1.
 
     So a video counts as much as a photo, however many frames it has.
 
     Args:
         embeddings: `[N, D]`, with their norms.
-        weights: `[N]`, what each is multiplied with: the detector's score.
-        templates, media: `[N]`.
+        weights: `[N]`, by which each embedding is multiplied: the face detector's score.
+        templates, media: `[N]`, ids.
 
     Returns:
-        ids of the templates `[T]`, rising; rows float64 `[T, D]`; one of zeros stays one.
+        ids of the templates `[T]`, ascending; rows float64 `[T, D]`; a row of zeros stays zero.
     """
     order = np.lexsort((media, templates))
     ids, starts = np.unique(templates[order], return_index=True)
@@ -36,27 +36,27 @@ def pool(
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + _ROWS, side="right")))
         part = order[starts[first] : ends[last - 1]]
         weighted = embeddings[part].astype(np.float64) * weights[part, None]
-        rows[first:last] = _pooled(weighted, templates[part], media[part])
+        rows[first:last] = _sum_of_means(weighted, templates[part], media[part])
         first = last
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return ids, rows / np.where(norms > 0, norms, 1.0)
 
 
-def _pooled(rows: Floats, templates: Ints, media: Ints) -> Floats:
-    """Sum of the means over the media, for rows that are sorted by template and medium."""
+def _sum_of_means(rows: Floats, templates: Ints, media: Ints) -> Floats:
+    """Sum of the means over media, for rows that are sorted by template and medium."""
     changes = (templates[1:] != templates[:-1]) | (media[1:] != media[:-1])
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
     counts = np.diff(np.append(starts, len(rows)))
     means = np.add.reduceat(rows, starts) / counts[:, None]
-    of = templates[starts]
-    firsts = np.concatenate([[0], np.flatnonzero(of[1:] != of[:-1]) + 1])
+    owners = templates[starts]  # the template of each mean
+    firsts = np.concatenate([[0], np.flatnonzero(owners[1:] != owners[:-1]) + 1])
     return np.asarray(np.add.reduceat(means, firsts))
 
 
-def dots(rows: Floats, first: Ints, second: Ints) -> Floats:
-    """The dot product of each pair of rows, `[P]`, in bounded memory, as scores are compared."""
+def template_scores(rows: Floats, first: Ints, second: Ints) -> Floats:
+    """Rounded dot product of each pair of rows, `[P]`, in bounded memory."""
     out = np.empty(len(first))
     for start in range(0, len(out), _ROWS):
         part = slice(start, start + _ROWS)
         out[part] = np.einsum("nd,nd->n", rows[first[part]], rows[second[part]])
-    return rounded(out)
+    return round_scores(out)

@@ -1,4 +1,4 @@
-"""1:1 verification by docs/formats.md section 2: ten folds, accuracy, TAR at FAR."""
+"""Verification 1:1 over ten folds (docs/formats.md section 2): accuracy, TAR at FAR."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TarAtFar(NamedTuple):
     thresholds: Floats
 
 
-def accuracy(distances: Floats, same: Bools) -> Accuracy:
+def ten_fold_accuracy(distances: Floats, same: Bools) -> Accuracy:
     """Accuracy of "same iff distance < t", t of 0, 0.01, ... below 4.
 
     Args:
@@ -58,7 +58,7 @@ def accuracy(distances: Floats, same: Bools) -> Accuracy:
     thresholds = np.arange(0, 4, 0.01)
     accepted, size = _accepted(distances, same, thresholds)
     correct = accepted[0] + (size[1, :, None] - accepted[1])
-    # The first best: argmax of whole numbers takes the first of equal ones.
+    # The first of the best thresholds: argmax takes the first of equal integers.
     best = np.argmax(correct.sum(axis=0) - correct, axis=1)
     folds = correct[np.arange(FOLDS), best] / size.sum(axis=0)
     return Accuracy(float(folds.mean()), float(folds.std()), thresholds[best], folds)
@@ -67,9 +67,9 @@ def accuracy(distances: Floats, same: Bools) -> Accuracy:
 def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
     """TAR at a target FAR, thresholds of 0, 0.001, ... below 4.
 
-    On the nine training folds FAR is a function of the threshold; the threshold where it meets the
+    On the nine training folds FAR is a function of the threshold. The threshold that gives the
     target is interpolated linearly between the last one below the target and the first one that
-    reaches it. Where none reaches it the threshold is 0, which accepts nothing.
+    reaches it. If none reaches it, the threshold is 0, which accepts nothing.
 
     Raises:
         UserError: fewer pairs than folds, or a fold without same or without different pairs.
@@ -80,7 +80,7 @@ def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
         raise UserError("TAR@FAR: a fold has no same or no different pairs; mix the pairs' order")
     rest = accepted[1].sum(axis=0) - accepted[1]
     far_train = rest / (size[1].sum() - size[1])[:, None]
-    thresholds = np.array([_where_reached(curve, grid, far) for curve in far_train])
+    thresholds = np.array([_threshold_at(curve, grid, far) for curve in far_train])
     tar, far_test = np.empty(FOLDS), np.empty(FOLDS)
     for fold, part in enumerate(fold_slices(len(same))):
         accept = distances[part] < thresholds[fold]
@@ -89,16 +89,16 @@ def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
     return TarAtFar(float(tar.mean()), float(tar.std()), float(far_test.mean()), thresholds)
 
 
-def curve(distances: Floats, same: Bools, points: int = 200) -> tuple[Floats, Floats]:
-    """FAR and TAR over all pairs, for a picture, at FARs from one different pair to all of them.
+def roc_curve(distances: Floats, same: Bools, points: int = 200) -> tuple[Floats, Floats]:
+    """FAR and TAR over all pairs, for a plot, at FARs from one different pair to all of them.
 
     Returns:
-        far `[points]`, rising evenly on a logarithmic scale; tar `[points]`, at the largest
+        far `[points]`, evenly spaced on a logarithmic scale; tar `[points]`, at the largest
         threshold whose FAR does not exceed it.
     """
     genuine, impostors = np.sort(distances[same]), np.sort(distances[~same])
     if not len(genuine) or not len(impostors):
-        raise UserError("ROC: it takes same and different pairs")
+        raise UserError("ROC: it needs same and different pairs")
     far = np.geomspace(1 / len(impostors), 1, points)
     allowed = np.floor(far * len(impostors) + 1e-9).astype(np.int64)
     limits = np.append(impostors, np.inf)[allowed]
@@ -121,28 +121,28 @@ def fold_slices(pairs: int) -> list[slice]:
 def _accepted(
     distances: Floats, same: Bools, thresholds: Floats
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Pairs of each fold below each threshold, `[2, 10, T]`, and pairs in all, `[2, 10]`.
+    """Number of pairs of each fold below each threshold, `[2, 10, T]`, and of all, `[2, 10]`.
 
     The first axis is same, different.
     """
     folds = fold_slices(len(same))
     fold = np.repeat(np.arange(FOLDS), [part.stop - part.start for part in folds])
-    # The first threshold above a distance accepts its pair, and so do all that follow.
+    # The first threshold above a distance accepts its pair, and so do all higher ones.
     first = np.searchsorted(thresholds, distances, side="right")
     width = len(thresholds) + 1
-    places = (np.where(same, 0, FOLDS) + fold) * width + first
-    counts = np.bincount(places, minlength=2 * FOLDS * width).reshape(2, FOLDS, width)
+    bins = (np.where(same, 0, FOLDS) + fold) * width + first
+    counts = np.bincount(bins, minlength=2 * FOLDS * width).reshape(2, FOLDS, width)
     accepted = np.cumsum(counts, axis=2)
     return accepted[:, :, :-1], accepted[:, :, -1]
 
 
-def _where_reached(rising: Floats, grid: Floats, target: float) -> float:
-    """Where a curve that never falls reaches the target, interpolated; 0 where it does not."""
-    after = int(np.searchsorted(rising, target, side="left"))
-    if after == len(rising):
+def _threshold_at(fars: Floats, grid: Floats, target: float) -> float:
+    """The interpolated threshold at which FAR, which never falls, reaches the target; else 0."""
+    after = int(np.searchsorted(fars, target, side="left"))
+    if after == len(fars):
         return 0.0
     if after == 0:
         return float(grid[0])
-    low, high = rising[after - 1], rising[after]
+    low, high = fars[after - 1], fars[after]
     share = (target - low) / (high - low)
     return float(grid[after - 1] + share * (grid[after] - grid[after - 1]))

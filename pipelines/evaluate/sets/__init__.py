@@ -1,1 +1,1 @@
-"""Readers of evaluation sets that others made: image folders, InsightFace .bin files, IJB."""
+"""Readers of evaluation sets: image folders, InsightFace .bin files, IJB-B and IJB-C."""

@@ -1,4 +1,4 @@
-"""Faces by landmarks: the transform to the usual crop of 112x112 (docs/formats.md section 3)."""
+"""Aligns faces by their landmarks to the usual crop of 112x112 (docs/formats.md section 3)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pipelines.data.decode import Pixels
 
 Floats = npt.NDArray[np.float64]
 
-SIDE: Final = 112
-POINTS: Final[Floats] = np.array(
+CROP_SIZE: Final = 112
+REFERENCE_LANDMARKS: Final[Floats] = np.array(
     [
         (38.2946, 51.6963),
         (73.5318, 51.5014),
@@ -23,11 +23,11 @@ POINTS: Final[Floats] = np.array(
         (70.7299, 92.2041),
     ]
 )
-"""Where eyes, nose and corners of the mouth belong, `(x, y)` in pixels of a crop of 112."""
+"""Positions of eyes, nose and corners of the mouth, `(x, y)` in pixels of a 112x112 crop."""
 
 
-def similarity(source: Floats, target: Floats) -> tuple[complex, complex]:
-    """Rotation, scale and shift that bring `source` nearest to `target` by least squares.
+def fit_similarity(source: Floats, target: Floats) -> tuple[complex, complex]:
+    """Rotation, scale and shift that map `source` onto `target` with the least squared error.
 
     Points are complex numbers x + iy, so that a similarity without reflection is `a z + b`, linear
     in a and b; the solution is that of Umeyama (1991) in two dimensions.
@@ -47,26 +47,26 @@ def similarity(source: Floats, target: Floats) -> tuple[complex, complex]:
     return a, complex(w.mean() - a * z.mean())
 
 
-def align(image: Pixels, landmarks: Floats, side: int = SIDE) -> Pixels:
-    """Cut a face out.
+def align_face(image: Pixels, landmarks: Floats, size: int = CROP_SIZE) -> Pixels:
+    """Cut an aligned face out of an image.
 
     Args:
         image: uint8 `[H, W, 3]`.
-        landmarks: `[5, 2]`, (x, y) in its pixels, in the order of `POINTS`; the middle of the
-            first pixel is 0.
-        side: of the crop; the usual points are scaled to it.
+        landmarks: `[5, 2]`, (x, y) in its pixels, in the order of `REFERENCE_LANDMARKS`; the
+            centre of the first pixel is 0.
+        size: width and height of the crop; the reference landmarks are scaled to it.
 
     Returns:
-        uint8 `[side, side, 3]`, sampled bilinearly, black where the image ends.
+        uint8 `[size, size, 3]`, sampled bilinearly, black outside the image.
 
     Raises:
         ValueError: the landmarks are all the same, or not finite.
     """
-    a, b = similarity(landmarks, POINTS * (side / SIDE))
-    x, y = np.meshgrid(np.arange(side), np.arange(side))
-    source = (x + 1j * y - b) / a if a else np.full((side, side), np.inf * (1 + 1j))
+    a, b = fit_similarity(landmarks, REFERENCE_LANDMARKS * (size / CROP_SIZE))
+    x, y = np.meshgrid(np.arange(size), np.arange(size))
+    source = (x + 1j * y - b) / a if a else np.full((size, size), np.inf * (1 + 1j))
     height, width = image.shape[:2]
-    # grid_sample counts from the middle of the first pixel, -1, to that of the last one, 1.
+    # grid_sample counts from the centre of the first pixel, -1, to that of the last pixel, 1.
     scaled = [2 * source.real / max(width - 1, 1) - 1, 2 * source.imag / max(height - 1, 1) - 1]
     grid = torch.from_numpy(np.stack(scaled, axis=-1)).float()[None]
     pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None]

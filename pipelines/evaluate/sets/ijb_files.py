@@ -1,4 +1,4 @@
-"""IJB-B and IJB-C as they are handed out: `loose_crop/` and `meta/` (docs/formats.md section 3)."""
+"""Reads IJB-B and IJB-C as they are distributed (docs/formats.md section 3)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_full_size
-from pipelines.evaluate.sets.align import align
-from pipelines.evaluate.sets.stack import stacked
+from pipelines.evaluate.sets.align import align_face
+from pipelines.evaluate.sets.stack import stack_images
 from pipelines.sources.image_folder import path_below_root
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 _GALLERIES: Final = {"ijbc": ("G1", "G2"), "ijbb": ("S1", "S2")}
-_PAIRS_AT_ONCE: Final = 1 << 20
+_PAIRS_PER_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True)
-class Ijb:
-    """The images of a set, and what belongs together.
+class IjbSet:
+    """The images of a set, and the templates and media that they belong to.
 
     Attributes:
         root: folder of the set.
@@ -35,7 +35,7 @@ class Ijb:
         names: file names of the N images.
         landmarks: `[N, 5, 2]`, (x, y).
         scores: `[N]`, of the face detector.
-        templates, media: int64 `[N]`: which template, and which photo or video, an image is of.
+        templates, media: int64 `[N]`: the template, and the photo or video, of each image.
     """
 
     root: Path
@@ -51,30 +51,35 @@ class Ijb:
         """N."""
         return len(self.names)
 
-    def read(self, start: int, stop: int, side: int) -> Tensor:
-        """The faces `[start, stop)`, uint8 `[n, 3, side, side]`, RGB, cut by their landmarks.
+    def read(self, start: int, stop: int, image_size: int) -> Tensor:
+        """The faces `[start, stop)`, RGB, cut by their landmarks.
+
+        Returns:
+            uint8 `[n, 3, image_size, image_size]`.
 
         Raises:
             RunError: one of them cannot be used; an evaluation leaves nothing out.
         """
-        return stacked(self._face, start, stop, side)
+        return stack_images(self._face, start, stop, image_size)
 
-    def _face(self, number: int, side: int) -> npt.NDArray[np.uint8]:
-        place = self.root / "loose_crop" / self.names[number]
+    def _face(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
+        path = self.root / "loose_crop" / self.names[number]
         try:
-            return align(decode_full_size(place.read_bytes()), self.landmarks[number], side)
+            return align_face(
+                decode_full_size(path.read_bytes()), self.landmarks[number], image_size
+            )
         except (OSError, ImageDecodeError, ValueError) as error:
-            raise RunError(f"{place}: cannot be used: {error}") from error
+            raise RunError(f"{path}: cannot be used: {error}") from error
 
     def pairs(self) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_]]]:
-        """The 1:1 protocol in pieces: template, template, of one subject."""
+        """Yield the 1:1 protocol in chunks: first and second templates, whether of one subject."""
         path = self.root / "meta" / f"{self.name}_template_pair_label.txt"
-        for rows in _table(path, 3, chunksize=_PAIRS_AT_ONCE):
+        for rows in _table(path, 3, chunksize=_PAIRS_PER_CHUNK):
             first, second, same = rows.to_numpy(np.int64).T
             yield first, second, same == 1
 
     def galleries(self) -> list[tuple[Ints, Ints]]:
-        """Templates and subjects of the two galleries of the 1:N protocol; none without it."""
+        """Templates and subjects of the two galleries of the 1:N protocol."""
         return [self._subjects(f"1N_gallery_{name}") for name in _GALLERIES[self.name]]
 
     def probes(self) -> tuple[Ints, Ints]:
@@ -92,12 +97,12 @@ class Ijb:
         rows = _read(path, sep=",", usecols=[0, 1]).drop_duplicates()
         templates, subjects = rows.to_numpy(np.int64).T
         if len(np.unique(templates)) < len(templates):
-            raise UserError(f"{path}: a template is of two subjects")
+            raise UserError(f"{path}: a template belongs to two subjects")
         return templates, subjects
 
 
-def load(root: str) -> Ijb:
-    """Read the tables of a set; images are read when they are asked for.
+def load_ijb(root: str) -> IjbSet:
+    """Read the tables of a set; images are read later, by `IjbSet.read`.
 
     Raises:
         UserError: a table is missing, damaged, or does not fit the others.
@@ -122,14 +127,19 @@ def load(root: str) -> Ijb:
             raise UserError(f"{meta}: {error}") from error
     numbers = faces.iloc[:, 1:].to_numpy(np.float64)
     templates, media = groups.iloc[:, 1:].to_numpy(np.int64).T
-    return Ijb(
-        *(folder, found[0], names, numbers[:, :10].reshape(-1, 5, 2), numbers[:, 10]),
-        *(templates, media),
+    return IjbSet(
+        root=folder,
+        name=found[0],
+        names=names,
+        landmarks=numbers[:, :10].reshape(-1, 5, 2),
+        scores=numbers[:, 10],
+        templates=templates,
+        media=media,
     )
 
 
 def _table(path: Path, columns: int, chunksize: int | None = None) -> Iterator[Any]:
-    """A space-separated table as a data frame, or in pieces of that many rows."""
+    """Yield a space-separated table as one data frame, or in chunks of that many rows."""
     read = _read(path, sep=" ", header=None, chunksize=chunksize)
     for rows in [read] if chunksize is None else read:
         if rows.shape[1] != columns or rows.isna().to_numpy().any():

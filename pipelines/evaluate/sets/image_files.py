@@ -1,4 +1,4 @@
-"""Image files of a folder or store, by number: what is embedded or compared as it lies."""
+"""Image files of a folder or store, read by number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_image
-from pipelines.evaluate.sets.stack import stacked
+from pipelines.evaluate.sets.stack import stack_images
 from pipelines.sources.image_folder import has_image_extension, list_files, path_below_root
 from pipelines.storage.urls import RangeReader, resolve_url
 
@@ -32,7 +32,7 @@ class ImageFiles:
         root: folder or URL.
         paths: below it.
         skip_bad: a file that cannot be read becomes black and is marked, instead of an error.
-        bad: int64 `[N]`, 1 for those that were met so far.
+        bad: int64 `[N]`, 1 for files that were read so far and could not be decoded.
     """
 
     root: str
@@ -48,29 +48,29 @@ class ImageFiles:
         """N."""
         return len(self.paths)
 
-    def read(self, start: int, stop: int, side: int) -> Tensor:
-        """The images `[start, stop)`, uint8 `[n, 3, side, side]`, RGB.
+    def read(self, start: int, stop: int, image_size: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, image_size, image_size]`, RGB.
 
         Raises:
             RunError: one of them cannot be read, and bad ones are not skipped.
         """
-        return stacked(self._image, start, stop, side)
+        return stack_images(self._image, start, stop, image_size)
 
-    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+    def _image(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
         path = self.paths[number]
         filesystem, root = resolve_url(self.root)
         try:
-            return decode_image(bytes(filesystem.cat_file(f"{root}/{path}")), side)
+            return decode_image(bytes(filesystem.cat_file(f"{root}/{path}")), image_size)
         except (OSError, ImageDecodeError) as error:
             if not self.skip_bad:
                 raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
             log.warning("left out: %s/%s: %s", self.root, path, error)
             self.bad[number] = 1
-            return np.zeros((side, side, 3), np.uint8)
+            return np.zeros((image_size, image_size, 3), np.uint8)
 
 
-def every(root: str, skip_bad: bool = False) -> ImageFiles:
-    """All images below a folder, in the order of their names.
+def list_images(root: str, skip_bad: bool = False) -> ImageFiles:
+    """List all images below a folder, in the order of their names.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -82,8 +82,8 @@ def every(root: str, skip_bad: bool = False) -> ImageFiles:
     return ImageFiles(root, paths, skip_bad)
 
 
-def classes(files: ImageFiles) -> Ints:
-    """The class of each file: the folder right below the root that it is in, numbered by name.
+def folder_labels(files: ImageFiles) -> Ints:
+    """The class of each file: its top folder below the root; folders are numbered by name.
 
     Raises:
         UserError: a file is in no such folder.
@@ -96,19 +96,24 @@ def classes(files: ImageFiles) -> Ints:
 
 
 def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArray[np.bool_]]:
-    """Pairs of a CSV file: columns `first` and `second`, paths below `root`, and `same`, 0 or 1.
+    """Read pairs from a CSV file.
+
+    Args:
+        table: with the columns `first` and `second`, paths below `root`, and `same`, 0 or 1.
+        root: folder or URL of the images.
 
     Returns:
-        each file once; numbers of the first and of the second of each pair; whether they are same.
+        Each file once; the numbers of the first and of the second file of each pair; whether they
+        are of the same class.
 
     Raises:
-        UserError: a column is missing, or a row is none; the message names the line.
+        UserError: a column is missing, or a row is invalid; the message names the line.
     """
     with RangeReader(table) as reader:
         text = reader.read(0, reader.size).decode("utf-8-sig")
     rows = csv.DictReader(io.StringIO(text))
     if missing := {"first", "second", "same"} - set(rows.fieldnames or ()):
-        raise UserError(f"{table}: has no column {min(missing)}; it takes first,second,same")
+        raise UserError(f"{table}: has no column {min(missing)}; it needs first,second,same")
     numbers: dict[str, int] = {}
     pairs, same = [], []
     top = resolve_url(root)[1]

@@ -1,9 +1,8 @@
-"""InsightFace verification sets (`lfw.bin` and kin): a pickle, read without running what it says.
+"""Reads InsightFace verification sets (`lfw.bin` and others): pickles, read without running code.
 
-A pickle names functions and calls them, so reading one from elsewhere can run anything. Here only
-plain containers come out of it, and the few functions that NumPy arrays and byte strings are
-rebuilt with are replaced by small ones of our own; every other name is refused before it is
-imported.
+A pickle names functions and calls them, so reading an untrusted one can run anything. Here a pickle
+can only give plain containers. The few functions that rebuild NumPy arrays and byte strings are
+replaced by small stand-ins; every other name is refused before it is imported.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_image
-from pipelines.evaluate.sets.stack import stacked
+from pipelines.evaluate.sets.stack import stack_images
 from pipelines.storage.urls import RangeReader
 
 _TYPES: Final = ("u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")
-_MAX_ITEM: Final = 1 << 26  # bytes of an image: more than any, and no memory that matters
+_MAX_ITEM: Final = 1 << 26  # bytes of an image: more than any image has, and still little memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class VerificationBin:
     """A verification set of P pairs; pair i is images 2i and 2i + 1.
 
     Attributes:
-        url: where it was read.
+        url: where it was read from.
         images: 2P encoded images.
         same: bool `[P]`: of one class.
     """
@@ -46,27 +45,27 @@ class VerificationBin:
         """Number of images."""
         return len(self.images)
 
-    def read(self, start: int, stop: int, side: int) -> Tensor:
-        """The images `[start, stop)`, uint8 `[n, 3, side, side]`, RGB.
+    def read(self, start: int, stop: int, image_size: int) -> Tensor:
+        """The images `[start, stop)`, uint8 `[n, 3, image_size, image_size]`, RGB.
 
         Raises:
             RunError: one of them cannot be decoded; an evaluation leaves nothing out.
         """
-        return stacked(self._image, start, stop, side)
+        return stack_images(self._image, start, stop, image_size)
 
-    def _image(self, number: int, side: int) -> npt.NDArray[np.uint8]:
+    def _image(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
         try:
-            return decode_image(self.images[number], side)
+            return decode_image(self.images[number], image_size)
         except ImageDecodeError as error:
             raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
 
 
-def read_bin(url: str) -> VerificationBin:
+def read_verification_bin(url: str) -> VerificationBin:
     """Read a set from a path or URL.
 
     Raises:
-        UserError: there is no such file, it is no such set, or it names what a set does not need
-            (the message says what); nothing of it was run.
+        UserError: there is no such file, it is not such a set, or it names something that a set
+            does not need (the message says what); no code of the file was run.
     """
     with RangeReader(url) as reader:
         data = reader.read(0, reader.size)
@@ -87,16 +86,16 @@ def read_bin(url: str) -> VerificationBin:
 
 
 def _restricted(url: str, data: bytes) -> Any:
-    """What the pickle holds."""
+    """Read the content of the pickle."""
     try:
-        # Python 2 wrote byte strings as text; other pickles take no notice of the encoding.
+        # Python 2 wrote byte strings as text; other pickles ignore the encoding.
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
     except _Refused as error:
         raise UserError(
             f"{url}: refused: the pickle asks for {error}, which a verification set does not need "
             f"and which could run code; nothing was run. Get the file from a source that you trust"
         ) from None
-    except Exception as error:  # a damaged pickle raises whatever its opcodes stumble over
+    except Exception as error:  # a damaged pickle can raise any exception
         raise _not_a_set(url, f"{type(error).__name__}: {error}") from error
 
 
@@ -105,22 +104,22 @@ class _Refused(Exception):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names below and no others."""
+    """An unpickler that knows the names of `_STAND_INS` and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Our own stand-in for a known name."""
-        known = _KNOWN.get(f"{module}.{name}")
+        """Return the stand-in of a known name; refuse all others."""
+        known = _STAND_INS.get(f"{module}.{name}")
         if known is None:
             raise _Refused(f"{module}.{name}")
         return known
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse; there is no place outside the file."""
+        """Refuse: nothing outside the file is read."""
         raise _Refused(f"the persistent object {_short(pid)}")
 
 
 class _Type:
-    """Stands in for `numpy.dtype`: a name, and the byte order that its state adds."""
+    """Stand-in for `numpy.dtype`: a name, and the byte order that its state adds."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name = name.decode("ascii") if isinstance(name, bytes) else str(name)
@@ -131,7 +130,7 @@ class _Type:
         self.order = order.decode("ascii") if isinstance(order, bytes) else str(order)
 
     def resolve(self) -> np.dtype[Any]:
-        """NumPy's type, of whole numbers, floats and truth values only."""
+        """The NumPy type; only integers, floats and booleans are allowed."""
         name = self.name.lstrip("<>|=")
         if name not in _TYPES:
             raise ValueError(f"an array of {self.name}")
@@ -139,7 +138,7 @@ class _Type:
 
 
 class _Array:
-    """Stands in for an array while it is rebuilt; `value` is the array."""
+    """Stand-in for an array while it is rebuilt; `value` is the array."""
 
     def __init__(self, *_: Any) -> None:
         self.value: npt.NDArray[Any] = np.empty(0, np.uint8)
@@ -150,7 +149,7 @@ class _Array:
 
 
 def _array(data: Any, kind: Any, shape: Any, order: str = "C") -> npt.NDArray[Any]:
-    """An array of plain numbers; a list of objects is none."""
+    """Build an array of plain numbers; an array of objects is an error."""
     if isinstance(data, str):
         data = data.encode("latin-1")
     if not isinstance(kind, _Type) or not isinstance(data, bytes | bytearray):
@@ -161,26 +160,26 @@ def _array(data: Any, kind: Any, shape: Any, order: str = "C") -> npt.NDArray[An
 
 
 def _from_buffer(data: Any, kind: Any, shape: Any, order: Any = "C") -> _Array:
-    """Stands in for `numpy.core.numeric._frombuffer`."""
+    """Stand-in for `numpy.core.numeric._frombuffer`."""
     made = _Array()
     made.value = _array(bytes(data), kind, shape, order)
     return made
 
 
 def _scalar(kind: Any, data: Any) -> Any:
-    """Stands in for `numpy.core.multiarray.scalar`."""
+    """Stand-in for `numpy.core.multiarray.scalar`."""
     return _array(data, kind, (1,))[0].item()
 
 
 def _latin_1(text: Any, encoding: Any) -> bytes:
-    """Stands in for `_codecs.encode`, with which old protocols spell bytes."""
+    """Stand-in for `_codecs.encode`, with which old protocols write bytes."""
     if encoding not in ("latin1", "latin-1", b"latin1", b"latin-1"):
         raise _Refused("_codecs.encode to something else than latin-1")
     return str(text).encode("latin-1")
 
 
 def _bytes(*arguments: Any) -> bytes:
-    """Stands in for `bytes` and `bytearray`; a number would ask for that much memory."""
+    """Stand-in for `bytes` and `bytearray`; refuses a number, which would allocate memory."""
     if not arguments:
         return b""
     if isinstance(arguments[0], int):
@@ -190,7 +189,7 @@ def _bytes(*arguments: Any) -> bytes:
     return bytes(arguments[0])
 
 
-_KNOWN: Final[dict[str, Callable[..., Any]]] = {
+_STAND_INS: Final[dict[str, Callable[..., Any]]] = {
     **{
         f"numpy.{package}.{name}": stand_in
         for package in ("core", "_core")
@@ -210,7 +209,7 @@ _KNOWN: Final[dict[str, Callable[..., Any]]] = {
 
 
 def _plain(item: Any) -> Any:
-    """An array in place of its stand-in; a list for an array of flags."""
+    """Replace a stand-in by its array, and an array of flags by a list."""
     value = item.value if isinstance(item, _Array) else item
     return value.tolist() if isinstance(value, np.ndarray) and value.dtype != np.uint8 else value
 

@@ -14,7 +14,8 @@ from launcher import cli
 from pipelines.data.decode import decode_image
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
-from tests import ijb_set, tiny
+from tests import tiny
+from tests.ijb_set import write_ijb_set
 
 Captured = pytest.CaptureFixture[str]
 
@@ -73,7 +74,7 @@ def test_verification_sets(
 
 
 def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
-    root = str(ijb_set.write(tmp_path / "IJBC"))
+    root = str(write_ijb_set(tmp_path / "IJBC"))
     shown = said(["evaluate", "ijb", run, "--root", root], capsys)
     for part in ("TAR@FAR=1e-06", "1:N rank-1", "TPIR@FPIR=0.01", "evaluation/ijbc.json"):
         assert part in shown

@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from launcher import cli, execute
-from launcher.preflight.predict import (
-    CostPrediction,
-)
+from launcher.preflight.predict import CostPrediction
 from launcher.reproduce import studies
 from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, plan_runs
 from launcher.signals import Interrupted

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.verify import DatasetReport, find_duplicates, verify_dataset
-from pipelines.report import sample_sheet
-from pipelines.report import verification as verify_report
-from pipelines.report.figures import save
+from pipelines.report.figures import save_figure
+from pipelines.report.sample_sheet import class_names, draw_sample_sheet
+from pipelines.report.verification import draw_class_sizes, verification_summary
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.staging import Journal
@@ -180,38 +180,38 @@ def test_an_interrupted_verification_goes_on(index: ShardIndex, tmp_path: Path) 
 def test_the_report_is_json_and_a_picture(index: ShardIndex, tmp_path: Path) -> None:
     alter(index, lambda data: data.extend(b"x"))
     report = read(index, tmp_path)
-    content = json.loads(json.dumps(verify_report.summary(report)))
+    content = json.loads(json.dumps(verification_summary(report)))
     assert (content["good"], content["problems"]) == (False, {"shard": 1})
     assert content["named"][0]["kind"] == "shard"
     assert content["images_per_class"] == {
         **{"classes_without_images": 0, "classes_with_one_image": 0},
         **{"fewest": 3, "median": 4.0, "mean": 3.75, "most": 4},
     }
-    verify_report.draw(report, str(tmp_path / "plot.png"))
+    draw_class_sizes(report.per_class, str(tmp_path / "plot.png"))
     wide = report._replace(per_class=np.array([0, 1, 2, 500, 90]))
-    verify_report.draw(wide, "memory://plot.png")
+    draw_class_sizes(wide.per_class, "memory://plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_sheet_shows_what_cannot_be_read_too(index: ShardIndex, tmp_path: Path) -> None:
     alter(index, lambda data: data.__setitem__(slice(0, 9000), bytes(9000)))
-    figure = sample_sheet.sheet(index, rows=3, columns=3)
-    save(figure, str(tmp_path / "sheet.png"))
+    figure = draw_sample_sheet(index, rows=3, columns=3)
+    save_figure(figure, str(tmp_path / "sheet.png"))
     picture = (tmp_path / "sheet.png").read_bytes()
-    save(sample_sheet.sheet(index, rows=3, columns=3), str(tmp_path / "again.png"))
+    save_figure(draw_sample_sheet(index, rows=3, columns=3), str(tmp_path / "again.png"))
     assert (tmp_path / "again.png").read_bytes() == picture
-    assert sample_sheet.sheet(index, rows=99, columns=99).texts
+    assert draw_sample_sheet(index, rows=99, columns=99).texts
     older = ShardIndex(index.folder, CLASSES, [replace(s, classes="") for s in index.shards])
-    assert sample_sheet.sheet(older, rows=3, columns=3).texts
+    assert draw_sample_sheet(older, rows=3, columns=3).texts
 
 
 def test_the_sheet_names_classes(index: ShardIndex) -> None:
     path = Path(index.folder, "classes.tsv")
     path.write_text("class\tsamples\tname\n0\t1\tcat\n1\t2\t山\n2\t1\t" + "x" * 60 + "\n3\t1\t$d\n")
     named = ShardIndex(index.folder, CLASSES, index.shards, {"class_names": "classes.tsv"})
-    names = sample_sheet.class_names(named, [0, 1, 2, 3])
+    names = class_names(named, [0, 1, 2, 3])
     assert names == ["cat", "\\u5c71", "x" * 27 + "~", "$d"]
-    assert sample_sheet.class_names(index, [3]) == [""]
+    assert class_names(index, [3]) == [""]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -11,12 +11,13 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
-from pipelines.evaluate import ijb as protocol
+from pipelines.evaluate.ijb import FARS, evaluate_ijb, verify_templates
 from pipelines.evaluate.metrics import templates
-from pipelines.evaluate.metrics.templates import dots, pool
-from pipelines.evaluate.sets import align
-from pipelines.evaluate.sets import ijb_files as ijb
-from tests import ijb_set
+from pipelines.evaluate.metrics.templates import pool_templates, template_scores
+from pipelines.evaluate.sets import ijb_files
+from pipelines.evaluate.sets.align import REFERENCE_LANDMARKS, align_face, fit_similarity
+from pipelines.evaluate.sets.ijb_files import load_ijb
+from tests.ijb_set import SUBJECTS, TEMPLATES, write_ijb_set
 
 EXACT = 1e-12
 
@@ -27,39 +28,39 @@ def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     u, d, vt = np.linalg.svd(b.T @ a / len(a))
     sign = np.diag([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
     scale = (d * np.diag(sign)).sum() / a.var(0).sum()
-    turn = scale * u @ sign @ vt
-    return np.column_stack([turn, target.mean(0) - turn @ source.mean(0)])
+    rotation = scale * u @ sign @ vt
+    return np.column_stack([rotation, target.mean(0) - rotation @ source.mean(0)])
 
 
 def test_the_similarity_is_umeyamas() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
-        marks = align.POINTS @ rng.standard_normal((2, 2)) + rng.uniform(0, 200, 2)
+        marks = REFERENCE_LANDMARKS @ rng.standard_normal((2, 2)) + rng.uniform(0, 200, 2)
         marks += rng.normal(0, 4, (5, 2))
-        a, b = align.similarity(marks, align.POINTS)
+        a, b = fit_similarity(marks, REFERENCE_LANDMARKS)
         found = np.array([[a.real, -a.imag, b.real], [a.imag, a.real, b.imag]])
-        np.testing.assert_allclose(found, umeyama(marks, align.POINTS), atol=1e-9)
+        np.testing.assert_allclose(found, umeyama(marks, REFERENCE_LANDMARKS), atol=1e-9)
     with pytest.raises(ValueError, match="one point"):
-        align.similarity(np.ones((5, 2)), align.POINTS)
+        fit_similarity(np.ones((5, 2)), REFERENCE_LANDMARKS)
     with pytest.raises(ValueError, match="one point, or none"):
-        align.similarity(np.full((5, 2), np.nan), align.POINTS)
+        fit_similarity(np.full((5, 2), np.nan), REFERENCE_LANDMARKS)
 
 
 def test_alignment_moves_pixels_where_they_belong() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
-    assert (align.align(image, align.POINTS) == image).all()
+    assert (align_face(image, REFERENCE_LANDMARKS) == image).all()
     # The face lies 3 to the right and 2 higher.
-    moved = align.align(image, align.POINTS + np.array([3, -2]))
+    moved = align_face(image, REFERENCE_LANDMARKS + np.array([3, -2]))
     assert (moved[2:, :-3] == image[:-2, 3:]).all()
     assert (moved[:2] == 0).all()
     assert (moved[:, -3:] == 0).all()
     # Twice as large and turned by a quarter: bilinear at the middles of pixels.
-    quarter = (align.POINTS - 55.5) @ np.array([[0, 1], [-1, 0]]) + 55.5
-    assert (align.align(image, quarter) == np.rot90(image, 1)).mean() > 0.999
-    halved = align.align(image, align.POINTS / 2)
+    quarter = (REFERENCE_LANDMARKS - 55.5) @ np.array([[0, 1], [-1, 0]]) + 55.5
+    assert (align_face(image, quarter) == np.rot90(image, 1)).mean() > 0.999
+    halved = align_face(image, REFERENCE_LANDMARKS / 2)
     assert (halved[::2, ::2][:56, :56] == image[:56, :56]).mean() > 0.999
-    assert align.align(image, align.POINTS, side=56).shape == (56, 56, 3)
+    assert align_face(image, REFERENCE_LANDMARKS, size=56).shape == (56, 56, 3)
 
 
 def reference_pool(rows, weights, ids, media) -> dict[int, np.ndarray]:
@@ -84,23 +85,25 @@ def pooled():
     return rows, weights, ids, media
 
 
-@pytest.mark.parametrize("rows_at_once", [1 << 14, 30, 1])
-def test_templates_are_as_written(pooled, rows_at_once: int, monkeypatch) -> None:
-    monkeypatch.setattr(templates, "_ROWS", rows_at_once)
+@pytest.mark.parametrize("rows_per_chunk", [1 << 14, 30, 1])
+def test_templates_are_as_written(pooled, rows_per_chunk: int, monkeypatch) -> None:
+    monkeypatch.setattr(templates, "_ROWS", rows_per_chunk)
     expected = reference_pool(*pooled)
-    ids, rows = pool(*pooled)
+    ids, rows = pool_templates(*pooled)
     assert ids.tolist() == list(expected)
     np.testing.assert_allclose(rows, list(expected.values()), atol=EXACT, rtol=0)
     rng = np.random.default_rng(2)
     first, second = rng.integers(0, len(ids), (2, 200))
     wanted = [expected[ids[a]] @ expected[ids[b]] for a, b in zip(first, second, strict=True)]
-    np.testing.assert_allclose(dots(rows, first, second), wanted, atol=EXACT, rtol=0)
+    np.testing.assert_allclose(template_scores(rows, first, second), wanted, atol=EXACT, rtol=0)
 
 
 def test_a_template_by_hand() -> None:
     """A photo of norm 2 counts as much as a video of two frames of norm 1 and score 1/2."""
     rows = np.array([[2, 0], [0, 4], [0, 4]], np.float32)
-    ids, found = pool(rows, np.array([1, 0.5, 0.5]), np.array([7, 7, 7]), np.array([1, 2, 2]))
+    ids, found = pool_templates(
+        rows, np.array([1, 0.5, 0.5]), np.array([7, 7, 7]), np.array([1, 2, 2])
+    )
     assert ids.tolist() == [7]
     np.testing.assert_allclose(found, [[math.sqrt(0.5), math.sqrt(0.5)]], atol=EXACT)
 
@@ -118,7 +121,7 @@ def reference_figures(root: Path, rows: dict[int, np.ndarray]) -> dict[str, floa
     scores = np.array([rows[int(a)] @ rows[int(b)] for a, b, _ in table])
     limits = np.append(np.unique(scores), np.inf)
     points = [(np.mean(scores[~same] >= t), np.mean(scores[same] >= t)) for t in limits]
-    for far in protocol.FARS:
+    for far in FARS:
         name = f"tar@far={far:.0e}".replace("e-0", "e-")
         found[name] = max(tar for at, tar in points if at <= far)
         near = min(abs(at - far) for at, _ in points)
@@ -148,59 +151,56 @@ def reference_figures(root: Path, rows: dict[int, np.ndarray]) -> dict[str, floa
 
 
 def test_a_whole_set(tmp_path: Path, monkeypatch) -> None:
-    root = ijb_set.write(tmp_path / "IJBC")
-    found = ijb.load(str(root))
+    root = write_ijb_set(tmp_path / "IJBC")
+    found = load_ijb(str(root))
     images = found.read(0, found.count, 28)
     rows = (embed(images) + embed(images.flip(-1))).numpy()
     pooled = reference_pool(rows, found.scores, found.templates, found.media)
     results = []
-    for size in (1 << 20, 7):  # pairs of a piece
-        monkeypatch.setattr(ijb, "_PAIRS_AT_ONCE", size)
-        results.append(protocol.evaluate(embed, found, Topology(), 28))
-    assert results[0].plain() == results[1].plain()
+    for size in (1 << 20, 7):  # pairs of a chunk
+        monkeypatch.setattr(ijb_files, "_PAIRS_PER_CHUNK", size)
+        results.append(evaluate_ijb(embed, found, Topology(), 28))
+    assert results[0].to_dict() == results[1].to_dict()
     expected = reference_figures(root, pooled)
-    assert results[0].flat().keys() == expected.keys()
+    assert results[0].named_metrics().keys() == expected.keys()
     for name, value in expected.items():
-        assert results[0].flat()[name] == pytest.approx(value, abs=EXACT), name
+        assert results[0].named_metrics()[name] == pytest.approx(value, abs=EXACT), name
     assert 0.1 < results[0].rank[1] < 1
-    assert results[0].templates == ijb_set.SUBJECTS * ijb_set.TEMPLATES
+    assert results[0].templates == SUBJECTS * TEMPLATES
     assert results[0].genuine + results[0].impostors == 32 * 31 // 2
     for part in (root / "meta").glob("*1N*"):
         part.unlink()
-    assert protocol.evaluate(embed, ijb.load(str(root)), Topology(), 28).rank == {}
+    assert evaluate_ijb(embed, load_ijb(str(root)), Topology(), 28).rank == {}
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither meta/ijbc_face_tid_mid\.txt"):
-        ijb.load(str(tmp_path))
-    root = ijb_set.write(tmp_path / "IJBC")
+        load_ijb(str(tmp_path))
+    root = write_ijb_set(tmp_path / "IJBC")
     meta = root / "meta"
     groups, points = (meta / f"ijbc_{n}.txt" for n in ("face_tid_mid", "name_5pts_score"))
     intact, whole = groups.read_text(), points.read_text()
     groups.write_text("\n".join(intact.splitlines()[::-1]) + "\n")
     with pytest.raises(UserError, match="do not name the same images"):
-        ijb.load(str(root))
+        load_ijb(str(root))
     groups.write_text("1.jpg 3\n" + intact)
     with pytest.raises(UserError, match=r"face_tid_mid\.txt"):
-        ijb.load(str(root))
+        load_ijb(str(root))
     groups.write_text(intact.replace("1.jpg", "../1.jpg", 1))
     points.write_text(whole.replace("1.jpg", "../1.jpg", 1))
     with pytest.raises(UserError, match="leaves the folder"):
-        ijb.load(str(root))
+        load_ijb(str(root))
     groups.write_text(intact)
     points.unlink()
     with pytest.raises(UserError, match=r"name_5pts_score\.txt: is missing"):
-        ijb.load(str(root))
+        load_ijb(str(root))
     points.write_text(whole)
     (root / "loose_crop" / "3.jpg").write_bytes(b"no image")
-    found = ijb.load(str(root))
+    found = load_ijb(str(root))
     with pytest.raises(RunError, match=r"3\.jpg: cannot be used"):
         found.read(0, 5, 28)
     with (meta / "ijbc_template_pair_label.txt").open("a") as file:
         file.write("100 999 0\n")
-    with pytest.raises(UserError, match="template 999 is in a protocol, but no image"):
-        protocol.verify(found, *pool(np.ones((found.count, 2), np.float32), *found_columns(found)))
-
-
-def found_columns(found: ijb.Ijb) -> tuple:
-    return found.scores, found.templates, found.media
+    rows = np.ones((found.count, 2), np.float32)
+    with pytest.raises(UserError, match="template 999 is in a protocol, but it has no image"):
+        verify_templates(found, *pool_templates(rows, found.scores, found.templates, found.media))

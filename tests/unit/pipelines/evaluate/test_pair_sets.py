@@ -10,11 +10,11 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate import in_training as cadence
-from pipelines.evaluate.metrics import bootstrap
-from pipelines.evaluate.metrics.pair_sampling import Pairs, squared_distances
-from pipelines.evaluate.metrics.verification import accuracy, curve, tar_at_far
-from pipelines.evaluate.pair_sets import load_bins, score, verify
+from pipelines.evaluate.in_training import evaluate_in_training, has_evaluation
+from pipelines.evaluate.metrics.bootstrap import bootstrap_interval
+from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
+from pipelines.evaluate.metrics.verification import roc_curve, tar_at_far, ten_fold_accuracy
+from pipelines.evaluate.pair_sets import read_bin_sets, score_pairs, verify_pair_sets
 from tests import tiny
 
 EXACT = 1e-12
@@ -60,16 +60,16 @@ def test_random_embeddings_score_as_written(seed: int) -> None:
     rows = np.stack([left, right], axis=1).reshape(-1, 16)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     first = np.arange(0, 2 * count, 2)
-    distances = squared_distances(rows, Pairs(first, first + 1, same))
-    folds, tar = accuracy(distances, same), tar_at_far(distances, same, 0.05)
+    distances = squared_distances(rows, SamplePairs(first, first + 1, same))
+    folds, tar = ten_fold_accuracy(distances, same), tar_at_far(distances, same, 0.05)
     found = [folds.mean, folds.std, tar.tar, *folds.thresholds]
     np.testing.assert_allclose(found, reference(left, right, same, 0.05), atol=EXACT, rtol=0)
 
 
 def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     """Embedding = f(x) + f(mirrored x), and nothing depends on what else is in a block."""
-    sets = load_bins([tiny.write_bin(tmp_path / "lfw.bin")])
-    (found,) = verify(embed, sets, Topology(), tiny.SIDE)
+    sets = read_bin_sets([tiny.write_bin(tmp_path / "lfw.bin")])
+    (found,) = verify_pair_sets(embed, sets, Topology(), tiny.SIDE)
     images = sets[0].images.read(0, 80, tiny.SIDE)
     rows = (embed(images) + embed(images.flip(-1))).double().numpy()
     same = np.arange(40) % 2 == 0
@@ -77,13 +77,15 @@ def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     assert found.metrics["accuracy"] == pytest.approx(expected[0], abs=EXACT)
     assert found.metrics["tar@far=1e-2"] == pytest.approx(expected[2], abs=EXACT)
     assert found.metrics["threshold"] == pytest.approx(np.mean(expected[3:]), abs=EXACT)
-    assert found.flat()["lfw/accuracy"] == found.metrics["accuracy"]
+    assert found.named_metrics()["lfw/accuracy"] == found.metrics["accuracy"]
     low, high = found.intervals["accuracy"]
     assert low <= found.metrics["accuracy"] <= high
-    assert found.plain()["pairs"] == 40
+    assert found.to_dict()["pairs"] == 40
     config = tiny.config(tmp_path, "unused", evaluate={"verification": [str(tmp_path / "lfw.bin")]})
-    assert cadence.wanted(config)
-    during = cadence.run(embed, config, Topology()).metrics
+    assert has_evaluation(config.evaluate)
+    image_size, seed = config.data.image_size, config.run.seed
+    evaluation = evaluate_in_training(embed, config.evaluate, image_size, seed, Topology())
+    during = evaluation.metrics
     assert during == {f"lfw/{key}": value for key, value in found.metrics.items()}
 
 
@@ -93,8 +95,8 @@ def test_the_interval_narrows_with_more_pairs_and_is_the_same_again() -> None:
     def width(count: int) -> float:
         same = np.arange(count) % 2 == 0
         distances = np.where(same, 1.0, 2.0) + 0.6 * rng.standard_normal(count)
-        one = score("a", distances, same).intervals["accuracy"]
-        assert one == score("b", distances, same).intervals["accuracy"]
+        one = score_pairs("a", distances, same).intervals["accuracy"]
+        assert one == score_pairs("b", distances, same).intervals["accuracy"]
         return one.high - one.low
 
     assert 1.5 < width(400) / width(3600) < 6  # three, in the limit
@@ -105,14 +107,16 @@ def test_the_interval_covers_the_binomial_one() -> None:
     same = np.arange(1000) % 2 == 0
     wrong = np.arange(1000) % 10 < 2
     distances = np.where(same ^ wrong, 0.5, 3.5)
-    low, high = bootstrap.interval(lambda d, s: accuracy(d, s).mean, distances, same, draws=400)
+    low, high = bootstrap_interval(
+        lambda d, s: ten_fold_accuracy(d, s).mean, distances, same, draws=400
+    )
     assert (low, high) == pytest.approx((0.8 - 0.025, 0.8 + 0.025), abs=0.006)
 
 
 def test_the_curve_by_hand() -> None:
     distances = np.array([0.1, 0.2, 0.4, 0.9, 0.3, 0.8, 0.8, 3.0])
     same = np.array([True] * 4 + [False] * 4)
-    far, tar = curve(distances, same, points=3)
+    far, tar = roc_curve(distances, same, points=3)
     np.testing.assert_allclose(far, [0.25, 0.5, 1.0])
     # At most one impostor: t = 0.8 accepts 0.3 alone. At most two: the same, 0.8 is a tie.
     assert tar.tolist() == [0.75, 0.75, 1.0]
@@ -120,9 +124,9 @@ def test_the_curve_by_hand() -> None:
 
 def test_pairs_that_cannot_be_scored_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="4 pairs are too few for 10 folds"):
-        load_bins([tiny.write_bin(tmp_path / "a.bin", pairs=4)])
+        read_bin_sets([tiny.write_bin(tmp_path / "a.bin", pairs=4)])
     with pytest.raises(UserError, match=r"b\.bin: all pairs of fold 1 of 10 .* are same"):
-        load_bins([tiny.write_bin(tmp_path / "b.bin", pairs=10)])
+        read_bin_sets([tiny.write_bin(tmp_path / "b.bin", pairs=10)])
     path = tiny.write_bin(tmp_path / "c.bin")
     with pytest.raises(UserError, match="two verification sets are called c"):
-        load_bins([path, path])
+        read_bin_sets([path, path])

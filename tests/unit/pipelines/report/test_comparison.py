@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.report import comparison_markdown as comparison_page
-from pipelines.report.comparison import Claim, Compared, Outcome, Spread
-from pipelines.report.comparison_markdown import Part
+from pipelines.report.comparison import Claim, Outcome, Spread, VariantResult
+from pipelines.report.comparison_markdown import ComparisonSection, write_comparison_page
 
 FACES = (("easy", "Easy"), ("hard", "Hard"))
 CLAIM = Claim("sampled", "full", easy="easy", points=0.3, hard="hard")
@@ -25,9 +24,11 @@ def outcome(seed: int, easy: float, hard: float) -> Outcome:
     return Outcome(seed, heldout, 1234.0, 0.0125, 1.5, 2000.0, 240.0, 957, 5.0)
 
 
-def compared(name: str, *figures: tuple[float, float], missing: tuple[int, ...] = ()) -> Compared:
+def compared(
+    name: str, *figures: tuple[float, float], missing: tuple[int, ...] = ()
+) -> VariantResult:
     outcomes = [outcome(seed, *pair) for seed, pair in enumerate(figures)]
-    return Compared(name, name.upper(), outcomes, dict.fromkeys(missing, 0))
+    return VariantResult(name, name.upper(), outcomes, dict.fromkeys(missing, 0))
 
 
 def test_an_outcome_is_what_the_run_left_behind() -> None:
@@ -65,9 +66,9 @@ def test_a_spread_is_the_mean_and_both_ends() -> None:
         ((1.0, 0.66), "+0.00 points. At most 0.3 below: holds.", "or above: holds, above it."),
     ],
 )
-def test_a_claim_is_judged_by_the_figures(mine: tuple[float, float], easy: str, hard: str) -> None:
+def test_a_claim_is_checked_by_the_figures(mine: tuple[float, float], easy: str, hard: str) -> None:
     full = compared("full", (1.0, 0.60), (1.0, 0.65))
-    found = CLAIM.judge([compared("sampled", mine), full])
+    found = CLAIM.verdict([compared("sampled", mine), full])
     assert found[0].endswith(easy)
     assert found[1].endswith(hard)
     assert "FULL 62.50, whose seeds lie from 60.00 to 65.00" in found[1]
@@ -78,27 +79,30 @@ def test_a_claim_is_judged_by_the_figures(mine: tuple[float, float], easy: str, 
     [
         (
             0.985,
-            "OTHER is 1.50 points below FULL on easy: most of the difference comes with meeting",
+            "OTHER is 1.50 points below FULL on easy: most of the difference comes from seeing",
         ),
-        (0.995, "OTHER is 0.50 points below FULL on easy: meeting fewer classes is not what most"),
+        (
+            0.995,
+            "OTHER is 0.50 points below FULL on easy: seeing fewer classes does not explain most",
+        ),
     ],
 )
 def test_a_claim_that_does_not_hold_says_whether_another_choice_loses_as_much(
     other: float, reason: str
 ) -> None:
-    claim = CLAIM._replace(alike="other")
+    claim = CLAIM._replace(control="other")
     third, full = compared("other", (other, 0.6)), compared("full", (1.0, 0.60), (1.0, 0.65))
-    told = claim.judge([compared("sampled", (0.98, 0.6)), third, full])
-    assert reason in told[2] and "1,234 with OTHER, 1,234 with SAMPLED" in told[2]
-    assert len(claim.judge([compared("sampled", (0.998, 0.6)), third, full])) == 2
-    assert len(claim.judge([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 2
+    sentences = claim.verdict([compared("sampled", (0.98, 0.6)), third, full])
+    assert reason in sentences[2] and "1,234 with OTHER, 1,234 with SAMPLED" in sentences[2]
+    assert len(claim.verdict([compared("sampled", (0.998, 0.6)), third, full])) == 2
+    assert len(claim.verdict([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 2
 
 
 def test_a_claim_waits_for_runs() -> None:
     one = [compared("sampled", (1.0, 0.6)), compared("full", (1.0, 0.6))]
-    assert CLAIM.judge(one)[1].endswith("not decided, it takes two seeds.")
+    assert CLAIM.verdict(one)[1].endswith("not decided, it takes two seeds.")
     none = [compared("sampled"), compared("full", (1.0, 0.6))]
-    assert CLAIM.judge(none) == ["Not decided yet: no run of SAMPLED is complete."]
+    assert CLAIM.verdict(none) == ["Not decided yet: no run of SAMPLED is complete."]
 
 
 def rows(page: str) -> list[list[str]]:
@@ -109,14 +113,18 @@ def test_the_page_has_tables_a_picture_and_what_is_missing(tmp_path: Path) -> No
     each = [
         compared("full", (0.99, 0.60), (0.97, 0.64)),
         compared("sampled", (0.98, 0.61), missing=(1,)),
-        Compared("third", "THIRD", [], {0: 500, 1: 0}),
+        VariantResult("third", "THIRD", [], {0: 500, 1: 0}),
     ]
-    parts = [
-        Part("small", "Small", "What it is.", "mhe reproduce small", each, FACES, CLAIM),
-        Part("plain", "Plain", "Without typefaces.", "mhe reproduce plain", each[:1]),
-        Part("empty", "Empty", "Nothing yet.", "mhe reproduce empty", each[2:], FACES, CLAIM),
+    sections = [
+        ComparisonSection(
+            "small", "Small", "What it is.", "mhe reproduce small", each, FACES, CLAIM
+        ),
+        ComparisonSection("plain", "Plain", "Without typefaces.", "mhe reproduce plain", each[:1]),
+        ComparisonSection(
+            "empty", "Empty", "Nothing yet.", "mhe reproduce empty", each[2:], FACES, CLAIM
+        ),
     ]
-    written = comparison_page.write(parts, str(tmp_path / "results.md"))
+    written = write_comparison_page(sections, str(tmp_path / "results.md"))
     assert [Path(file).name for file in written] == [
         *("results.md", "results-small.png", "results-plain.png")
     ]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mhe_dist.config.write import save_config
-from pipelines.report import evaluation as keep
-from pipelines.report import html as page
+from pipelines.report.evaluation import save_evaluation
+from pipelines.report.html import write_run_page
 from tests import tiny
 
 NASTY = "<script>alert(1)</script>"
@@ -59,12 +59,12 @@ def run(tmp_path: Path) -> str:
     details["right"] = np.eye(3, dtype=bool)
     np.savez(folder / "evaluation.npz", **details)
     about = {"step": 12, "results": {"lfw": {"accuracy": 0.9971, "accuracy_interval": [0.99, 1.0]}}}
-    keep.write(config.run.path, "verification", about, {"lfw": (far, details["tar"])}, "ROC")
+    save_evaluation(config.run.path, "verification", about, {"lfw": (far, details["tar"])}, "ROC")
     return config.run.path
 
 
 def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path: Path) -> None:
-    titles = page.write(run, str(tmp_path / "out" / "page.html"))
+    titles = write_run_page(run, str(tmp_path / "out" / "page.html"))
     wanted = ["Training", "Speed", "Unseen classes", "Nearest neighbours"]
     wanted += ["Evaluation: verification", "Restarts", "Bad samples", "Settings"]
     assert titles == wanted
@@ -89,7 +89,7 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, "unused")
     save_config(config, f"{config.run.path}/config.yaml")
-    titles = page.write(config.run.path, str(tmp_path / "page.html"))
+    titles = write_run_page(config.run.path, str(tmp_path / "page.html"))
     assert titles == ["Restarts", "Bad samples", "Settings"]
     text = (tmp_path / "page.html").read_text()
     assert "None is recorded." in text

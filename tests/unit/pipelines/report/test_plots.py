@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhe_dist.config.schema import Config
 from pipelines.report import contact_sheet
-from pipelines.report import plots as report
 from pipelines.report.contact_sheet import PLAIN, RIGHT, WRONG
+from pipelines.report.plots import draw_plots, running_mean, series
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 
@@ -51,17 +50,12 @@ def write_run(folder, records, arrays):
         np.savez(folder / "evaluation.npz", **arrays)
 
 
-def config(shards):
-    data = {"shards": "unused", "image_size": SIDE}
-    return Config.model_validate({"data": data, "evaluate": {"shards": shards}})
-
-
 def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
     records = [{"step": s, "loss": 5.0 - s / 100, "lr": 0.1} for s in range(200)]
     records[-1] |= {"accuracy": 0.5, "images_per_s": 100.0, "data_wait": 0.1}
     records.append({"step": 199, "heldout/rank1": 0.8, "heldout/chance": 0.01})
     write_run(tmp_path / "run", records, details())
-    written = report.draw(str(tmp_path / "run"), config(shards))
+    written = draw_plots(str(tmp_path / "run"), shards, SIDE)
     names = ["heldout", "neighbours", "overview", "throughput", "training"]
     assert sorted(path.stem for path in written) == names
     for path in written:
@@ -74,7 +68,7 @@ def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
 
 def test_a_run_without_evaluation_has_no_such_pictures(tmp_path):
     write_run(tmp_path / "run", [{"step": 0, "loss": float("nan"), "lr": 0.1}], {})
-    written = report.draw(str(tmp_path / "run"), config(""))
+    written = draw_plots(str(tmp_path / "run"), "", SIDE)
     assert sorted(path.stem for path in written) == ["overview", "training"]
 
 
@@ -83,20 +77,20 @@ def test_drawing_leaves_the_callers_style_alone(tmp_path):
 
     before = dict(mpl.rcParams)
     write_run(tmp_path / "run", [{"step": 0, "loss": 1.0, "lr": 0.1}], {})
-    report.draw(str(tmp_path / "run"), config(""))
+    draw_plots(str(tmp_path / "run"), "", SIDE)
     assert dict(mpl.rcParams) == before
 
 
 def test_series_takes_the_records_that_have_the_metric():
-    steps, values = report.series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 5, "a": 3.0}], "a")
+    steps, values = series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 5, "a": 3.0}], "a")
     assert (steps.tolist(), values.tolist()) == ([1, 5], [2.0, 3.0])
-    assert len(report.series([], "a")[0]) == 0
+    assert len(series([], "a")[0]) == 0
 
 
 def test_a_running_mean_reaches_both_ends():
     values = np.array([1.0, 2.0, 6.0, 4.0])
-    np.testing.assert_allclose(report.running_mean(values, 3), [1.5, 3.0, 4.0, 5.0])
-    np.testing.assert_allclose(report.running_mean(values, 1), values)
+    np.testing.assert_allclose(running_mean(values, 3), [1.5, 3.0, 4.0, 5.0])
+    np.testing.assert_allclose(running_mean(values, 1), values)
 
 
 def frames(row, tiles):
@@ -111,12 +105,12 @@ def frames(row, tiles):
     [(0, [RIGHT, PLAIN, PLAIN]), (1, [WRONG, RIGHT, PLAIN]), (2, [WRONG, WRONG, WRONG])],
 )
 def test_the_right_one_is_green_and_what_beats_it_red(shards, probe, expected):
-    row = contact_sheet._row(ShardIndex.load(shards), details(), probe, SIDE)
+    row = contact_sheet._probe_row(ShardIndex.load(shards), details(), probe, SIDE)
     assert frames(row, 3) == [PLAIN, *expected]
 
 
 def test_the_tiles_are_the_images_that_were_named(shards):
-    row = contact_sheet._row(ShardIndex.load(shards), details(), 1, SIDE)
+    row = contact_sheet._probe_row(ShardIndex.load(shards), details(), 1, SIDE)
     frame, tile = contact_sheet._FRAME, contact_sheet.SIDE + 2 * contact_sheet._FRAME
     assert row[frame, frame].tolist() == [60, 0, 0]  # probe 3
     assert row[frame, tile + contact_sheet._MARGIN + frame].tolist() == [80, 0, 0]  # gallery 4

@@ -7,8 +7,8 @@ import pytest
 
 from mhe_dist.errors import UserError
 from pipelines.evaluate.metrics import identification
-from pipelines.evaluate.metrics.identification import Comparison, compare
-from pipelines.evaluate.metrics.roc import FARS, PairScores
+from pipelines.evaluate.metrics.identification import Identification, identify
+from pipelines.evaluate.metrics.roc import FARS, Roc
 
 EXACT = 1e-12
 
@@ -40,7 +40,7 @@ def case():
 @pytest.fixture(params=[1 << 22, 200, 1])
 def found(request, case, monkeypatch):
     monkeypatch.setattr(identification, "_CHUNK", request.param)
-    return compare(*case, max_far=0.5)
+    return identify(*case, max_far=0.5)
 
 
 def test_ranks_equal_a_plain_loop(case, found):
@@ -61,12 +61,12 @@ def test_tar_equals_a_plain_loop(case, found):
     gallery, names, probes, labels = case
     scores, own = probes @ gallery.T, labels[:, None] == names[None]
     impostors = np.sort(scores[~own])[::-1]
-    assert found.pairs.impostors == len(impostors)
+    assert found.roc.impostors == len(impostors)
     for far in (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5):
         candidates = impostors[: int(far * len(impostors)) + 2]
         thresholds = [t for t in candidates if (scores[~own] > t).sum() <= far * len(impostors)]
         expected = np.mean(scores[own] > min(thresholds))
-        assert found.pairs.tar(far) == pytest.approx(expected, abs=EXACT)
+        assert found.roc.tar(far) == pytest.approx(expected, abs=EXACT)
 
 
 def test_tar_equals_the_roc_of_scikit_learn_and_of_torchmetrics(case, found):
@@ -80,17 +80,17 @@ def test_tar_equals_the_roc_of_scikit_learn_and_of_torchmetrics(case, found):
     unit_scores = torch.tensor((scores + 1) / 2)
     torch_far, torch_tar, _ = binary_roc(unit_scores, torch.tensor(own).long())
     for target in (1e-3, 1e-2, 0.1, 0.3):
-        assert found.pairs.tar(target) == pytest.approx(tar[far <= target].max(), abs=EXACT)
+        assert found.roc.tar(target) == pytest.approx(tar[far <= target].max(), abs=EXACT)
         reached = torch_tar[torch_far <= target].max().item()
-        assert found.pairs.tar(target) == pytest.approx(reached, abs=1e-6)  # float32 there
+        assert found.roc.tar(target) == pytest.approx(reached, abs=1e-6)  # float32 there
 
 
 def test_the_curve_goes_through_what_is_reported(found):
-    far, tar = found.pairs.curve(0.1)
+    far, tar = found.roc.curve(0.1)
     assert (np.diff(far) > 0).all() and (np.diff(tar) >= 0).all()
-    inside = [target for target in FARS if target >= 1 / found.pairs.impostors]
+    inside = [target for target in FARS if target >= 1 / found.roc.impostors]
     assert inside and [tar[far == target].item() for target in inside] == [
-        found.pairs.tar(target) for target in inside
+        found.roc.tar(target) for target in inside
     ]
 
 
@@ -105,11 +105,11 @@ def test_the_nearest_are_the_best_in_order(case, found):
 def test_a_case_by_hand():
     gallery = np.eye(3)
     probes = unit(np.array([[3.0, 1, 0], [3, 2, 1], [0, 1, 2], [1, 0, 0]]))
-    found = compare(gallery, np.array([10, 20, 30]), probes, np.array([10, 20, 20, 99]))
+    found = identify(gallery, np.array([10, 20, 30]), probes, np.array([10, 20, 20, 99]))
     assert found.ranks.tolist() == [1, 2, 2, 0]
     assert found.rank(1) == pytest.approx(1 / 3, abs=EXACT)
     assert found.rank(2) == 1.0
-    assert found.pairs.impostors == 9
+    assert found.roc.impostors == 9
 
 
 def test_a_collapsed_model_identifies_nobody():
@@ -117,16 +117,16 @@ def test_a_collapsed_model_identifies_nobody():
     row = unit(np.random.default_rng(0).standard_normal((1, 64)))
     # A product gives equal rows scores that differ in their last bits; one shows at the edges.
     rows, classes = np.repeat(row, 101, 0), np.arange(101)
-    found = compare(rows, classes, rows, classes)
+    found = identify(rows, classes, rows, classes)
     assert found.rank(1) == 0.0
     assert set(found.ranks) == {101}
-    assert found.pairs.tar(1e-2) == 0.0
+    assert found.roc.tar(1e-2) == 0.0
 
 
 def test_a_share_of_the_impostors_is_counted_in_whole_ones():
     """0.29 of 100 are 29, although 0.29 * 100 is less in binary."""
     scores = np.round(np.arange(99, -1, -1) / 100, 2)
-    found = PairScores(np.array([0.705]), 100, scores)
+    found = Roc(np.array([0.705]), 100, scores)
     assert scores[29] == 0.7
     assert found.tar(0.29) == 1.0
     assert found.tar(0.28) == 0.0
@@ -142,45 +142,45 @@ def test_the_nearest_point_of_the_roc_equals_that_of_scikit_learn(case, found):
     far, tar = np.flipud(far), np.flipud(tar)
     for target in (0.0, 1e-6, 1.6e-4, 1e-3, 1e-2, 0.1, 0.23):
         at = int(np.argmin(np.abs(far - target)))
-        assert found.pairs.nearest_tar(target) == pytest.approx((tar[at], far[at]), abs=EXACT)
+        assert found.roc.nearest_tar(target) == pytest.approx((tar[at], far[at]), abs=EXACT)
 
 
 def test_the_nearest_point_by_hand():
     """Four impostors, two of them equal: FARs of 0, 1/4, 3/4 and 1 can be had, and no others."""
-    found = PairScores(np.array([0.95, 0.85, 0.75, 0.1]), 4, np.array([0.9, 0.8, 0.8, 0.2]))
+    found = Roc(np.array([0.95, 0.85, 0.75, 0.1]), 4, np.array([0.9, 0.8, 0.8, 0.2]))
     assert found.nearest_tar(0.0) == (0.25, 0.0)
     assert found.nearest_tar(0.2) == (0.5, 0.25)
     assert found.nearest_tar(0.5) == (0.75, 0.75)  # as near as 1/4: the larger one
     assert found.nearest_tar(1.0) == (1.0, 1.0)
     assert found.tar(0.5) == 0.5
     with pytest.raises(ValueError, match="beyond what was kept"):
-        PairScores(np.array([0.95]), 40, np.array([0.9, 0.8])).nearest_tar(0.5)
+        Roc(np.array([0.95]), 40, np.array([0.9, 0.8])).nearest_tar(0.5)
 
 
 def test_open_set_identification_by_hand():
     """Strangers' best scores 0.9, 0.6: at FPIR 1/2 only what exceeds 0.6 counts, and 1st place."""
     ranks = np.array([1, 1, 1, 2, 0, 0])
     best = np.array([[0.95], [0.7], [0.5], [0.99], [0.9], [0.6]])
-    none = PairScores(np.empty(0), 0, np.empty(0))
-    found = Comparison(ranks, 3, none, np.zeros((6, 1), int), best)
+    none = Roc(np.empty(0), 0, np.empty(0))
+    found = Identification(ranks, 3, none, np.zeros((6, 1), int), best)
     assert found.tpir(0.0) == 1 / 4
     assert found.tpir(0.5) == 2 / 4
     assert found.tpir(1.0) == 3 / 4
-    assert math.isnan(Comparison(ranks[:4], 3, none, none.genuine, best[:4]).tpir(0.5))
+    assert math.isnan(Identification(ranks[:4], 3, none, none.genuine, best[:4]).tpir(0.5))
 
 
 def test_an_fa_rate_beyond_what_was_kept_is_refused(case):
-    found = compare(*case, max_far=0.01)
+    found = identify(*case, max_far=0.01)
     with pytest.raises(ValueError, match="beyond what was kept"):
-        found.pairs.tar(0.02)
-    assert found.pairs.tar(1.0) == 1.0
+        found.roc.tar(0.02)
+    assert found.roc.tar(1.0) == 1.0
 
 
 def test_memory_of_the_impostors_is_bounded(case):
-    found = compare(*case, max_far=0.01)
-    assert len(found.pairs.highest) == math.floor(0.01 * found.pairs.impostors) + 1
+    found = identify(*case, max_far=0.01)
+    assert len(found.roc.highest) == math.floor(0.01 * found.roc.impostors) + 1
 
 
 def test_nothing_to_compare_is_the_users_mistake(case):
     with pytest.raises(UserError, match="0 gallery entries, 150 probes"):
-        compare(case[0][:0], case[1][:0], case[2], case[3])
+        identify(case[0][:0], case[1][:0], case[2], case[3])

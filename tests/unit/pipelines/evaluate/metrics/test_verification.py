@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.metrics.pair_sampling import Pairs, draw_pairs, squared_distances
-from pipelines.evaluate.metrics.verification import accuracy, fold_slices, tar_at_far
+from pipelines.evaluate.metrics.pair_sampling import SamplePairs, draw_pairs, squared_distances
+from pipelines.evaluate.metrics.verification import fold_slices, tar_at_far, ten_fold_accuracy
 
 EXACT = 1e-12
 
@@ -40,12 +40,12 @@ def plain_tar(distances, same, target):
     tars, fars, chosen = [], [], []
     for train, test in plain_folds(len(same)):
         d, s = distances[train], same[train]
-        curve = [(d[~s] < t).sum() / (~s).sum() for t in thresholds]
-        if curve[-1] < target:
+        roc_curve = [(d[~s] < t).sum() / (~s).sum() for t in thresholds]
+        if roc_curve[-1] < target:
             t = 0.0
         else:
-            i = next(i for i, far in enumerate(curve) if far >= target)
-            share = (target - curve[i - 1]) / (curve[i] - curve[i - 1])
+            i = next(i for i, far in enumerate(roc_curve) if far >= target)
+            share = (target - roc_curve[i - 1]) / (roc_curve[i] - roc_curve[i - 1])
             t = thresholds[i - 1] + share * (thresholds[i] - thresholds[i - 1])
         d, s = distances[test], same[test]
         chosen.append(t)
@@ -65,7 +65,7 @@ def case(request):
 
 def test_accuracy_equals_a_plain_loop(case):
     mean, std, thresholds = plain_accuracy(*case)
-    found = accuracy(*case)
+    found = ten_fold_accuracy(*case)
     assert found.mean == pytest.approx(mean, abs=EXACT)
     assert found.std == pytest.approx(std, abs=EXACT)
     np.testing.assert_allclose(found.thresholds, thresholds, atol=EXACT)
@@ -89,14 +89,14 @@ def test_accuracy_equals_scikit_learns_folds(case):
         right = (distances[train, None] < grid) == same[train, None]
         best = grid[np.argmax(right.mean(axis=0))]
         scores.append(accuracy_score(same[test], distances[test] < best))
-    assert accuracy(distances, same).mean == pytest.approx(np.mean(scores), abs=EXACT)
+    assert ten_fold_accuracy(distances, same).mean == pytest.approx(np.mean(scores), abs=EXACT)
 
 
 def test_a_case_by_hand():
     """Nine folds are separated by any threshold above 0.5; the tenth has its pairs swapped."""
     distances = np.array([0.5, 3.0] * 9 + [3.0, 0.5])
     same = np.array([True, False] * 10)
-    found = accuracy(distances, same)
+    found = ten_fold_accuracy(distances, same)
     np.testing.assert_allclose(found.folds, [1.0] * 9 + [0.0], atol=EXACT)
     assert found.mean == pytest.approx(0.9, abs=EXACT)
     assert found.std == pytest.approx(0.3, abs=EXACT)
@@ -139,7 +139,7 @@ def test_folds_are_contiguous_and_the_first_are_longer():
 
 def test_too_few_pairs_are_the_users_mistake():
     with pytest.raises(UserError, match="9 pairs are too few for 10 folds"):
-        accuracy(np.zeros(9), np.zeros(9, bool))
+        ten_fold_accuracy(np.zeros(9), np.zeros(9, bool))
     with pytest.raises(UserError, match="no same or no different"):
         tar_at_far(np.zeros(20), np.zeros(20, bool), 0.1)
 
@@ -188,6 +188,6 @@ def test_the_seed_alone_decides():
 
 def test_squared_distances_in_chunks():
     rows = np.random.default_rng(0).standard_normal((9, 4))
-    pairs = Pairs(np.array([0, 1, 2, 3]), np.array([5, 6, 7, 8]), np.ones(4, bool))
+    pairs = SamplePairs(np.array([0, 1, 2, 3]), np.array([5, 6, 7, 8]), np.ones(4, bool))
     expected = ((rows[:4] - rows[5:]) ** 2).sum(axis=1)
     np.testing.assert_allclose(squared_distances(rows, pairs, chunk=3), expected, atol=EXACT)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.evaluate.sets.insightface_bin import read_bin
+from pipelines.evaluate.sets.insightface_bin import read_verification_bin
 
 
 def encoded(number: int) -> bytes:
@@ -40,14 +40,14 @@ def test_whatever_wrote_it(protocol: int, kind: str, tmp_path: Path) -> None:
     data = pickle.dumps((images, same), protocol)
     for content in (data, data.replace(b"numpy._core", b"numpy.core")) if protocol < 4 else (data,):
         (tmp_path / "a.bin").write_bytes(content)
-        found = read_bin(str(tmp_path / "a.bin"))
+        found = read_verification_bin(str(tmp_path / "a.bin"))
         assert list(found.images) == IMAGES
         assert found.same.tolist() == SAME
 
 
 def test_python_2(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(as_python_2_wrote_it())
-    found = read_bin(str(tmp_path / "a.bin"))
+    found = read_verification_bin(str(tmp_path / "a.bin"))
     assert list(found.images) == IMAGES
     assert found.same.tolist() == SAME
     pixels = found.read(1, 3, 12)
@@ -79,7 +79,7 @@ def test_code_is_refused_by_name_and_does_not_run(
     (tmp_path / "a.bin").write_bytes(pickle.dumps((Evil(function, line), SAME), protocol))
     name = name if protocol > 2 else name.replace("builtins", "__builtin__")
     with pytest.raises(UserError, match=rf"a\.bin: refused: the pickle asks for {name}"):
-        read_bin(str(tmp_path / "a.bin"))
+        read_verification_bin(str(tmp_path / "a.bin"))
     assert not mark.exists()
 
 
@@ -88,14 +88,14 @@ def test_a_known_name_is_no_way_to_another(tmp_path: Path) -> None:
     content = b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93."
     (tmp_path / "a.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"asks for numpy\.ndarray\.tofile"):
-        read_bin(str(tmp_path / "a.bin"))
+        read_verification_bin(str(tmp_path / "a.bin"))
     objects = np.array([b"a", b"b"], object)
     (tmp_path / "a.bin").write_bytes(pickle.dumps((objects, SAME), 2))
     with pytest.raises(UserError, match="not an InsightFace verification set"):
-        read_bin(str(tmp_path / "a.bin"))
+        read_verification_bin(str(tmp_path / "a.bin"))
     (tmp_path / "a.bin").write_bytes(b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x03\0\0\0zip\x86R.")
     with pytest.raises(UserError, match=r"asks for _codecs\.encode"):
-        read_bin(str(tmp_path / "a.bin"))
+        read_verification_bin(str(tmp_path / "a.bin"))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_known_name_is_no_way_to_another(tmp_path: Path) -> None:
 def test_what_is_no_set_says_why(content: object, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(pickle.dumps(content))
     with pytest.raises(UserError, match=why):
-        read_bin(str(tmp_path / "a.bin"))
+        read_verification_bin(str(tmp_path / "a.bin"))
 
 
 def test_damage_is_told(tmp_path: Path) -> None:
@@ -121,9 +121,9 @@ def test_damage_is_told(tmp_path: Path) -> None:
     for content in (b"", whole[: len(whole) // 2], b"no pickle"):
         (tmp_path / "a.bin").write_bytes(content)
         with pytest.raises(UserError, match=r"a\.bin: not an InsightFace"):
-            read_bin(str(tmp_path / "a.bin"))
+            read_verification_bin(str(tmp_path / "a.bin"))
     with pytest.raises(UserError, match="cannot be opened"):
-        read_bin(str(tmp_path / "none.bin"))
+        read_verification_bin(str(tmp_path / "none.bin"))
     (tmp_path / "a.bin").write_bytes(pickle.dumps(([*IMAGES[:5], b"no image"], SAME)))
     with pytest.raises(RunError, match=r"a\.bin: image 5 cannot be decoded"):
-        read_bin(str(tmp_path / "a.bin")).read(4, 6, 12)
+        read_verification_bin(str(tmp_path / "a.bin")).read(4, 6, 12)
