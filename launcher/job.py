@@ -129,12 +129,12 @@ def _try(file: str, workers: int) -> dict[str, Any] | None:
 
 def trial(file: str, workers: str) -> None:
     """Print what some workers need as a line of JSON; null while there is no data set."""
-    from pipelines.pretrain import dry_run as trials
+    from pipelines.pretrain.dry_run import dry_run
 
     config = load_config(file)
     measured = None
     if index_exists(config.data.shards):
-        measured = trials.predicted(config, int(workers), LIBRARIES)
+        measured = dry_run(config, int(workers), LIBRARIES)
     sys.stdout.write(json.dumps(measured) + "\n")
 
 

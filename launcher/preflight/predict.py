@@ -55,7 +55,7 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
 
     Args:
         config: of the run.
-        measured: what `pipelines.pretrain.dry_run.predicted` gives.
+        measured: what `pipelines.pretrain.dry_run` gives.
     """
     counted, trial = measured["footprint"], measured["trial"]
     libraries = ("libraries", trial["base_bytes"])

@@ -11,7 +11,7 @@ from rich.markup import escape
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
-from mhe_dist.tracking import factory as tracking
+from mhe_dist.tracking.factory import sync_mlflow
 from pipelines.runs.folder import find_run, read_run_config
 
 PARITY_IMAGES = 64
@@ -162,5 +162,5 @@ def sync(run: RunName) -> None:
     Example: mhe sync quickstart
     """
     config = stored_config(read_run_config(find_run(run)) or {})
-    sent = tracking.sync(config)
+    sent = sync_mlflow(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

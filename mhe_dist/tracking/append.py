@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.base import Metrics
-from mhe_dist.tracking.mlflow import MESSAGE_LENGTH, QUIET, metric_name
+from mhe_dist.tracking.mlflow import MESSAGE_LENGTH, QUIET_ENVIRONMENT, metric_name
 from mhe_dist.tracking.mlflow_client import METRICS_PER_CALL
 
 
-def append(
+def append_to_mlflow_run(
     uri: str, run_id: str, step: int, metrics: Metrics, files: Sequence[str], folder: str
 ) -> None:
     """Add to a run that exists, whatever its status, and leave that as it is.
@@ -29,7 +29,7 @@ def append(
     Raises:
         RunError: MLflow cannot be reached, or refuses.
     """
-    for name, value in QUIET.items():
+    for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import sqlalchemy.exc
     from mlflow.entities import Metric

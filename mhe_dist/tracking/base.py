@@ -75,7 +75,7 @@ class NullTracker:
         """Keep nothing."""
 
 
-class Trackers:
+class CombinedTrackers:
     """Several trackers as one. All are closed, even when one of them fails to."""
 
     def __init__(self, trackers: Iterable[Tracker]) -> None:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 COMMIT_VARIABLE = "MHE_GIT_COMMIT"
-"""Says the commit of code that was sent to a cluster without its repository."""
+"""Names the commit of code that was sent to a cluster without its repository."""
 
 
 _VERSIONED = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "mhe")

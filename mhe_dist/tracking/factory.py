@@ -1,7 +1,7 @@
 """Where the record of a run goes: one small protocol, and trackers that can be combined.
 
 `metrics.jsonl` in the run's folder is the record that everything else can be rebuilt from; MLflow
-(`tracking_mlflow.py`) shows the same to people. Neither holds up a step.
+(`mlflow.py`) shows the same to people. No step waits for either.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from mhe_dist.tracking.base import NullTracker, Tracker, Trackers
+from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.jsonl import JsonlTracker
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
     trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
     if config.tracking.mlflow:
         trackers.append(_mlflow(config, run_id))
-    return Trackers(trackers)
+    return CombinedTrackers(trackers)
 
 
 def _mlflow(config: Config, run_id: str | None) -> Tracker:
@@ -53,8 +53,8 @@ def _mlflow(config: Config, run_id: str | None) -> Tracker:
     )
 
 
-def sync(config: Config) -> int:
-    """Send what of a run's metrics waits on disk for MLflow; the number of records.
+def sync_mlflow(config: Config) -> int:
+    """Send the metrics of a run that wait on disk for MLflow; the number of records.
 
     Raises:
         RunError: MLflow has not taken all of them.

@@ -17,7 +17,7 @@ import fsspec
 
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.base import Metrics, Status
-from mhe_dist.tracking.remote_file import Mirror
+from mhe_dist.tracking.remote_file import RemoteCopy
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class JsonlTracker:
     """One JSON line for each `log`: `{"step": 10, "time": <Unix seconds>, "loss": 4.2}`.
 
     Every line is handed to the operating system before `log` returns, so it outlives the process
-    (at a URL, the last minute may not: see `mirror.py`). Floats keep all their digits; what is not
+    (at a URL, the last minute may not: see `RemoteCopy`). Floats keep all their digits; what is not
     finite is written as `"nan"`, `"inf"`, `"-inf"`.
     """
 
@@ -36,24 +36,24 @@ class JsonlTracker:
         """Args: path: the file, or its fsspec URL; its folder is made when it is missing."""
         self._name = path
         self._path = Path(path)
-        self._mirror: Mirror | None = None
+        self._copy: RemoteCopy | None = None
         if "://" in path:
             self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
-            self._mirror = Mirror(self._path, path)
+            self._copy = RemoteCopy(self._path, path)
         self._file: FileIO | None = None
         self._waiting, self._refused = "", False
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
-        """Drop the lines of steps >= `step` and open the file; config and tags are not its."""
+        """Drop the lines of steps >= `step` and open the file; config and tags are not kept."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._mirror:
-            self._mirror.fetch()
+        if self._copy:
+            self._copy.fetch()
         kept = [r for r in read_records(self._path) if r["step"] < step]
         _replace(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line; where the disk refuses it, it waits for the next one, and that is told.
+        """Append one line. Where the disk refuses it, it is logged and waits for the next one.
 
         Raises:
             RunError: there is no `start` before.
@@ -62,11 +62,11 @@ class JsonlTracker:
             raise RunError(f"{self._name}: log() before start()")
         self._waiting += _line({"step": step, "time": round(time.time(), 3), **metrics})
         self._write()
-        if self._mirror:
-            self._mirror.update()
+        if self._copy:
+            self._copy.update()
 
     def _write(self) -> None:
-        """Write what waits as a whole or not at all."""
+        """Write all waiting lines or none."""
         assert self._file is not None
         size, data = os.fstat(self._file.fileno()).st_size, self._waiting.encode()
         try:
@@ -92,8 +92,8 @@ class JsonlTracker:
             self._write()
             self._file.close()
             self._file = None
-            if self._mirror:
-                self._mirror.finish()
+            if self._copy:
+                self._copy.finish()
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -104,10 +104,10 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line that is not the last is no record.
     """
-    filesystem, place = fsspec.core.url_to_fs(str(path))
-    if not filesystem.exists(place):
+    filesystem, file = fsspec.core.url_to_fs(str(path))
+    if not filesystem.exists(file):
         return []
-    lines = filesystem.cat_file(place).decode().split("\n")
+    lines = filesystem.cat_file(file).decode().split("\n")
     return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
 
 

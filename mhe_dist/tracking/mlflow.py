@@ -1,4 +1,4 @@
-"""MLflow as a tracker that costs a step nothing and that no outage stops.
+"""MLflow as a tracker: a step never waits for it, and no outage loses a value.
 
 `log` puts a record into a queue and on disk (`spool.py`); one thread sends what has gathered there,
 in order. While the server cannot be reached the thread keeps trying; what has not arrived when the
@@ -22,18 +22,18 @@ from mhe_dist.redact import flat, masked, scrub
 from mhe_dist.tracking.base import Metrics, Status
 from mhe_dist.tracking.mlflow_client import (
     NAME_LENGTH,
-    Artifact,
-    End,
+    ArtifactEntry,
+    EndEntry,
     MlflowStore,
-    Model,
+    ModelEntry,
     is_permanent,
 )
-from mhe_dist.tracking.spool import Record, Spool
+from mhe_dist.tracking.spool import MetricRecord, Spool
 
 logger = logging.getLogger(__name__)
 
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
-QUIET = {
+QUIET_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -42,12 +42,14 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
-_GATHER_S = 1.0  # records that arrive within this time travel together
+_GATHER_S = 1.0  # records that arrive within this time are sent together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
 MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
+
+Entry = MetricRecord | ArtifactEntry | ModelEntry | EndEntry
 
 
 class MlflowTracker:
@@ -68,7 +70,7 @@ class MlflowTracker:
             run_name: what people call the run.
             run_id: the run to go on with; None: a new one.
             artifacts: local folder for the artifacts of a new experiment in a local database.
-            spool: where records wait on disk; it knows the run id better than `run_id`.
+            spool: where records wait on disk; its run id goes before `run_id`.
 
         Raises:
             UserError: MLflow has no store for that URI.
@@ -79,21 +81,21 @@ class MlflowTracker:
                 f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
                 "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"
             )
-        for name, value in QUIET.items():
+        for name, value in QUIET_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._spool = spool
         run_id = (spool.run_id if spool else None) or run_id
         self._store = MlflowStore(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
-        self._queue: queue.Queue[Record | Artifact | Model | End] = queue.Queue(_QUEUE_LIMIT)
+        self._queue: queue.Queue[Entry] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
         self._lost = 0
         self._down = False
         self._cut_short = False
-        self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="mlflow-tracker", daemon=True)
 
     @property
     def run_id(self) -> str | None:
@@ -106,11 +108,11 @@ class MlflowTracker:
         """Begin to open the run. MLflow is imported here, on the caller's thread: about 2 s."""
         import mlflow  # noqa: F401
 
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # says every retry twice
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # logs every retry twice
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
-        for record in self._spool.take_up(step) if self._spool else []:
+        for record in self._spool.pending(step) if self._spool else []:
             self._put(record)
         self._store.step = step
         self._thread.start()
@@ -118,7 +120,7 @@ class MlflowTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         """Queue the values; their names lose the characters that MLflow refuses."""
         named = {metric_name(name): float(value) for name, value in metrics.items()}
-        record = Record(step, int(time.time() * 1000), named)
+        record = MetricRecord(step, int(time.time() * 1000), named)
         if self._spool is None:
             self._put(record)
             return
@@ -128,11 +130,11 @@ class MlflowTracker:
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Queue the file or folder; it must not change afterwards."""
-        self._put(Artifact(path, folder))
+        self._put(ArtifactEntry(path, folder))
 
     def model(self, path: str, name: str) -> None:
         """Queue the folder of a model and its registration."""
-        self._put(Model(path, name))
+        self._put(ModelEntry(path, name))
 
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
@@ -140,7 +142,7 @@ class MlflowTracker:
             return
         self._deadline = time.monotonic() + _CLOSE_S
         self._closing.set()
-        self._put(End(status))
+        self._put(EndEntry(status))
         self._thread.join(_CLOSE_S + 5)
         if self._lost or self._thread.is_alive():
             logger.warning(
@@ -150,30 +152,30 @@ class MlflowTracker:
                 ", and `mhe sync` sends them later" if self._spool else "",
             )
 
-    def _put(self, entry: Record | Artifact | Model | End) -> None:
+    def _put(self, entry: Entry) -> None:
         try:
             self._queue.put_nowait(entry)
         except queue.Full:
             self._lost += 1
             self._cut_short = True
 
-    def _work(self) -> None:
+    def _run_thread(self) -> None:
         """The thread: open the run, then send what comes until the end of the record."""
-        opened = self._persist(self._store.open)
+        opened = self._retry(self._store.open)
         self._cut_short |= not opened
         if self._spool and self._store.run_id:
             self._spool.run_id = self._store.run_id
         self._attempted.set()
         while True:
-            entries = self._gather()
+            entries = self._next_entries()
             for send, count in self._store.calls(entries):
-                if not (opened and self._persist(send)):
+                if not (opened and self._retry(send)):
                     self._lost += count
-            self._settle()
-            if any(isinstance(entry, End) for entry in entries):
+            self._clear_spool()
+            if any(isinstance(entry, EndEntry) for entry in entries):
                 return
 
-    def _settle(self) -> None:
+    def _clear_spool(self) -> None:
         """Empty the spool if all that was queued has arrived; what MLflow refuses stays refused."""
         if self._spool is None or self._cut_short:
             return
@@ -181,8 +183,8 @@ class MlflowTracker:
             if self._queue.empty():
                 self._spool.clear()
 
-    def _gather(self) -> list[Record | Artifact | Model | End]:
-        """The next entry and those that follow it closely."""
+    def _next_entries(self) -> list[Entry]:
+        """The next entry, and those that arrive within a second after it."""
         entries = [self._queue.get()]
         self._closing.wait(_GATHER_S)
         while len(entries) < _QUEUE_LIMIT:
@@ -192,7 +194,7 @@ class MlflowTracker:
                 break
         return entries
 
-    def _persist(self, send: Callable[[], None]) -> bool:
+    def _retry(self, send: Callable[[], None]) -> bool:
         """Call `send` until it succeeds; False when it never will, or when time is up."""
         pause = _PAUSE_S
         while True:
@@ -212,9 +214,9 @@ class MlflowTracker:
             if time.monotonic() + pause > self._deadline:
                 self._cut_short = True
                 return False
-            pause = self._rest(pause)
+            pause = self._pause(pause)
 
-    def _rest(self, pause: float) -> float:
+    def _pause(self, pause: float) -> float:
         """Wait that long, or until the run is being closed; the length of the next pause."""
         if self._closing.is_set():
             time.sleep(pause)

@@ -1,4 +1,4 @@
-"""The calls to MLflow that open one run, fill it and end it; nothing here waits or tries again."""
+"""The calls to MLflow that open one run, fill it and end it; nothing here waits or retries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.base import Status
-from mhe_dist.tracking.spool import Record
+from mhe_dist.tracking.spool import MetricRecord
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
 
 
 @dataclass(frozen=True)
-class Artifact:
+class ArtifactEntry:
     """A file or folder to copy."""
 
     path: str
@@ -28,7 +28,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelEntry:
     """A model's folder to copy and to register."""
 
     path: str
@@ -36,7 +36,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class End:
+class EndEntry:
     """The last entry of the queue."""
 
     status: Status
@@ -57,7 +57,7 @@ class MlflowStore:
         self._tags: dict[str, str] = {}
         self._client: Any = None
         self.step = 0  # first one that this process records
-        self._restart: str | None = None  # id of the child run of a process that goes on
+        self._child_id: str | None = None  # of the child run of a process that goes on
         self._system: Any = None
 
     def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
@@ -72,39 +72,39 @@ class MlflowStore:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(self.uri)
-        known = self._resumed()
-        if known is None:
+        logged = self._params_of_resumed()
+        if logged is None:
             run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
-            self.run_id, known = run.info.run_id, {}
+            self.run_id, logged = run.info.run_id, {}
         else:
             self._client.update_run(self.run_id, status="RUNNING")
-            self._restart = self._child()
+            self._child_id = self._create_child()
         changed = {
-            k: v for k, v in self._params.items() if k in known and known[k] != v[:_PARAM_LENGTH]
+            k: v for k, v in self._params.items() if k in logged and logged[k] != v[:_PARAM_LENGTH]
         }
-        self._log_params({k: v for k, v in self._params.items() if k not in known})
+        self._log_params({k: v for k, v in self._params.items() if k not in logged})
         self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
-        self._system = watch_system(self.uri, self.run_id)
+        self._system = start_system_metrics(self.uri, self.run_id)
 
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
         calls: list[tuple[Callable[[], None], int]] = []
-        records: list[Record] = []
+        records: list[MetricRecord] = []
         for entry in entries:
-            if isinstance(entry, Record):
+            if isinstance(entry, MetricRecord):
                 records.append(entry)
                 continue
             calls += self._metric_calls(records)
             records = []
-            if isinstance(entry, Artifact):
+            if isinstance(entry, ArtifactEntry):
                 calls.append((partial(self._log_artifact, entry), 1))
-            elif isinstance(entry, Model):
+            elif isinstance(entry, ModelEntry):
                 calls.append((partial(self._log_model, entry), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
 
-    def _metric_calls(self, records: list[Record]) -> list[tuple[Callable[[], None], int]]:
+    def _metric_calls(self, records: list[MetricRecord]) -> list[tuple[Callable[[], None], int]]:
         from mlflow.entities import Metric
 
         metrics = [
@@ -122,20 +122,20 @@ class MlflowStore:
     def _experiment_id(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        known = self._client.get_experiment_by_name(self._experiment)
-        if known is not None:
-            return known.experiment_id
-        place = Path(self._artifacts).absolute().as_uri() if self._artifacts else None
+        existing = self._client.get_experiment_by_name(self._experiment)
+        if existing is not None:
+            return existing.experiment_id
+        location = Path(self._artifacts).absolute().as_uri() if self._artifacts else None
         try:
-            return self._client.create_experiment(self._experiment, artifact_location=place)
+            return self._client.create_experiment(self._experiment, artifact_location=location)
         except MlflowException:
             # Another run may have made it meanwhile.
-            known = self._client.get_experiment_by_name(self._experiment)
-            if known is None:
+            existing = self._client.get_experiment_by_name(self._experiment)
+            if existing is None:
                 raise
-            return known.experiment_id
+            return existing.experiment_id
 
-    def _resumed(self) -> dict[str, str] | None:
+    def _params_of_resumed(self) -> dict[str, str] | None:
         """Params of the run to go on with; None: there is no such run (any more)."""
         from mlflow.exceptions import MlflowException
 
@@ -167,11 +167,11 @@ class MlflowStore:
         for i in range(0, len(entries), _ENTRIES_PER_CALL):
             self._client.log_batch(self.run_id, tags=entries[i : i + _ENTRIES_PER_CALL])
 
-    def _log_artifact(self, artifact: Artifact) -> None:
+    def _log_artifact(self, artifact: ArtifactEntry) -> None:
         # A folder goes there under its own name.
         self._client.log_artifact(self.run_id, artifact.path, artifact.folder or None)
 
-    def _log_model(self, model: Model) -> None:
+    def _log_model(self, model: ModelEntry) -> None:
         """Copy the folder to `model` of the run, and make it the next version of its name."""
         from mlflow.exceptions import MlflowException
 
@@ -181,10 +181,10 @@ class MlflowStore:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        place = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
-        self._client.create_model_version(model.name, place, self.run_id)
+        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+        self._client.create_model_version(model.name, source, self.run_id)
 
-    def _child(self) -> str:
+    def _create_child(self) -> str:
         """A run below this one, for what this process does of it."""
         run = self._client.create_run(
             self._client.get_run(self.run_id).info.experiment_id,
@@ -196,7 +196,7 @@ class MlflowStore:
     def _end(self, status: Status) -> None:
         if self._system:
             self._system.finish()
-        for run_id in filter(None, (self._restart, self.run_id)):
+        for run_id in filter(None, (self._child_id, self.run_id)):
             self._client.set_terminated(run_id, status.upper())
 
 
@@ -217,10 +217,10 @@ def is_permanent(error: Exception) -> bool:
 logger = logging.getLogger(__name__)
 
 
-INTERVAL_S = 30.0  # between two looks at the machine
+INTERVAL_S = 30.0  # between two samples of the machine
 
 
-def watch_system(uri: str, run_id: str | None) -> Any:
+def start_system_metrics(uri: str, run_id: str | None) -> Any:
     """Log CPU, GPU, memory, disk and network of this machine as MLflow's `system/` metrics.
 
     Returns:
@@ -228,13 +228,14 @@ def watch_system(uri: str, run_id: str | None) -> Any:
     """
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # says what it cannot see
+    # It warns of each device that it cannot read.
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
     try:
         monitor = SystemMetricsMonitor(
             run_id, sampling_interval=INTERVAL_S, resume_logging=True, tracking_uri=uri
         )
         monitor.start()
-    except Exception as error:  # a graph of the machine may lack; the run's record may not
+    except Exception as error:  # the machine's graphs may be missing; the run's record may not
         logger.warning("no system metrics: %s", scrub(str(error)))
         return None
     return monitor

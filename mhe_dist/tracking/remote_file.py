@@ -1,4 +1,4 @@
-"""A copy at a URL of a local file that grows, kept up without holding anybody up."""
+"""A copy at a URL of a local file that grows, uploaded in the background."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 60.0
 
 
-class Mirror:
+class RemoteCopy:
     """Uploads the file in the background, a minute apart at least, and once more at the end.
 
     Object stores cannot append, so the whole file travels each time. An upload that fails is tried
@@ -38,7 +38,7 @@ class Mirror:
         busy = self._thread is not None and self._thread.is_alive()
         if not busy and time.monotonic() - self._last >= _EVERY_S:
             self._last = time.monotonic()
-            self._thread = threading.Thread(target=self._upload, name="mirror", daemon=True)
+            self._thread = threading.Thread(target=self._upload, name="remote-copy", daemon=True)
             self._thread.start()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Metrics that wait on disk until a server has them: neither outages nor crashes cost any.
+"""Metrics that wait on disk until a server has them: no outage and no crash loses one.
 
 A record is written here before it is queued, and the file is emptied when all of it has arrived. A
 process that dies in between sends some records twice, with the same time and value; MLflow keeps
@@ -16,7 +16,7 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 
-class Record(NamedTuple):
+class MetricRecord(NamedTuple):
     """Metrics of a step."""
 
     step: int
@@ -47,17 +47,17 @@ class Spool:
     def run_id(self, run_id: str) -> None:
         self._id.write_text(run_id)
 
-    def take_up(self, step: int) -> list[Record]:
-        """What waits, but for steps from `step` on, which will be recorded anew."""
+    def pending(self, step: int) -> list[MetricRecord]:
+        """The records that wait; those of steps >= `step`, recorded anew later, are dropped."""
         if not self._file.exists():
             return []
         lines = self._file.read_text().split("\n")[:-1]  # the last one may be torn
-        kept = [record for line in lines if (record := Record(*json.loads(line))).step < step]
+        kept = [record for line in lines if (record := MetricRecord(*json.loads(line))).step < step]
         self._file.write_text("".join(map(_line, kept)))
         return kept
 
-    def add(self, record: Record) -> None:
-        """Write a record; a disk that refuses it is told of once and costs the record alone."""
+    def add(self, record: MetricRecord) -> None:
+        """Write a record; where the disk refuses it, that is logged once and the record is lost."""
         try:
             with self._file.open("a") as file:
                 file.write(_line(record))
@@ -67,7 +67,7 @@ class Spool:
             self._failed = True
 
     def clear(self) -> None:
-        """Everything has arrived."""
+        """Empty the file: all of it has arrived."""
         with self.lock:
             if self._file.exists() and self._file.stat().st_size:
                 self._file.write_text("")
@@ -76,5 +76,5 @@ class Spool:
         return len(self._file.read_text().splitlines()) if self._file.exists() else 0
 
 
-def _line(record: Record) -> str:
+def _line(record: MetricRecord) -> str:
     return json.dumps(record) + "\n"

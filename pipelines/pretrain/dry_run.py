@@ -1,7 +1,7 @@
-"""A few steps of what one node does in a run, to see what a step costs before the run begins.
+"""A trial of a few steps of what one node does in a run, to measure their cost beforehand.
 
 All workers of the node take part, each in a process of its own: they share cores and memory
-bandwidth, wait for each other and exchange, and the memory of each is that of a worker alone.
+bandwidth and wait for one another, and the memory of each is that of a worker alone.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ TIMEOUT_S = 60.0  # of a collective
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What one worker saw.
+class TrialMeasurement:
+    """What one worker measured.
 
     Attributes:
         step_s: seconds of a step, all workers of the node taking part.
         peak_bytes: largest memory of the worker's process.
         base_bytes: memory of that process before it had a model: libraries.
         device_bytes: largest memory of the GPU's allocator; 0 on a CPU.
-        rows_bytes: memory of the rows that the trial met.
+        rows_bytes: memory of the rows that the trial touched.
     """
 
     step_s: float
@@ -53,8 +53,8 @@ class Trial:
     rows_bytes: int
 
 
-def share(config: Config, workers: int, folder: str) -> Config:
-    """The share of some workers of a run, as a run that leaves its results in `folder`."""
+def share_of_run(config: Config, workers: int, folder: str) -> Config:
+    """The config of a run by some of the workers, whose results go to `folder`."""
     values = config_to_dict(config)
     values["run"]["dir"] = folder
     for section, key in (("train", "global_batch"), ("data", "streams")):
@@ -66,8 +66,19 @@ def share(config: Config, workers: int, folder: str) -> Config:
     return Config.model_validate(values)
 
 
-def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) -> dict[str, Any]:
-    """Run some steps of a config that `share` gave, as a dict; a `Trial`, as a dict."""
+def measure_steps(
+    topology: Topology, values: dict[str, Any], libraries: list[str]
+) -> dict[str, Any]:
+    """Train some steps and measure them.
+
+    Args:
+        topology: this rank's position.
+        values: the config that `share_of_run` gave, as a dict.
+        libraries: see `dry_run`.
+
+    Returns:
+        A `TrialMeasurement` as a dict.
+    """
     config = Config.model_validate(values)
     torch.set_num_threads(config.scale.cpus_per_worker)
     for name in libraries:
@@ -80,10 +91,10 @@ def measure(topology: Topology, values: dict[str, Any], libraries: list[str]) ->
         marks.append(time.perf_counter())
         if _enough(topology, marks):
             break
-    settled = marks[WARM_UP:] if len(marks) > WARM_UP + 1 else marks
+    warm = marks[WARM_UP:] if len(marks) > WARM_UP + 1 else marks
     return asdict(
-        Trial(
-            step_s=(settled[-1] - settled[0]) / max(1, len(settled) - 1),
+        TrialMeasurement(
+            step_s=(warm[-1] - warm[0]) / max(1, len(warm) - 1),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             base_bytes=base,
             device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
@@ -98,8 +109,8 @@ def _enough(topology: Topology, marks: list[float]) -> bool:
     return len(marks) > STEPS or (len(marks) > FEWEST and seconds > LONGEST_S)
 
 
-def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, Any]:
-    """What is known of the workers that one node has in a run.
+def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any]:
+    """Estimate the memory and measure the steps of the workers that one node has in a run.
 
     Args:
         config: of the run.
@@ -109,16 +120,18 @@ def predicted(config: Config, workers: int, libraries: list[str]) -> dict[str, A
 
     Returns:
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
-        largest of each figure of the workers' `Trial`s) and `samples` of an epoch.
+        largest of each figure of the workers' `TrialMeasurement`s) and `samples` of an epoch.
     """
     index = open_training_index(config.data, config.run.seed)
     precision = resolve_precision(config.train.precision, topology.default_device())
-    counted = estimate_memory(config, index.num_classes, config.scale.workers, precision)
+    estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
-        values = config_to_dict(share(config, workers, folder))
-        seen = run_ranks(measure, workers, values, libraries, device=None, timeout_s=TIMEOUT_S)
+        values = config_to_dict(share_of_run(config, workers, folder))
+        seen = run_ranks(
+            measure_steps, workers, values, libraries, device=None, timeout_s=TIMEOUT_S
+        )
     return {
-        "footprint": asdict(counted),
+        "footprint": asdict(estimated),
         "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},
         "samples": samples_per_epoch(index),
     }

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from mhe_dist.tracking.append import append
+from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Metrics
 from pipelines.report.figures import save_figure
 from pipelines.report.plots import STYLE
@@ -59,7 +59,7 @@ def log_evaluation(uri: str, run_id: str, step: int, metrics: Metrics, files: li
             filesystem, path = resolve_url(url)
             local.append(f"{folder}/{PurePosixPath(path).name}")
             filesystem.get_file(path, local[-1])
-        append(uri, run_id, step, metrics, local, EVALUATION_FOLDER)
+        append_to_mlflow_run(uri, run_id, step, metrics, local, EVALUATION_FOLDER)
 
 
 def draw_roc(curves: Curves, title: str) -> Figure:

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from mhe_dist.config.schema import Config
-from mhe_dist.tracking import factory as tracking
-from mhe_dist.tracking import mlflow as tracking_mlflow
-from mhe_dist.tracking.factory import open_tracker
-from mhe_dist.tracking.spool import Record, Spool
+from mhe_dist.tracking.factory import open_tracker, sync_mlflow
+from mhe_dist.tracking.spool import MetricRecord, Spool
 from tests.mlflow_server import server
 from tests.rank_processes import free_port
 
@@ -36,9 +34,9 @@ def losses(port: int, run_id: str) -> list[tuple[int, float]]:
 def test_a_server_killed_and_restarted_gets_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking_mlflow, "_GATHER_S", 0.05)
-    monkeypatch.setattr(tracking_mlflow, "_PAUSE_S", 0.2)
-    monkeypatch.setattr(tracking_mlflow, "_CLOSE_S", 1.0)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._GATHER_S", 0.05)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._PAUSE_S", 0.2)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 1.0)
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     values = {"run": {"dir": str(tmp_path)}, "data": {"shards": "x"}, "tracking": {"uri": uri}}
@@ -68,7 +66,8 @@ def test_a_server_killed_and_restarted_gets_everything(
         assert second.run_id == run_id
         second.close()
         assert losses(port, run_id) == [(step, float(step)) for step in range(25)]
-        spool.add(Record(25, int(time.time() * 1000), {"loss": 25.0}))  # left by a killed process
-        assert tracking.sync(config) == 1
+        # Left by a killed process.
+        spool.add(MetricRecord(25, int(time.time() * 1000), {"loss": 25.0}))
+        assert sync_mlflow(config) == 1
         assert losses(port, run_id)[-1] == (25, 25.0)
-    assert tracking.sync(config) == 0
+    assert sync_mlflow(config) == 0

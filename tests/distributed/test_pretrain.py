@@ -136,48 +136,43 @@ def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
         assert tiny.per_step(config) == tiny.per_step(undisturbed)
 
 
-def run_several_times(topology: Topology, configs: dict[str, dict]) -> dict[str, list]:
+def run_several_times(topology: Topology, first: dict, second: dict) -> dict[str, list]:
     """Runs one after the other in one process without a process group, as in a notebook.
 
-    The second one is asked to stop, by a signal before it and by itself; the third goes on with it.
+    The second one is asked to stop before it begins and while it goes on, and is then called again.
     """
     disconnect()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
-    found: dict[str, list] = {"preempted": []}
+    found: dict[str, list] = {}
     preemption.listen_for_sigterm()
-    run_pretraining(Config.model_validate(configs["first"]))
+    summaries = [run_pretraining(Config.model_validate(first))]
     os.kill(os.getpid(), signal.SIGTERM)
     try:
-        run_pretraining(
-            Config.model_validate(configs["second"]), lambda event: preemption.request()
-        )
+        run_pretraining(Config.model_validate(second), lambda event: preemption.request())
     except Preempted as stop:
-        found["preempted"].append(str(stop))
-    for name in ("second", "second", "third"):
-        summary = run_pretraining(Config.model_validate(configs[name]))
-        found[name] = [summary["steps"], summary["resumed_from"]]
-    found["joined"] = [torch.distributed.is_initialized()]
+        found["preempted"] = [str(stop)]
+    summaries.append(run_pretraining(Config.model_validate(second)))
+    found["steps"] = [summary["steps"] for summary in summaries]
+    found["resumed_from"] = [summary["resumed_from"] for summary in summaries]
+    found["connected"] = [torch.distributed.is_initialized()]
     return found
 
 
 def test_one_process_runs_several_times_and_a_request_stops_one_run_only(
-    run_distributed, undisturbed: Config, tmp_path: Path
+    run_distributed, shards: str, tmp_path: Path
 ) -> None:
-    configs = {name: undisturbed.model_copy(deep=True) for name in ("first", "second", "third")}
-    for name, config in configs.items():
-        config.run.dir, config.run.name = str(tmp_path), name
-    configs["third"].scale.zero_stage = 3
-    values = {name: config.model_dump() for name, config in configs.items()}
-    (found,) = run_distributed(run_several_times, 1, values)
+    first, second = (
+        tiny.config(tmp_path, shards, run={"name": name}, train={"max_steps": 6})
+        for name in ("first", "second")
+    )
+    (found,) = run_distributed(run_several_times, 1, first.model_dump(), second.model_dump())
     assert found["preempted"] == ["told to stop after step 1; everything is saved"]
-    last = "checkpoints/step_00000024"
-    assert found["second"] == [24, f"{configs['second'].run.path}/{last}"], "it was complete"
-    assert found["third"] == [24, None]
-    assert found["joined"] == [False]
-    for config in configs.values():
-        assert tiny.per_step(config) == tiny.per_step(undisturbed)
-        assert tiny.differing(config, undisturbed) == []
+    assert found["steps"] == [6, 6]
+    assert found["resumed_from"] == [None, f"{second.run.path}/checkpoints/step_00000001"]
+    assert found["connected"] == [False]
+    assert tiny.per_step(first) == tiny.per_step(second)
+    assert tiny.differing(first, second) == []
 
 
 def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:

@@ -7,10 +7,10 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from mhe_dist.tracking import factory as tracking
-from mhe_dist.tracking import remote_file as mirror
-from mhe_dist.tracking.base import NullTracker, Tracker, Trackers
+from mhe_dist.tracking import remote_file
+from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.environment import environment_tags
+from mhe_dist.tracking.factory import mlflow_uri, open_tracker
 from mhe_dist.tracking.jsonl import JsonlTracker, read_records
 
 
@@ -23,7 +23,7 @@ def steps(path):
 
 
 def test_every_tracker_fits_the_protocol(tmp_path):
-    for tracker in (NullTracker(), JsonlTracker(str(tmp_path / "m")), Trackers([])):
+    for tracker in (NullTracker(), JsonlTracker(str(tmp_path / "m")), CombinedTrackers([])):
         assert isinstance(tracker, Tracker)
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk_costs_no_record_and_is_told_once(tmp_path, caplog):
 
 def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
     url = "memory://bucket/runs/r/metrics.jsonl"
-    monkeypatch.setattr(mirror, "_EVERY_S", 0.0)
+    monkeypatch.setattr(remote_file, "_EVERY_S", 0.0)
     first = JsonlTracker(url)
     first.start({}, {})
     for step in range(4):
@@ -140,7 +140,7 @@ class Recorder(NullTracker):
 
 def test_all_trackers_are_closed_even_when_one_fails():
     first, second = Recorder(fails=True), Recorder(run_id="abc")
-    both = Trackers([first, second])
+    both = CombinedTrackers([first, second])
     assert both.run_id == "abc"
     with pytest.raises(RunError):
         both.close("failed")
@@ -148,23 +148,23 @@ def test_all_trackers_are_closed_even_when_one_fails():
 
 
 def test_only_the_first_rank_keeps_a_record(tmp_path):
-    assert isinstance(tracking.open_tracker(config(dir=str(tmp_path)), is_first=False), NullTracker)
+    assert isinstance(open_tracker(config(dir=str(tmp_path)), is_first=False), NullTracker)
 
 
 def test_the_tracking_uri_comes_from_config_then_environment_then_sqlite(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     plain = config(dir=str(tmp_path))
-    assert tracking.mlflow_uri(plain) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_uri(plain) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
-    assert tracking.mlflow_uri(plain) == "http://server:5000"
+    assert mlflow_uri(plain) == "http://server:5000"
     plain.tracking.uri = "http://other:5000"
-    assert tracking.mlflow_uri(plain) == "http://other:5000"
+    assert mlflow_uri(plain) == "http://other:5000"
 
 
 def test_sqlite_cannot_live_at_a_url(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match=r"run\.dir='s3://bucket/runs' is a URL.*tracking.uri"):
-        tracking.mlflow_uri(config(dir="s3://bucket/runs"))
+        mlflow_uri(config(dir="s3://bucket/runs"))
 
 
 def test_the_versions_are_among_the_tags():

@@ -9,17 +9,16 @@ import time
 import pytest
 
 from mhe_dist.errors import RunError, UserError
-from mhe_dist.tracking import append as tracking_append
-from mhe_dist.tracking import mlflow as tracking_mlflow
+from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Tracker
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
-    monkeypatch.setattr(tracking_mlflow, "_GATHER_S", 0.05)
-    monkeypatch.setattr(tracking_mlflow, "_PAUSE_S", 0.02)
-    monkeypatch.setattr(tracking_mlflow, "_CLOSE_S", 10.0)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._GATHER_S", 0.05)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._PAUSE_S", 0.02)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 10.0)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,7 @@ def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(place, capl
 
 
 def test_a_server_that_never_answers_ends_with_a_count(place, caplog, monkeypatch):
-    monkeypatch.setattr(tracking_mlflow, "_CLOSE_S", 0.2)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
     mlflow = tracker(place)
     mlflow._store = Outage(failures=10**9)
     mlflow.start({}, {})
@@ -226,7 +225,7 @@ def test_results_are_added_to_a_run_that_stays_as_it_is(place, tmp_path):
     mlflow.close("failed")
     (tmp_path / "roc.png").write_bytes(b"picture")
     figures = {"verification/lfw/tar@far=1e-3": 0.75, "verification/lfw/accuracy": 0.9}
-    tracking_append.append(
+    append_to_mlflow_run(
         place[0], mlflow.run_id, 40, figures, [str(tmp_path / "roc.png")], "evaluation"
     )
     run = client(place).get_run(mlflow.run_id)
@@ -235,4 +234,4 @@ def test_results_are_added_to_a_run_that_stays_as_it_is(place, tmp_path):
     kept = client(place).list_artifacts(mlflow.run_id, "evaluation")
     assert [file.path for file in kept] == ["evaluation/roc.png"]
     with pytest.raises(RunError, match="did not take the results"):
-        tracking_append.append(place[0], "0" * 32, 40, figures, [], "evaluation")
+        append_to_mlflow_run(place[0], "0" * 32, 40, figures, [], "evaluation")
