@@ -1,9 +1,9 @@
 """The store of class centres of one partition, with the optimizer state of each row.
 
 A bank holds *units* of L consecutive rows: the heads of Multi-Head Sampling, single rows
-elsewhere. A unit is initialised when it is first touched, from a function of its number alone, so
-that it does not matter when, where or by whom. Memory is asked of the system page by page, as
-units are touched.
+elsewhere. A unit is initialised when it is first touched. Its first rows depend on its number
+alone, so the time, the rank and the order do not matter. Memory is allocated page by page, as units
+are touched.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from mhe_dist import seeds
 from mhe_dist.bank.row_store import Local, Memory, RowStore
 from mhe_dist.distributed.topology import CPU
 
-# Bytes worked on together: small enough for a core's share of the cache, large enough for a device.
+# Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 LARGE_UNIT_BYTES = 1 << 17
 
 Initial = Callable[[Tensor], Tensor]
-# Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows lie side by side.
+# Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows are consecutive.
 Units = Tensor | range
 
 
@@ -95,12 +95,11 @@ class Bank:
         unit_bytes = self.length * self.width * self.compute_dtype.itemsize
         return max(1, chunk_bytes(self.device) // unit_bytes)
 
-    def pieces(self, units: Units) -> list[tuple[slice, Units]]:
-        """How to walk over `units` to change their rows: parts of them, and the units of each.
+    def parts(self, units: Units) -> list[tuple[slice, Units]]:
+        """Parts of `units` whose rows are updated together: slices of `units`, with their units.
 
-        Small units are taken together, which copies their rows. A large one is taken alone and as
-        a range, which is changed where it lies: on a host, copying it would take as long as all
-        that is done to it.
+        Small units make one part, whose rows are copied. A large unit on a host is a part of its
+        own, given as a range, which is updated in place: a copy would take as long as the update.
         """
         weight = self._store["weight"].rows
         unit_bytes = self.length * self.width * weight.element_size()
@@ -110,7 +109,7 @@ class Bank:
         return [(slice(i, i + 1), range(u, u + 1)) for i, u in enumerate(units.tolist())]
 
     def touch(self, units: Units) -> None:
-        """Initialise those of `units` that never were."""
+        """Initialise those of `units` that were never touched."""
         local = self._local(units)
         fresh = np.flatnonzero(~self._touched[local])
         fresh = fresh + local.start if isinstance(local, slice) else np.unique(local[fresh])
@@ -123,9 +122,9 @@ class Bank:
     def read(self, units: Units, field: str = "weight") -> Tensor:
         """Rows `[U, L, D]` of `units` in the compute type.
 
-        Rows of units that were never touched are made on the way and not kept. A range of touched
-        units that is stored where and as it is used is not copied: whoever changes what comes
-        back changes the bank.
+        Rows of units that were never touched are made for the result and not kept. A range of
+        touched units that is stored on the compute device and in the compute type is not copied:
+        a change of the result changes the bank.
         """
         rows = self._get(field, units)
         if field == "weight":
@@ -149,14 +148,14 @@ class Bank:
             self._store[field].put(local.numpy(), rows)
         self._touched[local.numpy()] = True
 
-    def place(self, field: str, units: Tensor, slots: Tensor, rows: Tensor) -> None:
+    def put_rows(self, field: str, units: Tensor, slots: Tensor, rows: Tensor) -> None:
         """Store single rows `[n, columns]` in slots `[n]` of touched `units` `[n]`, bit for bit."""
         store = self._store[field].rows
         where = (units - self.units.start) * self.length + slots
         store.view(-1, store.shape[-1]).index_copy_(0, where.to(store.device), rows.to(store))
 
     def saved(self, units: Tensor) -> dict[str, Tensor]:
-        """All fields of `units` in the stored type, on the host: what `load` takes."""
+        """All fields of `units` in the stored type, on the host, as `load` takes them."""
         local = units - self.units.start
         return {
             name: store.rows.index_select(0, local.to(store.rows.device)).cpu()
@@ -176,23 +175,23 @@ class Bank:
         return (units >= self.units.start) & (units < self.units.stop)
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether naming the units of the next step is of any use."""
-        return any(store.is_ahead for store in self._store.values())
+    def prefetches(self) -> bool:
+        """Whether `prefetch` does anything."""
+        return any(store.prefetches for store in self._store.values())
 
-    def expect(self, units: Tensor) -> None:
-        """Say which distinct units the next step will need; see `RowStore.expect`."""
+    def prefetch(self, units: Tensor) -> None:
+        """Begin to fetch distinct units that the next step will need; see `RowStore.prefetch`."""
         local = units.numpy() - self.units.start
         for store in self._store.values():
-            store.expect(local[self._touched[local]])
+            store.prefetch(local[self._touched[local]])
 
     def release(self) -> None:
-        """Let go of memory that was only used to work on rows; between two steps."""
+        """Free memory that was needed for the update of rows alone; call it between two steps."""
         for store in self._store.values():
             store.release()
 
     def _local(self, units: Units) -> Local:
-        """Where `units` are in this partition, as NumPy and torch index."""
+        """Positions of `units` in this partition, as NumPy and torch index."""
         first = self.units.start
         if isinstance(units, range):
             return slice(units.start - first, units.stop - first)
@@ -216,17 +215,17 @@ class Bank:
 
 
 def chunk_bytes(device: torch.device) -> int:
-    """Bytes of a chunk that suit the caches and the launch cost of a device."""
+    """Bytes of a chunk, by the caches and the launch cost of the device."""
     return DEVICE_CHUNK_BYTES if device.type == "cuda" else HOST_CHUNK_BYTES
 
 
 def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
     """Round float32 `[U, L, D]` to bfloat16, up with the probability that keeps the mean.
 
-    The noise is a hash of (key, unit, place in the unit), the same on any rank and device.
+    The noise is a hash of (key, unit, position in the unit), the same on any rank and device.
     """
-    places = torch.arange(rows[0].numel(), dtype=torch.int32, device=rows.device)
-    noise = places.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
+    noise = torch.arange(rows[0].numel(), dtype=torch.int32, device=rows.device)
+    noise = noise.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
     noise = (noise ^ (noise >> 15)) * -2048144789
     noise = ((noise ^ (noise >> 13)) * -1028477379) >> 16 & 0xFFFF
     bits = rows.float().contiguous().view(torch.int32) + noise.view(rows.shape)

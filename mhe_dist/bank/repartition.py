@@ -1,7 +1,7 @@
-"""Which permutation of the classes is in force, and moving rows when another one comes.
+"""Which permutation of the classes applies, and how rows move when it changes.
 
-With `mhs.repartition_every` a class meets other neighbours in its head every N epochs. Rows and
-optimizer state move as they are, bit for bit; a row that no step met stays what its class says.
+With `mhs.repartition_every` a class gets other neighbours in its head every N epochs. Rows and
+optimizer state move bit for bit; a row that no step touched is drawn from its class as before.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Permutations:
     Attributes:
         num_classes, length, groups: of the layout.
         seed: of the run.
-        every: steps after which the next permutation comes; 0: never.
+        every: steps after which the permutation changes; 0: never.
     """
 
     num_classes: int
@@ -47,44 +47,45 @@ class Permutations:
         return LabelLayout(self.num_classes, self.length, self.groups, key)
 
 
-def move(
-    old: Bank, new: Bank, layouts: tuple[LabelLayout, LabelLayout], topology: Topology
+def move_rows(
+    old: Bank, new: Bank, before: LabelLayout, after: LabelLayout, topology: Topology
 ) -> None:
-    """Bring the touched rows of all ranks' `old` banks to where the second layout has them.
+    """Move the touched rows of all ranks from `old` banks, laid out as `before`, to `new` ones.
 
-    All ranks must call. Cost: the touched rows once through the host and the exchange; both banks
-    are in memory meanwhile.
+    All ranks must call. Cost: the touched rows travel once through the host and the exchange; both
+    banks are in memory meanwhile.
     """
     units = old.touched
     unit_bytes = sum(rows.nbytes for rows in old.saved(units[:1]).values()) or 1
-    at_once = max(1, MOVED_BYTES // unit_bytes)
-    turns = torch.tensor([-(-len(units) // at_once)])
-    for turn in range(int(all_reduce(turns, topology, "max"))):
-        part = units[turn * at_once : (turn + 1) * at_once]
-        _exchange(old, new, part, layouts, topology)
+    per_chunk = max(1, MOVED_BYTES // unit_bytes)
+    chunks = torch.tensor([-(-len(units) // per_chunk)])
+    for number in range(int(all_reduce(chunks, topology, "max"))):
+        chunk = units[number * per_chunk : (number + 1) * per_chunk]
+        _exchange(old, new, chunk, before, after, topology)
 
 
 def _exchange(
     old: Bank,
     new: Bank,
     units: Tensor,
-    layouts: tuple[LabelLayout, LabelLayout],
+    before: LabelLayout,
+    after: LabelLayout,
     topology: Topology,
 ) -> None:
-    """Move the rows of some of this rank's units, and take what the others move here."""
-    before, after = layouts
+    """Move the rows of some of this rank's units, and store the rows that arrive here."""
     classes = before.classes(units[:, None], torch.arange(before.length)).flatten()
     known = classes >= 0
     heads, slots = after.locate(classes[known])
     owner = owner_of(after.group_of(heads), after.groups, topology.world_size)
     order = torch.argsort(owner, stable=True)
-    send = torch.bincount(owner, minlength=topology.world_size)
+    counts = torch.bincount(owner, minlength=topology.world_size)
     ones = [1] * topology.world_size
-    sizes = send.tolist(), all_to_all(send, ones, ones, topology).tolist()
-    where = all_to_all(torch.stack([heads, slots], 1)[order], *sizes, topology)
-    new.touch(torch.unique(where[:, 0]))
+    send, receive = counts.tolist(), all_to_all(counts, ones, ones, topology).tolist()
+    arrived = all_to_all(torch.stack([heads, slots], 1)[order], send, receive, topology)
+    heads, slots = arrived.unbind(1)
+    new.touch(torch.unique(heads))
     for field, rows in old.saved(units).items():
-        mine = rows.flatten(0, 1)[known][order].contiguous()
+        leaving = rows.flatten(0, 1)[known][order].contiguous()
         # As bytes: not every backend carries every type.
-        arrived = all_to_all(mine.view(torch.uint8), *sizes, topology).view(rows.dtype)
-        new.place(field, where[:, 0], where[:, 1], arrived)
+        moved = all_to_all(leaving.view(torch.uint8), send, receive, topology).view(rows.dtype)
+        new.put_rows(field, heads, slots, moved)

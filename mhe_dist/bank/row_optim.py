@@ -1,13 +1,13 @@
 """Row-sparse SGD and AdamW: only the touched rows of a bank, and their state, are read or written.
 
-How that differs from the dense optimizer: a row that no sample selected keeps its weight, its
-momentum and its moments as they were, where a dense optimizer would let the momentum carry it on
-and weight decay shrink it; AdamW's bias correction counts a row's own updates.
+The difference from a dense optimizer: a row that no sample selected keeps its weight, momentum and
+moments. A dense optimizer would move it by its momentum and shrink it by weight decay. AdamW's bias
+correction counts the updates of each row.
 
-The loss sees a row only through its product with embeddings, so that its gradient is a sum of
-embeddings `e` weighted by `a`, and the part along the row itself (from normalising it) is a
-multiple `b` of the row. Gradients arrive in that form; for rows that few samples selected the sum
-is never written to memory on its own: SGD folds it into the momentum in one product.
+The loss depends on a row only through its products with embeddings. So the gradient of a row is a
+sum of embeddings `e` weighted by `a`, plus a multiple `b` of the row itself (from normalising it).
+Gradients arrive in that form. For rows that few samples selected the sum is never written to memory
+on its own: SGD adds it to the momentum in one product.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class LowRank(NamedTuple):
     Attributes:
         a: `[U, c, L]`, weights of the embeddings.
         e: `[U, c, D]`, the embeddings that the rows were compared with.
-        b: `[U, L]`, the part along each row; None for rows that are not normalised.
+        b: `[U, L]`, the radial part, along each row; None for rows that are not normalised.
     """
 
     a: Tensor
     e: Tensor
     b: Tensor | None
 
-    def add_to(self, velocity: Tensor, keep: float) -> Tensor:
-        """`keep * velocity + a^T e`, in place."""
-        return velocity.baddbmm_(self.a.transpose(1, 2), self.e, beta=keep)
+    def add_to(self, velocity: Tensor, momentum: float) -> Tensor:
+        """`momentum * velocity + a^T e`, in place."""
+        return velocity.baddbmm_(self.a.transpose(1, 2), self.e, beta=momentum)
 
     def product(self) -> Tensor:
         """`a^T e` `[U, L, D]`, a new tensor."""
@@ -54,15 +54,15 @@ class Dense(NamedTuple):
 
     Attributes:
         g: `[U, L, D]`, the sum over samples, already formed.
-        b: `[U, L]`, the part along each row; None for rows that are not normalised.
+        b: `[U, L]`, the radial part, along each row; None for rows that are not normalised.
     """
 
     g: Tensor
     b: Tensor | None
 
-    def add_to(self, velocity: Tensor, keep: float) -> Tensor:
-        """`keep * velocity + g`, in place."""
-        return velocity.mul_(keep).add_(self.g)
+    def add_to(self, velocity: Tensor, momentum: float) -> Tensor:
+        """`momentum * velocity + g`, in place."""
+        return velocity.mul_(momentum).add_(self.g)
 
     def product(self) -> Tensor:
         """`g` itself; it is consumed by the update."""
@@ -86,8 +86,8 @@ class RowOptimizer(ABC):
 
     def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update the distinct, touched `units`."""
-        for part, piece in bank.pieces(units):
-            self._update(bank, piece, gradient.of(part), lr, step)
+        for part, part_units in bank.parts(units):
+            self._update(bank, part_units, gradient.of(part), lr, step)
 
     @abstractmethod
     def _update(
@@ -111,18 +111,18 @@ class RowSGD(RowOptimizer):
         self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
     ) -> None:
         rows = bank.read(units)
-        along = self._along(gradient, rows)
+        radial = self._radial(gradient, rows)
         if self.momentum:
             velocity = gradient.add_to(bank.read(units, "momentum"), self.momentum)
         else:
             velocity = gradient.product()
-        if along is not None:
-            velocity.addcmul_(rows, along)
+        if radial is not None:
+            velocity.addcmul_(rows, radial)
         rows.add_(velocity, alpha=-lr)
         bank.write(units, {"weight": rows} | dict.fromkeys(self.fields, velocity), step)
 
-    def _along(self, gradient: RowGradient, rows: Tensor) -> Tensor | None:
-        """What multiplies the row itself: the gradient's part and the weight decay."""
+    def _radial(self, gradient: RowGradient, rows: Tensor) -> Tensor | None:
+        """Factor of the row itself: the gradient's radial part and the weight decay."""
         if gradient.b is not None:
             return gradient.b.add(self.weight_decay).unsqueeze(-1)
         return rows.new_full((1, 1, 1), self.weight_decay) if self.weight_decay else None

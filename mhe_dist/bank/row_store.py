@@ -1,8 +1,8 @@
 """Where one field of a bank lies: in the device's memory, in the host's, or in a sparse file.
 
-All memory is asked of the system page by page, as units are touched, where the system can. What the
-next step will need can be named ahead (`expect`): pages of a file are then read from the disk, and
-rows in host memory copied to a device, while the backbone computes.
+Where the system allows it, memory is allocated page by page, as units are touched. `prefetch` names
+the units that the next step will need: while the backbone computes, the pages of a file are read
+from the disk, and rows in host memory are copied to the device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 Memory = Literal["device", "host", "file"]
-# Where units are in a partition, as NumPy and torch index.
+# Positions of units in a partition, as NumPy and torch index.
 Local = slice | npt.NDArray[np.int64]
 Shape = tuple[int, int, int]
 
-# Bytes of a file that are used before its pages are handed back to the system's cache. They stay
-# there while there is room; without that, all that was ever touched would count as the process's.
+# When more bytes of a file are in use, its pages are handed back to the system's cache. They stay
+# there while there is room. Otherwise all pages ever touched would count as the process's memory.
 RESIDENT_BYTES: Final = 1 << 30
 
 
@@ -32,7 +32,7 @@ class RowStore:
     """Rows `[units, L, columns]`, zero at first.
 
     Attributes:
-        rows: all of them, where they lie.
+        rows: all of them, in the memory that stores them.
 
     Args:
         shape, dtype: of the rows.
@@ -50,7 +50,7 @@ class RowStore:
         path: Path | None,
     ) -> None:
         self._map: mmap.mmap | None = None
-        self._ahead: RowsAhead | None = None
+        self._prefetcher: RowPrefetcher | None = None
         self._used = 0
         if 0 in shape:
             self.rows = torch.zeros(shape, dtype=dtype, device=device)
@@ -61,7 +61,7 @@ class RowStore:
             self.rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
         elif memory == "host" and device.type == "cuda":
             self.rows = torch.zeros(shape, dtype=dtype, pin_memory=True)
-            self._ahead = RowsAhead(self.rows, device)
+            self._prefetcher = RowPrefetcher(self.rows, device)
         elif memory == "host" or device.type == "cpu":
             pages = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
             self.rows = torch.from_numpy(pages).view(dtype).view(shape)
@@ -78,7 +78,7 @@ class RowStore:
         if isinstance(local, slice):
             self._count(self.rows[local])
             return self.rows[local]
-        if self._ahead is not None and (ready := self._ahead.take(local)) is not None:
+        if self._prefetcher is not None and (ready := self._prefetcher.take(local)) is not None:
             return ready
         where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
         return self._count(self.rows.index_select(0, where))
@@ -86,8 +86,8 @@ class RowStore:
     def put(self, local: Local, rows: Tensor) -> None:
         """Store rows; those that `get` gave of a slice are there already."""
         self._count(rows)
-        if self._ahead is not None:
-            self._ahead.outdated(local)
+        if self._prefetcher is not None:
+            self._prefetcher.mark_outdated(local)
         if not isinstance(local, slice):
             where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
             self.rows.index_copy_(0, where, rows.to(self.rows.device, self.rows.dtype))
@@ -95,14 +95,14 @@ class RowStore:
             self.rows[local].copy_(rows)
 
     @property
-    def is_ahead(self) -> bool:
-        """Whether there is something to do for rows that are expected."""
-        return self._map is not None or self._ahead is not None
+    def prefetches(self) -> bool:
+        """Whether `prefetch` does anything."""
+        return self._map is not None or self._prefetcher is not None
 
-    def expect(self, local: npt.NDArray[np.int64]) -> None:
-        """Say that distinct units will be read soon; returns at once."""
-        if self._ahead is not None:
-            self._ahead.start(local)
+    def prefetch(self, local: npt.NDArray[np.int64]) -> None:
+        """Begin to fetch distinct units that will be read soon; returns at once."""
+        if self._prefetcher is not None:
+            self._prefetcher.start(local)
         if self._map is None:
             return
         local = np.sort(local)
@@ -124,17 +124,17 @@ class RowStore:
         return rows
 
 
-class RowsAhead:
-    """Copies of rows that were fetched before they were asked for.
+class RowPrefetcher:
+    """Fetches rows before they are used.
 
     A thread gathers them, and on a GPU a stream of its own copies them, so that neither the host
-    nor the device waits. Rows that were stored in the meantime are fetched once more.
+    nor the device waits. Rows that are stored in the meantime are fetched once more.
     """
 
     def __init__(self, rows: Tensor, device: torch.device) -> None:
         self._rows, self._device = rows, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "rows ahead")
+        self._thread = ThreadPoolExecutor(1, "row prefetcher")
         self._units: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._outdated = np.empty(0, bool)
         self._copies: Future[Tensor] | None = None
@@ -145,8 +145,8 @@ class RowsAhead:
         self._outdated = np.zeros(len(local), bool)
         self._copies = self._thread.submit(self._fetch, torch.from_numpy(self._units))
 
-    def outdated(self, local: Local) -> None:
-        """Rows of these units changed."""
+    def mark_outdated(self, local: Local) -> None:
+        """Do not give out the copies of these units: their rows changed."""
         if isinstance(local, slice):
             self._outdated |= (self._units >= local.start) & (self._units < local.stop)
         else:
@@ -156,15 +156,15 @@ class RowsAhead:
         """Rows `[U, L, columns]` on the device, or None if one of them is not ready."""
         if self._copies is None or not len(self._units):
             return None
-        place = np.searchsorted(self._units, local).clip(max=len(self._units) - 1)
-        if (self._units[place] != local).any() or self._outdated[place].any():
+        index = np.searchsorted(self._units, local).clip(max=len(self._units) - 1)
+        if (self._units[index] != local).any() or self._outdated[index].any():
             return None
         copies = self._copies.result()
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             copies.record_stream(current)
-        where = torch.from_numpy(place).to(self._device, non_blocking=True)
+        where = torch.from_numpy(index).to(self._device, non_blocking=True)
         return copies.index_select(0, where)
 
     def _fetch(self, units: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class RowsAhead:
 
 
 def _sparse_file(path: Path, size: int) -> mmap.mmap:
-    """A file of zeros that takes no room until it is written."""
+    """A file of zeros whose blocks are allocated when they are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     with path.open("w+b") as file:

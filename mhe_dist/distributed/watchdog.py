@@ -24,12 +24,12 @@ class Stuck(Exception):
 
 
 @contextmanager
-def watched(topology: Topology, doing: Callable[[], str]) -> Iterator[None]:
+def watched(topology: Topology, activity: Callable[[], str]) -> Iterator[None]:
     """Turn the failure of a collective inside the block into `Stuck`.
 
     Args:
-        topology: this rank's place.
-        doing: names what this rank does now.
+        topology: the ranks.
+        activity: names what this rank does now.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def watched(topology: Topology, doing: Callable[[], str]) -> Iterator[None]:
             raise
         reason = str(error).strip().splitlines()[0]
         raise Stuck(
-            f"rank {topology.rank} of {topology.world_size} failed in {doing()}: {reason}; "
+            f"rank {topology.rank} of {topology.world_size} failed in {activity()}: {reason}; "
             f"{_missing(topology)}"
         ) from error
 

@@ -25,7 +25,9 @@ class LabelError(RunError):
     """A label outside `[0, C)`.
 
     Attributes:
-        micro_batch, position: canonical place of the sample in the step.
+        label, num_classes: the label, and C.
+        micro_batch: canonical number of the sample's micro-batch in the step.
+        position: of the sample in that micro-batch.
     """
 
     def __init__(self, label: int, num_classes: int, micro_batch: int, position: int) -> None:
@@ -33,7 +35,7 @@ class LabelError(RunError):
         self.micro_batch, self.position = micro_batch, position
         super().__init__(self._message(f"{position} of micro-batch {micro_batch}"))
 
-    def of_sample(self, key: str | None) -> LabelError:
+    def with_key(self, key: str | None) -> LabelError:
         """The same error, naming the sample's key where it is known."""
         if key is not None:
             self.args = (self._message(f"'{key}'"),)
@@ -47,7 +49,7 @@ class LabelError(RunError):
 
 
 class HeadOutput(NamedTuple):
-    """What a head says of one micro-batch.
+    """What a head returns for one micro-batch.
 
     Attributes:
         loss: scalar on the device; see the module for its scale.
@@ -59,7 +61,7 @@ class HeadOutput(NamedTuple):
 
 
 def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
-    """`labels` `[n, B, ...]` with -1 for places without a sample and, if allowed, for bad labels.
+    """`labels` `[n, B, ...]` with -1 where there is no sample and, if allowed, for bad labels.
 
     Raises:
         LabelError: a label is outside `[0, C)` and `on_bad` is not "ignore".
@@ -132,10 +134,10 @@ class Head(ABC):
         """
 
     @abstractmethod
-    def expect(self, step: int, labels: Tensor) -> None:
-        """Start to fetch what the next step will need; may be called before this one's `step`.
+    def prefetch(self, step: int, labels: Tensor) -> None:
+        """Start to fetch the rows that the next step needs; may be called before this one's `step`.
 
-        Arguments as `plan` takes them, but nothing is checked. Returns at once.
+        Takes the arguments of `plan`, but checks nothing. Returns at once.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
-from mhe_dist.bank.repartition import Permutations, move
+from mhe_dist.bank.repartition import Permutations, move_rows
 from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import all_reduce, gather_rows
@@ -126,13 +126,13 @@ class RowHead(Head):
         self.norms = NormTracker(spec, topology)
         self.step_number = 0
 
-    def expect(self, step: int, labels: Tensor) -> None:
+    def prefetch(self, step: int, labels: Tensor) -> None:
         """Fetch the rows of this rank that `step` will meet, if they lie elsewhere; see `Head`."""
-        if self.bank.is_ahead:
-            units = self.upcoming(step, labels)
-            self.bank.expect(units[self.bank.held(units)])
+        if self.bank.prefetches:
+            units = self.units_of_step(step, labels)
+            self.bank.prefetch(units[self.bank.held(units)])
 
-    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+    def units_of_step(self, step: int, labels: Tensor) -> Tensor:
         """Distinct units that a step will meet, on this rank at least; -1 may be among them.
 
         None: a full softmax meets all rows, and single rows are too small to be named.
@@ -146,7 +146,7 @@ class RowHead(Head):
         if self.permutations.number(step) != self.permutation:
             before, old = self.layout, self.bank
             self._arrange(self.permutations.number(step))
-            move(old, self.bank, (before, self.layout), self.topology)
+            move_rows(old, self.bank, before, self.layout, self.topology)
 
     def _arrange(self, permutation: int) -> None:
         """An empty bank, of a permutation."""

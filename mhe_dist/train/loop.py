@@ -42,8 +42,8 @@ class Trainable(Protocol):
         """Norm of the last step's gradient."""
 
 
-class Ask(IntFlag):
-    """What a rank may ask of all ranks; it travels with what they exchange in every step anyway."""
+class Request(IntFlag):
+    """What a rank may request of all ranks; it travels with the labels of each step."""
 
     NOTHING = 0
     SAVE = 1
@@ -61,7 +61,7 @@ class StepInfo:
         samples: digest of the keys of the global batch, the same for any W.
         images: images of the global batch.
         wait_s: seconds this rank waited for data.
-        asked: what any rank asked since the step before, the same on all ranks.
+        requested: what any rank requested since the step before, the same on all ranks.
     """
 
     step: int
@@ -70,11 +70,11 @@ class StepInfo:
     samples: str
     images: int
     wait_s: float
-    asked: Ask = Ask.NOTHING
+    requested: Request = Request.NOTHING
 
 
-def _nothing() -> Ask:
-    return Ask.NOTHING
+def _no_request() -> Request:
+    return Request.NOTHING
 
 
 @dataclass
@@ -84,36 +84,38 @@ class Loop:
     Attributes:
         engine: the backbone.
         head: the classifier.
-        topology: this rank's place.
+        topology: the ranks.
         micro_batch: B.
-        rate: step -> learning rate.
-        ask: what this rank asks of all, looked at once per step.
-        head_time: what the head takes of a step.
+        lr_schedule: step -> learning rate.
+        request: what this rank requests of all ranks; called once per step.
+        head_time: seconds that the head takes.
     """
 
     engine: Trainable
     head: Head
     topology: Topology
     micro_batch: int
-    rate: Callable[[int], float]
-    ask: Callable[[], Ask] = _nothing
+    lr_schedule: Callable[[int], float]
+    request: Callable[[], Request] = _no_request
     head_time: Stopwatch = field(init=False)
-    _asked: Ask = field(init=False, default=Ask.NOTHING)
-    _doing: str = field(init=False, default="nothing")
+    _requested: Request = field(init=False, default=Request.NOTHING)
+    _activity: str = field(init=False, default="nothing")
 
     def __post_init__(self) -> None:
         self.head_time = Stopwatch(self.topology.device)
 
     def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
         """Train on `batches`, one step each; the labels of the next one are known by then."""
-        for (batch, met), following in pairs((batch, self._meet(batch)) for batch in batches):
-            labels, samples = met
+        labelled = ((batch, self._exchange_labels(batch)) for batch in batches)
+        for (batch, step_labels), following in with_next(labelled):
+            labels, samples = step_labels
             self._now("the head's plan", batch.step)
             self._plan(batch, labels)
-            if following:
-                self.head.expect(following[0].step, following[1][0])
+            if following is not None:
+                next_batch, (next_labels, _) = following
+                self.head.prefetch(next_batch.step, next_labels)
             outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
-            lr = self.rate(batch.step)
+            lr = self.lr_schedule(batch.step)
             self._now("the reduction of the gradients", batch.step)
             self.engine.step(lr)
             self._now("the update of the head's rows", batch.step)
@@ -123,16 +125,16 @@ class Loop:
             if (norm := self.engine.grad_norm()) is not None:
                 metrics["grad_norm"] = norm.detach()
             images = int((labels != NO_SAMPLE).sum())
-            asked, self._asked = self._asked, Ask.NOTHING
-            self._now("what follows on the end", batch.step)
-            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, asked)
+            requested, self._requested = self._requested, Request.NOTHING
+            self._now("what follows the end", batch.step)
+            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, requested)
 
-    def doing(self) -> str:
+    def activity(self) -> str:
         """What this rank does now, for messages."""
-        return self._doing
+        return self._activity
 
-    def _now(self, doing: str, step: int) -> None:
-        self._doing = f"{doing} of step {step}"
+    def _now(self, activity: str, step: int) -> None:
+        self._activity = f"{activity} of step {step}"
 
     def _micro_batch(self, step: int, part: MicroBatch) -> dict[str, Tensor]:
         self._now(f"micro-batch {part.index}", step)
@@ -142,19 +144,19 @@ class Loop:
         self.engine.backward(output.loss)
         return {"loss": output.loss.detach(), **output.metrics}
 
-    def _meet(self, batch: StepBatch) -> tuple[Tensor, str]:
+    def _exchange_labels(self, batch: StepBatch) -> tuple[Tensor, str]:
         """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys.
 
-        What the ranks ask travels with them.
+        The ranks' requests travel with them.
         """
         self._now("the exchange of labels", batch.step)
         rows = torch.full((len(batch.micro_batches), self.micro_batch + 2), NO_SAMPLE)
-        rows[:, 0] = self.ask()
+        rows[:, 0] = self.request()
         for row, part in zip(rows, batch.micro_batches, strict=True):
             row[1] = _digest(part.keys)
             row[2 : len(part.labels) + 2] = part.labels
         rows = gather_rows(rows, self.topology)
-        self._asked |= Ask(reduce(or_, rows[:, 0].tolist()))
+        self._requested |= Request(reduce(or_, rows[:, 0].tolist()))
         keys = hashlib.blake2b(rows[:, 1].numpy().tobytes(), digest_size=8)
         return rows[:, 2:], keys.hexdigest()
 
@@ -163,10 +165,10 @@ class Loop:
             try:
                 self.head.plan(batch.step, labels)
             except LabelError as error:
-                raise error.of_sample(_key_of(batch, error)) from None
+                raise error.with_key(_key_of(batch, error)) from None
 
 
-def pairs(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+def with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
     """Each item and the one that follows it; None after the last."""
     items = iter(items)
     item = next(items, None)

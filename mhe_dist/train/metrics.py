@@ -26,7 +26,7 @@ Value = Tensor | float
 GIB = 2.0**30
 
 
-class Window(NamedTuple):
+class MetricsWindow(NamedTuple):
     """What was recorded since the last drain, the same on all ranks.
 
     Attributes:
@@ -45,7 +45,7 @@ class Window(NamedTuple):
         return records
 
 
-class MetricWindow:
+class MetricsAccumulator:
     """Accumulates until `drain`. All ranks must record the same steps and the same names."""
 
     def __init__(self, topology: Topology) -> None:
@@ -80,7 +80,7 @@ class MetricWindow:
             self._values[key] = self._values.get(key, 0.0) + (value * weight if weight else 0.0)
             self._weights[key] = self._weights.get(key, 0.0) + weight
 
-    def drain(self) -> Window:
+    def drain(self) -> MetricsWindow:
         """Reduce over the ranks, empty the window; all ranks must call.
 
         Raises:
@@ -111,7 +111,7 @@ class MetricWindow:
             metrics |= dict(
                 zip([name for _, name in peaks], np.max(rows, axis=0).tolist(), strict=True)
             )
-        return Window(losses, metrics)
+        return MetricsWindow(losses, metrics)
 
     @staticmethod
     def _sums(

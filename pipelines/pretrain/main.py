@@ -73,7 +73,7 @@ def _attempt(run: Run) -> dict[str, Any] | None:
     """The summary of the finished run; None: it went back to a checkpoint and must go on there."""
     status: Status = "failed"
     try:
-        with watched(run.topology, run.loop.doing):
+        with watched(run.topology, run.loop.activity):
             try:
                 run.train()
             except Divergence as divergence:

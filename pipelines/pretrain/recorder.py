@@ -13,7 +13,7 @@ from typing import Any
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.base import Tracker
 from mhe_dist.train.loop import StepInfo
-from mhe_dist.train.metrics import MetricWindow, memory
+from mhe_dist.train.metrics import MetricsAccumulator, memory
 from mhe_dist.train.stopwatch import Stopwatch
 from pipelines.data.bad_samples import BadSampleTally
 
@@ -42,7 +42,7 @@ class Recorder:
     ) -> None:
         self._topology, self._tracker, self._head_time = topology, tracker, head_time
         self._on_event = on_event
-        self._window = MetricWindow(topology)
+        self._window = MetricsAccumulator(topology)
         self._step_values: dict[int, dict[str, float]] = {}
         self._begin = time.perf_counter()
         self._images = 0

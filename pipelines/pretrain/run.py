@@ -27,7 +27,7 @@ from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
-from mhe_dist.train.loop import Ask, Loop, StepInfo
+from mhe_dist.train.loop import Loop, Request, StepInfo
 from pipelines.data.bad_samples import BadSamples, BadSampleTally
 from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.evaluate.heldout import Evaluation
@@ -82,7 +82,7 @@ class Run:
             topology,
             config.train.micro_batch,
             lambda step: schedule.learning_rate(step, self.total_steps, config.optim),
-            self._ask,
+            self._request,
         )
         self.versions = environment_tags()
         self.restart = Restart(time.time())
@@ -164,17 +164,21 @@ class Run:
             self.recorder.record_bad_samples(done, self.bad_samples.total)
         if evaluating:
             self.evaluate()
-        if self.checkpointer.due(done, evaluating) or info.asked or last:
+        if self.checkpointer.due(done, evaluating) or info.requested or last:
             self.save(faults)
         self.checkpointer.poll()
-        if Ask.STOP in info.asked and not last:
+        if Request.STOP in info.requested and not last:
             self.checkpointer.wait()
             raise Preempted(f"told to stop after step {done}; {self.checkpointer.status}")
 
-    def _ask(self) -> Ask:
+    def _request(self) -> Request:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
-        save = Ask.SAVE if self.topology.is_first and self.checkpointer.overdue() else Ask.NOTHING
-        return save | Ask.STOP if preemption.requested() else save
+        save = (
+            Request.SAVE
+            if self.topology.is_first and self.checkpointer.overdue()
+            else Request.NOTHING
+        )
+        return save | Request.STOP if preemption.requested() else save
 
     def _flush(self) -> None:
         """Record the window of steps, and see whether they were sound."""

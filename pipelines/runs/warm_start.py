@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mhe_dist.bank.repartition import move
+from mhe_dist.bank.repartition import move_rows
 from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.checkpoint.reader import Checkpoint
 from mhe_dist.checkpoint.retention import RetentionPolicy
@@ -81,7 +81,7 @@ def copy_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:
         refuse_incompatible_heads(before, head, checkpoint.path)
         load_head_state(before, checkpoint)
         assert isinstance(before, RowHead) and isinstance(head, RowHead)
-        move(before.bank, head.bank, (before.layout, head.layout), topology)
+        move_rows(before.bank, head.bank, before.layout, head.layout, topology)
         head.norms.running = before.norms.running
 
 

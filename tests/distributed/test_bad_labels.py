@@ -20,5 +20,5 @@ def test_bad_label_is_named_or_ignored(head: str) -> None:
     with pytest.raises(LabelError) as caught:
         strict.plan(0, labels)
     assert (caught.value.micro_batch, caught.value.position) == (0, 1)
-    named = str(caught.value.of_sample("cat7"))
+    named = str(caught.value.with_key("cat7"))
     assert "label 46 of sample 'cat7' is outside [0, 46)" in named

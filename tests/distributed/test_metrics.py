@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 
 from mhe_dist.errors import RunError
-from mhe_dist.train.metrics import MetricWindow
+from mhe_dist.train.metrics import MetricsAccumulator
 
 
 def record(topology):
     """Rank r's values; the number of collectives that the drain needed."""
-    window, rank = MetricWindow(topology), topology.rank
+    window, rank = MetricsAccumulator(topology), topology.rank
     for step in (4, 5):
         for micro_batch in range(2):
             window.add_loss(step, torch.tensor(float(100 * step + 10 * rank + micro_batch)))
@@ -32,7 +32,7 @@ def record(topology):
 
 def mismatch(topology):
     """What a rank is told when the others recorded another name."""
-    window = MetricWindow(topology)
+    window = MetricsAccumulator(topology)
     window.add({f"rank{topology.rank}": 1.0})
     try:
         window.drain()

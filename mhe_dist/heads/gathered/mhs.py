@@ -32,7 +32,7 @@ class MhsGather(GatheredHead):
         self._shared = config.negatives == "batch"
         self._present = self._extra = torch.empty(0, dtype=torch.int64)
 
-    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+    def units_of_step(self, step: int, labels: Tensor) -> Tensor:
         """Own heads and extra ones; see `RowHead`."""
         heads = self.layout.locate(labels)[0].flatten()
         return torch.unique(torch.cat([heads, self.draw(step)]))

@@ -151,7 +151,7 @@ class LevelHead(Head):
         for part in (self.levels | self.projections).values():
             part.clear_gradient()
 
-    def expect(self, step: int, labels: Tensor) -> None:
+    def prefetch(self, step: int, labels: Tensor) -> None:
         """Nothing: the rows of a level are known only when the level above has been scored."""
 
     def _checked(self, labels: Tensor) -> Tensor:

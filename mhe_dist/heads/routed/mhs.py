@@ -69,7 +69,7 @@ class MhsRoute(RowHead):
         self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
-    def upcoming(self, step: int, labels: Tensor) -> Tensor:
+    def units_of_step(self, step: int, labels: Tensor) -> Tensor:
         """Own heads, and the extra ones of this rank's groups; see `RowHead`."""
         heads = self.layout.locate(labels)[0].flatten()
         groups = self.layout.group_of(heads[self.bank.held(heads)]).unique()

@@ -13,7 +13,7 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.bank import row_store
 from mhe_dist.bank.bank import Bank, round_stochastically
-from mhe_dist.bank.row_store import RowsAhead
+from mhe_dist.bank.row_store import RowPrefetcher
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)
@@ -186,7 +186,7 @@ def test_pages_of_a_file_are_let_go_and_the_rows_stay(
     assert mapped >= rows.bytes
     rows.release()
     assert rss_of(tmp_path / "weight.rows") < mapped / 8
-    rows.expect(numbers(3, 4, 5, 60))
+    rows.prefetch(numbers(3, 4, 5, 60))
     assert torch.equal(rows.read(every), big(every))
 
 
@@ -203,15 +203,15 @@ def rss_of(path: Path) -> int:
 
 def test_rows_ahead_are_those_that_were_asked_for_and_not_changed_since() -> None:
     rows = torch.arange(24.0).view(6, 2, 2)
-    ahead = RowsAhead(rows, torch.device("cpu"))
-    assert ahead.take(np.array([1])) is None
-    ahead.start(np.array([4, 1, 2]))
-    taken = ahead.take(np.array([2, 4]))
+    prefetcher = RowPrefetcher(rows, torch.device("cpu"))
+    assert prefetcher.take(np.array([1])) is None
+    prefetcher.start(np.array([4, 1, 2]))
+    taken = prefetcher.take(np.array([2, 4]))
     assert taken is not None
     assert torch.equal(taken, rows[[2, 4]])
-    assert ahead.take(np.array([2, 3])) is None
-    ahead.outdated(np.array([2, 5]))
-    assert ahead.take(np.array([1, 2])) is None
-    ahead.outdated(slice(4, 6))
-    assert ahead.take(np.array([4])) is None
-    assert torch.equal(ahead.take(np.array([1])), rows[[1]])
+    assert prefetcher.take(np.array([2, 3])) is None
+    prefetcher.mark_outdated(np.array([2, 5]))
+    assert prefetcher.take(np.array([1, 2])) is None
+    prefetcher.mark_outdated(slice(4, 6))
+    assert prefetcher.take(np.array([4])) is None
+    assert torch.equal(prefetcher.take(np.array([1])), rows[[1]])

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.train.metrics import MetricWindow, memory
+from mhe_dist.train.metrics import MetricsAccumulator, memory
 
 
 @pytest.fixture
 def window():
-    return MetricWindow(Topology())
+    return MetricsAccumulator(Topology())
 
 
 def test_means_sums_and_peaks(window):

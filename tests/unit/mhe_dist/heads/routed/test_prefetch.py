@@ -43,9 +43,9 @@ def test_the_units_expected_are_those_that_the_step_meets(
     exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = head("file", exchange, tmp_path)
-    expected, met = watch(monkeypatch, "expect"), watch(monkeypatch, "touch")
+    expected, met = watch(monkeypatch, "prefetch"), watch(monkeypatch, "touch")
     for step in range(5):
-        built.expect(step, LABELS)
+        built.prefetch(step, LABELS)
         built.plan(step, LABELS)
     assert len(met) == 5
     assert all(torch.equal(*pair) for pair in zip(expected, met, strict=True))
@@ -55,6 +55,6 @@ def test_the_units_expected_are_those_that_the_step_meets(
 def test_rows_that_lie_where_they_are_used_are_not_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built, expected = head("device", "route", tmp_path), watch(monkeypatch, "expect")
-    built.expect(0, LABELS)
+    built, expected = head("device", "route", tmp_path), watch(monkeypatch, "prefetch")
+    built.prefetch(0, LABELS)
     assert not expected
