@@ -1,1 +1,34 @@
-"""What a person types, and Ray: the `mhe` command, job submission, Ray Train workers."""
+"""What a person types, and Ray: the `mhe` command, job submission, Ray Train workers.
+
+These names are the door for people who import; docs/library.md shows them at work. A name is
+imported when it is used, so `import launcher` alone is quick and brings neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.api import train
+    from launcher.signals import Interrupted
+    from mhe_dist.errors import Preempted, RunError, UserError
+
+_MODULES = {
+    "Interrupted": "launcher.signals",
+    "Preempted": "mhe_dist.errors",
+    "RunError": "mhe_dist.errors",
+    "UserError": "mhe_dist.errors",
+    "train": "launcher.api",
+}
+__all__ = ["Interrupted", "Preempted", "RunError", "UserError", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

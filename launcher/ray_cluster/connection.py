@@ -26,11 +26,12 @@ def existing_cluster(address: str) -> Iterator[None]:
     """Connect this process to an existing Ray cluster for the length of a `with` block.
 
     Raises:
-        UserError: no cluster answers there.
+        UserError: no cluster answers there, or this process is connected to one already.
     """
     os.environ.update(DRIVER_ENVIRONMENT)
     import ray
 
+    _refuse_second_connection()
     try:
         ray.init(
             address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
@@ -51,11 +52,13 @@ def local_cluster(config: Config) -> Iterator[None]:
     When the block ends, Ray's own log files are moved to `logs/ray/<session>` of the run.
 
     Raises:
-        UserError: this machine has fewer GPUs than the run needs.
+        UserError: this machine has fewer GPUs than the run needs, or this process is connected to
+            a cluster already.
     """
     os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
     import ray
 
+    _refuse_second_connection()
     folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
     try:
         with signals_deferred():  # Ray would set a handler of its own for SIGTERM, too
@@ -67,6 +70,16 @@ def local_cluster(config: Config) -> Iterator[None]:
         with signals_ignored():
             ray.shutdown()
             _move_logs(Path(folder), logs_folder(config) / "ray")
+
+
+def _refuse_second_connection() -> None:
+    """Refuse to replace the connection of a process, such as a notebook, that uses Ray itself."""
+    import ray
+
+    if ray.is_initialized():
+        raise UserError(
+            "this process is connected to a Ray cluster already: call ray.shutdown() first"
+        )
 
 
 def _check_gpus(config: Config, resources: dict[str, float]) -> None:

@@ -1,10 +1,11 @@
-"""What a run looks like in the terminal: a bar that lives, or a plain line now and then."""
+"""What a run looks like in a terminal or a notebook: a live bar, or a plain line now and then."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +38,8 @@ class ProgressDisplay:
     ) -> None:
         self._console = terminal or console.out
         self._clock = clock
-        self._bar = _bar(self._console) if self._console.is_terminal else None
+        self._is_live = is_live(self._console)
+        self._bar = _bar(self._console) if self._is_live else None
         self._spinner: Status | None = None
         self._task: Any = None
         self._steps = 0
@@ -55,7 +57,7 @@ class ProgressDisplay:
 
     def waiting(self, what: str) -> None:
         """Show that something goes on, until the next event."""
-        if self._console.is_terminal:
+        if self._is_live:
             self._spinner = self._console.status(what)
             self._spinner.start()
         else:
@@ -64,7 +66,7 @@ class ProgressDisplay:
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
-        if not self._console.is_terminal:
+        if not self._is_live:
             yield announce_once(self._say, what)
             return
         columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
@@ -175,6 +177,11 @@ class ProgressDisplay:
         if self._spinner:
             self._spinner.stop()
             self._spinner = None
+
+
+def is_live(terminal: Console) -> bool:
+    """Whether bars can be drawn and redrawn: in a terminal, or in a notebook with ipywidgets."""
+    return terminal.is_terminal or (terminal.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def announce_once(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mhe_dist.config.load import load_config
+from mhe_dist.config.load import Check, load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 
@@ -16,13 +16,18 @@ ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
 def resolve_config(
-    config: ConfigLike, overrides: Sequence[str] = (), **sections: Mapping[str, Any]
+    config: ConfigLike,
+    overrides: Sequence[str] = (),
+    checks: Iterable[Check] = (),
+    /,
+    **sections: Mapping[str, Any],
 ) -> Config:
     """The config that is meant, with changes.
 
     Args:
         config: see `ConfigLike`.
         overrides: `section.key=value` each, as on the command line.
+        checks: see `load_config`.
         **sections: keys of some sections, such as `train={"max_steps": 100}`; they win.
 
     Raises:
@@ -36,7 +41,7 @@ def resolve_config(
         base = config
     else:
         path = os.fspath(config)
-    return load_config(path, [*_as_overrides(base), *overrides, *_as_overrides(sections)])
+    return load_config(path, [*_as_overrides(base), *overrides, *_as_overrides(sections)], checks)
 
 
 def _as_overrides(sections: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,61 @@
+"""Runs on Ray from Python: what `mhe train` does, for a script or a notebook."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from launcher import execute
+from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.signals import Interrupted, interruptible
+from launcher.terminal.progress import ProgressDisplay
+from mhe_dist.config.resolve import ConfigLike, resolve_config
+from pipelines.runs.folder import read_summary
+
+
+def train(
+    config: ConfigLike,
+    overrides: Sequence[str] = (),
+    *,
+    address: str = "",
+    progress: bool = True,
+    **sections: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train, evaluate and export a run on Ray; go on where its newest checkpoint ends.
+
+    A run that is complete is left alone. Runs in one process follow one another: each starts a Ray
+    cluster of its own on this machine and ends it, unless `address` names one.
+
+    Args:
+        config: a YAML file, a dict of sections, or a `Config`.
+        overrides: `section.key=value` each, as on the command line.
+        address: of an existing Ray cluster, such as "auto"; empty: one of this machine.
+        progress: draw a bar in a terminal or a notebook with ipywidgets, print lines elsewhere.
+        **sections: keys of some sections, such as `train={"max_steps": 100}`.
+
+    Returns:
+        The summary of the run, also in its `summary.json`.
+
+    Raises:
+        UserError: the config is wrong, the run was begun with other settings, this machine lacks
+            what the run needs, or this process uses Ray already.
+        RunError: the run failed more often than `scale.max_failures`.
+        Preempted: SIGTERM came; the run is saved and goes on when called again.
+        KeyboardInterrupt: Ctrl-C, or the notebook's button; without a save.
+    """
+    found = resolve_config(config, overrides, [check_data, check_backbone], **sections)
+    refuse_changed_config(found)
+    if (done := read_summary(found.run.path)) is not None:
+        return done
+    display = ProgressDisplay(None if progress else Console(quiet=True))
+    try:
+        with interruptible(), display:
+            execute.run(found, display, address)
+    except Interrupted as stop:
+        if stop.signum == signal.SIGINT:
+            raise KeyboardInterrupt from stop
+        raise
+    return display.summary or {}
