@@ -10,18 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from launcher.api import train
+    from launcher.api import submit, train
+    from launcher.ray_cluster.jobs import Cluster, Job
     from launcher.signals import Interrupted
     from mhe_dist.errors import Preempted, RunError, UserError
 
 _MODULES = {
+    "Cluster": "launcher.ray_cluster.jobs",
     "Interrupted": "launcher.signals",
+    "Job": "launcher.ray_cluster.jobs",
     "Preempted": "mhe_dist.errors",
     "RunError": "mhe_dist.errors",
     "UserError": "mhe_dist.errors",
+    "submit": "launcher.api",
     "train": "launcher.api",
 }
-__all__ = ["Interrupted", "Preempted", "RunError", "UserError", "train"]
+__all__ = [
+    "Cluster",
+    "Interrupted",
+    "Job",
+    "Preempted",
+    "RunError",
+    "UserError",
+    "submit",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

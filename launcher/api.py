@@ -1,4 +1,4 @@
-"""Runs on Ray from Python: what `mhe train` does, for a script or a notebook."""
+"""Runs on Ray from Python: what `mhe train` and `mhe submit` do, for a script or a notebook."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from rich.console import Console
 
 from launcher import execute
 from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.survey import assess, survey_cluster
+from launcher.ray_cluster.code_package import with_absolute_paths
+from launcher.ray_cluster.jobs import Cluster, Job, resolve_variables
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal.progress import ProgressDisplay
 from mhe_dist.config.resolve import ConfigLike, resolve_config
@@ -59,3 +62,36 @@ def train(
             raise KeyboardInterrupt from stop
         raise
     return display.summary or {}
+
+
+def submit(
+    config: ConfigLike,
+    overrides: Sequence[str] = (),
+    *,
+    address: str = "",
+    preflight: bool = True,
+    variables: Mapping[str, str] | None = None,
+    **sections: Mapping[str, Any],
+) -> Job:
+    """Submit a run as a job of a Ray cluster and return at once; `Cluster` follows and stops it.
+
+    Args:
+        config: see `train`; local paths mean a file system that all nodes mount.
+        overrides: `section.key=value` each, as on the command line.
+        address: dashboard of the cluster; empty: RAY_API_SERVER_ADDRESS, or that of this machine.
+        preflight: first ask all nodes whether the run can work there.
+        variables: further environment variables for the workers; never a secret, because a
+            cluster shows the variables of its jobs.
+        **sections: keys of some sections, such as `train={"max_steps": 100}`.
+
+    Raises:
+        UserError: the config is wrong, a variable looks like a secret, no cluster answers, a job is
+            training this run, or the preflight found what stands in its way.
+    """
+    found = with_absolute_paths(resolve_config(config, overrides, [check_backbone], **sections))
+    passed = resolve_variables([f"{name}={value}" for name, value in (variables or {}).items()])
+    cluster = Cluster(address)
+    cluster.refuse_running(found)
+    if preflight:
+        assess(found, survey_cluster(found, cluster, trial=False), trial=False)
+    return cluster.find(cluster.start(found, passed))

@@ -7,9 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from launcher.events import Event
-from launcher.preflight.checks import (
-    check_selection,
-)
+from launcher.preflight.checks import check_selection
 from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config

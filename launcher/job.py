@@ -14,17 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher import execute
-from launcher.preflight.checks import (
-    check_backbone,
-    check_data,
-    refuse_changed_config,
-)
+from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
 from launcher.preflight.node_probe import probe_node
-from launcher.preflight.predict import (
-    NodeReport,
-    find_obstacles,
-    workers_per_node,
-)
+from launcher.preflight.predict import NodeReport, find_obstacles, workers_per_node
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted

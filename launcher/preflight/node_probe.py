@@ -18,9 +18,7 @@ import fsspec
 import psutil
 from fsspec.core import url_to_fs
 
-from launcher.preflight.checks import (
-    check_data,
-)
+from launcher.preflight.checks import check_data
 from launcher.preflight.machine import PACKAGES, list_gpus
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError

@@ -10,10 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster.code_package import (
-    SETTINGS_FILE,
-    with_absolute_paths,
-)
+from launcher.ray_cluster.code_package import SETTINGS_FILE, with_absolute_paths
 from launcher.ray_cluster.environment import worker_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml

@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster.code_package import (
-    SETTINGS_FILE,
-    CodePackage,
-    build_package,
-)
+from launcher.ray_cluster.code_package import SETTINGS_FILE, CodePackage, build_package
 from launcher.ray_cluster.dashboard import (
     create_client,
     is_loopback,
@@ -146,6 +142,22 @@ class Cluster:
                         "one with --dashboard-agent-listen-port=..."
                     ) from error
             time.sleep(POLL_S)
+
+    def start(self, config: Config, variables: dict[str, str]) -> str:
+        """Start the next job of a run; the job's id.
+
+        Args:
+            config: of the run, with paths that hold anywhere (`with_absolute_paths`).
+            variables: further variables for the workers.
+
+        Raises:
+            UserError: somebody else has just started the same run.
+        """
+        with staging_folder() as folder:
+            attempt = self.attempts(config.run.name) + 1
+            submission = build_submission(config, self.address, attempt, variables, folder)
+            self.submit(submission)
+        return submission.id
 
     def jobs(self) -> list[Job]:
         """The jobs that were submitted, of other programs too, newest first."""

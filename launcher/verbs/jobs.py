@@ -11,13 +11,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.checks import (
-    check_backbone,
-)
-from launcher.ray_cluster.code_package import (
-    SETTINGS_FILE,
-    with_absolute_paths,
-)
+from launcher.preflight.checks import check_backbone
+from launcher.preflight.survey import assess, survey_cluster
+from launcher.ray_cluster.code_package import SETTINGS_FILE, with_absolute_paths
 from launcher.ray_cluster.dashboard import (
     ADDRESS_VARIABLE,
     DEFAULT_ADDRESS,
@@ -41,7 +37,6 @@ from launcher.terminal.event_log import parse_event, split_lines
 from launcher.terminal.progress import format_duration
 from launcher.terminal.replay import replay_log
 from launcher.verbs.config import ConfigFile, Overrides
-from launcher.verbs.preflight import check, on_cluster
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
@@ -100,14 +95,11 @@ def submit(
     cluster.refuse_running(settings)
     if preflight:
         with console.out.status("preflight"):
-            check(settings, on_cluster(settings, cluster, trial=False), trial=False)
-    with staging_folder() as folder:
-        attempt = cluster.attempts(settings.run.name) + 1
-        sent = build_submission(settings, cluster.address, attempt, variables, folder)
-        cluster.submit(sent)
-    _announce(settings, sent, cluster.address)
+            assess(settings, survey_cluster(settings, cluster, trial=False), trial=False)
+    job_id = cluster.start(settings, variables)
+    _announce(settings, job_id, cluster.address)
     if follow:
-        _follow(cluster, sent.id)
+        _follow(cluster, job_id)
 
 
 def list_jobs(address: Address = "") -> None:
@@ -211,11 +203,11 @@ def _placement(config: Config) -> Iterable[str]:
     yield f"{config.scale.workers} workers ({config.scale.placement}){kind}, each with {needs}"
 
 
-def _announce(config: Config, sent: Submission, address: str) -> None:
-    name = shlex.quote(sent.id)
+def _announce(config: Config, job_id: str, address: str) -> None:
+    name = shlex.quote(job_id)
     where = f" --address {address}" if address != DEFAULT_ADDRESS else ""
-    console.say(f"Job [bold]{escape(sent.id)}[/] is submitted.")
-    rows = [("dashboard", f"{address}/#/jobs/{sent.id}"), ("results", config.run.path)]
+    console.say(f"Job [bold]{escape(job_id)}[/] is submitted.")
+    rows = [("dashboard", f"{address}/#/jobs/{job_id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
         rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
     for what, link in rows:

@@ -16,9 +16,7 @@ from launcher.kubernetes.manifests import (
     build_rayjob,
     manifests_to_yaml,
 )
-from launcher.preflight.checks import (
-    check_backbone,
-)
+from launcher.preflight.checks import check_backbone
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.event_log import split_lines

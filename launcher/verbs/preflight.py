@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.checks import (
-    check_backbone,
-)
-from launcher.preflight.machine import list_gpus
-from launcher.preflight.node_probe import probe_node
+from launcher.preflight.checks import check_backbone
 from launcher.preflight.predict import (
-    CostPrediction,
-    find_obstacles,
-    find_shortages,
-    predict_cost,
     prediction_rows,
 )
-from launcher.preflight.trial_process import TRIAL_S, measure_trial
-from launcher.ray_cluster.code_package import (
-    with_absolute_paths,
-)
-from launcher.ray_cluster.jobs import POLL_S, Cluster, build_submission, staging_folder
+from launcher.preflight.survey import assess, survey_cluster, survey_machine
+from launcher.ray_cluster.code_package import with_absolute_paths
+from launcher.ray_cluster.jobs import Cluster
 from launcher.terminal import console
-from launcher.terminal.event_log import parse_event
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
-from mhe_dist.config.schema import Config
-from mhe_dist.errors import RunError, UserError
-
-NODES_S = 60.0  # what stands in the way is told as soon as it is known
 
 
 def preflight(
@@ -55,87 +38,17 @@ def preflight(
     Example: mhe preflight quickstart --address http://127.0.0.1:8265
     """
     settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
-    events = on_cluster(settings, Cluster(address), trial) if address else here(settings, trial)
-    prediction = check(settings, events, trial)
+    events = (
+        survey_cluster(settings, Cluster(address), trial)
+        if address
+        else survey_machine(settings, trial)
+    )
+    prediction = assess(settings, events, trial)
     if prediction:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in prediction_rows(prediction):
             table.add_row(name, escape(value))
         console.out.print(table)
-    console.say("Nothing stands in the way.")
-
-
-def check(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> CostPrediction | None:
-    """Judge what comes in; the prediction, if a trial is wanted and possible.
-
-    Raises:
-        UserError: the run cannot work; the message holds every reason.
-    """
-    nodes = next(events)["nodes"]
-    _refuse(find_obstacles(config, nodes))
-    if not trial:
-        return None
-    measured = next(events)["measured"]
-    if measured is None:
+    elif trial:
         console.say("No prediction: the data set is made when the run begins.")
-        return None
-    prediction = predict_cost(config, measured)
-    _refuse(find_shortages(config, prediction, nodes))
-    return prediction
-
-
-def here(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
-    """What this machine says, then what a trial in a process of its own measured."""
-    found = probe_node(config)
-    # `mhe train` gives its workers as many of Ray's CPUs as they ask for.
-    cpus = config.scale.workers * config.scale.cpus_per_worker
-    resources = {"CPU": float(cpus), "GPU": float(len(list_gpus()))}
-    yield {"nodes": [{**found, "resources": resources}]}
-    yield {"measured": measure_trial(config, config.scale.workers) if trial else None}
-
-
-def on_cluster(config: Config, cluster: Cluster, trial: bool) -> Iterator[dict[str, Any]]:
-    """What the nodes of a cluster say, then what a trial there measured.
-
-    Raises:
-        UserError: the nodes did not answer in time.
-        RunError: the job failed.
-    """
-    verb = "preflight" if trial else "probe"
-    with staging_folder() as folder:
-        sent = build_submission(config, cluster.address, int(time.time()), {}, folder, verb)
-        cluster.submit(sent)
-        events = _events(cluster, sent.id)
-        try:
-            yield from events
-        finally:
-            job = cluster.find(sent.id)
-            if not job.is_over:
-                cluster.stop(job)
-
-
-def _events(cluster: Cluster, job_id: str) -> Iterator[dict[str, Any]]:
-    """The events of the job, each as soon as it is there."""
-    deadline, seen = time.monotonic() + NODES_S, 0
-    while True:
-        job = cluster.find(job_id)
-        lines = cluster.read_output(job_id).splitlines() if job.status != "pending" else []
-        events = [event for line in lines if (event := parse_event(line))]
-        for event in events[seen:]:
-            deadline = time.monotonic() + TRIAL_S
-            yield event
-        seen = len(events)
-        if job.is_over and seen < 2:
-            raise RunError(f"preflight on {cluster.address} failed: {job.message.strip()}")
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"{cluster.address} did not answer in time: mhe jobs shows what keeps it busy; "
-                f"--no-preflight goes without"
-            )
-        time.sleep(POLL_S)
-
-
-def _refuse(found: list[str]) -> None:
-    if found:
-        count = f"{len(found)} reason{'s' if len(found) > 1 else ''}"
-        raise UserError("\n  ".join([f"this run cannot work there, for {count}:", *found]))
+    console.say("Nothing stands in the way.")

@@ -12,11 +12,11 @@ from rich.markup import escape
 from launcher import execute
 from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
 from launcher.preflight.predict import CostPrediction
+from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
 from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
-from launcher.verbs import preflight as preflight_verb
 from launcher.verbs.config import Overrides
 from launcher.verbs.data import convert
 from launcher.verbs.train import train_to_end
@@ -104,7 +104,7 @@ def _steps_in(minutes: float, config: Config) -> int:
     with convert.resumable(), ProgressDisplay() as display:
         execute.make_data(config, display)
         display.waiting("trying some steps, to see how many the time allows")
-        found = preflight_verb.check(config, preflight_verb.here(config, True), True)
+        found = assess(config, survey_machine(config, True), True)
     if found is None:
         raise UserError(f"data.shards={config.data.shards}: nothing is there to try steps on")
     steps = steps_in(60 * minutes, found)

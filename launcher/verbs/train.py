@@ -10,11 +10,7 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight.checks import (
-    check_backbone,
-    check_data,
-    refuse_changed_config,
-)
+from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay

@@ -55,7 +55,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "preflight": {"terminal", "ray_cluster"},
         "reproduce": set(),
         "execute": {"events", "ray_cluster", "preflight"},
-        "api": {"signals", "terminal", "preflight", "execute"},
+        "api": {"signals", "terminal", "ray_cluster", "preflight", "execute"},
         "job": {"events", "signals", "terminal", "ray_cluster", "preflight", "execute"},
         "verbs": {
             *("events", "signals", "terminal", "ray_cluster"),

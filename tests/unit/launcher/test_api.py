@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 import launcher
-from launcher import execute
+from launcher import api, execute
 from launcher.signals import Interrupted
 from launcher.terminal.progress import is_live
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import UserError
 from tests import tiny
 
-NAMES = ["Interrupted", "Preempted", "RunError", "UserError", "train"]
+NAMES = ["Cluster", "Interrupted", "Job", "Preempted", "RunError", "UserError", "submit", "train"]
 IMPORT = """
 import sys
 import launcher
@@ -77,6 +77,37 @@ def test_ctrl_c_is_what_python_calls_it(
     monkeypatch.setattr(execute, "train_locally", lambda *_: signal.raise_signal(signum))
     with pytest.raises(kind):
         launcher.train(file, progress=False)
+
+
+class FakeCluster:
+    address = "http://head:8265"
+
+    def __init__(self, address: str) -> None:
+        assert address == self.address
+        self.refused: list[str] = []
+
+    def refuse_running(self, config: Any) -> None:
+        self.refused.append(config.run.path)
+
+    def start(self, config: Any, variables: dict[str, str]) -> str:
+        assert self.refused == [config.run.path] and Path(config.run.path).is_absolute()
+        assert variables == {"NCCL_DEBUG": "INFO"}
+        return f"{config.run.name}-1"
+
+    def find(self, job_id: str) -> str:
+        return f"job {job_id}"
+
+
+def test_a_submitted_run_is_a_job(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "Cluster", FakeCluster)
+    words: dict[str, Any] = {
+        "address": FakeCluster.address,
+        "preflight": False,
+        "run": {"name": "b"},
+    }
+    assert launcher.submit(file, variables={"NCCL_DEBUG": "INFO"}, **words) == "job b-1"
+    with pytest.raises(UserError, match="looks like a secret"):
+        launcher.submit(file, variables={"MY_PASSWORD": "x"}, **words)
 
 
 def test_mistakes_are_raised_together(file: str) -> None:

@@ -7,13 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launcher.signals import (
-    SIGNALS,
-    Interrupted,
-    interruptible,
-    signals_deferred,
-    signals_ignored,
-)
+from launcher.signals import SIGNALS, Interrupted, interruptible, signals_deferred, signals_ignored
 
 
 @pytest.mark.parametrize("signum", SIGNALS)

@@ -7,11 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight.checks import (
-    changed_keys,
-    check_data,
-    refuse_changed_config,
-)
+from launcher.preflight.checks import changed_keys, check_data, refuse_changed_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import UserError

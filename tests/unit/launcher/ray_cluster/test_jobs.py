@@ -12,10 +12,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from launcher import cli
-from launcher.ray_cluster.code_package import (
-    PACKAGES,
-    with_absolute_paths,
-)
+from launcher.ray_cluster.code_package import PACKAGES, with_absolute_paths
 from launcher.ray_cluster.dashboard import ADDRESS_VARIABLE, resolve_address
 from launcher.ray_cluster.jobs import Submission, _to_job, build_submission, resolve_variables
 from launcher.terminal.event_log import EventLogWriter, parse_event, split_lines

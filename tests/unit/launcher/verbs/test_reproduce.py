@@ -17,7 +17,6 @@ from launcher.reproduce import studies
 from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, plan_runs
 from launcher.signals import Interrupted
 from launcher.terminal import console
-from launcher.verbs import preflight as preflight_verb
 from launcher.verbs import reproduce
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -172,7 +171,7 @@ def test_half_an_hour_is_turned_into_steps_once(
         return CostPrediction([], 0, 0, step_s=0.5, epoch_s=100.0)
 
     monkeypatch.setattr(execute, "make_data", lambda config, watcher: None)
-    monkeypatch.setattr(preflight_verb, "check", measure_trial)
+    monkeypatch.setattr(reproduce, "assess", measure_trial)
     trainer.stop_after = 1
     assert mhe("full") == 130
     trainer.stop_after = 99
