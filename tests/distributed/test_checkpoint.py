@@ -226,14 +226,13 @@ KILLED = """
 import sys, time
 sys.path[:0] = sys.argv[2:]
 import torch
-from mhe_dist import checkpoint_files
+from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
 store = CheckpointStore(sys.argv[1], Topology())
 store.save(1, {"weight": torch.ones(3)}, {}, {})
 store.wait()
-finish = checkpoint_files.CheckpointFolder.write_manifest
-checkpoint_files.CheckpointFolder.write_manifest = lambda *args: time.sleep(60)
+CheckpointFolder.write_manifest = lambda *args: time.sleep(60)
 store.save(2, {"weight": torch.zeros(3)}, {}, {})
 print("saving", flush=True)
 time.sleep(60)
