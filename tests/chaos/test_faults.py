@@ -24,7 +24,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.conftest import run_ranks
-from tests.golden.record import train as train_undisturbed
+from tests.golden.record import train as train_uninterrupted
 from tests.rank_processes import environment, free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -35,18 +35,18 @@ RANKS, STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT_S = 2, 8, 4, 4.0
 DISK_BYTES = 250_000  # less than a checkpoint's largest file, more than anything else
 
 
-def train(rank: int, port: int, config: dict[str, Any], told: Any, disk: int) -> None:
+def train(rank: int, port: int, config: dict[str, Any], sender: Any, disk: int) -> None:
     """One rank; it tells its events and how it ended."""
     environment(rank, RANKS, port)
     preemption.listen_for_sigterm()
     if disk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk, disk))
     try:
-        run_pretraining(Config.model_validate(config), told.send)
+        run_pretraining(Config.model_validate(config), sender.send)
     except Preempted:
-        told.send({"event": "preempted"})
+        sender.send({"event": "preempted"})
         os._exit(Preempted.exit_code)
-    told.send({"event": "done"})
+    sender.send({"event": "done"})
 
 
 class Attempt:
@@ -141,9 +141,9 @@ def full(run: Attempt, draw: random.Random, folder: Path) -> None:
 FAULT_KINDS = [killed, killed_in_a_save, preempted, stopped, truncated, removed, full]
 
 
-def is_ripe(at_once: bool, step: int, event: dict[str, Any]) -> bool:
+def is_due(at_start: bool, step: int, event: dict[str, Any]) -> bool:
     """Whether it is time for a fault."""
-    if at_once:
+    if at_start:
         return event["event"] == "start"
     return event["event"] == "checkpoint" and event["step"] >= step
 
@@ -168,7 +168,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     draw.shuffle(kinds)
     for number, fault in enumerate(kinds, 1):
         run = Attempt(config, DISK_BYTES if fault is full else 0)
-        event = run.until(partial(is_ripe, fault is full, STEPS_PER_FAULT * number))
+        event = run.until(partial(is_due, fault is full, STEPS_PER_FAULT * number))
         print(f"{fault.__name__} at step {event.get('step')}")
         fault(run, draw, folder)
         run.end()
@@ -176,13 +176,13 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     assert last.until(lambda event: event["event"] == "done"), "it ends by itself"
     for process in last.ranks:
         process.join(60)
-    assert_undisturbed(config)
+    assert_uninterrupted(config)
 
 
-def assert_undisturbed(config: Config) -> None:
+def assert_uninterrupted(config: Config) -> None:
     """Losses of all steps and the final state are those of a run that nothing happened to."""
-    undisturbed = config.model_copy(deep=True)
-    undisturbed.run.name, undisturbed.scale.timeout_s = "undisturbed", 60.0
-    run_ranks(train_undisturbed, RANKS, undisturbed.model_dump())
-    assert tiny.per_step(config) == tiny.per_step(undisturbed)
-    assert tiny.differing(config, undisturbed) == []
+    uninterrupted = config.model_copy(deep=True)
+    uninterrupted.run.name, uninterrupted.scale.timeout_s = "uninterrupted", 60.0
+    run_ranks(train_uninterrupted, RANKS, uninterrupted.model_dump())
+    assert tiny.per_step(config) == tiny.per_step(uninterrupted)
+    assert tiny.differing(config, uninterrupted) == []

@@ -67,23 +67,23 @@ def test_a_killed_worker_a_killed_command_and_sigterm_change_nothing(
     first.kill()
 
     second = mhe_train(config, tmp_path)
-    said = until(second, "Resumed at step")
-    said += until(second, "checkpoint")
+    output = until(second, "Resumed at step")
+    output += until(second, "checkpoint")
     os.kill(second.pid, signal.SIGTERM)
     rest, _ = second.communicate(timeout=100)
-    assert second.returncode == 75, said + rest
+    assert second.returncode == 75, output + rest
     assert "everything is saved" in rest
     assert "goes on from" in rest
 
     third = mhe_train(config, tmp_path)
-    said, _ = third.communicate(timeout=200)
-    assert third.returncode == 0, said
-    assert "Resumed at step" in said
+    output, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, output
+    assert "Resumed at step" in output
 
-    undisturbed = config.model_copy(deep=True)
-    undisturbed.run.name, undisturbed.tracking.mlflow = "undisturbed", False
-    run_ranks(train, 2, undisturbed.model_dump())
-    assert tiny.per_step(config) == tiny.per_step(undisturbed)
+    uninterrupted = config.model_copy(deep=True)
+    uninterrupted.run.name, uninterrupted.tracking.mlflow = "uninterrupted", False
+    run_ranks(train, 2, uninterrupted.model_dump())
+    assert tiny.per_step(config) == tiny.per_step(uninterrupted)
     records = read_records(f"{config.run.path}/metrics.jsonl")
     restarts = {r["restarts"]: r["restart_lost_steps"] for r in records if "restarts" in r}
     assert restarts.keys() == {1.0, 2.0, 3.0}

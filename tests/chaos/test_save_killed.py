@@ -60,10 +60,10 @@ class Executioner:
         self.seen += size
 
 
-def save_and_die(root: str, at: int, told: Any) -> None:
+def save_and_die(root: str, at: int, sender: Any) -> None:
     executioner = Executioner(at)
     save(root, 2)
-    told.send(executioner.seen)
+    sender.send(executioner.seen)
 
 
 def killed_at(root: str, at: int) -> int:

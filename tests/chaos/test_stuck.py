@@ -22,16 +22,16 @@ pytestmark = pytest.mark.chaos
 TIMEOUT_S = 4.0
 
 
-def train(rank: int, port: int, config: dict[str, Any], told: Any) -> None:
+def train(rank: int, port: int, config: dict[str, Any], events: Any) -> None:
     environment(rank, 2, port)
 
     def on_event(event: dict[str, Any]) -> None:
-        told.send(event["event"])
+        events.send(event["event"])
 
     try:
         run_pretraining(Config.model_validate(config), on_event)
     except Stuck as stuck:
-        told.send(str(stuck))
+        events.send(str(stuck))
     os._exit(1)  # as a failed rank does: without entering another collective
 
 
@@ -56,11 +56,11 @@ def test_a_stopped_rank_is_named(tmp_path: Path, stopped: int) -> None:
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         begin = time.monotonic()
-        said = pipes[1 - stopped][0]
+        events = pipes[1 - stopped][0]
         message = "metrics"
         while message in ("metrics", "checkpoint"):
-            assert said.poll(60)
-            message = said.recv()
+            assert events.poll(60)
+            message = events.recv()
         waited = time.monotonic() - begin
     finally:
         for process in ranks:

@@ -287,23 +287,23 @@ def save_to_a_full_disk(topology: Topology) -> list[list[Any]]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             failed = store.wait()
-        told = [str(w.message) for w in caught if w.category is CheckpointWarning]
+        warned = [str(w.message) for w in caught if w.category is CheckpointWarning]
         FullDisk.refused = ""
         store.save(2 * step + 1, replicated(2), owned(topology, 2), {})
         good = store.wait()
         assert failed is not None and good is not None
-        results.append([failed.error, told, good.error])
+        results.append([failed.error, warned, good.error])
     return results
 
 
 def test_a_failed_write_is_told_and_the_next_one_works(run_distributed) -> None:
     """Whichever rank fails at whichever file: every rank knows, rank 0 says so, all go on."""
     for rank, results in enumerate(run_distributed(save_to_a_full_disk, 2)):
-        for failed, told, good in results:
+        for failed, warned, good in results:
             assert "No space left" in failed
             assert good is None
-            assert len(told) == (rank == 0)
-            assert all("was not written" in text and "No space left" in text for text in told)
+            assert len(warned) == (rank == 0)
+            assert all("was not written" in text and "No space left" in text for text in warned)
 
 
 def test_a_failed_write_leaves_the_last_good_one() -> None:

@@ -74,13 +74,13 @@ def test_two_one_three_workers_in_mid_epoch(
         values["scale"] |= {"workers": workers, "zero_stage": stage}
         changed = run_distributed(go_on, workers, values, until)
         assert changed == [[]] * workers, f"loaded by {workers} workers at ZeRO {stage}"
-    undisturbed = config.model_copy(deep=True)
-    undisturbed.run.name = "undisturbed"
-    values = undisturbed.model_dump()
+    uninterrupted = config.model_copy(deep=True)
+    uninterrupted.run.name = "uninterrupted"
+    values = uninterrupted.model_dump()
     values["scale"] |= {"workers": 2, "zero_stage": stages[0]}
     run_distributed(go_on, 2, values, STEPS)
     losses, keys = tiny.per_step(config)
-    wanted, wanted_keys = tiny.per_step(undisturbed)
+    wanted, wanted_keys = tiny.per_step(uninterrupted)
     assert keys == wanted_keys
     assert losses == pytest.approx(wanted, rel=1e-6), "rounding of the reported mean"
-    assert tiny.differing(config, undisturbed) == []
+    assert tiny.differing(config, uninterrupted) == []

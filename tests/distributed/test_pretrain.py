@@ -57,7 +57,7 @@ def run(run_distributed, config: Config, world_size: int, stop_at: int = 0) -> l
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def uninterrupted(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Config:
     from tests.conftest import run_ranks
 
     config = tiny.config(tmp_path_factory.mktemp("runs"), shards, run={"name": "whole"})
@@ -65,37 +65,37 @@ def undisturbed(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Config
     return config
 
 
-def test_it_learns(undisturbed: Config) -> None:
-    losses, _ = tiny.per_step(undisturbed)
+def test_it_learns(uninterrupted: Config) -> None:
+    losses, _ = tiny.per_step(uninterrupted)
     assert len(losses) == 24
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_more_ranks_are_the_same_run(
-    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
+    run_distributed, uninterrupted: Config, tmp_path: Path, world_size: int
 ) -> None:
-    config = undisturbed.model_copy(deep=True)
+    config = uninterrupted.model_copy(deep=True)
     config.run.dir = str(tmp_path)
     assert all(run(run_distributed, config, world_size))
     losses, digests = tiny.per_step(config)
-    wanted, wanted_digests = tiny.per_step(undisturbed)
+    wanted, wanted_digests = tiny.per_step(uninterrupted)
     assert digests == wanted_digests
     assert losses == pytest.approx(wanted, rel=1e-6), "rounding of the reported mean"
-    assert tiny.differing(config, undisturbed) == []
+    assert tiny.differing(config, uninterrupted) == []
 
 
 @pytest.mark.parametrize("loader_workers", [0, 1])
 def test_a_resumed_run_is_the_same_run(
-    run_distributed, undisturbed: Config, tmp_path: Path, loader_workers: int
+    run_distributed, uninterrupted: Config, tmp_path: Path, loader_workers: int
 ) -> None:
-    config = undisturbed.model_copy(deep=True)
+    config = uninterrupted.model_copy(deep=True)
     config.run.dir = str(tmp_path)
     config.data.loader_workers = loader_workers
     assert run(run_distributed, config, 1, stop_at=14) == [False]
     assert run(run_distributed, config, 1) == [True]
-    assert tiny.per_step(config) == tiny.per_step(undisturbed)
-    assert tiny.differing(config, undisturbed) == []
+    assert tiny.per_step(config) == tiny.per_step(uninterrupted)
+    assert tiny.differing(config, uninterrupted) == []
 
 
 def run_preempted(topology: Topology, config: dict) -> str:
@@ -119,21 +119,21 @@ def run_preempted(topology: Topology, config: dict) -> str:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_preempted_run_saves_at_once_and_goes_on_from_there(
-    run_distributed, undisturbed: Config, tmp_path: Path, world_size: int
+    run_distributed, uninterrupted: Config, tmp_path: Path, world_size: int
 ) -> None:
     """Whichever rank gets the signal, all stop after the same step, which no interval divides."""
-    config = undisturbed.model_copy(deep=True)
+    config = uninterrupted.model_copy(deep=True)
     config.run.dir = str(tmp_path)
     values = config.model_dump()
     values["scale"]["workers"] = world_size
-    said = run_distributed(run_preempted, world_size, values)
-    assert said == ["told to stop after step 1; everything is saved"] * world_size
+    messages = run_distributed(run_preempted, world_size, values)
+    assert messages == ["told to stop after step 1; everything is saved"] * world_size
     found = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
     assert found is not None and found.step == 1
     assert run(run_distributed, config, 1) == [True]
-    assert tiny.per_step(config)[1] == tiny.per_step(undisturbed)[1]
+    assert tiny.per_step(config)[1] == tiny.per_step(uninterrupted)[1]
     if world_size == 1:
-        assert tiny.per_step(config) == tiny.per_step(undisturbed)
+        assert tiny.per_step(config) == tiny.per_step(uninterrupted)
 
 
 def run_several_times(topology: Topology, first: dict, second: dict) -> dict[str, list]:
@@ -196,9 +196,9 @@ def run_with_a_poisoned_step(topology: Topology, config: dict) -> list[dict]:
 
 @pytest.mark.parametrize(("policy", "world_size"), [("rollback", 2), ("stop", 1)])
 def test_divergence_leaves_a_bundle_and_stops_or_goes_back(
-    run_distributed, undisturbed: Config, tmp_path: Path, policy: str, world_size: int
+    run_distributed, uninterrupted: Config, tmp_path: Path, policy: str, world_size: int
 ) -> None:
-    config = undisturbed.model_copy(deep=True)
+    config = uninterrupted.model_copy(deep=True)
     config.run.dir = str(tmp_path)
     config.guard.on_divergence = policy  # type: ignore[assignment]
     values = config.model_dump()
@@ -220,7 +220,7 @@ def test_divergence_leaves_a_bundle_and_stops_or_goes_back(
     records = read_records(f"{config.run.path}/metrics.jsonl")
     losses = {r["step"]: r["loss"] for r in records if "loss" in r}
     assert sorted(losses) == [step for step in range(24) if step not in (12, 13)]
-    wanted, _ = tiny.per_step(undisturbed)
+    wanted, _ = tiny.per_step(uninterrupted)
     assert [losses[step] for step in range(10)] == pytest.approx(wanted[:10], rel=1e-4)
     assert all(math.isfinite(loss) for loss in losses.values())
     (restart,) = [r for r in records if "restarts" in r]

@@ -56,16 +56,16 @@ class Raylets:
                 start_new_session=True,
                 env={**os.environ, **variables},
             )
-        self.address = self._ask("head")
+        self.address = self._command("head")
         self.others: list[str] = []
 
     def add(self) -> None:
         """Start another node."""
-        self.others.append(self._ask("add"))
+        self.others.append(self._command("add"))
 
     def lose(self) -> None:
         """End a node beside the head at once, as a power cut does."""
-        self._ask(f"kill {self.others.pop()}")
+        self._command(f"kill {self.others.pop()}")
 
     def __enter__(self) -> Raylets:
         return self
@@ -76,7 +76,7 @@ class Raylets:
         self._process.wait(END_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _ask(self, line: str) -> str:
+    def _command(self, line: str) -> str:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()

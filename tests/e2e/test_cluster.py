@@ -75,8 +75,8 @@ class Terminal:
 
     def mhe(self, *words: str, **variables: str) -> tuple[int, str]:
         process = self.start(*words, **variables)
-        said, _ = process.communicate(timeout=150)
-        return process.returncode, said
+        output, _ = process.communicate(timeout=150)
+        return process.returncode, output
 
 
 def train_workers(token: str) -> list[psutil.Process]:
@@ -93,15 +93,17 @@ def train_workers(token: str) -> list[psutil.Process]:
 def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config: Path) -> None:
     begin = time.monotonic()
     words = ["data.shards=/nowhere", "run.name=lost", "run.dir=/proc/runs", "scale.workers=4"]
-    code, said = Terminal(cluster).mhe("submit", str(config), *words, "--follow")
+    code, output = Terminal(cluster).mhe("submit", str(config), *words, "--follow")
     seconds = time.monotonic() - begin
-    assert code == 2, said
+    assert code == 2, output
     for part in ("3 reasons", "data.shards: there is no", "run.dir: /proc/runs", "room for 2"):
-        assert part in said
+        assert part in output
     assert seconds < 20 or os.getloadavg()[0] > 2 * (os.cpu_count() or 1), seconds
-    code, said = Terminal(cluster).mhe("submit", str(config), *words, "--follow", "--no-preflight")
-    assert code == 2, said
-    assert "data.shards=/nowhere" in said and "index.json" in said
+    code, output = Terminal(cluster).mhe(
+        "submit", str(config), *words, "--follow", "--no-preflight"
+    )
+    assert code == 2, output
+    assert "data.shards=/nowhere" in output and "index.json" in output
 
 
 @pytest.mark.timeout(420)
@@ -109,24 +111,24 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     terminal = Terminal(cluster)
     run = load_config(str(config))
 
-    code, said = terminal.mhe("jobs", RAY_AUTH_TOKEN="0" * 32)
-    assert code == 2 and "RAY_AUTH_TOKEN" in said
+    code, output = terminal.mhe("jobs", RAY_AUTH_TOKEN="0" * 32)
+    assert code == 2 and "RAY_AUTH_TOKEN" in output
 
-    code, said = terminal.mhe("submit", str(config))
-    assert code == 0, said
-    assert f"{cluster.address}/#/jobs/both-1" in said
+    code, output = terminal.mhe("submit", str(config))
+    assert code == 0, output
+    assert f"{cluster.address}/#/jobs/both-1" in output
     watching = terminal.start("logs", "both", "-f")
     until(watching, "checkpoint")
     workers = train_workers(cluster.token)
     assert len({worker.ppid() for worker in workers}) == 2, "one worker on each node"
 
-    code, said = terminal.mhe("submit", str(config))
-    assert code == 2 and "job both-1 is running with this run" in said
-    code, said = terminal.mhe("status", "both")
-    assert code == 0 and "running" in said and f"of {STEPS}" in said
+    code, output = terminal.mhe("submit", str(config))
+    assert code == 2 and "job both-1 is running with this run" in output
+    code, output = terminal.mhe("status", "both")
+    assert code == 0 and "running" in output and f"of {STEPS}" in output
 
-    code, said = terminal.mhe("stop", "both")
-    assert code == 0 and "stopped" in said and "It goes on from" in said, said
+    code, output = terminal.mhe("stop", "both")
+    assert code == 0 and "stopped" in output and "It goes on from" in output, output
     rest, _ = watching.communicate(timeout=30)
     assert watching.returncode == Preempted.exit_code, rest
     assert terminal.mhe("status", "both-1")[0] == Preempted.exit_code
@@ -134,8 +136,8 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     assert 20 <= stopped_at < STEPS
 
     going_on = terminal.start("submit", str(config), "--follow")
-    said = until(going_on, "checkpoint")
-    assert f"Resumed at step {stopped_at}" in said
+    output = until(going_on, "checkpoint")
+    assert f"Resumed at step {stopped_at}" in output
     cluster.lose()
     until(going_on, "Resumed at step")
     until(going_on, "checkpoint")
@@ -147,8 +149,8 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     assert len(losses) == STEPS
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
-    code, said = terminal.mhe("jobs")
+    code, output = terminal.mhe("jobs")
     assert code == 0
-    rows = [line.split() for line in said.splitlines()]
+    rows = [line.split() for line in output.splitlines()]
     listed = [(row[0], row[2]) for row in rows if row[1] == "both"]
     assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]

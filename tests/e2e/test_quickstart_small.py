@@ -57,51 +57,51 @@ def test_interrupted_continued_complete(config: Path) -> None:
     until(first, "checkpoint")
     time.sleep(1)  # for its files, which are written while training goes on
     os.killpg(first.pid, signal.SIGINT)
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 130, said
-    assert "goes on from" in said
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 130, output
+    assert "goes on from" in output
     deadline = time.monotonic() + 10
     while left_behind(first.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left_behind(first.pid)
 
     second = mhe("train", str(config))
-    said, _ = second.communicate(timeout=200)
-    assert second.returncode == 0, said
-    assert "Resumed at step" in said
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    assert "Resumed at step" in output
     for part in ("rank-1", "chance", "images/s", "export/timm", "backbone.onnx", "mlflow ui"):
-        assert part in said
-    assert "raylet" not in said
+        assert part in output
+    assert "raylet" not in output
     losses, _ = tiny.per_step(load_config(str(config)))
     assert len(losses) == STEPS
     assert sum(losses[-20:]) < sum(losses[:20])
 
     begin = time.monotonic()
     third = mhe("train", str(config))
-    said, _ = third.communicate(timeout=30)
-    assert third.returncode == 0, said
-    assert "is complete" in said
+    output, _ = third.communicate(timeout=30)
+    assert third.returncode == 0, output
+    assert "is complete" in output
     assert time.monotonic() - begin < 10
 
     inspected = mhe("checkpoint", "inspect", str(config.parent / "runs" / "small"))
-    said, _ = inspected.communicate(timeout=60)
-    assert inspected.returncode == 0, said
-    assert f"step: {STEPS}" in said
+    output, _ = inspected.communicate(timeout=60)
+    assert inspected.returncode == 0, output
+    assert f"step: {STEPS}" in output
 
 
 def test_a_mistake_that_a_worker_finds_ends_the_run_at_once(config: Path) -> None:
     process = mhe("train", str(config), "model.name=resnet10x", "run.name=wrong")
-    said, _ = process.communicate(timeout=250)
-    assert process.returncode == 2, said
-    assert "did you mean resnet10t" in said
-    assert "Traceback" not in said
+    output, _ = process.communicate(timeout=250)
+    assert process.returncode == 2, output
+    assert "did you mean resnet10t" in output
+    assert "Traceback" not in output
 
 
 def test_three_mistakes_are_told_within_five_seconds() -> None:
     begin = time.monotonic()
     mistakes = ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"]
     process = mhe("train", str(ROOT / "configs" / "quickstart.yaml"), *mistakes)
-    said, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=30)
     assert time.monotonic() - begin < 5
     assert process.returncode == 2
-    assert said.startswith("error: 3 mistakes")
+    assert output.startswith("error: 3 mistakes")

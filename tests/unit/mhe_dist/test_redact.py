@@ -74,5 +74,5 @@ def test_the_working_folder_is_no_secret(monkeypatch):
     monkeypatch.setenv("PWD", "/home/somebody")
     monkeypatch.setenv("OLDPWD", "/home/elsewhere")
     monkeypatch.setenv("DB_PWD", "s3cr3t-value")
-    told = "/home/somebody/runs and /home/elsewhere with s3cr3t-value"
-    assert scrub(told) == "/home/somebody/runs and /home/elsewhere with ***"
+    text = "/home/somebody/runs and /home/elsewhere with s3cr3t-value"
+    assert scrub(text) == "/home/somebody/runs and /home/elsewhere with ***"

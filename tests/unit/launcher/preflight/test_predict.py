@@ -56,13 +56,13 @@ def test_every_reason_is_told_at_once() -> None:
         node("b", 1, problems=trouble, versions={**VERSIONS, "torch": "2.13.0"}),
         node("c", 1, versions={**VERSIONS, "ray": ""}),
     ]
-    told = find_obstacles(config(scale={"workers": 4}), nodes)
-    assert told[0] == "data.shards: not there (on a, b)"
-    assert told[1].startswith("torch is not the same on all nodes (2.14.1 on")
-    assert "2.13.0 on b" in told[1]
-    assert told[2] == "ray is missing on c: install it there"
-    assert "scale.workers=4: there is room for 3, each with CPU 1, on 3 nodes" in told[3]
-    assert len(told) == 4
+    refusals = find_obstacles(config(scale={"workers": 4}), nodes)
+    assert refusals[0] == "data.shards: not there (on a, b)"
+    assert refusals[1].startswith("torch is not the same on all nodes (2.14.1 on")
+    assert "2.13.0 on b" in refusals[1]
+    assert refusals[2] == "ray is missing on c: install it there"
+    assert "scale.workers=4: there is room for 3, each with CPU 1, on 3 nodes" in refusals[3]
+    assert len(refusals) == 4
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_worker_needs_its_place_on_one_node(scale: dict[str, Any], room: int) 
     settings = config(
         scale={"workers": 8, **scale}, train={"global_batch": 1024}, data={"shards": "x"}
     )
-    (told,) = find_obstacles(settings, [first, node("b")])
-    assert f"there is room for {room}," in told
+    (refusals,) = find_obstacles(settings, [first, node("b")])
+    assert f"there is room for {room}," in refusals
 
 
 MEASURED = {
@@ -129,11 +129,11 @@ def test_a_trial_has_as_many_workers_as_the_fullest_node(placement: str, workers
 def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     settings = config(scale={"workers": 4})
     found = predict_cost(settings, MEASURED)
-    (told,) = find_shortages(settings, found, [node()])
-    assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in told
-    assert "lower train.micro_batch" in told
-    (told,) = find_shortages(settings, found, [node(), node("b")])
-    assert told.endswith(", or set scale.placement=spread.")
+    (refusals,) = find_shortages(settings, found, [node()])
+    assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in refusals
+    assert "lower train.micro_batch" in refusals
+    (refusals,) = find_shortages(settings, found, [node(), node("b")])
+    assert refusals.endswith(", or set scale.placement=spread.")
     settings.scale.placement = "spread"
     assert find_shortages(settings, found, [node(), node("b")]) == []
 

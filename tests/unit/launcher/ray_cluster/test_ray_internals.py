@@ -40,12 +40,12 @@ def test_a_fixed_group_leases_too(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(None, 2, monkeypatch)
     rays_own = type(policy).__mro__[2]
     assert rays_own.__name__ == "FixedScalingPolicy"
-    told: list[Any] = []
+    contexts: list[Any] = []
     monkeypatch.setattr(
-        rays_own, "after_controller_start", lambda self, context: told.append(context)
+        rays_own, "after_controller_start", lambda self, context: contexts.append(context)
     )
     policy.after_controller_start("context")
-    assert told == ["context"]
+    assert contexts == ["context"]
 
 
 def test_a_callback_runs_a_function_on_all_workers() -> None:

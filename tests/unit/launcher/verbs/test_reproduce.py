@@ -177,8 +177,8 @@ def test_half_an_hour_is_turned_into_steps_once(
     trainer.stop_after = 99
     assert mhe("full") == 0
     assert tried == ["full-mhs-seed0", "full-partial_fc-seed0"]
-    told = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
-    assert [settings["train"]["max_steps"] for settings in told if settings] == [3240, 3240]
+    configs = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
+    assert [settings["train"]["max_steps"] for settings in configs if settings] == [3240, 3240]
     assert "| 3,240 |" in Path("docs/results.md").read_text()
     assert reproduce.steps_in(1.0, CostPrediction([], 0, 0, 5.0, 1.0)) == 1
     assert FULL.minutes == 30
