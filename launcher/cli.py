@@ -7,17 +7,13 @@ and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from launcher.terminal import console
-from launcher.verbs import config as settings
-from launcher.verbs import doctor, jobs, k8s, preflight, reproduce, results, train
-from launcher.verbs.bench import app as bench
-from launcher.verbs.checkpoint import app as checkpoint
-from launcher.verbs.data import app as data
-from launcher.verbs.evaluate import app as evaluate
 from mhe_dist.errors import UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
@@ -28,8 +24,113 @@ goes on where it stopped when the same command is typed again.
 Begin with `mhe train quickstart`: it makes its own data and needs no GPU.
 """
 
+VERBS = {  # name: where it is, and the first sentence of its help
+    "train": ("launcher.verbs.train:train", "Train, evaluate and export a run on this machine."),
+    "submit": (
+        "launcher.verbs.jobs:submit",
+        "Train, evaluate and export a run as a job of a Ray cluster.",
+    ),
+    "preflight": (
+        "launcher.verbs.preflight:preflight",
+        "Say whether a run would work, with every reason why not, and what it would cost.",
+    ),
+    "jobs": ("launcher.verbs.jobs:list_jobs", "List the jobs of a cluster, newest first."),
+    "status": (
+        "launcher.verbs.jobs:status",
+        "Say how a job is doing, and exit as it did: 0 also while it runs, 75 if it was stopped.",
+    ),
+    "logs": (
+        "launcher.verbs.jobs:logs",
+        "Show what a job did, and with -f what it does. Its workers' own logs are in the run's "
+        "folder.",
+    ),
+    "stop": (
+        "launcher.verbs.jobs:stop",
+        "Let a run save a checkpoint and stop; the same `mhe submit` goes on with it.",
+    ),
+    "config": (
+        "launcher.verbs.config:show",
+        "Show every setting of a run, with its meaning; those that are not the default stand out.",
+    ),
+    "export": (
+        "launcher.verbs.results:export",
+        "Export the backbone of a run's newest checkpoint, and compare what was written with it.",
+    ),
+    "embed": (
+        "launcher.verbs.results:embed",
+        "Embed every image below a folder, or every sample of a set of shards.",
+    ),
+    "report": (
+        "launcher.verbs.results:report",
+        "Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.",
+    ),
+    "reproduce": (
+        "launcher.verbs.reproduce:reproduce",
+        "Train every variant of a comparison, and write the page with tables and pictures.",
+    ),
+    "sync": (
+        "launcher.verbs.results:sync",
+        "Send the metrics of a run that did not reach MLflow, because it was down when the run "
+        "ended.",
+    ),
+    "doctor": (
+        "launcher.verbs.doctor:doctor",
+        "Look over this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.",
+    ),
+    "evaluate": (
+        "launcher.verbs.evaluate.app:app",
+        "Evaluate the newest checkpoint of a run; without another word, on its held-out shards.",
+    ),
+    "data": (
+        "launcher.verbs.data.app:app",
+        "Make and check the tar shards that a run streams.",
+    ),
+    "checkpoint": ("launcher.verbs.checkpoint.app:app", "Look into checkpoints, grow them."),
+    "bench": (
+        "launcher.verbs.bench.app:app",
+        "Measure parts beside what they are compared with.",
+    ),
+    "k8s": ("launcher.verbs.k8s:app", "Runs on Kubernetes, as RayJobs of KubeRay."),
+}
+
+
+def load_verb(name: str) -> Any:
+    """The command of a verb, or its group of commands: imports the module of that verb alone."""
+    module, _, attribute = VERBS[name][0].partition(":")
+    found = getattr(import_module(module), attribute)
+    host = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    if isinstance(found, typer.Typer):
+        host.add_typer(found, name=name)
+    else:
+        host.command(name)(found)
+    return typer.main.get_group(host).commands[name]
+
+
+class DeferredCommand(TyperCommand):
+    """A verb that `mhe --help` lists without importing it, and that is imported when it is called.
+
+    All verbs together import libraries for more than a second.
+    """
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        """The context of the command itself, which is called from there on."""
+        return load_verb(str(self.name)).make_context(info_name, args, parent=parent, **extra)
+
+
+class VerbGroup(TyperGroup):
+    """All verbs, none of them imported."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (_, summary) in VERBS.items():
+            self.add_command(DeferredCommand(name, help=summary))
+
+
 app = typer.Typer(
     name="mhe",
+    cls=VerbGroup,
     help=HELP,
     rich_markup_mode="markdown",
     no_args_is_help=True,
@@ -37,25 +138,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("submit")(jobs.submit)
-app.command("preflight")(preflight.preflight)
-app.command("jobs")(jobs.list_jobs)
-app.command("status")(jobs.status)
-app.command("logs")(jobs.logs)
-app.command("stop")(jobs.stop)
-app.command("config")(settings.show)
-app.command("export")(results.export)
-app.command("embed")(results.embed)
-app.command("report")(results.report)
-app.command("reproduce")(reproduce.reproduce)
-app.command("sync")(results.sync)
-app.command("doctor")(doctor.doctor)
-app.add_typer(evaluate.app, name="evaluate")
-app.add_typer(data.app, name="data")
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(bench.app, name="bench")
-app.add_typer(k8s.app, name="k8s")
 
 
 @app.callback()

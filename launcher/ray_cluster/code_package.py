@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mhe_dist.config.data import DataConfig, MixConfig
 from mhe_dist.config.schema import Config
+from mhe_dist.config.shipped import FOLDER
 from mhe_dist.config.write import config_to_yaml
 from pipelines.runs.folder import absolute_path
 
@@ -33,7 +34,7 @@ class CodePackage:
 
 
 def build_package(config: Config, folder: Path) -> CodePackage:
-    """Copy the code that runs here and the settings into an empty folder.
+    """Copy the code that runs here, what it reads, and the settings into an empty folder.
 
     A list of what is sent, not of what is left out: data, runs, environments and whatever else lies
     beside the code stay where they are. It works from a checkout and from an installed wheel.
@@ -48,6 +49,8 @@ def build_package(config: Config, folder: Path) -> CodePackage:
             target = folder / source.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
+    if FOLDER:
+        shutil.copytree(FOLDER, folder / "mhe_dist" / FOLDER.name, dirs_exist_ok=True)
     (folder / SETTINGS_FILE).write_text(config_to_yaml(config), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [str(path.relative_to(folder)) for path in files]
@@ -81,6 +84,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _sources(package: Path) -> Iterator[Path]:
-    for path in sorted(package.rglob("*.py")):
-        if "__pycache__" not in path.parts:
+    """The code of a package, and the templates beside it."""
+    for path in sorted(package.rglob("*")):
+        if path.suffix in (".py", ".j2") and "__pycache__" not in path.parts:
             yield path

@@ -73,6 +73,27 @@ def test_help_and_mistakes_load_no_heavy_library() -> None:
     assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
+def test_help_alone_imports_no_verb() -> None:
+    script = (
+        "import sys\n"
+        "from launcher import cli\n"
+        "cli.run(['--help'])\n"
+        "late = {'pydantic', 'omegaconf', 'numpy', 'fsspec', 'launcher.verbs.train'}\n"
+        "sys.exit(str(late & set(sys.modules)) if late & set(sys.modules) else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], timeout=60, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()[-500:]
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_the_list_of_verbs_says_what_their_own_help_says(name: str) -> None:
+    verb = cli.load_verb(name)
+    first_paragraph = (verb.help or "").split("\n\n")[0]
+    assert cli.VERBS[name][1] == " ".join(first_paragraph.split())
+
+
 def test_three_mistakes_are_told_together(capsys: Captured) -> None:
     mistakes = ["hed.kind=mhs", "optim.lr=-1", "data.shards=/nowhere"]
     assert cli.run(["train", QUICKSTART, *mistakes]) == 2

@@ -18,6 +18,7 @@ from launcher.ray_cluster.jobs import Submission, _to_job, build_submission, res
 from launcher.terminal.event_log import EventLogWriter, parse_event, split_lines
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.shipped import SCHEMA, shipped_configs
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, UserError
 from tests import tiny
@@ -44,7 +45,10 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
         "run.yaml",
     } < {*sent.files}
     assert {name.partition("/")[0] for name in sent.files} == {*PACKAGES, "run.yaml"}
-    assert all(name.endswith(".py") for name in sent.files if name != "run.yaml")
+    names = [SCHEMA, *(f"{name}.yaml" for name in shipped_configs())]
+    configs = {f"mhe_dist/configs/{name}" for name in names}
+    data = {name for name in sent.files if not name.endswith(".py")}
+    assert data == configs | {"pipelines/report/page.html.j2", "run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config
 
