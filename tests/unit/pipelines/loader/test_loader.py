@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
@@ -18,12 +17,10 @@ from mhe_dist.train.batch import MicroBatch
 from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.shards.writer import ShardWriter
 from tests.loading import loader_of
+from tests.patterns import CLASSES, PNG_DATA, SIDE, damage, image, sample, write_patterns
 
-SIZES = [23, 40, 1, 17, 60, 31, 28]  # 200 samples
-CLASSES = 10
-SIDE = 12
 AUGMENT = {
     "flip": 0.5,
     "crop": 0.2,
@@ -36,25 +33,9 @@ AUGMENT = {
 Loaded = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, list[str]]]
 
 
-def image(number: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-
-
-def sample(number: int) -> Sample:
-    stream = io.BytesIO()
-    Image.fromarray(image(number)).save(stream, "png")
-    return Sample(
-        f"s{number:03d}", {"png": stream.getvalue(), "cls": str(number % CLASSES).encode()}
-    )
-
-
 @pytest.fixture
 def index(tmp_path: Path) -> ShardIndex:
-    with ShardWriter(str(tmp_path / "set"), "part") as writer:
-        numbers = iter(range(sum(SIZES)))
-        for size in SIZES:
-            writer.write(sample(next(numbers)) for _ in range(size))
-        return writer.finish(CLASSES)
+    return write_patterns(str(tmp_path / "set"))
 
 
 def configure(index: ShardIndex, **data: object) -> Config:
@@ -90,13 +71,6 @@ def assert_same(one: Loaded, other: Loaded) -> None:
         assert torch.equal(images, other[place][0])
         assert torch.equal(labels, other[place][1])
         assert keys == other[place][2]
-
-
-def damage(index: ShardIndex, shard: int, number: int, data: bytes, offset: int = 0) -> None:
-    """Overwrite bytes of one sample."""
-    with open(index.url(shard), "r+b") as tar:
-        tar.seek(int(index.shards[shard].offsets[number]) + offset)
-        tar.write(data)
 
 
 def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> None:
@@ -159,9 +133,6 @@ def test_the_global_random_state_is_left_alone(index: ShardIndex) -> None:
 
 def test_waiting_is_measured(index: ShardIndex) -> None:
     assert all(b.wait_s > 0 for b in loader_of(index, configure(index), range(4), 0, 2))
-
-
-PNG_DATA = 512 + 60  # in the middle of the compressed pixels
 
 
 @pytest.mark.parametrize(
@@ -279,22 +250,6 @@ def test_fewer_samples_than_streams_are_refused(index: ShardIndex) -> None:
     config = Config(data={"shards": "x", "streams": 256}, train={"global_batch": 256})
     with pytest.raises(UserError, match=r"data\.streams=256"):
         loader_of(index, config, range(2), 0, 1)
-
-
-def test_reading_in_order(index: ShardIndex) -> None:
-    images, labels, keys = read_in_order(index, 20, 90, SIDE)
-    assert keys == [f"s{number:03d}" for number in range(20, 90)]
-    assert labels.tolist() == [number % CLASSES for number in range(20, 90)]
-    expected = np.stack([image(number) for number in range(20, 90)]).transpose(0, 3, 1, 2)
-    assert torch.equal(images, torch.from_numpy(expected))
-    assert len(read_in_order(index, 7, 7, SIDE)[2]) == 0
-    assert read_in_order(index, 199, 200, SIDE)[2] == ["s199"]
-
-
-def test_reading_in_order_leaves_nothing_out(index: ShardIndex) -> None:
-    damage(index, 1, 7, b"\xff" * 40, PNG_DATA)
-    with pytest.raises(RunError, match=r"sample 7 of .*part-000001.tar: s030.png"):
-        read_in_order(index, 0, 200, SIDE)
 
 
 def test_plain_webdataset_decodes_the_same(index: ShardIndex) -> None:

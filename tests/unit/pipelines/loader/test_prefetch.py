@@ -13,13 +13,11 @@ import psutil
 import pytest
 import torch
 
-from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
-from pipelines.data.order import SampleOrder, ShardSpan
+from pipelines.data.order import SampleOrder
 from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.loader.prefetch import WindowReader
-from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
@@ -144,26 +142,6 @@ def test_what_is_read_ahead_is_bounded() -> None:
         taken.append(reader.read(order.window_at(2, 0)[0]))
         assert Counted.bytes.value <= 2 << 20
     assert [len(found.samples) for found in taken] == [8, 7, 6]
-
-
-def test_pieces_near_one_another_are_one_request() -> None:
-    data = Synthetic(shards=2, samples=64, sample_bytes=16 << 10)
-    Counted.begin(data.content)
-    shards = ShardReader(data.index, RemoteConfig())
-    spans = [
-        ShardSpan(0, 3, 4),
-        ShardSpan(0, 5, 7),
-        ShardSpan(0, 15, 16),
-        ShardSpan(0, 25, 26),
-        ShardSpan(1, 0, 1),
-    ]
-    runs = list(group_nearby_spans(data.index, spans))
-    assert runs == [spans[:3], spans[3:4], spans[4:]]
-    found = [s for run in runs for s in shards.read(run, shards.locate(run[0])).samples]
-    names = [bytes(sample[:9]).decode() for sample in found]
-    assert names == [f"000-{n:05d}" for n in (3, 5, 6, 15, 25)] + ["001-00000"]
-    assert Counted.bytes.value == (13 + 1 + 1) * (16 << 10)
-    assert all(len(sample.obj) <= 32 << 10 for sample in found)
 
 
 @pytest.fixture
