@@ -14,7 +14,7 @@ from mhe_dist.config.write import save_config
 
 
 class Watcher(Protocol):
-    """Who is told what goes on."""
+    """Who follows a run: shows it, or writes it down."""
 
     def waiting(self, what: str) -> None:
         """Something begins that gives no sign for a while."""
@@ -31,7 +31,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
 
     Args:
         config: of the run.
-        watcher: is told what goes on.
+        watcher: follows the run.
         address: Ray cluster to train on; empty: one of this machine, for this run alone.
     """
     make_data(config, watcher)

@@ -1,7 +1,7 @@
 """What a submitted job does on the cluster: `python -m launcher.job run CONFIG`, and its helpers.
 
-Its log holds an event per line (`event_lines.py`) and, last of all, the error if there was one.
-Exit codes are those of `mhe`, and 75 for a run that was asked to stop and has saved.
+Its log holds an event per line (`terminal/event_log.py`) and, if there was one, the error at its
+end. Exit codes are those of `mhe`, and 75 for a run that was asked to stop and has saved.
 """
 
 from __future__ import annotations
@@ -96,20 +96,24 @@ def preflight(file: str, trying: bool = True) -> None:
 
 
 def _ask_nodes(config: Config) -> list[NodeReport]:
-    """What each living node says of itself; a node that does not answer in time says only that."""
+    """What each living node reports of itself.
+
+    Raises:
+        UserError: names the nodes that do not answer in time.
+    """
     import ray
 
-    asked = {}
-    for told in ray.nodes():
-        if told["Alive"]:
-            here = {"ray.io/node-id": told["NodeID"]}
+    nodes = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = {"ray.io/node-id": node["NodeID"]}
             task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(probe_node)
-            asked[task.remote(config)] = told
-    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_S)
-    silent = [told["NodeManagerHostname"] for ref, told in asked.items() if ref not in ready]
+            nodes[task.remote(config)] = node
+    ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODES_S)
+    silent = [node["NodeManagerHostname"] for ref, node in nodes.items() if ref not in ready]
     if silent:
         raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {', '.join(silent)}")
-    return [{**ray.get(ref), "resources": asked[ref]["Resources"]} for ref in ready]
+    return [{**ray.get(ref), "resources": nodes[ref]["Resources"]} for ref in ready]
 
 
 def _try(file: str, workers: int) -> dict[str, Any] | None:

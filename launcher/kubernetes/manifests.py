@@ -1,4 +1,4 @@
-"""What Kubernetes is told: a run as a KubeRay RayJob, or a Ray cluster that stays."""
+"""Manifests for Kubernetes: a run as a KubeRay RayJob, or a Ray cluster that stays."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Mistake = tuple[str, str]
 
 TRAIN, HELDOUT = "train", "heldout"
 
-# Keys that do not change what is learnt: where and how fast a run computes, what it tells.
+# Keys that do not change what is learnt: where and how fast a run computes, what it reports.
 RUNTIME_KEYS = (
     *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
     *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),

@@ -1,4 +1,4 @@
-"""Would a run work there, and what would it cost? Pure judgement of what nodes and a trial say."""
+"""Whether a run would work and what it would cost, computed from what nodes and a trial report."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def workers_per_node(config: Config, nodes: list[NodeReport]) -> int:
 def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     """Memory and time of each worker.
 
-    The counted parts say what the memory is for. The peak is the trial's, with the rows that it
-    did not meet, or what a checkpoint copies if that is more than the backward pass needs. A step
-    takes what it took all workers of a node in the trial.
+    The counted parts say what the memory is for. The peak is that of the trial, plus the rows that
+    the trial did not touch, plus what a checkpoint copies beyond what the backward pass needs. A
+    step takes as long as it took all workers of a node in the trial.
 
     Args:
         config: of the run.
@@ -117,11 +117,11 @@ def _disagreements(nodes: list[NodeReport]) -> Iterable[str]:
         if hosts:
             yield f"{name} is missing on {_listed(hosts, len(nodes))}: install it there"
         elif len(set(versions)) > 1:
-            told = ", ".join(
+            listed = ", ".join(
                 f"{version} on {node['host']}"
                 for version, node in dict(zip(versions, nodes, strict=True)).items()
             )
-            yield f"{name} is not the same on all nodes ({told}): install one version"
+            yield f"{name} is not the same on all nodes ({listed}): install one version"
 
 
 def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:

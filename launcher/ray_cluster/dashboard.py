@@ -1,4 +1,4 @@
-"""The dashboard of a Ray cluster: which one is meant, whether it answers, and its Jobs client."""
+"""The dashboard of a Ray cluster: its address, whether it answers, and its Jobs client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONNECT_S = 5.0
 
 
 def resolve_address(address: str) -> str:
-    """The address that is meant: as given, or of the environment, or of this machine.
+    """The address as given, else that of the environment, else that of this machine.
 
     Raises:
         UserError: it is no `http(s)://` URL.

@@ -220,8 +220,8 @@ class Cluster:
     def stop(self, job: Job, now: bool = False) -> None:
         """Ask a job to save and stop; with `now`, to end without saving.
 
-        Ray knows one way to stop a job, the signal that asks it to save. Not to wait for that is
-        told to the job by another, small one.
+        Ray knows one way to stop a job: the signal that asks it to save. A second, small job tells
+        the first one not to wait for that.
         """
         with translate_errors(self.address):
             self._client.stop_job(job.id)

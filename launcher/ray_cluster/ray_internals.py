@@ -1,7 +1,7 @@
 """Ray's private modules: every use of one is here, and nowhere else.
 
 Private names move between releases of Ray. Each function says what it uses, what for, and for which
-release that was checked; what to look at after an update is this file.
+release that was checked; after an update of Ray, check this file.
 """
 
 from __future__ import annotations

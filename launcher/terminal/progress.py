@@ -89,8 +89,8 @@ class ProgressDisplay:
             "export": self._export,
             "failed": self._failed,
             "end": self._end,
-            "waiting": lambda told: self.waiting(told["what"]),
-            "stopping": lambda told: self.waiting("saving, then stopping"),
+            "waiting": lambda event: self.waiting(event["what"]),
+            "stopping": lambda event: self.waiting("saving, then stopping"),
         }
         draw[event["event"]](event)
 
@@ -186,15 +186,15 @@ def is_live(terminal: Console) -> bool:
 
 def announce_once(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:
     """A progress callback that says once what is going on."""
-    told = False
+    announced = False
 
-    def _tell(done: int, total: int) -> None:
-        nonlocal told
-        if not told:
+    def _announce(done: int, total: int) -> None:
+        nonlocal announced
+        if not announced:
             say(what)
-        told = True
+        announced = True
 
-    return _tell
+    return _announce
 
 
 def _bar(terminal: Console) -> Progress:

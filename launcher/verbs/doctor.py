@@ -18,13 +18,13 @@ from launcher.terminal import console
 
 GIB = 2**30
 Row = tuple[str, str, str]
-"""What was looked at, what was found, and what to do about it; empty if nothing."""
+"""What was checked, what was found, and what to do about it; empty if nothing."""
 
 
 def doctor() -> None:
-    """Look over this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.
+    """Check this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.
 
-    It changes nothing. What a run would miss is told with its cure.
+    It changes nothing. For what a run would miss it names the cure.
     """
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = list(findings())
@@ -38,7 +38,7 @@ def doctor() -> None:
 
 
 def findings() -> Iterator[Row]:
-    """Everything that was looked at."""
+    """Everything that was checked."""
     yield "python", platform.python_version(), ""
     for package in PACKAGES:
         yield _version(package)

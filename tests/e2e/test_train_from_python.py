@@ -38,7 +38,7 @@ else:
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_two_runs_in_one_process(tmp_path: Path) -> None:
     config = tiny.config(
         tmp_path / "runs",
@@ -56,7 +56,7 @@ def test_two_runs_in_one_process(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr

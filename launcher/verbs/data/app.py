@@ -54,8 +54,8 @@ def glyphs(
 ) -> None:
     """Draw the characters of a folder of fonts: a class is a character, its images the typefaces.
 
-    Characters that look alike are one class, blanks are left out. The held-out set has characters
-    that training never sees, also in typefaces that it never sees.
+    Characters with the same image are one class, and blanks are left out. The held-out set has
+    characters that training never sees, also in typefaces that it never sees.
 
     Example: mhe data glyphs --fonts /usr/share/fonts/truetype/noto --out data/noto
     """
