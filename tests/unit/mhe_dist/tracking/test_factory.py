@@ -120,7 +120,7 @@ def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
 def test_a_store_that_fails_ends_no_run(caplog):
     tracker = JsonlTracker("memory://bucket/metrics.jsonl")
     tracker.start({}, {})
-    tracker._mirror._url = "file:///dev/null/metrics.jsonl"
+    tracker._copy._url = "file:///dev/null/metrics.jsonl"
     tracker.log(0, {"loss": 1.0})
     tracker.close()
     assert "cannot be written" in caplog.text
