@@ -76,7 +76,7 @@ def normal_rows(
 
     Each row runs splitmix64 from a start that is a hash of (seed, class); Box-Muller makes two
     normals of 64 bits. Only operations that IEEE 754 rounds correctly are used, one at a time, so
-    that a row has the same bits on any device and at any place of any batch. No value is beyond
+    that a row has the same bits on any device and at any position of any batch. No value is beyond
     6.67 in magnitude.
 
     Args:

@@ -1,4 +1,4 @@
-"""Class ids and where they live: keyed permutation, heads and slots, mixed radix.
+"""Class ids and their rows: keyed permutation, heads and slots, mixed radix.
 
 Pure arithmetic on int64 tensors of any device: the cost is per label, no table grows with the
 number of classes. -1 stands for "no class" everywhere and passes through every function.
@@ -145,9 +145,9 @@ def _feistel(values: Tensor, size: int, key: int, direction: int) -> Tensor:
     high = values // radices[1]
     halves = [high, values - high * radices[1]]
     keys = _round_keys(key)
-    for turn in range(_ROUNDS)[::direction]:
-        moved = turn % 2
-        shift = _scramble(halves[1 - moved], keys[turn])
+    for number in range(_ROUNDS)[::direction]:
+        moved = number % 2
+        shift = _scramble(halves[1 - moved], keys[number])
         halves[moved] = (halves[moved] + direction * shift) % radices[moved]
     return halves[0] * radices[1] + halves[1]
 
@@ -164,4 +164,4 @@ def _ceil_root(size: int) -> int:
 
 @lru_cache(maxsize=64)
 def _round_keys(key: int) -> tuple[int, ...]:
-    return tuple(derive(key, "label permutation", turn) for turn in range(_ROUNDS))
+    return tuple(derive(key, "label permutation", number) for number in range(_ROUNDS))

@@ -1,4 +1,4 @@
-"""Who is where: ranks, devices, process groups. The only file that creates process groups."""
+"""Ranks, their devices and process groups. The only file that creates process groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place.
+    """One rank among the others.
 
     Attributes:
         rank, world_size: this process among W.
@@ -42,7 +42,7 @@ class Topology:
         return share(pieces, self.rank, self.world_size)
 
     def barrier(self) -> None:
-        """Meet all ranks on the host."""
+        """Wait on the host until all ranks have called."""
         if self.world_size > 1:
             dist.barrier(group=self.host_group)
 

@@ -1,7 +1,7 @@
-"""A collective that does not end: after the timeout, who waited in what, and who did not come.
+"""A collective that does not end: after its timeout, say which ranks waited, and which are missing.
 
-The ranks that waited meet in the rendezvous store, which needs no collective, and so find out who
-is missing. What they raise is no final failure: the group is started again.
+The ranks that waited leave a key in the rendezvous store, which needs no collective; a rank without
+a key is missing. The error is not final: the group is started again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
 
-_MEETING_S = 5.0  # ranks that entered the same collective leave it within this time
+_GATHER_S = 5.0  # ranks that entered the same collective leave it within this time
 _SIGNS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
 
 
@@ -47,20 +47,20 @@ def _missing(topology: Topology) -> str:
     """Which ranks have not failed in a collective too, in words."""
     silent: list[int] = []
     # A thread, as nothing ends a request to a store whose process is stopped.
-    asking = threading.Thread(target=_ask, args=(topology, silent), daemon=True)
-    asking.start()
-    asking.join(2 * _MEETING_S)
-    if asking.is_alive() or -1 in silent:
+    thread = threading.Thread(target=_collect_silent, args=(topology, silent), daemon=True)
+    thread.start()
+    thread.join(2 * _GATHER_S)
+    if thread.is_alive() or -1 in silent:
         return "rank 0 does not answer"
     return f"not heard from: rank {', '.join(map(str, silent))}" if silent else "no rank is missing"
 
 
-def _ask(topology: Topology, silent: list[int]) -> None:
+def _collect_silent(topology: Topology, silent: list[int]) -> None:
     """Fill in the ranks that are not heard from; -1 where the store, on rank 0, fails."""
     try:
         store = dist.distributed_c10d._get_default_store()
         store.set(f"mhe/stuck/{topology.rank}", "")
-        time.sleep(_MEETING_S)
+        time.sleep(_GATHER_S)
         silent += [r for r in range(topology.world_size) if not store.check([f"mhe/stuck/{r}"])]
     except RuntimeError:
         silent.append(-1)

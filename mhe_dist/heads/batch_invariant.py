@@ -1,6 +1,6 @@
 """Operations whose result for one sample does not depend on how many others there are.
 
-A rank that computes half of the micro-batches meets half of the samples at a time. For fewer than
+A rank that computes half of the micro-batches scores half of the samples at a time. For fewer than
 four rows BLAS takes other kernels, which sum in another order; training amplifies the last bit
 within a few steps to something that is seen. So no product here has fewer. (Measured with MKL and
 AVX2: the rows of products with 4 to 256 rows were the same bits.) Of the element-wise functions,

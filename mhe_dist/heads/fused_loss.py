@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class ClosedForm(NamedTuple):
-    """What a rank says of the samples that it scored.
+class FusedOutput(NamedTuple):
+    """What a rank returns for the samples that it scored.
 
     Attributes:
         loss: sum of the losses.
@@ -23,17 +23,17 @@ class ClosedForm(NamedTuple):
     correct: Tensor
 
 
-class ClosedFormLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
     """`weight` times loss and correct samples; the gradient of the features is that of the loss.
 
-    Arguments are the features `[n, width]`, a function of (features, whether a gradient is wanted)
-    and the weight. The rows' gradient is the function's own affair: it has its final scale (`1 / N`
+    Arguments are the features `[n, width]`, a function of (features, whether they need a gradient),
+    and the weight. The function itself keeps the rows' gradient, which has its final scale (`1 / N`
     per sample) from the start and does not depend on what arrives in the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, score: Callable[[Tensor, bool], ClosedForm], weight: float
+        ctx: Any, features: Tensor, score: Callable[[Tensor, bool], FusedOutput], weight: float
     ) -> tuple[Tensor, Tensor]:
         """Score; see the class."""
         scored = score(features, ctx.needs_input_grad[0])

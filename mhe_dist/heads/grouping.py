@@ -33,7 +33,7 @@ def chunks_by_head(heads: Tensor, max_heads: int) -> list[Chunk]:
         max_heads: heads in a chunk at most.
 
     Returns:
-        Chunks that cover each head once; a chunk wastes less than half of its places on padding.
+        Chunks that cover each head once; a chunk wastes less than half of its entries on padding.
     """
     unique, inverse, counts = np.unique(heads.numpy(), return_inverse=True, return_counts=True)
     samples = np.argsort(inverse, kind="stable")

@@ -23,7 +23,7 @@ KINDS: dict[str, Callable[[HeadSpec, Topology], Head]] = {
 }
 
 
-def build(spec: HeadSpec, topology: Topology) -> Head:
+def build_head(spec: HeadSpec, topology: Topology) -> Head:
     """The head that `spec.config.kind` names; all ranks must call."""
     if spec.config.kind == "mhs" and spec.config.mhs.exchange == "gather":
         return MhsGather(spec, topology)

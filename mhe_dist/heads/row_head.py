@@ -104,7 +104,7 @@ class RowHead(Head):
 
     Args:
         spec: what to build.
-        topology: this rank's place; it owns whole groups.
+        topology: the ranks; each owns whole groups.
         length: L, classes of a unit.
         every: steps after which the classes move to other units; 0: never.
 
@@ -121,21 +121,21 @@ class RowHead(Head):
         self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = build_row_optimizer(spec.config.optim)
         self.groups = topology.share(groups)
-        self.rounds = spec.micro_batches // topology.world_size
+        self.accumulation_steps = spec.micro_batches // topology.world_size
         self.bank = self._make_bank()
         self.norms = NormTracker(spec, topology)
         self.step_number = 0
 
     def prefetch(self, step: int, labels: Tensor) -> None:
-        """Fetch the rows of this rank that `step` will meet, if they lie elsewhere; see `Head`."""
+        """Fetch the rows of this rank that `step` needs, if the bank prefetches; see `Head`."""
         if self.bank.prefetches:
             units = self.units_of_step(step, labels)
             self.bank.prefetch(units[self.bank.held(units)])
 
     def units_of_step(self, step: int, labels: Tensor) -> Tensor:
-        """Distinct units that a step will meet, on this rank at least; -1 may be among them.
+        """Distinct units that a step needs, of this rank at least; -1 may be among them.
 
-        None: a full softmax meets all rows, and single rows are too small to be named.
+        Here none: a full softmax needs all rows, and prefetching single rows does not pay.
         """
         return torch.empty(0, dtype=torch.int64)
 

@@ -31,7 +31,7 @@ from mhe_dist.distributed.collectives import gather_rows
 from mhe_dist.distributed.topology import Topology, connect, default_device
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 
 _COMMON = ("groups", "on_bad_label")
@@ -92,7 +92,7 @@ def create_head(
         folder=config.bank.path or None,
         epoch_steps=steps_per_epoch,
     )
-    return StandaloneHead(build(spec, topology), spec, topology)
+    return StandaloneHead(build_head(spec, topology), spec, topology)
 
 
 class StandaloneHead:

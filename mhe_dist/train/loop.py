@@ -1,7 +1,7 @@
 """The loop: one optimizer step per global batch, over any batches, engine and head.
 
-It yields a `StepInfo` per step and has no side effect of its own: records, evaluations and
-checkpoints are the caller's, between two steps.
+It yields a `StepInfo` per step and has no other side effect: the caller records, evaluates and
+writes checkpoints between two steps.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Loop:
         self.head_time = Stopwatch(self.topology.device)
 
     def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
-        """Train on `batches`, one step each; the labels of the next one are known by then."""
+        """Train on `batches`, one step each; the labels of the next one are exchanged before it."""
         labelled = ((batch, self._exchange_labels(batch)) for batch in batches)
         for (batch, step_labels), following in with_next(labelled):
             labels, samples = step_labels

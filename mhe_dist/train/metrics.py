@@ -67,7 +67,7 @@ class MetricsAccumulator:
 
         Args:
             values: name -> number, or tensor of one element; a name keeps to one of them.
-            kind: how the values of a name become one, over calls and ranks alike.
+            kind: how the values of a name become one, over calls and over ranks.
             weight: mean: how much these values count; 0 for a rank that had no sample.
         """
         for name, given in values.items():

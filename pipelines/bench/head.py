@@ -25,7 +25,7 @@ from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import Head
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.routed.mhs import MhsRoute
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.bench.products import BareProducts
@@ -145,7 +145,7 @@ def measure_bare_products(case: HeadCase) -> dict[str, float]:
 
 def _measure_rank(topology: Topology, case: HeadCase, folder: str) -> dict[str, Any]:
     before = _peak_memory(topology)
-    head = build(case.spec(folder), topology)
+    head = build_head(case.spec(folder), topology)
     rng = torch.Generator().manual_seed(1)
     first, again, sent, seen = [], [], [], 0.0
     begin = time.perf_counter()
@@ -175,7 +175,7 @@ def _measure_rank(topology: Topology, case: HeadCase, folder: str) -> dict[str, 
 
 def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> list[list[float]]:
     """Seconds of the steps, by case."""
-    heads = [build(case.spec(f"{folder}/{i}"), topology) for i, case in enumerate(cases)]
+    heads = [build_head(case.spec(f"{folder}/{i}"), topology) for i, case in enumerate(cases)]
     rng = torch.Generator().manual_seed(1)
     seconds: list[list[float]] = [[] for _ in cases]
     begin = time.perf_counter()
@@ -195,7 +195,7 @@ def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> lis
 
 
 def _time_bare_products(topology: Topology, case: HeadCase) -> dict[str, list[float]]:
-    head = build(case.spec(""), topology)
+    head = build_head(case.spec(""), topology)
     assert isinstance(head, MhsRoute)
     rng = torch.Generator().manual_seed(1)
     steps, bare = [], []

@@ -18,7 +18,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads.base import Head
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
 from mhe_dist.seeds import seed_torch
@@ -275,7 +275,7 @@ def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
         folder=folder,
         epoch_steps=samples_per_epoch(index) / config.train.global_batch,
     )
-    return build(spec, topology)
+    return build_head(spec, topology)
 
 
 def _retention_policy(config: CheckpointConfig) -> RetentionPolicy:

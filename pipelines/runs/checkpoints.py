@@ -59,9 +59,8 @@ def class_centres(checkpoint: str | Checkpoint, classes: Sequence[int] | Tensor)
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
         head = head_of_checkpoint(opened, Topology(), folder)
         if not isinstance(head, RowHead):
-            raise UserError(
-                f"{opened.path}: head.kind={head.spec.config.kind} has no row for each class"
-            )
+            kind = opened.run["config"]["head"]["kind"]
+            raise UserError(f"{opened.path}: head.kind={kind} has no row for each class")
         layout = _saved_layout(head, opened)
         units, slots = layout.locate(labels)
         if (units < 0).any():

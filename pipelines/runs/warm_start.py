@@ -21,7 +21,7 @@ from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from pipelines.shards.index import ShardIndex
 
@@ -102,7 +102,7 @@ def head_of_checkpoint(
         "folder": folder,
         "epoch_steps": checkpoint.run["samples"] / config.train.global_batch,
     }
-    return build(HeadSpec(**(spec | changes)), topology)
+    return build_head(HeadSpec(**(spec | changes)), topology)
 
 
 def refuse_other_num_classes(classes: int, index: ShardIndex, config: Config) -> None:

@@ -17,7 +17,7 @@ from mhe_dist.bank import bank
 from mhe_dist.config.head import BankConfig, HeadConfig, MarginConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
 from tests.distributed.reference import DenseHead
@@ -155,7 +155,7 @@ def run(topology: Topology, job: Job) -> dict[str, Tensor]:
 def _run(topology: Topology, job: Job) -> dict[str, Tensor]:
     torch.manual_seed(0)
     embeddings, labels = job.inputs()
-    head = build(job.spec(), topology)
+    head = build_head(job.spec(), topology)
     if job.state:
         head.load_state({name: t for name, t in job.state.items() if head.loads(name)})
     k = job.micro_batches // topology.world_size
@@ -233,7 +233,7 @@ class Outcome:
 @lru_cache(maxsize=256)
 def _define(config: str, labels: str, num_classes: int) -> Outcome:
     job = Job(HeadConfig.model_validate_json(config), labels, num_classes=num_classes)
-    head = build(job.spec(), Topology())
+    head = build_head(job.spec(), Topology())
     assert isinstance(head, RowHead)
     layout = head.layout
     dense = DenseHead(

@@ -14,7 +14,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.multilevel.base import LevelHead
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from tests.distributed.head_runs import LR, STEPS, Job, comparison
 from tests.distributed.reference import DenseHead
 
@@ -34,7 +34,7 @@ class PlainLevels:
     @staticmethod
     def first(job: Job) -> PlainLevels:
         """As they are before any step."""
-        head = build(job.spec(), Topology())
+        head = build_head(job.spec(), Topology())
         assert isinstance(head, LevelHead)
         layers = {}
         for name, level in head.levels.items():

@@ -7,7 +7,7 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import LabelError
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from tests.distributed.head_runs import HEADS, head_config
 
@@ -15,8 +15,8 @@ from tests.distributed.head_runs import HEADS, head_config
 @pytest.mark.parametrize("head", HEADS)
 def test_bad_label_is_named_or_ignored(head: str) -> None:
     labels = torch.tensor([[1, 46, 2]])
-    build(HeadSpec(head_config(head), 46, 5, 0, 1), Topology()).plan(0, labels)
-    strict = build(HeadSpec(head_config(head, on_bad_label="fail"), 46, 5, 0, 1), Topology())
+    build_head(HeadSpec(head_config(head), 46, 5, 0, 1), Topology()).plan(0, labels)
+    strict = build_head(HeadSpec(head_config(head, on_bad_label="fail"), 46, 5, 0, 1), Topology())
     with pytest.raises(LabelError) as caught:
         strict.plan(0, labels)
     assert (caught.value.micro_batch, caught.value.position) == (0, 1)

@@ -2,7 +2,7 @@
 
 A few steps of training amplify the last bit of a gradient until it is seen in the losses, so that
 "the same run on another number of workers" means little without this. It holds where a row of a
-BLAS product does not depend on the number of the others (see `heads/stable.py`).
+BLAS product does not depend on the number of the others (see `heads/batch_invariant.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.batch_invariant import LEAST_ROWS
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import gathered_state
@@ -38,7 +38,7 @@ def _steps(topology: Topology, changes: dict) -> dict[str, Tensor]:
     labels = torch.randint(0, CLASSES, shape, generator=rng)
     embeddings = torch.randn(*shape, WIDTH, generator=rng)
     config = HeadConfig.model_validate({"groups": 6} | changes)
-    head = build(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), topology)
+    head = build_head(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), topology)
     for step in range(STEPS):
         head.plan(step, labels[step])
         for i in topology.share(MICRO_BATCHES):

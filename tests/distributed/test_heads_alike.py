@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from tests.distributed.head_runs import (
     CLASSES,
@@ -31,7 +31,7 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 def by_class(job: Job, result: dict[str, Tensor], field: str) -> Tensor:
     """Rows `[C, columns]` of a run on one rank, each at the number of its class."""
-    layout = build(job.spec(), Topology()).layout
+    layout = build_head(job.spec(), Topology()).layout
     units = gathered_state([result], "units")
     assert len(units) == layout.heads
     rows = gathered_state([result], field).flatten(0, 1)
@@ -75,7 +75,7 @@ def test_four_micro_batches_are_one_of_four_times_the_size(head: str, margin: st
 def test_cosines_of_one_and_minus_one_are_finite(
     head: str, margin: str, dtype: torch.dtype
 ) -> None:
-    built = build(HeadSpec(head_config(head, margin), CLASSES, WIDTH, 3, 1, dtype), Topology())
+    built = build_head(HeadSpec(head_config(head, margin), CLASSES, WIDTH, 3, 1, dtype), Topology())
     labels = torch.arange(8)
     units, slots = built.layout.locate(labels)
     rows = built.initial_rows(units)[torch.arange(8), slots, :WIDTH]
@@ -91,7 +91,7 @@ def test_cosines_of_one_and_minus_one_are_finite(
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_loss_without_gradient_leaves_the_rows_alone(head: str) -> None:
-    built = build(HeadSpec(head_config(head), CLASSES, WIDTH, 3, 1, torch.float64), Topology())
+    built = build_head(HeadSpec(head_config(head), CLASSES, WIDTH, 3, 1, torch.float64), Topology())
     labels = torch.arange(6)
     built.plan(0, labels.unsqueeze(0))
     units = built.bank.touched

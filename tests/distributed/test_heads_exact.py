@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from tests.distributed.head_runs import (
     HEADS,
     MARGINS,
@@ -109,7 +109,7 @@ def test_bfloat16_rows_do_not_depend_on_the_ranks_and_stay_near(case: str, found
 @pytest.mark.parametrize("case", PREDICTIONS)
 def test_best_classes(case: str, found: Found) -> None:
     (job,), (ranks,) = PREDICTIONS[case], found[case]
-    layout = build(job.spec(), Topology()).layout
+    layout = build_head(job.spec(), Topology()).layout
     dense = define(job).head
     scores = dense.cosines(job.inputs()[0][-1].flatten(0, 1))
     if job.config.margin.kind != "none":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from tests.distributed.head_runs import HEADS, STEPS, Job, check_run, head_config, run, run_on
 
 SAVED = STEPS - 1
@@ -57,7 +57,7 @@ def test_goes_on_alike(case: str, found: dict[str, list[dict[str, Tensor]]]) -> 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranges_of_groups_cover_all_rows_once(case: str) -> None:
-    head = build(job(case, 0, 1).spec(), Topology())
+    head = build_head(job(case, 0, 1).spec(), Topology())
     ranges = head.row_ranges()
     names = {name.rsplit("/", 1)[0] for name in head.state().owned}
     assert names == set(ranges)

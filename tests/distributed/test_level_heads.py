@@ -11,7 +11,7 @@ import torch
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import LabelError
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import Found, Job, run, run_all, run_cases
 from tests.distributed.level_jobs import CASES, level_config
@@ -77,8 +77,8 @@ def merge(ranks: list[dict]) -> dict[str, torch.Tensor]:
 
 def test_names_and_ranges_do_not_depend_on_the_ranks() -> None:
     job = Job(level_config("mhc", "three"))
-    heads = [build(job.spec(), Topology(rank, 2)) for rank in range(2)]
-    alone = build(job.spec(), Topology())
+    heads = [build_head(job.spec(), Topology(rank, 2)) for rank in range(2)]
+    alone = build_head(job.spec(), Topology())
     names = [set(head.state().tensors) for head in heads]
     assert names[0] | names[1] == set(alone.state().tensors)
     assert names[0] & names[1] == {n for n in names[0] if not n.startswith("rows/")}
@@ -114,17 +114,17 @@ def test_bfloat16_rows_learn_about_the_same() -> None:
 def test_too_short_lengths_are_refused(kind: str) -> None:
     config = level_config(kind, **{kind: {"lengths": [9, 5]}})
     with pytest.raises(UserError, match=rf"head\.{kind}\.lengths=\[9, 5\]: the product 45 .*46"):
-        build(Job(config).spec(), Topology())
+        build_head(Job(config).spec(), Topology())
 
 
 def test_bad_labels_are_named_or_refused() -> None:
     labels = torch.tensor([[[3, -1], [-1, -1]], [[5, 46], [1, 2]]])
     config = level_config("mhc", mhc={"multi_label": True}, on_bad_label="fail")
     with pytest.raises(LabelError, match="label 46") as caught:
-        build(Job(config).spec(), Topology()).plan(0, labels)
+        build_head(Job(config).spec(), Topology()).plan(0, labels)
     assert (caught.value.micro_batch, caught.value.position) == (1, 0)
     single = level_config("mhc", on_bad_label="fail")
     with pytest.raises(LabelError, match="label -1"):
-        build(Job(single).spec(), Topology()).plan(0, labels[..., 1])
+        build_head(Job(single).spec(), Topology()).plan(0, labels[..., 1])
     with pytest.raises(ValueError, match="one per sample"):
-        build(Job(single).spec(), Topology()).plan(0, labels)
+        build_head(Job(single).spec(), Topology()).plan(0, labels)

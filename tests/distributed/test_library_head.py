@@ -14,7 +14,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import LabelError
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import gathered_state, softmax_of
@@ -125,7 +125,7 @@ def plain(name: str) -> dict[str, Any]:
     kind, options = HEADS[name]
     values = {"kind": kind, "groups": 3, **BLOCKS, **({kind: options} if options else {})}
     config = HeadConfig.model_validate(values)
-    head = build(HeadSpec(config, CLASSES, WIDTH, SEED, 1, torch.float64), Topology())
+    head = build_head(HeadSpec(config, CLASSES, WIDTH, SEED, 1, torch.float64), Topology())
     assert isinstance(head, RowHead)
     layout = head.layout
     rows = head.initial_rows(torch.arange(layout.heads)).flatten(0, 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
 from tests.distributed.head_runs import gathered_state, softmax_of
@@ -73,7 +73,7 @@ def train_as_shown(topology: Topology) -> dict[str, Any]:
 def plain() -> tuple[Tensor, Tensor, Tensor]:
     """The same training in one process with dense float64 rows: losses, weights, rows."""
     config = HeadConfig.model_validate({"kind": "mhs"})
-    head = build(HeadSpec(config, CLASSES, WIDTH, SEED, 1, torch.float64), Topology())
+    head = build_head(HeadSpec(config, CLASSES, WIDTH, SEED, 1, torch.float64), Topology())
     assert isinstance(head, RowHead)
     layout = head.layout
     rows = head.initial_rows(torch.arange(layout.heads)).flatten(0, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhe_dist.bank.repartition import Permutations
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from tests.distributed.head_runs import (
     CLASSES,
     STEPS,
@@ -81,7 +81,7 @@ def test_moving_alone_changes_no_bit(
 ) -> None:
     start = job(*case, STEPS, (0, STEPS), str(tmp_path_factory.mktemp("rows")))
     before = run(Topology(), start)
-    head = build(start.spec(), Topology())
+    head = build_head(start.spec(), Topology())
     head.load_state(before)
     head.plan(STEPS, torch.full((6, 4), torch.iinfo(torch.int64).min))
     after = head.state().tensors

@@ -11,7 +11,7 @@ from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.runs.warm_start import HEAD_PREFIX, find_checkpoint
 from tests.conftest import run_ranks
@@ -37,7 +37,7 @@ def restore(topology: Topology, head: str, folder: str) -> dict[str, str]:
         folder=folder,
         epoch_steps=checkpoint.run["samples"] / config.train.global_batch,
     )
-    classifier = build(spec, topology)
+    classifier = build_head(spec, topology)
     engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX)))
     rows: dict[str, Tensor] = checkpoint.load(lambda name: name.startswith(HEAD_PREFIX))
     classifier.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})

@@ -18,7 +18,7 @@ from mhe_dist.bank.bank import Units, chunk_bytes
 from mhe_dist.distributed.collectives import all_gather
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
-from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
+from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.gathered.selection import GatheredBatch, Selection, positions_in
 from mhe_dist.heads.gathered.softmax import GatheredSoftmax, SelectedRows
 from mhe_dist.heads.row_head import HeadSpec, RowHead
@@ -58,16 +58,18 @@ class GatheredHead(RowHead):
     def plan(self, step: int, labels: Tensor) -> None:
         """Select the units of the step and find each sample's row; see `Head`."""
         self.begin(step)
-        self.rounds = len(labels) // self.topology.world_size
+        self.accumulation_steps = len(labels) // self.topology.world_size
         self._next, self._batch_size, self._gradient = 0, labels.shape[1], None
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         units, slots = self.layout.locate(labels)
         present = torch.unique(units[units >= 0])
         self._samples = int((units >= 0).sum())
         self.selection = self.select(present)
-        shape = (self.topology.world_size, self.rounds, -1)
+        shape = (self.topology.world_size, self.accumulation_steps, -1)
         units, slots = units.view(shape), slots.view(shape)
-        self._batches = [self._plan_batch(units[:, i], slots[:, i]) for i in range(self.rounds)]
+        self._batches = [
+            self._plan_batch(units[:, i], slots[:, i]) for i in range(self.accumulation_steps)
+        ]
         columns = max(self.topology.world_size * self._batch_size, self.width)
         unit_bytes = self.layout.length * columns * self.spec.dtype.itemsize
         self.units_per_chunk = max(1, chunk_bytes(self.topology.device) // unit_bytes)
@@ -95,15 +97,15 @@ class GatheredHead(RowHead):
         missing = self._batch_size - len(payload)
         payload = torch.nn.functional.pad(payload, (0, 0, 0, missing)) if missing else payload
         features, norms = self.unpack(all_gather(payload, self.topology))
-        weight = self.topology.world_size * self.rounds / max(1, self._samples)
-        loss, accuracy = ClosedFormLoss.apply(features, partial(self._score, norms, batch), weight)
+        weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
+        loss, accuracy = FusedLoss.apply(features, partial(self._score, norms, batch), weight)
         seen = torch.full_like(accuracy, self.classes_seen(batch.units[batch.mine]) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
     def _score(
-        self, norms: Tensor | None, batch: GatheredBatch, features: Tensor, keep: bool
-    ) -> ClosedForm:
-        """Score a micro-batch of all ranks, and keep the rows' gradient if `keep`."""
+        self, norms: Tensor | None, batch: GatheredBatch, features: Tensor, with_grad: bool
+    ) -> FusedOutput:
+        """Score a micro-batch of all ranks, and keep the rows' gradient if `with_grad`."""
         samples = batch.samples.to(self.topology.device, non_blocking=True)
         selected = SelectedRows(
             self.class_rows,
@@ -116,12 +118,12 @@ class GatheredHead(RowHead):
         softmax = GatheredSoftmax(selected, batch, features[samples], norms, self.topology)
         losses, correct = softmax.normalise()
         gradient = torch.zeros_like(features)
-        if keep:
+        if with_grad:
             if self._gradient is None:
                 count = len(self.selection.units) * self.layout.length
                 self._gradient = features.new_zeros(count, self.width)
             gradient[samples] = softmax.gradients(self._gradient, 1 / max(1, self._samples))
-        return ClosedForm(losses[batch.mine].sum(), gradient, correct[batch.mine].sum())
+        return FusedOutput(losses[batch.mine].sum(), gradient, correct[batch.mine].sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

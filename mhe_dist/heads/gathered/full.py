@@ -16,7 +16,7 @@ class Full(GatheredHead):
     """Every class in every softmax: the reference, whose cost per step grows with C.
 
     The rows lie in units of up to `MOST_ROWS`, but at least `LEAST_UNITS` units for each group, so
-    that the groups are alike. They are read in place and updated in place.
+    that the groups have similar sizes. They are read in place and updated in place.
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:

@@ -21,7 +21,7 @@ from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, HeadState, check_labels
-from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
+from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
 from mhe_dist.heads.multilevel.rows import Level, ReplicatedRows, ShardedLevel
@@ -113,7 +113,7 @@ class LevelHead(Head):
         self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = build_row_optimizer(spec.config.optim)
         self.norms = NormTracker(spec, topology)
-        self.rounds = spec.micro_batches // topology.world_size
+        self.accumulation_steps = spec.micro_batches // topology.world_size
         self.levels: dict[str, Level] = {}
         self.projections: dict[str, ReplicatedRows] = {}
         self._step, self._samples = 0, 0
@@ -146,7 +146,7 @@ class LevelHead(Head):
     def plan(self, step: int, labels: Tensor) -> None:
         """Check the labels and count the samples; see `Head`."""
         self._step, self.margin = step, self.margin.at(step)
-        self.rounds = len(labels) // self.topology.world_size
+        self.accumulation_steps = len(labels) // self.topology.world_size
         self._samples = int(self._kept(self._checked(labels)).sum())
         for part in (self.levels | self.projections).values():
             part.clear_gradient()
@@ -180,18 +180,18 @@ class LevelHead(Head):
         """Loss of the next planned micro-batch; see `Head`. All ranks must call."""
         checked = self._checked(labels.unsqueeze(0))[0]
         kept = self._kept(checked).nonzero().squeeze(1)
-        weight = self.topology.world_size * self.rounds / max(1, self._samples)
+        weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
         seen: list[int] = []
         score = partial(self._score, checked[kept], kept.to(embeddings.device), seen)
-        loss, correct = ClosedFormLoss.apply(embeddings, score, weight)
+        loss, correct = FusedLoss.apply(embeddings, score, weight)
         classes_seen = torch.full_like(correct, sum(seen) * weight)
         return HeadOutput(loss, {"accuracy": correct, "classes_seen": classes_seen})
 
     def _score(
-        self, labels: Tensor, index: Tensor, seen: list[int], embeddings: Tensor, keep: bool
-    ) -> ClosedForm:
-        """Score the samples at `index` of `embeddings`; keep the rows' gradient if `keep`."""
-        share = 1 / max(1, self._samples) if keep else None
+        self, labels: Tensor, index: Tensor, seen: list[int], embeddings: Tensor, with_grad: bool
+    ) -> FusedOutput:
+        """Score the samples at `index` of `embeddings`; keep the rows' gradient if `with_grad`."""
+        share = 1 / max(1, self._samples) if with_grad else None
         with torch.enable_grad():
             inputs = embeddings.detach()[index].to(self.spec.dtype).requires_grad_()
             projections = [part.read().requires_grad_() for part in self.projections.values()]
@@ -211,7 +211,7 @@ class LevelHead(Head):
         gradient = torch.zeros_like(embeddings)
         gradient[index] = grads[0].to(gradient)
         correct = loss.correct.to(self.spec.dtype).sum()
-        return ClosedForm(loss.losses.sum(), gradient, correct)
+        return FusedOutput(loss.losses.sum(), gradient, correct)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

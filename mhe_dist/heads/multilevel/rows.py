@@ -109,7 +109,7 @@ class SharedLevel:
 
     Attributes:
         layout: one head that holds all classes of the level.
-        topology: the rank alone, since its samples meet the unit here.
+        topology: the rank alone, since it scores its own samples.
         bank: where the unit's rows are.
     """
 

@@ -19,7 +19,7 @@ from mhe_dist.bank.row_optim import LowRank
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
-from mhe_dist.heads.fused_loss import ClosedForm, ClosedFormLoss
+from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
 from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
 from mhe_dist.heads.routed.softmax import ExtraGradient, routed_softmax
@@ -51,18 +51,18 @@ class MhsRoute(RowHead):
     def plan(self, step: int, labels: Tensor) -> None:
         """Draw the extra heads and find out to which rank each sample goes; see `Head`."""
         self.begin(step)
-        self._next, self.rounds = 0, len(labels) // self.topology.world_size
+        self._next, self.accumulation_steps = 0, len(labels) // self.topology.world_size
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
         self._samples = int((labels >= 0).sum())
         heads, slots = self.layout.locate(labels)
         present = set(self.layout.group_of(heads).unique().tolist())
         self._extra = {group: self.draw(step, group) for group in self.groups if group in present}
-        shape, rank = (self.topology.world_size, self.rounds, -1), self.topology.rank
+        shape, rank = (self.topology.world_size, self.accumulation_steps, -1), self.topology.rank
         heads, slots = heads.view(shape), slots.view(shape)
         numbers = torch.arange(labels.numel()).view(shape)
         self._dispatches = [
             plan_dispatch(self.layout, heads[:, i], slots[:, i], numbers[:, i], self._extra, rank)
-            for i in range(self.rounds)
+            for i in range(self.accumulation_steps)
         ]
         own = [dispatch.heads[dispatch.own] for dispatch in self._dispatches]
         self._chunks = [chunks_by_head(heads, self.bank.units_per_chunk) for heads in own]
@@ -80,9 +80,9 @@ class MhsRoute(RowHead):
         dispatch, chunks = self._dispatches[self._next], self._chunks[self._next]
         self._next += 1
         features, norms = self.unpack(self._exchange(embeddings, dispatch))
-        weight = self.topology.world_size * self.rounds / max(1, self._samples)
+        weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
         score = partial(self._score, norms, dispatch, chunks)
-        loss, accuracy = ClosedFormLoss.apply(features, score, weight)
+        loss, accuracy = FusedLoss.apply(features, score, weight)
         seen = torch.full_like(accuracy, self._classes_seen(dispatch) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
@@ -106,9 +106,9 @@ class MhsRoute(RowHead):
         dispatch: Dispatch,
         chunks: list[Chunk],
         features: Tensor,
-        keep: bool,
-    ) -> ClosedForm:
-        """Score a dispatch, and keep the rows' gradient if `keep`."""
+        with_grad: bool,
+    ) -> FusedOutput:
+        """Score a dispatch, and keep the rows' gradient if `with_grad`."""
         scores = routed_softmax(
             self.class_rows,
             features,
@@ -116,13 +116,13 @@ class MhsRoute(RowHead):
             dispatch,
             chunks,
             self._extra,
-            sums=self._sums if keep else None,
+            sums=self._sums if with_grad else None,
             share=1 / max(1, self._samples),
             correction=self.spec.config.mhs.correction,
         )
-        if keep:
+        if with_grad:
             self._own.append(scores.own)
-        return ClosedForm(scores.losses.sum(), scores.gradient, scores.correct.sum())
+        return FusedOutput(scores.losses.sum(), scores.gradient, scores.correct.sum())
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -147,7 +147,7 @@ class MhsRoute(RowHead):
 
     def _own_chunks(self) -> list[Chunk]:
         """The own heads of the step, each once, with its samples in their canonical order."""
-        if self.rounds == 1:
+        if self.accumulation_steps == 1:
             return self._chunks[0]
         heads = torch.cat([d.heads[d.own] for d in self._dispatches])
         order = torch.cat([d.sample_numbers[d.own] for d in self._dispatches]).argsort()

@@ -22,7 +22,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.runs.folder import read_run_config
 
@@ -60,7 +60,7 @@ def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> N
 def classes_seen(config: Config, classes: int) -> float:
     """Mean over the samples of a step of one micro-batch."""
     spec = HeadSpec(config.head, classes, 16, config.run.seed, 1)
-    head = build(spec, Topology())
+    head = build_head(spec, Topology())
     labels = torch.arange(64)[None] * 89 % classes
     head.plan(0, labels)
     return head(torch.randn(64, 16), labels[0]).metrics["classes_seen"].item()

@@ -10,7 +10,7 @@ import torch
 
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from pipelines.bench.head import PHASES, HeadCase, measure_case, measure_in_turn
 from pipelines.bench.head_report import (
     HeadMeasurement,
@@ -83,7 +83,7 @@ def test_traffic_counts_what_is_sent() -> None:
 
 def test_bare_products_read_and_write_each_used_head_once() -> None:
     case = HeadCase("mhs", 64, **SMALL | {"world_size": 1})
-    built = build(case.spec(""), Topology())
+    built = build_head(case.spec(""), Topology())
     labels = torch.arange(8).view(1, 8)
     products = BareProducts(built, 0, labels)
     products.run()

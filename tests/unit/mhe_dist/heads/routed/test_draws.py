@@ -17,7 +17,7 @@ from torch import Tensor
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.gathered.base import GatheredHead
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 STEPS, SEED = 4000, 11
@@ -36,7 +36,7 @@ def head(
     for key, value in changes.items():
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     config = HeadConfig.model_validate(values)
-    return build(HeadSpec(config, classes, 3, SEED, 6, folder=folder), topology or Topology())
+    return build_head(HeadSpec(config, classes, 3, SEED, 6, folder=folder), topology or Topology())
 
 
 def check_uniform(draws: list[Tensor], numbers: list[int], size: int) -> None:

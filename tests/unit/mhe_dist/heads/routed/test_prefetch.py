@@ -12,7 +12,7 @@ from torch import Tensor
 from mhe_dist.bank.bank import Bank
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.registry import build
+from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 LABELS = torch.tensor([[3, 17, 17, -1, 40, 5]])
@@ -26,7 +26,7 @@ def head(memory: str, exchange: str, folder: Path) -> RowHead:
         "on_bad_label": "ignore",
         "mhs": {"length": 4, "extra_heads": 2, "exchange": exchange},
     }
-    return build(
+    return build_head(
         HeadSpec(HeadConfig.model_validate(values), 46, 3, 11, 3, folder=folder), Topology()
     )
 
