@@ -22,7 +22,7 @@ def resolve_config(
     /,
     **sections: Mapping[str, Any],
 ) -> Config:
-    """The config that is meant, with changes.
+    """The whole config, with the changes made.
 
     Args:
         config: see `ConfigLike`.
