@@ -46,11 +46,11 @@ def pretrain(
     from mhe_dist.config.resolve import resolve_config
     from pipelines.pretrain.main import run_pretraining
     from pipelines.sources.glyphs.build import ensure_glyphs
-    from pipelines.storage.worker_pool import available_cores
 
     found = resolve_config(config, overrides, **sections)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks would write over one another
-        ensure_glyphs(found.data, processes=available_cores())
+        # In this process: others would begin by running the caller's script once more.
+        ensure_glyphs(found.data, processes=1)
     return run_pretraining(found, on_event) if on_event else run_pretraining(found)
 
 
