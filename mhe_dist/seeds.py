@@ -128,9 +128,9 @@ def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     """
     length = _minus_log2(radius.to(torch.float32).abs_().add_(0.5))
     length = length.mul_(2 * math.log(2)).sqrt_().copysign_(radius)
-    turn = angle.to(torch.float32).mul_(2.0**-31)
-    square = turn * turn
-    sines = _polynomial(square, _SIN).mul_(turn).mul_(length)
+    half_turns = angle.to(torch.float32).mul_(2.0**-31)
+    square = half_turns * half_turns
+    sines = _polynomial(square, _SIN).mul_(half_turns).mul_(length)
     return _polynomial(square, _COS).mul_(length), sines
 
 

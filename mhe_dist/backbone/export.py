@@ -65,10 +65,10 @@ def write_export(
         return path, export_torch(model, config, path, images, options)
     path = f"{folder}/backbone{'_fp16' if options.half else ''}.onnx"
     if name == "mlflow":
-        with TemporaryDirectory() as place:
-            export_onnx(model, config, f"{place}/backbone.onnx", images, options)
+        with TemporaryDirectory() as scratch:
+            export_onnx(model, config, f"{scratch}/backbone.onnx", images, options)
             path = f"{folder}/mlflow"
-            return path, export_mlflow(model, f"{place}/backbone.onnx", path, images, options)
+            return path, export_mlflow(model, f"{scratch}/backbone.onnx", path, images, options)
     return path, export_onnx(model, config, path, images, options)
 
 

@@ -101,11 +101,11 @@ def find_run(run: str) -> str:
     Raises:
         UserError: there is no run; the message says where it was looked for.
     """
-    places = [run.rstrip("/"), f"{RUNS_FOLDER}/{run}"]
-    for place in places:
-        if url_exists(f"{place}/config.yaml"):
-            return place
+    folders = [run.rstrip("/"), f"{RUNS_FOLDER}/{run}"]
+    for folder in folders:
+        if url_exists(f"{folder}/config.yaml"):
+            return folder
     raise UserError(
-        f"no run at {' or '.join(places)} (a run holds a config.yaml). "
+        f"no run at {' or '.join(folders)} (a run holds a config.yaml). "
         f"Name the run's folder, such as runs/quickstart."
     )

@@ -171,13 +171,13 @@ def _define(config: str, labels: str, num_classes: int) -> LevelOutcome:
     for step in range(STEPS):
         x = embeddings[step].clone().requires_grad_()
         samples = []
-        for place, one in zip(x.flatten(0, 1), drawn[step].flatten(0, 1).tolist(), strict=True):
+        for embedding, one in zip(x.flatten(0, 1), drawn[step].flatten(0, 1).tolist(), strict=True):
             given = set(one if many else [one])
             good = {y for y in given if 0 <= y < num_classes}
             if good and not many and job.config.kind == "mhp":
-                samples.append(product_sample(plain, place, *good))
+                samples.append(product_sample(plain, embedding, *good))
             elif good or (given == {-1} and job.config.mhc.multi_label):
-                samples.append(cascade_sample(plain, place, good))
+                samples.append(cascade_sample(plain, embedding, good))
         loss = torch.stack([s.loss for s in samples]).mean()
         loss.backward()
         grads.append(x.grad)

@@ -89,11 +89,11 @@ def test_moving_alone_changes_no_bit(
     fields = [name.split("/")[-1] for name in before if name.startswith("rows/00000/")]
     for field in set(fields) - {"units"}:
         old, new = by_class([before], field, 0), by_class([after], field, 1)
-        met = old.any(1)
-        assert met.any()
-        assert torch.equal(new[met], old[met]), field
+        trained = old.any(1)
+        assert trained.any()
+        assert torch.equal(new[trained], old[trained]), field
         if field != "weight":
-            assert not new[~met].any(), field
+            assert not new[~trained].any(), field
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -171,8 +171,8 @@ def test_a_complete_run_is_shown_and_left_alone(
     shown = capsys.readouterr().out
     for part in ("is complete", "1.250", "85.0% (chance 0.2%)", "812 images/s", "1 min 05 s"):
         assert part in shown
-    for place in ("runs/a/export/timm", "runs/a/logs", "mlflow ui", "mhe evaluate runs/a"):
-        assert place in shown
+    for part in ("runs/a/export/timm", "runs/a/logs", "mlflow ui", "mhe evaluate runs/a"):
+        assert part in shown
 
 
 def test_a_complete_run_with_other_settings_is_refused(settings: Config, capsys: Captured) -> None:

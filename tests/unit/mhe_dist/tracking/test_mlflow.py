@@ -22,27 +22,27 @@ def hurry(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def store(tmp_path_factory):
     """One database for all tests: making its tables takes longer than a test."""
     folder = tmp_path_factory.mktemp("mlflow")
     return f"sqlite:///{folder}/mlflow.db", str(folder / "mlartifacts")
 
 
-def tracker(place, run_id=None):
-    return MlflowTracker(place[0], "experiment", "name", run_id, place[1])
+def tracker(store, run_id=None):
+    return MlflowTracker(store[0], "experiment", "name", run_id, store[1])
 
 
-def client(place):
+def client(store):
     from mlflow.tracking import MlflowClient
 
-    return MlflowClient(place[0])
+    return MlflowClient(store[0])
 
 
-def test_a_run_with_params_tags_metrics_and_artifacts(place, tmp_path):
+def test_a_run_with_params_tags_metrics_and_artifacts(store, tmp_path):
     (tmp_path / "curves").mkdir()
     for path in (tmp_path / "plot.txt", tmp_path / "curves" / "loss.txt"):
         path.write_text("picture")
-    mlflow = tracker(place)
+    mlflow = tracker(store)
     assert isinstance(mlflow, Tracker)
     mlflow.start(
         {"optim": {"lr": 0.1}, "list": [1, 2]}, {"git_commit": "abc-dirty", "world_size": "2"}
@@ -53,72 +53,72 @@ def test_a_run_with_params_tags_metrics_and_artifacts(place, tmp_path):
     mlflow.artifact(str(tmp_path / "curves"))
     mlflow.close()
 
-    run = client(place).get_run(mlflow.run_id)
+    run = client(store).get_run(mlflow.run_id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "name"
     assert run.data.params == {"optim.lr": "0.1", "list": "[1, 2]"}
     assert run.data.tags["world_size"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
     assert run.data.metrics == {"loss": 0.2, "tar_at_far_1e-3": 0.5}
-    history = client(place).get_metric_history(mlflow.run_id, "loss")
+    history = client(store).get_metric_history(mlflow.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(s, 1.0 / (s + 1)) for s in range(5)]
-    (plot,) = client(place).list_artifacts(mlflow.run_id, "plots")
+    (plot,) = client(store).list_artifacts(mlflow.run_id, "plots")
     assert plot.path == "plots/plot.txt"
-    assert [f.path for f in client(place).list_artifacts(mlflow.run_id)] == ["curves", "plots"]
-    assert run.info.artifact_uri.startswith(f"file://{place[1]}")
+    assert [f.path for f in client(store).list_artifacts(mlflow.run_id)] == ["curves", "plots"]
+    assert run.info.artifact_uri.startswith(f"file://{store[1]}")
 
 
-def test_a_restart_goes_on_under_the_same_run_id(place):
-    first = tracker(place)
+def test_a_restart_goes_on_under_the_same_run_id(store):
+    first = tracker(store)
     first.start({"workers": 2}, {})
     first.log(0, {"loss": 3.0})
     first.close("failed")
-    assert client(place).get_run(first.run_id).info.status == "FAILED"
+    assert client(store).get_run(first.run_id).info.status == "FAILED"
 
-    again = tracker(place, run_id=first.run_id)
+    again = tracker(store, run_id=first.run_id)
     again.start({"workers": 1, "new": "x"}, {}, step=1)
     assert again.run_id == first.run_id
-    assert client(place).get_run(first.run_id).info.status == "RUNNING"
+    assert client(store).get_run(first.run_id).info.status == "RUNNING"
     again.log(1, {"loss": 2.0})
     again.close("killed")
-    run = client(place).get_run(first.run_id)
+    run = client(store).get_run(first.run_id)
     assert run.info.status == "KILLED"
     assert run.data.params == {"workers": "2", "new": "x"}
     assert run.data.tags["changed.workers"] == "1"
-    assert len(client(place).get_metric_history(first.run_id, "loss")) == 2
+    assert len(client(store).get_metric_history(first.run_id, "loss")) == 2
 
 
-def test_a_run_that_is_gone_is_replaced_and_said(place, caplog):
-    mlflow = tracker(place, run_id="0" * 32)
+def test_a_run_that_is_gone_is_replaced_and_said(store, caplog):
+    mlflow = tracker(store, run_id="0" * 32)
     mlflow.start({}, {})
     assert mlflow.run_id not in (None, "0" * 32)
     mlflow.close()
     assert "has no run 000" in caplog.text
 
 
-def test_more_entries_than_mlflow_takes_at_once(place):
-    mlflow = tracker(place)
+def test_more_entries_than_mlflow_takes_at_once(store):
+    mlflow = tracker(store)
     mlflow.start({f"p{i}": i for i in range(230)}, {f"t{i}": "x" for i in range(130)})
     for step in range(1500):
         mlflow.log(step, {"loss": float(step)})
     mlflow.close()
-    run = client(place).get_run(mlflow.run_id)
+    run = client(store).get_run(mlflow.run_id)
     assert len(run.data.params) == 230
     assert run.data.tags["t129"] == "x"
-    history = client(place).get_metric_history(mlflow.run_id, "loss")
+    history = client(store).get_metric_history(mlflow.run_id, "loss")
     assert [m.step for m in history] == list(range(1500))
 
 
-def test_planted_secrets_never_reach_mlflow(place, monkeypatch, tmp_path):
+def test_planted_secrets_never_reach_mlflow(store, monkeypatch, tmp_path):
     monkeypatch.setenv("PLANTED_TOKEN", "plantedvalue1")
-    mlflow = tracker(place)
+    mlflow = tracker(store)
     config = {"uri": "http://u:plantedvalue2@h", "api_key": "plantedvalue3", "x": "plantedvalue1"}
     mlflow.start(config, {"remote": "https://u:plantedvalue2@git"})
     mlflow.close()
-    run = client(place).get_run(mlflow.run_id)
+    run = client(store).get_run(mlflow.run_id)
     assert run.data.params == {"uri": "http://***@h", "api_key": "***", "x": "***"}
     assert "planted" not in str(run.data.tags)
-    with open(place[0].removeprefix("sqlite:///"), "rb") as database:
+    with open(store[0].removeprefix("sqlite:///"), "rb") as database:
         assert b"plantedvalue" not in database.read()
 
 
@@ -144,8 +144,8 @@ class Outage:
         return [(lambda e=e: self.sent.append(e), 1) for e in entries]
 
 
-def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(place, caplog):
-    mlflow = tracker(place)
+def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, caplog):
+    mlflow = tracker(store)
     mlflow._store = Outage(failures=4)
     mlflow.start({}, {})
     begin = time.perf_counter()
@@ -159,9 +159,9 @@ def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(place, capl
     assert "password" not in caplog.text
 
 
-def test_a_server_that_never_answers_ends_with_a_count(place, caplog, monkeypatch):
+def test_a_server_that_never_answers_ends_with_a_count(store, caplog, monkeypatch):
     monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
-    mlflow = tracker(place)
+    mlflow = tracker(store)
     mlflow._store = Outage(failures=10**9)
     mlflow.start({}, {})
     mlflow.log(0, {"loss": 0.0})
@@ -170,13 +170,13 @@ def test_a_server_that_never_answers_ends_with_a_count(place, caplog, monkeypatc
     assert "2 values did not reach MLflow at http://***@server" in caplog.text
 
 
-def test_a_refused_record_does_not_block_the_next(place, caplog):
-    mlflow = tracker(place)
+def test_a_refused_record_does_not_block_the_next(store, caplog):
+    mlflow = tracker(store)
     mlflow.start({}, {})
     mlflow.artifact("/nowhere/plot.png")
     mlflow.log(0, {"loss": 1.0})
     mlflow.close()
-    assert client(place).get_run(mlflow.run_id).data.metrics == {"loss": 1.0}
+    assert client(store).get_run(mlflow.run_id).data.metrics == {"loss": 1.0}
     assert "MLflow refuses" in caplog.text
 
 
@@ -210,8 +210,8 @@ assert is_telemetry_disabled()
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_the_thread_ends_with_the_run(place):
-    mlflow = tracker(place)
+def test_the_thread_ends_with_the_run(store):
+    mlflow = tracker(store)
     mlflow.start({}, {})
     mlflow.close()
     assert not mlflow._thread.is_alive()
@@ -219,19 +219,19 @@ def test_the_thread_ends_with_the_run(place):
     logging.getLogger("urllib3").setLevel(logging.NOTSET)
 
 
-def test_results_are_added_to_a_run_that_stays_as_it_is(place, tmp_path):
-    mlflow = tracker(place)
+def test_results_are_added_to_a_run_that_stays_as_it_is(store, tmp_path):
+    mlflow = tracker(store)
     mlflow.start({}, {})
     mlflow.close("failed")
     (tmp_path / "roc.png").write_bytes(b"picture")
     figures = {"verification/lfw/tar@far=1e-3": 0.75, "verification/lfw/accuracy": 0.9}
     append_to_mlflow_run(
-        place[0], mlflow.run_id, 40, figures, [str(tmp_path / "roc.png")], "evaluation"
+        store[0], mlflow.run_id, 40, figures, [str(tmp_path / "roc.png")], "evaluation"
     )
-    run = client(place).get_run(mlflow.run_id)
+    run = client(store).get_run(mlflow.run_id)
     assert run.info.status == "FAILED"
     assert run.data.metrics == {metric_name(name): value for name, value in figures.items()}
-    kept = client(place).list_artifacts(mlflow.run_id, "evaluation")
+    kept = client(store).list_artifacts(mlflow.run_id, "evaluation")
     assert [file.path for file in kept] == ["evaluation/roc.png"]
     with pytest.raises(RunError, match="did not take the results"):
-        append_to_mlflow_run(place[0], "0" * 32, 40, figures, [], "evaluation")
+        append_to_mlflow_run(store[0], "0" * 32, 40, figures, [], "evaluation")

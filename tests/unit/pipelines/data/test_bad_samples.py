@@ -25,18 +25,18 @@ def test_names_are_bounded_and_counts_are_not() -> None:
 
 
 def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
-    first, met = BadSamples(Topology(), str(tmp_path), None), BadSampleTally()
-    met.add(10, [Fault("a", "broken")])
-    first.gather(met)
+    first, tally = BadSamples(Topology(), str(tmp_path), None), BadSampleTally()
+    tally.add(10, [Fault("a", "broken")])
+    first.gather(tally)
     state = json.loads(json.dumps(first.state()))
-    met.add(10, [Fault("lost", "seen after the checkpoint")])
-    first.gather(met)
+    tally.add(10, [Fault("lost", "seen after the checkpoint")])
+    first.gather(tally)
     assert [line["place"] for line in lines(tmp_path)] == ["a", "lost"]
 
-    second, met = BadSamples(Topology(), str(tmp_path), state), BadSampleTally()
-    met.add(10, [Fault("b", "Ünlesbar\n"), Fault("a", "broken")])
+    second, tally = BadSamples(Topology(), str(tmp_path), state), BadSampleTally()
+    tally.add(10, [Fault("b", "Ünlesbar\n"), Fault("a", "broken")])
     for _ in range(2):  # what was gathered before is not added again
-        second.gather(met)
+        second.gather(tally)
     assert (second.total.seen, second.total.count) == (20, 3)
     assert lines(tmp_path) == [
         {"place": "a", "reason": "broken"},

@@ -82,17 +82,17 @@ def test_without_a_choice_there_is_no_view(shards: str) -> None:
     assert samples_per_epoch(found) == len(ALL)
 
 
-@pytest.mark.parametrize("most", [1, 2, 3, 100])
-def test_at_most_so_many_images_of_a_class_drawn_anew(shards: str, most: int) -> None:
-    found = opened(shards, images_per_class=most)
-    wanted = sorted(Counter({c: min(n, most) for c, n in Counter(ALL).items()}).elements())
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+def test_at_most_so_many_images_of_a_class_drawn_anew(shards: str, limit: int) -> None:
+    found = opened(shards, images_per_class=limit)
+    wanted = sorted(Counter({c: min(n, limit) for c, n in Counter(ALL).items()}).elements())
     assert samples_per_epoch(found) == len(wanted)
     epochs = [epoch(found, number) for number in range(8)]
     assert all(labels(found, number) == wanted for number in range(8))
     assert all(len(set(drawn)) == len(drawn) for drawn in epochs)
     assert epochs == [epoch(found, number) for number in range(8)]
     distinct = {tuple(drawn) for drawn in epochs}
-    assert len(distinct) == 1 if most == 100 else len(distinct) > 4
+    assert len(distinct) == 1 if limit == 100 else len(distinct) > 4
 
 
 @pytest.mark.parametrize(
@@ -136,8 +136,8 @@ def test_an_order_shows_what_was_drawn_exactly_once(
     folder = save(tmp_path_factory.mktemp("set"), rows)
     weight = data.draw(st.sampled_from([0.75, 1, 1.5, 3]))
     mix = [{"shards": folder, "weight": weight}] if data.draw(st.booleans()) else []
-    most = data.draw(st.integers(0 if mix else 1, 4))
-    found = opened(folder, images_per_class=most, mix=mix)
+    limit = data.draw(st.integers(0 if mix else 1, 4))
+    found = opened(folder, images_per_class=limit, mix=mix)
     streams = data.draw(st.integers(1, min(6, samples_per_epoch(found))))
     window = data.draw(st.integers(1, 9))
     order = SampleOrder([s.samples for s in found.shards], streams, window, 1, found)

@@ -224,8 +224,8 @@ def test_any_damage_is_a_report(
 ) -> None:
     before = Path(index.url(1)).read_bytes()
     data = bytearray(before[:length])
-    for place, value in changes:
-        data[place : place + 1] = bytes([value])
+    for position, value in changes:
+        data[position : position + 1] = bytes([value])
     try:
         Path(index.url(1)).write_bytes(data)
         report = read(index, tmp_path)

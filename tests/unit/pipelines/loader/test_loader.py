@@ -67,10 +67,10 @@ def check(micro: MicroBatch) -> None:
 
 def assert_same(one: Loaded, other: Loaded) -> None:
     assert list(one) == list(other)
-    for place, (images, labels, keys) in one.items():
-        assert torch.equal(images, other[place][0])
-        assert torch.equal(labels, other[place][1])
-        assert keys == other[place][2]
+    for position, (images, labels, keys) in one.items():
+        assert torch.equal(images, other[position][0])
+        assert torch.equal(labels, other[position][1])
+        assert keys == other[position][2]
 
 
 def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> None:
@@ -109,7 +109,7 @@ def test_a_resume_is_the_tail_of_the_uninterrupted_run(index: ShardIndex) -> Non
     whole = load(loader_of(index, config, range(4), 0, 30))
     for start in random.Random(0).sample(range(1, 30), 4):
         tail = load(loader_of(index, config, range(4), start, 30))
-        assert_same({place: v for place, v in whole.items() if place[0] >= start}, tail)
+        assert_same({position: v for position, v in whole.items() if position[0] >= start}, tail)
 
 
 def test_augmentation_changes_with_the_epoch(index: ShardIndex) -> None:
@@ -154,8 +154,8 @@ def test_a_bad_sample_is_counted_named_and_replaced(
         loaded = load(loader)
         assert loader.faults.seen == 12 * 16
         assert loader.faults.count == 1
-        [(place, reason)] = loader.faults.samples.items()
-        assert place == f"sample 7 of {index.url(1)}"
+        [(position, reason)] = loader.faults.samples.items()
+        assert position == f"sample 7 of {index.url(1)}"
         assert words in reason
         changed = [
             (before, after)

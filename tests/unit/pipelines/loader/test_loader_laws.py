@@ -94,10 +94,10 @@ def load(case: Case, micro_batches: range, start: int, workers: int = 0) -> Load
 
 def assert_same(one: Loaded, other: Loaded) -> None:
     assert sorted(one) == sorted(other)
-    for place, (images, labels, keys) in one.items():
-        assert keys == other[place][2]
-        assert torch.equal(labels, other[place][1])
-        assert torch.equal(images, other[place][0])
+    for position, (images, labels, keys) in one.items():
+        assert keys == other[position][2]
+        assert torch.equal(labels, other[position][1])
+        assert torch.equal(images, other[position][0])
 
 
 def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
@@ -137,5 +137,5 @@ def test_any_reader_sees_each_sample_once_and_the_same_pixels(
         parts |= load(case, mine, 0, workers=case.workers if rank == 0 else 0)
     assert_same(whole, parts)
 
-    tail = {place: batch for place, batch in whole.items() if place[0] >= case.start}
+    tail = {position: batch for position, batch in whole.items() if position[0] >= case.start}
     assert_same(tail, load(case, everything, case.start))

@@ -95,8 +95,8 @@ def test_a_resume_in_ten_gigabytes_reads_three_windows_of_each_stream(step: int)
     assert len({key for micro in first.micro_batches for key in micro.keys}) == STEP
     for micro in first.micro_batches:
         assert micro.labels.tolist() == [int(key[4:]) % CLASSES for key in micro.keys]
-    most = STREAMS * (2 + 1) * window * GIGABYTES.size
-    assert STREAMS * GIGABYTES.size < Counted.bytes.value <= most
+    limit = STREAMS * (2 + 1) * window * GIGABYTES.size
+    assert STREAMS * GIGABYTES.size < Counted.bytes.value <= limit
 
 
 @pytest.fixture

@@ -155,18 +155,18 @@ def test_a_crash_in_mid_download_leaves_nothing_in_the_way(index: ShardIndex, fo
 
 
 def test_the_longest_unused_gives_way(index: ShardIndex, folder: Path) -> None:
-    most = sum(sorted(shard.bytes for shard in index.shards)[-3:])
-    cache = RemoteConfig(cache_dir=str(folder), cache_gib=most / 2**30)
+    limit = sum(sorted(shard.bytes for shard in index.shards)[-3:])
+    cache = RemoteConfig(cache_dir=str(folder), cache_gib=limit / 2**30)
     shards = ShardReader(index, cache)
     for number in (0, 1, 2, 0, 3):
         assert read(shards, index, number) == truth(index, number)
-        assert used(folder) <= most
+        assert used(folder) <= limit
     assert names(folder) == {entry(index, number) for number in (0, 2, 3)}
 
 
 def test_the_bound_holds_at_every_moment(index: ShardIndex, folder: Path) -> None:
-    most = 3 * max(shard.bytes for shard in index.shards)
-    cache = RemoteConfig(cache_dir=str(folder), cache_gib=most / 2**30)
+    limit = 3 * max(shard.bytes for shard in index.shards)
+    cache = RemoteConfig(cache_dir=str(folder), cache_gib=limit / 2**30)
     ShardReader(index, cache)
 
     def work(seed: int) -> None:
@@ -181,7 +181,7 @@ def test_the_bound_holds_at_every_moment(index: ShardIndex, folder: Path) -> Non
         # came in its place would both be counted when this process has to wait in between.
         with open(folder / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            assert used(folder) <= most
+            assert used(folder) <= limit
     assert [process.exitcode for process in processes] == [0] * 4
     assert not [name for name in names(folder) if name.endswith(".part")]
 

@@ -73,10 +73,10 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
     seen.feed(content)
     assert "script" not in seen.tags
     assert "://" not in content.split("<body>")[0]
-    pictures = [place for place in seen.places if place.startswith("data:image/png;base64,")]
+    pictures = [url for url in seen.places if url.startswith("data:image/png;base64,")]
     assert len(pictures) == seen.tags.count("img") == 5
-    for place in pictures:
-        assert base64.b64decode(place.partition(",")[2]).startswith(b"\x89PNG")
+    for url in pictures:
+        assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
     assert set(seen.places) - set(pictures) == {"data:,"}
     text = " ".join(seen.text.split())
     for part in ("25.0%", "99.70%", "900", "6 1 4 7.25", "1 samples could not be used", NASTY):

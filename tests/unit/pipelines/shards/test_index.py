@@ -105,8 +105,8 @@ def test_a_damaged_index_is_read_or_refused(
     if not index_exists(str(tmp_path / "set")):
         write_set(str(tmp_path / "set"))
     content = bytearray((tmp_path / "set" / "index.json").read_bytes())
-    for place, value in changes:
-        content[place % len(content)] = value
+    for position, value in changes:
+        content[position % len(content)] = value
     (tmp_path / "damaged").mkdir(exist_ok=True)
     (tmp_path / "damaged" / "index.json").write_bytes(content[:length] or content)
     try:

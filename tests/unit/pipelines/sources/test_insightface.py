@@ -183,10 +183,10 @@ def test_damaged_files_give_errors_or_true_samples(
     length: int,
 ) -> None:
     rec, idx = bytearray(REC), bytearray(IDX)
-    for place, value in changes:
-        rec[place] = value
-    for place, value in index_changes:
-        idx[place] = value
+    for position, value in changes:
+        rec[position] = value
+    for position, value in index_changes:
+        idx[position] = value
     folder = tmp_path_factory.mktemp("fuzz")
     path = save(folder / "a", bytes(rec[:length]), bytes(idx))
     try:
@@ -208,4 +208,4 @@ def _lines(path: Path) -> list[str]:
 def _label_was_changed(changes: list[tuple[int, int]], image: bytes) -> bool:
     """Whether a change hit the 32 bytes before the image's own first bytes."""
     at = REC.find(image[:20])
-    return any(at - 32 <= place < at for place, _ in changes)
+    return any(at - 32 <= position < at for position, _ in changes)

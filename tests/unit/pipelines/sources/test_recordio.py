@@ -177,8 +177,8 @@ def test_damaged_records_are_counted(
     changes: list[tuple[int, int]], length: int, with_index: bool
 ) -> None:
     rec = bytearray(REC)
-    for place, value in changes:
-        rec[place] = value
+    for position, value in changes:
+        rec[position] = value
     kept = survivors(REC, bytes(rec[: length or None]), IDX if with_index else None)
     if bytes(rec) == REC and not length:
         assert kept == len(IDX.splitlines())

@@ -152,8 +152,8 @@ def test_damaged_tars_end_in_an_error_or_in_true_members(
     original: bytes, changes: list[tuple[int, int]], length: int
 ) -> None:
     data = bytearray(original)
-    for place, value in changes:
-        data[place] = value
+    for position, value in changes:
+        data[position] = value
     truth = {member.start: member for member in read(original)}
     try:
         found = list(read_members(io.BytesIO(bytes(data[:length]))))
@@ -162,7 +162,7 @@ def test_damaged_tars_end_in_an_error_or_in_true_members(
     assert len(found) == len(truth) or bytes(data[:length]) != original
     for member in found:
         assert member.start in truth
-        changed = any(member.start <= place < member.stop for place, _ in changes)
+        changed = any(member.start <= position < member.stop for position, _ in changes)
         assert changed or member == truth[member.start]
 
 

@@ -274,8 +274,8 @@ def test_damaged_tars_give_errors_or_true_labels(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], length: int
 ) -> None:
     data = bytearray(ORIGINAL)
-    for place, value in changes:
-        data[place] = value
+    for position, value in changes:
+        data[position] = value
     folder = save(tmp_path_factory.mktemp("fuzz") / "set", bytes(data[:length]))
     try:
         made = index_shards([folder], skip_damaged=True, max_bad=1.0)
@@ -290,6 +290,6 @@ def test_damaged_tars_give_errors_or_true_labels(
     for begin, end, label in zip(
         shard.offsets[:-1].tolist(), shard.offsets[1:].tolist(), shard.labels.tolist(), strict=True
     ):
-        if not any(begin <= place < end for place, _ in changes):
+        if not any(begin <= position < end for position, _ in changes):
             number = ORIGINAL[begin : begin + 2].decode()
             assert names[label] == f"c{int(number[1]) % 2}"

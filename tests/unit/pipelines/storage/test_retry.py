@@ -117,8 +117,13 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_the_waits_double_up_to_half_a_minute(waits: list[float]) -> None:
     assert with_retries(Call(*[TimeoutError() for _ in range(9)]), "u", 9) == "result"
     longest = [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
-    assert all(most / 2 <= wait <= most for wait, most in zip(waits, longest, strict=True))
-    assert len({wait / most for wait, most in zip(waits, longest, strict=True)}) == 9
+    assert all(
+        longest_wait / 2 <= wait <= longest_wait
+        for wait, longest_wait in zip(waits, longest, strict=True)
+    )
+    assert (
+        len({wait / longest_wait for wait, longest_wait in zip(waits, longest, strict=True)}) == 9
+    )
 
 
 def test_giving_up_names_everything(waits: list[float]) -> None:

@@ -43,13 +43,13 @@ def test_the_units_expected_are_those_that_the_step_meets(
     exchange: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = head("file", exchange, tmp_path)
-    expected, met = watch(monkeypatch, "prefetch"), watch(monkeypatch, "touch")
+    expected, touched = watch(monkeypatch, "prefetch"), watch(monkeypatch, "touch")
     for step in range(5):
         built.prefetch(step, LABELS)
         built.plan(step, LABELS)
-    assert len(met) == 5
-    assert all(torch.equal(*pair) for pair in zip(expected, met, strict=True))
-    assert all(2 < len(units) < 12 for units in met)
+    assert len(touched) == 5
+    assert all(torch.equal(*pair) for pair in zip(expected, touched, strict=True))
+    assert all(2 < len(units) < 12 for units in touched)
 
 
 def test_rows_that_lie_where_they_are_used_are_not_asked_for(

@@ -259,15 +259,15 @@ def test_what_is_larger_than_the_picture_is_shrunk() -> None:
 
 
 def test_fonts_are_found_below_and_told_apart(fonts: Path, tmp_path: Path) -> None:
-    for place, source in (
+    for path, source in (
         ("a/x.ttf", "DejaVuSans"),
         ("b/x.ttf", "DejaVuSerif"),
         ("b/x.OTF", "STIXGeneral"),
         ("c/same.ttf", "DejaVuSans"),
         ("c/x.ttf", "DejaVuSans-Bold"),
     ):
-        (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).write_bytes((fonts / f"{source}.ttf").read_bytes())
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((fonts / f"{source}.ttf").read_bytes())
     (tmp_path / "README").write_text("no font")
     found = find_fonts(str(tmp_path))
     assert [font.name for font in found] == ["b-x.ttf", "c-x.ttf", "same.ttf", "x.OTF"]
@@ -328,8 +328,8 @@ def test_classes_are_drawn_at_random_and_nested() -> None:
     pictures = {Glyph(65 + n, font): f"{n}{font}".encode() for n in range(20) for font in "123"}
     pictures |= {Glyph(99, "1"): b"a", Glyph(99, "9"): b"b"}
 
-    def chosen(most: int) -> list[int]:
-        settings = GlyphsConfig(heldout_classes=1, min_fonts=3, max_classes=most)
+    def chosen(limit: int) -> list[int]:
+        settings = GlyphsConfig(heldout_classes=1, min_fonts=3, max_classes=limit)
         return [g[0].code for g in plan_classes(pictures, ["1", "2", "3"], ["9"], settings).train]
 
     assert chosen(0) == list(range(65, 85))
