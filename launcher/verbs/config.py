@@ -20,7 +20,7 @@ from mhe_dist.config.json_schema import json_schema
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import config_to_dict
 
-REQUIRED = "(required)"  # what `describe` says where there is no default
+REQUIRED = "(required)"  # what `describe_config` gives where there is no default
 CONFIG = typer.Argument(
     metavar="CONFIG", help="YAML file of the run, or a name that comes with mhe: quickstart."
 )

@@ -44,11 +44,11 @@ def load_config(
             defaults and overrides alone.
         overrides: `key=value` each; the value is YAML, except that a key which holds text takes
             it as it stands.
-        checks: further demands, such as that files exist. Each yields (path of a key, message)
-            pairs; it is asked even when other keys are wrong, which then have their defaults.
+        checks: further checks, such as that files exist. Each yields (path of a key, message)
+            pairs. It is called even when other keys are wrong; those then have their defaults.
 
     Raises:
-        ConfigErrors: with every mistake that can be told.
+        ConfigErrors: lists every mistake that was found.
     """
     mistakes: list[ConfigMistake] = []
     sources: dict[str, str] = {}
@@ -60,16 +60,8 @@ def load_config(
             mistakes += errors.mistakes
     unreadable = bool(mistakes)
     mistakes += _inapplicable(file, sources)
-    layers = []
-    for override in overrides:
-        try:
-            key, layer = _parse_override(override)
-        except ValueError as error:
-            mistakes.append(ConfigMistake("", None, str(error), COMMAND_LINE))
-            continue
-        layers.append(layer)
-        sources = {k: v for k, v in sources.items() if not f"{k}.".startswith(f"{key}.")}
-        sources[key] = COMMAND_LINE
+    layers, malformed = _parse_overrides(overrides, sources)
+    mistakes += malformed
     found, config = _validate(_merge(file, layers, mistakes), sources)
     if unreadable:  # then what is missing or does not fit may stand in the file
         mistakes += [mistake for mistake in found if mistake.source == COMMAND_LINE]
@@ -127,6 +119,24 @@ def _lines(node: yaml.Node | None, prefix: str) -> Iterable[tuple[str, int]]:
             yield from _lines(value, f"{prefix}{key.value}.")
 
 
+def _parse_overrides(
+    overrides: Iterable[str], sources: dict[str, str]
+) -> tuple[list[DictConfig], list[ConfigMistake]]:
+    """A layer for each override, and those that are malformed; `sources` is brought up to date."""
+    layers, mistakes = [], []
+    for override in overrides:
+        try:
+            key, layer = _parse_override(override)
+        except ValueError as error:
+            mistakes.append(ConfigMistake("", None, str(error), COMMAND_LINE))
+            continue
+        layers.append(layer)
+        for replaced in [k for k in sources if f"{k}.".startswith(f"{key}.")]:
+            del sources[replaced]
+        sources[key] = COMMAND_LINE
+    return layers, mistakes
+
+
 def _parse_override(override: str) -> tuple[str, DictConfig]:
     """Key and one-key layer of a `key=value`; ValueError if it is none."""
     key, equals, raw = override.partition("=")
@@ -172,7 +182,7 @@ def _merge(
         found = ConfigMistake(error.full_key or "", None, message)
         raise ConfigErrors([*mistakes, found]) from None
     if merged.get("data") is None:
-        merged["data"] = {}  # so that a missing section is told by its missing keys
+        merged["data"] = {}  # then the missing keys of the section are reported
     return {str(key): value for key, value in merged.items()}
 
 
