@@ -369,6 +369,7 @@ def test_a_plan_counts_typefaces_and_drops_repeated_pictures() -> None:
     assert [[f"{chr(g.code)}{g.font}" for g in group] for group in plan.heldout] == [["E1", "E9"]]
 
 
+@pytest.mark.slow
 def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
     settings = GlyphsConfig(image_size=16)  # at 32 even fewer characters look alike
     files = {file.name: file.path for file in find_fonts(matplotlib_fonts())}
