@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.M
 CLASSES, INPUTS, WIDTH, STEPS, SAMPLES, SEED, LR = 1000, 7, 6, 3, 12, 3, 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # it starts Ray
 def test_every_block_runs_in_an_empty_folder(tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(BLOCKS))
