@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from launcher.reproduce.studies import STUDIES, PlannedRun, Study, Variant, plan_runs
 from pipelines.report.comparison import Outcome, VariantResult
 from pipelines.runs.folder import newest_checkpoint, read_run_config, read_summary
 
+if TYPE_CHECKING:
+    from pipelines.report.comparison_markdown import WrittenPage
 
-def write_study_page(page: str, folder: str, study: Study, seeds: int) -> list[str]:
+
+def write_study_page(page: str, folder: str, study: Study, seeds: int) -> WrittenPage:
     """Write the page from the complete runs of this study, and of others that were begun there.
 
     Args:
@@ -17,9 +21,6 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> list[s
         folder: of the runs.
         study: the requested study; it is on the page even without a complete run.
         seeds: number of its seeds; other studies count their default number of seeds.
-
-    Returns:
-        Paths of the files.
     """
     from pipelines.report.comparison_markdown import ComparisonSection, write_comparison_page
 

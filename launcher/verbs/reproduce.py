@@ -1,4 +1,4 @@
-"""`mhe reproduce`: each comparison of docs/results.md by one command."""
+"""`mhe reproduce`: each comparison of docs/results.md by one command, on a page of its own."""
 
 from __future__ import annotations
 
@@ -41,14 +41,21 @@ def reproduce(
         bool, typer.Option("--train/--no-train", help="Without training, only the page is written.")
     ] = True,
     out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/reproduce",
-    page: Annotated[str, typer.Option(help="The page; plots go beside it.")] = "docs/results.md",
+    page: Annotated[
+        str,
+        typer.Option(
+            help="The page, plots beside it; results.md in the folder of the runs if left out."
+        ),
+    ] = "",
 ) -> None:
     """Train every variant of a comparison, and write a page with tables and plots.
 
     small: 6,000 classes, seven heads, three seeds each. full: more than 80,000 classes, two heads,
     half an hour each. paper100: the paper's heads at 100 classes. Each run is an ordinary run of
     `mhe train` with a name of its own in the output folder. After an interruption the same command
-    continues and keeps complete runs. The page is written after every run.
+    continues and keeps complete runs. The page is written after every run. A section of an existing
+    page that holds more complete runs than the folder stays as it is. The repository's own page is
+    written only if it is named: --page docs/results.md.
 
     Example: mhe reproduce small --only full,mhs_own_plus --seeds 1
     """
@@ -57,17 +64,25 @@ def reproduce(
     count = seeds or chosen.seeds
     plans = list(plan_runs(chosen, chosen.select_variants(names), count))
     configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
-    written = write_study_page(page, out, chosen, count)
+    target = page or f"{out.rstrip('/')}/results.md"
+    written = write_study_page(target, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(config, plan.study.minutes)
-        written = write_study_page(page, out, chosen, count)
-    console.list_commands("Where it is", [("page and pictures", ", ".join(written)), ("runs", out)])
+        written = write_study_page(target, out, chosen, count)
+    places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
+    console.list_commands("Where it is", places)
+    for title in written.kept:
+        console.say(
+            f"[yellow]{escape(target)} keeps its section[/] {escape(title)!r}: it holds more "
+            f"complete runs than {escape(out)}. To replace it, delete that section, or name "
+            "another page: --page FILE"
+        )
     missing = [row for row in compare_variants(chosen, out, count) if row.missing]
     for row in missing:
         console.say(f"[yellow]Not complete:[/] {escape(row.unfinished)}")
     again = ["mhe", "reproduce", chosen.name, *(overrides or [])]
-    again += ["--seeds", str(count), "--out", out, "--page", page]
+    again += ["--seeds", str(count), "--out", out, *(["--page", page] if page else [])]
     steps = [("train what is missing", shlex.join(again))] if missing else []
     steps.append(("a run on a page", f"mhe report {out}/{plans[0].name}"))
     console.list_commands("Next", steps)

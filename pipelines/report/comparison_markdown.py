@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from pipelines.report.comparison import RANK1, TAR, Claim, Spread, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.figures import save_figure
+from pipelines.runs.folder import read_if_exists
 from pipelines.storage.urls import atomic_write
 
 _TOP = """# Results
 
-Written by `mhe reproduce`, not by hand: its next call replaces it.
+Written by `mhe reproduce`, not by hand: its next call replaces a section, unless it has fewer
+complete runs than the section here.
 
 - rank-1: share of the probes whose own class is the nearest in the gallery.
 - TAR: share of the pairs of one class that score above the threshold which at most 1 in 10,000
@@ -25,6 +30,9 @@ Written by `mhe reproduce`, not by hand: its next call replaces it.
   training; of an interrupted run, since the last resume. Times can be compared only if the machine
   had nothing else to do during any of the runs; this is not checked.
 """
+
+
+_FIGURES_HEAD = "| head | seeds |"
 
 
 @dataclass(frozen=True)
@@ -55,28 +63,61 @@ class ComparisonSection:
         return self.typefaces or [("", "unseen typefaces")]
 
 
-def write_comparison_page(sections: Sequence[ComparisonSection], page: str) -> list[str]:
+class WrittenPage(NamedTuple):
+    """What was written.
+
+    Attributes:
+        files: paths of the page and of the plots that were drawn.
+        kept: titles of the sections that stay as they were, since they hold more complete runs.
+    """
+
+    files: list[str]
+    kept: list[str]
+
+
+def write_comparison_page(sections: Sequence[ComparisonSection], page: str) -> WrittenPage:
     """Write the page, and beside it a plot for every section that has a complete run.
+
+    A section of an existing page stays, with its plot, if it has more complete runs than the new
+    one of that title, or if there is no new one.
 
     Args:
         sections: in their order.
-        page: path or URL of the Markdown file; an existing one is replaced.
-
-    Returns:
-        Paths of the files.
+        page: path or URL of the Markdown file.
     """
-    written, blocks = [page], [_TOP]
+    before = _split_sections(read_if_exists(page) or "")
+    written = WrittenPage([page], [])
+    blocks = [_TOP]
     stem = str(PurePath(page).with_suffix("")) if "://" not in page else page.removesuffix(".md")
     for section in sections:
+        old = before.pop(section.title, "")
+        if _count_runs(old) > sum(len(each.outcomes) for each in section.results):
+            blocks.append(old)
+            written.kept.append(section.title)
+            continue
         picture = ""
         if any(each.outcomes for each in section.results):
             picture = f"{stem}-{section.name}.png"
             save_figure(draw_comparison(section.results, section.columns), picture)
-            written.append(picture)
+            written.files.append(picture)
         blocks.append("\n".join(_section_lines(section, Path(picture).name)))
     with atomic_write(page) as stream:
-        stream.write("\n".join(blocks).encode())
+        stream.write("\n".join([*blocks, *before.values()]).encode())
     return written
+
+
+def _split_sections(text: str) -> dict[str, str]:
+    """The sections of a written page, by their titles."""
+    blocks = re.split(r"(?m)^(?=## )", text)[1:]
+    return {block.partition("\n")[0].removeprefix("## "): block.rstrip() + "\n" for block in blocks}
+
+
+def _count_runs(section: str) -> int:
+    """Number of complete runs in the table of figures of a written section."""
+    lines = section.splitlines()
+    heads = [number for number, line in enumerate(lines) if line.startswith(_FIGURES_HEAD)]
+    rows = takewhile(lambda line: line.startswith("|"), lines[heads[0] + 2 :] if heads else [])
+    return sum(int(row.split("|")[2]) for row in rows)
 
 
 def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:

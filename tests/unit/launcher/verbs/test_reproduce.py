@@ -130,11 +130,11 @@ def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys:
     assert mhe("small", "--only", "full", "--seeds", "2") == 0
     assert trainer.trained[2:] == ["small-full-seed1"]
     assert Path("runs/reproduce/small-full-seed0/summary.json").stat().st_mtime_ns == before
-    page = Path("docs/results.md").read_text()
+    page = Path("runs/reproduce/results.md").read_text()
     assert "| full softmax | 2 |" in page
     assert "| MHP {78;77} | 1 |" in page
     assert "MHP {78;77}: seed 1;" in page
-    assert Path("docs/results-small.png").exists()
+    assert Path("runs/reproduce/results-small.png").exists()
 
 
 def test_an_interrupted_study_goes_on_run_by_run(
@@ -144,11 +144,11 @@ def test_an_interrupted_study_goes_on_run_by_run(
     trainer.stop_after = 2
     assert mhe("paper100", "--seeds", "1") == 130
     assert "mhe reproduce paper100" in capsys.readouterr().out
-    assert "| MHP {10;10} | 1 |" in Path("docs/results.md").read_text()
+    assert "| MHP {10;10} | 1 |" in Path("runs/reproduce/results.md").read_text()
     trainer.stop_after = 99
     assert mhe("paper100", "--seeds", "1") == 0
     assert trainer.trained == [f"paper100-{variant.name}-seed0" for variant in PAPER.variants]
-    assert "Not complete" not in Path("docs/results.md").read_text()
+    assert "Not complete" not in Path("runs/reproduce/results.md").read_text()
 
 
 def test_the_page_of_what_is_there_trains_nothing(trainer: Trainer) -> None:
@@ -159,6 +159,48 @@ def test_the_page_of_what_is_there_trains_nothing(trainer: Trainer) -> None:
     assert "## 6,000 classes" in page  # asked for
     assert "| one-hot | 1 |" in page  # begun
     assert "80,000" not in page
+
+
+def test_the_page_of_the_repository_is_written_only_if_it_is_named(trainer: Trainer) -> None:
+    page = Path("docs/results.md")
+    page.parent.mkdir()
+    page.write_text("the repository's own")
+    assert mhe("paper100", "--only", "one_hot", "--seeds", "1") == 0
+    assert mhe("paper100", "--no-train") == 0
+    assert page.read_text() == "the repository's own"
+    assert "| one-hot | 1 |" in Path("runs/reproduce/results.md").read_text()
+    assert mhe("paper100", "--no-train", "--page", "docs/results.md") == 0
+    assert "| one-hot | 1 |" in page.read_text()
+
+
+def test_a_page_never_loses_results_to_a_folder_with_fewer(
+    trainer: Trainer, capsys: Captured
+) -> None:
+    page = Path("docs/results.md")
+    assert mhe("paper100", "--only", "one_hot", "--seeds", "2", "--page", str(page)) == 0
+    before, picture = page.read_text(), Path("docs/results-paper100.png").read_bytes()
+    words = ("--page", str(page), "--out", "elsewhere")
+    assert mhe("paper100", "--no-train", *words) == 0
+    assert "keeps its section '100 classes" in capsys.readouterr().out
+    assert mhe("paper100", "--only", "one_hot", "--seeds", "1", *words) == 0
+    assert page.read_text() == before
+    assert mhe("small", "--only", "full", "--seeds", "1", *words) == 0
+    assert "| full softmax | 1 |" in page.read_text()
+    assert "| one-hot | 2 |" in page.read_text()
+    assert Path("docs/results-paper100.png").read_bytes() == picture
+    capsys.readouterr()
+    assert mhe("paper100", "--only", "one_hot", "--seeds", "2", *words) == 0
+    assert "keeps" not in capsys.readouterr().out
+
+
+def test_the_page_in_docs_is_read_as_it_is_written(trainer: Trainer) -> None:
+    own = Path(__file__).parents[4] / "docs" / "results.md"
+    page = Path("docs/results.md")
+    page.parent.mkdir()
+    page.write_text(own.read_text())
+    assert mhe("small", "--no-train", "--page", str(page)) == 0
+    for row in (line for line in own.read_text().splitlines() if line.startswith("|")):
+        assert row in page.read_text()
 
 
 def test_half_an_hour_is_turned_into_steps_once(
@@ -179,7 +221,7 @@ def test_half_an_hour_is_turned_into_steps_once(
     assert tried == ["full-mhs-seed0", "full-partial_fc-seed0"]
     configs = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
     assert [settings["train"]["max_steps"] for settings in configs if settings] == [3240, 3240]
-    assert "| 3,240 |" in Path("docs/results.md").read_text()
+    assert "| 3,240 |" in Path("runs/reproduce/results.md").read_text()
     assert reproduce.steps_in(1.0, CostPrediction([], 0, 0, 5.0, 1.0)) == 1
     assert FULL.minutes == 30
 

@@ -125,7 +125,7 @@ def test_the_page_has_tables_a_picture_and_what_is_missing(tmp_path: Path) -> No
         ),
     ]
     written = write_comparison_page(sections, str(tmp_path / "results.md"))
-    assert [Path(file).name for file in written] == [
+    assert [Path(file).name for file in written.files] == [
         *("results.md", "results-small.png", "results-plain.png")
     ]
     page = (tmp_path / "results.md").read_text()
