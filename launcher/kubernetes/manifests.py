@@ -18,6 +18,8 @@ Manifest = dict[str, Any]
 API = "ray.io/v1"
 RUN_LABEL, PATH_ANNOTATION = "mhe/run", "mhe/path"
 SETTINGS_FOLDER, SETTINGS = "/etc/mhe", "run.yaml"
+CLAIM_FOLDER = "/data"
+TMP_FOLDER, HOME_FOLDER = "/tmp", "/home/mhe"  # of a pod; they end with it
 USER = 1000
 GRACE_S = 150
 _LONGEST_NAME = 40  # KubeRay adds to it, and 63 is a label's limit
@@ -176,13 +178,13 @@ def _pod(kind: str, config: Config, target: KubernetesTarget, config_map: str) -
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}},
     ]
     mounts: list[Manifest] = [
-        {"name": "tmp", "mountPath": "/tmp"},
-        {"name": "home", "mountPath": "/home/mhe"},
+        {"name": "tmp", "mountPath": TMP_FOLDER},
+        {"name": "home", "mountPath": HOME_FOLDER},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
     if target.claim:
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": target.claim}})
-        mounts.append({"name": "data", "mountPath": "/data"})
+        mounts.append({"name": "data", "mountPath": CLAIM_FOLDER})
     if config_map:
         volumes.append({"name": "settings", "configMap": {"name": config_map}})
         mounts.append({"name": "settings", "mountPath": SETTINGS_FOLDER, "readOnly": True})
@@ -218,8 +220,8 @@ def _submitter(target: KubernetesTarget) -> Manifest:
                 **_container("ray-job-submitter", target),
                 "resources": {"requests": small, "limits": small},
                 "volumeMounts": [
-                    {"name": "tmp", "mountPath": "/tmp"},
-                    {"name": "home", "mountPath": "/home/mhe"},
+                    {"name": "tmp", "mountPath": TMP_FOLDER},
+                    {"name": "home", "mountPath": HOME_FOLDER},
                 ],
             }
         ],
@@ -267,7 +269,7 @@ def _resources(kind: str, config: Config, target: KubernetesTarget) -> Manifest:
 
 
 def _variables(config: Config) -> list[dict[str, str]]:
-    values = {**DRIVER_ENVIRONMENT, **worker_environment(config), "HOME": "/home/mhe"}
+    values = {**DRIVER_ENVIRONMENT, **worker_environment(config), "HOME": HOME_FOLDER}
     return [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 

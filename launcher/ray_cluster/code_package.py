@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhe_dist.config.data import DataConfig, MixConfig
+from pydantic import BaseModel
+
+from mhe_dist.config.data import MixConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.config.shipped import FOLDER
 from mhe_dist.config.write import config_to_yaml
@@ -62,25 +64,44 @@ def with_absolute_paths(config: Config) -> Config:
 
     They mean the same file system on every node: a laptop's own, or one that all nodes mount.
     """
+    return map_paths(config, lambda key, path: absolute_path(path))
+
+
+def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:
+    """A copy in which every path and URL of data, weights and results is changed.
+
+    Args:
+        config: of the run.
+        change: is given a dotted key and its path, and returns the new path; keys without a value
+            are left out. Of `tracking.uri` it is given a path only: the file of an SQLite store.
+    """
     copy = config.model_copy(deep=True)
-    copy.run.dir = absolute_path(copy.run.dir)
-    sets: list[DataConfig | MixConfig] = [copy.data, *copy.data.mix]
-    for chosen in sets:
-        chosen.shards = absolute_path(chosen.shards)
-        if chosen.classes:
-            chosen.classes = absolute_path(chosen.classes)
-    if copy.evaluate.shards:
-        copy.evaluate.shards = absolute_path(copy.evaluate.shards)
-    if copy.head.bank.path:
-        copy.head.bank.path = absolute_path(copy.head.bank.path)
-    if copy.data.glyphs is not None and copy.data.glyphs.fonts:
-        copy.data.glyphs.fonts = absolute_path(copy.data.glyphs.fonts)
-    if copy.data.remote.cache_dir:
-        copy.data.remote.cache_dir = absolute_path(copy.data.remote.cache_dir)
+    sections: list[tuple[str, BaseModel, tuple[str, ...]]] = [
+        ("run", copy.run, ("dir",)),
+        ("data", copy.data, ("shards", "classes")),
+        *((f"data.mix.{number}", mix, ("shards", "classes")) for number, mix in _mixed(copy)),
+        ("data.remote", copy.data.remote, ("cache_dir",)),
+        ("model", copy.model, ("init_from",)),
+        ("head", copy.head, ("init_from",)),
+        ("head.bank", copy.head.bank, ("path",)),
+        ("evaluate", copy.evaluate, ("shards",)),
+    ]
+    if copy.data.glyphs is not None:
+        sections.append(("data.glyphs", copy.data.glyphs, ("fonts",)))
+    for prefix, section, names in sections:
+        for name in names:
+            if path := getattr(section, name):
+                setattr(section, name, change(f"{prefix}.{name}", path))
+    key = "evaluate.verification"
+    copy.evaluate.verification = [change(key, path) for path in copy.evaluate.verification]
     if copy.tracking.uri.startswith(_SQLITE):
-        file = Path(copy.tracking.uri.removeprefix(_SQLITE))
-        copy.tracking.uri = f"{_SQLITE}{file.absolute()}"
+        file = copy.tracking.uri.removeprefix(_SQLITE)
+        copy.tracking.uri = f"{_SQLITE}{change('tracking.uri', file)}"
     return copy
+
+
+def _mixed(config: Config) -> Iterable[tuple[int, MixConfig]]:
+    return enumerate(config.data.mix)
 
 
 def _sources(package: Path) -> Iterator[Path]:

@@ -25,6 +25,11 @@ def error(text: str) -> None:
     err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """Print plain text that is no result to standard error, where it spoils no output."""
+    err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+
 def list_commands(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print `(what it does, what to type)` rows under a title."""
     rows = list(rows)

@@ -8,8 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.kubernetes.claim_paths import PlacedConfig, place_on_claim, require_claim
 from launcher.kubernetes.client import KubernetesClient, RayJobState
 from launcher.kubernetes.manifests import (
+    CLAIM_FOLDER,
     KubernetesTarget,
     build_config_map,
     build_raycluster,
@@ -63,6 +65,9 @@ def render(
 ) -> None:
     """Print what would be sent: a RayJob and its settings, as YAML for `kubectl apply -f -`.
 
+    With --claim, relative paths of the config mean folders on the claim, which is mounted at /data;
+    without one they are refused.
+
     Example: mhe k8s render quickstart --claim mhe-data | kubectl apply -f -
     """
     settings = _load(config, overrides)
@@ -70,6 +75,10 @@ def render(
     if cluster:
         made = [build_raycluster(settings, target)]
     else:
+        placed = _place(settings, claim)
+        settings = placed.config
+        if placed.on_claim and not claim:
+            console.note(f"nothing is mounted at {CLAIM_FOLDER} here: a patch has to, or --claim")
         job = build_rayjob(settings, target)
         made = [job, build_config_map(settings, target, job["metadata"]["name"])]
     typer.echo(manifests_to_yaml(made), nl=False)
@@ -89,9 +98,14 @@ def submit(
 ) -> None:
     """Train a run as a RayJob. The same run again goes on where it stopped.
 
+    Relative paths of the config mean folders on the claim, which is mounted at /data. A path that a
+    pod does not keep is refused.
+
     Example: mhe k8s submit run.yaml --image registry.example/mhe@sha256:... --claim mhe-data
     """
-    settings = _load(config, overrides)
+    placed = _place(_load(config, overrides), claim)
+    require_claim(placed, claim)
+    settings = placed.config
     target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
     name = KubernetesClient(namespace, context).submit(settings, target)
     console.say(f"RayJob [bold]{escape(name)}[/] is made in namespace {escape(namespace)}.")
@@ -175,6 +189,14 @@ def stop(
 
 def _load(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [], [check_backbone])
+
+
+def _place(config: Config, claim: str) -> PlacedConfig:
+    """The config with the paths that hold in a pod; says which ones changed."""
+    placed = place_on_claim(config, claim)
+    for key, before, after in placed.moved:
+        console.note(f"{key}: {before} is {after} in the pods, on claim {claim}")
+    return placed
 
 
 def _word(state: RayJobState) -> str:

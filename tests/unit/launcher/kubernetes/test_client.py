@@ -120,7 +120,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
-    config = tiny.config(tmp_path, "s3://bucket/train", run={"name": "small"})
+    run = {"name": "small", "dir": "s3://bucket/runs"}
+    config = tiny.config(tmp_path, "s3://bucket/train", run=run)
     path = tmp_path / "small.yaml"
     save_config(config, str(path))
     return str(path)
@@ -189,4 +190,27 @@ def test_mistakes_are_told(api: Api, file: str, capsys) -> None:
     uri = "tracking.uri=http://me:planted-secret@mlflow"
     assert cli.run(["k8s", "submit", file, uri]) == 2
     assert "hold a secret" in capsys.readouterr().err
+    assert not api.jobs
+
+
+def test_relative_paths_are_refused_or_put_on_the_claim(api: Api, file: str, capsys) -> None:
+    assert cli.run(["k8s", "submit", file, "run.dir=runs"]) == 2
+    said = capsys.readouterr().err
+    assert "run.dir=runs: is relative" in said and "it becomes /data/runs" in said
+    assert not api.jobs
+    assert cli.run(["k8s", "submit", file, "run.dir=runs", "--claim", "c"]) == 0
+    assert "run.dir: runs is /data/runs in the pods, on claim c" in capsys.readouterr().err
+    (settings,) = api.maps
+    assert yaml.safe_load(settings["data"]["run.yaml"])["run"]["dir"] == "/data/runs"
+    assert api.jobs["small-1"]["metadata"]["annotations"]["mhe/path"] == "/data/runs/small"
+    api.now("small-1", "RUNNING", "Running")
+    assert cli.run(["k8s", "submit", file, "run.dir=runs", "--claim", "c"]) == 2, "the same run"
+
+
+def test_what_is_on_no_claim_is_refused(api: Api, file: str, capsys) -> None:
+    words = ["run.dir=/data/runs", "tracking.uri=sqlite:////home/me/mlflow.db"]
+    assert cli.run(["k8s", "submit", file, *words[:1]]) == 2
+    assert "run.dir: in /data, where nothing is mounted" in capsys.readouterr().err
+    assert cli.run(["k8s", "submit", file, *words, "--claim", "c"]) == 2
+    assert "tracking.uri=/home/me/mlflow.db: is in no pod" in capsys.readouterr().err
     assert not api.jobs

@@ -59,8 +59,12 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
         {
             "run": {"dir": "runs"},
             "data": {"shards": "data/train", "glyphs": {"fonts": "fonts"}},
-            "evaluate": {"shards": "s3://bucket/heldout"},
+            "evaluate": {
+                "shards": "s3://bucket/heldout",
+                "verification": ["lfw.bin", "s3://bucket/cfp.bin"],
+            },
             "tracking": {"uri": "sqlite:///runs/mlflow.db"},
+            "model": {"init_from": "r50.pth"},
         }
     )
     there = with_absolute_paths(config)
@@ -70,6 +74,8 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
     assert there.evaluate.shards == "s3://bucket/heldout"
     assert there.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert there.head.bank.path == ""
+    assert there.model.init_from == f"{tmp_path}/r50.pth"
+    assert there.evaluate.verification == [f"{tmp_path}/lfw.bin", "s3://bucket/cfp.bin"]
     assert config.run.dir == "runs"
 
 
