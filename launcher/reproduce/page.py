@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 
 from launcher.reproduce.studies import STUDIES, PlannedRun, Study, Variant, plan_runs
 from pipelines.report.comparison import Outcome, VariantResult
-from pipelines.runs.folder import newest_checkpoint, read_run_config, read_summary
+from pipelines.runs.folder import (
+    newest_checkpoint,
+    read_if_exists,
+    read_run_config,
+    read_summary,
+)
 
 if TYPE_CHECKING:
     from pipelines.report.comparison_markdown import WrittenPage
@@ -38,7 +43,7 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
                 claim=each.claim,
             )
             sections.append(section)
-    return write_comparison_page(sections, page)
+    return write_comparison_page(sections, page, read_if_exists(page) or "")
 
 
 def compare_variants(study: Study, folder: str, seeds: int) -> Iterator[VariantResult]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from pipelines.report.comparison import RANK1, TAR, Claim, Spread, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.figures import save_figure
-from pipelines.runs.folder import read_if_exists
 from pipelines.storage.urls import atomic_write
 
 _TOP = """# Results
@@ -75,17 +74,20 @@ class WrittenPage(NamedTuple):
     kept: list[str]
 
 
-def write_comparison_page(sections: Sequence[ComparisonSection], page: str) -> WrittenPage:
+def write_comparison_page(
+    sections: Sequence[ComparisonSection], page: str, existing: str = ""
+) -> WrittenPage:
     """Write the page, and beside it a plot for every section that has a complete run.
 
-    A section of an existing page stays, with its plot, if it has more complete runs than the new
+    A section of the existing page stays, with its plot, if it has more complete runs than the new
     one of that title, or if there is no new one.
 
     Args:
         sections: in their order.
         page: path or URL of the Markdown file.
+        existing: its text before; empty: there is none.
     """
-    before = _split_sections(read_if_exists(page) or "")
+    before = _split_sections(existing)
     written = WrittenPage([page], [])
     blocks = [_TOP]
     stem = str(PurePath(page).with_suffix("")) if "://" not in page else page.removesuffix(".md")
