@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+
+from launcher.terminal.commands import command_line
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -30,8 +32,16 @@ def note(text: str) -> None:
     err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
 
-def list_commands(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print `(what it does, what to type)` rows under a title."""
+def list_next(rows: Iterable[tuple[str, str | Sequence[str]]]) -> None:
+    """Print what to do next: rows of what it does, and the words of a command or a link."""
+    list_rows(
+        "Next",
+        [(what, step if isinstance(step, str) else command_line(step)) for what, step in rows],
+    )
+
+
+def list_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print `(what it is, path or command)` rows under a title."""
     rows = list(rows)
     width = max((len(what) for what, _ in rows), default=0)
     say(f"\n[bold]{title}[/]")

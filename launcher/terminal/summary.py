@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.terminal.commands import loading_code
 from launcher.terminal.progress import accuracy_rows, format_duration
 from mhe_dist.config.schema import Config
 
@@ -24,8 +25,8 @@ def show_summary(config: Config, summary: dict[str, Any]) -> None:
         table.add_row(name, escape(value))
     console.out.print()
     console.out.print(table)
-    console.list_commands("Where it is", result_paths(config, summary))
-    console.list_commands("Next", next_commands(config, summary))
+    console.list_rows("Where it is", result_paths(config, summary))
+    console.list_next(next_steps(config, summary))
 
 
 def summary_rows(summary: dict[str, Any]) -> Iterator[Row]:
@@ -61,16 +62,25 @@ def result_paths(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
     yield "logs", f"{path}/logs"
 
 
-def next_commands(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
-    """What to type next."""
-    path = config.run.path
+def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, str | list[str]]]:
+    """What to do next: words of a command, or a link."""
+    path, exports = config.run.path, summary["exports"]
     if summary["mlflow"]:
-        yield "see the curves", f"mlflow ui --backend-store-uri {summary['mlflow']['uri']}"
-    if "timm" in summary["exports"]:
-        folder = summary["exports"]["timm"]["path"]
-        load = f"timm.create_model('local-dir:{folder}', pretrained=True)"
-        yield "use the backbone", f'python -c "import timm; {load}"'
-    yield "see it on a page", f"mhe report {path}"
-    yield "evaluate again", f"mhe evaluate {path}"
-    yield "export again", f"mhe export {path}"
-    yield "other fonts as data", "mhe data glyphs --fonts DIR --out DIR"
+        yield "see the curves", _curves(summary["mlflow"])
+    if "timm" in exports:
+        code = loading_code("timm", exports["timm"]["path"], config.model.name)
+        yield "use the backbone", ["python", "-c", code]
+    yield "see it on a page", ["mhe", "report", path]
+    if summary["heldout"]:
+        yield "evaluate again", ["mhe", "evaluate", path]
+    yield "export again", ["mhe", "export", path]
+    if config.data.glyphs is not None:
+        yield "other fonts as data", ["mhe", "data", "glyphs", "--fonts", "DIR", "--out", "DIR"]
+
+
+def _curves(mlflow: dict[str, Any]) -> str | list[str]:
+    """The page of a run on a server, or the command that serves the pages of a local store."""
+    uri, run = str(mlflow["uri"]).rstrip("/"), mlflow["run_id"]
+    if uri.startswith(("http://", "https://")):
+        return f"{uri}/#/runs/{run}" if run else uri
+    return ["mlflow", "ui", "--backend-store-uri", mlflow["uri"]]

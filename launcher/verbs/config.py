@@ -65,8 +65,10 @@ def show(
     console.out.print(_table(entries))
     changed = sum(_is_changed(entry) for entry in entries)
     console.say(f"{len(entries)} keys, {changed} of them (bold) not at their default.")
-    command = " ".join(["mhe train", config, *(overrides or [])])
-    console.list_commands("Next", [("run it", command), ("as YAML", f"mhe config {config} --yaml")])
+    words = [config, *(overrides or [])]
+    console.list_next(
+        [("run it", ["mhe", "train", *words]), ("as YAML", ["mhe", "config", *words, "--yaml"])]
+    )
 
 
 def _print_yaml(text: str) -> None:

@@ -34,7 +34,7 @@ def doctor() -> None:
     console.out.print(table)
     count = sum(bool(advice) for *_, advice in rows)
     console.say(f"\n{count} of {len(rows)} need a look." if count else "\nReady.")
-    console.list_commands("Next", [("try it", "mhe train quickstart")])
+    console.list_next([("try it", ["mhe", "train", "quickstart"])])
 
 
 def findings() -> Iterator[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterable
 from typing import Annotated
@@ -33,6 +32,7 @@ from launcher.ray_cluster.jobs import (
 from launcher.ray_cluster.ray_internals import is_token_auth_enabled
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
+from launcher.terminal.commands import command_line
 from launcher.terminal.event_log import parse_event, split_lines
 from launcher.terminal.progress import format_duration
 from launcher.terminal.replay import replay_log
@@ -204,8 +204,7 @@ def _placement(config: Config) -> Iterable[str]:
 
 
 def _announce(config: Config, job_id: str, address: str) -> None:
-    name = shlex.quote(job_id)
-    where = f" --address {address}" if address != DEFAULT_ADDRESS else ""
+    where = _address_option(address)
     console.say(f"Job [bold]{escape(job_id)}[/] is submitted.")
     rows = [("dashboard", f"{address}/#/jobs/{job_id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
@@ -217,14 +216,18 @@ def _announce(config: Config, job_id: str, address: str) -> None:
             "[yellow]warning:[/] this cluster takes jobs from anybody who reaches it; start it "
             "with RAY_AUTH_MODE=token (docs/clusters.md)"
         )
-    console.list_commands(
-        "Next",
+    console.list_next(
         [
-            ("watch it", f"mhe logs {name} -f{where}"),
-            ("how it does", f"mhe status {name}{where}"),
-            ("save and stop", f"mhe stop {name}{where}"),
-        ],
+            ("watch it", ["mhe", "logs", job_id, "-f", *where]),
+            ("how it does", ["mhe", "status", job_id, *where]),
+            ("save and stop", ["mhe", "stop", job_id, *where]),
+        ]
     )
+
+
+def _address_option(address: str) -> list[str]:
+    """The option that the next command needs to reach the same cluster."""
+    return ["--address", address] if address != DEFAULT_ADDRESS else []
 
 
 def _follow(cluster: Cluster, job_id: str) -> None:
@@ -233,12 +236,13 @@ def _follow(cluster: Cluster, job_id: str) -> None:
         with interruptible():
             summary = replay_log(split_lines(cluster.follow(job_id)))
     except Interrupted as stop_:
-        console.say(f"[yellow]The job goes on.[/] mhe logs {escape(job_id)} -f watches it again.")
+        again = command_line(["mhe", "logs", job_id, "-f", *_address_option(cluster.address)])
+        console.say(f"[yellow]The job goes on.[/] {escape(again)} watches it again.")
         raise typer.Exit(stop_.exit_code) from None
     job = cluster.find(job_id)
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
     if summary:
-        console.list_commands("Where it is", [("results", summary["run"])])
+        console.list_rows("Where it is", [("results", summary["run"])])
     raise typer.Exit(job.exit_code)
 
 

@@ -21,6 +21,7 @@ from launcher.kubernetes.manifests import (
 from launcher.preflight.checks import check_backbone
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
+from launcher.terminal.commands import command_line
 from launcher.terminal.event_log import split_lines
 from launcher.terminal.replay import replay_log
 from launcher.verbs.config import ConfigFile, Overrides
@@ -109,13 +110,13 @@ def submit(
     target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
     name = KubernetesClient(namespace, context).submit(settings, target)
     console.say(f"RayJob [bold]{escape(name)}[/] is made in namespace {escape(namespace)}.")
-    console.list_commands(
-        "Next",
+    where = _where(namespace, context)
+    console.list_next(
         [
-            ("watch it", f"mhe k8s logs {name} -f"),
-            ("how it does", f"mhe k8s status {name}"),
-            ("save and stop", f"mhe k8s stop {name}"),
-        ],
+            ("watch it", ["mhe", "k8s", "logs", name, "-f", *where]),
+            ("how it does", ["mhe", "k8s", "status", name, *where]),
+            ("save and stop", ["mhe", "k8s", "stop", name, *where]),
+        ]
     )
 
 
@@ -184,7 +185,14 @@ def stop(
         return
     api.stop(state, now)
     what = "is deleted" if now or not state.cluster else "saves and stops"
-    console.say(f"{escape(state.name)} {what}; mhe k8s status {escape(state.name)} says when.")
+    ask = command_line(["mhe", "k8s", "status", state.name, *_where(namespace, context)])
+    console.say(f"{escape(state.name)} {what}; {escape(ask)} says when.")
+
+
+def _where(namespace: str, context: str) -> list[str]:
+    """The options that the next command needs to speak of the same namespace."""
+    options = ["--namespace", namespace] if namespace != DEFAULT.namespace else []
+    return [*options, "--context", context] if context else options
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from enum import Enum
 from typing import Annotated
 
@@ -71,7 +70,7 @@ def reproduce(
         _train(config, plan.study.minutes)
         written = write_study_page(target, out, chosen, count)
     places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
-    console.list_commands("Where it is", places)
+    console.list_rows("Where it is", places)
     for title in written.kept:
         console.say(
             f"[yellow]{escape(target)} keeps its section[/] {escape(title)!r}: it holds more "
@@ -83,9 +82,10 @@ def reproduce(
         console.say(f"[yellow]Not complete:[/] {escape(row.unfinished)}")
     again = ["mhe", "reproduce", chosen.name, *(overrides or [])]
     again += ["--seeds", str(count), "--out", out, *(["--page", page] if page else [])]
-    steps = [("train what is missing", shlex.join(again))] if missing else []
-    steps.append(("a run on a page", f"mhe report {out}/{plans[0].name}"))
-    console.list_commands("Next", steps)
+    steps = [("train what is missing", again)] if missing else []
+    complete = [each.name for each in plans if read_summary(f"{out}/{each.name}")]
+    steps += [("a run on a page", ["mhe", "report", f"{out}/{name}"]) for name in complete[:1]]
+    console.list_next(steps)
 
 
 def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
+from launcher.terminal.commands import loading_code
 from launcher.verbs.evaluate.shared import RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking.factory import sync_mlflow
@@ -78,18 +80,23 @@ def export(
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     if normalize and Format.TIMM in to:
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
-    console.list_commands("Next", _next_steps(to, folder))
+    console.list_next(_next_steps(to, folder, backbone.config.model.name))
 
 
-def _next_steps(to: list[Format], folder: str) -> list[tuple[str, str]]:
-    load = {
-        Format.TIMM: f"import timm; timm.create_model('local-dir:{folder}/timm', pretrained=True)",
-        Format.ONNX: f"import onnxruntime; onnxruntime.InferenceSession('{folder}/backbone.onnx')",
-        Format.TORCH_EXPORT: f"import torch; torch.export.load('{folder}/backbone.pt2').module()",
-    }
-    uses = [(f"use it ({name.value})", f'python -c "{load[name]}"') for name in to if name in load]
+_EXPORTED = {Format.TIMM: "timm", Format.ONNX: "backbone.onnx", Format.TORCH_EXPORT: "backbone.pt2"}
+
+
+def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, list[str]]]:
+    uses = [
+        (
+            f"use it ({name.value})",
+            ["python", "-c", loading_code(name.value, f"{folder}/{_EXPORTED[name]}", model)],
+        )
+        for name in to
+        if name in _EXPORTED
+    ]
     if Format.MLFLOW in to:
-        serve = f"mlflow models serve -m {folder}/mlflow --env-manager local"
+        serve = ["mlflow", "models", "serve", "-m", f"{folder}/mlflow", "--env-manager", "local"]
         uses.append(("serve it (mlflow)", serve))
     return uses
 
@@ -130,8 +137,8 @@ def embed(
         console.say(f"[yellow]left out:[/] {escape(path)}")
     if len(written.skipped) > MAX_SHOWN:
         console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
-    load = f"import numpy; numpy.load('{out}')['embeddings']"
-    console.list_commands("Next", [("use them", f'python -c "{load}"')])
+    load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
+    console.list_next([("use them", ["python", "-c", load])])
 
 
 def report(
@@ -151,7 +158,7 @@ def report(
     with console.out.status(f"drawing {escape(path)}"):
         sections = write_run_page(path, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
-    console.list_commands("Next", [("see it", f"python -m webbrowser {target}")])
+    console.list_next([("see it", ["python", "-m", "webbrowser", target])])
 
 
 def sync(run: RunName) -> None:

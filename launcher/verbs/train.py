@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Any
 
 import typer
@@ -13,6 +11,7 @@ from launcher import execute
 from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
+from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from launcher.terminal.summary import show_summary
 from launcher.verbs.config import ConfigFile, Overrides
@@ -64,10 +63,9 @@ def train_to_end(config: Config) -> dict[str, Any]:
 
 
 def _how_to_go_on(settings: Config) -> str:
-    command = shlex.join(["mhe", *sys.argv[1:]])
     newest = newest_checkpoint(settings.run.path)
     start = f"goes on from {newest}" if newest else "starts again: no checkpoint was complete yet"
     return (
         f"[yellow]Stopped.[/] No process is left behind. The same command {escape(start)}:\n"
-        f"  [cyan]{escape(command)}[/]"
+        f"  [cyan]{escape(invoked_command())}[/]"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,8 +49,8 @@ def data(
         text = ", ".join(f"[bold]{ratio:.2f}[/] {unit}" for unit, ratio in ratios.items())
         console.say(f"mhe / {name}: {text}")
     console.say(f"Result: {escape(out)}")
-    again = shlex.join(["mhe", "bench", "data", "--shards", index.folder])
-    console.list_commands("Next", [("with more processes", f"{again} --workers {workers + 1}")])
+    again = ["mhe", "bench", "data", "--shards", index.folder, "--workers", str(workers + 1)]
+    console.list_next([("with more processes", again)])
 
 
 def _table(result: LoaderComparison) -> Table:

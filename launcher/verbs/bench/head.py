@@ -107,13 +107,13 @@ def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, fol
 
     folder.mkdir(parents=True, exist_ok=True)
     console.out.print(measurements_table(results))
-    console.list_commands("Ratios", time_ratios(results, in_turn))
+    console.list_rows("Ratios", time_ratios(results, in_turn))
     save_measurements(results, in_turn, folder / "head.json")
     plot_measurements(results, folder / "head.png")
     files = [("plot", f"{folder}/head.png"), ("figures", f"{folder}/head.json")]
-    console.list_commands("Where it is", files)
-    larger = "mhe bench head --kinds mhs --classes 1_000_000_000 --memory file --dtype bfloat16"
-    console.list_commands("Next", [("a billion classes", larger)])
+    console.list_rows("Where it is", files)
+    options = "--kinds mhs --classes 1_000_000_000 --memory file --dtype bfloat16"
+    console.list_next([("a billion classes", ["mhe", "bench", "head", *options.split()])])
 
 
 def _device() -> str | None:

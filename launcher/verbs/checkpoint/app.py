@@ -64,8 +64,8 @@ def inspect(
         table.add_row(*row)
     console.out.print(table)
     if not every:
-        command = f"mhe checkpoint inspect {path} --all"
-        console.list_commands("Next", [("see every tensor", command)])
+        words = ["mhe", "checkpoint", "inspect", path, "--all"]
+        console.list_next([("see every tensor", words)])
 
 
 def _by_kind(tensors: Tensors) -> Iterable[tuple[str, str, str]]:

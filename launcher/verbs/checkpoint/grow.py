@@ -37,8 +37,8 @@ def grow(
         )
     console.say(f"Written: {escape(path)}")
     name = out.rstrip("/").rpartition("/")[2]
-    command = f"mhe train CONFIG run.name={name} data.shards=SHARDS_OF_{classes}_CLASSES"
-    console.list_commands("Next", [("go on", command)])
+    words = [f"run.name={name}", f"data.shards=SHARDS_OF_{classes}_CLASSES"]
+    console.list_next([("go on", ["mhe", "train", "CONFIG", *words])])
 
 
 def verify(url: Url) -> None:

@@ -73,9 +73,9 @@ def glyphs(
         write_glyphs(fonts, out, settings, progress, processes or available_cores())
     for name in (TRAIN, HELDOUT):
         console.say(convert.describe(ShardIndex.load(f"{out}/{name}")))
-    places = f"data.shards={out}/{TRAIN} evaluate.shards={out}/{HELDOUT}"
-    command = f"mhe train quickstart run.name=glyphs data.glyphs=null {places}"
-    console.list_commands("Next", [("train on it", command)])
+    words = ["run.name=glyphs", "data.glyphs=null", f"data.image_size={image_size}"]
+    words += [f"data.shards={out}/{TRAIN}", f"evaluate.shards={out}/{HELDOUT}"]
+    console.list_next([("train on it", ["mhe", "train", "quickstart", *words])])
 
 
 app.command()(check.index)

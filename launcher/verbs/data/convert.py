@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -13,6 +11,7 @@ from rich.markup import escape
 
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
+from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
@@ -102,10 +101,9 @@ def resumable() -> Iterator[None]:
         with interruptible():
             yield
     except Interrupted as stop:
-        command = shlex.join(["mhe", *sys.argv[1:]])
         console.say(
             "[yellow]Stopped.[/] What is finished is kept; the same command goes on with it:\n"
-            f"  [cyan]{escape(command)}[/]"
+            f"  [cyan]{escape(invoked_command())}[/]"
         )
         raise typer.Exit(stop.exit_code) from None
 
@@ -118,14 +116,13 @@ def tell(made: ImportResult) -> None:
     if made.faults:
         listing = f"{made.index.folder}/skipped.tsv"
         console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(listing)}")
-    folder = shlex.quote(made.index.folder)
-    console.list_commands(
-        "Next",
+    folder = made.index.folder
+    console.list_next(
         [
-            ("look at it", f"mhe data show {folder}"),
-            ("check it", f"mhe data verify {folder}"),
-            ("train on it", f"mhe train CONFIG data.shards={folder}"),
-        ],
+            ("look at it", ["mhe", "data", "show", folder]),
+            ("check it", ["mhe", "data", "verify", folder]),
+            ("train on it", ["mhe", "train", "CONFIG", f"data.shards={folder}"]),
+        ]
     )
 
 

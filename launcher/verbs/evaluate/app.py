@@ -92,7 +92,7 @@ def heldout(
     results = {"shards": settings.shards, **metrics}
     curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
     save_results(backbone, "heldout", results, curves, f"ROC, {settings.shards}", {})
-    console.list_commands("Next", [("export it", f"mhe export {run}")])
+    console.list_next([("export it", ["mhe", "export", run])])
 
 
 @app.command()

@@ -142,6 +142,8 @@ def test_a_run_from_submission_to_its_end(api: Api, file: str, capsys) -> None:
     assert "RayJob small-1 is running with this run" in capsys.readouterr().err
     assert cli.run(["k8s", "logs", "small"]) == 2
     assert "prints nothing yet" in capsys.readouterr().err
+    assert cli.run(["k8s", "stop", "small", "--context", "here"]) == 0
+    assert "mhe k8s status small-1 --context here says when" in capsys.readouterr().out
 
     api.now("small-1", "SUCCEEDED", "Complete")
     assert cli.run(["k8s", "status", "small"]) == 0

@@ -125,7 +125,7 @@ def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys:
     said = capsys.readouterr().out
     assert "2/2  small-mhp-seed0" in said
     assert "Not complete: PartialFC 0.1: seed 0" in said
-    assert "train what is missing  mhe reproduce small data.glyphs=null" in said
+    assert "mhe reproduce small data.glyphs=null" in said
     before = Path("runs/reproduce/small-full-seed0/summary.json").stat().st_mtime_ns
     assert mhe("small", "--only", "full", "--seeds", "2") == 0
     assert trainer.trained[2:] == ["small-full-seed1"]

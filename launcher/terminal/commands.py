@@ -1,0 +1,60 @@
+"""Commands that are printed to be pasted: quoted, and found by the shell that reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROGRAM_FOLDER = Path(sys.executable).parent
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as one pastes it: its program as the shell finds it, every word quoted as needed.
+
+    Args:
+        words: of the command; the first one names a program of this environment: mhe, mlflow,
+            python.
+    """
+    return shlex.join([locate_program(words[0]), *words[1:]])
+
+
+def invoked_command() -> str:
+    """The command that this process was started with."""
+    return command_line(["mhe", *sys.argv[1:]])
+
+
+def locate_program(name: str) -> str:
+    """The program's name if the shell finds the one of this environment, else its path.
+
+    A path below the working directory is given relative to it, as `.venv/bin/mhe`.
+    """
+    program = PROGRAM_FOLDER / name
+    found = shutil.which(name)
+    if not program.exists() or (found and os.path.samefile(Path(found).parent, PROGRAM_FOLDER)):
+        return name
+    try:
+        return str(program.relative_to(Path.cwd()))
+    except ValueError:
+        return str(program)
+
+
+def loading_code(export: str, path: str, model: str = "") -> str:
+    """A line of Python that loads an exported backbone.
+
+    Args:
+        export: format: timm, onnx or torch-export.
+        path: of the folder or file.
+        model: name of the timm model; one that is mhe's own has to be imported first.
+    """
+    where = json.dumps(path if export != "timm" else f"local-dir:{path}")
+    if export == "timm":
+        ours = "mhe_dist.backbone.iresnet, " if model.startswith("iresnet") else ""
+        return f"import {ours}timm; timm.create_model({where}, pretrained=True)"
+    if export == "onnx":
+        return f"import onnxruntime; onnxruntime.InferenceSession({where})"
+    return f"import torch; torch.export.load({where}).module()"
