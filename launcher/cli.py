@@ -54,7 +54,7 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "export": (
         "launcher.verbs.results:export",
-        "Export the backbone of a run's newest checkpoint, and compare what was written with it.",
+        "Export the backbone of a run's newest checkpoint, and compare the files with it.",
     ),
     "embed": (
         "launcher.verbs.results:embed",
@@ -66,20 +66,19 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "reproduce": (
         "launcher.verbs.reproduce:reproduce",
-        "Train every variant of a comparison, and write the page with tables and pictures.",
+        "Train every variant of a comparison, and write a page with tables and plots.",
     ),
     "sync": (
         "launcher.verbs.results:sync",
-        "Send the metrics of a run that did not reach MLflow, because it was down when the run "
-        "ended.",
+        "Send the metrics of a run to MLflow that did not reach it, because it was down at the end.",
     ),
     "doctor": (
         "launcher.verbs.doctor:doctor",
-        "Look over this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.",
+        "Check this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.",
     ),
     "evaluate": (
         "launcher.verbs.evaluate.app:app",
-        "Evaluate the newest checkpoint of a run; without another word, on its held-out shards.",
+        "Evaluate the newest checkpoint of a run; without another verb, on its held-out shards.",
     ),
     "data": (
         "launcher.verbs.data.app:app",

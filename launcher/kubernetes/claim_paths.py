@@ -45,7 +45,7 @@ def place_on_claim(config: Config, claim: str) -> PlacedConfig:
     placed = PlacedConfig(config, [], [])
     wrong: list[str] = []
 
-    def place(key: str, path: str) -> str:
+    def pod_path(key: str, path: str) -> str:
         protocol, plain = split_protocol(path)
         if protocol not in (None, "file", "local"):
             return path
@@ -61,7 +61,7 @@ def place_on_claim(config: Config, claim: str) -> PlacedConfig:
         wrong.append(f"{key}={path}: {_cure(key, plain, relative, claim)}")
         return path
 
-    made = map_paths(config, place)
+    made = map_paths(config, pod_path)
     if wrong:
         raise UserError(
             "\n  ".join(["a pod keeps nothing but what is on its claim or at a URL:", *wrong])

@@ -76,7 +76,7 @@ def render(
     if cluster:
         made = [build_raycluster(settings, target)]
     else:
-        placed = _place(settings, claim)
+        placed = _with_pod_paths(settings, claim)
         settings = placed.config
         if placed.on_claim and not claim:
             console.note(f"nothing is mounted at {CLAIM_FOLDER} here: a patch has to, or --claim")
@@ -104,7 +104,7 @@ def submit(
 
     Example: mhe k8s submit run.yaml --image registry.example/mhe@sha256:... --claim mhe-data
     """
-    placed = _place(_load(config, overrides), claim)
+    placed = _with_pod_paths(_load(config, overrides), claim)
     require_claim(placed, claim)
     settings = placed.config
     target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
@@ -185,8 +185,8 @@ def stop(
         return
     api.stop(state, now)
     what = "is deleted" if now or not state.cluster else "saves and stops"
-    ask = command_line(["mhe", "k8s", "status", state.name, *_where(namespace, context)])
-    console.say(f"{escape(state.name)} {what}; {escape(ask)} says when.")
+    status_command = command_line(["mhe", "k8s", "status", state.name, *_where(namespace, context)])
+    console.say(f"{escape(state.name)} {what}; {escape(status_command)} says when.")
 
 
 def _where(namespace: str, context: str) -> list[str]:
@@ -199,7 +199,7 @@ def _load(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [], [check_backbone])
 
 
-def _place(config: Config, claim: str) -> PlacedConfig:
+def _with_pod_paths(config: Config, claim: str) -> PlacedConfig:
     """The config with the paths that hold in a pod; says which ones changed."""
     placed = place_on_claim(config, claim)
     for key, before, after in placed.moved:
