@@ -70,7 +70,8 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "sync": (
         "launcher.verbs.results:sync",
-        "Send the metrics of a run to MLflow that did not reach it, because it was down at the end.",
+        "Send the metrics of a run to MLflow that did not reach it, because it was down at "
+        "the end.",
     ),
     "doctor": (
         "launcher.verbs.doctor:doctor",
