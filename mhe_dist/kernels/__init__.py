@@ -1,0 +1,1 @@
+"""Triton kernels that take the place of eager passages on CUDA tensors, and when they do."""
