@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from mhe_dist.config.schema import Config
+from mhe_dist.distributed.device import choose_device
 
 NO_TELEMETRY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
-}
-NCCL = {
-    "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a lost rank ends the others, they do not hang
-    "TORCH_NCCL_BLOCKING_WAIT": "0",
 }
 DRIVER_ENVIRONMENT = {
     **NO_TELEMETRY,
@@ -38,7 +34,7 @@ def worker_environment(config: Config) -> dict[str, str]:
     threads = str(config.scale.cpus_per_worker)
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
-    return variables | (NCCL if config.scale.gpu else {})
+    return variables | choose_device(config.scale.gpu).environment
 
 
 def worker_resources(config: Config) -> dict[str, float]:

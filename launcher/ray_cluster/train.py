@@ -18,6 +18,7 @@ from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, mailbox_name
 from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
+from mhe_dist.distributed.device import choose_device
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
@@ -184,7 +185,7 @@ def _fit(settings: dict[str, Any]) -> None:
         train_loop_per_worker=train_worker,
         train_loop_config=settings,
         torch_config=TorchConfig(
-            backend="nccl" if scale.gpu else "gloo", timeout_s=int(scale.timeout_s)
+            backend=choose_device(scale.gpu).backend, timeout_s=int(scale.timeout_s)
         ),
         scaling_config=ScalingConfig(
             num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,

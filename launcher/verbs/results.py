@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.terminal.commands import loading_code
-from launcher.verbs.evaluate.shared import RunName, join_ranks, spinner
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking.factory import sync_mlflow
 from pipelines.runs.folder import find_run, read_run_config
@@ -107,6 +107,7 @@ def embed(
     out: Annotated[str, typer.Option(help="The .npz file.")] = "embeddings.npz",
     flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1.")] = False,
+    gpu: GpuOption = None,
 ) -> None:
     """Embed every image below a folder, or every sample of a set of shards.
 
@@ -118,7 +119,7 @@ def embed(
     from pipelines.evaluate.embed import write_embeddings
     from pipelines.runs.trained import load_trained_backbone
 
-    topology = join_ranks()
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     with spinner(topology, f"embedding {images}"):
         written = write_embeddings(

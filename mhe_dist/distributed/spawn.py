@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from mhe_dist.distributed.device import prepare_rank, rank_device
 from mhe_dist.distributed.topology import connect, disconnect
 
 
@@ -19,7 +20,7 @@ def run_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    device: str | None = "cpu",
+    gpu: bool = False,
     timeout_s: float = 60.0,
     start_method: str = "spawn",
 ) -> list[Any]:
@@ -29,7 +30,7 @@ def run_ranks(
         fn: a function of a module, that returns tensors and plain containers.
         world_size: W.
         args: of the function; they are pickled.
-        device: "cpu" with gloo, or None for a GPU each with NCCL where there are any.
+        gpu: whether each rank has a GPU, with NCCL; else it sees none, with gloo.
         timeout_s: of a collective.
         start_method: of `multiprocessing`; "forkserver" is quicker and shares what was imported.
     """
@@ -37,7 +38,7 @@ def run_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        settings = (fn, world_size, port, folder, device, timeout_s, args)
+        settings = (fn, world_size, port, folder, gpu, timeout_s, args)
         mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
@@ -50,14 +51,15 @@ def _rank_main(
     world_size: int,
     port: int,
     folder: str,
-    device: str | None,
+    gpu: bool,
     timeout_s: float,
     args: tuple[Any, ...],
 ) -> None:
+    prepare_rank(gpu)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    topology = connect(timeout_s, torch.device(device) if device else None)
+    topology = connect(timeout_s, rank_device(gpu))
     result = fn(topology, *args)
     torch.save(result, Path(folder) / f"{rank}.pt")
     topology.barrier()

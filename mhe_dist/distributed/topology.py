@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhe_dist.distributed.device import choose_device, default_device
+
 Group = dist.ProcessGroup | None
 CPU = torch.device("cpu")
 
@@ -63,12 +65,12 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
 
     Args:
         timeout_s: seconds after which a collective that one rank does not join ends.
-        device: where to compute; by default this rank's GPU, or the CPU where there is none.
+        device: where to compute: `rank_device(scale.gpu)` in a run; by default `default_device()`.
     """
     device = device or default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = choose_device(device.type == "cuda").backend
     timeout = timedelta(seconds=timeout_s)
     # Of groups that libraries make without saying how long; DeepSpeed does.
     dist.distributed_c10d.default_pg_timeout = timeout
@@ -83,13 +85,6 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
     if backend != "gloo":
         host_group = cast(Group, dist.new_group(backend="gloo", timeout=timeout))
     return Topology(dist.get_rank(), dist.get_world_size(), device, world, host_group)
-
-
-def default_device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 def disconnect() -> None:

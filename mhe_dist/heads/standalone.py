@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import gather_rows
-from mhe_dist.distributed.topology import Topology, connect, default_device
+from mhe_dist.distributed.device import default_device
+from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
 from mhe_dist.heads.registry import build_head
@@ -64,7 +65,8 @@ def create_head(
         optim: "sgd" or "adamw", or the block `head.optim` of the config.
         bank: the block `head.bank` of the config: where rows are stored, and in which type.
         dtype: type in which the head computes.
-        device: where it computes; by default this rank's GPU, or the CPU where there is none.
+        device: where it computes; by default this rank's GPU, or the CPU where there is none or
+            where the process group carries no CUDA tensors (gloo).
         steps_per_epoch: needed for the option `repartition_every` alone.
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups` and

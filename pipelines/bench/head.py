@@ -95,7 +95,7 @@ class HeadCase:
         return self.bank_bytes + gradient.get(self.kind, 0) + (1 << 30)
 
 
-def measure_case(case: HeadCase, device: str | None = "cpu") -> dict[str, float]:
+def measure_case(case: HeadCase, gpu: bool = False) -> dict[str, float]:
     """Measure a case on fresh ranks.
 
     Returns:
@@ -106,9 +106,7 @@ def measure_case(case: HeadCase, device: str | None = "cpu") -> dict[str, float]
         `classes_seen`: per sample; `steps`: number of steps that count.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
-        ranks = run_ranks(
-            _measure_rank, case.world_size, case, folder, device=device, timeout_s=900.0
-        )
+        ranks = run_ranks(_measure_rank, case.world_size, case, folder, gpu=gpu, timeout_s=900.0)
     slowest = {
         name: float(np.median(np.max([rank[name] for rank in ranks], axis=0)))
         for name in (*PHASES, "step", "first")
@@ -124,12 +122,12 @@ def measure_case(case: HeadCase, device: str | None = "cpu") -> dict[str, float]
     }
 
 
-def measure_in_turn(cases: Sequence[HeadCase], device: str | None = "cpu") -> list[float]:
+def measure_in_turn(cases: Sequence[HeadCase], gpu: bool = False) -> list[float]:
     """Median seconds of a step of each case on the slowest rank, while the cases take turns."""
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
         args = (list(cases), folder)
         world_size = cases[0].world_size
-        ranks = run_ranks(_time_in_turn, world_size, *args, device=device, timeout_s=900.0)
+        ranks = run_ranks(_time_in_turn, world_size, *args, gpu=gpu, timeout_s=900.0)
     return np.median(np.max(ranks, axis=0), axis=1).tolist()
 
 

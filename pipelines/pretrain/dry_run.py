@@ -18,8 +18,8 @@ import torch
 
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
-from mhe_dist.distributed import topology
 from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import import_deepspeed
@@ -84,6 +84,7 @@ def measure_steps(
     for name in libraries:
         importlib.import_module(name)
     import_deepspeed(topology.device)
+    on_gpu = topology.device.type == "cuda"
     base = psutil.Process().memory_info().rss
     run = Run(config, topology, ignore_event)
     marks = [time.perf_counter()]
@@ -97,7 +98,7 @@ def measure_steps(
             step_s=(warm[-1] - warm[0]) / max(1, len(warm) - 1),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             base_bytes=base,
-            device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            device_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
             rows_bytes=sum(t.numel() * t.element_size() for t in run.head.state().tensors.values()),
         )
     )
@@ -123,13 +124,12 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
         largest of each figure of the workers' `TrialMeasurement`s) and `samples` of an epoch.
     """
     index = open_training_index(config.data, config.run.seed)
-    precision = resolve_precision(config.train.precision, topology.default_device())
+    precision = resolve_precision(config.train.precision, rank_device(config.scale.gpu))
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
         values = config_to_dict(share_of_run(config, workers, folder))
-        seen = run_ranks(
-            measure_steps, workers, values, libraries, device=None, timeout_s=TIMEOUT_S
-        )
+        arguments, gpu = (values, libraries), config.scale.gpu
+        seen = run_ranks(measure_steps, workers, *arguments, gpu=gpu, timeout_s=TIMEOUT_S)
     return {
         "footprint": asdict(estimated),
         "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},

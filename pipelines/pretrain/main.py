@@ -12,7 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mhe_dist.config.schema import Config
+from mhe_dist.config.schema import Config, ScaleConfig
+from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.distributed.watchdog import watched
 from mhe_dist.engine.engine import leave_process_group
@@ -41,21 +42,21 @@ def run_pretraining(config: Config, on_event: EventHandler = ignore_event) -> di
         Stuck: a rank did not come to a collective within `scale.timeout_s`.
         Diverged: the run no longer learns (`pipelines.pretrain.rollback`).
     """
-    with _connected(config.scale.timeout_s) as topology:
+    with _connected(config.scale) as topology:
         while (summary := _attempt(Run(config, topology, on_event))) is None:
             pass
     return summary
 
 
 @contextmanager
-def _connected(timeout_s: float) -> Iterator[Topology]:
+def _connected(scale: ScaleConfig) -> Iterator[Topology]:
     """The ranks of the run; a request to stop ends with it.
 
     A process group that was made here is left again, but by a failed rank only where it is alone:
     it must not enter another collective.
     """
     is_ours = not dist.is_initialized()
-    topology = connect(timeout_s)
+    topology = connect(scale.timeout_s, rank_device(scale.gpu))
     in_order = topology.world_size == 1
     try:
         yield topology

@@ -72,6 +72,17 @@ def load_trained_backbone(run: str, device: torch.device | None = None) -> Train
     )
 
 
+def read_trained_config(run: str) -> Config:
+    """The config of a run, which `load_trained_backbone` names in the same way.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    folder, _, name = run.rstrip("/").rpartition("/")
+    path = folder.rpartition("/")[0] if name.startswith("step_") else run.rstrip("/")
+    return stored_config(read_run_config(find_run(path)) or {})
+
+
 def _checkpoint(run: str) -> tuple[str, Checkpoint]:
     """Path of a run, and the checkpoint that is meant."""
     from pipelines.runs.warm_start import find_checkpoint

@@ -98,6 +98,27 @@ def test_a_resumed_run_is_the_same_run(
     assert tiny.differing(config, uninterrupted) == []
 
 
+def run_beside_a_gpu(topology: Topology, config: dict) -> bool:
+    """One rank of a run on the CPU, on a machine with one GPU; alone it makes its own group."""
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    if topology.world_size == 1:
+        disconnect()
+    return run_rank(topology, config, stop_at=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gpu_that_the_config_does_not_ask_for_is_left_alone(
+    run_distributed, uninterrupted: Config, tmp_path: Path, world_size: int
+) -> None:
+    config = uninterrupted.model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    values = config.model_dump()
+    values["train"]["max_steps"], values["scale"]["workers"] = 2, world_size
+    assert run_distributed(run_beside_a_gpu, world_size, values) == [True] * world_size
+    assert tiny.per_step(config)[1] == tiny.per_step(uninterrupted)[1][:2]
+
+
 def run_preempted(topology: Topology, config: dict) -> str:
     """The last rank is told to stop while the first window of steps is trained."""
 

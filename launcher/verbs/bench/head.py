@@ -50,6 +50,7 @@ def head(
     seconds: Annotated[
         float, typer.Option(min=0, help="No step of a case is begun after this long.")
     ] = 60.0,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Compute on GPUs, one for each rank.")] = False,
     out: Annotated[str, typer.Option(help="Folder for head.json and head.png.")] = "runs/bench",
 ) -> None:
     """Measure a step of each head: time, memory, traffic, beside the bare matrix products.
@@ -64,7 +65,7 @@ def head(
     sizes = {"world_size": world_size, "length": length, "extra_heads": extra_heads}
     bounds = {"steps": steps, "seconds": seconds}
     cases = _cases(kinds, classes, {"memory": memory.value, "dtype": dtype.value} | sizes | bounds)
-    _show_measurements(*_measure_cases(cases), Path(out))
+    _show_measurements(*_measure_cases(cases, gpu), Path(out))
 
 
 def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[HeadCase]:
@@ -76,23 +77,23 @@ def _cases(kinds: str, classes: str, settings: dict[str, Any]) -> list[HeadCase]
     ]
 
 
-def _measure_cases(cases: list[HeadCase]) -> tuple[list[HeadMeasurement], TimesInTurn]:
+def _measure_cases(cases: list[HeadCase], gpu: bool) -> tuple[list[HeadMeasurement], TimesInTurn]:
     """Measure the cases that fit into memory, then those that take turns."""
     from pipelines.bench.head import measure_case
     from pipelines.bench.head_report import HeadMeasurement, TimesInTurn
 
-    device, results = _device(), []
+    results = []
     for number, case in enumerate(cases, 1):
         if _fits_in_memory(case):
             with console.out.status(f"{number} of {len(cases)}: {_case_title(case)}"):
-                figures = measure_case(case, device)
+                figures = measure_case(case, gpu)
             console.out.print(f"{_case_title(case)}: {1e3 * figures['step']:,.0f} ms")
             results.append(HeadMeasurement(case, figures))
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
-    plain = device == "cpu" and (cases[0].memory, cases[0].dtype) == ("device", "float32")
+    plain = not gpu and (cases[0].memory, cases[0].dtype) == ("device", "float32")
     with console.out.status("mhs, in turn over the classes"):
-        mhs = _measure_in_turn(cases, device)
+        mhs = _measure_in_turn(cases, gpu)
     with console.out.status("the bare products"):
         return results, TimesInTurn(mhs, _measure_bare_products(cases) if plain else None)
 
@@ -114,12 +115,6 @@ def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, fol
     console.list_rows("Where it is", files)
     options = "--kinds mhs --classes 1_000_000_000 --memory file --dtype bfloat16"
     console.list_next([("a billion classes", ["mhe", "bench", "head", *options.split()])])
-
-
-def _device() -> str | None:
-    import torch
-
-    return None if torch.cuda.is_available() else "cpu"
 
 
 def _parse_kinds(kinds: str) -> list[str]:
@@ -156,7 +151,7 @@ def _fits_in_memory(case: HeadCase) -> bool:
     return False
 
 
-def _measure_in_turn(cases: list[HeadCase], device: str | None) -> dict[int, float]:
+def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> dict[int, float]:
     """Classes -> seconds of a routed step, of the largest case and those that fit beside it."""
     from pipelines.bench.head import fit_in_memory, measure_in_turn
 
@@ -166,7 +161,7 @@ def _measure_in_turn(cases: list[HeadCase], device: str | None) -> dict[int, flo
             chosen.append(case)
     if len(chosen) < 2:
         return {}
-    seconds = measure_in_turn(chosen, device)
+    seconds = measure_in_turn(chosen, gpu)
     return {case.classes: taken for case, taken in zip(chosen, seconds, strict=True)}
 
 

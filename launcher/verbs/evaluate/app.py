@@ -18,6 +18,7 @@ from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.evaluate.own_images import identification, probe
 from launcher.verbs.evaluate.shared import (
     FlipOption,
+    GpuOption,
     MlflowOption,
     RunName,
     join_ranks,
@@ -59,6 +60,7 @@ def heldout(
     flip: Annotated[
         bool | None, typer.Option(help="Add the embedding of the mirrored image.")
     ] = None,
+    gpu: GpuOption = None,
 ) -> None:
     """Held-out classes of a shard set, 1:1 and 1:N.
 
@@ -66,7 +68,7 @@ def heldout(
     """
     from pipelines.evaluate.heldout import evaluate_heldout
 
-    topology = join_ranks()
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     config = backbone.config
     settings = config.evaluate
@@ -107,6 +109,7 @@ def verification(
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of the images of --pairs.")] = ".",
     flip: FlipOption = True,
+    gpu: GpuOption = None,
     mlflow: MlflowOption = True,
 ) -> None:
     """Pairs of images, 1:1: ten-fold accuracy and TAR at FAR, with 95 % bootstrap intervals.
@@ -120,10 +123,10 @@ def verification(
     paths = [*(sets or []), *(more or [])]
     if not paths and not pairs:
         raise UserError("name the sets: --sets lfw.bin cfp_fp.bin ..., or --pairs FILE.csv")
-    topology = join_ranks()
     pair_sets = read_bin_sets(paths)
     if pairs:
         pair_sets.append(read_table_set(pairs, images))
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     with spinner(topology, f"embedding {sum(each.images.count for each in pair_sets):,} images"):
         results = verify_pair_sets(
@@ -147,6 +150,7 @@ def verification(
 def ijb(
     run: RunName,
     root: Annotated[str, typer.Option(help="Folder that holds loose_crop/ and meta/.")],
+    gpu: GpuOption = None,
     mlflow: MlflowOption = True,
 ) -> None:
     """IJB-B or IJB-C: templates 1:1 at FAR 1e-6 to 1e-1, and 1:N by rank and TPIR at FPIR.
@@ -156,8 +160,8 @@ def ijb(
     from pipelines.evaluate.ijb import evaluate_ijb
     from pipelines.evaluate.sets.ijb_files import load_ijb
 
-    topology = join_ranks()
     ijb_set = load_ijb(root)
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     with spinner(topology, f"embedding {ijb_set.count:,} faces of {root}"):
         result = evaluate_ijb(backbone.embed, ijb_set, topology, backbone.config.data.image_size)

@@ -8,7 +8,14 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import MlflowOption, RunName, join_ranks, save_results, spinner
+from launcher.verbs.evaluate.shared import (
+    GpuOption,
+    MlflowOption,
+    RunName,
+    join_ranks,
+    save_results,
+    spinner,
+)
 from pipelines.runs.trained import load_trained_backbone
 
 Source = Annotated[
@@ -26,6 +33,7 @@ def identification(
     flip: Annotated[
         bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
     ] = None,
+    gpu: GpuOption = None,
     mlflow: MlflowOption = True,
 ) -> None:
     """Own images, 1:N: one of each class is enrolled, and the others are looked up among those.
@@ -36,7 +44,7 @@ def identification(
     """
     from pipelines.evaluate.own_images import identify_own_images
 
-    topology = join_ranks()
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     if flip is None:
         flip = backbone.config.evaluate.flip
@@ -75,6 +83,7 @@ def probe(
         str, typer.Option(help="The same for testing; a fifth of --images if left out.")
     ] = "",
     k: Annotated[int, typer.Option(min=1, help="Neighbours of the k-NN.")] = 20,
+    gpu: GpuOption = None,
     mlflow: MlflowOption = True,
 ) -> None:
     """Is the backbone good for another task? k-NN and a linear classifier on its embeddings.
@@ -83,7 +92,7 @@ def probe(
     """
     from pipelines.evaluate.probe import probe_images
 
-    topology = join_ranks()
+    topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     with spinner(topology, f"embedding {images}"):
         result = probe_images(

@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from mhe_dist.errors import RunError
-from pipelines.runs.trained import TrainedBackbone
+from pipelines.runs.trained import TrainedBackbone, read_trained_config
 
 if TYPE_CHECKING:
     from mhe_dist.distributed.topology import Topology
@@ -25,18 +25,31 @@ RunName = Annotated[
     ),
 ]
 FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
+GpuOption = Annotated[bool | None, typer.Option(help="Compute on a GPU; left out: as the run did.")]
 MlflowOption = Annotated[
     bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures to the run.")
 ]
 
 
-def join_ranks() -> Topology:
-    """Join the processes that torchrun started; without torchrun this process is alone."""
-    from mhe_dist.distributed.topology import Topology, connect, default_device
+def join_ranks(run: str, gpu: bool | None) -> Topology:
+    """Join the processes that torchrun started; without torchrun this process is alone.
 
-    if "RANK" in os.environ:
-        return connect()
-    return Topology(device=default_device())
+    Args:
+        run: what is evaluated, as `RunName` says.
+        gpu: whether each process has a GPU; None: as the run's config says.
+
+    Raises:
+        UserError: there is no GPU for this process.
+    """
+    from mhe_dist.distributed.device import prepare_rank, rank_device
+    from mhe_dist.distributed.topology import Topology, connect
+
+    if gpu is None:
+        gpu = read_trained_config(run).scale.gpu
+    if "RANK" not in os.environ:
+        return Topology(device=rank_device(gpu))
+    prepare_rank(gpu)
+    return connect(device=rank_device(gpu))
 
 
 def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from launcher import cli
@@ -149,3 +151,14 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     assert "asks for posix.system" in message
     assert "no run at nowhere" in said(["evaluate", "nowhere"], capsys, 2)
     assert "not a complete checkpoint" in said(["evaluate", f"{run}/checkpoints/step_9"], capsys, 2)
+
+
+def test_the_config_of_the_run_says_where_it_is_evaluated(run: str, tmp_path: Path, capsys) -> None:
+    values = yaml.safe_load(Path(run, "config.yaml").read_text())
+    other = tmp_path / "gpu"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text(yaml.safe_dump(values | {"scale": {"gpu": True}}))
+    assert "torch sees no GPU" in said(["evaluate", str(other)], capsys, 2)
+    assert said(["evaluate", str(other), "--no-gpu"], capsys)
+    checkpoint = str(other / "checkpoints" / "step_00000024")
+    assert "torch sees no GPU" in said(["evaluate", checkpoint], capsys, 2)

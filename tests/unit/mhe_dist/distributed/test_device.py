@@ -1,0 +1,94 @@
+"""Device, backend and environment follow the config, whatever the machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.ray_cluster.environment import worker_environment
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed import device
+from mhe_dist.distributed.device import choose_device, default_device, prepare_rank, rank_device
+from mhe_dist.errors import UserError
+from tests import tiny
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one GPU, as torch tells it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def test_a_run_without_a_gpu_computes_on_the_cpu_of_a_machine_that_has_one(one_gpu) -> None:
+    assert rank_device(gpu=False) == torch.device("cpu")
+    assert choose_device(gpu=False).backend == "gloo"
+
+
+def test_a_run_with_a_gpu_takes_that_of_its_number(one_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert rank_device(gpu=True) == torch.device("cuda", 0)
+    assert choose_device(gpu=True).backend == "nccl"
+
+
+def test_more_ranks_than_gpus_are_refused(one_gpu, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="rank 1 of this node has no GPU: torch sees 1"):
+        rank_device(gpu=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"scale.gpu=true, but torch sees no GPU.*scale.gpu=false"):
+        rank_device(gpu=True)
+
+
+def test_a_rank_without_a_gpu_sees_none(monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    prepare_rank(gpu=True)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+    prepare_rank(gpu=False)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_workers_of_ray_get_that_environment(gpu: bool) -> None:
+    config = Config.model_validate({"data": {"shards": "x"}, "scale": {"gpu": gpu}})
+    variables = worker_environment(config)
+    assert variables.items() >= choose_device(gpu).environment.items()
+    assert ("CUDA_VISIBLE_DEVICES" in variables) is not gpu
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"), [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cuda:0")]
+)
+def test_a_loop_without_a_config_follows_its_process_group(
+    one_gpu, monkeypatch, backends: str, expected: str
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert default_device() == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(device, "_backends", lambda: backends)
+    assert default_device() == torch.device(expected)
+
+
+def test_torchrun_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "train")
+    words = ["configs/quickstart.yaml", "data.glyphs=null", f"data.shards={shards}"]
+    words += ["scale.gpu=true", "scale.workers=1", "evaluate.shards=", "evaluate.typefaces={}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.pretrain", *words, f"run.dir={tmp_path}"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "RANK": "0", "LOCAL_RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: scale.gpu=true, but torch sees no GPU here" in done.stderr
