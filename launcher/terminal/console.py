@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from launcher.terminal.commands import command_line
 
@@ -30,6 +31,12 @@ def error(text: str) -> None:
 def note(text: str) -> None:
     """Print plain text that is no result to standard error, where it spoils no output."""
     err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+
+
+def show_table(title: str, table: Table) -> None:
+    """Print a table below its title, which a title of the table itself would be wrapped to fit."""
+    say(f"[bold]{escape(title)}[/]")
+    out.print(table)
 
 
 def list_next(rows: Iterable[tuple[str, str | Sequence[str]]]) -> None:

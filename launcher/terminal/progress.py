@@ -130,8 +130,8 @@ class ProgressDisplay:
         return f"{format_duration(seconds)} left"
 
     def _evaluation(self, event: Event) -> None:
-        figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(event))
-        self._say(f"step {event['step']:,}  held-out: {figures}")
+        figures = [f"{name} {value}" for name, value in accuracy_rows(event)]
+        self._say(_break_between(f"step {event['step']:,}  held-out: ", figures, self._console))
 
     def _bad_samples(self, event: Event) -> None:
         count = f"{event['count']:,} bad samples so far, replaced by others"
@@ -182,6 +182,22 @@ class ProgressDisplay:
 def is_live(terminal: Console) -> bool:
     """Whether bars can be drawn and redrawn: in a terminal, or in a notebook with ipywidgets."""
     return terminal.is_terminal or (terminal.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+def _break_between(begin: str, figures: list[str], terminal: Console) -> str:
+    """A list after its beginning; lines that a terminal would break end between two figures.
+
+    A file gets one line, whatever its length, so that it can be searched.
+    """
+    lines = [begin]
+    for number, figure in enumerate(figures):
+        word = figure + ("," if number < len(figures) - 1 else "")
+        space = " " if number and lines[-1].strip() else ""
+        if terminal.is_terminal and len(lines[-1] + space + word) > terminal.width and number:
+            lines.append("    ")
+            space = ""
+        lines[-1] += space + word
+    return "\n".join(lines)
 
 
 def announce_once(say: Callable[[str], None], what: str) -> Callable[[int, int], None]:

@@ -18,13 +18,13 @@ Row = tuple[str, str]
 
 def show_summary(config: Config, summary: dict[str, Any]) -> None:
     """Print the figures of a complete run, where everything is, and what to type next."""
-    table = Table(title=f"Run {config.run.name}", show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in summary_rows(summary):
         table.add_row(name, escape(value))
     console.out.print()
-    console.out.print(table)
+    console.show_table(f"Run {config.run.name}", table)
     console.list_rows("Where it is", result_paths(config, summary))
     console.list_next(next_steps(config, summary))
 
@@ -38,6 +38,8 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[Row]:
         yield "loss", f"{training['loss']:.3f}"
     if heldout:
         yield from accuracy_rows(heldout)
+    if summary.get("protocol"):
+        yield "protocol of rank-1, TAR", summary["protocol"]
     yield "bad samples", f"{summary.get('bad_samples', 0):,}"
     yield "speed", f"{summary['images_per_s']:,.0f} images/s"
     phases = summary["phases"].items()

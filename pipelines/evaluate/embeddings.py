@@ -133,6 +133,22 @@ class ShardImages:
         return images
 
 
+def describe_protocol(index: ShardIndex | None, flip: bool) -> str:
+    """Which image of each class is enrolled, and what is compared; figures depend on both.
+
+    Args:
+        index: of the shards; None: a folder of images.
+        flip: whether the embedding of the mirrored image is added.
+    """
+    if index is None:
+        enrolled = "the first image of each class by file name"
+    elif index.meta.get("gallery") is not None:
+        enrolled = "the images that the shards name as gallery"
+    else:
+        enrolled = "the first image of each class in the order of the shards"
+    return f"enrolled: {enrolled}" + ("; mirrored images added" if flip else "")
+
+
 def gallery_mask(index: ShardIndex, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """bool `[N]`: enrolled. Those in `index.meta["gallery"]`, else the first of each class."""
     enrolled = index.meta.get("gallery")

@@ -14,7 +14,13 @@ import torch.distributed as dist
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, EmbeddedSet, embed_set, normalize_embeddings
+from pipelines.evaluate.embeddings import (
+    Embed,
+    EmbeddedSet,
+    describe_protocol,
+    embed_set,
+    normalize_embeddings,
+)
 from pipelines.evaluate.metrics.identification import Identification, identify
 from pipelines.evaluate.metrics.pair_sampling import draw_pairs, squared_distances
 from pipelines.evaluate.metrics.roc import FARS, tar_name
@@ -32,10 +38,12 @@ class Evaluation(NamedTuple):
         details: arrays for plots, on rank 0 (empty elsewhere): `far`, `tar` of the ROC;
             `probes` `[P]`, `nearest` `[P, k]` sample numbers in the set, `right` bool `[P, k]`:
             whether a neighbour is of the probe's class.
+        protocol: which images are enrolled, in words; on every rank.
     """
 
     metrics: dict[str, float]
     details: dict[str, npt.NDArray[Any]]
+    protocol: str = ""
 
     def save(self, path: str | Path) -> None:
         """Write the details as NumPy's `.npz`."""
@@ -77,7 +85,7 @@ def evaluate_heldout(
     metrics, message = broadcast_from_first((result.metrics, message), topology)
     if message:
         raise UserError(message)
-    return Evaluation(metrics, result.details)
+    return Evaluation(metrics, result.details, describe_protocol(index, settings.flip))
 
 
 def broadcast_from_first(value: Any, topology: Topology) -> Any:

@@ -42,4 +42,4 @@ def evaluate_in_training(
     results = verify_pair_sets(embed, sets, topology, image_size, with_intervals=False)
     metrics = {name: value for each in results for name, value in each.named_metrics().items()}
     metrics = broadcast_from_first(metrics, topology)
-    return Evaluation(evaluation.metrics | metrics, evaluation.details)
+    return evaluation._replace(metrics=evaluation.metrics | metrics)

@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate.embeddings import Embed, embed_labelled, normalize_embeddings
+from pipelines.evaluate.embeddings import (
+    Embed,
+    describe_protocol,
+    embed_labelled,
+    normalize_embeddings,
+)
 from pipelines.evaluate.metrics.all_pairs import compare_all_pairs
 from pipelines.evaluate.metrics.identification import identify
 from pipelines.evaluate.metrics.roc import FARS, Floats, tar_name
+from pipelines.shards.index import ShardIndex, index_exists
 
 
 @dataclass(frozen=True)
@@ -21,11 +27,13 @@ class OwnImagesResult:
             `all/tar@far=...` of all pairs.
         skipped_fars: requested FARs of all pairs that would take too much memory.
         roc: FAR and TAR of the gallery-probe pairs.
+        protocol: which images are enrolled, in words.
     """
 
     metrics: dict[str, float]
     skipped_fars: list[float]
     roc: tuple[Floats, Floats]
+    protocol: str
 
 
 def identify_own_images(
@@ -63,4 +71,6 @@ def identify_own_images(
         metrics |= {f"all/{tar_name(far)}": tar for far, tar in every.tar.items()}
         metrics |= {"genuine": float(every.genuine), "impostors": float(every.impostors)}
         skipped_fars = every.skipped_fars
-    return OwnImagesResult(metrics, skipped_fars, result.roc.curve(0.1))
+    index = ShardIndex.load(source) if index_exists(source) else None
+    protocol = describe_protocol(index, flip)
+    return OwnImagesResult(metrics, skipped_fars, result.roc.curve(0.1), protocol)

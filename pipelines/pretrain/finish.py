@@ -39,7 +39,7 @@ def finish_run(run: Run) -> dict[str, Any]:
         with run.recorder.phase("report"):
             _draw(run, evaluation)
     run.topology.barrier()
-    summary = _summary(run, evaluation.metrics, exports)
+    summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
         with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
             json.dump(summary, file, indent=2)
@@ -90,7 +90,7 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
 
 
 def _summary(
-    run: Run, results: dict[str, float], exports: dict[str, dict[str, Any]]
+    run: Run, evaluation: Evaluation, exports: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Figures of the whole run, and where everything is."""
     recorder, progress, config = run.recorder, run.progress, run.config
@@ -107,7 +107,8 @@ def _summary(
         "images_per_s": recorder.images / seconds if seconds else 0.0,
         "phases": {name: round(value, 2) for name, value in recorder.phases.items()},
         "training": recorder.last,
-        "heldout": results,
+        "heldout": evaluation.metrics,
+        "protocol": evaluation.protocol,
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
         "failed_checkpoints": run.checkpointer.failures,

@@ -73,7 +73,7 @@ def write_run_page(run: str, out: str) -> list[str]:
     records = read_records(f"{run}/metrics.jsonl")
     summary = json.loads(_read_bytes(f"{run}/summary.json") or b"{}")
     sections = [
-        *_picture_sections(run, config),
+        *_picture_sections(run, config, summary.get("protocol", "")),
         *_evaluation_sections(run),
         *_export_sections(summary),
         _restarts_section(records),
@@ -130,7 +130,7 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
         yield "minutes in all", f"{sum(summary['phases'].values()) / 60:.1f}"
 
 
-def _picture_sections(run: str, config: Config) -> Iterator[PageSection]:
+def _picture_sections(run: str, config: Config, protocol: str) -> Iterator[PageSection]:
     """The plots that `mhe train` draws too, drawn again from the records."""
     with TemporaryDirectory() as folder:
         for name in ("metrics.jsonl", "evaluation.npz"):
@@ -140,7 +140,10 @@ def _picture_sections(run: str, config: Config) -> Iterator[PageSection]:
         drawn = {path.stem: path for path in paths}
         for name, (title, text) in _PICTURES.items():
             if name in drawn:
-                yield PageSection(title, text, [_picture(title, drawn[name].read_bytes())])
+                says = f" ({protocol})" if name == "heldout" and protocol else ""
+                yield PageSection(
+                    title, f"{text}{says}", [_picture(title, drawn[name].read_bytes())]
+                )
 
 
 def _evaluation_sections(run: str) -> Iterator[PageSection]:

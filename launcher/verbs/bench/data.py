@@ -44,7 +44,7 @@ def data(
         result = measure_loaders(index, workers, repeats, progress)
     with atomic_write(out) as stream:
         stream.write(json.dumps(result.to_dict(), indent=2).encode())
-    console.out.print(_table(result))
+    console.show_table(_title(result), _table(result))
     for name, ratios in result.ratios().items():
         text = ", ".join(f"[bold]{ratio:.2f}[/] {unit}" for unit, ratio in ratios.items())
         console.say(f"mhe / {name}: {text}")
@@ -53,16 +53,19 @@ def data(
     console.list_next([("with more processes", again)])
 
 
-def _table(result: LoaderComparison) -> Table:
-    """A row of medians for each reader."""
+def _title(result: LoaderComparison) -> str:
     setting = result.setting
-    title = (
+    return (
         f"{setting['images']:,} images of {setting['side']}x{setting['side']}, "
         f"{setting['mean_bytes']:,} bytes; {setting['workers']} loader processes; "
         f"medians of {setting['repeats']}; load {setting['load']:.1f} on {setting['cores']} cores"
     )
+
+
+def _table(result: LoaderComparison) -> Table:
+    """A row of medians for each reader."""
     columns = ("", "images/s", "slowest", "fastest", "per CPU second", "of a worker")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns)
     for name, timing in result.timings.items():
         rates = sorted(timing.images / seconds for seconds in timing.wall)
         clocks = [timing.rate(clock) for clock in ("wall", "cpu", "worker")]

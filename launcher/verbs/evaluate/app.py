@@ -80,18 +80,19 @@ def heldout(
     if not settings.shards:
         raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
     with spinner(topology, f"evaluating {backbone.checkpoint}"):
-        metrics, details = evaluate_heldout(
+        metrics, details, protocol = evaluate_heldout(
             backbone.embed, settings, config.data.image_size, config.run.seed, topology
         )
     if not topology.is_first:
         return
-    table = Table(title=f"{backbone.checkpoint} on {settings.shards}", show_header=False)
+    table = Table(show_header=False)
     for name, value in accuracy_rows(metrics):
         table.add_row(name, value)
     for name in ("gallery", "probes", "pairs", "impostors"):
         table.add_row(name, f"{metrics[name]:,.0f}")
-    console.out.print(table)
-    results = {"shards": settings.shards, **metrics}
+    table.add_row("protocol of rank-1, TAR", protocol)
+    console.show_table(f"{backbone.checkpoint} on {settings.shards}", table)
+    results = {"shards": settings.shards, "protocol": protocol, **metrics}
     curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
     save_results(backbone, "heldout", results, curves, f"ROC, {settings.shards}", {})
     console.list_next([("export it", ["mhe", "export", run])])
@@ -134,7 +135,7 @@ def verification(
         )
     if not topology.is_first:
         return
-    console.out.print(_pair_sets_table(backbone.checkpoint, results))
+    console.show_table(backbone.checkpoint, _pair_sets_table(results))
     metrics = {name: value for each in results for name, value in each.named_metrics().items()}
     save_results(
         backbone,
@@ -167,7 +168,7 @@ def ijb(
         result = evaluate_ijb(backbone.embed, ijb_set, topology, backbone.config.data.image_size)
     if result is None:
         return
-    console.out.print(_ijb_table(f"{backbone.checkpoint} on {root}", result))
+    console.show_table(f"{backbone.checkpoint} on {root}", _ijb_table(result))
     name = ijb_set.name
     metrics = {f"{name}/{key}": value for key, value in result.named_metrics().items()}
     save_results(
@@ -180,8 +181,8 @@ def ijb(
     )
 
 
-def _ijb_table(title: str, result: IjbResult) -> Table:
-    table = Table("figure", "not above the FAR", "nearest FAR, as published", title=title)
+def _ijb_table(result: IjbResult) -> Table:
+    table = Table("figure", "not above the FAR", "nearest FAR, as published")
     for far, tar in result.tar.items():
         nearest, at = result.nearest[far]
         table.add_row(
@@ -196,16 +197,18 @@ def _ijb_table(title: str, result: IjbResult) -> Table:
     return table
 
 
-def _pair_sets_table(title: str, results: Sequence[PairSetResult]) -> Table:
+def _pair_sets_table(results: Sequence[PairSetResult]) -> Table:
     from pipelines.evaluate.metrics.roc import tar_name
     from pipelines.evaluate.pair_sets import FARS
 
-    table = Table("set", "pairs", "accuracy", *(tar_name(f).upper() for f in FARS), title=title)
+    table = Table("set", "pairs", "accuracy", *(tar_name(f).upper() for f in FARS), box=None)
     for each in results:
         cells = []
         for key in ("accuracy", *map(tar_name, FARS)):
             low, high = each.intervals[key]
-            cells.append(f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.2f}-{100 * high:.2f}[/]")
+            cells.append(
+                f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.2f} to {100 * high:.2f}[/]"
+            )
         table.add_row(each.name, f"{each.pairs:,}", *cells)
     return table
 

@@ -59,17 +59,18 @@ def identification(
         )
     if result is None:
         return
-    table = Table("figure", "value", title=f"{backbone.checkpoint} on {images}")
+    table = Table("figure", "value")
     for name, value in result.metrics.items():
         share = name not in ("gallery", "probes", "genuine", "impostors")
         table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
     for far in result.skipped_fars:
         table.add_row(f"all pairs {far:g}", "would take too much memory")
-    console.out.print(table)
+    table.add_row("protocol of rank1, tar", result.protocol)
+    console.show_table(f"{backbone.checkpoint} on {images}", table)
     save_results(
         backbone,
         name="identification",
-        results={"images": images, **result.metrics},
+        results={"images": images, "protocol": result.protocol, **result.metrics},
         curves={"gallery-probe pairs": result.roc},
         title=f"ROC, {images}",
         metrics=result.metrics if mlflow else {},
@@ -100,9 +101,9 @@ def probe(
         )
     if result is None:
         return
-    table = Table("classifier", "accuracy", title=f"{backbone.checkpoint} on {test or images}")
+    table = Table("classifier", "accuracy")
     for name, value in result.items():
         table.add_row(name, f"{100 * value:.2f}")
-    console.out.print(table)
+    console.show_table(f"{backbone.checkpoint} on {test or images}", table)
     settings = {"images": images, "test": test, "k": k}
     save_results(backbone, "probe", settings | result, {}, "", result if mlflow else {})

@@ -58,6 +58,10 @@ def test_a_run_alone_means_its_heldout_shards(run: str, capsys: Captured) -> Non
     assert named.split("rank-1")[1].split("Next")[0] == short.split("rank-1")[1].split("Next")[0]
     for part in ("rank-1", "(chance 12.5%)", "TAR@FAR=1E-3", "probes", "88"):
         assert part in short
+    assert "protocol of rank-1, TAR" in short
+    saved = json.loads(Path(run, "evaluation", "heldout.json").read_text())["results"]
+    in_order = "enrolled: the first image of each class in the order of the shards"
+    assert saved["protocol"] == in_order
 
 
 def test_verification_sets(
@@ -92,6 +96,9 @@ def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) ->
         assert part in shown
     found = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
     assert (found["gallery"], found["probes"]) == (4, 20)
+    by_name = "enrolled: the first image of each class by file name"
+    assert found["protocol"] == by_name
+    assert f"protocol of rank1, tar {by_name}" in " ".join(shown.replace("│", " ").split())
     assert (found["genuine"], found["impostors"]) == (4 * 15, 6 * 36)
     shards = Path(run).parent / "heldout"
     assert "rank1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)

@@ -86,6 +86,20 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
     assert "under way or interrupted, 12 steps" in text
 
 
+def test_figures_say_which_protocol_they_are_of(run: str, tmp_path: Path) -> None:
+    summary = {"classes": 5, "samples": 60, "world_size": 1, "phases": {}, "exports": {}}
+    protocol = "enrolled: the first image of each class in the order of the shards"
+    Path(run, "summary.json").write_text(json.dumps(summary | {"protocol": protocol}))
+    results = {"step": 24, "results": {"protocol": "enrolled: by file name", "rank1": 0.9026}}
+    save_evaluation(run, "identification", results, {}, "")
+    write_run_page(run, str(tmp_path / "page.html"))
+    seen = Seen()
+    seen.feed((tmp_path / "page.html").read_text())
+    text = " ".join(seen.text.split())
+    assert f"the ROC of the last ({protocol})" in text
+    assert "protocol enrolled: by file name rank1 0.9026" in text
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, "unused")
     save_config(config, f"{config.run.path}/config.yaml")
