@@ -13,9 +13,9 @@ from pathlib import Path
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
 from launcher.ray_cluster.mailbox import NAMESPACE
-from launcher.signals import signals_deferred, signals_ignored
+from launcher.signals import Interrupted, signals_deferred, signals_ignored
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import logs_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
@@ -27,6 +27,7 @@ def existing_cluster(address: str) -> Iterator[None]:
 
     Raises:
         UserError: no cluster answers there, or this process is connected to one already.
+        RunError: the cluster answers, and Ray still cannot connect to it.
     """
     os.environ.update(DRIVER_ENVIRONMENT)
     import ray
@@ -38,6 +39,14 @@ def existing_cluster(address: str) -> Iterator[None]:
         )
     except ConnectionError as error:
         raise UserError(f"no Ray cluster at {address}: {error}") from error
+    except Interrupted:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"Ray cannot connect to its cluster at {address} ({_first_line(error)}). "
+            "It may be starting, ending or overloaded: ray status --address "
+            f"{address} says how it is. The same command again tries anew."
+        ) from error
     try:
         yield
     finally:
@@ -54,6 +63,7 @@ def local_cluster(config: Config) -> Iterator[None]:
     Raises:
         UserError: this machine has fewer GPUs than the run needs, or this process is connected to
             a cluster already.
+        RunError: Ray does not start, as on a machine that is too busy.
     """
     os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
     import ray
@@ -63,13 +73,39 @@ def local_cluster(config: Config) -> Iterator[None]:
     try:
         with signals_deferred():  # Ray would set a handler of its own for SIGTERM, too
             cpus = config.scale.workers * config.scale.cpus_per_worker
-            ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
+            try:
+                ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
+            except Interrupted:
+                raise
+            except Exception as error:
+                raise RunError(_start_failure(config, error)) from error
         _check_gpus(config, ray.cluster_resources())
         yield
     finally:
         with signals_ignored():
             ray.shutdown()
             _move_logs(Path(folder), logs_folder(config) / "ray")
+
+
+def _start_failure(config: Config, error: Exception) -> str:
+    """Why Ray may not have started here, and what to do; its own words are seldom the cause."""
+    import psutil
+
+    cores, load = psutil.cpu_count() or 1, os.getloadavg()[0]
+    memory = psutil.virtual_memory().available / 2**30
+    disk = shutil.disk_usage("/tmp").free / 2**30
+    return (
+        f"Ray did not start on this machine ({_first_line(error)}). Load {load:.1f} on {cores} "
+        f"cores, {memory:.1f} GiB of memory and {disk:.1f} GiB in /tmp free. Most often the "
+        "machine is too busy: end other work or wait, or set a lower scale.workers "
+        f"(now {config.scale.workers}); then the same command goes on. Ray's own logs are in "
+        f"{logs_folder(config) / 'ray'}, and mhe doctor checks this machine."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or "no reason given"
+    return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
 def _refuse_second_connection() -> None:

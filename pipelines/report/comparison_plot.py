@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.report.comparison import RANK1, TAR, VariantResult
+from pipelines.report.figures import cut_note
 from pipelines.report.plots import BLUE, ORANGE, STYLE
 
 _COLOURS = (BLUE, ORANGE)
@@ -50,4 +51,6 @@ def _draw_panel(
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.45, markersize=5)
         axes.plot([mean], [row], "|", color=colour, markersize=15, markeredgewidth=2.2)
     axes.margins(x=0.12, y=0.12)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.set_xlabel(cut_note(axes.get_xlim()[0], 100.0).strip(), fontsize=8)
     axes.grid(axis="y", visible=False)

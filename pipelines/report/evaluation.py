@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Metrics
-from pipelines.report.figures import save_figure
+from pipelines.report.figures import cut_note, save_figure
 from pipelines.report.plots import STYLE
 from pipelines.storage.urls import atomic_write, resolve_url
 
@@ -70,8 +70,9 @@ def draw_roc(curves: Curves, title: str) -> Figure:
         for name, (far, tar) in curves.items():
             axes.plot(far, tar, label=name, clip_on=False)
         axes.set_xscale("log")
-        axes.set(title=title, xlabel="false accept rate", ylabel="true accept rate")
-        lowest = min(float(tar.min()) for _, tar in curves.values())
-        axes.set_ylim(max(0.0, lowest - 0.02), 1.002)
+        lowest = max(0.0, min(float(tar.min()) for _, tar in curves.values()) - 0.02)
+        axes.set(title=title, xlabel="false accept rate")
+        axes.set_ylabel(f"true accept rate{cut_note(lowest)}")
+        axes.set_ylim(lowest, 1.002)
         axes.legend(loc="lower right")
         return figure

@@ -1,4 +1,4 @@
-"""What a driver of a Ray cluster refuses, and what Ray leaves behind. Without Ray."""
+"""What a driver of a Ray cluster refuses, and what Ray leaves behind. Ray itself is not started."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
-from launcher.ray_cluster.connection import _check_gpus, _move_logs
+from launcher.ray_cluster import ray_internals
+from launcher.ray_cluster.connection import (
+    _check_gpus,
+    _move_logs,
+    existing_cluster,
+    local_cluster,
+)
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 
 
 def config(**scale: Any) -> Config:
@@ -21,6 +27,46 @@ def test_gpus_that_are_not_there_are_refused() -> None:
         _check_gpus(config(workers=2, gpu=True), {"GPU": 1.0})
     _check_gpus(config(workers=2, gpu=True), {"GPU": 2.0})
     _check_gpus(config(workers=2), {})
+
+
+TIMED_OUT = (
+    "The current node timed out during startup. This could happen because some of the raylet "
+    "failed to startup or the GCS has become overloaded."
+)
+
+
+@pytest.mark.parametrize("error", [Exception(TIMED_OUT), RuntimeError(""), TimeoutError("GCS")])
+def test_ray_that_does_not_start_says_what_to_do(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def start(cpus: int, object_store_bytes: int, folder: str) -> None:
+        folders.append(Path(folder))
+        raise error
+
+    monkeypatch.setattr(ray_internals, "start_local_ray", start)
+    made = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}})
+    with pytest.raises(RunError) as failed, local_cluster(made):
+        pytest.fail("Ray has not started")
+    for part in (str(error), "Load ", "end other work or wait", "scale.workers", "mhe doctor"):
+        assert part in str(failed.value)
+    assert "the same command goes on" in str(failed.value)
+    assert folders and not folders[0].exists()
+
+
+def test_a_cluster_that_answers_and_is_of_no_use_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    def start(**arguments: Any) -> None:
+        raise RuntimeError("Failed to get node info")
+
+    monkeypatch.setattr(ray, "init", start)
+    expected = pytest.raises(RunError, match=r"Failed to get node info.*ray status --address auto")
+    with expected, existing_cluster("auto"):
+        pytest.fail("Ray has not connected")
 
 
 def test_ray_s_logs_are_kept_and_its_folder_is_not(tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ import pytest
 from PIL import Image
 
 from pipelines.report import contact_sheet
+from pipelines.report.comparison import Outcome, VariantResult
+from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.contact_sheet import PLAIN, RIGHT, WRONG
-from pipelines.report.plots import draw_plots, running_mean, series
+from pipelines.report.evaluation import draw_roc
+from pipelines.report.plots import _draw_figures, draw_plots, running_mean, series
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 
 SIDE = 8
+FACES = (("easy", "Easy"), ("hard", "Hard"))
 
 
 @pytest.fixture
@@ -114,3 +118,36 @@ def test_the_tiles_are_the_images_that_were_named(shards):
     frame, tile = contact_sheet._FRAME, contact_sheet.SIDE + 2 * contact_sheet._FRAME
     assert row[frame, frame].tolist() == [60, 0, 0]  # probe 3
     assert row[frame, tile + contact_sheet._MARGIN + frame].tolist() == [80, 0, 0]  # gallery 4
+
+
+@pytest.mark.parametrize(
+    ("lowest", "label"),
+    [(0.95, "true accept rate (axis from 93%)"), (0.01, "true accept rate")],
+)
+def test_a_cut_axis_of_a_roc_says_so(lowest, label):
+    far = np.geomspace(1e-5, 0.1, 9)
+    (axes,) = draw_roc({"lfw": (far, np.linspace(lowest, 1, 9))}, "ROC").axes
+    assert axes.get_ylabel() == label
+    assert (axes.get_ylim()[0] > 0) == ("axis from" in label)
+
+
+def test_cut_axes_of_a_comparison_say_so():
+    def variant(name, easy, hard):
+        heldout = {"easy/rank1": easy, "hard/rank1": hard}
+        heldout |= {"easy/tar@far=1e-4": easy, "hard/tar@far=1e-4": hard}
+        return VariantResult(name, name, [Outcome(0, heldout, 9.0, 0.1, 1.0, 1.0, 1.0, 1, 1.0)])
+
+    figure = draw_comparison([variant("a", 0.96, 0.02), variant("b", 0.92, 0.3)], FACES)
+    for axes in figure.axes:
+        begin = axes.get_xlim()[0]
+        assert axes.get_xlabel() == (f"(axis from {begin:.0f}%)" if begin > 0 else "")
+    assert [axes.get_xlim()[0] > 0 for axes in figure.axes] == [True, True, False, False]
+
+
+def test_other_plots_of_a_run_begin_at_nothing(tmp_path):
+    records = [{"step": s, "loss": 5.0 - s / 100, "lr": 0.1, "accuracy": 0.9} for s in range(9)]
+    for record in records:
+        record |= {"images_per_s": 900.0, "data_wait": 0.4, "heldout/rank1": 0.98}
+    for figure in _draw_figures(records, details()).values():
+        for axes in figure.axes:
+            assert axes.get_ylim()[0] == 0, axes.get_title()
