@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from mhe_dist.config.section import ConfigSection, Fraction, PositiveFloat, PositiveInt
+
+MAX_PIXELS: Final = 89_478_485
+"""Most pixels of an image unless the config says otherwise: 256 MiB in RGB, Pillow's own bound."""
 
 
 class GlyphsConfig(ConfigSection):
@@ -73,6 +76,12 @@ class DataConfig(ConfigSection):
         None, description="If set, make the glyph data set there when it is missing."
     )
     image_size: PositiveInt = Field(112, description="Side of the training images in pixels.")
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=2 * MAX_PIXELS,
+        description="An image of more pixels is a bad sample; it is not decoded.",
+    )
     streams: PositiveInt = Field(64, description="S: parallel sample sequences, fixed for the run.")
     shuffle_window: PositiveInt = Field(
         1024, description="Consecutive samples of a stream that are permuted together."

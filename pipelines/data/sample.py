@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import webdataset.tariterators as tars
 
+from mhe_dist.config.data import MAX_PIXELS
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
 from pipelines.data.order import ShardSpan
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
@@ -78,6 +79,7 @@ def decode_sample(
     num_classes: int,
     entry: IndexEntry | None = None,
     into: Pixels | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DecodedSample:
     """Read, check and decode one sample.
 
@@ -87,16 +89,17 @@ def decode_sample(
         side: of the image to return, in pixels.
         num_classes: labels must be below this.
         entry: what the index holds of it (`ShardIndex.entry`); None: the tar decides.
-        into: memory that the image may be written to, see `decode_image`.
+        into, max_pixels: see `decode_image`.
 
     Raises:
         BadSampleError: it is truncated, no sample, without image or label, or one of them is bad.
     """
     encoded = extract_sample(raw, length, num_classes, entry)
     try:
-        return DecodedSample(encoded.key, encoded.label, decode_image(encoded.data, side, into))
+        image = decode_image(encoded.data, side, into, max_pixels)
     except ImageDecodeError as error:
         raise BadSampleError(f"{encoded.key}.{encoded.extension}: {error}") from error
+    return DecodedSample(encoded.key, encoded.label, image)
 
 
 def extract_sample(
@@ -221,6 +224,7 @@ def load_sample(
     raw: memoryview,
     side: int,
     into: Pixels | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DecodedSample:
     """Read, check and decode one sample, and check its label against the index.
 
@@ -230,7 +234,7 @@ def load_sample(
         position: number of the sample in the shard.
         raw: the sample's part of the tar.
         side: of the image to return, in pixels.
-        into: memory that the image may be written to, see `decode_image`.
+        into, max_pixels: see `decode_image`.
 
     Raises:
         BadSampleError: see `decode_sample`; or its label is not the one of the index.
@@ -238,7 +242,7 @@ def load_sample(
     offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
     length = int(offsets[position + 1] - offsets[position])
     entry = index.entry(shard, position)
-    sample = decode_sample(raw, length, side, index.num_classes, entry, into)
+    sample = decode_sample(raw, length, side, index.num_classes, entry, into, max_pixels)
     # What a tar says of itself has no checksum.
     if entry is None and labels is not None and sample.label != labels[position]:
         raise BadSampleError(

@@ -137,7 +137,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         self._record(READING, self._first(window))
         fetched = self.reader.read(window)
         faults += [Fault(*shard) for shard in fetched.bad_shards.items()]
-        return OpenWindow(self.index, self.order, window, self.data.image_size, fetched.samples)
+        return OpenWindow(self.index, self.order, window, self.data, fetched.samples)
 
     def _record(self, activity: int, sample: int) -> None:
         self.statuses.update(self.process, activity, sample)
@@ -164,12 +164,12 @@ class OpenWindow:
         index: ShardIndex,
         order: SampleOrder,
         window: Window,
-        image_size: int,
+        data: DataConfig,
         raw: list[memoryview],
     ) -> None:
         """Take the bytes of the window's samples, in reading order."""
         self.window = window
-        self._index, self._image_size = index, image_size
+        self._index, self._data = index, data
         self._permuted = order.permutation(window)
         self._raw = raw
         self._locations: list[tuple[int, int]] = []  # shard, and number of the sample in it
@@ -195,7 +195,13 @@ class OpenWindow:
             shard, position = self._locations[at]
             try:
                 sample = load_sample(
-                    self._index, shard, position, self._raw[at], self._image_size, into
+                    self._index,
+                    shard,
+                    position,
+                    self._raw[at],
+                    self._data.image_size,
+                    into,
+                    self._data.max_pixels,
                 )
                 return sample, faults[:1]
             except BadSampleError as error:
