@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.survey import assess, survey_cluster
 from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster, Job, resolve_variables
@@ -17,6 +17,7 @@ from launcher.signals import Interrupted, interruptible
 from launcher.terminal.progress import ProgressDisplay
 from mhe_dist.config.resolve import ConfigLike, resolve_config
 from pipelines.runs.folder import read_summary
+from pipelines.runs.resume import refuse_changed_config
 
 
 def train(
@@ -50,8 +51,8 @@ def train(
         KeyboardInterrupt: Ctrl-C, or the notebook's button; without a save.
     """
     found = resolve_config(config, overrides, [check_data, check_backbone], **sections)
-    refuse_changed_config(found)
-    if (done := read_summary(found.run.path)) is not None:
+    changes = refuse_changed_config(found)
+    if not changes and (done := read_summary(found.run.path)) is not None:
         return done
     display = ProgressDisplay(None if progress else Console(quiet=True))
     try:

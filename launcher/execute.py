@@ -11,6 +11,7 @@ from launcher.preflight.checks import check_selection
 from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
+from pipelines.runs.folder import read_run_config
 
 
 class Watcher(Protocol):
@@ -36,7 +37,8 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
     """
     make_data(config, watcher)
     check_selection(config)
-    save_config(config, f"{config.run.path}/config.yaml")
+    if read_run_config(config.run.path) is None:  # else rank 0 compares it first
+        save_config(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:
         watcher.waiting(f"waiting for {workers} workers")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import NodeReport, find_obstacles, workers_per_node
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
@@ -26,6 +26,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
 from pipelines.runs.folder import read_summary
+from pipelines.runs.resume import refuse_changed_config
 from pipelines.shards.index import index_exists
 
 CLUSTER = "auto"  # the one that started this process
@@ -52,9 +53,9 @@ def main(arguments: list[str]) -> int:
 def run(file: str) -> None:
     """Train, evaluate and export the run of a YAML file on this cluster."""
     config = load_config(file, checks=[check_data, check_backbone])
-    refuse_changed_config(config)
+    changes = refuse_changed_config(config)
     lines = EventLogWriter(sys.stdout)
-    if (done := read_summary(config.run.path)) is not None:
+    if not changes and (done := read_summary(config.run.path)) is not None:
         lines.handle({"event": "end", "summary": done})
         return
     execute.run(config, lines, CLUSTER)

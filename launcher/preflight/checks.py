@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from mhe_dist.config.schema import Config
-from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
-from pipelines.runs.folder import read_run_config, url_exists
+from pipelines.runs.folder import url_exists
 from pipelines.shards.index import INDEX_FILE, index_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
 
 TRAIN, HELDOUT = "train", "heldout"
-
-# Keys that do not change what is learnt: where and how fast a run computes, what it reports.
-RUNTIME_KEYS = (
-    *("run.dir", "scale.*", "tracking.*", "checkpoint.*", "evaluate.*", "export.*", "guard.*"),
-    *("data.shards", "data.glyphs*", "data.loader_workers", "data.prefetch", "train.log_every"),
-    *("data.remote.*", "head.bank.memory", "head.bank.path"),
-    # Files that may move; what is in them the digest of the data holds.
-    *("data.classes", "data.mix"),
-)
 
 
 def check_data(config: Config) -> Iterable[Mistake]:
@@ -114,41 +102,3 @@ def check_selection(config: Config) -> None:
                 f"data.streams={config.data.streams}: an epoch has {samples_per_epoch(chosen)} "
                 "samples only; choose more of them, or give at most that many streams"
             )
-
-
-def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Keys of two configs that differ and may not, as `(dotted key, old value, new value)`.
-
-    A key that only one of them has, because the other comes from another release, is no change.
-    """
-    old, new = dict(_leaves(before)), dict(_leaves(after))
-    held = [key for key in old if not any(fnmatch(key, pattern) for pattern in RUNTIME_KEYS)]
-    return [(key, old[key], new[key]) for key in held if key in new and old[key] != new[key]]
-
-
-def refuse_changed_config(config: Config) -> None:
-    """Refuse to go on with a run of the same name that was started with other settings.
-
-    Raises:
-        UserError: names every key with both values, and the cures.
-    """
-    before = read_run_config(config.run.path)
-    if before is None:
-        return
-    differences = changed_keys(before, config_to_dict(config))
-    if differences:
-        rows = "\n".join(
-            f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in differences
-        )
-        raise UserError(
-            f"{config.run.path} was started with other settings:\n{rows}\n"
-            f"Take those back to go on with it, or start another run: run.name=..."
-        )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

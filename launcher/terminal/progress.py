@@ -79,6 +79,7 @@ class ProgressDisplay:
         self._stop_waiting()
         draw = {
             "start": self._start,
+            "settings_changed": self._settings_changed,
             "metrics": self._metrics,
             "bad_samples": self._bad_samples,
             "evaluation": self._evaluation,
@@ -108,6 +109,11 @@ class ProgressDisplay:
             self._task = self._bar.add_task("", total=event["steps"], numbers="")
             self._bar.start()
         self._advance(event["step"], "")
+
+    def _settings_changed(self, event: Event) -> None:
+        for key, (before, now) in event["changes"].items():
+            change = escape(f"{key}: {before} before, {now} now")
+            self._say(f"[yellow]Changed[/] from step {event['step']:,} on: {change}")
 
     def _metrics(self, event: Event) -> None:
         step = event["step"] + 1  # counted from 0

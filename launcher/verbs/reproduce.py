@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.predict import CostPrediction
 from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
@@ -23,6 +23,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import read_run_config, read_summary
+from pipelines.runs.resume import refuse_changed_config
 
 TIME_SHARE = 0.9  # of the available minutes; the rest is for what a trial does not predict
 

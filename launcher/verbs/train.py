@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data, refuse_changed_config
+from launcher.preflight.checks import check_backbone, check_data
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
@@ -19,6 +19,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
 from pipelines.runs.folder import logs_folder, newest_checkpoint, read_summary
+from pipelines.runs.resume import refuse_changed_config
 
 
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -33,9 +34,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     Example: mhe train quickstart run.name=wide head.mhs.extra_heads=16
     """
     settings = load_config(config, overrides or [], [check_data, check_backbone])
-    refuse_changed_config(settings)
+    changes = refuse_changed_config(settings)
     path = settings.run.path
-    if (done := read_summary(path)) is not None:
+    if not changes and (done := read_summary(path)) is not None:
         console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
         show_summary(settings, done)
         return

@@ -235,6 +235,16 @@ class ExportConfig(ConfigSection):
     )
 
 
+class ResumeConfig(ConfigSection):
+    """With what a run may go on that it did not begin with."""
+
+    allow: list[str] = Field(
+        [],
+        description="Keys whose change is meant, such as [optim.lr, train.epochs]; "
+        "docs/survival.md lists those that need it and those that cannot change.",
+    )
+
+
 class Config(ConfigSection):
     """One run."""
 
@@ -250,6 +260,7 @@ class Config(ConfigSection):
     guard: GuardConfig = Field(GuardConfig(), description="Divergence.")
     tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow.")
     export: ExportConfig = Field(ExportConfig(), description="Exported backbone.")
+    resume: ResumeConfig = Field(ResumeConfig(), description="Changes of a run that goes on.")
 
     def group_sizes(self) -> list[int]:
         """Numbers of workers that the run can have: they divide the micro-batches of a step."""

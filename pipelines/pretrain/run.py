@@ -37,6 +37,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder
 from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
+from pipelines.runs.resume import record_changes, refuse_changed_config
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
     NO_DATA_DIGEST,
@@ -61,6 +62,7 @@ class Run:
 
     def __init__(self, config: Config, topology: Topology, on_event: EventHandler) -> None:
         self.config, self.topology = config, topology
+        self.changes = refuse_changed_config(config)
         self.index = open_training_index(config.data, config.run.seed)
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
@@ -110,6 +112,9 @@ class Run:
             samples=self.samples,
             precision=self.engine.precision,
         )
+        if self.changes:
+            changes = {key: [old, new] for key, old, new in self.changes}
+            self.recorder.emit("settings_changed", step=self.progress.step, changes=changes)
         batches = self.open_loader(self.progress.step, self.total_steps)
         skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
@@ -231,6 +236,11 @@ class Run:
                 f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
                 "and mix (data.*), or give the run another name (run.name)"
             )
+        if self.total_steps < found["step"]:
+            raise UserError(
+                f"{self.config.run.path} has done {found['step']} steps, but train.epochs and "
+                f"train.max_steps give {self.total_steps} now: give at least as many"
+            )
         self._load(checkpoint)
         progress = RunProgress(found["step"], found["images"], checkpoint.path)
         return progress, found["run_id"], found.get("bad_samples")
@@ -241,6 +251,7 @@ class Run:
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
         if self.topology.is_first:
+            record_changes(self.config.run.path, self.progress.step, self.changes)
             save_config(self.config, f"{self.config.run.path}/config.yaml")
         tracker = open_tracker(self.config, self.topology.is_first, run_id)
         tags = self.versions | {

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight.checks import changed_keys, check_data, refuse_changed_config
+from launcher.preflight.checks import check_data
 from mhe_dist.config.schema import Config
-from mhe_dist.config.write import config_to_dict, save_config
-from mhe_dist.errors import UserError
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -61,32 +59,3 @@ def test_the_message_names_the_cure() -> None:
     ((_, message),) = check_data(config(data={"shards": "/nowhere"}))
     assert "index.json" in message
     assert "data.glyphs" in message
-
-
-def test_only_keys_that_change_what_is_learnt_are_held() -> None:
-    before = config_to_dict(config())
-    free = config(scale={"workers": 2}, train={"log_every": 3}, checkpoint={"keep_last": 9})
-    assert changed_keys(before, config_to_dict(free)) == []
-    remote = {"retries": 9, "cache_dir": "/scratch"}
-    cached = config(data={"shards": before["data"]["shards"], "remote": remote})
-    assert changed_keys(before, config_to_dict(cached)) == []
-    held = config(optim={"lr": 0.2}, head={"mhs": {"length": 10}})
-    assert changed_keys(before, config_to_dict(held)) == [
-        ("head.mhs.length", before["head"]["mhs"]["length"], 10),
-        ("optim.lr", 0.1, 0.2),
-    ]
-
-
-def test_a_key_of_another_release_is_no_change() -> None:
-    now = config_to_dict(config())
-    before = {**now, "gone": 1, "optim": {k: v for k, v in now["optim"].items() if k != "power"}}
-    assert changed_keys(before, now) == []
-
-
-def test_another_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
-    first = config(run={"name": "a", "dir": str(tmp_path)})
-    refuse_changed_config(first)
-    save_config(first, f"{first.run.path}/config.yaml")
-    refuse_changed_config(first)
-    with pytest.raises(UserError, match=r"optim.lr: 0.1 in the run, 0.2 now[\s\S]*run.name="):
-        refuse_changed_config(config(run=first.run.model_dump(), optim={"lr": 0.2}))

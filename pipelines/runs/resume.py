@@ -1,0 +1,205 @@
+"""With which other settings a run goes on: the table of its keys, and the check before anything.
+
+Every entry passes here: `mhe train` before it starts Ray, and each rank before it opens the data.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+from fsspec.core import url_to_fs
+
+from mhe_dist.config.describe import all_keys, suggest
+from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_to_dict
+from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
+from pipelines.runs.folder import read_if_exists, read_run_config
+
+CHANGES_FILE = "changes.json"  # in the run's folder
+
+Permission = Literal["yes", "by name", "no"]
+
+
+class ChangeRule(NamedTuple):
+    """What a run that goes on may have otherwise than it began.
+
+    Attributes:
+        keys: dotted keys; `*` stands for the rest of one.
+        permission: yes; by name, in `resume.allow`; or no.
+        reason: what the keys are about.
+    """
+
+    keys: tuple[str, ...]
+    permission: Permission
+    reason: str
+
+
+# The first rule with a key decides; docs/survival.md shows this table.
+CHANGE_RULES = (
+    ChangeRule(("run.name", "run.dir"), "yes", "where the run is"),
+    ChangeRule(
+        ("data.shards", "data.classes", "data.mix", "data.glyphs*"),
+        "yes",
+        "where the data is; the digest in the checkpoint holds what it is",
+    ),
+    ChangeRule(
+        ("data.loader_workers", "data.prefetch", "data.remote.*"), "yes", "how the data is read"
+    ),
+    ChangeRule(
+        ("data.on_bad_sample", "data.max_bad_fraction", "guard.*"), "yes", "what ends the run"
+    ),
+    ChangeRule(
+        ("scale.*", "head.bank.memory", "head.bank.path"), "yes", "workers, and where rows are kept"
+    ),
+    ChangeRule(
+        ("train.log_every", "evaluate.*", "checkpoint.*", "tracking.*", "export.*", "resume.*"),
+        "yes",
+        "what is recorded, evaluated and kept, and when",
+    ),
+    ChangeRule(
+        (
+            *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr", "optim.power"),
+            *("train.epochs", "train.max_steps"),
+        ),
+        "by name",
+        "learning rate and length; the schedule is computed anew for all steps",
+    ),
+    ChangeRule(("optim.kind", "optim.ema", "head.optim.kind"), "no", "what the optimizer stores"),
+    ChangeRule(("optim.*", "head.optim.*"), "by name", "the other numbers of the optimizers"),
+    ChangeRule(("head.margin.kind",), "no", "what the margin stores"),
+    ChangeRule(
+        (
+            *("head.margin.*", "head.mhs.extra_heads", "head.mhs.negatives"),
+            *("head.mhs.correction", "head.partial_fc.rate", "head.on_bad_label"),
+        ),
+        "by name",
+        "the loss",
+    ),
+    ChangeRule(("data.augment.*",), "by name", "random changes of the images"),
+    ChangeRule(
+        ("train.precision", "model.grad_checkpointing", "model.compile"), "by name", "rounding"
+    ),
+    ChangeRule(
+        ("run.seed", "data.*", "train.global_batch", "train.micro_batch"),
+        "no",
+        "which samples a step has",
+    ),
+    ChangeRule(("model.*", "head.*"), "no", "the network and the rows of a checkpoint"),
+)
+
+Change = tuple[str, Any, Any]
+"""A dotted key, its value in the run, and its value now."""
+
+
+def change_permission(key: str) -> Permission:
+    """Whether a run may go on with another value of a dotted key; "no" for one without a rule."""
+    for rule in CHANGE_RULES:
+        if any(fnmatchcase(key, pattern) for pattern in rule.keys):
+            return rule.permission
+    return "no"
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """Keys of two configs that differ and may not, unless by name.
+
+    A key that only one of them has, because the other comes from another release, is no change.
+    """
+    sections = {key.path for key in all_keys() if key.section}
+    old, new = dict(_leaves(before, sections)), dict(_leaves(after, sections))
+    held = [key for key in old if key in new and change_permission(key) != "yes"]
+    return [(key, old[key], new[key]) for key in held if old[key] != new[key]]
+
+
+def refuse_changed_config(config: Config) -> list[Change]:
+    """Refuse to go on with a run of the same name that was started with other settings.
+
+    Returns:
+        the changes that `resume.allow` names.
+
+    Raises:
+        UserError: names every key with both values, and the cures.
+    """
+    _check_allowed(config.resume.allow)
+    before = read_run_config(config.run.path)
+    if before is None:
+        return []
+    changes = changed_keys(masked(before), masked(config_to_dict(config)))
+    refused = [change for change in changes if change[0] not in config.resume.allow]
+    if refused:
+        rows = "\n".join(f"  {key}: {old!r} in the run, {new!r} now" for key, old, new in refused)
+        raise UserError(
+            f"{config.run.path} was started with other settings:\n{rows}\n"
+            f"Take those back to go on with it, or start another run: run.name=...{_cure(refused)}"
+        )
+    return changes
+
+
+def record_changes(path: str, step: int, changes: list[Change]) -> None:
+    """Add changes of settings to `changes.json` of a run, which is no longer complete.
+
+    Args:
+        path: of the run.
+        step: the first step that is done with them.
+        changes: as `refuse_changed_config` gives them.
+    """
+    if not changes:
+        return
+    entries = json.loads(read_if_exists(f"{path}/{CHANGES_FILE}") or "[]")
+    values = {key: {"before": old, "now": new} for key, old, new in changes}
+    entries.append({"time": time.time(), "step": step, "changes": values})
+    files, name = url_to_fs(f"{path}/{CHANGES_FILE}")
+    with files.transaction, files.open(name, "wb") as file:
+        file.write(json.dumps(entries, indent=1).encode())
+    summary = f"{files._parent(name)}/summary.json"
+    if files.exists(summary):  # it tells of the run as it was, and would say that it is complete
+        files.rm(summary)
+
+
+def describe_rules() -> str:
+    """The table of docs/survival.md."""
+    lines = ["| keys | may change | what they are |", "|---|---|---|"]
+    for rule in CHANGE_RULES:
+        keys = ", ".join(f"`{key}`" for key in rule.keys)
+        lines.append(f"| {keys} | {rule.permission} | {rule.reason} |")
+    return "\n".join(lines)
+
+
+def _check_allowed(allowed: list[str]) -> None:
+    """Refuse names in `resume.allow` that are no keys, or of keys that cannot change."""
+    known = {key.path for key in all_keys() if not key.section}
+    for name in allowed:
+        if name not in known:
+            near = " or ".join(suggest(name))
+            cure = f"; did you mean {near}?" if near else ": give dotted keys, such as optim.lr"
+            raise UserError(f"resume.allow={name}: there is no such key{cure}")
+        if change_permission(name) == "no":
+            raise UserError(
+                f"resume.allow={name}: a run cannot go on with another {name} (the table in "
+                "docs/survival.md); start another run (run.name=...), which may begin with the "
+                "weights of this one (model.init_from, head.init_from)"
+            )
+
+
+def _cure(refused: list[Change]) -> str:
+    """How to go on with changes that people do want."""
+    names = [key for key, _, _ in refused]
+    if any(change_permission(name) == "no" for name in names):
+        return ""
+    return f"; or go on with the change: 'resume.allow=[{', '.join(names)}]'"
+
+
+def _leaves(
+    tree: dict[str, Any], sections: set[str], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a dict that is a key's value is not taken apart."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key in sections:
+            yield from _leaves(value, sections, f"{key}.")
+        else:
+            yield key, value
