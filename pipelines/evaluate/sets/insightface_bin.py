@@ -217,7 +217,8 @@ def _plain(item: Any) -> Any:
 def _encoded(url: str, number: int, item: Any) -> bytes:
     """The bytes of one image."""
     item = _plain(item)
-    if isinstance(item, np.ndarray) and item.ndim == 1:
+    # OpenCV's imencode gave a column, `[N, 1]`, for years.
+    if isinstance(item, np.ndarray) and (item.ndim == 1 or item.shape[1:] == (1,)):
         item = item.tobytes()
     if not isinstance(item, bytes | bytearray) or not 0 < len(item) <= _MAX_ITEM:
         raise _not_a_set(url, f"image {number} is {_short(item)}, not encoded bytes")

@@ -53,10 +53,10 @@ def when_decoding(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> N
         current[:] = [packed.key]
         return packed
 
-    def decode(data: bytes, side: int, into: Pixels | None) -> Pixels:
+    def decode(data: bytes, side: int, into: Pixels | None, max_pixels: int) -> Pixels:
         if current == [VICTIM]:
             act()
-        return original(data, side, into)
+        return original(data, side, into, max_pixels)
 
     monkeypatch.setattr(sample, "extract_sample", watched_unpack)
     monkeypatch.setattr(sample, "decode_image", decode)

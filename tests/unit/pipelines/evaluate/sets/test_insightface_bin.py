@@ -8,6 +8,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -33,9 +34,12 @@ def as_python_2_wrote_it() -> bytes:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("kind", ["bytes", "arrays", "flags"])
+@pytest.mark.parametrize("kind", ["bytes", "arrays", "columns", "flags"])
 def test_whatever_wrote_it(protocol: int, kind: str, tmp_path: Path) -> None:
-    images = [np.frombuffer(i, np.uint8) for i in IMAGES] if kind == "arrays" else IMAGES
+    images: list[bytes] | list[npt.NDArray[np.uint8]] = IMAGES
+    if kind in ("arrays", "columns"):
+        arrays = [np.frombuffer(i, np.uint8) for i in IMAGES]
+        images = [a[:, None] for a in arrays] if kind == "columns" else arrays
     same = list(np.array(SAME)) if kind == "flags" else SAME
     data = pickle.dumps((images, same), protocol)
     for content in (data, data.replace(b"numpy._core", b"numpy.core")) if protocol < 4 else (data,):
