@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
+from launcher.terminal.commands import command_line
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import url_exists
+from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import INDEX_FILE, index_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
 
 TRAIN, HELDOUT = "train", "heldout"
+_LOOKED_INTO = 20  # class folders in which images are looked for
 
 
 def check_data(config: Config) -> Iterable[Mistake]:
@@ -30,7 +36,8 @@ def check_data(config: Config) -> Iterable[Mistake]:
         made = {train, train.removesuffix(TRAIN) + HELDOUT}
     for key, url in (("data.shards", train), ("evaluate.shards", heldout)):
         if url and url not in made and (problem := _index_problem(url)):
-            yield key, f"{problem}; {_cure(key, glyphs)}"
+            cure = _cure_for_sources(key, url) or _cure(key, glyphs)
+            yield key, f"{problem}; {cure}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
     if (source := config.model.init_from) and not url_exists(source):
@@ -72,6 +79,38 @@ def _index_problem(url: str) -> str:
         return "" if index_exists(url) else f"there is no {INDEX_FILE} in it"
     except (ImportError, ValueError, OSError) as error:
         return f"cannot be read: {error}"
+
+
+def _cure_for_sources(key: str, url: str) -> str:
+    """The command that makes shards of what lies in a local folder; empty: nothing known does."""
+    folder = Path(url.removeprefix("file://"))
+    if not folder.is_dir():
+        return ""
+    top = _names(folder)
+    out = f"{folder}-shards"
+    for name in top:
+        if name.endswith(".rec"):
+            words = ["mhe", "data", "recordio", "--rec", str(folder / name), "--out", out]
+            return f"it holds RecordIO: {command_line(words)}, then {key}={shlex.quote(out)}"
+    if any(name.endswith(".tar") for name in top):
+        return f"it holds tars without an index: {command_line(['mhe', 'data', 'index', url])}"
+    below = [folder / name for name in top if (folder / name).is_dir()]
+    if any(_is_image(name) for each in below[:_LOOKED_INTO] for name in _names(each)):
+        words = ["mhe", "data", "folder", "--root", str(folder), "--out", out]
+        return f"it is a folder of images: {command_line(words)}, then {key}={shlex.quote(out)}"
+    if any(map(_is_image, top)):
+        return "its images lie in no class folder: give each class a folder, then mhe data folder"
+    return ""
+
+
+def _names(folder: Path) -> list[str]:
+    """Names of the first files and folders in a folder, sorted; hidden ones are left out."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in islice(entries, 1000) if entry.name[0] != ".")
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def _cure(key: str, glyphs: bool) -> str:

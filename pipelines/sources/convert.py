@@ -8,6 +8,7 @@ sorted by class and a window of a stream would see few of them.
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -20,6 +21,7 @@ from mhe_dist.errors import RunError, UserError
 from pipelines.shards.index import Fault, ShardIndex
 from pipelines.shards.tables import CLASSES_FILE, Table, class_table, skipped_table, write_table
 from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.storage.full_disk import explain_full_disk
 from pipelines.storage.worker_pool import Progress, no_progress
 
 Ints = npt.NDArray[np.int64]
@@ -129,7 +131,11 @@ def write_dataset(
         "shard_bytes": options.shard_bytes,
         "samples": digest_columns([found.classes, found.sizes, *columns]),
     }
-    with ShardWriter(out, about["source"], recipe) as writer:
+    expected = int(_tar_bytes(found.sizes).sum()) + len(tars) * tarfile.RECORDSIZE
+    with (
+        ShardWriter(out, about["source"], recipe) as writer,
+        explain_full_disk(out, writer.folder, expected),
+    ):
         later = writer.write_all(make, tars, options.processes, progress)
         faults = [*found.faults, *later]
         check_bad_fraction(faults, len(found.classes) - len(later), options.max_bad)
@@ -169,11 +175,15 @@ def _order(count: int, shuffle: bool, source: str) -> Ints:
 
 def _tar_bounds(sizes: Ints, shard_bytes: int) -> Ints:
     """Where to cut samples of these sizes for tars of equal bytes: int64 `[tars + 1]`."""
-    # Two headers, the image and the label in whole blocks.
-    ends = np.cumsum(3 * _BLOCK + -(-sizes // _BLOCK) * _BLOCK)
+    ends = np.cumsum(_tar_bytes(sizes))
     tars = max(1, min(len(sizes), round(int(ends[-1]) / shard_bytes)))
     inner = np.searchsorted(ends, ends[-1] * np.arange(1, tars) / tars)
     return np.unique(np.concatenate([[0], inner, [len(sizes)]])).astype(np.int64)
+
+
+def _tar_bytes(sizes: Ints) -> Ints:
+    """What images of these sizes take in a tar: two headers, image and label in whole blocks."""
+    return 3 * _BLOCK + -(-sizes // _BLOCK) * _BLOCK
 
 
 def digest_texts(texts: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,11 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 def test_every_verb_explains_itself(verb: list[str], capsys: Captured) -> None:
     assert cli.run([*verb, "--help"]) == 0
     assert "Usage: mhe" in capsys.readouterr().out
+
+
+def test_the_version_is_told(capsys: Captured) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"mhe {metadata.version('mhe')}\n"
 
 
 def test_help_and_mistakes_load_no_heavy_library() -> None:

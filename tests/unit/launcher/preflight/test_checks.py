@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,33 @@ def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
     ((key, message),) = check_data(config(data={"shards": "nosuch://bucket/train"}))
     assert key == "data.shards"
     assert "cannot be read" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "cure"),
+    [
+        (["a/1.jpg", "b/2.PNG"], "mhe data folder --root {root} --out {out}, then {key}={out}"),
+        (["train.rec", "train.idx"], "mhe data recordio --rec {rec} --out {out}, then {key}={out}"),
+        (["000.tar"], "mhe data index {root}"),
+        (["1.jpg"], "give each class a folder, then mhe data folder"),
+        (["notes.txt", "a/b/1.jpg"], "give a folder of indexed shards"),
+    ],
+)
+@pytest.mark.parametrize("key", ["data.shards", "evaluate.shards"])
+def test_what_is_no_data_set_yet_names_the_command_that_makes_one(
+    tmp_path: Path, files: list[str], cure: str, key: str
+) -> None:
+    root = tmp_path / "my photos"
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    shards = {"data.shards": make_shards(tmp_path / "a"), "evaluate.shards": ""} | {key: str(root)}
+    sections = {each.partition(".")[0]: {"shards": path} for each, path in shards.items()}
+    ((wrong, message),) = check_data(config(**sections))
+    assert wrong == key
+    words = {"root": root, "out": f"{root}-shards", "rec": root / "train.rec"}
+    quoted = {name: shlex.quote(str(path)) for name, path in words.items()}
+    assert cure.format(key=key, **quoted) in message
 
 
 def test_the_message_names_the_cure() -> None:

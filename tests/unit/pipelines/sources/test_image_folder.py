@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -12,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mhe_dist.errors import RunError, UserError
+from pipelines.shards import writer
 from pipelines.sources.convert import ImportOptions
 from pipelines.sources.image_folder import import_folder, parse_list_line, path_below_root
 from tests.recordio_files import content, jpeg
@@ -210,3 +216,44 @@ def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
         import_folder("http://127.0.0.1:9/root", str(tmp_path / "out"))
     with pytest.raises(UserError, match="no image here"):
         import_folder(str(tmp_path), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "your quota")]
+)
+def test_a_full_disk_says_what_is_missing_and_that_it_goes_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
+    out, options = tmp_path / "out", ImportOptions(shard_bytes=1, processes=1, max_bad=1)
+    whole = import_folder(str(root), str(tmp_path / "whole"), options=options)
+    assert len(whole.index.shards) > 1
+    write, written = writer._write_tar, []
+
+    def fill_up(*arguments: Any) -> Any:
+        if written:
+            raise OSError(number, os.strerror(number))
+        written.append(write(*arguments))
+        return written[-1]
+
+    monkeypatch.setattr(writer, "_write_tar", fill_up)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(RunError) as failed:
+        import_folder(str(root), str(out), options=options)
+    said = str(failed.value)
+    for part in (f"{out}: {words}", "1 MiB are still to be written", "0 MiB are free"):
+        assert part in said
+    assert "1 MiB are missing" in said and "the same command goes on" in said
+    monkeypatch.setattr(writer, "_write_tar", write)
+    made = import_folder(str(root), str(out), options=options)
+    assert made.index.samples == whole.index.samples
+
+
+def test_other_trouble_of_a_disk_stays_what_it_is(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(writer, "_write_tar", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        import_folder(str(root), str(tmp_path / "out"), options=ImportOptions(processes=1))
