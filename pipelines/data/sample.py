@@ -17,7 +17,11 @@ import webdataset.tariterators as tars
 from mhe_dist.config.data import MAX_PIXELS
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
 from pipelines.data.order import ShardSpan
-from pipelines.shards.image_format import IMAGE_EXTENSIONS
+from pipelines.shards.image_format import (
+    IMAGE_EXTENSIONS,
+    is_apple_metadata,
+    list_extensions,
+)
 from pipelines.shards.index import IndexEntry, ShardIndex
 from pipelines.storage.ranges import locate_file, read_range
 
@@ -138,6 +142,7 @@ def parse_members(raw: memoryview, alone: bool = True) -> dict[str, Any]:
         if files is None:
             source = {"url": "", "stream": io.BytesIO(raw)}
             files = list(tars.tar_file_expander([source], eof_value=None))
+            files = [file for file in files if not is_apple_metadata(file["fname"])]
         samples = tars.group_by_keys({"__url__": "", **file} for file in files)
         first, others = next(samples, None), len(list(samples)) if alone else 0
     except (tarfile.TarError, ValueError, EOFError, OSError) as error:
@@ -175,7 +180,8 @@ def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
         at += _BLOCK
         if at + size > len(raw):
             return None
-        files.append({"fname": name, "data": bytes(raw[at : at + size])})
+        if not is_apple_metadata(name):
+            files.append({"fname": name, "data": bytes(raw[at : at + size])})
         at += -(-size // _BLOCK) * _BLOCK
     return files
 
@@ -214,7 +220,7 @@ def _label(members: dict[str, Any], num_classes: int) -> int:
 
 
 def _extensions(members: dict[str, Any]) -> str:
-    return ", ".join(name for name in members if not name.startswith("__")) or "nothing"
+    return list_extensions(name for name in members if not name.startswith("__"))
 
 
 def load_sample(

@@ -19,15 +19,16 @@ _CHUNK: Final = 1 << 20
 _FILES: Final = b"0\x007"
 _WITHOUT_DATA: Final = b"123456"  # links, devices, folders: no data, whatever the size says
 _LONG_NAME, _LONG_LINK, _SPARSE = b"LKS"
+_LINKS: Final = {b"1"[0]: "hard link", b"2"[0]: "symbolic link"}
 _PAX: Final = b"xX"
 _PAX_FOR_ALL: Final = b"g"[0]
 _PAX_RECORD: Final = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
 # A tar in a compressed form cannot be read from the middle.
 _COMPRESSED: Final = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
 }
 
 
@@ -46,12 +47,14 @@ class TarMember(NamedTuple):
         start: where its first header begins, an extended one included.
         stop: where the next member's header begins.
         data: its content; None if it is no file, or too large for a part of a sample.
+        link: `hard link` or `symbolic link` if it is one.
     """
 
     name: str
     start: int
     stop: int
     data: bytes | None
+    link: str = ""
 
 
 class _Header(NamedTuple):
@@ -100,7 +103,7 @@ def read_members(stream: IO[bytes]) -> Iterator[TarMember]:
             size = 0
         data = _content(stream, at, size, is_file and size <= _LARGEST)
         at += _padded(size)
-        yield TarMember(name, start, at, data)
+        yield TarMember(name, start, at, data, _LINKS.get(header.kind, ""))
         start, over = at, {}
 
 
@@ -114,9 +117,9 @@ def rest_is_empty(stream: IO[bytes]) -> bool:
 
 def _header(block: bytes, at: int) -> _Header:
     if at == 0:
-        for beginning, name in _COMPRESSED.items():
+        for beginning, (name, tool) in _COMPRESSED.items():
             if block.startswith(beginning):
-                raise DamagedTarError(0, f"compressed by {name}; unpack it first")
+                raise DamagedTarError(0, f"compressed by {name}; unpack it first ({tool} FILE)")
     try:
         checksum, size = _number(block[148:156]), _number(block[124:136])
     except ValueError:

@@ -29,6 +29,14 @@ from pipelines.storage.urls import is_local, protocol_names, resolve_url, to_url
 from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 _JOURNAL: Final = ".index.partial"
+# A tar in a compressed form cannot be read from the middle.
+_TOOLS: Final = {
+    ".tar.gz": "gunzip",
+    ".tgz": "gunzip -S .tgz",
+    ".tar.bz2": "bunzip2",
+    ".tar.xz": "unxz",
+    ".tar.zst": "unzstd",
+}
 
 
 def index_shards(
@@ -108,7 +116,7 @@ def expand_tars(given: Sequence[str]) -> list[str]:
         for url in unfolded:
             matches = _matches(url)
             if not matches:
-                raise UserError(f"{url}: no tars here")
+                raise UserError(f"{url}: no tars here{_compressed_tars(url)}")
             found |= dict.fromkeys(matches)
     return list(found)
 
@@ -120,6 +128,15 @@ def _matches(url: str) -> list[str]:
         return [_absolute(url)]
     below = path if "*" in url else f"{path.rstrip('/')}/*.tar"
     return [to_url(filesystem, match) for match in sorted(filesystem.glob(below))]
+
+
+def _compressed_tars(url: str) -> str:
+    """What to type if a folder holds compressed tars only."""
+    filesystem, path = resolve_url(url)
+    for ending, tool in _TOOLS.items():
+        if "*" not in url and (found := filesystem.glob(f"{path.rstrip('/')}/*{ending}")):
+            return f", but {len(found)} *{ending}; unpack them first: {tool} {url}/*{ending}"
+    return ""
 
 
 def _absolute(url: str) -> str:

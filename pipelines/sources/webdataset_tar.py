@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
-from pipelines.shards.image_format import IMAGE_EXTENSIONS
+from pipelines.shards.image_format import (
+    IMAGE_EXTENSIONS,
+    is_apple_metadata,
+    list_extensions,
+)
 from pipelines.shards.index import Fault
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
@@ -21,6 +25,12 @@ INTEGER: Final = re.compile(r"-?\d{1,18}")
 _NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META: Final = re.compile(r"__[^/]*__($|/)")
 _LONGEST_LABEL: Final = 200
+_LONGEST_REASON: Final = 400
+_MOST_MEMBERS: Final = 1000  # of a sample that are kept by name
+_MOST_PARTS: Final = 1_000_000  # keys of incomplete samples that are remembered
+_SORT: Final = (
+    "the members of a sample must be adjacent; pack the tar anew with tar --sort=name -cf"
+)
 
 
 class SampleLayout(NamedTuple):
@@ -100,16 +110,27 @@ class _TarContents:
         self._starts: list[int] = []
         self._end = 0
         self._faults: list[Fault] = []
+        self._parts: dict[str, int] = {}  # key of an incomplete sample -> its fault
 
     def add(self, sample: _SampleMembers) -> None:
         """Take a sample, or count it as a fault."""
         label = sample.label()
         if isinstance(label, Fault):
-            self._faults.append(Fault(f"{self._task.url} {label.location}", label.reason))
+            self._add_fault(sample, label)
             return
         self._codes.append(self._number.setdefault(label, len(self._number)))
         self._starts.append(sample.start)
         self._end = sample.stop
+
+    def _add_fault(self, sample: _SampleMembers, fault: Fault) -> None:
+        """Count a fault; parts of one sample that are not adjacent are one."""
+        location = f"{self._task.url} {fault.location}"
+        if (first := self._parts.get(sample.key)) is not None:
+            self._faults[first] = Fault(location, f"it is in several places of the tar: {_SORT}")
+            return
+        if len(self._parts) < _MOST_PARTS:
+            self._parts[sample.key] = len(self._faults)
+        self._faults.append(Fault(location, fault.reason))
 
     def result(self) -> dict[str, Any]:
         """The part of `scan_tar`'s result that is about samples."""
@@ -130,15 +151,21 @@ class _SampleMembers:
         self._layout = layout
         self._members: dict[str, bytes | None] = {}
         self._twice = ""
+        self._links: dict[str, str] = {}
 
     def add(self, extension: str, member: TarMember) -> None:
         """Take the next member of the sample."""
         if extension in self._members:
             self._twice = extension
-        # Of an image it is enough that there is one.
-        is_image = extension in self._layout.images
-        self._members[extension] = b"image" if is_image and member.data else member.data
         self.stop = member.stop
+        is_label = extension == self._layout.label.partition(":")[0]
+        is_image = extension in self._layout.images
+        if len(self._members) >= _MOST_MEMBERS and not (is_label or is_image):
+            return
+        if member.link and (is_label or is_image):
+            self._links[extension] = member.link
+        # Of what is not the label it is enough to know that it is there.
+        self._members[extension] = member.data if is_label or not member.data else b"there"
 
     def label(self) -> str | Fault:
         """Its label as text, or what is wrong with it."""
@@ -146,21 +173,27 @@ class _SampleMembers:
             self._check()
             return self._label()
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-            return Fault(self.key[:_LONGEST_LABEL], str(error) or repr(error))
+            reason = str(error) or repr(error)
+            return Fault(self.key[:_LONGEST_LABEL], reason[:_LONGEST_REASON])
 
     def _check(self) -> None:
         if self.key.startswith("/") or ".." in self.key.split("/"):
             raise ValueError("its name leaves the folder")
         if self._twice:
-            raise ValueError(f"{self._twice} is there twice")
+            raise ValueError(f"{self._twice[:_LONGEST_LABEL]} is there twice")
+        for extension, link in self._links.items():
+            raise ValueError(
+                f"its {extension} is a {link}; pack the tar anew with the files themselves: "
+                "tar --dereference --hard-dereference --sort=name -cf"
+            )
         if not any(self._members.get(extension) for extension in self._layout.images):
-            raise ValueError(f"no image among {', '.join(self._members)}")
+            raise ValueError(f"no image among {self._found()}{self._image_advice()}")
 
     def _label(self) -> str:
         extension, _, path = self._layout.label.partition(":")
         data = self._members.get(extension)
         if data is None:
-            raise ValueError(f"no {extension} among {', '.join(self._members)}")
+            raise ValueError(f"no {extension} among {self._found()}{self._label_advice()}")
         text = data.decode().strip() if not path else _json_text_at(json.loads(data), path)
         if not text or len(text) > _LONGEST_LABEL:
             raise ValueError(f"its label {text[:20]!r} is no class")
@@ -171,6 +204,27 @@ class _SampleMembers:
         if num_classes and not (is_integer and int(text) < num_classes):
             raise ValueError(f"its label {text[:20]!r} is not in [0, {num_classes})")
         return text
+
+    def _found(self) -> str:
+        return list_extensions(self._members)
+
+    def _image_advice(self) -> str:
+        """What to type if a member looks like an image; a name ends at its first dot."""
+        for name in self._members:
+            if "." in name and name.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                return (
+                    f"; a sample's name ends at its first dot: --image {name[:40]} if all images "
+                    "are called so, else pack the tar anew with names without dots"
+                )
+        return ""
+
+    def _label_advice(self) -> str:
+        """What to type if there are other members that may be the label."""
+        others = [name for name in self._members if name not in self._layout.images]
+        if not others:
+            return ""
+        label = "json:KEY" if "json" in others else others[0][:40]
+        return f"; say which is the label: --label {label}"
 
 
 def _json_text_at(value: Any, path: str) -> str:
@@ -194,7 +248,7 @@ def _samples(found: Iterator[TarMember], layout: SampleLayout) -> Iterator[_Samp
     try:
         for member in found:
             match = _NAME.fullmatch(member.name)
-            if match is None or _META.match(member.name):
+            if match is None or _META.match(member.name) or is_apple_metadata(member.name):
                 continue
             if current is None or current.key != match[1]:
                 if current is not None:

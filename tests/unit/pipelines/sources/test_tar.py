@@ -111,7 +111,7 @@ def test_an_empty_tar() -> None:
         (b"", "byte 0: it ends here, without an end marker"),
         (b"hello", "byte 0: it ends here"),
         (b"hello" * 500, "byte 0: no tar"),
-        (b"\x1f\x8b" + bytes(600), "compressed by gzip; unpack it first"),
+        (b"\x1f\x8b" + bytes(600), "compressed by gzip; unpack it first .gunzip FILE."),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed by zstd"),
         (PLAIN[:300], "byte 0: it ends here"),
         (PLAIN[:900], "byte 512: the file ends 636 bytes too early"),

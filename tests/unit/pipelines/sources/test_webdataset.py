@@ -157,6 +157,72 @@ def test_what_lies_between_samples_is_passed_over(tmp_path: Path) -> None:
     assert loader.faults.count == 0
 
 
+Entry = tuple[str, bytes] | tuple[str, str, str]
+
+
+def tar_with_links(*entries: Entry) -> bytes:
+    """Files, and links by (name, target, type flag)."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as writer:
+        for name, content, *kind in entries:
+            info = tarfile.TarInfo(name)
+            if kind:
+                info.type, info.linkname = str(kind[0]).encode(), str(content)
+            info.size = 0 if kind else len(content)
+            writer.addfile(info, None if kind else io.BytesIO(bytes(content)))  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+IMAGE = jpeg(0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "reason"),
+    [
+        ([("img.0001.jpg", IMAGE), ("img.0001.cls", b"0")], "--image 0001.jpg if all"),
+        (
+            [("a.jpg", IMAGE), ("b.jpg", IMAGE), ("a.cls", b"0"), ("b.cls", b"1")],
+            "in several places of the tar: .* tar --sort=name",
+        ),
+        ([("a.jpg", "b.jpg", "1"), ("a.cls", b"0")], "its jpg is a hard link; .* --hard-deref"),
+        ([("a.jpg", "b.jpg", "2"), ("a.cls", b"0")], "its jpg is a symbolic link; .* --deref"),
+        ([("a.jpg", IMAGE), ("a.json", b"{}"), ("a.txt", b"x")], "--label json:KEY"),
+        ([("a.jpg", IMAGE), ("a.label", b"0")], "no cls among jpg, label; .* --label label"),
+    ],
+)
+def test_tars_of_others_are_refused_with_what_to_type(
+    tmp_path: Path, entries: list[Entry], reason: str
+) -> None:
+    folder = save(tmp_path / "set", tar_with_links(*entries))
+    with pytest.raises(RunError, match=reason) as caught:
+        index_shards([folder])
+    assert len(str(caught.value)) < 2000
+
+
+def test_ten_thousand_members_of_one_name_make_a_short_message(tmp_path: Path) -> None:
+    names = [(f"img.{number:05d}.{'x' * 90}", b"x") for number in range(10_000)]
+    with pytest.raises(RunError, match=r"and 995 more") as caught:
+        index_shards([save(tmp_path / "set", tar_with_links(*names))])
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_folder_of_compressed_tars_says_how_to_unpack_them(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"no tars here, but 1 \*\.tar\.gz; .*: gunzip "):
+        index_shards([str(tmp_path)])
+
+
+def test_apples_files_are_passed_over(tmp_path: Path) -> None:
+    entries: Files = []
+    for number in range(2):
+        for name, data in pair(f"k{number}", number, str(number)):
+            entries = [*entries, (f"d/._{name}", b"apple"), (f"d/{name}", data)]
+    folder = save(tmp_path / "set", tar(*entries))
+    made = index_shards([folder])
+    assert made.faults == []
+    assert read(folder) == {"d/k0": 0, "d/k1": 1}
+
+
 def _config(folder: str) -> Config:
     data = {"shards": folder, "image_size": 8, "streams": 1, "loader_workers": 0}
     return Config.model_validate({"data": data, "train": {"global_batch": 2, "micro_batch": 2}})
@@ -245,7 +311,7 @@ def test_tars_in_several_folders_and_patterns(tmp_path: Path) -> None:
         "b/other-000.tar",
     ]
     elsewhere = index_shards(given, "memory://indexed")
-    assert elsewhere.shards.shards[2].url == f"{b}/other-000.tar"
+    assert elsewhere.index.shards[2].url == f"{b}/other-000.tar"
     assert read("memory://indexed") == {"k0": 0, "k1": 1, "k2": 0}
 
 
