@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from pydantic import Field
 
-from mhe_dist.config.section import ConfigSection, Fraction, PositiveFloat, PositiveInt
+from mhe_dist.config.section import ConfigSection, Fraction, PathText, PositiveFloat, PositiveInt
 
 MAX_PIXELS: Final = 89_478_485
 """Most pixels of an image unless the config says otherwise: 256 MiB in RGB, Pillow's own bound."""
@@ -15,7 +15,9 @@ MAX_PIXELS: Final = 89_478_485
 class GlyphsConfig(ConfigSection):
     """Makes the glyph data set when `data.shards` does not exist yet."""
 
-    fonts: str = Field("", description="Folder of font files; empty: those that matplotlib ships.")
+    fonts: PathText = Field(
+        "", description="Folder of font files; empty: those that matplotlib ships."
+    )
     heldout_fonts: list[str] = Field(
         ["STIXGeneral*"], description="Names (* and ?) of font files kept for the evaluation."
     )
@@ -47,25 +49,31 @@ class RemoteConfig(ConfigSection):
 
     retries: int = Field(5, ge=0, description="Further attempts after a transient fault.")
     read_ahead_mib: int = Field(256, ge=0, description="Most MiB a loader process reads ahead.")
-    cache_dir: str = Field("", description="Folder of a host's disk for whole shards; empty: none.")
+    cache_dir: PathText = Field(
+        "", description="Folder of a host's disk for whole shards; empty: none."
+    )
     cache_gib: PositiveFloat = Field(100.0, description="Most GiB in cache_dir.")
 
 
 class MixConfig(ConfigSection):
     """A further data set; its classes are others than those of the sets before it."""
 
-    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
+    shards: PathText = Field(..., description="Folder or URL that holds index.json and the tars.")
     weight: float = Field(
         1.0, gt=0, le=1000, description="Passes over it in an epoch; 0.5: a random half."
     )
-    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+    classes: PathText = Field(
+        "", description="List of the classes to take (docs/data.md); empty: all."
+    )
 
 
 class DataConfig(ConfigSection):
     """Where the images are, in which order they come and how they are prepared."""
 
-    shards: str = Field(..., description="Folder or URL that holds index.json and the tars.")
-    classes: str = Field("", description="List of the classes to take (docs/data.md); empty: all.")
+    shards: PathText = Field(..., description="Folder or URL that holds index.json and the tars.")
+    classes: PathText = Field(
+        "", description="List of the classes to take (docs/data.md); empty: all."
+    )
     images_per_class: int = Field(
         0, ge=0, description="Most images of a class in an epoch, drawn anew each time; 0: all."
     )

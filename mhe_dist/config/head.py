@@ -11,6 +11,7 @@ from mhe_dist.config.section import (
     ConfigSection,
     Decay,
     Fraction,
+    PathText,
     PositiveFloat,
     PositiveInt,
 )
@@ -56,7 +57,7 @@ class BankConfig(ConfigSection):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Stored type of rows; bfloat16 is rounded stochastically."
     )
-    path: str = Field("", description="file: folder for the row files; empty: inside the run.")
+    path: PathText = Field("", description="file: folder for the row files; empty: inside the run.")
 
 
 class HeadOptimConfig(ConfigSection):
@@ -135,7 +136,7 @@ class HeadConfig(ConfigSection):
     kind: Literal["full", "partial_fc", "mhs", "mhp", "mhc"] = Field(
         "mhs", description="Which head; the block of the same name configures it."
     )
-    init_from: str = Field(
+    init_from: PathText = Field(
         "", description="Run or step_* folder whose rows a new run begins with; empty: none."
     )
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from mhe_dist.config.describe import all_keys, describe_type, suggest
-from mhe_dist.config.section import INAPPLICABLE, Inapplicable
+from mhe_dist.config.section import INAPPLICABLE, UNSET_VARIABLE, Inapplicable
 from mhe_dist.errors import UserError
 
 RENAMED: dict[str, str] = {}
@@ -69,7 +69,13 @@ def explain_error(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistak
         return ConfigMistake(key.path, None, f"is required: {key.field.description}")
     items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
     path = f"{key.path}[{items}]" if items else key.path
-    return ConfigMistake(path, value, f"must be {describe_type(key)}", source_of(key.path, sources))
+    message = f"must be {describe_type(key)}"
+    if detail["type"] == UNSET_VARIABLE:
+        message = detail["msg"]
+    elif detail["type"] == "string_type" and isinstance(value, bool | int | float):
+        kind = "truth value" if isinstance(value, bool) else "number"
+        message += f", but YAML reads this as a {kind}: quote it"
+    return ConfigMistake(path, value, message, source_of(key.path, sources))
 
 
 def explain_inapplicable(

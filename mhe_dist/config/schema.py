@@ -12,7 +12,15 @@ from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.config.section import Alternatives, ConfigSection, Decay, PositiveFloat, PositiveInt
+from mhe_dist.config.section import (
+    Alternatives,
+    ConfigSection,
+    Decay,
+    PathText,
+    PathTexts,
+    PositiveFloat,
+    PositiveInt,
+)
 
 CHECKED_LATER = {"combinations_later": True}  # a context: contradictions between keys may pass
 
@@ -25,7 +33,7 @@ class RunConfig(ConfigSection):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run; the same name continues the same run.",
     )
-    dir: str = Field("runs", description="Folder or fsspec URL that holds the runs.")
+    dir: PathText = Field("runs", description="Folder or fsspec URL that holds the runs.")
     seed: int = Field(0, ge=0, description="The seed of everything that is drawn.")
 
     @property
@@ -43,7 +51,7 @@ class ModelConfig(ConfigSection):
     neck: Literal["none", "batchnorm"] = Field(
         "batchnorm", description="What follows the embedding layer; folded into it on export."
     )
-    init_from: str = Field(
+    init_from: PathText = Field(
         "", description="Weights to begin with: .pth, .safetensors, exported folder, run; or none."
     )
     grad_checkpointing: bool = Field(
@@ -169,7 +177,9 @@ class ScaleConfig(ConfigSection):
 class EvaluateConfig(ConfigSection):
     """Held-out evaluation of the embedding."""
 
-    shards: str = Field("", description="Folder or URL of held-out shards; empty: no evaluation.")
+    shards: PathText = Field(
+        "", description="Folder or URL of held-out shards; empty: no evaluation."
+    )
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: at the end only.")
     pairs: PositiveInt = Field(
         6000, description="Pairs drawn for 1:1 verification, half of them same."
@@ -180,7 +190,7 @@ class EvaluateConfig(ConfigSection):
         description="Glyphs: figures for the probes of some typefaces alone, each by a name of "
         "yours and a pattern (* and ?) of font files.",
     )
-    verification: list[str] = Field(
+    verification: PathTexts = Field(
         [], description="InsightFace .bin files (lfw.bin, ...) to verify on at each evaluation."
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, NamedTuple, cast, get_args
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, cast, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,7 +29,35 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def expand_path(path: str) -> str:
+    """A path or URL with `~` at its beginning and `$VARIABLES` replaced.
+
+    Raises:
+        PydanticCustomError: a variable is not set; the message says which.
+    """
+    for match in _VARIABLE.finditer(path):
+        name = match[1].strip("{}")
+        if name not in os.environ:
+            raise PydanticCustomError(
+                UNSET_VARIABLE, "the environment variable {name} is not set", {"name": name}
+            )
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def expand_paths(paths: list[str]) -> list[str]:
+    """See `expand_path`."""
+    return [expand_path(path) for path in paths]
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path or URL; whoever uses it finds `~` and variables replaced."""
+PathTexts = Annotated[list[str], AfterValidator(expand_paths)]
+
 INAPPLICABLE = "inapplicable"  # pydantic's type of the error
+UNSET_VARIABLE: Final = "unset_variable"  # likewise
 
 
 class Inapplicable(NamedTuple):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from mhe_dist.config.describe import describe_config
+from mhe_dist.config.describe import describe_config, value_at
 from mhe_dist.config.load import load_config
 from mhe_dist.config.mistakes import RENAMED, ConfigErrors
 from mhe_dist.config.schema import Config
@@ -470,3 +471,61 @@ def test_loading_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'fsspec' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PATH_KEYS = [
+    "run.dir",
+    "data.shards",
+    "data.classes",
+    "model.init_from",
+    "evaluate.shards",
+    "head.init_from",
+]
+
+
+@pytest.mark.parametrize("key", PATH_KEYS)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("~/a b", "/home/me/a b"),
+        ("$PLACE/ä%20b?#'c", "s3://bucket/ä%20b?#'c"),
+        ("${PLACE}/x", "s3://bucket/x"),
+        ("s3://b/~/x", "s3://b/~/x"),
+    ],
+)
+def test_home_and_variables_are_replaced(
+    key: str, given: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("PLACE", "s3://bucket")
+    values: Any = {"data": {"shards": "x"}}
+    block = values
+    *sections, name = key.split(".")
+    for section in sections:
+        block = block.setdefault(section, {})
+    block[name] = given
+    assert value_at(Config.model_validate(values), key) == expected
+
+
+def test_lists_of_paths_are_replaced_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(None, ["data.shards=x", "evaluate.verification=[~/lfw.bin]"])
+    assert config.evaluate.verification == ["/home/me/lfw.bin"]
+    mixed = load_config(None, ["data.shards=~/a", "data.mix=[{shards: ~/b}]"]).data
+    assert [mixed.shards, mixed.mix[0].shards] == ["/home/me/a", "/home/me/b"]
+
+
+def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(None, ["data.shards=x", "run.dir=$NO_SUCH_PLACE/runs"])
+    (mistake,) = caught.value.mistakes
+    assert mistake.path == "run.dir"
+    assert mistake.message == "the environment variable NO_SUCH_PLACE is not set"
+
+
+def test_a_number_as_a_name_says_quote_it(tmp_path: Path) -> None:
+    for text, kind in (("2024", "number"), ("yes", "truth value")):
+        (tmp_path / "c.yaml").write_text(f"run: {{name: {text}}}\ndata: {{shards: x}}\n")
+        with pytest.raises(ConfigErrors, match=rf"YAML reads this as a {kind}: quote it"):
+            load_config(str(tmp_path / "c.yaml"))

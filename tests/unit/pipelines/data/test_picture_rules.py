@@ -199,9 +199,11 @@ def test_a_long_image_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch
     scaled = []
     resize = Image.Image.resize
 
-    def record(image: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+    def record(
+        image: Image.Image, size: tuple[int, int], resample: Image.Resampling
+    ) -> Image.Image:
         scaled.append(max(*size, *image.size))
-        return resize(image, size, *rest)
+        return resize(image, size, resample)
 
     monkeypatch.setattr(Image.Image, "resize", record)
     decode_image(encoded(np.zeros((1, 2000, 3), np.uint8), "png"), SIDE)
