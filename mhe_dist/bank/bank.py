@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhe_dist import seeds
 from mhe_dist.bank.row_store import Local, Memory, RowStore
+from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
 
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
@@ -90,6 +91,14 @@ class Bank:
         return sum(store.rows.nbytes for store in self._store.values())
 
     @property
+    def unit_bytes(self) -> int:
+        """Bytes of one unit with its state, as they are stored."""
+        columns = (
+            store.rows.shape[-1] * store.rows.element_size() for store in self._store.values()
+        )
+        return self.length * sum(columns)
+
+    @property
     def units_per_chunk(self) -> int:
         """Units that make a chunk."""
         unit_bytes = self.length * self.width * self.compute_dtype.itemsize
@@ -154,13 +163,10 @@ class Bank:
         where = (units - self.units.start) * self.length + slots
         store.view(-1, store.shape[-1]).index_copy_(0, where.to(store.device), rows.to(store))
 
-    def saved(self, units: Tensor) -> dict[str, Tensor]:
-        """All fields of `units` in the stored type, on the host, as `load` takes them."""
-        local = units - self.units.start
-        return {
-            name: store.rows.index_select(0, local.to(store.rows.device)).cpu()
-            for name, store in self._store.items()
-        }
+    def saved(self, units: Tensor) -> dict[str, SavedRows]:
+        """All fields of `units` in the stored type, as `load` takes them once they are copied."""
+        local = units.numpy() - self.units.start
+        return {name: SavedRows(store, local) for name, store in self._store.items()}
 
     def forget(self) -> None:
         """Mark every unit as never touched and clear the optimizer state."""

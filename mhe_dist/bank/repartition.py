@@ -56,8 +56,7 @@ def move_rows(
     banks are in memory meanwhile.
     """
     units = old.touched
-    unit_bytes = sum(rows.nbytes for rows in old.saved(units[:1]).values()) or 1
-    per_chunk = max(1, MOVED_BYTES // unit_bytes)
+    per_chunk = max(1, MOVED_BYTES // old.unit_bytes)
     chunks = torch.tensor([-(-len(units) // per_chunk)])
     for number in range(int(all_reduce(chunks, topology, "max"))):
         chunk = units[number * per_chunk : (number + 1) * per_chunk]
@@ -85,7 +84,7 @@ def _exchange(
     heads, slots = arrived.unbind(1)
     new.touch(torch.unique(heads))
     for field, rows in old.saved(units).items():
-        leaving = rows.flatten(0, 1)[known][order].contiguous()
+        leaving = rows.tensor().flatten(0, 1)[known][order].contiguous()
         # As bytes: not every backend carries every type.
         moved = all_to_all(leaving.view(torch.uint8), send, receive, topology).view(rows.dtype)
         new.put_rows(field, heads, slots, moved)

@@ -94,6 +94,18 @@ class RowStore:
         elif rows.data_ptr() != self.rows[local].data_ptr():
             self.rows[local].copy_(rows)
 
+    def copy_units(self, local: npt.NDArray[np.int64], out: Tensor) -> None:
+        """Copy the rows of some units to `out` `[U, L, columns]` on the host, in the stored type.
+
+        Pages of a file do not stay in memory for it.
+        """
+        where = torch.from_numpy(local).to(self.rows.device)
+        if self.rows.device.type == "cpu":
+            torch.index_select(self.rows, 0, where, out=out)
+        else:
+            out.copy_(self.rows.index_select(0, where))
+        self._drop_pages()
+
     @property
     def prefetches(self) -> bool:
         """Whether `prefetch` does anything."""
@@ -115,7 +127,11 @@ class RowStore:
 
     def release(self) -> None:
         """Hand the pages of a file back to the system's cache if many are in use."""
-        if self._map is not None and self._used > RESIDENT_BYTES:
+        if self._used > RESIDENT_BYTES:
+            self._drop_pages()
+
+    def _drop_pages(self) -> None:
+        if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._used = 0
 

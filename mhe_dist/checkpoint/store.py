@@ -15,7 +15,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry
 from mhe_dist.checkpoint.reader import Checkpoint, first_failure
 from mhe_dist.checkpoint.retention import RetentionPolicy, steps_to_delete
@@ -95,17 +96,19 @@ class CheckpointStore:
     def save(
         self,
         step: int,
-        replicated: dict[str, Tensor],
-        owned: dict[str, Tensor],
+        replicated: Mapping[str, Entry],
+        owned: Mapping[str, Entry],
         run: dict[str, Any],
     ) -> SaveResult | None:
         """Copy the tensors to host memory and write them while the caller goes on.
 
-        All ranks must call. Waits for the save before, if it still runs.
+        All ranks must call. Waits for the save before, if it still runs. The memory of one copy is
+        all that is needed; it is kept for the next save.
 
         Args:
             step: number of completed steps; names the folder.
-            replicated: tensors that are equal on all ranks; written once, spread over the ranks.
+            replicated: tensors that are equal on all ranks, in the same order; written once, spread
+                over the ranks.
             owned: tensors that only this rank holds, under names that no other rank uses.
             run: plain data for `Checkpoint.run`; rank 0's counts.
 
@@ -114,14 +117,33 @@ class CheckpointStore:
         """
         before = self.wait()
         begin = time.perf_counter()
-        mine = share_by_size(replicated, self._topology.world_size)[self._topology.rank]
-        given = {name: replicated[name] for name in mine} | owned
-        self._copies = {n: _copied(tensor, self._copies.get(n)) for n, tensor in given.items()}
+        shares = share_by_size(replicated, self._topology.world_size)
+        self._copy(replicated, set(shares[self._topology.rank]), owned)
         self._thread = threading.Thread(
             target=self._write, args=(step, self._copies, run, begin), name=f"checkpoint-{step}"
         )
         self._thread.start()
         return before
+
+    def _copy(
+        self, replicated: Mapping[str, Entry], mine: set[str], owned: Mapping[str, Entry]
+    ) -> None:
+        """Fill the buffers of this rank's tensors; those of the save before serve again."""
+        given = {name: replicated[name] for name in mine} | dict(owned)
+        old = {n: kept for n, kept in self._copies.items() if n in given and _fits(kept, given[n])}
+        self._copies = {}  # frees those that do not fit before others are made
+        # All of them before anything is gathered: the memory of that lies in one piece, then, and
+        # goes back to the system.
+        self._copies = {
+            name: old[name] if name in old else torch.empty(entry.shape, dtype=entry.dtype)
+            for name, entry in given.items()
+        }
+        for name, entry in (*replicated.items(), *owned.items()):
+            buffer = self._copies.get(name)
+            if not isinstance(entry, Tensor):
+                entry.copy_to(buffer)  # the ranks may make it together
+            elif buffer is not None:
+                buffer.copy_(entry.detach())
 
     def wait(self) -> SaveResult | None:
         """Wait for the running save; return, once, how the last one ended.
@@ -307,19 +329,16 @@ class CheckpointStore:
         return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
-def _copied(tensor: Tensor, old_copy: Tensor | None) -> Tensor:
-    """A copy on the host, in the memory of the copy before where it fits: fresh pages cost more
-    than what is written to them."""
-    if old_copy is None or old_copy.shape != tensor.shape or old_copy.dtype != tensor.dtype:
-        old_copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-    return old_copy.copy_(tensor.detach())
+def _fits(buffer: Tensor, entry: Entry) -> bool:
+    """Whether the memory of a copy can serve again: fresh pages cost more than what is written."""
+    return buffer.shape == entry.shape and buffer.dtype == entry.dtype
 
 
 def _name(path: str) -> str:
     return path.rsplit("/", 1)[1]
 
 
-def share_by_size(tensors: dict[str, Tensor], ranks: int) -> list[list[str]]:
+def share_by_size(tensors: Mapping[str, Entry], ranks: int) -> list[list[str]]:
     """Names for each rank such that the bytes are balanced; the same on all ranks."""
     shares: list[list[str]] = [[] for _ in range(ranks)]
     loads = [0] * ranks

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mhe_dist.backbone.ema import EMA_PREFIX, AveragedWeights
 from mhe_dist.backbone.model import normalize_images
+from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology, connect, disconnect
@@ -222,6 +223,13 @@ class Engine:
         `ema.<parameter>` too.
         """
         return self._zero_state.gather(self._averages())
+
+    def entries(self) -> dict[str, Entry]:
+        """What `state` copies, not copied yet, for `CheckpointStore.save` before the next step.
+
+        All ranks must save them, in this order.
+        """
+        return self._zero_state.entries(self._averages())
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` gave, on any W and ZeRO stage; all ranks must call.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.checkpoint.shape_check import Shapes, refuse_mismatch, tensor_shapes
 from mhe_dist.config.schema import OptimConfig
 from mhe_dist.distributed.topology import Topology
@@ -59,20 +60,25 @@ class ZeroState:
         """The optimizer of torch, below DeepSpeed's."""
         return self._zero_optimizer if self._stage == 0 else self._zero_optimizer.optimizer
 
-    @torch.no_grad()
+    def entries(self, extra: Mapping[str, Tensor]) -> dict[str, Entry]:
+        """Every tensor, and `extra`, for `CheckpointStore.save`; not copied yet.
+
+        All ranks must copy those that are no tensors, in this order: each is gathered for it.
+        """
+        entries: dict[str, Entry] = {}
+        for name, parameter in self._trained.items():
+            entries[f"model.{name}"] = self._entry(parameter, None)
+            for moment in self._moments:
+                entries[f"optim.{name}.{moment}"] = self._entry(parameter, moment)
+        for name, tensor in self._untrained().items():
+            entries[f"model.{name}"] = self._untrained_entry(tensor)
+        if self._adamw:
+            entries["optim.step"] = next(self._step_counters())
+        return entries | dict(extra)
+
     def gather(self, extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the host of every tensor, and of `extra`; all ranks must call."""
-        tensors = {}
-        for name, parameter in self._trained.items():
-            tensors[f"model.{name}"] = _on_host(self._whole(parameter, None))
-            for moment in self._moments:
-                tensors[f"optim.{name}.{moment}"] = _on_host(self._whole(parameter, moment))
-        with self._whole_frozen():
-            for name, tensor in self._untrained().items():
-                tensors[f"model.{name}"] = _on_host(tensor)
-        if self._adamw:
-            tensors["optim.step"] = _on_host(next(self._step_counters()))
-        return tensors | {name: _on_host(tensor) for name, tensor in extra.items()}
+        return {name: _on_host(entry) for name, entry in self.entries(extra).items()}
 
     @torch.no_grad()
     def scatter(self, tensors: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> None:
@@ -91,7 +97,7 @@ class ZeroState:
             self._write(parameter, None, tensors[f"model.{name}"])
             for moment in self._moments:
                 self._write(parameter, moment, tensors[f"optim.{name}.{moment}"])
-        with self._whole_frozen(writes=True):
+        with self._whole_frozen():
             for name, tensor in self._untrained().items():
                 tensor.copy_(tensors[f"model.{name}"])
         if self._adamw:
@@ -147,6 +153,27 @@ class ZeroState:
             return self._deepspeed.utils.safe_get_full_fp32_param(parameter)
         return self._deepspeed.utils.safe_get_full_optimizer_state(parameter, moment)
 
+    def _entry(self, parameter: Tensor, moment: str | None) -> Entry:
+        """The parameter or a moment of it; what ranks hold in parts is gathered when copied."""
+        if self._stage == 0:
+            return self._whole(parameter, moment)
+        shape = torch.Size(_whole_shape(parameter))
+        return _GatheredTensor(
+            shape, torch.float32, lambda: nullcontext(self._whole(parameter, moment))
+        )
+
+    def _untrained_entry(self, tensor: Tensor) -> Entry:
+        """A frozen parameter, which ranks hold in parts at ZeRO 3, or a buffer."""
+        if self._stage < 3 or not hasattr(tensor, "ds_shape"):
+            return tensor
+
+        @contextmanager
+        def whole() -> Iterator[Tensor]:
+            with self._deepspeed.zero.GatheredParameters([tensor]):
+                yield tensor
+
+        return _GatheredTensor(torch.Size(_whole_shape(tensor)), tensor.dtype, whole)
+
     def _write(self, parameter: Tensor, moment: str | None, value: Tensor) -> None:
         """Set the whole float32 parameter, or a moment of it."""
         value = value.to(self._topology.device, torch.float32)
@@ -185,13 +212,13 @@ class ZeroState:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     @contextmanager
-    def _whole_frozen(self, writes: bool = False) -> Iterator[None]:
-        """Within, frozen parameters are whole, also at ZeRO 3."""
+    def _whole_frozen(self) -> Iterator[None]:
+        """Within, frozen parameters are whole, also at ZeRO 3; what rank 0 writes, all get."""
         if self._stage < 3 or not self._frozen:
             yield
             return
         frozen = list(self._frozen.values())
-        with self._deepspeed.zero.GatheredParameters(frozen, modifier_rank=0 if writes else None):
+        with self._deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
             yield
 
 
@@ -199,5 +226,37 @@ def _whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _on_host(entry: Entry) -> Tensor:
+    if isinstance(entry, Tensor):
+        return entry.detach().to("cpu", copy=True)
+    buffer = torch.empty(entry.shape, dtype=entry.dtype)
+    entry.copy_to(buffer)
+    return buffer
+
+
+class _GatheredTensor:
+    """A tensor that lies on the ranks in parts; see `mhe_dist.checkpoint.entry.DeferredTensor`."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        whole: Callable[[], AbstractContextManager[Tensor]],
+    ) -> None:
+        """Args:
+        shape, dtype: of the whole tensor.
+        whole: gathers it for as long as its context lasts; a collective.
+        """
+        self.shape, self.dtype, self._whole = shape, dtype, whole
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @torch.no_grad()
+    def copy_to(self, buffer: Tensor | None) -> None:
+        """Gather it, all ranks together, and fill `buffer` where there is one."""
+        with self._whole() as tensor:
+            if buffer is not None:
+                buffer.copy_(tensor.detach())

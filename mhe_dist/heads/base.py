@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.errors import RunError
 
 NO_SAMPLE = torch.iinfo(torch.int64).min
@@ -92,23 +93,33 @@ class HeadState(NamedTuple):
 
     Attributes:
         replicated: equal on all ranks.
-        owned: on this rank alone. Rows are named by canonical group, `rows/<group>/<field>` (or
-            `rows/<group>/<level>/<field>`); a group lies on one rank as a whole.
+        owned: on this rank alone, rows not copied yet. They are named by canonical group,
+            `rows/<group>/<field>` (or `rows/<group>/<level>/<field>`); a group lies on one rank as
+            a whole.
     """
 
     replicated: dict[str, Tensor]
-    owned: dict[str, Tensor]
+    owned: dict[str, Tensor | SavedRows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them; nothing is copied for it."""
+        return sum(entry.nbytes for entry in (self.replicated | self.owned).values())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them."""
-        return self.replicated | self.owned
+        """All of them, copied: the rows are on the host."""
+        rows = {
+            name: entry.tensor() if isinstance(entry, SavedRows) else entry
+            for name, entry in self.owned.items()
+        }
+        return self.replicated | rows
 
     def with_prefix(self, prefix: str) -> HeadState:
         """The same tensors, `prefix` before every name."""
         return HeadState(
             {prefix + name: tensor for name, tensor in self.replicated.items()},
-            {prefix + name: tensor for name, tensor in self.owned.items()},
+            {prefix + name: entry for name, entry in self.owned.items()},
         )
 
 

@@ -13,6 +13,7 @@ from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.repartition import Permutations, move_rows
 from mhe_dist.bank.row_optim import build_row_optimizer
+from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import all_reduce, gather_rows
 from mhe_dist.distributed.topology import Topology
@@ -260,7 +261,7 @@ class RowHead(Head):
     def state(self) -> HeadState:
         """Touched units of each group: `rows/<group>/units` and a tensor for each field."""
         replicated: dict[str, Tensor] = {}
-        owned: dict[str, Tensor] = {}
+        owned: dict[str, Tensor | SavedRows] = {}
         touched = self.bank.touched
         for group in self.groups:
             heads = self.layout.group_heads(group)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
+from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.checkpoint.store import CheckpointStore, SaveResult
 from mhe_dist.config.schema import CheckpointConfig
 from pipelines.pretrain.recorder import Recorder
@@ -66,8 +65,8 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        replicated: dict[str, Tensor],
-        owned: dict[str, Tensor],
+        replicated: Mapping[str, Entry],
+        owned: Mapping[str, Entry],
         run: dict[str, Any],
     ) -> None:
         """Copy the tensors; they are written while training goes on: `CheckpointStore.save`."""

@@ -99,7 +99,7 @@ def measure_steps(
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             base_bytes=base,
             device_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
-            rows_bytes=sum(t.numel() * t.element_size() for t in run.head.state().tensors.values()),
+            rows_bytes=run.head.state().nbytes,
         )
     )
 

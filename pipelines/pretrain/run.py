@@ -153,7 +153,7 @@ class Run:
             head = self.head.state().with_prefix(HEAD_PREFIX)
             self.checkpointer.save(
                 self.progress.step,
-                self.engine.state() | head.replicated,
+                self.engine.entries() | head.replicated,
                 head.owned,
                 self._description(),
             )

@@ -31,7 +31,8 @@ def rows_of(head: Any, topology: Topology) -> dict[str, Tensor]:
     mine = (units >= head.bank.units.start) & (units < head.bank.units.stop)
     head.bank.touch(torch.unique(units[mine]))
     found = {}
-    for field, rows in head.bank.saved(units[mine]).items():
+    for field, saved in head.bank.saved(units[mine]).items():
+        rows = saved.tensor()
         table = torch.full((len(units), rows.shape[-1]), float("nan"), dtype=rows.dtype)
         table[mine] = rows[torch.arange(len(rows)), slots[mine]]
         found[field] = table

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhe_dist.bank.class_layout import balanced_lengths
 from mhe_dist.bank.row_optim import build_row_optimizer
+from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, HeadState, check_labels
@@ -225,7 +226,7 @@ class LevelHead(Head):
         """`<level>/<field>` and `<projection>/<field>` replicated, `rows/<group>/<level>/<field>`
         owned; see `Head`."""
         replicated: dict[str, Tensor] = {}
-        owned: dict[str, Tensor] = {}
+        owned: dict[str, Tensor | SavedRows] = {}
         for name, part in (self.levels | self.projections).items():
             state = part.state(name)
             replicated |= state.replicated

@@ -19,6 +19,7 @@ from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
+from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadState
@@ -96,7 +97,7 @@ class ReplicatedRows:
     def state(self, name: str) -> HeadState:
         """All fields, replicated, as `<name>/<field>`."""
         fields = self.bank.saved(self.unit)
-        return HeadState({f"{name}/{field}": rows for field, rows in fields.items()}, {})
+        return HeadState({f"{name}/{field}": rows.tensor() for field, rows in fields.items()}, {})
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Restore the tensors that `state` gave."""
@@ -222,7 +223,7 @@ class ShardedLevel:
 
     def state(self, name: str) -> HeadState:
         """Touched units of each group of this rank, owned, as `rows/<group>/<name>/<field>`."""
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | SavedRows] = {}
         touched = self.bank.touched
         for group in self.groups:
             heads, prefix = self.layout.group_heads(group), f"rows/{group:05d}/{name}/"
