@@ -17,10 +17,10 @@ RUN /opt/mhe/bin/pip install -c constraints.txt '.[s3,gcs,k8s]' boto3 psycopg2-b
 
 FROM python:3.11.13-slim-bookworm
 
-# KubeRay's probes call wget.
+# KubeRay's probes call wget. Triton builds C when a run with model.compile begins on a GPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends wget \
+ && apt-get install -y --no-install-recommends gcc libc6-dev wget \
  && rm -rf /var/lib/apt/lists/* \
  && groupadd --gid 1000 mhe \
  && useradd --uid 1000 --gid 1000 --create-home --home-dir /home/mhe mhe

@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 
 from launcher.preflight.checks import check_data
 from launcher.preflight.machine import PACKAGES, list_gpus
+from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.redact import scrub
@@ -58,6 +59,7 @@ def _problems(config: Config) -> Problems:
         "data.shards": check_data,
         "run.dir": _results,
         "tracking.uri": _mlflow,
+        "model.compile": _compiler,
     }
     # The threads of probes that hang are left behind: waiting for them is what must not happen.
     pool = ThreadPoolExecutor(len(probes))
@@ -111,6 +113,12 @@ def _mlflow(config: Config) -> Iterable[tuple[str, str]]:
                 yield "tracking.uri", f"{uri} answers {answer.status}"
     except (OSError, ValueError) as error:
         yield "tracking.uri", f"no MLflow server answers at {uri}: {error}"
+
+
+def _compiler(config: Config) -> Iterable[tuple[str, str]]:
+    """Whether the node can compile the network."""
+    if config.model.compile and (missing := missing_compiler(config.scale.gpu)):
+        yield "model.compile", missing.removeprefix("model.compile=true ")
 
 
 def _free(config: Config) -> int | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import os
-import shutil
 from typing import Any
 
 import timm
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mhe_dist.backbone.iresnet
+from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.backbone.ema import backbone_weights
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
@@ -49,14 +48,10 @@ def compile_in_place(model: nn.Module, device: torch.device) -> None:
     """Compile what a call of `model` does, at its first call; names and copies stay as they are.
 
     Raises:
-        UserError: a CPU's code needs a C++ compiler, and there is none.
+        UserError: that needs a compiler, and there is none.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"model.compile=true needs a C++ compiler on a CPU, but there is no {compiler}: "
-            "install one, name it in CXX, or set model.compile=false"
-        )
+    if missing := missing_compiler(device.type == "cuda"):
+        raise UserError(missing)
     model.compile()
 
 

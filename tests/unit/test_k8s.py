@@ -229,4 +229,5 @@ def test_the_image_is_lean_and_nobody_s() -> None:
     assert len(stages) == 2 and all(":3.11." in stage for stage in stages)
     assert "USER 1000:1000" in text
     assert "-c constraints.txt" in text
+    assert " gcc libc6-dev " in text, "model.compile on a GPU"
     assert (ROOT / ".dockerignore").read_text().startswith("*\n")

@@ -138,7 +138,8 @@ def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     assert find_shortages(settings, found, [node(), node("b")]) == []
 
 
-def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
+def test_a_node_tries_what_the_run_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
     shards = tiny.write_shards(tmp_path / "train", classes=8)
     good = tiny.config(tmp_path / "runs", shards, tracking={"mlflow": False})
     said = probe_node(good)
@@ -149,9 +150,11 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path) -> None:
         Path("/proc/runs"),
         str(tmp_path / "lost"),
         tracking={"mlflow": True, "uri": "http://me:planted-secret@127.0.0.1:1"},
+        model={"compile": True},
     )
     problems = dict(probe_node(bad)["problems"])
-    assert set(problems) == {"data.shards", "run.dir", "tracking.uri"}
+    assert set(problems) == {"data.shards", "run.dir", "tracking.uri", "model.compile"}
+    assert problems["model.compile"].startswith("needs a C++ compiler on a CPU")
     assert "planted-secret" not in str(problems)
 
 

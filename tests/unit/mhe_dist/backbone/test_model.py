@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +115,22 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="there is no no-such-compiler"):
         compile_in_place(nn.Linear(2, 2), torch.device("cpu"))
+
+
+def test_compiling_for_a_gpu_needs_a_c_compiler_and_headers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton builds C at the first step, long after the run seemed to have begun."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    with pytest.raises(UserError, match=r"C compiler on a GPU, but there is no gcc: .* libc6-dev"):
+        compile_in_place(nn.Linear(2, 2), torch.device("cuda"))
+    (tmp_path / "clang").touch(mode=0o755)
+    with pytest.raises(UserError, match=r"no Python\.h in .*python3-dev"):
+        compile_in_place(nn.Linear(2, 2), torch.device("cuda"))
+    (tmp_path / "Python.h").touch()
+    compile_in_place(nn.Linear(2, 2), torch.device("cuda"))
+    monkeypatch.setenv("CC", "other-cc")
+    with pytest.raises(UserError, match="there is no other-cc"):
+        compile_in_place(nn.Linear(2, 2), torch.device("cuda"))
