@@ -152,7 +152,7 @@ def test_the_item_of_a_list_is_named() -> None:
         ("momentum", "did you mean head.optim.momentum or optim.momentum?"),
         ("scale.global_batch", "did you mean train.global_batch?"),
         ("xyzzy", "the configuration has run, data, model, head, optim, train, scale, evaluate, "
-         "checkpoint, guard, tracking, export"),
+         "checkpoint, guard, tracking, export, resume"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_is_told_with_the_likely_one(key: str, hint: str) -> None:
@@ -164,7 +164,7 @@ def test_an_unknown_block_is_one_mistake_with_its_line(file: str) -> None:
     assert mistakes(file) == [
         "hed (run.yaml:3): there is no such key; did you mean head?",
         "3=4 (run.yaml:6): there is no such key; the configuration has run, data, model, head, "
-        "optim, train, scale, evaluate, checkpoint, guard, tracking, export",
+        "optim, train, scale, evaluate, checkpoint, guard, tracking, export, resume",
     ]
 
 
