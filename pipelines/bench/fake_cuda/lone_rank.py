@@ -1,0 +1,61 @@
+"""One rank of many, without the others: collectives that exchange nothing.
+
+On the device a collective is one launch. On the host, whose values decide what happens next, every
+other rank is taken to send what this one would send itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+from unittest import mock
+
+import torch.distributed as dist
+from torch import Tensor
+
+from mhe_dist.distributed.topology import Topology
+from pipelines.bench.fake_cuda.ledger import Ledger
+
+GATHERS: Final = ("all_gather_single", "all_gather_into_tensor")
+SCATTERS: Final = ("reduce_scatter_single", "reduce_scatter_tensor")
+
+
+@contextmanager
+def lone_rank(topology: Topology, ledger: Ledger) -> Iterator[None]:
+    """Let the collectives of `torch.distributed` be those of a rank without others."""
+
+    def all_to_all(arrived: Tensor, given: Tensor, receive: Any, send: Any, group: Any) -> None:
+        if given.device.type == "cuda":
+            _launch(ledger, "all_to_all", given, arrived)
+        else:
+            own = given.split(send)[topology.rank]
+            arrived.copy_(own.repeat(topology.world_size, *[1] * (own.dim() - 1)))
+
+    def gather(arrived: Tensor, given: Tensor, group: Any) -> None:
+        if given.device.type == "cuda":
+            _launch(ledger, "all_gather", given, arrived)
+        else:
+            arrived.copy_(given.repeat(topology.world_size, *[1] * (given.dim() - 1)))
+
+    def scatter(arrived: Tensor, given: Tensor, group: Any) -> None:
+        _launch(ledger, "reduce_scatter", given, arrived)
+
+    def all_reduce(values: Tensor, op: Any, group: Any) -> None:
+        if values.device.type == "cuda":
+            _launch(ledger, "all_reduce", values, values)
+
+    fakes: dict[str, Callable[..., None]] = {
+        "all_to_all_single": all_to_all,
+        "all_reduce": all_reduce,
+        **dict.fromkeys(GATHERS, gather),
+        **dict.fromkeys(SCATTERS, scatter),
+    }
+    with ExitStack() as stack:
+        for name, fake in fakes.items():
+            stack.enter_context(mock.patch.object(dist, name, fake, create=True))
+        yield
+
+
+def _launch(ledger: Ledger, name: str, given: Tensor, arrived: Tensor) -> None:
+    ledger.add("kernel", f"nccl.{name}", read=given.nbytes, written=arrived.nbytes)

@@ -1,0 +1,206 @@
+"""What a step of each head asks of a GPU, counted on a device that computes nothing.
+
+The shape: rank 3 of 8, 2 M classes, embeddings of 512, 128 images per rank. Rows that are not in
+device memory are real; their cases have embeddings of 16, so that they take seconds.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import Head
+from mhe_dist.heads.registry import build_head
+from mhe_dist.heads.row_head import HeadSpec
+from pipelines.bench.fake_cuda.autograd import backward
+from pipelines.bench.fake_cuda.device import FakeCuda, fake_cuda
+from pipelines.bench.fake_cuda.ledger import Ledger
+from pipelines.bench.fake_cuda.lone_rank import lone_rank
+
+CUDA: Final = torch.device("cuda", 0)
+MHS: Final = {"length": 128, "extra_heads": 321}
+HEADS: Final[dict[str, dict[str, Any]]] = {
+    "route": {"kind": "mhs", "mhs": MHS},
+    "gather": {"kind": "mhs", "mhs": MHS | {"exchange": "gather", "negatives": "batch"}},
+    "partial_fc": {"kind": "partial_fc"},
+    "full": {"kind": "full"},
+    "mhp": {"kind": "mhp"},
+    "mhc": {"kind": "mhc"},
+}
+MARGINS: Final[dict[str, dict[str, Any]]] = {
+    "none": {"margin": {"kind": "none"}},
+    "softmax": {"margin": {"kind": "softmax"}},
+    "arcface": {"margin": {"kind": "arcface"}},
+    "combined": {"margin": {"kind": "combined", "m1": 1.1, "m2": 0.2, "m3": 0.1}},
+    "adaface": {"margin": {"kind": "adaface"}},
+    "filter": {"margin": {"kind": "cosface", "filter": 0.4}},
+}
+BANKS: Final[dict[str, dict[str, Any]]] = {
+    "bfloat16": {"bank": {"dtype": "bfloat16"}},
+    "host": {"bank": {"memory": "host"}},
+    "file": {"bank": {"memory": "file"}},
+}
+OPTIMIZERS: Final[dict[str, dict[str, Any]]] = {"adamw": {"optim": {"kind": "adamw"}}}
+HOST_WIDTH: Final = 16
+
+
+@dataclass(frozen=True)
+class LaunchCase:
+    """A head and the shape of a step.
+
+    Attributes:
+        head: the head's block of the config.
+        classes, width, batch: C, D and B.
+        rank, world_size: the rank that is looked at, of how many.
+        micro_batches: of a rank and step.
+        touched: whether earlier steps have used every row.
+        labels: of a sample, for a head that takes several; 0: one, without a dimension of its own.
+    """
+
+    head: dict[str, Any]
+    classes: int = 2_000_000
+    width: int = 512
+    batch: int = 128
+    rank: int = 3
+    world_size: int = 8
+    micro_batches: int = 1
+    touched: bool = True
+    labels: int = 0
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one step asks of the device.
+
+    Attributes:
+        launches: kernels and copies.
+        syncs: times that the host waits for the device.
+        moved: bytes of device memory that are read and written.
+        flops: of matrix products.
+        peak: bytes beyond those that are there between two steps.
+        ledger: all of it, line by line.
+    """
+
+    launches: int
+    syncs: int
+    moved: int
+    flops: int
+    peak: int
+    ledger: Ledger = field(repr=False, compare=False)
+
+
+def _case(head: dict[str, Any]) -> LaunchCase:
+    on_device = head.get("bank", {}).get("memory", "device") == "device"
+    return LaunchCase(head) if on_device else LaunchCase(head, width=HOST_WIDTH)
+
+
+def _cases() -> dict[str, LaunchCase]:
+    cases: dict[str, LaunchCase] = {}
+    for name, head in HEADS.items():
+        cases[name] = LaunchCase(head)
+        variants = MARGINS | OPTIMIZERS | ({} if name == "mhp" else BANKS)
+        cases |= {f"{name} {key}": _case(head | more) for key, more in variants.items()}
+    route, gather = HEADS["route"], HEADS["gather"]
+    own_plus = {"mhs": gather["mhs"] | {"negatives": "own_plus", "correction": True}}
+    several = {"mhc": {"multi_label": True}, "margin": {"kind": "none"}}
+    return cases | {
+        "route host adamw": _case(route | BANKS["host"] | OPTIMIZERS["adamw"]),
+        "route correction": LaunchCase(route | {"mhs": MHS | {"correction": True}}),
+        "route own": LaunchCase(route | {"mhs": MHS | {"negatives": "own"}}),
+        "route 4 micro-batches": LaunchCase(route, micro_batches=4),
+        "route 64 groups": LaunchCase(route | {"groups": 64}),
+        "route alone": LaunchCase(route, rank=0, world_size=1),
+        "gather own_plus": LaunchCase(gather | own_plus),
+        "mhc several labels": LaunchCase(HEADS["mhc"] | several, labels=3),
+        **{
+            f"{name} padding": LaunchCase(HEADS[name], classes=1_999_999, rank=7)
+            for name in ("route", "gather", "full", "mhc")
+        },
+        **{
+            f"{name} first touch": LaunchCase(HEADS[name], touched=False)
+            for name in ("route", "gather", "partial_fc", "mhc")
+        },
+    }
+
+
+CASES: Final = _cases()
+
+
+def count_step(case: LaunchCase) -> StepCost:
+    """Count what one step of a case asks of the device."""
+    topology = Topology(case.rank, case.world_size, CUDA)
+    random = torch.Generator().manual_seed(1)
+    with _head_of(case, topology, random) as (gpu, head):
+        # Where rows are fetched ahead, the second step finds some.
+        for step in range(1 if case.width > HOST_WIDTH else 2):
+            gpu.clear()
+            resident = gpu.allocated
+            _run_step(case, head, step)
+        ledger = gpu.ledger
+        return StepCost(
+            len(ledger.of("kernel")),
+            len(ledger.of("sync")),
+            ledger.moved,
+            ledger.flops,
+            gpu.peak - resident,
+            ledger,
+        )
+
+
+@contextmanager
+def _head_of(
+    case: LaunchCase, topology: Topology, random: torch.Generator
+) -> Iterator[tuple[FakeCuda, Head]]:
+    config = HeadConfig.model_validate({"groups": 8} | case.head)
+    with (
+        tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder,
+        fake_cuda(lambda zeros: _beam(zeros, case.classes, random)) as gpu,
+        lone_rank(topology, gpu.ledger),
+    ):
+        micro_batches = case.world_size * case.micro_batches
+        spec = HeadSpec(config, case.classes, case.width, 0, micro_batches, folder=Path(folder))
+        head = build_head(spec, topology)
+        if case.touched:
+            _mark_touched(head)
+        yield gpu, head
+
+
+def _run_step(case: LaunchCase, head: Head, step: int) -> None:
+    head.plan(step, _labels(case, step))
+    head.prefetch(step + 1, _labels(case, step + 1))
+    first = case.rank * case.micro_batches
+    for labels in _labels(case, step)[first : first + case.micro_batches]:
+        embeddings = torch.empty(case.batch, case.width, device=CUDA).requires_grad_()
+        backward(head(embeddings, labels).loss)
+    head.step(0.1)
+
+
+def _labels(case: LaunchCase, step: int) -> Tensor:
+    shape = [case.world_size * case.micro_batches, case.batch] + [case.labels] * bool(case.labels)
+    random = torch.Generator().manual_seed(step)
+    return torch.randint(0, case.classes, shape, generator=random)
+
+
+def _beam(zeros: Tensor, classes: int, random: torch.Generator) -> Tensor:
+    """What the cascade reads back: distinct prefixes of the first level; else zeros."""
+    if zeros.dtype != torch.int64 or zeros.dim() != 2:
+        return zeros
+    prefixes = int(classes**0.5)
+    rows = [torch.randperm(prefixes, generator=random)[: zeros.shape[1]] for _ in zeros]
+    return torch.stack(rows) if rows else zeros
+
+
+def _mark_touched(head: Any) -> None:
+    """Let the banks take every row for used, without the time to make them."""
+    levels = [level.bank for level in getattr(head, "levels", {}).values()]
+    for bank in levels or [head.bank]:
+        bank._touched[:] = True

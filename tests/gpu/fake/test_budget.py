@@ -1,0 +1,34 @@
+"""What a step of each head asks of a GPU stays within `budget.csv`.
+
+A mix of host and device tensors raises in `count_step` itself.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.bench.launches import CASES, HEADS, count_step
+from tests.gpu.fake import budgets
+
+BUDGET = budgets.read()
+
+
+def test_the_table_names_every_case() -> None:
+    assert list(BUDGET) == list(CASES)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in HEADS else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_a_step_stays_within_its_budget(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cost = count_step(CASES[name])
+    needed, allowed = budgets.figures(cost), BUDGET[name]
+    exceeded = {key: (needed[key], allowed[key]) for key in allowed if needed[key] > allowed[key]}
+    assert not exceeded, (
+        f"{name}: (needed, allowed) {exceeded}\nwaits:\n{cost.ledger.waits()}"
+        f"\nmoves the most:\n{cost.ledger.heaviest()}"
+    )
+    spare = {key: allowed[key] - needed[key] for key in allowed if needed[key] < allowed[key]}
+    if spare:
+        with capsys.disabled():
+            print(f"\n{name}: the budget can be lowered by {spare}")
