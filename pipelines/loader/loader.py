@@ -14,9 +14,11 @@ same pixels.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from pipelines.data.bad_samples import BadSampleTally
 from pipelines.data.mixture import Mixture
 from pipelines.data.order import SampleOrder
 from pipelines.loader.shared_buffers import SharedBuffers
+from pipelines.loader.shield import shield, sigterm_held_back
 from pipelines.loader.worker import PartialBatch, WorkerDataset
 from pipelines.loader.worker_status import WorkerStatusTable, describe_dead_worker
 from pipelines.shards.index import ShardIndex
@@ -105,7 +108,8 @@ class Loader:
         Raises:
             RunError: a shard or too many samples cannot be read, or a loader process died.
         """
-        partial_batches = iter(self._dataloader())
+        with sigterm_held_back():
+            partial_batches = iter(self._dataloader())
         self._statuses.remember_children()
         for step in self._steps:
             begin = time.perf_counter()
@@ -122,6 +126,7 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_unchanged,
+            worker_init_fn=partial(shield, os.getpid()),
             prefetch_factor=self._data.prefetch if workers else None,
             # A generator of its own: the default one would take a draw from torch's global state.
             generator=torch.Generator(),
