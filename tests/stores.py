@@ -17,8 +17,9 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
 
-from pipelines.shards.index import Shard, ShardIndex
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.shards.shard import Shard
 from tests.recordio_files import jpeg
 
 Content = Callable[[str, int, int], bytes]

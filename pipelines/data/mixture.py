@@ -81,7 +81,8 @@ class MixedDataset:
         Raises:
             BadSampleError: the label is out of range, where the next set's classes may begin.
         """
-        label = int(self._labels(shard)[position])
+        label = self.index.shards[shard].label(position)
+        assert label is not None, "_require_labels has checked this"
         if not 0 <= label < self.index.num_classes:
             raise BadSampleError(f"label {label} is not in [0, {self.index.num_classes})")
         if self.classes is not None:
@@ -195,11 +196,11 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         UserError: a set or a list cannot be read, they do not fit, or no image is left.
     """
     if not needs_mixture(data):
-        return ShardIndex.load(data.shards)
+        return _open_index(data.shards, data)
     passes: list[DatasetPass] = []
     first_class = 0
     for item in [MixConfig(shards=data.shards, classes=data.classes), *data.mix]:
-        index = _require_labels(ShardIndex.load(item.shards))
+        index = _require_labels(_open_index(item.shards, data))
         classes = read_classes(item.classes, index) if item.classes else None
         source = MixedDataset(index, first_class, classes, data.images_per_class)
         fractions = [min(1.0, item.weight - whole) for whole in range(math.ceil(item.weight))]
@@ -222,9 +223,21 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
     return Mixture(data.shards, first_class, shards, {}, tuple(passes))
 
 
+def _open_index(url: str, data: DataConfig) -> ShardIndex:
+    """The index of a data set, its columns open: what is wrong with them ends a run at its start.
+
+    Columns of a store lie in a folder of their own below the cache of whole shards, if there is
+    one, and otherwise in `default_cache_dir`.
+    """
+    cache_dir = f"{data.remote.cache_dir}/columns" if data.remote.cache_dir else ""
+    index = ShardIndex.load(url, cache_dir)
+    index.map_columns()
+    return index
+
+
 def _require_labels(index: ShardIndex) -> ShardIndex:
     for number, shard in enumerate(index.shards):
-        if not shard.classes:
+        if not shard.has_labels:
             raise UserError(
                 f"{index.url(number)}: the index does not hold its labels, which data.classes, "
                 "data.images_per_class and data.mix need; `mhe data index` makes one that does"

@@ -64,13 +64,13 @@ def read_span(index: ShardIndex, span: ShardSpan) -> list[memoryview]:
 
 def byte_range(index: ShardIndex, span: ShardSpan) -> tuple[int, int]:
     """First and last + 1 byte of a span in its shard."""
-    offsets = index.shards[span.shard].offsets
-    return int(offsets[span.start]), int(offsets[span.stop])
+    bounds = index.shards[span.shard].bounds(span.start, span.stop)
+    return int(bounds[0]), int(bounds[-1])
 
 
 def split_samples(index: ShardIndex, span: ShardSpan, data: bytes) -> list[memoryview]:
     """The bytes of a span sample by sample."""
-    offsets = index.shards[span.shard].offsets[span.start : span.stop + 1]
+    offsets = index.shards[span.shard].bounds(span.start, span.stop)
     inside = [int(offset) for offset in offsets - offsets[0]]
     raw = memoryview(data)
     return [raw[start:stop] for start, stop in pairwise(inside)]
@@ -245,13 +245,11 @@ def load_sample(
     Raises:
         BadSampleError: see `decode_sample`; or its label is not the one of the index.
     """
-    offsets, labels = index.shards[shard].offsets, index.shards[shard].labels
-    length = int(offsets[position + 1] - offsets[position])
+    start, stop = index.shards[shard].bounds(position, position + 1).tolist()
     entry = index.entry(shard, position)
-    sample = decode_sample(raw, length, side, index.num_classes, entry, into, max_pixels)
+    sample = decode_sample(raw, stop - start, side, index.num_classes, entry, into, max_pixels)
     # What a tar says of itself has no checksum.
-    if entry is None and labels is not None and sample.label != labels[position]:
-        raise BadSampleError(
-            f"{sample.key}.cls: label {sample.label}, the index says {labels[position]}"
-        )
+    label = None if entry else index.shards[shard].label(position)
+    if label is not None and sample.label != label:
+        raise BadSampleError(f"{sample.key}.cls: label {sample.label}, the index says {label}")
     return sample

@@ -41,7 +41,7 @@ class DataProblem(NamedTuple):
     """Something wrong.
 
     Attributes:
-        kind: `shard`, `sample`, `image`, `label` or `duplicate`.
+        kind: `shard`, `column`, `sample`, `image`, `label` or `duplicate`.
         location: of a shard or a sample.
         reason: what is wrong.
     """
@@ -98,6 +98,10 @@ def verify_dataset(
     counts: Counter[str] = Counter()
     for result in ordered:
         counts.update(result["counts"])
+    for column in index.columns:
+        if fault := column.find_fault():
+            counts["column"] += 1
+            problems.append(DataProblem("column", column.url, f"is {fault}"))
     labels = np.concatenate([_labels(result) for result in ordered] or [np.empty(0, np.int64)])
     digests = np.concatenate([_digests(result) for result in ordered] or [np.empty((0, 2), "<u8")])
     mixed, repeated = find_duplicates(digests, labels)
@@ -236,9 +240,9 @@ class _ShardFindings:
         self._digests[number] = np.frombuffer(digest, "<u8")
 
     def _check_label(self, number: int, location: str, encoded: EncodedSample) -> None:
-        labels = self._index.shards[0].labels
-        if labels is not None and labels[number] != encoded.label:
-            self.add("label", location, f"{encoded.label}, the index says {labels[number]}")
+        label = self._index.shards[0].label(number)
+        if label is not None and label != encoded.label:
+            self.add("label", location, f"{encoded.label}, the index says {label}")
         if not 0 <= encoded.label < self._index.num_classes:
             self.add("label", location, f"{encoded.label} is not in [0, {self._index.num_classes})")
 

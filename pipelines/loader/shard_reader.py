@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import BinaryIO, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from mhe_dist.config.data import RemoteConfig
 from pipelines.data.order import ShardSpan
 from pipelines.data.sample import byte_range, split_samples
-from pipelines.shards.index import Shard, ShardIndex
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.shard import Shard
 from pipelines.storage.cache import FileCache
-from pipelines.storage.ranges import FileLocation, locate_file, read_range
+from pipelines.storage.ranges import (
+    CHECKSUM,
+    FileLocation,
+    WrongContentError,
+    download,
+    locate_file,
+    read_range,
+)
 
 log = logging.getLogger(__name__)
 
-_BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
 _GAP: Final = 128 << 10  # most bytes between two spans that are read together
-_CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
 
 
 class FetchedSamples(NamedTuple):
@@ -35,10 +40,6 @@ class FetchedSamples(NamedTuple):
 
     samples: list[memoryview]
     fault: str = ""
-
-
-class BadShardError(Exception):
-    """A shard that is not the one of the index; the message says why."""
 
 
 class ShardReader:
@@ -83,14 +84,14 @@ class ShardReader:
         if self._cache is None or number in self._bad:
             return None
         shard = self._index.shards[number]
-        fill = partial(_download, file, shard, self._retries)
+        fill = partial(download, file, shard.bytes, shard.checksum, self._retries)
         try:
             stream = self._cache.open(_cache_entry_name(shard, file.url), shard.bytes, fill)
             if stream is not None:
                 with stream:
                     stream.seek(start)
                     return stream.read(stop - start)
-        except BadShardError as error:
+        except WrongContentError as error:
             self._bad[number] = str(error)
             return None
         except OSError as error:
@@ -128,32 +129,5 @@ def _cache_entry_name(shard: Shard, url: str) -> str:
 
     So a data set that was made again under the same URL never gets old bytes.
     """
-    known = _CHECKSUM.fullmatch(shard.checksum)
+    known = CHECKSUM.fullmatch(shard.checksum)
     return known[1] if known else hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
-
-
-def _download(file: FileLocation, shard: Shard, retries: int, stream: BinaryIO) -> None:
-    """Write a whole shard; try again while its checksum is wrong, but not twice the same.
-
-    Raises:
-        BadShard: it is shorter than the index says, or the same false checksum came twice.
-        RunError: it cannot be read.
-    """
-    found: set[str] = set()
-    for _ in range(retries + 1):
-        stream.seek(0)
-        digest = hashlib.sha256()
-        for start in range(0, shard.bytes, _BLOCK):
-            stop = min(start + _BLOCK, shard.bytes)
-            data = read_range(file, start, stop, retries)
-            if len(data) < stop - start:
-                raise BadShardError(f"has {start + len(data)} bytes, the index says {shard.bytes}")
-            digest.update(data)
-            stream.write(data)
-        checksum = f"sha256:{digest.hexdigest()}"
-        if checksum == shard.checksum or not _CHECKSUM.fullmatch(shard.checksum):
-            return
-        if checksum in found:
-            break
-        found.add(checksum)
-    raise BadShardError("its checksum is not that of the index: it was changed or damaged")

@@ -1,33 +1,37 @@
 """Tar shards and their index: what a data set is on a disk or an object store.
 
-A data set is a folder (any fsspec URL) of WebDataset tars and an `index.json`. The index is
-written last, so a folder without one is not a data set, only the remains of an attempt.
+A data set is a folder (any fsspec URL) of WebDataset tars and an index: `index.json`, the table of
+shards, and columns with a value per sample (`columns.py`). `index.json` is written last, so a
+folder without one is not a data set, only the remains of an attempt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.shards.packing import unpack_labels, unpack_offsets
+from pipelines.shards.columns import Column
+from pipelines.shards.shard import (
+    IndexColumns,
+    MappedShard,
+    Shard,
+    describe_shard,
+    write_columns,
+)
 from pipelines.storage.retry import describe_error, with_retries
-from pipelines.storage.urls import atomic_write, is_absolute_url, resolve_url
-
-T = TypeVar("T")
-Unpack = Callable[[str, int], npt.NDArray[np.int64]]
+from pipelines.storage.urls import atomic_write, is_absolute_url, is_local, resolve_url
 
 INDEX_FILE: Final = "index.json"
-_FORMAT: Final = "mhe-shards-1"
+FORMAT: Final = "mhe-shards-2"
+PACKED_FORMAT: Final = "mhe-shards-1"  # its tables are inside index.json
 
 
 class Fault(NamedTuple):
@@ -50,57 +54,6 @@ class IndexEntry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar.
-
-    Attributes:
-        url: relative to the folder of the index, or a whole URL.
-        samples: how many samples it holds.
-        bytes: its size.
-        checksum: `sha256:` and the hexadecimal digest of the file.
-        blocks: the offset table, see `pack_offsets`.
-        classes: the labels, see `pack_labels`; empty: only the tar knows them.
-    """
-
-    url: str
-    samples: int
-    bytes: int
-    checksum: str
-    blocks: str
-    classes: str = ""
-
-    def __post_init__(self) -> None:
-        texts = (self.url, self.checksum, self.blocks, self.classes)
-        counts = (self.samples, self.bytes)
-        if not all(isinstance(text, str) for text in texts) or not all(
-            isinstance(count, int) and count >= 0 for count in counts
-        ):
-            raise ValueError(f"not a shard: {self}")
-
-    @cached_property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """int64 `[samples + 1]`: where each sample's first header begins, and the last one ends.
-
-        Raises:
-            UserError: the table is damaged; so for `labels`.
-        """
-        return self._table(unpack_offsets, self.blocks, self.samples + 1)
-
-    @cached_property
-    def labels(self) -> npt.NDArray[np.int64] | None:
-        """int64 `[samples]`, or None if the index does not hold them."""
-        return self._table(unpack_labels, self.classes, self.samples) if self.classes else None
-
-    def _table(self, unpack: Unpack, text: str, count: int) -> npt.NDArray[np.int64]:
-        try:
-            return unpack(text, count)
-        except (ValueError, zlib.error) as error:
-            raise UserError(
-                f"{INDEX_FILE}: the entry of {self.url} is damaged ({error}); make it again"
-            ) from None
-
-
-@dataclass(frozen=True)
 class ShardIndex:
     """The shards of one data set, in order; samples are numbered through all of them.
 
@@ -109,12 +62,15 @@ class ShardIndex:
         num_classes: C; every label is in `[0, C)`.
         shards: the tars.
         meta: more about the data, e.g. the enrolment images of a held-out set.
+        recorded_digest: see `digest`; what a file of format 2 says, of shards that somebody else
+            wrote: packed labels are part of it, which no two versions of zlib need make the same.
     """
 
     folder: str
     num_classes: int
     shards: list[Shard]
     meta: dict[str, Any] = field(default_factory=dict)
+    recorded_digest: str = field(default="", kw_only=True, compare=False)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -128,11 +84,16 @@ class ShardIndex:
 
     @cached_property
     def digest(self) -> str:
-        """`sha256:` of the class count and of the shards' order and contents; not of `folder`."""
+        """`sha256:` of the class count and of the shards' order and contents; not of `folder`.
+
+        It is the same in every format of the index.
+        """
+        if self.recorded_digest:
+            return self.recorded_digest
         shards = [[s.url, s.samples, s.checksum] for s in self.shards]
         content: list[Any] = [self.num_classes, shards]
         if self.image_extensions is not None:
-            content.append([s.classes for s in self.shards])
+            content.append([s.packed_labels for s in self.shards])
         return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def url(self, shard: int) -> str:
@@ -155,58 +116,125 @@ class ShardIndex:
 
     def entry(self, shard: int, position: int) -> IndexEntry | None:
         """Label and image of a sample of shards that somebody else wrote; None for our own."""
-        labels = self.shards[shard].labels
-        if self.image_extensions is None or labels is None:
+        if self.image_extensions is None:
             return None
-        return IndexEntry(int(labels[position]), self.image_extensions)
+        label = self.shards[shard].label(position)
+        return None if label is None else IndexEntry(label, self.image_extensions)
 
-    @classmethod
-    def load(cls, url: str) -> ShardIndex:
-        """Read the index of a folder (or the index itself, if `url` names it).
+    @property
+    def is_packed(self) -> bool:
+        """Whether its tables are in memory, as in an index of format 1, and not in columns."""
+        return not all(isinstance(shard, MappedShard) for shard in self.shards)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that all its shards share; none in an index of format 1."""
+        first = self.shards[0] if self.shards else None
+        return first.columns.known if isinstance(first, MappedShard) else []
+
+    def map_columns(self) -> None:
+        """Open the columns now, if there are any; those of a store are fetched first.
 
         Raises:
-            UserError: there is none, or it is not an index.
+            UserError, RunError: see `Column.values`.
         """
+        for column in self.columns:
+            column.values  # noqa: B018, it is opened by this
+
+    @classmethod
+    def load(cls, url: str, cache_dir: str = "") -> ShardIndex:
+        """Read the index of a folder (or the index itself, if `url` names it).
+
+        Local columns are mapped now, which reads none of their values. Those of a store are fetched
+        when they are used first.
+
+        Args:
+            url: of the folder.
+            cache_dir: folder of this node for columns of a store; empty: see `default_cache_dir`.
+
+        Raises:
+            UserError: there is none, or it is not an index, or a column is missing or damaged.
+        """
+        index = cls.read_table(url, cache_dir)
+        if is_local(resolve_url(index.folder)[0]):
+            index.map_columns()
+        return index
+
+    @classmethod
+    def read_table(cls, url: str, cache_dir: str = "") -> ShardIndex:
+        """Read `index.json` alone, see `load`; its columns may be missing."""
         folder = url.removesuffix(INDEX_FILE).rstrip("/")
-        filesystem, path = resolve_url(f"{folder}/{INDEX_FILE}")
+        content = _read_json(folder)
         try:
-            content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder}: no shards here ({INDEX_FILE} is missing); give the folder that holds "
-                f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{folder}/{INDEX_FILE}: cannot be read ({describe_error(error)})"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{folder}/{INDEX_FILE}: not JSON ({error}); make the index again"
-            ) from None
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise UserError(
-                f"{folder}/{INDEX_FILE}: not an index of format {_FORMAT}; make it again"
-            )
-        try:
-            shards = [Shard(**shard) for shard in content["shards"]]
-            index = cls(folder, int(content["num_classes"]), shards, dict(content["meta"]))
-            index.digest, index.image_extensions, index.samples  # noqa: B018, computed once, now
-            return index
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            return cls._parse(folder, content, cache_dir)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f"{folder}/{INDEX_FILE}: damaged ({error!r}); make it again") from None
 
+    @classmethod
+    def _parse(cls, folder: str, content: dict[str, Any], cache_dir: str) -> ShardIndex:
+        num_classes, meta = int(content["num_classes"]), dict(content["meta"])
+        if content["format"] == PACKED_FORMAT:
+            packed = [Shard(**shard) for shard in content["shards"]]
+            index = cls(folder, num_classes, packed, meta)
+            index.digest, index.image_extensions, index.samples  # noqa: B018, computed once, now
+            return index
+        columns = IndexColumns.parse(folder, content["columns"], cache_dir)
+        shards = columns.shards(content["shards"])
+        index = cls(folder, num_classes, shards, meta)
+        if index.image_extensions is None:
+            return index
+        return cls(folder, num_classes, shards, meta, recorded_digest=str(content["digest"]))
+
     def save(self) -> None:
-        """Write `index.json` into the folder, which makes it a data set."""
-        content = {
-            "format": _FORMAT,
+        """Write the columns and then `index.json` into the folder, which makes it a data set.
+
+        Shard by shard, so the tables of all shards are never in memory together.
+        """
+        self.write_table(write_columns(self.folder, self.shards))
+
+    def write_table(self, columns: dict[str, dict[str, Any]]) -> None:
+        """Write `index.json` alone; `columns` is what it says of the columns that are there."""
+        about = {
+            "format": FORMAT,
             "num_classes": self.num_classes,
             "samples": self.samples,
+            "digest": self.digest,
             "meta": self.meta,
-            "shards": [asdict(shard) for shard in self.shards],
+            "columns": columns,
         }
+        # A line for each shard, so that the table is short and can be read by people.
+        rows = ",\n  ".join(
+            json.dumps(describe_shard(shard), ensure_ascii=False) for shard in self.shards
+        )
+        head = json.dumps(about, indent=1, ensure_ascii=False).removesuffix("\n}")
         with atomic_write(f"{self.folder}/{INDEX_FILE}") as stream:
-            stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+            stream.write(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n'.encode())
+
+
+def _read_json(folder: str) -> dict[str, Any]:
+    """The content of a folder's index, of a format that is known."""
+    filesystem, path = resolve_url(f"{folder}/{INDEX_FILE}")
+    try:
+        content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no shards here ({INDEX_FILE} is missing); give the folder that holds "
+            f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}/{INDEX_FILE}: cannot be read ({describe_error(error)})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder}/{INDEX_FILE}: not JSON ({error}); make the index again"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, PACKED_FORMAT):
+        raise UserError(
+            f"{folder}/{INDEX_FILE}: not an index of format {PACKED_FORMAT} or {FORMAT}; "
+            "make it again"
+        )
+    return content
 
 
 def index_exists(url: str) -> bool:

@@ -10,7 +10,8 @@ from typing import Final
 
 import numpy as np
 
-from pipelines.shards.index import Fault, Shard
+from pipelines.shards.index import Fault
+from pipelines.shards.shard import Shard
 from pipelines.storage.urls import atomic_write
 
 CLASSES_FILE: Final = "classes.tsv"
@@ -24,8 +25,9 @@ def class_table(names: Sequence[str], shards: Iterable[Shard]) -> Table:
     """A row per class, in order: its number, its samples, what the source calls it."""
     counts = np.zeros(len(names), np.int64)
     for shard in shards:
-        if shard.labels is not None:
-            counts += np.bincount(shard.labels, minlength=len(names))
+        labels = shard.labels
+        if labels is not None:
+            counts += np.bincount(labels, minlength=len(names))
     rows = ((str(n), str(counts[n]), name) for n, name in enumerate(names))
     return ["class", "samples", "name"], rows
 

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import IO, Any, NamedTuple, TypeVar
 
-from pipelines.shards.index import Fault, Shard, ShardIndex
+from pipelines.shards.index import Fault, ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.shards.shard import Shard
 from pipelines.storage.staging import Staging
 from pipelines.storage.urls import atomic_write
 from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
@@ -128,7 +129,7 @@ class ShardWriter:
         return shard, [Fault(*fault) for fault in result[1]]
 
     def finish(self, num_classes: int, meta: dict[str, Any] | None = None) -> ShardIndex:
-        """Write the index and give the data set its final name."""
+        """Write the index, its columns first, and give the data set its final name."""
         ShardIndex(self.folder, num_classes, self.shards, meta or {}).save()
         self._staging.publish()
         self._finished = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -76,6 +76,7 @@ class ImportResult:
     index: ShardIndex
     faults: list[Fault]
     warnings: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 class TarTasks(Sequence[T]):

@@ -13,8 +13,9 @@ import numpy as np
 from braceexpand import braceexpand
 
 from mhe_dist.errors import UserError
-from pipelines.shards.index import INDEX_FILE, Fault, Shard, ShardIndex
+from pipelines.shards.index import INDEX_FILE, Fault, ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
+from pipelines.shards.shard import Shard
 from pipelines.shards.tables import CLASSES_FILE, class_table, skipped_table, write_table
 from pipelines.sources.convert import ImportResult, check_bad_fraction
 from pipelines.sources.webdataset_tar import (
@@ -74,7 +75,7 @@ def index_shards(
             f"read of them with --skip-damaged:\n  " + "\n  ".join(map(": ".join, damaged))
         )
     faults = damaged + [Fault(*fault) for _, found in results for fault in found["faults"]]
-    shards, names, num_classes = _number_labels(results, folder, layout.num_classes)
+    shards, names, num_classes = number_labels(results, folder, layout.num_classes)
     fields = {"image": list(layout.images), "label": layout.label}
     about = {"source": "index", "fields": fields, "class_names": CLASSES_FILE if names else None}
     index = ShardIndex(folder, num_classes, shards, about | {"skipped": len(faults)})
@@ -179,7 +180,7 @@ def _finished_result(journal: Journal, number: int, url: str) -> dict[str, Any] 
     return kept if filesystem.exists(path) and filesystem.size(path) == kept["bytes"] else None
 
 
-def _number_labels(
+def number_labels(
     results: list[tuple[str, dict[str, Any]]], folder: str, num_classes: int
 ) -> tuple[list[Shard], list[str], int]:
     """The shards with labels in `[0, C)`; the classes' names, if they were no such numbers; C."""

@@ -107,7 +107,7 @@ class FileCache:
     def _reserve(self, part: BinaryIO, size: int) -> bool:
         """Give a part its size, if there is room or room can be made."""
         with self._locked():
-            paths = list(self._folder.iterdir())
+            paths = [Path(each.path) for each in os.scandir(self._folder) if each.is_file()]
             parts = [
                 path for path in paths if path.suffix == _PART and not _remove_if_abandoned(path)
             ]

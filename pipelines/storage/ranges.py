@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, NamedTuple
+import hashlib
+import re
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from mhe_dist.errors import RunError
 from pipelines.storage.retry import RETRIES, error_chain, errors_naming, http_status, with_retries
 from pipelines.storage.urls import NO_RANGES, is_local, resolve_url
 
+CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
+_BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
 _NOT_SATISFIABLE: Final = 416  # the range begins behind the end of the file
 
 
 class TruncatedRead(ConnectionError):
     """Fewer bytes came than the file has there, though the answer looked complete."""
+
+
+class WrongContentError(Exception):
+    """A file that is not the one of the index; the message says why."""
 
 
 class FileLocation(NamedTuple):
@@ -71,3 +79,37 @@ def _range(file: FileLocation, start: int, stop: int) -> bytes:
     if len(data) < there:
         raise TruncatedRead(f"{len(data)} bytes came instead of {there}")
     return data
+
+
+def download(file: FileLocation, size: int, checksum: str, retries: int, stream: BinaryIO) -> None:
+    """Write a whole file; try again while its checksum is wrong, but not twice the same.
+
+    Args:
+        file: what to read.
+        size: its bytes, by the index.
+        checksum: `sha256:` and the digest, by the index; anything else: it is not known.
+        retries: further attempts after a transient fault, and after a false checksum.
+        stream: where to write.
+
+    Raises:
+        WrongContentError: it is shorter than `size`, or the same false checksum came twice.
+        RunError: it cannot be read.
+    """
+    found: set[str] = set()
+    for _ in range(retries + 1):
+        stream.seek(0)
+        digest = hashlib.sha256()
+        for start in range(0, size, _BLOCK):
+            stop = min(start + _BLOCK, size)
+            data = read_range(file, start, stop, retries)
+            if len(data) < stop - start:
+                raise WrongContentError(f"has {start + len(data)} bytes, the index says {size}")
+            digest.update(data)
+            stream.write(data)
+        actual = f"sha256:{digest.hexdigest()}"
+        if actual == checksum or not CHECKSUM.fullmatch(checksum):
+            return
+        if actual in found:
+            break
+        found.add(actual)
+    raise WrongContentError("its checksum is not that of the index: it was changed or damaged")

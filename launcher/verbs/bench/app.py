@@ -7,6 +7,7 @@ import typer
 from launcher.verbs.bench.checkpoint import checkpoint
 from launcher.verbs.bench.data import data
 from launcher.verbs.bench.head import head
+from launcher.verbs.bench.index import index
 from launcher.verbs.bench.launches import launches
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts beside what they are compared with.")
@@ -21,3 +22,4 @@ app.command("head")(head)
 app.command("checkpoint")(checkpoint)
 app.command("data")(data)
 app.command("launches")(launches)
+app.command("index")(index)

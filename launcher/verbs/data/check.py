@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # problems of a kind that the terminal names
 MEANINGS = {
     "shard": "tars that are missing, damaged, or not those of the index",
+    "column": "columns of the index that are missing or damaged (`mhe data index` mends them)",
     "sample": "samples without an image or a label, or with a bad one",
     "image": "images that cannot be decoded",
     "label": "labels that the index does not share",
@@ -60,16 +61,22 @@ def index(
     Labels that are not the numbers [0, C) already, texts for example, are given such numbers in
     the index; classes.tsv says which.
 
+    Of a data set that has an index, the index is renewed: one of an earlier format gets columns,
+    without reading a tar; columns that are missing or damaged are made again from the tars.
+
     Example: mhe data index 's3://bucket/imagenet-{000000..000639}.tar' --label json:label
     """
+    from pipelines.sources.renew_index import renew_index
     from pipelines.sources.webdataset import index_shards
 
     images = tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", image))
     layout = SampleLayout(images, label.strip().lower() if ":" not in label else label, num_classes)
     with resumable(), ProgressDisplay().counting("reading tars") as progress:
-        made = index_shards(
-            tars, out, layout, skip_damaged, max_bad, processes or available_cores(), progress
-        )
+        processes = processes or available_cores()
+        # With any option the tars are meant, not an index that is there.
+        is_plain = len(tars) == 1 and not out and layout == DEFAULT_LAYOUT and not skip_damaged
+        made = renew_index(tars[0], processes, progress) if is_plain else None
+        made = made or index_shards(tars, out, layout, skip_damaged, max_bad, processes, progress)
     tell(made)
 
 

@@ -111,6 +111,8 @@ def resumable() -> Iterator[None]:
 def tell(made: ImportResult) -> None:
     """Say what a data set holds, what is odd about it, and what to type next."""
     console.say(describe(made.index))
+    for note in made.notes:
+        console.say(f"{escape(made.index.folder)}: {escape(note)}")
     for warning in made.warnings:
         console.say(f"[yellow]warning:[/] {escape(warning)}")
     if made.faults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launcher import cli
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import insightface
 from tests.recordio_files import items, jpeg, layout, save
+from tests.unit.pipelines.shards.test_index import PACKED
 
 Captured = pytest.CaptureFixture[str]
 
@@ -100,3 +102,22 @@ def test_an_interruption_says_how_to_go_on(
     said = capsys.readouterr().out
     assert "the same command goes on" in said
     assert f"mhe data recordio --rec {faces} --out x" in said
+
+
+def test_an_index_of_before_is_converted_and_damaged_columns_are_mended(
+    faces: str, capsys: Captured
+) -> None:
+    shutil.copytree(PACKED / "foreign", "old")  # without its tars
+    assert run("data", "index", "old") == 0
+    assert "its index has columns now; no tar was read" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+    assert not ShardIndex.load("old").is_packed
+    assert run("data", "index", "old") == 2  # nothing to renew, and no tar to index
+    capsys.readouterr()
+    assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
+    Path("made/labels.npy").unlink()
+    assert run("data", "verify", "made") == 2
+    assert "mhe data index made" in capsys.readouterr().err.replace("\n", " ")
+    assert run("data", "index", "made") == 0
+    assert run("data", "verify", "made") == 0

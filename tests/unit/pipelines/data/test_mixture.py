@@ -16,8 +16,9 @@ from pipelines.data.class_list import read_classes
 from pipelines.data.mixture import Mixture, draw_at_most, open_training_index, samples_per_epoch
 from pipelines.data.order import SampleOrder
 from pipelines.data.sample import BadSampleError
-from pipelines.shards.index import Shard, ShardIndex
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.shards.shard import Shard
 
 CLASSES = 7
 SHARDS = [[0, 1, 1, 2, 3], [], [3, 3, 3, 5, 5, 5, 5], [1, 6, 6, 0, 3, 2]]  # no image of class 4

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.data.verify import DatasetReport, find_duplicates, verify_dataset
+from pipelines.data.verify import DataProblem, DatasetReport, find_duplicates, verify_dataset
 from pipelines.report.figures import save_figure
 from pipelines.report.sample_sheet import class_names, draw_sample_sheet
 from pipelines.report.verification import draw_class_sizes, verification_summary
@@ -212,6 +212,15 @@ def test_the_sheet_names_classes(index: ShardIndex) -> None:
     names = class_names(named, [0, 1, 2, 3])
     assert names == ["cat", "\\u5c71", "x" * 27 + "~", "$d"]
     assert class_names(index, [3]) == [""]
+
+
+def test_a_damaged_column_is_a_finding(index: ShardIndex, tmp_path: Path) -> None:
+    path = Path(index.folder, "labels.npy")
+    before = path.read_bytes()
+    path.write_bytes(before[:-1] + b"\x7f")
+    report = read(ShardIndex.load(index.folder), tmp_path)
+    assert report.counts["column"] == 1
+    assert DataProblem("column", str(path), "is damaged") in report.problems
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

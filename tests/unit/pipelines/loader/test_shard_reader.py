@@ -17,12 +17,11 @@ from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
 from pipelines.data.order import ShardSpan
-from pipelines.loader import shard_reader
 from pipelines.loader.loader import Loader
 from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from pipelines.storage import retry
+from pipelines.storage import ranges, retry
 from tests.loading import loader_of
 from tests.recordio_files import jpeg
 from tests.stores import Counted, Synthetic, from_disk
@@ -34,7 +33,7 @@ fork = multiprocessing.get_context("fork")
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(shard_reader, "_BLOCK", 4096)
+    monkeypatch.setattr(ranges, "_BLOCK", 4096)
 
 
 @pytest.fixture

@@ -111,7 +111,9 @@ def test_a_finished_tar_that_has_changed_is_made_again(tmp_path: Path) -> None:
     checksum = ShardIndex.load(writer.folder).shards[0].checksum
     assert checksum == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert sorted(path.name for path in Path(writer.folder).iterdir()) == [
+        "begins.npy",
         "index.json",
+        "labels.npy",
         *(f"part-00000{number}.tar" for number in range(4)),
     ]
 

@@ -66,7 +66,9 @@ def test_labels_that_are_numbers_stay(tmp_path: Path) -> None:
     assert (made.index.num_classes, made.faults) == (3, [])
     assert read(folder) == {"k0": 2, "k1": 0, "k2": 1}
     assert sorted(path.name for path in Path(folder).iterdir()) == [
+        "begins.npy",
         "index.json",
+        "labels.npy",
         "other-000.tar",
         "other-001.tar",
     ]

@@ -16,3 +16,11 @@ def test_an_entry_in_use_may_be_removed(tmp_path: Path) -> None:
     assert other is not None
     with stream, other:
         assert (stream.read(), other.read()) == (b"12345678", b"abcdefgh")
+
+
+def test_a_folder_in_it_is_no_entry(tmp_path: Path) -> None:
+    (tmp_path / "columns").mkdir()
+    stream = FileCache(str(tmp_path), 8).open("a", 8, lambda part: part.write(b"12345678"))
+    assert stream is not None
+    stream.close()
+    assert (tmp_path / "columns").is_dir()
