@@ -20,6 +20,7 @@ from mhe_dist import seeds
 from mhe_dist.bank.row_store import Local, Memory, RowStore
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
+from mhe_dist.kernels.dispatch import MAX_WIDTH, use_kernels
 
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
@@ -97,6 +98,17 @@ class Bank:
             store.rows.shape[-1] * store.rows.element_size() for store in self._store.values()
         )
         return self.length * sum(columns)
+
+    @property
+    def stored(self) -> dict[str, Tensor]:
+        """All rows and their state by field, as they are stored."""
+        return {name: store.rows for name, store in self._store.items()}
+
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether a kernel may update stored float32 or bfloat16 rows where they lie."""
+        fits = self.compute_dtype == torch.float32 and self.width <= MAX_WIDTH
+        return fits and use_kernels(*self.stored.values())
 
     @property
     def units_per_chunk(self) -> int:
@@ -196,6 +208,17 @@ class Bank:
         for store in self._store.values():
             store.release()
 
+    def positions(self, units: Units) -> Tensor:
+        """Positions of `units` in this partition, int64 on the device."""
+        if isinstance(units, range):
+            first = self.units.start
+            return torch.arange(units.start - first, units.stop - first, device=self.device)
+        return (units - self.units.start).to(self.device, non_blocking=True)
+
+    def rounding_key(self, field: str, step: int) -> int:
+        """Keys the stochastic rounding of a field in a step."""
+        return seeds.derive(self.seed, f"rounding of {field}", step)
+
     def _local(self, units: Units) -> Local:
         """Positions of `units` in this partition, as NumPy and torch index."""
         first = self.units.start
@@ -211,18 +234,26 @@ class Bank:
     def _put(self, field: str, units: Units, rows: Tensor, step: int) -> None:
         store = self._store[field]
         if store.rows.dtype == torch.bfloat16:
-            key = seeds.derive(self.seed, f"rounding of {field}", step)
             if isinstance(units, range):
                 numbers = torch.arange(units.start, units.stop, device=rows.device)
             else:
                 numbers = units.to(rows.device, non_blocking=True)
-            rows = round_stochastically(rows, numbers, key)
+            rows = _round(rows, numbers, self.rounding_key(field, step))
         store.put(self._local(units), rows)
 
 
 def chunk_bytes(device: torch.device) -> int:
     """Bytes of a chunk, by the caches and the launch cost of the device."""
     return DEVICE_CHUNK_BYTES if device.type == "cuda" else HOST_CHUNK_BYTES
+
+
+def _round(rows: Tensor, units: Tensor, key: int) -> Tensor:
+    """`round_stochastically`, by its kernel where kernels are used; the bits are the same."""
+    if rows.dtype == torch.float32 and use_kernels(rows, units):
+        from mhe_dist.kernels.row_update import round_rows
+
+        return round_rows(rows, units, key)
+    return round_stochastically(rows, units, key)
 
 
 def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:

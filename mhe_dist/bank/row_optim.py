@@ -44,6 +44,10 @@ class LowRank(NamedTuple):
         """`a^T e` `[U, L, D]`, a new tensor."""
         return torch.bmm(self.a.transpose(1, 2), self.e)
 
+    def at(self, rows: Tensor) -> LowRank:
+        """The same; see `Dense.at`."""
+        return self
+
     def of(self, part: slice) -> LowRank:
         """The gradient of some of the units."""
         return LowRank(self.a[part], self.e[part], None if self.b is None else self.b[part])
@@ -53,12 +57,15 @@ class Dense(NamedTuple):
     """Gradient of rows `w` `[U, L, D]` that many samples selected: `g + b * w`.
 
     Attributes:
-        g: `[U, L, D]`, the sum over samples, already formed.
-        b: `[U, L]`, the radial part, along each row; None for rows that are not normalised.
+        g: `[U, L, D]`, the sum over samples, already formed; it is consumed by the update.
+        b: `[U, L]`, the radial part, along each row; None: there is none.
+        of_normalised: whether `g` is the gradient of the normalised rows `w / |w|` instead; `b` is
+            None then.
     """
 
     g: Tensor
     b: Tensor | None
+    of_normalised: bool = False
 
     def add_to(self, velocity: Tensor, momentum: float) -> Tensor:
         """`momentum * velocity + g`, in place."""
@@ -68,12 +75,26 @@ class Dense(NamedTuple):
         """`g` itself; it is consumed by the update."""
         return self.g
 
+    def at(self, rows: Tensor) -> Dense:
+        """The gradient of `rows` `[U, L, D]` themselves: `(g - (g u) u) / |w|` if of normalised."""
+        if not self.of_normalised:
+            return self
+        inverse = inverse_norms(rows)
+        radial = (self.g * rows).sum(-1).mul_(inverse.pow(3)).neg_()
+        return Dense(self.g.mul_(inverse.unsqueeze(-1)), radial)
+
     def of(self, part: slice) -> Dense:
         """The gradient of some of the units."""
-        return Dense(self.g[part], None if self.b is None else self.b[part])
+        b = None if self.b is None else self.b[part]
+        return Dense(self.g[part], b, self.of_normalised)
 
 
 RowGradient = LowRank | Dense
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """`1 / |w|` `[..., L]` of rows `[..., L, D]`."""
+    return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
 
 
 class RowOptimizer(ABC):
@@ -110,7 +131,11 @@ class RowSGD(RowOptimizer):
     def _update(
         self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
     ) -> None:
+        if bank.takes_kernels:
+            self._update_in_one_pass(bank, units, gradient, lr, step)
+            return
         rows = bank.read(units)
+        gradient = gradient.at(rows)
         radial = self._radial(gradient, rows)
         if self.momentum:
             velocity = gradient.add_to(bank.read(units, "momentum"), self.momentum)
@@ -120,6 +145,27 @@ class RowSGD(RowOptimizer):
             velocity.addcmul_(rows, radial)
         rows.add_(velocity, alpha=-lr)
         bank.write(units, {"weight": rows} | dict.fromkeys(self.fields, velocity), step)
+
+    def _update_in_one_pass(
+        self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int
+    ) -> None:
+        from mhe_dist.kernels.row_update import RowFactors, sgd_rows
+
+        if isinstance(gradient, Dense):
+            factors = RowFactors(gradient.g, None, None, gradient.b, gradient.of_normalised)
+        else:
+            factors = RowFactors(None, gradient.a, gradient.e, gradient.b)
+        sgd_rows(
+            bank.stored["weight"],
+            bank.stored.get("momentum"),
+            bank.positions(units),
+            factors,
+            lr,
+            self.momentum,
+            self.weight_decay,
+            bank.units.start,
+            (bank.rounding_key("weight", step), bank.rounding_key("momentum", step)),
+        )
 
     def _radial(self, gradient: RowGradient, rows: Tensor) -> Tensor | None:
         """Factor of the row itself: the gradient's radial part and the weight decay."""
@@ -147,6 +193,7 @@ class RowAdamW(RowOptimizer):
         beta1, beta2 = self.betas
         rows = bank.read(units)
         state = {field: bank.read(units, field) for field in self.fields}
+        gradient = gradient.at(rows)
         g = gradient.product()
         if gradient.b is not None:
             g = g.addcmul_(rows, gradient.b.unsqueeze(-1))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhe_dist.bank.bank import Bank, Units
+from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.class_layout import LabelLayout
-from mhe_dist.bank.row_optim import Dense
+from mhe_dist.bank.row_optim import inverse_norms
 from mhe_dist.heads.margins import Margin
 
 
@@ -38,7 +38,7 @@ class ClassRows:
         """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""
         if not self.margin.normalised:
             return rows.new_ones(rows.shape[:-1])
-        return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
+        return inverse_norms(rows)
 
     def padding(self, heads: Tensor) -> Tensor | None:
         """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""
@@ -48,15 +48,3 @@ class ClassRows:
         slots = torch.arange(self.layout.length)
         position = heads[:, None] * self.layout.length + slots
         return (position >= self.layout.num_classes).to(self.bank.device)
-
-    def unnormalize_grad(self, units: Units, summed: Tensor) -> Dense:
-        """Gradient of rows from that of normalised rows `[U, L, width]`: `(g - (g u) u) / |w|`.
-
-        `summed` is overwritten.
-        """
-        if not self.margin.normalised:
-            return Dense(summed, None)
-        rows = self.bank.read(units)
-        inverse = self.inverse_norms(rows)
-        radial = (summed * rows).sum(-1).mul_(inverse.pow(3)).neg_()
-        return Dense(summed.mul_(inverse.unsqueeze(-1)), radial)

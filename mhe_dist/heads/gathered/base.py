@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.bank import Units, chunk_bytes
+from mhe_dist.bank.row_optim import Dense
 from mhe_dist.distributed.collectives import all_gather
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
@@ -134,7 +135,7 @@ class GatheredHead(RowHead):
             lr *= self.spec.config.optim.lr_scale
             for start in range(0, len(units), self.units_per_chunk):
                 chunk = slice(start, start + self.units_per_chunk)
-                gradient = self.class_rows.unnormalize_grad(units[chunk], summed[chunk])
+                gradient = Dense(summed[chunk], None, self.margin.normalised)
                 self.optimizer.update(self.bank, units[chunk], gradient, lr, self.step_number)
         self._gradient = None
         self.bank.release()

@@ -3,7 +3,7 @@
 With unit rows `u`, logits `z = s * cos` (the margin applied to the target) and `p = softmax(z)`,
 the gradient of a unit embedding is `s * sum_j q_j u_j` and that of a unit row `s * sum_i q_i e_i`,
 where `q = p`, but `(p - 1) * dphi` at the target. The head's `step` turns that into the gradient of
-the row itself, once a step (`ClassRows.unnormalize_grad`).
+the row itself, once a step (`mhe_dist.bank.row_optim.Dense`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist import seeds
-from mhe_dist.bank.row_optim import LowRank
+from mhe_dist.bank.row_optim import Dense, LowRank
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
@@ -131,9 +131,8 @@ class MhsRoute(RowHead):
         for group, sums in self._sums.items():
             heads, summed = self._extra[group], sums.total()
             if summed is not None:
-                gradient = self.class_rows.unnormalize_grad(
-                    heads, summed.view(len(heads), -1, self.width)
-                )
+                summed = summed.view(len(heads), -1, self.width)
+                gradient = Dense(summed, None, self.margin.normalised)
                 self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
             own = GradientFactors.join(self._own)

@@ -1,0 +1,60 @@
+"""Compiles every kernel for cards of two generations and compares its shared memory with theirs.
+
+A process of its own, started by `test_kernels.py`: compiling needs no card. Triton's own `ptxas`
+makes the code, so whatever a compiler can find wrong is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mhe_dist.kernels import row_update
+
+# Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
+CARDS = {86: 99 << 10, 90: 227 << 10}
+Case = tuple[Any, dict[str, str], dict[str, Any]]
+
+
+def row_update_cases() -> Iterator[Case]:
+    pointers = ("a_pointer", "e_pointer", "b_pointer", "g_pointer")
+    scalars = {name: "fp32" for name in ("lr", "momentum", "weight_decay")}
+    keys = dict.fromkeys(("count", "first_unit", "weight_key", "velocity_key"), "i32")
+    for rows in ("*fp32", "*bf16"):
+        types = {"weight": rows, "velocity": rows, "local": "*i64", **scalars, **keys}
+        types |= dict.fromkeys(pointers, "*fp32")
+        for has_g, has_b, of_normalised in ((1, 1, 0), (0, 1, 0), (1, 0, 1)):
+            flags = {"has_velocity": True, "has_g": bool(has_g), "has_b": bool(has_b)}
+            flags |= {"of_normalised": bool(of_normalised), "length": 128, "width": 512}
+            yield row_update._sgd_kernel, types, flags | {"block_rows": 8, "block_columns": 512}
+    types = {"rows": "*fp32", "rounded": "*bf16", "units": "*i64", "key": "i32", "size": "i32"}
+    yield row_update._round_kernel, types, {"block": 4096}
+
+
+def compiled(case: Case, capability: int) -> Any:
+    kernel, types, constants = case
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False})
+
+
+def main() -> None:
+    for case in row_update_cases():
+        for capability, limit in CARDS.items():
+            shared = compiled(case, capability).metadata.shared
+            print(f"{case[0].__name__} sm_{capability}: {shared} bytes of shared memory")
+            assert shared <= limit
+    print("all compiled")
+
+
+if __name__ == "__main__":
+    main()

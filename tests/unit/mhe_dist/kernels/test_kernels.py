@@ -1,0 +1,71 @@
+"""Every kernel in Triton's interpreter, and compiled for real cards; no card is needed.
+
+Triton reads TRITON_INTERPRET when it is imported, and other tests need it without. So the tests in
+the `interpreted_*.py` beside this file run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from mhe_dist.kernels.dispatch import use_kernels
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Output of a Python process, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(HERE.glob("interpreted_*.py")), ids=lambda path: path.stem)
+def test_in_the_interpreter(file: Path) -> None:
+    output = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
+    assert " passed" in output and "skipped" not in output
+
+
+@needs_triton
+@pytest.mark.slow
+def test_compiles_for_cards_of_two_generations_within_their_shared_memory() -> None:
+    assert run(str(HERE / "compile_kernels.py")).strip().endswith("all compiled")
+
+
+def test_the_cpu_path_never_imports_triton() -> None:
+    code = (
+        "import sys, torch; from mhe_dist.kernels.dispatch import use_kernels;"
+        "import mhe_dist.heads.registry, mhe_dist.bank.row_optim;"
+        "assert not use_kernels(torch.zeros(1));"
+        "print([name for name in sys.modules if name.startswith('mhe_dist.kernels.')])"
+    )
+    assert run("-c", code).strip() == "['mhe_dist.kernels.dispatch']"
+
+
+def test_fake_tensors_and_the_switch_keep_to_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr("mhe_dist.kernels.dispatch._triton_installed", lambda: True)
+    assert not use_kernels(torch.zeros(1).as_subclass(Elsewhere))
+    assert not use_kernels(torch.zeros(1))
+    assert use_kernels(), "nothing speaks against it"
+    monkeypatch.setenv("MHE_KERNELS", "0")
+    assert not use_kernels()
