@@ -187,17 +187,17 @@ def _sgd_kernel(
             a = tl.load(a_pointer + factor * length + slot, mask=row_inside, other=0.0)
             e = tl.load(e_pointer + factor * width + column, mask=column_inside, other=0.0)
             g += a[:, None] * e[None, :]
-    along = tl.zeros([block_rows], tl.float32) + weight_decay
+    radial = tl.zeros([block_rows], tl.float32) + weight_decay
     if has_b:
-        along += tl.load(b_pointer + u * length + slot, mask=row_inside, other=0.0)
+        radial += tl.load(b_pointer + u * length + slot, mask=row_inside, other=0.0)
     if of_normalised:
         norm = tl.maximum(tl.sqrt_rn(tl.sum(w * w, 1)), 1e-12)
         inverse = tl.div_rn(1.0, norm)
-        along -= tl.sum(g * w, 1) * (inverse * inverse * inverse)
+        radial -= tl.sum(g * w, 1) * (inverse * inverse * inverse)
         g = g * inverse[:, None]
     if has_velocity:
         g = tl.load(velocity + stored, mask=inside, other=0.0).to(tl.float32) * momentum + g
-    g += w * along[:, None]
+    g += w * radial[:, None]
     if has_velocity:
         _store(velocity + stored, g, inside, first_unit + unit, position, velocity_key)
     _store(weight + stored, w - g * lr, inside, first_unit + unit, position, weight_key)
