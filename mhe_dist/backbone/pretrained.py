@@ -41,7 +41,7 @@ def load_pretrained(model: Backbone, source: str) -> None:
 
 
 def _checkpoint(source: str) -> Checkpoint | None:
-    """The checkpoint that is meant, or None where the source is no run."""
+    """The checkpoint that the source names, or None where it is no run."""
     filesystem, path = fsspec.core.url_to_fs(source)
     name = source.rpartition("/")[2]
     if name.startswith("step_") and filesystem.exists(f"{path}/manifest.json"):

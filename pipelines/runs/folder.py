@@ -81,7 +81,7 @@ def newest_checkpoint(path: str) -> str | None:
 
 
 def find_checkpoint_folder(url: str) -> str:
-    """The checkpoint's folder that is meant by its own URL, or by its run: the newest one.
+    """The folder of a checkpoint, named by its own URL or by its run (then the newest).
 
     Raises:
         UserError: there is no run, or it has no complete checkpoint yet.

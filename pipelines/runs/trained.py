@@ -84,7 +84,7 @@ def read_trained_config(run: str) -> Config:
 
 
 def _checkpoint(run: str) -> tuple[str, Checkpoint]:
-    """Path of a run, and the checkpoint that is meant."""
+    """Path of a run, and the checkpoint that was asked for."""
     from pipelines.runs.warm_start import find_checkpoint
 
     folder, _, name = run.rpartition("/")
