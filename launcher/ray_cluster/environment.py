@@ -25,16 +25,23 @@ LOCAL_ENVIRONMENT = {
 }
 
 
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment variables of a worker's process, set before it imports anything.
+def process_environment(config: Config) -> dict[str, str]:
+    """Environment variables of every process of a run, set before it imports anything.
 
     The thread counts are those of the config: two ranks that each start a thread per core are
     slower than one.
     """
     threads = str(config.scale.cpus_per_worker)
     limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    variables = {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
-    return variables | choose_device(config.scale.gpu).environment
+    return {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Those of a worker's process: without a GPU of its own it sees none.
+
+    Not for what starts Ray on a node, which must see the node's GPUs to offer them.
+    """
+    return process_environment(config) | choose_device(config.scale.gpu).environment
 
 
 def worker_resources(config: Config) -> dict[str, float]:
