@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhe_dist.distributed.compat import all_gather_single, reduce_scatter_single
 from mhe_dist.distributed.topology import Group, Topology
 
 
@@ -65,7 +66,7 @@ class _AllGather(torch.autograd.Function):
         """Sum every rank's gradients of this rank's rows."""
         topology, grad = ctx.topology, grads[0].contiguous()
         mine = grad.new_empty(grad.shape[0] // topology.world_size, *grad.shape[1:])
-        dist.reduce_scatter_single(mine, grad, group=topology.device_group)
+        reduce_scatter_single(mine, grad, topology.device_group)
         return mine, None
 
 
@@ -91,7 +92,7 @@ def gather_rows(rows: Tensor, topology: Topology) -> Tensor:
         return rows
     group = _group_of(rows, topology)
     gathered = rows.new_empty(topology.world_size * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_single(gathered, rows.contiguous(), group=group)
+    all_gather_single(gathered, rows.contiguous(), group)
     return gathered
 
 

@@ -10,6 +10,8 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor
 
+from mhe_dist.distributed.compat import collective_name
+
 # Collective -> position of the argument that holds the tensor which a rank sends.
 _SENT_ARGUMENT: Final = {
     "all_to_all_single": 1,
@@ -31,7 +33,8 @@ class TrafficCounter:
         self._patches = ExitStack()
 
     def __enter__(self) -> TrafficCounter:
-        for name, position in _SENT_ARGUMENT.items():
+        for known_as, position in _SENT_ARGUMENT.items():
+            name = collective_name(known_as)
             counted = self._counted(getattr(dist, name), position)
             self._patches.enter_context(mock.patch.object(dist, name, counted))
         return self
