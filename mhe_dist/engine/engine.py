@@ -25,7 +25,12 @@ from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology, connect, disconnect
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, ExactSum, sum_dtype, sum_in_float64
-from mhe_dist.engine.settings import deepspeed_settings, make_optimizer, resolve_precision
+from mhe_dist.engine.settings import (
+    deepspeed_settings,
+    make_optimizer,
+    resolve_precision,
+    set_float_kernels,
+)
 from mhe_dist.engine.zero_state import ZeroState
 from mhe_dist.seeds import seed_torch
 
@@ -59,6 +64,7 @@ class Engine:
         """
         self.model = model.to(topology.device)
         self.precision = resolve_precision(train.precision, topology.device)
+        set_float_kernels(self.precision)
         self._topology, self._stage, self._seed = topology, zero_stage, seed
         self._clip_norm = optim.clip_norm
         self._accumulation_steps = train.micro_batches // topology.world_size

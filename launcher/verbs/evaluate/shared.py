@@ -43,9 +43,11 @@ def join_ranks(run: str, gpu: bool | None) -> Topology:
     """
     from mhe_dist.distributed.device import prepare_rank, rank_device
     from mhe_dist.distributed.topology import Topology, connect
+    from mhe_dist.engine.settings import set_float_kernels
 
     if gpu is None:
         gpu = read_trained_config(run).scale.gpu
+    set_float_kernels("float32")
     if "RANK" not in os.environ:
         return Topology(device=rank_device(gpu))
     prepare_rank(gpu)
