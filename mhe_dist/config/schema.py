@@ -250,7 +250,7 @@ class ResumeConfig(ConfigSection):
 
     allow: list[str] = Field(
         [],
-        description="Keys whose change is meant, such as [optim.lr, train.epochs]; "
+        description="Keys that may have another value, such as [optim.lr, train.epochs]; "
         "docs/survival.md lists those that need it and those that cannot change.",
     )
 
