@@ -20,6 +20,7 @@ from mhe_dist import seeds
 from mhe_dist.bank.row_store import Local, Memory, RowStore
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.kernels.dispatch import MAX_WIDTH, use_kernels
 
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
@@ -38,7 +39,7 @@ class Bank:
         units: global numbers of the units of this partition.
         length: L, rows of a unit.
         width: D, columns of a row.
-        initial: int64 unit numbers `[U]` on the compute device -> first rows `[U, L, D]` there.
+        initial: int64 unit numbers `[U]` on the host -> first rows `[U, L, D]` on `device`.
         fields: the optimizer's row state, which starts at zero: name -> float32 columns, or None
             for a state of D columns in the type of the rows.
         dtype: type of the stored rows and state; bfloat16 is rounded stochastically.
@@ -134,10 +135,10 @@ class Bank:
         local = self._local(units)
         fresh = np.flatnonzero(~self._touched[local])
         fresh = fresh + local.start if isinstance(local, slice) else np.unique(local[fresh])
-        chunk = max(1, (1 << 22) // (self.length * self.width))
+        chunk = max(1, chunk_values(self.device) // (self.length * self.width))
         for start in range(0, len(fresh), chunk):
             numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
-            self._put("weight", numbers, self._initial(numbers.to(self.device)), step=-1)
+            self._put("weight", numbers, self._initial(numbers), step=-1)
         self._touched[fresh] = True
 
     def read(self, units: Units, field: str = "weight") -> Tensor:
@@ -154,7 +155,7 @@ class Bank:
                 rows = rows.clone() if isinstance(units, range) else rows
                 where = torch.from_numpy(fresh)
                 numbers = where + units.start if isinstance(units, range) else units[where]
-                rows[where.to(rows.device)] = self._initial(numbers.to(self.device)).to(rows)
+                rows[to_device(where, rows.device)] = self._initial(numbers).to(rows)
         return rows
 
     def write(self, units: Units, values: dict[str, Tensor], step: int) -> None:
@@ -237,9 +238,14 @@ class Bank:
             if isinstance(units, range):
                 numbers = torch.arange(units.start, units.stop, device=rows.device)
             else:
-                numbers = units.to(rows.device, non_blocking=True)
+                numbers = to_device(units, rows.device)
             rows = _round(rows, numbers, self.rounding_key(field, step))
         store.put(self._local(units), rows)
+
+
+def chunk_values(device: torch.device) -> int:
+    """Values of first rows that are made at once."""
+    return 1 << (24 if device.type == "cuda" else 22)
 
 
 def chunk_bytes(device: torch.device) -> int:

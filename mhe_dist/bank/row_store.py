@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mhe_dist.distributed.transfer import to_device
+
 Memory = Literal["device", "host", "file"]
 # Positions of units in a partition, as NumPy and torch index.
 Local = slice | npt.NDArray[np.int64]
@@ -80,7 +82,7 @@ class RowStore:
             return self.rows[local]
         if self._prefetcher is not None and (ready := self._prefetcher.take(local)) is not None:
             return ready
-        where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
+        where = to_device(torch.from_numpy(local), self.rows.device)
         return self._count(self.rows.index_select(0, where))
 
     def put(self, local: Local, rows: Tensor) -> None:
@@ -89,7 +91,7 @@ class RowStore:
         if self._prefetcher is not None:
             self._prefetcher.mark_outdated(local)
         if not isinstance(local, slice):
-            where = torch.from_numpy(local).to(self.rows.device, non_blocking=True)
+            where = to_device(torch.from_numpy(local), self.rows.device)
             self.rows.index_copy_(0, where, rows.to(self.rows.device, self.rows.dtype))
         elif rows.data_ptr() != self.rows[local].data_ptr():
             self.rows[local].copy_(rows)
@@ -180,7 +182,7 @@ class RowPrefetcher:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             copies.record_stream(current)
-        where = torch.from_numpy(index).to(self._device, non_blocking=True)
+        where = to_device(torch.from_numpy(index), self._device)
         return copies.index_select(0, where)
 
     def _fetch(self, units: Tensor) -> Tensor:

@@ -29,10 +29,13 @@ class RunningStatistics:
         self.values: list[Tensor] = [
             b for m in norms for b in (m.running_mean, m.running_var) if b is not None
         ]
-        self._counts = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._counters = [
+            (m, m.num_batches_tracked) for m in norms if m.num_batches_tracked is not None
+        ]
+        self._counts = [count for _, count in self._counters]
+        self._counting: list[Tensor] = []  # of the norms that were not frozen in the micro-batch
         self._start = [torch.empty_like(b) for b in self.values]
         self._start_counts = [torch.empty_like(b) for b in self._counts]
-        self._end_counts = [torch.empty_like(b) for b in self._counts]
         self._sums = [torch.empty_like(b, dtype=torch.float64) for b in self.values]
         self._seen = 0
 
@@ -43,7 +46,11 @@ class RunningStatistics:
 
     @torch.no_grad()
     def begin_micro_batch(self) -> None:
-        """Before a training forward: back to the values at the step's start."""
+        """Before a training forward: back to the values at the step's start.
+
+        Counters that the forward pass does not need are taken out of the model until
+        `end_micro_batch`: each would be a launch of its own.
+        """
         if not self.values:
             return
         if self._seen == 0:
@@ -52,6 +59,9 @@ class RunningStatistics:
         else:
             torch._foreach_copy_(self.values, self._start)
             torch._foreach_copy_(self._counts, self._start_counts)
+        for norm, _ in self._counters:
+            if _does_without_counter(norm):
+                norm.num_batches_tracked = None
 
     @torch.no_grad()
     def end_micro_batch(self) -> None:
@@ -62,7 +72,9 @@ class RunningStatistics:
             torch._foreach_copy_(self._sums, self.values)
         else:
             torch._foreach_add_(self._sums, self.values)
-        torch._foreach_copy_(self._end_counts, self._counts)
+        for norm, count in self._counters:
+            norm.num_batches_tracked = count
+        self._counting = [count for norm, count in self._counters if norm.training]
         self._seen += 1
 
     @torch.no_grad()
@@ -79,5 +91,12 @@ class RunningStatistics:
             torch._foreach_copy_(
                 self.values, [p.view_as(b) for p, b in zip(pieces, self.values, strict=True)]
             )
-            torch._foreach_copy_(self._counts, self._end_counts)
+            torch._foreach_copy_(self._counts, self._start_counts)
+            if self._counting:
+                torch._foreach_add_(self._counting, 1)
         self._seen = 0
+
+
+def _does_without_counter(norm: _BatchNorm) -> bool:
+    """Whether a training forward does without `num_batches_tracked`."""
+    return norm.momentum is not None and not isinstance(norm, nn.SyncBatchNorm)

@@ -42,9 +42,18 @@ class ClassRows:
 
     def padding(self, heads: Tensor) -> Tensor | None:
         """Which slots `[U, L]` of `heads` (host) hold no class; None if all do."""
-        last = self.layout.heads - 1
-        if self.layout.num_classes % self.layout.length == 0 or not (heads == last).any():
-            return None
-        slots = torch.arange(self.layout.length)
-        position = heads[:, None] * self.layout.length + slots
-        return (position >= self.layout.num_classes).to(self.bank.device)
+        return padding_slots(self.layout, heads, self.bank.device)
+
+
+def padding_slots(layout: LabelLayout, heads: Tensor, device: torch.device) -> Tensor | None:
+    """Which slots `[U, L]` of distinct `heads` (host) hold no class; None if all do.
+
+    Only the last head has such slots, so that nothing is uploaded.
+    """
+    first = layout.num_classes - (layout.heads - 1) * layout.length
+    where = torch.nonzero(heads == layout.heads - 1).flatten().tolist()
+    if first == layout.length or not where:
+        return None
+    padding = torch.zeros(len(heads), layout.length, dtype=torch.bool, device=device)
+    padding[where[0], first:] = True
+    return padding

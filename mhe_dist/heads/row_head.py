@@ -17,6 +17,7 @@ from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import all_reduce, gather_rows
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.base import Head, HeadState, TopK
 from mhe_dist.heads.class_rows import ClassRows
 from mhe_dist.heads.margins import INITIAL_NORMS, Margin, norm_statistics, running_norms
@@ -188,9 +189,11 @@ class RowHead(Head):
         return range(self.layout.group_heads(first).start, self.layout.group_heads(last).stop)
 
     def initial_rows(self, heads: Tensor) -> Tensor:
-        """Rows `[U, L, width]` as they are before any step: noise keyed by (seed, class)."""
-        slots = torch.arange(self.layout.length, device=heads.device)
+        """Rows `[U, L, width]` of `heads` (host) before any step: noise keyed by (seed, class)."""
+        slots = torch.arange(self.layout.length)
+        # On the host, because the permutation asks which values it has to pass through once more.
         classes = self.layout.classes(heads[:, None], slots[None, :])
+        classes = to_device(classes, self.topology.device)
         key = seeds.derive(self.spec.seed, "class centres")
         rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
         rows = rows.mul_(initial_std(self.spec.width)).masked_fill_(classes.view(-1, 1) < 0, 0.0)

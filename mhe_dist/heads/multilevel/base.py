@@ -20,6 +20,7 @@ from mhe_dist.bank.class_layout import balanced_lengths
 from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, HeadState, check_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
@@ -183,7 +184,7 @@ class LevelHead(Head):
         kept = self._kept(checked).nonzero().squeeze(1)
         weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
         seen: list[int] = []
-        score = partial(self._score, checked[kept], kept.to(embeddings.device), seen)
+        score = partial(self._score, checked[kept], to_device(kept, embeddings.device), seen)
         loss, correct = FusedLoss.apply(embeddings, score, weight)
         classes_seen = torch.full_like(correct, sum(seen) * weight)
         return HeadOutput(loss, {"accuracy": correct, "classes_seen": classes_seen})

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.exchange import Exchange, Scorer, sum_by
 from mhe_dist.heads.multilevel.losses import Objective
@@ -68,9 +69,9 @@ class LevelPass:
         self.objective, self.margin = objective, margin
         self._features, self.device = features, features.device
         self.exchange = Exchange(beam.prefixes, targets, level.layout, level.topology)
-        self._samples = self.exchange.samples.to(self.device)
-        self._columns = self.exchange.columns.to(self.device)
-        self.present = (targets >= 0).to(self.device)
+        self._samples = to_device(self.exchange.samples, self.device)
+        self._columns = to_device(self.exchange.columns, self.device)
+        self.present = to_device(targets >= 0, self.device)
         self._scorer = Scorer(
             level,
             self.exchange.features(features),
@@ -100,7 +101,8 @@ class LevelPass:
         """Best children `[B, k * m]` of all parents of each sample, and their paths."""
         where, batch = (self._samples, self._columns), self.beam.prefixes.shape
         shape = (batch[0], batch[1], best.shape[1])
-        units = self.beam.prefixes[self.exchange.samples, self.exchange.columns].to(self.device)
+        units = self.beam.prefixes[self.exchange.samples, self.exchange.columns]
+        units = to_device(units, self.device)
         children = torch.full(shape, -1, device=self.device)
         paths = best.new_full(shape, float("-inf"))
         children[where] = slots + (units * self.level.layout.length).unsqueeze(1)
@@ -112,7 +114,7 @@ class LevelPass:
         """Paths of the targets `[B, K]`, -inf for none."""
         parents = torch.div(self.targets, self.level.layout.length, rounding_mode="floor")
         column = (self.beam.prefixes[:, None, :] == parents[:, :, None]).int().argmax(-1)
-        above = self.beam.paths.gather(1, column.to(self.device))
+        above = self.beam.paths.gather(1, to_device(column, self.device))
         paths = above + self._score(self.target_cosines, self._normaliser.unsqueeze(1))
         return paths.masked_fill(~self.present, float("-inf"))
 
@@ -153,7 +155,7 @@ class LevelPass:
 
     def descend(self, width: int) -> Beam:
         """The `width` best prefixes of each sample; all targets first, however many they are."""
-        targets = self.targets.to(self.device)
+        targets = to_device(self.targets, self.device)
         prefixes = torch.cat([targets, self.children], dim=1)
         paths = torch.cat([self.target_paths, self.paths], dim=1)
         order = paths.clone()

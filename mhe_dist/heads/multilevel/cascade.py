@@ -59,7 +59,7 @@ class MultiHeadCascade(LevelHead):
 
     def _identity(self, units: Tensor) -> Tensor:
         """First rows of a projection, `[1, D, D + 1]`: the identity, and no bias."""
-        eye = torch.eye(self.spec.width, dtype=self.spec.dtype, device=units.device)
+        eye = torch.eye(self.spec.width, dtype=self.spec.dtype, device=self.topology.device)
         return F.pad(eye, (0, 1)).unsqueeze(0)
 
     def level_features(self, embeddings: Tensor, projections: list[Tensor]) -> list[Tensor]:
@@ -92,7 +92,8 @@ class MultiHeadCascade(LevelHead):
             )
             losses, gradient = level_pass.train(norms, self.norms.running, share)
             loss = loss.add(losses, gradient, level_pass.classes_seen())
-            beam = level_pass.descend(self.candidates)
+            if len(loss.gradients) < len(self.levels):
+                beam = level_pass.descend(self.candidates)
         return loss._replace(correct=level_pass.correct)
 
     @torch.no_grad()

@@ -16,6 +16,8 @@ from torch import Tensor
 from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology, owner_of
+from mhe_dist.distributed.transfer import to_device
+from mhe_dist.heads.class_rows import padding_slots
 from mhe_dist.heads.grouping import LOGITS_BYTES, GradientFactors, chunks_by_head
 from mhe_dist.heads.margins import keep_negatives
 from mhe_dist.heads.multilevel.losses import Objective
@@ -80,7 +82,7 @@ class Exchange:
 
     def features(self, rows: Tensor) -> Tensor:
         """Features `[s, D]` that the arrived pairs refer to, of this rank's `[B, D]`."""
-        carried = rows[self._feature_samples.to(rows.device)]
+        carried = rows[to_device(self._feature_samples, rows.device)]
         return all_to_all(carried, self._feature_counts, self._feature_counts_here, self.topology)
 
     def gradient(self, rows: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ class Scorer:
     ) -> None:
         self.level, self.pairs, self.objective = level, pairs, objective
         self.scale, self.filter = scale, filter
-        self.samples = pairs.samples.to(features.device)
+        self.samples = to_device(pairs.samples, features.device)
         self.features = features
         self._chunks = _chunk_pairs(level, pairs)
         kept_bytes = len(pairs.units) * level.layout.length * features.element_size()
@@ -241,11 +243,7 @@ class Scorer:
 
     def _padding(self, units: Tensor) -> Tensor | None:
         """Which slots `[T, L]` of `units` hold no class; None if all do."""
-        layout = self.level.layout
-        if int(units.max() + 1) * layout.length <= layout.num_classes:
-            return None
-        classes = units[:, None] * layout.length + torch.arange(layout.length)
-        return (classes >= layout.num_classes).to(self.features.device)
+        return padding_slots(self.level.layout, units, self.features.device)
 
     def _logits(self, others: Tensor) -> Tensor:
         """Logits of the negatives, -inf where they do not count."""
@@ -272,7 +270,7 @@ def sum_by(index: Tensor, rows: Tensor, count: int) -> Tensor:
     rank = torch.empty_like(index)  # of a row among those with the same index
     rank[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
     spread = rows.new_zeros(count, int(counts.max()), rows.shape[1])
-    spread[index.to(rows.device), rank.to(rows.device)] = rows
+    spread[to_device(index, rows.device), to_device(rank, rows.device)] = rows
     return spread.sum(1)
 
 
@@ -285,13 +283,13 @@ def _chunk_pairs(level: Level, pairs: UnitPairs) -> list[_PairChunk]:
         for index in chunk.index.split(limit, dim=1):
             targets = pairs.targets[index]
             unit, pair, target = (targets >= 0).nonzero(as_tuple=True)
-            where = (unit, pair, targets[unit, pair, target])
+            slots = targets[unit, pair, target]
             chunks.append(
                 _PairChunk(
                     chunk.heads,
-                    index.to(device),
-                    (where[0].to(device), where[1].to(device), where[2].to(device)),
-                    (index[unit, pair].to(device), target.to(device)),
+                    to_device(index, device),
+                    (to_device(unit, device), to_device(pair, device), to_device(slots, device)),
+                    (to_device(index[unit, pair], device), to_device(target, device)),
                 )
             )
     return chunks

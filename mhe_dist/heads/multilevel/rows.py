@@ -22,6 +22,7 @@ from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.base import HeadState
 from mhe_dist.heads.grouping import GradientFactors, chunks_by_head
 from mhe_dist.heads.row_head import HeadSpec, initial_std
@@ -125,7 +126,7 @@ class SharedLevel:
         self.layout = LabelLayout(classes, classes, 1, 0)
         self.topology = Topology(device=topology.device)
         self.normalised = spec.config.margin.kind != "none"
-        initial = initial_rows(purpose, self.layout, spec)
+        initial = initial_rows(purpose, self.layout, spec, topology.device)
         width = spec.width + (not self.normalised)
         self.rows = ReplicatedRows(classes, width, initial, optimizer, spec, topology)
         self.bank = self.rows.bank
@@ -184,7 +185,7 @@ class ShardedLevel:
             range(units[0].start, units[-1].stop) if units else range(0),
             layout.length,
             spec.width + (not self.normalised),
-            initial_rows(purpose, layout, spec),
+            initial_rows(purpose, layout, spec, topology.device),
             optimizer.fields,
             dtype=stored,
             compute_dtype=spec.dtype,
@@ -206,10 +207,10 @@ class ShardedLevel:
             units = torch.cat([units for units, _ in self._pending])
             factors = GradientFactors.join([factors for _, factors in self._pending])
             for chunk in chunks_by_head(units, self.bank.units_per_chunk):
-                index = chunk.index.to(factors.weights.device)
+                index = to_device(chunk.index, factors.weights.device)
                 weights, radial = factors.weights[index], factors.radial[index]
                 if chunk.padding is not None:
-                    padding = chunk.padding.to(index.device).unsqueeze(-1)
+                    padding = to_device(chunk.padding, index.device).unsqueeze(-1)
                     weights = weights.masked_fill(padding, 0)
                     radial = radial.masked_fill(padding, 0)
                 part = radial.sum(1) if self.normalised else None
@@ -252,15 +253,18 @@ class ShardedLevel:
 Level = SharedLevel | ShardedLevel
 
 
-def initial_rows(purpose: str, layout: LabelLayout, spec: HeadSpec) -> Callable[[Tensor], Tensor]:
-    """Function from units to first rows `[U, L, width]`: noise keyed by (seed, purpose, class).
+def initial_rows(
+    purpose: str, layout: LabelLayout, spec: HeadSpec, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """Function from units (host) to first rows `[U, L, width]` on the device.
 
-    Padding rows and biases are zero.
+    They are noise keyed by (seed, purpose, class). Padding rows and biases are zero.
     """
     key = seeds.derive(spec.seed, purpose)
 
     def rows_of(units: Tensor) -> Tensor:
         """The first rows; see above."""
+        units = to_device(units, device)
         classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
         rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
         rows.mul_(initial_std(spec.width)).masked_fill_(

@@ -9,12 +9,15 @@ Limits:
 - A CUDA build without a driver refuses autograd's engine: call `autograd.backward` instead.
 - A dispatch mode belongs to one thread: while the device is in use, thread pools work at once, in
   the thread that asks.
+- Kernels of `mhe_dist.kernels` do not run on fake tensors: what is counted is the eager definition.
+- All fake tensors have the same `data_ptr`: code that copies unless two are equal does not copy.
 - Launches are a lower bound (see `costs.py`); the peak is that of the tensors, without what the
   caching allocator loses.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -223,6 +226,8 @@ def fake_cuda(answer: Answer | None = None) -> Iterator[FakeCuda]:
         (ThreadPoolExecutor, "submit", _run_at_once),
     ]
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer")
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(gpu)

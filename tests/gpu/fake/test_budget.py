@@ -32,3 +32,10 @@ def test_a_step_stays_within_its_budget(name: str, capsys: pytest.CaptureFixture
     if spare:
         with capsys.disabled():
             print(f"\n{name}: the budget can be lowered by {spare}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_budget_of_a_device_bank_allows_no_wait(name: str) -> None:
+    """None but that of the cascade, which must know its candidates before the second level."""
+    if CASES[name].head.get("bank", {}).get("memory", "device") == "device":
+        assert BUDGET[name]["syncs"] == (1 if CASES[name].head["kind"] == "mhc" else 0)

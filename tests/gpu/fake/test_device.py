@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mhe_dist.distributed.collectives import all_gather, all_to_all
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
 from pipelines.bench.fake_cuda.autograd import backward
 from pipelines.bench.fake_cuda.device import STAGED_BYTES, FakeCuda, fake_cuda
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
@@ -154,3 +155,10 @@ def test_a_lone_rank_exchanges_nothing_on_the_device_and_echoes_on_the_host() ->
         host = all_to_all(torch.arange(4), [1, 2, 1], [2, 2, 2], topology)
     assert host.tolist() == [1, 2] * 3
     assert [e.op for e in gpu.ledger.of("kernel")] == ["nccl.all_gather", "nccl.all_to_all"]
+
+
+@pytest.mark.parametrize("count", [4, STAGED_BYTES])
+def test_what_is_handed_to_the_device_is_not_waited_for(count: int) -> None:
+    with fake_cuda() as gpu:
+        assert to_device(torch.zeros(count), CUDA).device == CUDA
+    assert gpu.ledger.of("sync") == []

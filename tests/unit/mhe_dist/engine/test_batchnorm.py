@@ -50,3 +50,14 @@ def test_a_frozen_norm_stays() -> None:
     step(norm, RunningStatistics(norm), [torch.randn(6, 4), torch.randn(6, 4)])
     assert torch.equal(norm.running_mean, torch.zeros(4))
     assert norm.num_batches_tracked == 0
+
+
+def test_counters_are_out_of_the_way_in_a_forward_pass_and_count_steps() -> None:
+    plain, cumulative = nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None)
+    model, seen = nn.Sequential(plain, cumulative), list[bool]()
+    plain.register_forward_hook(lambda *_: seen.append(plain.num_batches_tracked is None))
+    statistics = RunningStatistics(model)
+    for _ in range(3):
+        step(model, statistics, [torch.randn(6, 4), torch.randn(6, 4)])
+    assert seen == [True] * 6
+    assert int(plain.num_batches_tracked) == int(cumulative.num_batches_tracked) == 3
