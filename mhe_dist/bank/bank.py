@@ -214,7 +214,7 @@ class Bank:
         if isinstance(units, range):
             first = self.units.start
             return torch.arange(units.start - first, units.stop - first, device=self.device)
-        return (units - self.units.start).to(self.device, non_blocking=True)
+        return to_device(units - self.units.start, self.device)
 
     def rounding_key(self, field: str, step: int) -> int:
         """Keys the stochastic rounding of a field in a step."""
