@@ -72,7 +72,9 @@ class FakeCuda(FakeTensorMode):
     def __init__(self, answer: Answer | None = None) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.ledger, self.peak = Ledger(), 0
-        self._answer, self._pinned = answer, set[int]()
+        self._answer = answer
+        # A weak reference keeps the number of a storage from being given to another one.
+        self._pinned: dict[int, StorageWeakRef] = {}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._bound = 0  # of the bytes that are allocated
         self._propagating = False  # what torch's own propagation dispatches is its affair
@@ -202,7 +204,8 @@ class FakeCuda(FakeTensorMode):
         return zeros if self._answer is None else self._answer(zeros)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        self._pinned.add(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        self._pinned[storage._cdata] = StorageWeakRef(storage)
         return tensor
 
     def _is_pinned(self, tensor: Tensor) -> bool:

@@ -162,3 +162,11 @@ def test_what_is_handed_to_the_device_is_not_waited_for(count: int) -> None:
     with fake_cuda() as gpu:
         assert to_device(torch.zeros(count), CUDA).device == CUDA
     assert gpu.ledger.of("sync") == []
+
+
+def test_memory_that_was_pinned_once_is_pageable_in_its_next_life() -> None:
+    with fake_cuda() as gpu:
+        for _ in range(50):
+            pinned(4)
+            torch.zeros(4).copy_(on_device(4), non_blocking=True)
+    assert len(gpu.ledger.of("sync")) == 50
