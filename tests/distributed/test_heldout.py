@@ -135,7 +135,8 @@ def test_the_metrics_of_a_run(tmp_path):
     folder = str(tmp_path / "set")
     write_set(folder)
     evaluation = evaluate(Embed(), config(folder), Topology())
-    metrics, details = evaluation
+    metrics, details = evaluation.metrics, evaluation.details
+    assert "the first image of each class" in evaluation.protocol
     assert metrics["chance"] == 1 / CLASSES
     assert metrics["gallery"] == CLASSES
     assert metrics["probes"] == 44 - CLASSES
