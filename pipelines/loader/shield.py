@@ -7,6 +7,7 @@ needs its loader processes until the step has ended; they end when the rank ends
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -45,9 +46,11 @@ def shield(parent: int, worker: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os._exit(1)
+    # A fork server is the parent of what it starts, and outlives the rank that asked it.
+    if multiprocessing.get_start_method() != "forkserver":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before that
+            os._exit(1)
     threading.Thread(target=_end_with, args=(parent,), name="shield", daemon=True).start()
 
 
