@@ -71,6 +71,7 @@ def test_a_loop_without_a_config_follows_its_process_group(
     one_gpu, monkeypatch, backends: str, expected: str
 ) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     assert default_device() == torch.device("cuda", 0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(device, "_backends", lambda: backends)
