@@ -15,6 +15,7 @@ from mhe_dist.errors import UserError
 from pipelines.runs.folder import url_exists
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import INDEX_FILE, index_exists
+from pipelines.shards.label_set import LABELS_FILE, label_set_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
@@ -40,6 +41,10 @@ def check_data(config: Config) -> Iterable[Mistake]:
             yield key, f"{problem}; {cure}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
+    mixed = ((f"data.mix.{n}.labels", item.labels) for n, item in enumerate(config.data.mix))
+    for key, url in (("data.labels", config.data.labels), *mixed):
+        if url and (problem := _labels_problem(url)):
+            yield key, f"{problem}; give a folder that `mhe data labels` made"
     if (source := config.model.init_from) and not url_exists(source):
         yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
     if (source := config.head.init_from) and not url_exists(source):
@@ -78,6 +83,13 @@ def _index_problem(url: str) -> str:
     try:
         return "" if index_exists(url) else f"there is no {INDEX_FILE} in it"
     except (ImportError, ValueError, OSError) as error:
+        return f"cannot be read: {error}"
+
+
+def _labels_problem(url: str) -> str:
+    try:
+        return "" if label_set_exists(url) else f"there is no {LABELS_FILE} in it"
+    except (UserError, ImportError, ValueError, OSError) as error:
         return f"cannot be read: {error}"
 
 

@@ -18,6 +18,7 @@ from pipelines.runs.folder import absolute_path
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
 SETTINGS_FILE = "run.yaml"
 _SQLITE = "sqlite:///"
+_DATA_PATHS = ("shards", "labels", "classes")  # of each data set
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:
     copy = config.model_copy(deep=True)
     sections: list[tuple[str, BaseModel, tuple[str, ...]]] = [
         ("run", copy.run, ("dir",)),
-        ("data", copy.data, ("shards", "classes")),
-        *((f"data.mix.{number}", mix, ("shards", "classes")) for number, mix in _mixed(copy)),
+        ("data", copy.data, _DATA_PATHS),
+        *((f"data.mix.{number}", mix, _DATA_PATHS) for number, mix in _mixed(copy)),
         ("data.remote", copy.data.remote, ("cache_dir",)),
         ("model", copy.model, ("init_from",)),
         ("head", copy.head, ("init_from",)),

@@ -59,6 +59,9 @@ class MixConfig(ConfigSection):
     """A further data set; its classes are others than those of the sets before it."""
 
     shards: PathText = Field(..., description="Folder or URL that holds index.json and the tars.")
+    labels: PathText = Field(
+        "", description="Folder or URL of a label set (docs/data.md); empty: the tars' labels."
+    )
     weight: float = Field(
         1.0, gt=0, le=1000, description="Passes over it in an epoch; 0.5: a random half."
     )
@@ -71,6 +74,9 @@ class DataConfig(ConfigSection):
     """Where the images are, in which order they come and how they are prepared."""
 
     shards: PathText = Field(..., description="Folder or URL that holds index.json and the tars.")
+    labels: PathText = Field(
+        "", description="Folder or URL of a label set (docs/data.md); empty: the tars' labels."
+    )
     classes: PathText = Field(
         "", description="List of the classes to take (docs/data.md); empty: all."
     )
@@ -78,7 +84,7 @@ class DataConfig(ConfigSection):
         0, ge=0, description="Most images of a class in an epoch, drawn anew each time; 0: all."
     )
     mix: list[MixConfig] = Field(
-        [], description="Further data sets, each with shards, weight and classes."
+        [], description="Further data sets, each with shards, labels, weight and classes."
     )
     glyphs: GlyphsConfig | None = Field(
         None, description="If set, make the glyph data set there when it is missing."

@@ -8,14 +8,20 @@ import numpy as np
 from mhe_dist.errors import UserError
 from pipelines.data.order import Ints
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelSet
 from pipelines.shards.tables import CLASSES_FILE
 
 
-def read_classes(url: str, index: ShardIndex) -> Ints:
+def read_classes(url: str, labelled: ShardIndex | LabelSet) -> Ints:
     """The class ids that a list names, int64, sorted.
 
     A list is a table (tab-separated) whose header has a column `class`, ids, or else `name`, names
-    as in `classes.tsv` beside the shards; so some lines of that file, with its first, are a list.
+    as in `classes.tsv` beside the shards, or in the label set; so some lines of that file, with its
+    first, are a list.
+
+    Args:
+        url: of the list.
+        labelled: what says which classes there are: the data set, or a label set of it.
 
     Raises:
         UserError: there is no such file, or it is no list of different classes of this data set.
@@ -28,15 +34,15 @@ def read_classes(url: str, index: ShardIndex) -> Ints:
             f"(names as in {CLASSES_FILE}), or has these as columns; here are "
             f"{', '.join(table[0]) or 'none'}"
         )
-    ids = _ids_of_names(index) if key == "name" else None
+    ids = _ids_of_names(labelled.folder) if key == "name" else None
     seen: dict[int, int] = {}
     for line, row in enumerate(table[1:], 2):
         text = dict(zip(table[0], row, strict=False)).get(key, "")
         number = int(text) if ids is None and text.isdecimal() else (ids or {}).get(text, -1)
-        if not 0 <= number < index.num_classes:
+        if not 0 <= number < labelled.num_classes:
             raise UserError(
-                f"{url}:{line}: {text!r} is no {key} of {index.folder}, which has "
-                f"{index.num_classes:,} classes"
+                f"{url}:{line}: {text!r} is no {key} of {labelled.folder}, which has "
+                f"{labelled.num_classes:,} classes"
             )
         if number in seen:
             raise UserError(f"{url}:{line}: {text!r} stands in line {seen[number]} already")
@@ -46,8 +52,8 @@ def read_classes(url: str, index: ShardIndex) -> Ints:
     return np.sort(np.fromiter(seen, np.int64))
 
 
-def _ids_of_names(index: ShardIndex) -> dict[str, int]:
-    table = _table(f"{index.folder}/{CLASSES_FILE}")
+def _ids_of_names(folder: str) -> dict[str, int]:
+    table = _table(f"{folder}/{CLASSES_FILE}")
     columns = [table[0].index(name) for name in ("name", "class")]
     return {row[columns[0]]: int(row[columns[1]]) for row in table[1:]}
 

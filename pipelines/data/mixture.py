@@ -6,8 +6,8 @@ images of the chosen classes, at most so many of each class, and finally a fract
 number never changes, so the order (`order.py`) stays arithmetic, and so does a resume.
 
 The data sets have disjoint classes: the classes of a data set follow those of the data set before
-it. With a list of classes, they are the listed ones in the order of their ids. The index holds each
-sample's label.
+it. With a list of classes, they are the listed ones in the order of their ids. A label set holds
+each sample's label, or else the index does; a sample without one is in no epoch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pipelines.data.order import Ints, SubsetIndices
 from pipelines.data.sample import BadSampleError
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import IndexEntry, ShardIndex
+from pipelines.shards.label_set import NO_LABEL, LabelSet
 
 _HALF_WORD: Final = 32
 
@@ -40,25 +41,34 @@ class MixedDataset:
 
     Attributes:
         index: of the data set.
+        labels: its label set, with at most one class for each sample; None: the index has them.
         first_class: its first class in the mixture.
         classes: int64, ids of the chosen classes, sorted; None: all.
         per_class: most images of each class in a pass; 0: no limit.
+        key: of the config's block that names it, `data` or `data.mix.N`.
     """
 
     index: ShardIndex
+    labels: LabelSet | None
     first_class: int
     classes: Ints | None
     per_class: int
+    key: str
 
     @property
     def is_whole(self) -> bool:
         """Whether a pass over it has all of its images."""
-        return self.classes is None and not self.per_class
+        is_labelled = self.labels is None or self.labels.labelled == self.labels.samples
+        return is_labelled and self.classes is None and not self.per_class
 
     @property
     def num_classes(self) -> int:
         """How many classes it has in the mixture."""
-        return self.index.num_classes if self.classes is None else len(self.classes)
+        return self._all_classes if self.classes is None else len(self.classes)
+
+    @property
+    def _all_classes(self) -> int:
+        return self.index.num_classes if self.labels is None else self.labels.num_classes
 
     @cached_property
     def pass_samples(self) -> int:
@@ -79,32 +89,51 @@ class MixedDataset:
         """Label and image of a sample, see `ShardIndex.entry`.
 
         Raises:
-            BadSampleError: the label is out of range, where the next set's classes may begin.
+            BadSampleError: it has no label, or one out of range, where the next set's classes may
+                begin.
         """
-        label = self.index.shards[shard].label(position)
-        assert label is not None, "_require_labels has checked this"
-        if not 0 <= label < self.index.num_classes:
-            raise BadSampleError(f"label {label} is not in [0, {self.index.num_classes})")
+        label = self._label(shard, position)
+        if not 0 <= label < self._all_classes:
+            raise BadSampleError(f"label {label} is not in [0, {self._all_classes})")
         if self.classes is not None:
             label = int(np.searchsorted(self.classes, label))
         return IndexEntry(self.first_class + label, self.index.image_extensions or IMAGE_EXTENSIONS)
 
+    def _label(self, shard: int, position: int) -> int:
+        if self.labels is None:
+            label = self.index.shards[shard].label(position)
+            assert label is not None, "_require_labels has checked this"
+            return label
+        number = int(self.index.starts[shard]) + position
+        ids = self.labels.lists(number, number + 1).class_ids
+        if len(ids) != 1:
+            raise BadSampleError(f"{self.labels.folder} gives it {len(ids)} classes")
+        return int(ids[0])
+
     @cached_property
     def _pool(self) -> tuple[Ints, Ints]:
         """Numbers of the images of the chosen classes, class by class, and how many each has."""
-        shards = range(len(self.index.shards))
-        labels = np.concatenate([self._labels(shard) for shard in shards])
+        labels = self._all_labels()
         numbers = np.argsort(labels, kind="stable")
         labels = labels[numbers]
+        if self.labels is not None:
+            unlabelled = int(np.searchsorted(labels, NO_LABEL, side="right"))
+            numbers, labels = numbers[unlabelled:], labels[unlabelled:]
         if self.classes is not None:
             kept = np.isin(labels, self.classes)
             numbers, labels = numbers[kept], labels[kept]
         return numbers, np.unique(labels, return_counts=True)[1]
 
-    def _labels(self, shard: int) -> Ints:
-        labels = self.index.shards[shard].labels
-        assert labels is not None, "_require_labels has checked this"
-        return labels
+    def _all_labels(self) -> Ints:
+        """int64 `[samples]`; `NO_LABEL` where a label set has none."""
+        if self.labels is not None:
+            return self.labels.single_labels(0, self.labels.samples)
+        found = []
+        for shard in self.index.shards:
+            labels = shard.labels
+            assert labels is not None, "_require_labels has checked this"
+            found.append(labels)
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -179,7 +208,8 @@ class Mixture(ShardIndex):
         for part in self.passes:
             source = part.source
             classes = None if source.classes is None else source.classes.tolist()
-            content.append([source.index.digest, source.per_class, classes, part.fraction])
+            labels = [] if source.labels is None else [source.labels.digest]
+            content.append([source.index.digest, source.per_class, classes, part.fraction, *labels])
         return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @cached_property
@@ -199,10 +229,14 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         return _open_index(data.shards, data)
     passes: list[DatasetPass] = []
     first_class = 0
-    for item in [MixConfig(shards=data.shards, classes=data.classes), *data.mix]:
-        index = _require_labels(_open_index(item.shards, data))
-        classes = read_classes(item.classes, index) if item.classes else None
-        source = MixedDataset(index, first_class, classes, data.images_per_class)
+    given = MixConfig(shards=data.shards, labels=data.labels, classes=data.classes)
+    for key, item in [("data", given), *((f"data.mix.{n}", i) for n, i in enumerate(data.mix))]:
+        index = _open_index(item.shards, data)
+        labels = _open_labels(f"{key}.labels", item.labels, index, data) if item.labels else None
+        classes = read_classes(item.classes, labels or index) if item.classes else None
+        if labels is None:
+            _require_labels(index)
+        source = MixedDataset(index, labels, first_class, classes, data.images_per_class, key)
         fractions = [min(1.0, item.weight - whole) for whole in range(math.ceil(item.weight))]
         made = [
             DatasetPass(source, fraction, len(passes) + n, seed)
@@ -211,7 +245,8 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         if not any(part.samples for part in made):
             raise UserError(
                 f"{item.shards}: no image of it would be in an epoch, with weight="
-                f"{item.weight:g} and classes={item.classes!r}; take the set out of data.mix"
+                f"{item.weight:g}, labels={item.labels!r} and classes={item.classes!r}; take the "
+                "set out of data.mix, or choose more of it"
             )
         passes += made
         first_class += source.num_classes
@@ -223,31 +258,61 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
     return Mixture(data.shards, first_class, shards, {}, tuple(passes))
 
 
-def _open_index(url: str, data: DataConfig) -> ShardIndex:
-    """The index of a data set, its columns open: what is wrong with them ends a run at its start.
+def label_digests(index: ShardIndex) -> dict[str, str]:
+    """The digest of each label set that a run trains on, by the key of the config that names it."""
+    passes = index.passes if isinstance(index, Mixture) else ()
+    return {
+        f"{part.source.key}.labels": part.source.labels.digest
+        for part in passes
+        if part.source.labels is not None
+    }
 
-    Columns of a store lie in a folder of their own below the cache of whole shards, if there is
-    one, and otherwise in `default_cache_dir`.
-    """
-    cache_dir = f"{data.remote.cache_dir}/columns" if data.remote.cache_dir else ""
-    index = ShardIndex.load(url, cache_dir)
+
+def _open_index(url: str, data: DataConfig) -> ShardIndex:
+    """The index of a data set, its columns open: damaged ones end a run at its start."""
+    index = ShardIndex.load(url, _column_cache(data))
     index.map_columns()
     return index
 
 
-def _require_labels(index: ShardIndex) -> ShardIndex:
+def _column_cache(data: DataConfig) -> str:
+    """Where columns of a store lie on this node: below the cache of whole shards, if there is one.
+
+    Empty: in `default_cache_dir`.
+    """
+    return f"{data.remote.cache_dir}/columns" if data.remote.cache_dir else ""
+
+
+def _open_labels(key: str, url: str, index: ShardIndex, data: DataConfig) -> LabelSet:
+    """A label set of a data set, its columns open.
+
+    Raises:
+        UserError: it is not one of this data set, or gives a sample several classes.
+    """
+    labels = LabelSet.load(url, _column_cache(data))
+    labels.require_index(index)
+    labels.map_columns()
+    if labels.max_labels > 1:
+        raise UserError(
+            f"{key}={url}: it gives a sample up to {labels.max_labels} classes, and a head learns "
+            "one class per image; give a label set with at most one (`mhe data labels show` "
+            "counts them)"
+        )
+    return labels
+
+
+def _require_labels(index: ShardIndex) -> None:
     for number, shard in enumerate(index.shards):
         if not shard.has_labels:
             raise UserError(
                 f"{index.url(number)}: the index does not hold its labels, which data.classes, "
                 "data.images_per_class and data.mix need; `mhe data index` makes one that does"
             )
-    return index
 
 
 def needs_mixture(data: DataConfig) -> bool:
     """Whether a run trains on anything else than all of `data.shards`."""
-    return bool(data.mix or data.classes or data.images_per_class)
+    return bool(data.mix or data.labels or data.classes or data.images_per_class)
 
 
 def samples_per_epoch(index: ShardIndex) -> int:

@@ -18,6 +18,7 @@ from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
+from pipelines.data.mixture import label_digests
 from pipelines.data.sequential import read_in_order
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain.run import Run
@@ -100,6 +101,7 @@ def _summary(
         "steps": run.total_steps,
         "classes": run.index.num_classes,
         "samples": run.samples,
+        "labels": label_digests(run.index),
         "world_size": run.topology.world_size,
         "precision": run.engine.precision,
         "bad_samples": run.bad_samples.total.count,

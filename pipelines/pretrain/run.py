@@ -29,7 +29,7 @@ from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Loop, Request, StepInfo
 from pipelines.data.bad_samples import BadSamples, BadSampleTally
-from pipelines.data.mixture import open_training_index, samples_per_epoch
+from pipelines.data.mixture import label_digests, open_training_index, samples_per_epoch
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.evaluate.in_training import evaluate_in_training, has_evaluation
 from pipelines.loader.loader import Loader
@@ -37,7 +37,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder
 from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
-from pipelines.runs.resume import record_changes, refuse_changed_config
+from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
     NO_DATA_DIGEST,
@@ -213,6 +213,7 @@ class Run:
             "bad_samples": self.bad_samples.state(),
             "config": masked(self.config.model_dump(mode="json")),
             "data_digest": self.index.digest,
+            "labels": label_digests(self.index),
             "classes": self.index.num_classes,
             "samples": self.samples,
             "row_ranges": self.head.row_ranges(),
@@ -230,12 +231,8 @@ class Run:
         found = checkpoint.run
         if found["data_digest"] == NO_DATA_DIGEST:
             refuse_other_num_classes(found["classes"], self.index, self.config)
-        elif found["data_digest"] != self.index.digest:
-            raise UserError(
-                f"data.shards={self.config.data.shards}: digest {self.index.digest} is not that of "
-                f"the run's checkpoint, {found['data_digest']}: train on the same shards, classes "
-                "and mix (data.*), or give the run another name (run.name)"
-            )
+        else:
+            refuse_other_data(found, self.index.digest, label_digests(self.index), self.config)
         if self.total_steps < found["step"]:
             raise UserError(
                 f"{self.config.run.path} has done {found['step']} steps, but train.epochs and "
@@ -256,6 +253,7 @@ class Run:
         tracker = open_tracker(self.config, self.topology.is_first, run_id)
         tags = self.versions | {
             "data_digest": self.index.digest,
+            **{f"{key}.digest": value for key, value in label_digests(self.index).items()},
             "world_size": str(self.topology.world_size),
             "precision": self.engine.precision,
             "checkpoints": f"{self.config.run.path}/checkpoints",

@@ -43,9 +43,9 @@ class ChangeRule(NamedTuple):
 CHANGE_RULES = (
     ChangeRule(("run.name", "run.dir"), "yes", "where the run is"),
     ChangeRule(
-        ("data.shards", "data.classes", "data.mix", "data.glyphs*"),
+        ("data.shards", "data.labels", "data.classes", "data.mix", "data.glyphs*"),
         "yes",
-        "where the data is; the digest in the checkpoint holds what it is",
+        "where the data is; the digests in the checkpoint hold what it is",
     ),
     ChangeRule(
         ("data.loader_workers", "data.prefetch", "data.remote.*"), "yes", "how the data is read"
@@ -137,6 +137,36 @@ def refuse_changed_config(config: Config) -> list[Change]:
             f"Take those back to go on with it, or start another run: run.name=...{_cure(refused)}"
         )
     return changes
+
+
+def refuse_other_data(
+    saved: dict[str, Any], digest: str, labels: dict[str, str], config: Config
+) -> None:
+    """Refuse to go on with a checkpoint on other data or other labels than it was trained on.
+
+    Args:
+        saved: `run.json` of the checkpoint; one of before label sets has no `labels`.
+        digest: of the data of this run.
+        labels: digest of each of its label sets, by the key of the config that names it.
+        config: of this run.
+
+    Raises:
+        UserError: names the key with both digests, and the cures.
+    """
+    before: dict[str, str] = saved.get("labels", {})
+    for key in sorted(before.keys() | labels.keys()):
+        old, new = before.get(key, "none"), labels.get(key, "none")
+        if old != new:
+            raise UserError(
+                f"{key}: the label set with digest {new} is not that of the run's checkpoint, "
+                f"{old}: train on the same labels, or give the run another name (run.name)"
+            )
+    if saved["data_digest"] != digest:
+        raise UserError(
+            f"data.shards={config.data.shards}: digest {digest} is not that of the run's "
+            f"checkpoint, {saved['data_digest']}: train on the same shards, classes and mix "
+            "(data.*), or give the run another name (run.name)"
+        )
 
 
 def record_changes(path: str, step: int, changes: list[Change]) -> None:

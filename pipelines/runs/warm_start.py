@@ -165,6 +165,7 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
         run = checkpoint.run | {
             "classes": num_classes,
             "data_digest": NO_DATA_DIGEST,
+            "labels": {},
             "row_ranges": head.row_ranges(),
             "run_id": None,
             "grown_from": checkpoint.path,

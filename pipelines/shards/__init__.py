@@ -1,1 +1,1 @@
-"""Tar shards and their index: what a data set is on a disk or an object store."""
+"""Tar shards, their index and label sets: what a data set is on a disk or an object store."""

@@ -1,9 +1,10 @@
 """Columns: one-dimensional NumPy files beside an index, mapped into memory and never copied.
 
-A column holds one value for each sample, or the items of lists of any length one after the other,
-with a second column for where each list ends. A local column is mapped where it lies. A remote one
-is fetched once per node into a folder that all processes of a user share, named by its checksum.
-So ranks and loader processes read the same pages, and only those that they need.
+A label set has such columns, too. A column holds one value for each sample, or the items of lists
+of any length one after the other, with a second column for where each list ends. A local column is
+mapped where it lies. A remote one is fetched once per node into a folder that all processes of a
+user share, named by its checksum. So ranks and loader processes read the same pages, and only those
+that they need.
 """
 
 from __future__ import annotations
@@ -79,15 +80,19 @@ class ColumnEntry:
 class Column:
     """A column that can be read; what is pickled is where it is, never its values."""
 
-    def __init__(self, folder: str, entry: ColumnEntry, cache_dir: str = "") -> None:
+    def __init__(
+        self, folder: str, entry: ColumnEntry, cache_dir: str = "", owner: str = "index"
+    ) -> None:
         """Nothing is opened yet.
 
         Args:
-            folder: path or URL of the index.
-            entry: what the index says of the column.
+            folder: path or URL of the index, or of the label set.
+            entry: what that says of the column.
             cache_dir: folder of this node for remote columns; empty: `default_cache_dir`.
+            owner: `index` or `label set`, for messages.
         """
-        self.folder, self.entry, self._cache_dir = folder, entry, cache_dir
+        self.folder, self.entry = folder, entry
+        self._cache_dir, self._owner = cache_dir, owner
 
     @property
     def url(self) -> str:
@@ -135,9 +140,13 @@ class Column:
 
     def damaged(self, reason: str) -> UserError:
         """The error of a column that cannot be used: names the file and the cure."""
+        cure = (
+            f"make it again with `mhe data index {self.folder}`"
+            if self._owner == "index"
+            else "make the label set again, or copy it again from where it is whole"
+        )
         return UserError(
-            f"{self.url}: this column of the index cannot be used ({reason}); make it again with "
-            f"`mhe data index {self.folder}`"
+            f"{self.url}: this column of the {self._owner} cannot be used ({reason}); {cure}"
         )
 
     def _open(self) -> BinaryIO:
@@ -147,9 +156,12 @@ class Column:
                 return open(file.path, "rb")
             fill = partial(download, file, self.entry.bytes, self.entry.checksum, RETRIES)
             return self._fetch(fill)
-        except (FileNotFoundError, WrongContentError) as error:
-            is_missing = isinstance(error, FileNotFoundError)
-            raise self.damaged("the file is missing" if is_missing else str(error)) from None
+        except FileNotFoundError:
+            raise self.damaged("the file is missing") from None
+        except WrongContentError:
+            raise self.damaged(
+                f"its checksum is not that of the {self._owner}: it was changed or damaged"
+            ) from None
 
     def _fetch(self, fill: Any) -> BinaryIO:
         """The file from this node's folder of columns, where it is put if it is not there."""
@@ -171,7 +183,7 @@ class Column:
         """Compare size and header of a file with what the index says."""
         size, entry = os.fstat(stream.fileno()).st_size, self.entry
         if size != entry.bytes:
-            raise self.damaged(f"has {size} bytes, the index says {entry.bytes}")
+            raise self.damaged(f"has {size} bytes, the {self._owner} says {entry.bytes}")
         if stream.read(entry.header_bytes) != _header(entry.numpy_dtype, entry.length):
             raise self.damaged(f"does not hold {entry.length} values of {entry.dtype}")
 

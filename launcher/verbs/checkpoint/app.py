@@ -58,6 +58,8 @@ def inspect(
     )
     for key in ("step", "images", "data_digest", "run_id"):
         console.say(f"  {key}: {escape(str(found.run.get(key)))}")
+    for key, digest in found.run.get("labels", {}).items():
+        console.say(f"  {escape(key)}: {escape(digest)}")
     rows = _one_by_one(found.names()) if every else _by_kind(found.names())
     table = Table("tensors" if every else "kind", "shape" if every else "tensors", "MiB", box=None)
     for row in rows:

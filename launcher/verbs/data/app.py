@@ -9,7 +9,7 @@ import typer
 from launcher.preflight.checks import HELDOUT, TRAIN
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.data import check, convert
+from launcher.verbs.data import check, convert, labels
 from launcher.verbs.data.convert import Processes
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex
@@ -81,3 +81,4 @@ def glyphs(
 app.command()(check.index)
 app.command()(check.verify)
 app.command()(check.show)
+app.add_typer(labels.app, name="labels")

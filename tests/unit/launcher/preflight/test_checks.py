@@ -50,6 +50,18 @@ def test_glyphs_do_not_excuse_a_folder_that_they_never_write() -> None:
     assert wrong_keys("/nowhere", "data/glyphs/heldout", True) == ["data.shards"]
 
 
+def test_label_sets_must_exist(tmp_path: Path) -> None:
+    there = make_shards(tmp_path / "a")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "labels.json").write_text("{}")
+    mix = [{"shards": there, "labels": there}, {"shards": there, "labels": "nosuch://x"}]
+    data = {"shards": there, "labels": str(tmp_path / "labels"), "mix": mix}
+    found = dict(check_data(config(data=data)))
+    assert list(found) == ["data.mix.0.labels", "data.mix.1.labels"]
+    assert "no labels.json in it; give a folder" in found["data.mix.0.labels"]
+    assert "cannot be read" in found["data.mix.1.labels"]
+
+
 def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
     ((key, message),) = check_data(config(data={"shards": "nosuch://bucket/train"}))
     assert key == "data.shards"

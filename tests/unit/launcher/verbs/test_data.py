@@ -13,6 +13,7 @@ import pytest
 from launcher import cli
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import insightface
+from pipelines.sources.label_table.keys import read_keys
 from tests.recordio_files import items, jpeg, layout, save
 from tests.unit.pipelines.shards.test_index import PACKED
 
@@ -26,7 +27,7 @@ def faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def run(*words: str) -> int:
-    alone = [] if words[1] == "show" else ["--processes", "1"]
+    alone = [] if "show" in words or "diff" in words else ["--processes", "1"]
     return cli.run([*words, *alone])
 
 
@@ -121,3 +122,34 @@ def test_an_index_of_before_is_converted_and_damaged_columns_are_mended(
     assert "mhe data index made" in capsys.readouterr().err.replace("\n", " ")
     assert run("data", "index", "made") == 0
     assert run("data", "verify", "made") == 0
+
+
+def test_labels_from_a_table_are_shown_and_compared(faces: str, capsys: Captured) -> None:
+    assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
+    keys = read_keys(ShardIndex.load("made"), 0, 0, 12)
+    rows = [f"{key},{'even' if number % 2 else 'odd'}" for number, key in enumerate(keys[1:])]
+    Path("a.csv").write_text("\n".join(["key,class", *rows, "none,odd", f"{keys[2]},odd"]))
+    words = ["--shards", "made", "--out", "made-a"]
+    assert run("data", "labels", "from-table", "a.csv", *words) == 2
+    assert "1 of 13 rows name no sample" in capsys.readouterr().err.replace("\n", " ")
+    assert run("data", "labels", "from-table", "a.csv", *words, "--max-bad", "0.1") == 0
+    said = capsys.readouterr().out
+    assert "11 of 12 samples have classes, of 2, up to 2 of them each" in said
+    assert "1 rows name no sample of the data set" in said
+    assert "row 12: none is no sample of the data set" in said
+    assert "1 samples are named by no row" in said
+    assert "mhe train CONFIG data.shards=made data.labels=made-a" in said
+    assert run("data", "labels", "show", "made-a") == 0
+    said = capsys.readouterr().out
+    assert "digest: sha256:" in said and "7 of 1 (odd)" in said
+    rows[0] = f"{keys[1]},even"
+    Path("b.csv").write_text("\n".join(["key,class", *rows]))
+    words = ["--shards", "made", "--out", "made-b"]
+    assert run("data", "labels", "from-table", "b.csv", *words) == 0
+    assert run("data", "labels", "diff", "made-a", "made-b", "--samples", "1") == 0
+    said = capsys.readouterr().out
+    assert "samples with other classes      2" in said
+    assert said.count("->") == 1
+    Path("made-b/class_ids.npy").write_bytes(Path("made-b/class_ids.npy").read_bytes()[:-1] + b"x")
+    assert run("data", "labels", "show", "made-b") == 1
+    assert "class_ids.npy is damaged" in capsys.readouterr().out.replace("\n", " ")

@@ -13,12 +13,19 @@ from hypothesis import strategies as st
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines.data.class_list import read_classes
-from pipelines.data.mixture import Mixture, draw_at_most, open_training_index, samples_per_epoch
+from pipelines.data.mixture import (
+    Mixture,
+    draw_at_most,
+    label_digests,
+    open_training_index,
+    samples_per_epoch,
+)
 from pipelines.data.order import SampleOrder
 from pipelines.data.sample import BadSampleError
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
+from tests.label_sets import write_labels
 
 CLASSES = 7
 SHARDS = [[0, 1, 1, 2, 3], [], [3, 3, 3, 5, 5, 5, 5], [1, 6, 6, 0, 3, 2]]  # no image of class 4
@@ -137,8 +144,16 @@ def test_an_order_shows_what_was_drawn_exactly_once(
     folder = save(tmp_path_factory.mktemp("set"), rows)
     weight = data.draw(st.sampled_from([0.75, 1, 1.5, 3]))
     mix = [{"shards": folder, "weight": weight}] if data.draw(st.booleans()) else []
-    limit = data.draw(st.integers(0 if mix else 1, 4))
-    found = opened(folder, images_per_class=limit, mix=mix)
+    chosen: dict[str, object] = {"mix": mix}
+    if data.draw(st.booleans()):
+        samples = sum(map(len, rows))
+        lists = data.draw(st.lists(st.lists(label, max_size=1), min_size=samples, max_size=samples))
+        lists[0] = [0]
+        chosen["labels"] = write_labels(
+            f"{folder}-labels", ShardIndex.load(folder), lists, CLASSES
+        ).folder
+    chosen["images_per_class"] = data.draw(st.integers(0 if len(chosen) > 1 or mix else 1, 4))
+    found = opened(folder, **chosen)
     streams = data.draw(st.integers(1, min(6, samples_per_epoch(found))))
     window = data.draw(st.integers(1, 9))
     order = SampleOrder([s.samples for s in found.shards], streams, window, 1, found)
@@ -153,6 +168,99 @@ def test_an_order_shows_what_was_drawn_exactly_once(
                 assert len(inside) == len(permuted)
                 shown += [inside[i] for i in permuted[window_slice.start : window_slice.stop]]
         assert sorted(shown) == sorted(epoch(found, number))
+
+
+def labelled(folder: str, lists: list[list[int]], name: str = "labels") -> str:
+    """A label set of a data set of this module; its classes are called `name 7`, `name 6`, ..."""
+    names = [f"name {CLASSES - number}" for number in range(CLASSES + 1)]
+    index = ShardIndex.load(folder)
+    return write_labels(f"{folder}-{name}", index, lists, CLASSES + 1, names).folder
+
+
+def numbers_of(found: Mixture, number: int) -> list[int]:
+    """Samples of an epoch by their numbers through the data set."""
+    return [int(found.starts[shard]) + inside for shard, inside in epoch(found, number)]
+
+
+@pytest.mark.parametrize("choice", [{}, {"images_per_class": 2}, {"classes": True}])
+def test_a_label_set_that_says_what_the_tars_say_changes_nothing(
+    shards: str, choice: dict[str, object]
+) -> None:
+    if choice.get("classes"):
+        choice = {"classes": listed(shards, "class\n6\n3\n")}
+    same = labelled(shards, [[label] for label in ALL])
+    found = opened(shards, labels=same, **choice)
+    plain = open_training_index(DataConfig(shards=shards, **choice), seed=5)
+    order = [
+        SampleOrder([s.samples for s in index.shards], 3, 4, 5, subset)
+        for index, subset in ((found, found), (plain, plain if choice else None))
+    ]
+    for step in range(8):
+        drawn = order[0].batch(step, 6)
+        assert drawn == order[1].batch(step, 6)
+        for shard, inside in drawn:
+            expected = plain.shards[shard].label(inside) if not choice else None
+            assert expected is None or found.entry(shard, inside).label == expected
+            assert not choice or found.entry(shard, inside) == plain.entry(shard, inside)
+
+
+def test_samples_without_a_class_are_in_no_epoch(shards: str) -> None:
+    """Also where the tars' labels are not in the index: nobody asks for them."""
+    save(Path(shards), labels=False)
+    given = [[number % 3] if number % 4 else [] for number in range(len(ALL))]
+    found = opened(shards, labels=labelled(shards, given))
+    assert found.num_classes == CLASSES + 1
+    assert samples_per_epoch(found) == sum(map(bool, given))
+    assert numbers_of(found, 0) == [number for number, each in enumerate(given) if each]
+    for shard, inside in epoch(found, 0):
+        assert [found.entry(shard, inside).label] == given[int(found.starts[shard]) + inside]
+    with pytest.raises(BadSampleError, match="gives it 0 classes"):
+        found.entry(0, 0)
+
+
+def test_classes_and_images_of_a_class_count_over_the_label_set(shards: str) -> None:
+    given = [[], [7], [7], [7], [2], [2], [], [5], [5], [5], *([] for _ in ALL[10:])]
+    labels_url = labelled(shards, given)
+    found = opened(shards, labels=labels_url, images_per_class=2)
+    assert labels(found, 0) == [2, 2, 5, 5, 7, 7]
+    assert len({tuple(epoch(found, number)) for number in range(8)}) > 2
+    named = listed(shards, "name\nname 0\nname 5\n")  # 7 and 2 in the label set
+    found = opened(shards, labels=labels_url, classes=named)
+    assert (found.num_classes, labels(found, 0)) == (2, [0, 0, 1, 1, 1])
+    assert numbers_of(found, 0) == [1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match=r"'8' is no class of .*set-labels, which has 8 classes"):
+        opened(shards, labels=labels_url, classes=listed(shards, "class\n8\n"))
+    with pytest.raises(UserError, match="no image of it would be in an epoch"):
+        opened(shards, labels=labels_url, classes=listed(shards, "class\n6\n"))
+
+
+def test_each_set_of_a_mix_has_its_labels(shards: str, tmp_path: Path) -> None:
+    other = save(tmp_path / "other", [[0, 0, 2, 6], [1, 1]])
+    first = labelled(other, [[7], [], [0], [0], [], []])
+    found = opened(shards, mix=[{"shards": other, "labels": first, "weight": 2}])
+    assert found.num_classes == CLASSES + CLASSES + 1
+    expected = [*ALL, *[CLASSES, CLASSES, CLASSES + 7] * 2]
+    assert labels(found, 0) == sorted(expected)
+    digest = label_digests(found)
+    assert list(digest) == ["data.mix.0.labels"]
+    second = labelled(other, [[7], [], [0], [0], [1], []], "again")
+    again = opened(shards, mix=[{"shards": other, "labels": second, "weight": 2}])
+    assert label_digests(again) != digest and again.digest != found.digest
+    moved = labelled(other, [[7], [], [0], [0], [], []], "moved")
+    again = opened(shards, mix=[{"shards": other, "labels": moved, "weight": 2}])
+    assert label_digests(again) == digest and again.digest == found.digest
+    assert label_digests(opened(shards, images_per_class=1)) == {}
+
+
+def test_labels_that_a_run_cannot_learn_are_refused(shards: str, tmp_path: Path) -> None:
+    two = labelled(shards, [[0, 1], *([1] for _ in ALL[1:])])
+    with pytest.raises(UserError, match=r"data.labels=.*a sample up to 2 classes"):
+        opened(shards, labels=two)
+    other = save(tmp_path / "other", [[0, 0, 2, 6], [1, 1]])
+    with pytest.raises(UserError, match="made for the data set with digest"):
+        opened(other, labels=two)
+    with pytest.raises(UserError, match="no label set here"):
+        opened(shards, labels=other)
 
 
 def test_a_draw_favours_nobody() -> None:

@@ -17,7 +17,9 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import share
 from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelSet
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.label_sets import write_labels
 from tests.loading import loader_of
 
 SIDE, CLASSES = 4, 5
@@ -54,9 +56,30 @@ def make(key: str, rng: np.random.Generator) -> Sample:
 
 
 @st.composite
+def label_sets(draw: st.DrawFn, shards: str) -> str:
+    """A label set of some shards, with one class or none for each sample."""
+    index = ShardIndex.load(shards)
+    one = st.lists(st.integers(0, CLASSES + 1), max_size=1)
+    lists = draw(st.lists(one, min_size=index.samples, max_size=index.samples))
+    lists[:16] = [each or [0] for each in lists[:16]]  # as many as any case has streams
+    return write_labels(f"{shards}-labels", index, lists, CLASSES + 2).folder
+
+
+def expected_labels(case: Case) -> dict[str, set[int]]:
+    """For each key of the first set the label that the run must give it, if a label set does."""
+    index = ShardIndex.load(case.config.data.shards)
+    if not case.config.data.labels:
+        return {}
+    given = LabelSet.load(case.config.data.labels).lists(0, index.samples)
+    return {f"a{number}": set(given.of(number).tolist()) for number in range(index.samples)}
+
+
+@st.composite
 def cases(draw: st.DrawFn, folder: Path) -> Case:
     sizes = st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(lambda s: sum(s) >= 16)
     data: dict[str, object] = {"shards": write(folder / "a", draw(sizes), "a")}
+    if draw(st.booleans()):
+        data |= {"labels": draw(label_sets(str(folder / "a")))}
     if draw(st.booleans()):
         other = write(folder / "b", draw(sizes), "b")
         weight = draw(st.sampled_from([0.5, 1, 1.5]))
@@ -129,7 +152,14 @@ def test_any_reader_sees_each_sample_once_and_the_same_pixels(
     assert max(seen.values()) <= (2 if max(weights) > 1 else 1)
     if not chosen.images_per_class and min(weights) == 1:
         urls = [chosen.shards, *(item.shards for item in chosen.mix)]
-        assert len(seen) == sum(ShardIndex.load(url).samples for url in urls)
+        sizes = [ShardIndex.load(url).samples for url in urls]
+        if chosen.labels:
+            sizes[0] = LabelSet.load(chosen.labels).labelled
+        assert len(seen) == sum(sizes)
+    given = expected_labels(case)
+    for _, labels, keys in whole.values():
+        for label, key in zip(labels.tolist(), keys, strict=True):
+            assert given.get(key, {label}) == {label}
 
     parts: Loaded = {}
     for rank in range(case.ranks):

@@ -23,8 +23,12 @@ from pipelines.runs.resume import (
     describe_rules,
     record_changes,
     refuse_changed_config,
+    refuse_other_data,
 )
+from pipelines.runs.warm_start import find_checkpoint
+from pipelines.shards.index import ShardIndex
 from tests import tiny
+from tests.label_sets import write_labels
 
 DOCS = Path(__file__).parents[4] / "docs" / "survival.md"
 
@@ -178,3 +182,47 @@ def test_every_entry_compares_the_settings_and_records_what_was_allowed(tmp_path
     shorter.resume.allow = ["train.max_steps"]
     with pytest.raises(UserError, match=r"has done 3 steps, but .* give 2 now"):
         run_pretraining(shorter)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "key"),
+    [
+        ({"data.labels": "a"}, {"data.labels": "b"}, "data.labels: .* digest b .* checkpoint, a"),
+        ({"data.labels": "a"}, {}, "data.labels: .* digest none .* checkpoint, a"),
+        ({}, {"data.mix.1.labels": "b"}, r"data.mix.1.labels: .* digest b .* checkpoint, none"),
+        (None, {"data.labels": "b"}, "data.labels: .* digest b .* checkpoint, none"),
+        ({"data.labels": "a"}, {"data.labels": "a"}, "data.shards=data/train: digest new"),
+    ],
+)
+def test_other_labels_are_refused_by_name(
+    saved: dict[str, str] | None, now: dict[str, str], key: str
+) -> None:
+    """Also where the checkpoint was written before there were label sets."""
+    run = {"data_digest": "old"} | ({} if saved is None else {"labels": saved})
+    with pytest.raises(UserError, match=key):
+        refuse_other_data(run, "new", now, config())
+    refuse_other_data(run, "old", saved or {}, config())
+
+
+@pytest.mark.slow
+def test_a_run_on_a_label_set_resumes_with_the_same_labels_only(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "shards")
+    index = ShardIndex.load(shards)
+    ids = [[int(label)] for shard in index.shards for label in shard.labels]
+    same = write_labels(f"{tmp_path}/same", index, ids, tiny.CLASSES).folder
+    moved = write_labels(f"{tmp_path}/moved", index, ids, tiny.CLASSES).folder
+    other = write_labels(f"{tmp_path}/other", index, [[], *ids[1:]], tiny.CLASSES)
+    first = tiny.config(
+        tmp_path, shards, run={"name": "a"}, data={"labels": same}, train={"max_steps": 1}
+    )
+    summary = run_pretraining(first)
+    (digest,) = summary["labels"].values()
+    assert find_checkpoint(first.run.path).run["labels"] == {"data.labels": digest}
+    longer = first.model_copy(deep=True)
+    longer.train.max_steps, longer.resume.allow = 2, ["train.max_steps"]
+    longer.data.labels = other.folder
+    with pytest.raises(UserError, match=f"data.labels: .*{other.digest}.*{digest}"):
+        run_pretraining(longer)
+    longer.data.labels = moved
+    run_pretraining(longer)
+    assert len(tiny.per_step(longer)[0]) == 2

@@ -1,0 +1,1 @@
+"""Label sets from tables of keys and classes (CSV, Parquet), in bounded memory."""
