@@ -6,8 +6,9 @@ imported when it is used, so `import mhe_dist` alone is quick and brings no torc
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mhe_dist.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mhe_dist.checkpoint.reader import Checkpoint
@@ -55,12 +56,4 @@ __all__ = [
     "load_config",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -6,8 +6,9 @@ imported when it is used, so `import pipelines` alone is quick and brings no tor
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mhe_dist.lazy import lazy_names
 
 if TYPE_CHECKING:
     from pipelines.data.order import SampleOrder
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pipelines.shards.index import ShardIndex
     from pipelines.shards.writer import Sample, ShardWriter
 
-# `pretrain` is its own module, see there.
 _MODULES = {
     "Loader": "pipelines.loader.loader",
     "Sample": "pipelines.shards.writer",
@@ -31,6 +31,7 @@ _MODULES = {
     "embed_arrays": "pipelines.runs.arrays",
     "load_trained_backbone": "pipelines.runs.trained",
     "open_checkpoint": "pipelines.runs.checkpoints",
+    "pretrain": "pipelines.pretrain",  # a module that can be called, see there
 }
 __all__ = [
     "Loader",
@@ -46,14 +47,4 @@ __all__ = [
     "pretrain",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "pretrain":
-        return import_module("pipelines.pretrain")
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)

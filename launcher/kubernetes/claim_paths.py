@@ -46,6 +46,7 @@ def place_on_claim(config: Config, claim: str) -> PlacedConfig:
     wrong: list[str] = []
 
     def pod_path(key: str, path: str) -> str:
+        """Where the pods find the path of this key; notes what was placed, and what is wrong."""
         protocol, plain = split_protocol(path)
         if protocol not in (None, "file", "local"):
             return path

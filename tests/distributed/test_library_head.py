@@ -154,7 +154,7 @@ def plain(name: str) -> dict[str, Any]:
     }
 
 
-def near(found: Tensor, expected: Tensor) -> None:
+def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -164,14 +164,14 @@ def test_two_ranks_under_ddp_equal_one_plain_process(
     name: str, cut: str, found: list[dict[str, dict[str, Any]]]
 ) -> None:
     expected, ranks = plain(name), [rank[f"{name}: {cut}"] for rank in found]
-    near(sum(rank["losses"] for rank in ranks) / 2, expected["losses"])
+    assert_near(sum(rank["losses"] for rank in ranks) / 2, expected["losses"])
     for rank in ranks:
-        near(rank["grads"], expected["grads"])
-        near(rank["weights"], expected["weights"])
+        assert_near(rank["grads"], expected["grads"])
+        assert_near(rank["weights"], expected["weights"])
     states = [rank["state"]["tensors"] for rank in ranks]
     units = gathered_state(states, "units")
     rows = expected["rows"].view(-1, expected["length"], WIDTH)
-    near(gathered_state(states, "weight"), rows[units])
+    assert_near(gathered_state(states, "weight"), rows[units])
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -180,14 +180,14 @@ def test_heads_of_levels_under_ddp_equal_one_rank_with_one_batch(
     name: str, cut: str, found: list[dict[str, dict[str, Any]]]
 ) -> None:
     expected, ranks = train(Topology(), name, [[SAMPLES]]), [r[f"{name}: {cut}"] for r in found]
-    near(sum(rank["losses"] for rank in ranks) / 2, expected["losses"])
+    assert_near(sum(rank["losses"] for rank in ranks) / 2, expected["losses"])
     tensors = {k: t for rank in ranks for k, t in rank["state"]["tensors"].items()}
     assert tensors.keys() == expected["state"]["tensors"].keys()
     for key, tensor in expected["state"]["tensors"].items():
-        near(tensors[key], tensor)
+        assert_near(tensors[key], tensor)
     for rank in ranks:
-        near(rank["grads"], expected["grads"])
-        near(rank["weights"], expected["weights"])
+        assert_near(rank["grads"], expected["grads"])
+        assert_near(rank["weights"], expected["weights"])
 
 
 @pytest.mark.parametrize("name", HEADS)

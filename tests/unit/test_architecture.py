@@ -22,6 +22,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "errors": set(),
         "seeds": set(),
         "redact": set(),
+        "lazy": set(),
         "distributed": {"errors"},
         "config": {"errors", "redact"},
         "checkpoint": {"errors", "distributed"},

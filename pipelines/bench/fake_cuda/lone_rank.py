@@ -26,6 +26,7 @@ def lone_rank(topology: Topology, ledger: Ledger) -> Iterator[None]:
     """Let the collectives of `torch.distributed` be those of a rank without others."""
 
     def all_to_all(arrived: Tensor, given: Tensor, receive: Any, send: Any, group: Any) -> None:
+        """Every rank sends what this one would send to itself."""
         if given.device.type == "cuda":
             _launch(ledger, "all_to_all", given, arrived)
         else:
@@ -33,6 +34,7 @@ def lone_rank(topology: Topology, ledger: Ledger) -> Iterator[None]:
             arrived.copy_(own.repeat(topology.world_size, *[1] * (own.dim() - 1)))
 
     def gather(arrived: Tensor, given: Tensor, group: Any) -> None:
+        """Every rank gives what this one gives."""
         if given.device.type == "cuda":
             _launch(ledger, "all_gather", given, arrived)
         else:

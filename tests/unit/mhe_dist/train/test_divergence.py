@@ -37,15 +37,24 @@ def test_a_spike_is_told_from_the_mean_before_and_not_from_the_beginning() -> No
         guard.check(records(3.0, 7.0, first=44))
 
 
-def test_a_falling_loss_and_no_spikes_asked_for_are_no_trouble() -> None:
-    losses = [10.0 * 0.99**i for i in range(500)]
-    Guard(GuardConfig(spike=1.5)).check(records(*losses))
-    Guard(GuardConfig()).check(records(*[1.0] * 50, 1000.0))
+FALLING = records(*[10.0 * 0.99**i for i in range(500)])
 
 
-def test_ignored_when_the_config_says_so() -> None:
-    Guard(GuardConfig(on_divergence="ignore")).check(records(NAN, grad_norm=NAN))
-
-
-def test_nothing_recorded_nothing_wrong() -> None:
-    Guard(GuardConfig()).check([])
+@pytest.mark.parametrize(
+    ("config", "recorded", "diverged"),
+    [
+        (GuardConfig(spike=1.5), FALLING, False),
+        (GuardConfig(), records(*[1.0] * 50, 1000.0), False),
+        (GuardConfig(spike=1.5), records(*[1.0] * 50, 1000.0), True),
+        (GuardConfig(on_divergence="ignore"), records(NAN, grad_norm=NAN), False),
+        (GuardConfig(), records(NAN, grad_norm=NAN), True),
+        (GuardConfig(), [], False),
+    ],
+)
+def test_what_is_trouble_follows_the_config(config, recorded, diverged: bool) -> None:
+    try:
+        Guard(config).check(recorded)
+    except Divergence:
+        assert diverged
+    else:
+        assert not diverged
