@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick quick-pipelines quick-others chaos cluster check format install constraints clean
+.PHONY: help train test quick chaos cluster check format install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -15,19 +15,15 @@ help:  ## This list
 train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation, export
 	@$(BIN)/mhe train configs/quickstart.yaml
 
+# Two processes, because the machines that this is typed on have two cores or more; a file's tests
+# stay together, since they share what they prepare.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-# Two processes, because the machines that this is typed on have two cores or more.
-QUICK := $(BIN)/python -m pytest -q -m 'not slow and not long'
 quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; three minutes
-	@$(MAKE) --no-print-directory -j 2 --output-sync=target quick-pipelines quick-others
-
-quick-pipelines:
-	@$(QUICK) tests/unit/pipelines
-
-quick-others:
-	@$(QUICK) --ignore tests/unit/pipelines tests/unit \
+	$(PYTEST) -q -m 'not slow and not long' tests/unit \
 	  tests/distributed/test_heads_exact.py tests/distributed/test_level_heads.py \
 	  -k 'unit or (test_equals_one_plain_process and cosface and not labels)'
 
