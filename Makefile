@@ -19,8 +19,10 @@ train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation
 # stay together, since they share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Ray gives a node 30 s to start, whatever else the machine does: the nodes of a cluster come alone.
 test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
-	$(PYTEST)
+	$(PYTEST) -m 'not long and not cluster'
+	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
 
 quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; three minutes
 	$(PYTEST) -q -m 'not slow and not long' tests/unit \

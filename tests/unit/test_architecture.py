@@ -46,7 +46,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "pretrain": {
             *("report", "evaluate", "runs", "loader", "sources", "data", "shards", "storage"),
         },
-        "bench": {"report", "loader", "data", "shards", "storage"},
+        "bench": {"pretrain", "report", "loader", "data", "shards", "storage"},
     },
     "launcher": {
         "events": set(),

@@ -9,6 +9,7 @@ from launcher.verbs.bench.data import data
 from launcher.verbs.bench.head import head
 from launcher.verbs.bench.index import index
 from launcher.verbs.bench.launches import launches
+from launcher.verbs.bench.train import train
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts beside what they are compared with.")
 
@@ -21,5 +22,6 @@ def bench() -> None:
 app.command("head")(head)
 app.command("checkpoint")(checkpoint)
 app.command("data")(data)
+app.command("train")(train)
 app.command("launches")(launches)
 app.command("index")(index)
