@@ -44,8 +44,8 @@ def train(
         The summary of the run, also in its `summary.json`.
 
     Raises:
-        UserError: the config is wrong, the run was begun with other settings, this machine lacks
-            what the run needs, or this process uses Ray already.
+        UserError: the config is wrong, the run was begun with other settings or another process
+            trains it, this machine lacks what it needs, or this process uses Ray already.
         RunError: the run failed more often than `scale.max_failures`.
         Preempted: SIGTERM came; the run is saved and goes on when called again.
         KeyboardInterrupt: Ctrl-C, or the notebook's button; without a save.

@@ -12,6 +12,7 @@ from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from pipelines.runs.folder import read_run_config
+from pipelines.runs.lock import refuse_locked
 
 
 class Watcher(Protocol):
@@ -34,7 +35,11 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
         config: of the run.
         watcher: follows the run.
         address: Ray cluster to train on; empty: one of this machine, for this run alone.
+
+    Raises:
+        UserError: another process trains this run.
     """
+    refuse_locked(config.run.path, watcher.waiting)
     make_data(config, watcher)
     check_selection(config)
     if read_run_config(config.run.path) is None:  # else rank 0 compares it first

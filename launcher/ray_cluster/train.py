@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -169,6 +170,7 @@ def _worker_settings(config: Config, mailbox: Any) -> dict[str, Any]:
         "folder": str(Path.cwd()),
         "logs": str(logs_folder(config)),
         "storage": absolute_path(config.run.path),
+        "command": uuid.uuid4().hex,
         "mailbox": mailbox,
     }
 

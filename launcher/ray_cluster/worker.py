@@ -22,7 +22,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     Args:
         settings: `config` (the resolved config as a dict), `folder` (the driver's working
             directory, which relative paths of the config refer to), `logs` (folder of the log
-            files) and `mailbox` (actor handle).
+            files), `command` (see `pipelines.runs.lock.Holder`) and `mailbox` (actor handle).
     """
     import ray.train
 
@@ -33,7 +33,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     send = EventSender(settings["mailbox"])
     watch_stop(settings["mailbox"], preemption.request)
     try:
-        _train(Config.model_validate(settings["config"]), send)
+        _train(Config.model_validate(settings["config"]), send, settings["command"])
     except Preempted as stop:
         logger.warning("rank %d: %s", rank, stop)
         send({"event": "preempted", "rank": rank, "message": str(stop)})
@@ -46,10 +46,10 @@ def train_worker(settings: dict[str, Any]) -> None:
         send.flush()
 
 
-def _train(config: Config, send: EventSender) -> None:
+def _train(config: Config, send: EventSender, command: str) -> None:
     from pipelines.pretrain.main import run_pretraining
 
-    run_pretraining(config, on_event=send)
+    run_pretraining(config, on_event=send, command=command)
 
 
 def _describe(error: Exception) -> dict[str, Any]:

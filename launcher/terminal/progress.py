@@ -79,6 +79,7 @@ class ProgressDisplay:
         self._stop_waiting()
         draw = {
             "start": self._start,
+            "lock_taken_over": self._lock_taken_over,
             "settings_changed": self._settings_changed,
             "metrics": self._metrics,
             "bad_samples": self._bad_samples,
@@ -109,6 +110,12 @@ class ProgressDisplay:
             self._task = self._bar.add_task("", total=event["steps"], numbers="")
             self._bar.start()
         self._advance(event["step"], "")
+
+    def _lock_taken_over(self, event: Event) -> None:
+        self._say(
+            f"[yellow]Took over[/] the lock of {escape(event['holder'])}, which ended without "
+            "giving it back."
+        )
 
     def _settings_changed(self, event: Event) -> None:
         for key, (before, now) in event["changes"].items():

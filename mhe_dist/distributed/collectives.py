@@ -107,6 +107,14 @@ def all_reduce(values: Tensor, topology: Topology, op: str = "sum") -> Tensor:
     return values
 
 
+def broadcast_from_first(value: Any, topology: Topology) -> Any:
+    """Rank 0's value, anything that can be pickled, on every rank; all ranks must call."""
+    box = [value]
+    if topology.world_size > 1:
+        dist.broadcast_object_list(box, src=0, group=topology.host_group)
+    return box[0]
+
+
 def _group_of(values: Tensor, topology: Topology) -> Group:
     """The process group that carries tensors of that device."""
     return topology.host_group if values.device.type == "cpu" else topology.device_group

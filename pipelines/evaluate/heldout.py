@@ -9,9 +9,9 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
 from mhe_dist.config.schema import EvaluateConfig
+from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.evaluate.embeddings import (
@@ -86,14 +86,6 @@ def evaluate_heldout(
     if message:
         raise UserError(message)
     return Evaluation(metrics, result.details, describe_protocol(index, settings.flip))
-
-
-def broadcast_from_first(value: Any, topology: Topology) -> Any:
-    """Return rank 0's value on every rank."""
-    box = [value]
-    if topology.world_size > 1:
-        dist.broadcast_object_list(box, src=0, group=topology.host_group)
-    return box[0]
 
 
 def _evaluate_embedded(

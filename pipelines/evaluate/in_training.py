@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from mhe_dist.config.schema import EvaluateConfig
+from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate.embeddings import Embed
-from pipelines.evaluate.heldout import Evaluation, broadcast_from_first, evaluate_heldout
+from pipelines.evaluate.heldout import Evaluation, evaluate_heldout
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 
 

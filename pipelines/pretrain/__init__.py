@@ -39,7 +39,7 @@ def pretrain(
         The summary of the run, also in its `summary.json`.
 
     Raises:
-        UserError: the config is wrong, or does not fit the data.
+        UserError: the config is wrong or does not fit the data, or another process trains this run.
         RunError: the run failed.
         Preempted: the process was asked to stop; the run is saved and goes on when called again.
     """

@@ -30,6 +30,7 @@ PARITY_IMAGES = 64
 
 def finish_run(run: Run) -> dict[str, Any]:
     """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
+    run.check_lock()
     run.recorder.flush()
     evaluation = run.evaluate()
     tensors = run.engine.state()

@@ -21,29 +21,37 @@ from mhe_dist.errors import Preempted
 from mhe_dist.tracking.base import Status
 from mhe_dist.train.divergence import Divergence
 from pipelines.pretrain import preemption
+from pipelines.pretrain.exclusive import run_locked
 from pipelines.pretrain.finish import finish_run
 from pipelines.pretrain.recorder import EventHandler, ignore_event
 from pipelines.pretrain.rollback import roll_back
 from pipelines.pretrain.run import Run
 
 
-def run_pretraining(config: Config, on_event: EventHandler = ignore_event) -> dict[str, Any]:
+def run_pretraining(
+    config: Config, on_event: EventHandler = ignore_event, command: str = ""
+) -> dict[str, Any]:
     """Train, evaluate and export; go on where the newest complete checkpoint ends.
 
     Args:
         config: the whole config.
         on_event: called on rank 0 with events, plain dicts (see `Recorder.emit`).
+        command: names what starts this group of ranks anew when it fails (`pipelines.runs.lock`).
 
     Returns:
         The summary of the run, which rank 0 writes to `summary.json` last of all.
 
     Raises:
+        UserError: another process trains the run, or a mistake in the config shows here.
         Preempted: a rank was asked to stop (`pipelines.pretrain.preemption`); everything is saved.
         Stuck: a rank did not come to a collective within `scale.timeout_s`.
         Diverged: the run no longer learns (`pipelines.pretrain.rollback`).
     """
-    with _connected(config.scale) as topology:
-        while (summary := _attempt(Run(config, topology, on_event))) is None:
+    with (
+        _connected(config.scale) as topology,
+        run_locked(config.run.path, topology, command, on_event) as lock,
+    ):
+        while (summary := _attempt(Run(config, topology, on_event, lock.check))) is None:
             pass
     return summary
 

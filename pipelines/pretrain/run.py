@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,20 @@ class RunProgress:
 class Run:
     """The parts of a run on one rank, put together."""
 
-    def __init__(self, config: Config, topology: Topology, on_event: EventHandler) -> None:
-        self.config, self.topology = config, topology
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        on_event: EventHandler,
+        check_lock: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Args:
+        config: of the run.
+        topology: the ranks.
+        on_event: see `Recorder`.
+        check_lock: raises when the run's folder is another process's now.
+        """
+        self.config, self.topology, self.check_lock = config, topology, check_lock
         self.changes = refuse_changed_config(config)
         self.index = open_training_index(config.data, config.run.seed)
         self.samples = samples_per_epoch(self.index)
@@ -178,6 +191,7 @@ class Run:
 
     def _request(self) -> Request:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
+        self.check_lock()
         save = (
             Request.SAVE
             if self.topology.is_first and self.checkpointer.overdue()

@@ -16,12 +16,15 @@ from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology, disconnect
 from mhe_dist.engine.engine import Engine
-from mhe_dist.errors import Preempted
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
 from pipelines.pretrain import preemption
+from pipelines.pretrain.exclusive import run_locked
 from pipelines.pretrain.main import run_pretraining
+from pipelines.runs import lock
+from pipelines.runs.lock import FileLock, Holder
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.loading import loader_of
@@ -279,3 +282,22 @@ def test_bad_samples_are_counted_over_ranks_and_resumes(run_distributed, tmp_pat
     named = [json.loads(line) for line in (folder / BAD_SAMPLES_FILE).read_text().splitlines()]
     assert sorted(line["place"] for line in named) == [index.sample_name(*at) for at in damaged]
     assert all(".jpg: " in line["reason"] for line in named)
+
+
+def try_to_train(topology: Topology, path: str) -> str:
+    lock.WAIT_S = 0.2
+    try:
+        with run_locked(path, topology, "", print):
+            return "trains"
+    except UserError as error:
+        return str(error)
+
+
+def test_all_ranks_are_refused_in_the_same_words(tmp_path: Path, run_distributed) -> None:
+    other = Holder(host="other-host", pid=4242)
+    first = FileLock(str(tmp_path), other)
+    first.acquire(lambda: False)
+    words = run_distributed(try_to_train, 2, str(tmp_path))
+    assert f"is being trained by {other}" in words[0] and words[0] == words[1]
+    first.release()
+    assert run_distributed(try_to_train, 2, str(tmp_path)) == ["trains", "trains"]

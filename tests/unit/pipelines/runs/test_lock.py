@@ -1,0 +1,255 @@
+"""One run's folder has one holder at a time, who is named; a dead one's lock is taken over."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import Preempted, RunError, UserError
+from pipelines.pretrain import preemption
+from pipelines.pretrain.exclusive import run_locked
+from pipelines.pretrain.main import run_pretraining
+from pipelines.runs import lease, lock
+from pipelines.runs.lease import Lease
+from pipelines.runs.lock import FileLock, Holder, refuse_locked
+from tests import tiny
+
+OTHER = Holder("theirs", "other-host", 4242, "2026-01-02T03:04:05+00:00")
+NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "WAIT_S", 0.2)
+    for module in (lock, lease):
+        monkeypatch.setattr(module, "POLL_S", 0.01)
+    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "SETTLE_S": 0.1}.items():
+        monkeypatch.setattr(lease, name, seconds)
+
+
+@pytest.fixture
+def store() -> Iterator[str]:
+    """URL of a run in a store."""
+    yield "memory://lock/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+def not_told() -> bool:
+    return False
+
+
+def test_the_second_run_is_told_who_trains_the_first_and_what_to_do(tmp_path: Path) -> None:
+    first = FileLock(str(tmp_path), OTHER)
+    assert first.acquire(not_told) is None
+    (line,) = (tmp_path / "run.lock").read_text().splitlines()
+    assert json.loads(line).items() >= {"host": "other-host", "pid": 4242}.items()
+    with pytest.raises(UserError, match=f"{NAMED}.*run.name=") as refused:
+        FileLock(str(tmp_path), Holder()).acquire(not_told)
+    assert str(tmp_path) in str(refused.value)
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_waits_for_a_process_that_is_about_to_end(tmp_path: Path) -> None:
+    first = FileLock(str(tmp_path), OTHER)
+    first.acquire(not_told)
+    threading.Timer(0.1, first.release).start()
+    second = FileLock(str(tmp_path), Holder())
+    assert second.acquire(not_told) is None, "given back, not taken over"
+    second.release()
+
+
+def test_two_that_wait_for_one_never_both_have_it(tmp_path: Path) -> None:
+    inside, together = 0, 0
+
+    def work() -> None:
+        nonlocal inside, together
+        for _ in range(20):
+            own = FileLock(str(tmp_path), Holder())
+            own.acquire(not_told)
+            inside += 1
+            together = max(together, inside)
+            inside -= 1
+            own.release()
+
+    lock.WAIT_S, lock.POLL_S = 10.0, 0.0  # set back by the fixture
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    first = FileLock(str(tmp_path), OTHER)
+    first.acquire(not_told)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:  # lives on while its parent dies
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    first._close()  # as the kernel does it
+    second = FileLock(str(tmp_path), Holder())
+    assert second.acquire(not_told) == OTHER, "taken over"
+    second.release()
+    os.close(writing)
+    os.close(reading)
+    os.waitpid(child, 0)
+
+
+def test_a_lost_worker_of_the_same_command_is_waited_for_and_then_replaced(tmp_path: Path) -> None:
+    lost = FileLock(str(tmp_path), Holder("ours", "lost-node", 1))
+    lost.acquire(not_told)
+    restarted = FileLock(str(tmp_path), Holder("ours"))
+    begin = time.monotonic()
+    restarted.acquire(not_told)
+    assert time.monotonic() - begin >= lock.WAIT_S
+    with pytest.raises(UserError):
+        FileLock(str(tmp_path), OTHER).acquire(not_told)
+    lost.release()
+    assert (tmp_path / "run.lock").exists(), "it is not that one's any more"
+    restarted.release()
+
+
+def test_a_look_before_anything_is_started(tmp_path: Path, store: str) -> None:
+    said: list[str] = []
+    for path in (str(tmp_path / "nowhere"), str(tmp_path), store):
+        refuse_locked(path, said.append)
+    (tmp_path / "run.lock").write_bytes(OTHER.to_line())
+    refuse_locked(str(tmp_path), said.append)
+    assert said == [], "nobody holds it"
+    first = FileLock(str(tmp_path), OTHER)
+    first.acquire(not_told)
+    with pytest.raises(UserError, match=NAMED):
+        refuse_locked(str(tmp_path), said.append)
+    assert said == [f"waiting for {OTHER} to leave {tmp_path}"]
+    first.release()
+
+
+def test_training_refuses_and_takes_over(tmp_path: Path) -> None:
+    config = tiny.config(
+        tmp_path,
+        tiny.write_shards(tmp_path / "shards"),
+        run={"name": "held"},
+        train={"max_steps": 1},
+        checkpoint={"every_steps": 0},
+    )
+    path = Path(config.run.path)
+    first = FileLock(str(path), OTHER)
+    first.acquire(not_told)
+    with pytest.raises(UserError, match=NAMED):
+        run_pretraining(config)
+    assert [file.name for file in path.iterdir()] == ["run.lock"], "nothing was written"
+    first._close()  # killed
+    events: list[dict[str, object]] = []
+    run_pretraining(config, events.append)
+    taken_over = {"event": "lock_taken_over", "run": config.run.path, "holder": str(OTHER)}
+    assert events[0] == taken_over
+    assert not (path / "run.lock").exists()
+
+
+def test_who_is_told_to_stop_waits_no_longer(tmp_path: Path, store: str) -> None:
+    FileLock(str(tmp_path), OTHER).acquire(not_told)
+    fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
+    for path in (str(tmp_path), store):
+        preemption.request()
+        with pytest.raises(Preempted), run_locked(path, Topology(), "", print):
+            pass
+    preemption.clear()
+
+
+def test_a_folder_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"run\.lock cannot be written"),
+        run_locked(f"{tmp_path}/file/run", Topology(), "", print),
+    ):
+        pass
+
+
+def test_a_lease_is_kept_and_given_back(store: str) -> None:
+    first = Lease(store, OTHER)
+    assert first.acquire(not_told) is None
+    for _ in range(2):  # it changes under the eyes of whoever looks at it
+        with pytest.raises(UserError, match=NAMED):
+            Lease(store, Holder()).acquire(not_told)
+    first.check()
+    first.release()
+    assert not fsspec.filesystem("memory").exists(f"{store}/run.lock")
+
+
+def test_a_lease_that_stays_the_same_is_taken_over_whatever_the_clocks_say(store: str) -> None:
+    future = Holder("theirs", "other-host", 4242, "2999-01-01T00:00:00+00:00")
+    fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", future.to_line(beat=7))
+    second = Lease(store, Holder())
+    begin = time.monotonic()
+    assert second.acquire(not_told) == future
+    assert time.monotonic() - begin >= lease.STALE_S
+    second.release()
+
+
+def test_workers_that_ray_starts_again_do_not_wait_for_a_lease(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_S", 60.0)
+    fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
+    second = Lease(store, Holder("theirs"))
+    assert second.acquire(not_told) == OTHER
+    second.release()
+
+
+def test_who_lost_a_lease_stops_and_leaves_it(store: str) -> None:
+    suspended = Lease(store, Holder())
+    suspended.acquire(not_told)
+    fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
+    suspended._thread.join()
+    with pytest.raises(RunError, match=f"{NAMED}.*has taken the run over"):
+        suspended.check()
+    suspended.release()
+    assert fsspec.filesystem("memory").exists(f"{store}/run.lock")
+
+
+def test_of_two_that_take_a_free_lease_at_once_one_gets_it(store: str) -> None:
+    results: list[object] = []
+
+    def take() -> None:
+        own = Lease(store, Holder())
+        try:
+            results.append(own.acquire(not_told))
+        except UserError as error:
+            results.append(error)
+        else:
+            time.sleep(0.3)
+            own.release()
+
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result is None for result in results) == [False, True]
+
+
+def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Lease(store, Holder())
+    own.acquire(not_told)
+    with monkeypatch.context() as patch:
+        patch.setattr(own._filesystem, "cat_file", lambda path: 1 / 0)
+        time.sleep(0.2)
+    time.sleep(0.2)
+    own.check()
+    own.release()
+    assert not fsspec.filesystem("memory").exists(f"{store}/run.lock")
