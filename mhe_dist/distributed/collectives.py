@@ -115,6 +115,34 @@ def broadcast_from_first(value: Any, topology: Topology) -> Any:
     return box[0]
 
 
+def sum_small(values: Tensor, topology: Topology) -> Tensor:
+    """Sum a small host tensor over the ranks in place, in about log2(W) rounds.
+
+    For few bytes and many ranks: gloo's own reduction takes 2 (W - 1) rounds, one after the other,
+    and its gathering W - 1. In a round, ranks exchange what they have with a partner at twice the
+    distance (recursive doubling). Ranks beyond the largest power of two let another speak for them.
+    """
+    rank, group = topology.rank, topology.host_group
+    power = 1 << (topology.world_size.bit_length() - 1)
+    if rank >= power:
+        dist.send(values, rank - power, group=group)
+        dist.recv(values, rank - power, group=group)
+        return values
+    arrived, speaks = torch.empty_like(values), rank + power < topology.world_size
+    if speaks:
+        dist.recv(arrived, rank + power, group=group)
+        values += arrived
+    for distance in (1 << bit for bit in range(power.bit_length() - 1)):
+        sending = dist.isend(values, rank ^ distance, group=group)
+        dist.recv(arrived, rank ^ distance, group=group)
+        assert sending is not None, "this rank is in the group"
+        sending.wait()
+        values += arrived
+    if speaks:
+        dist.send(values, rank + power, group=group)
+    return values
+
+
 def _group_of(values: Tensor, topology: Topology) -> Group:
     """The process group that carries tensors of that device."""
     return topology.host_group if values.device.type == "cpu" else topology.device_group

@@ -26,8 +26,17 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The `n / W` micro-batches of one rank in one optimizer step, in canonical order."""
+    """The `n / W` micro-batches of one rank in one optimizer step, in canonical order.
+
+    Attributes:
+        step: its number.
+        micro_batches: those of this rank.
+        wait_s: seconds that this rank waited for them.
+        labels: int64 `[n, B]`, on the host: those of the whole step, the same on all ranks; where a
+            sample was replaced by another, its own label. None: this rank knows its own alone.
+    """
 
     step: int
     micro_batches: list[MicroBatch]
     wait_s: float = 0.0
+    labels: Tensor | None = None

@@ -6,21 +6,17 @@ writes checkpoints between two steps.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import IntFlag
-from functools import reduce
-from operator import or_
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from mhe_dist.distributed.collectives import gather_rows
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE, Head, LabelError
 from mhe_dist.train.batch import MicroBatch, StepBatch
+from mhe_dist.train.label_exchange import ExchangedLabels, Request, exchange_labels
 from mhe_dist.train.stopwatch import Stopwatch
 
 T = TypeVar("T")
@@ -40,14 +36,6 @@ class Trainable(Protocol):
 
     def grad_norm(self) -> Tensor | None:
         """Norm of the last step's gradient."""
-
-
-class Request(IntFlag):
-    """What a rank may request of all ranks; it travels with the labels of each step."""
-
-    NOTHING = 0
-    SAVE = 1
-    STOP = 2
 
 
 @dataclass(frozen=True)
@@ -107,13 +95,12 @@ class Loop:
     def steps(self, batches: Iterable[StepBatch]) -> Iterator[StepInfo]:
         """Train on `batches`, one step each; the labels of the next one are exchanged before it."""
         labelled = ((batch, self._exchange_labels(batch)) for batch in batches)
-        for (batch, step_labels), following in with_next(labelled):
-            labels, samples = step_labels
+        for (batch, exchanged), following in with_next(labelled):
             self._now("the head's plan", batch.step)
-            self._plan(batch, labels)
+            self._plan(batch, exchanged.labels)
             if following is not None:
-                next_batch, (next_labels, _) = following
-                self.head.prefetch(next_batch.step, next_labels)
+                next_batch, next_exchanged = following
+                self.head.prefetch(next_batch.step, next_exchanged.labels)
             outputs = [self._micro_batch(batch.step, part) for part in batch.micro_batches]
             lr = self.lr_schedule(batch.step)
             self._now("the reduction of the gradients", batch.step)
@@ -124,10 +111,12 @@ class Loop:
             metrics = _mean(outputs)
             if (norm := self.engine.grad_norm()) is not None:
                 metrics["grad_norm"] = norm.detach()
-            images = int((labels != NO_SAMPLE).sum())
+            images = int((exchanged.labels != NO_SAMPLE).sum())
             requested, self._requested = self._requested, Request.NOTHING
             self._now("what follows the end", batch.step)
-            yield StepInfo(batch.step, lr, metrics, samples, images, batch.wait_s, requested)
+            yield StepInfo(
+                batch.step, lr, metrics, exchanged.samples, images, batch.wait_s, requested
+            )
 
     def activity(self) -> str:
         """What this rank does now, for messages."""
@@ -144,21 +133,12 @@ class Loop:
         self.engine.backward(output.loss)
         return {"loss": output.loss.detach(), **output.metrics}
 
-    def _exchange_labels(self, batch: StepBatch) -> tuple[Tensor, str]:
-        """Labels `[n, B]` of the global batch, on the host, and a digest of its samples' keys.
-
-        The ranks' requests travel with them.
-        """
+    def _exchange_labels(self, batch: StepBatch) -> ExchangedLabels:
+        """The labels of the global batch; the ranks' requests travel with them."""
         self._now("the exchange of labels", batch.step)
-        rows = torch.full((len(batch.micro_batches), self.micro_batch + 2), NO_SAMPLE)
-        rows[:, 0] = self.request()
-        for row, part in zip(rows, batch.micro_batches, strict=True):
-            row[1] = _digest(part.keys)
-            row[2 : len(part.labels) + 2] = part.labels
-        rows = gather_rows(rows, self.topology)
-        self._requested |= Request(reduce(or_, rows[:, 0].tolist()))
-        keys = hashlib.blake2b(rows[:, 1].numpy().tobytes(), digest_size=8)
-        return rows[:, 2:], keys.hexdigest()
+        found = exchange_labels(batch, self.micro_batch, self.request(), self.topology)
+        self._requested |= found.requested
+        return found
 
     def _plan(self, batch: StepBatch, labels: Tensor) -> None:
         with self.head_time.running():
@@ -180,11 +160,6 @@ def with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
 
 def _mean(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([o[name] for o in outputs]).mean() for name in outputs[0]}
-
-
-def _digest(keys: list[str]) -> int:
-    digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def _key_of(batch: StepBatch, error: LabelError) -> str | None:

@@ -31,6 +31,8 @@ PER_SHARD: Final = 10_000  # samples
 _SAMPLE_BLOCKS: Final = 24  # 12 KiB: an image of 112x112 and its label
 _MOST_BYTES: Final = 12  # per sample, of columns with room for more
 _OPENINGS: Final = 5
+STEP_SAMPLES, STEP_STREAMS, STEP_WINDOW = 65_536, 1024, 1024  # those of 1,024 ranks
+_STEPS: Final = 12
 _SAMPLES_PER_READ: Final = 256
 _SMALLER: Final = 10**8  # samples; the bounds are given for this number
 _LARGER: Final = 10**9  # and for this one
@@ -38,7 +40,7 @@ _LARGER: Final = 10**9  # and for this one
 _PROCESS: Final = """
 import json, sys
 from pipelines.bench.index import measure_process
-print(json.dumps(measure_process(sys.argv[1], sys.argv[2] == "walk")))
+print(json.dumps(measure_process(sys.argv[1], sys.argv[2])))
 """
 
 
@@ -98,6 +100,12 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
             walked["loader"] / MIB,
             private,
             "MiB",
+        ),
+        IndexCost(
+            f"labels of a step of {STEP_SAMPLES:,} samples in {STEP_STREAMS:,} streams, CPU",
+            _in_new_process(folder, "labels")["step_s"] * 1000,
+            20,
+            "ms",
         ),
     ]
 
@@ -160,23 +168,48 @@ def private_bytes() -> int:
     raise RuntimeError("/proc/self/smaps_rollup has no line Private_Dirty")
 
 
-def measure_process(folder: str, walks: bool) -> dict[str, Any]:
-    """Open an index in this process, which has not done so yet, and perhaps walk it.
+def measure_process(folder: str, what: str) -> dict[str, Any]:
+    """Open an index in this process, which has not done so yet, and use it.
+
+    Args:
+        folder: of the index.
+        what: `open` alone; `walk`, look up where every sample is; or `labels` of steps.
 
     Returns:
         `open_s`, CPU seconds until the index can be used; `rank` and `loader`, bytes of private
-        memory that this process and one that is forked from it have more after a walk.
+        memory that this process and one that is forked from it have more after a walk; `step_s`,
+        CPU seconds for the labels of a step (the median).
     """
     before = private_bytes()
     begin = time.process_time()
     index = ShardIndex.load(folder)
     index.starts, index.digest  # noqa: B018, which a rank needs
     found: dict[str, Any] = {"open_s": time.process_time() - begin}
-    if walks:
+    if what == "labels":
+        found["step_s"] = _step_seconds(index)
+    if what == "walk":
         found["loader"] = _walk_in_fork(index)
         walk(index)
         found["rank"] = private_bytes() - before
     return found
+
+
+def _step_seconds(index: ShardIndex) -> float:
+    """CPU seconds to look up the labels of a step, after the first one, which opens all windows."""
+    # They import torch, whose memory is no matter of an index.
+    from pipelines.data.order import SampleOrder
+    from pipelines.data.step_labels import StepLabels
+
+    streams = min(STEP_STREAMS, index.samples)
+    sizes = [shard.samples for shard in index.shards]
+    labels = StepLabels(index, SampleOrder(sizes, streams, STEP_WINDOW, 0), STEP_SAMPLES)
+    labels.of(0)
+    seconds = []
+    for step in range(1, _STEPS + 1):
+        begin = time.process_time()
+        labels.of(step)
+        seconds.append(time.process_time() - begin)
+    return median(seconds)
 
 
 def _walk_in_fork(index: ShardIndex) -> int:

@@ -99,6 +99,17 @@ class MixedDataset:
             label = int(np.searchsorted(self.classes, label))
         return IndexEntry(self.first_class + label, self.index.image_extensions or IMAGE_EXTENSIONS)
 
+    def labels_of(self, numbers: Ints) -> Ints | None:
+        """Labels in the mixture of samples by their numbers through the data set, int64.
+
+        None: see `ShardIndex.labels_of`. A sample that has no entry has any label.
+        """
+        source = self.index if self.labels is None else self.labels
+        labels = source.labels_of(numbers)
+        if labels is not None and self.classes is not None:
+            labels = np.searchsorted(self.classes, labels)
+        return None if labels is None else labels + self.first_class
+
     def _label(self, shard: int, position: int) -> int:
         if self.labels is None:
             label = self.index.shards[shard].label(position)
@@ -200,6 +211,19 @@ class Mixture(ShardIndex):
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
         source = self.passes[number].source
         return source.entry(shard - int(self._first_shards[number]), position)
+
+    def labels_of(self, numbers: Ints) -> Ints | None:
+        """See `ShardIndex.labels_of`."""
+        firsts = self.starts[self._first_shards]
+        owners = np.searchsorted(firsts, numbers, side="right") - 1
+        labels = np.empty(len(numbers), np.int64)
+        for owner in np.unique(owners).tolist():
+            here = owners == owner
+            found = self.passes[owner].source.labels_of(numbers[here] - firsts[owner])
+            if found is None:
+                return None
+            labels[here] = found
+        return labels
 
     @cached_property
     def digest(self) -> str:

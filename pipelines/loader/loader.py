@@ -31,6 +31,7 @@ from mhe_dist.train.batch import MicroBatch, StepBatch
 from pipelines.data.bad_samples import BadSampleTally
 from pipelines.data.mixture import Mixture
 from pipelines.data.order import SampleOrder
+from pipelines.data.step_labels import StepLabels
 from pipelines.loader.shared_buffers import SharedBuffers
 from pipelines.loader.shield import shield, sigterm_held_back
 from pipelines.loader.worker import PartialBatch, WorkerDataset
@@ -78,8 +79,15 @@ class Loader:
         self._steps = range(start_step, stop_step)
         sizes = [shard.samples for shard in index.shards]
         subset = index if isinstance(index, Mixture) else None
-        self.order = SampleOrder(sizes, data.streams, data.shuffle_window, seed, subset)
+        order = partial(SampleOrder, sizes, data.streams, data.shuffle_window, seed, subset)
+        self.order = order()
         self.faults = BadSampleTally()
+        # Alone, a rank has all labels of a step in its hands.
+        self._step_labels: StepLabels | None = None
+        if len(self._local) < micro_batches and StepLabels.are_known(index):
+            # In a thread, which shares no order with what reads the samples.
+            self._step_labels = StepLabels(index, order(), global_batch)
+        self._micro_batches = micro_batches
         streams_each = data.streams // micro_batches
         streams = [range(i * streams_each, (i + 1) * streams_each) for i in self._local]
         self._epoch_samples = sum(
@@ -111,13 +119,21 @@ class Loader:
         with sigterm_held_back():
             partial_batches = iter(self._dataloader())
         self._statuses.remember_children()
-        for step in self._steps:
+        for step, labels in zip(self._steps, self._labels(), strict=True):
             begin = time.perf_counter()
             batches = []
             for number in self._local:
                 parts = [self._accept(part) for part in self._receive(partial_batches)]
                 batches.append(self._join(number, parts))
-            yield StepBatch(step, batches, time.perf_counter() - begin)
+            yield StepBatch(step, batches, time.perf_counter() - begin, labels)
+
+    def _labels(self) -> Iterator[torch.Tensor | None]:
+        """For each step the labels of all its micro-batches `[n, B]`, where they are known."""
+        if self._step_labels is None:
+            yield from (None for _ in self._steps)
+            return
+        for labels in self._step_labels.steps(self._steps):
+            yield torch.from_numpy(labels).view(self._micro_batches, -1)
 
     def _dataloader(self) -> DataLoader[PartialBatch]:
         workers = self._processes if self._data.loader_workers else 0

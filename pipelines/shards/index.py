@@ -121,6 +121,15 @@ class ShardIndex:
         label = self.shards[shard].label(position)
         return None if label is None else IndexEntry(label, self.image_extensions)
 
+    def labels_of(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """The labels of samples by their numbers through all shards, int64; nothing is kept.
+
+        None: they are in no column; the tars alone know them, or tables in memory.
+        """
+        first = self.shards[0] if self.shards else None
+        column = first.columns.labels if isinstance(first, MappedShard) else None
+        return None if column is None else column.values[numbers].astype(np.int64)
+
     @property
     def is_packed(self) -> bool:
         """Whether its tables are in memory, as in an index of format 1, and not in columns."""

@@ -136,6 +136,15 @@ class LabelSet:
         labels[counts > 0] = lists.class_ids
         return labels
 
+    def labels_of(self, numbers: Ints) -> Ints:
+        """int64 `[n]`: the only class of each of these samples; `NO_LABEL`: none, or several."""
+        ends = self.ends.values
+        begins = np.where(numbers > 0, ends[np.maximum(numbers, 1) - 1], 0).astype(np.int64)
+        counts = ends[numbers].astype(np.int64) - begins
+        labels = np.full(len(numbers), NO_LABEL, np.int64)
+        labels[counts == 1] = self.class_ids.values[begins[counts == 1]]
+        return labels
+
     def require_index(self, index: ShardIndex) -> None:
         """Refuse another data set than the one that these labels were made for.
 

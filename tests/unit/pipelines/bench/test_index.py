@@ -24,8 +24,8 @@ def test_a_synthetic_index_is_an_index(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_bound_holds_for_a_small_index(tmp_path: Path) -> None:
     lines = measure_index(tmp_path, 100_000)
-    assert len({line.name for line in lines}) == 5
-    assert [line.bound for line in lines] == [4, 1, 50, 32, 32]
+    assert len({line.name for line in lines}) == 6
+    assert [line.bound for line in lines] == [4, 1, 50, 32, 32, 20]
     assert all(line.figure > 0 and line.holds for line in lines)
 
 

@@ -108,11 +108,14 @@ def cases(draw: st.DrawFn, folder: Path) -> Case:
 def load(case: Case, micro_batches: range, start: int, workers: int = 0) -> Loaded:
     config = case.config.model_copy(deep=True)
     config.data.loader_workers = workers
-    return {
-        (batch.step, micro.index): (micro.images, micro.labels, micro.keys)
-        for batch in loader_of(case.index, config, micro_batches, start, case.steps)
-        for micro in batch.micro_batches
-    }
+    loaded: Loaded = {}
+    for batch in loader_of(case.index, config, micro_batches, start, case.steps):
+        # Alone, a rank has all labels in its hands.
+        assert (batch.labels is None) == (len(micro_batches) == config.train.micro_batches)
+        for micro in batch.micro_batches:
+            loaded[batch.step, micro.index] = (micro.images, micro.labels, micro.keys)
+            assert batch.labels is None or torch.equal(batch.labels[micro.index], micro.labels)
+    return loaded
 
 
 def assert_same(one: Loaded, other: Loaded) -> None:

@@ -1,0 +1,78 @@
+"""Every rank learns the labels of a step: gathered, or known beforehand, substitutes included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError
+from mhe_dist.train.batch import MicroBatch, StepBatch
+from mhe_dist.train.label_exchange import ExchangedLabels, Request, exchange_labels
+
+MICRO_BATCHES, SIZE = 6, 4
+LABELS = torch.arange(MICRO_BATCHES * SIZE).view(MICRO_BATCHES, SIZE) ** 2
+IMAGES = torch.empty(0)
+
+
+def batch_of(topology: Topology, labels: torch.Tensor, known: torch.Tensor | None) -> StepBatch:
+    parts = [
+        MicroBatch(number, IMAGES, labels[number], [f"{number}-{n}" for n in range(SIZE)])
+        for number in topology.share(MICRO_BATCHES)
+    ]
+    return StepBatch(3, parts, labels=known)
+
+
+def exchange(topology: Topology) -> dict[str, object]:
+    """One rank's view of some exchanges."""
+    replaced = LABELS.clone()
+    replaced[0, 1], replaced[5, 3], replaced[5, 0] = 2**40, 0, -7
+    requests = [Request.SAVE, Request.NOTHING, Request.STOP][topology.rank]
+    pairs = {
+        name: [
+            plain_values(
+                exchange_labels(batch_of(topology, labels, known), SIZE, request, topology)
+            )
+            for known in (None, LABELS)
+        ]
+        for name, labels, request in (
+            ("plain", LABELS, Request.NOTHING),
+            ("replaced", replaced, requests),
+        )
+    }
+    # One rank has another column; none may go on.
+    other = LABELS + (topology.rank == 1) * torch.eye(MICRO_BATCHES, SIZE, dtype=torch.int64)
+    with pytest.raises(RunError, match="the ranks read different labels for step 3"):
+        exchange_labels(batch_of(topology, LABELS, other), SIZE, Request.NOTHING, topology)
+    assert torch.equal(LABELS, torch.arange(MICRO_BATCHES * SIZE).view_as(LABELS) ** 2)
+    return pairs | {"expected": replaced}
+
+
+def plain_values(found: ExchangedLabels) -> tuple[torch.Tensor, str, int]:
+    return found.labels, found.samples, int(found.requested)
+
+
+def assert_alike(found: list, labels: torch.Tensor, requested: Request) -> None:
+    for each in found:
+        assert torch.equal(each[0], labels)
+        assert each[1:] == (found[0][1], requested)
+
+
+def test_known_labels_say_what_gathered_ones_say(run_distributed) -> None:
+    ranks = run_distributed(exchange, 3)
+    plain = [found for rank in ranks for found in rank["plain"]]
+    assert_alike(plain, LABELS, Request.NOTHING)
+    replaced = [found for rank in ranks for found in rank["replaced"]]
+    assert_alike(replaced, ranks[0]["expected"], Request.SAVE | Request.STOP)
+    assert plain[0][1] == replaced[0][1], "the keys are the same"
+
+
+def test_a_rank_alone_knows_its_labels() -> None:
+    topology = Topology()
+    pair = [
+        plain_values(
+            exchange_labels(batch_of(topology, LABELS, known), SIZE, Request.STOP, topology)
+        )
+        for known in (None, LABELS)
+    ]
+    assert_alike(pair, LABELS, Request.STOP)
