@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mhe_dist import seeds
-from mhe_dist.bank.row_store import Local, Memory, RowStore
+from mhe_dist.bank.remote_rows import Local, RemoteTraffic
+from mhe_dist.bank.row_store import Memory, RowStore
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
 from mhe_dist.distributed.transfer import to_device
@@ -90,15 +91,12 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Bytes of all rows and their state, touched or not."""
-        return sum(store.rows.nbytes for store in self._store.values())
+        return sum(store.nbytes for store in self._store.values())
 
     @property
     def unit_bytes(self) -> int:
         """Bytes of one unit with its state, as they are stored."""
-        columns = (
-            store.rows.shape[-1] * store.rows.element_size() for store in self._store.values()
-        )
-        return self.length * sum(columns)
+        return sum(store.unit_bytes for store in self._store.values())
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -109,7 +107,8 @@ class Bank:
     def takes_kernels(self) -> bool:
         """Whether a kernel may update stored float32 or bfloat16 rows where they lie."""
         fits = self.compute_dtype == torch.float32 and self.width <= MAX_WIDTH
-        return fits and use_kernels(*self.stored.values())
+        there = all(store.device.type == self.device.type for store in self._store.values())
+        return fits and there and use_kernels(*self.stored.values())
 
     @property
     def units_per_chunk(self) -> int:
@@ -123,10 +122,9 @@ class Bank:
         Small units make one part, whose rows are copied. A large unit on a host is a part of its
         own, given as a range, which is updated in place: a copy would take as long as the update.
         """
-        weight = self._store["weight"].rows
-        unit_bytes = self.length * self.width * weight.element_size()
+        weight = self._store["weight"]
         on_host = weight.device.type == self.device.type == "cpu"
-        if isinstance(units, range) or not on_host or unit_bytes < LARGE_UNIT_BYTES:
+        if isinstance(units, range) or not on_host or weight.unit_bytes < LARGE_UNIT_BYTES:
             return [(slice(None), units)]
         return [(slice(i, i + 1), range(u, u + 1)) for i, u in enumerate(units.tolist())]
 
@@ -157,6 +155,26 @@ class Bank:
                 numbers = where + units.start if isinstance(units, range) else units[where]
                 rows[to_device(where, rows.device)] = self._initial(numbers).to(rows)
         return rows
+
+    def read_for_products(
+        self, units: Units, normalise: bool, scaled: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Rows `[U, L, D]` of touched `units` in the compute type, and `1 / |w|` of each `[U, L]`.
+
+        Args:
+            units: see `read`.
+            normalise: whether rows are normalised; without, ones stand for `1 / |w|`.
+            scaled: whether the rows are given as `w / |w|`.
+        """
+        if normalise and self.takes_kernels:
+            from mhe_dist.kernels.row_read import read_rows
+
+            return read_rows(self.stored["weight"], self.positions(units), scaled)
+        rows = self.read(units)
+        if not normalise:
+            return rows, rows.new_ones(rows.shape[:-1])
+        inverse = inverse_norms(rows)
+        return (rows * inverse.unsqueeze(-1) if scaled else rows), inverse
 
     def write(self, units: Units, values: dict[str, Tensor], step: int) -> None:
         """Store fields `[U, L, D]` of touched, distinct `units`; `step` keys the rounding."""
@@ -204,6 +222,17 @@ class Bank:
         for store in self._store.values():
             store.prefetch(local[self._touched[local]])
 
+    def take_traffic(self) -> RemoteTraffic | None:
+        """What was read since the last call, in all fields; None where rows are used in place."""
+        total = RemoteTraffic()
+        found = [store.traffic for store in self._store.values() if store.traffic is not None]
+        for traffic in found:
+            total.units += traffic.units
+            total.ahead += traffic.ahead
+            total.wait_s += traffic.wait_s
+            traffic.units, traffic.ahead, traffic.wait_s = 0, 0, 0.0
+        return total if found else None
+
     def release(self) -> None:
         """Free memory that was needed for the update of rows alone; call it between two steps."""
         for store in self._store.values():
@@ -234,13 +263,18 @@ class Bank:
 
     def _put(self, field: str, units: Units, rows: Tensor, step: int) -> None:
         store = self._store[field]
-        if store.rows.dtype == torch.bfloat16:
+        if store.dtype == torch.bfloat16:
             if isinstance(units, range):
                 numbers = torch.arange(units.start, units.stop, device=rows.device)
             else:
                 numbers = to_device(units, rows.device)
             rows = _round(rows, numbers, self.rounding_key(field, step))
         store.put(self._local(units), rows)
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """`1 / |w|` `[..., L]` of rows `[..., L, D]`."""
+    return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
 
 
 def chunk_values(device: torch.device) -> int:

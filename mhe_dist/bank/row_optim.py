@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mhe_dist.bank.bank import Bank, Units
+from mhe_dist.bank.bank import Bank, Units, inverse_norms
 from mhe_dist.config.head import HeadOptimConfig
 
 
@@ -90,11 +90,6 @@ class Dense(NamedTuple):
 
 
 RowGradient = LowRank | Dense
-
-
-def inverse_norms(rows: Tensor) -> Tensor:
-    """`1 / |w|` `[..., L]` of rows `[..., L, D]`."""
-    return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_()
 
 
 class RowOptimizer(ABC):

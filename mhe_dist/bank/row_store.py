@@ -2,13 +2,12 @@
 
 Where the system allows it, memory is allocated page by page, as units are touched. `prefetch` names
 the units that the next step will need: while the backbone computes, the pages of a file are read
-from the disk, and rows in host memory are copied to the device.
+from the disk, and rows that a GPU will use are copied to it (`remote_rows.py`).
 """
 
 from __future__ import annotations
 
 import mmap
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
@@ -18,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mhe_dist.bank.remote_rows import Local, RemoteRows, RemoteTraffic
+from mhe_dist.distributed import transfer
 from mhe_dist.distributed.transfer import to_device
 
 Memory = Literal["device", "host", "file"]
-# Positions of units in a partition, as NumPy and torch index.
-Local = slice | npt.NDArray[np.int64]
 Shape = tuple[int, int, int]
 
 # When more bytes of a file are in use, its pages are handed back to the system's cache. They stay
@@ -32,9 +31,6 @@ RESIDENT_BYTES: Final = 1 << 30
 
 class RowStore:
     """Rows `[units, L, columns]`, zero at first.
-
-    Attributes:
-        rows: all of them, in the memory that stores them.
 
     Args:
         shape, dtype: of the rows.
@@ -52,48 +48,74 @@ class RowStore:
         path: Path | None,
     ) -> None:
         self._map: mmap.mmap | None = None
-        self._prefetcher: RowPrefetcher | None = None
         self._used = 0
-        if 0 in shape:
-            self.rows = torch.zeros(shape, dtype=dtype, device=device)
+        self.shape, self.dtype = shape, dtype
+        if 0 in shape or (memory == "device" and device.type != "cpu"):
+            self._rows = torch.zeros(shape, dtype=dtype, device=device)
         elif memory == "file":
             if path is None:
                 raise ValueError("a bank in file memory needs a folder")
-            self._map = _sparse_file(path, int(np.prod(shape)) * dtype.itemsize)
-            self.rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
-        elif memory == "host" and device.type == "cuda":
-            self.rows = torch.zeros(shape, dtype=dtype, pin_memory=True)
-            self._prefetcher = RowPrefetcher(self.rows, device)
-        elif memory == "host" or device.type == "cpu":
-            pages = np.zeros(int(np.prod(shape)) * dtype.itemsize, dtype=np.uint8)
-            self.rows = torch.from_numpy(pages).view(dtype).view(shape)
+            self._map = _sparse_file(path, self.nbytes)
+            self._rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
         else:
-            self.rows = torch.zeros(shape, dtype=dtype, device=device)
+            pages = np.zeros(self.nbytes, dtype=np.uint8)
+            self._rows = torch.from_numpy(pages).view(dtype).view(shape)
+        self._remote: RemoteRows | None = None
+        if self._rows.device.type != device.type:
+            pinned = memory == "host" and transfer.pin_in_place(self._rows, self)
+            self._remote = RemoteRows(self._rows, device, pinned)
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them, in the memory that stores them, once everything written is there."""
+        if self._remote is not None:
+            self._remote.wait_until_stored()
+        return self._rows
+
+    @property
+    def device(self) -> torch.device:
+        """Of the memory that stores them."""
+        return self._rows.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     @property
     def unit_bytes(self) -> int:
         """Bytes of one unit."""
-        return self.rows[0].numel() * self.rows.element_size()
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    @property
+    def traffic(self) -> RemoteTraffic | None:
+        """What was read on a GPU; None where rows are used where they are."""
+        return None if self._remote is None else self._remote.traffic
 
     def get(self, local: Local) -> Tensor:
-        """Rows `[U, L, columns]` in the stored type; a slice is not copied."""
+        """Rows `[U, L, columns]` in the stored type, where they are used.
+
+        A slice is not copied, unless rows are used elsewhere than they are stored.
+        """
+        if self._remote is not None:
+            return self._count(self._remote.get(local))
         if isinstance(local, slice):
-            self._count(self.rows[local])
-            return self.rows[local]
-        if self._prefetcher is not None and (ready := self._prefetcher.take(local)) is not None:
-            return ready
-        where = to_device(torch.from_numpy(local), self.rows.device)
-        return self._count(self.rows.index_select(0, where))
+            return self._count(self._rows[local])
+        where = to_device(torch.from_numpy(local), self.device)
+        return self._count(self._rows.index_select(0, where))
 
     def put(self, local: Local, rows: Tensor) -> None:
-        """Store rows; those that `get` gave of a slice are there already."""
+        """Store rows; those that `get` gave of a slice are there already.
+
+        Rows that are used elsewhere than they are stored must not be changed afterwards.
+        """
         self._count(rows)
-        if self._prefetcher is not None:
-            self._prefetcher.mark_outdated(local)
-        if not isinstance(local, slice):
-            where = to_device(torch.from_numpy(local), self.rows.device)
-            self.rows.index_copy_(0, where, rows.to(self.rows.device, self.rows.dtype))
-        elif rows.data_ptr() != self.rows[local].data_ptr():
+        if self._remote is not None and rows.device.type != self.device.type:
+            self._remote.put(local, rows)
+        elif not isinstance(local, slice):
+            where = to_device(torch.from_numpy(local), self.device)
+            self.rows.index_copy_(0, where, rows.to(self.device, self.dtype))
+        elif rows.data_ptr() != self._rows[local].data_ptr():
             self.rows[local].copy_(rows)
 
     def copy_units(self, local: npt.NDArray[np.int64], out: Tensor) -> None:
@@ -101,8 +123,8 @@ class RowStore:
 
         Pages of a file do not stay in memory for it.
         """
-        where = torch.from_numpy(local).to(self.rows.device)
-        if self.rows.device.type == "cpu":
+        where = torch.from_numpy(local).to(self.device)
+        if self.device.type == "cpu":
             torch.index_select(self.rows, 0, where, out=out)
         else:
             out.copy_(self.rows.index_select(0, where))
@@ -111,24 +133,31 @@ class RowStore:
     @property
     def prefetches(self) -> bool:
         """Whether `prefetch` does anything."""
-        return self._map is not None or self._prefetcher is not None
+        return self._map is not None or self._remote is not None
 
     def prefetch(self, local: npt.NDArray[np.int64]) -> None:
         """Begin to fetch distinct units that will be read soon; returns at once."""
-        if self._prefetcher is not None:
-            self._prefetcher.start(local)
-        if self._map is None:
-            return
+        if self._remote is not None:
+            self._remote.prefetch(local)
+        elif self._map is not None:
+            self._read_ahead(self._map, local)
+
+    def _read_ahead(self, pages: mmap.mmap, local: npt.NDArray[np.int64]) -> None:
         local = np.sort(local)
         cuts = np.flatnonzero(np.diff(local) > 1) + 1
         for first, last in pairwise([0, *cuts.tolist(), len(local)]):
             if last > first:
                 start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
                 stop = (int(local[last - 1]) + 1) * self.unit_bytes
-                self._map.madvise(mmap.MADV_WILLNEED, start, stop - start)
+                pages.madvise(mmap.MADV_WILLNEED, start, stop - start)
 
     def release(self) -> None:
-        """Hand the pages of a file back to the system's cache if many are in use."""
+        """At the end of a step: free what the step needed alone.
+
+        The pages of a file go back to the system's cache if many are in use.
+        """
+        if self._remote is not None:
+            self._remote.end_step()
         if self._used > RESIDENT_BYTES:
             self._drop_pages()
 
@@ -138,59 +167,8 @@ class RowStore:
             self._used = 0
 
     def _count(self, rows: Tensor) -> Tensor:
-        self._used += rows.numel() * self.rows.element_size()
+        self._used += rows.numel() * self.dtype.itemsize
         return rows
-
-
-class RowPrefetcher:
-    """Fetches rows before they are used.
-
-    A thread gathers them, and on a GPU a stream of its own copies them, so that neither the host
-    nor the device waits. Rows that are stored in the meantime are fetched once more.
-    """
-
-    def __init__(self, rows: Tensor, device: torch.device) -> None:
-        self._rows, self._device = rows, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "row prefetcher")
-        self._units: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._outdated = np.empty(0, bool)
-        self._copies: Future[Tensor] | None = None
-
-    def start(self, local: npt.NDArray[np.int64]) -> None:
-        """Fetch distinct units; replaces what was fetched before."""
-        self._units = np.sort(local)
-        self._outdated = np.zeros(len(local), bool)
-        self._copies = self._thread.submit(self._fetch, torch.from_numpy(self._units))
-
-    def mark_outdated(self, local: Local) -> None:
-        """Do not give out the copies of these units: their rows changed."""
-        if isinstance(local, slice):
-            self._outdated |= (self._units >= local.start) & (self._units < local.stop)
-        else:
-            self._outdated |= np.isin(self._units, local)
-
-    def take(self, local: npt.NDArray[np.int64]) -> Tensor | None:
-        """Rows `[U, L, columns]` on the device, or None if one of them is not ready."""
-        if self._copies is None or not len(self._units):
-            return None
-        index = np.searchsorted(self._units, local).clip(max=len(self._units) - 1)
-        if (self._units[index] != local).any() or self._outdated[index].any():
-            return None
-        copies = self._copies.result()
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            copies.record_stream(current)
-        where = to_device(torch.from_numpy(index), self._device)
-        return copies.index_select(0, where)
-
-    def _fetch(self, units: Tensor) -> Tensor:
-        rows = self._rows.index_select(0, units)
-        if self._stream is None:
-            return rows
-        with torch.cuda.stream(self._stream):
-            return rows.pin_memory().to(self._device, non_blocking=True)
 
 
 def _sparse_file(path: Path, size: int) -> mmap.mmap:

@@ -27,8 +27,8 @@ class SavedRows:
         local: positions of the units in the store.
         """
         self._store, self._local = store, local
-        self.shape = torch.Size([len(local), *store.rows.shape[1:]])
-        self.dtype = store.rows.dtype
+        self.shape = torch.Size([len(local), *store.shape[1:]])
+        self.dtype = store.dtype
 
     @property
     def nbytes(self) -> int:

@@ -142,6 +142,11 @@ class HeadConfig(ConfigSection):
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
     optim: HeadOptimConfig = Field(HeadOptimConfig(), description="How class centres learn.")
+    matmul: Literal["auto", "float32", "tf32"] = Field(
+        "auto",
+        description="How GPUs compute the head's products in training; tf32 is faster and has a "
+        "mantissa of 10 bits; auto: tf32 in bf16 runs, else float32.",
+    )
     groups: PositiveInt = Field(
         8,
         description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones.",

@@ -28,6 +28,18 @@ def resolve_precision(setting: str, device: torch.device) -> str:
     return "bf16" if supported else "float32"
 
 
+def resolve_head_matmul(setting: str, precision: str, device: torch.device) -> bool:
+    """Whether the head's products are computed in TF32: what `head.matmul` comes to.
+
+    Args:
+        setting: of the config.
+        precision: "bf16" or "float32", of the run.
+        device: where the head computes; CPUs know no TF32.
+    """
+    chosen = setting == "tf32" or (setting == "auto" and precision == "bf16")
+    return chosen and device.type == "cuda"
+
+
 def set_float_kernels(precision: str) -> None:
     """Choose the GPU kernels of this process for a precision, "bf16" or "float32".
 

@@ -164,6 +164,10 @@ class Head(ABC):
     def step(self, lr: float) -> None:
         """Update the rows touched since the last call; accumulated micro-batches sum."""
 
+    def host_metrics(self) -> dict[str, float]:
+        """Figures of the step that ended which the host knows; the same names on every rank."""
+        return {}
+
     @abstractmethod
     def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k over all classes; `embeddings` `[B, D]` are this rank's, all ranks must call."""

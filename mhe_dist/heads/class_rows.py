@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.bank import Bank, Units, inverse_norms
 from mhe_dist.bank.class_layout import LabelLayout
-from mhe_dist.bank.row_optim import inverse_norms
 from mhe_dist.heads.margins import Margin
 
 
@@ -33,6 +32,14 @@ class ClassRows:
         """Target cosines with their margin, and the derivative; see `Margin.target`."""
         mean, std = self.norm_statistics
         return self.margin.target(cosine, norms, mean, std)
+
+    def read(self, units: Units) -> tuple[Tensor, Tensor]:
+        """Rows `[U, L, D]` of touched units, and `1 / |w|` `[U, L]`, ones if not normalised."""
+        return self.bank.read_for_products(units, self.margin.normalised)
+
+    def read_unit_rows(self, units: Units) -> Tensor:
+        """What features are multiplied with `[U, L, D]`: normalised rows, if the margin says so."""
+        return self.bank.read_for_products(units, self.margin.normalised, scaled=True)[0]
 
     def inverse_norms(self, rows: Tensor) -> Tensor:
         """`1 / |w|` `[..., L]` of rows `[..., L, D]`, or ones where rows are not normalised."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.remote_rows import RemoteTraffic
 from mhe_dist.bank.repartition import Permutations, move_rows
 from mhe_dist.bank.row_optim import build_row_optimizer
 from mhe_dist.bank.saved_rows import SavedRows
@@ -38,6 +39,8 @@ class HeadSpec:
         dtype: type in which the head computes (float64 in proofs).
         folder: where `file` memory puts the rows.
         epoch_steps: steps of an epoch.
+        tf32: whether a GPU computes the products of a training step in TF32; None: as the process
+            is set.
     """
 
     config: HeadConfig
@@ -48,6 +51,7 @@ class HeadSpec:
     dtype: torch.dtype = torch.float32
     folder: str | Path | None = None
     epoch_steps: float = 0.0
+    tf32: bool | None = None
 
     @property
     def repartition_steps(self) -> int:
@@ -140,6 +144,18 @@ class RowHead(Head):
         Here none: a full softmax needs all rows, and prefetching single rows does not pay.
         """
         return torch.empty(0, dtype=torch.int64)
+
+    def host_metrics(self) -> dict[str, float]:
+        """Where a GPU uses rows of the host: the share that was fetched ahead, and waits.
+
+        `rows_ahead` is that share of the rows read in the step, `rows_wait_s` the seconds that the
+        host waited until rows were stored.
+        """
+        if self.spec.config.bank.memory == "device" or self.topology.device.type == "cpu":
+            return {}
+        traffic = self.bank.take_traffic() or RemoteTraffic()
+        ahead = traffic.ahead / traffic.units if traffic.units else 1.0
+        return {"rows_ahead": ahead, "rows_wait_s": traffic.wait_s}
 
     def begin(self, step: int) -> None:
         """Set what depends on the number of the step; all ranks must call."""

@@ -35,7 +35,9 @@ from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 
-_COMMON = ("groups", "on_bad_label")
+_COMMON = ("groups", "on_bad_label", "matmul")
+# `matmul` -> whether a GPU's products are in TF32; auto leaves what the process is set to.
+_TF32 = {"auto": None, "float32": False, "tf32": True}
 
 
 def create_head(
@@ -69,8 +71,8 @@ def create_head(
             where the process group carries no CUDA tensors (gloo).
         steps_per_epoch: needed for the option `repartition_every` alone.
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
-            ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups` and
-            `on_bad_label`.
+            ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
+            `on_bad_label` and `matmul` (auto: as torch is set in this process).
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
@@ -93,6 +95,7 @@ def create_head(
         dtype=dtype,
         folder=config.bank.path or None,
         epoch_steps=steps_per_epoch,
+        tf32=_TF32[config.matmul],
     )
     return StandaloneHead(build_head(spec, topology), spec, topology)
 

@@ -8,21 +8,45 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 SWITCH = "MHE_KERNELS"  # the environment variable that turns kernels off
 MAX_WIDTH = 1024  # of rows: a program holds whole ones
+# Types of the tensors that kernels compute on. Other subclasses of Tensor stand for something else.
+# A device that computes nothing adds its own, and takes the place of `launch`.
+KERNEL_TENSORS: set[type] = {Tensor}
+
+
+class KernelTraffic(NamedTuple):
+    """Bytes of device memory that a launch reads and writes."""
+
+    read: int
+    written: int
 
 
 def use_kernels(*tensors: Tensor) -> bool:
     """Whether kernels compute on all of `tensors`.
 
-    Never on subclasses of Tensor: they stand for something else, such as a device that computes
-    nothing. `MHE_KERNELS=0` in the environment turns all kernels off.
+    `MHE_KERNELS=0` in the environment turns all kernels off.
     """
-    plain_cuda = all(type(tensor) is Tensor and tensor.is_cuda for tensor in tensors)
+    plain_cuda = all(type(tensor) in KERNEL_TENSORS and tensor.is_cuda for tensor in tensors)
     return plain_cuda and _triton_installed() and os.environ.get(SWITCH) != "0"
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], traffic: KernelTraffic, *arguments: Any, **constants: Any
+) -> None:
+    """Launch a Triton kernel.
+
+    Args:
+        kernel: what `triton.jit` made.
+        grid: its programs.
+        traffic: what it moves, for those who count.
+        *arguments, **constants: of the kernel.
+    """
+    kernel[grid](*arguments, **constants)
 
 
 @cache

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mhe_dist.kernels import dispatch
+from mhe_dist.kernels.dispatch import KernelTraffic
+
 _TILE = 4096  # values of a program's tile
 
 
@@ -62,7 +65,12 @@ def sgd_rows(
     columns = triton.next_power_of_2(width)
     rows = min(triton.next_power_of_2(length), max(1, _TILE // columns))
     g, a, e, b = (_contiguous(part) for part in gradient[:4])
-    _sgd_kernel[(len(local), triton.cdiv(length, rows))](
+    stored = len(local) * weight[0].nbytes * (1 if velocity is None else 2)
+    given = sum(part.nbytes for part in (g, a, e, b, local) if part is not None)
+    dispatch.launch(
+        _sgd_kernel,
+        (len(local), triton.cdiv(length, rows)),
+        KernelTraffic(stored + given, stored),
         weight,
         weight if velocity is None else velocity,
         local,
@@ -100,8 +108,17 @@ def round_rows(rows: Tensor, units: Tensor, key: int) -> Tensor:
     rounded = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
     size = rows[0].numel() if len(rows) else 0
     if size:
-        grid = (len(rows), triton.cdiv(size, _TILE))
-        _round_kernel[grid](rows.contiguous(), rounded, units, as_int32(key), size, block=_TILE)
+        dispatch.launch(
+            _round_kernel,
+            (len(rows), triton.cdiv(size, _TILE)),
+            KernelTraffic(rows.nbytes + units.nbytes, rounded.nbytes),
+            rows.contiguous(),
+            rounded,
+            units,
+            as_int32(key),
+            size,
+            block=_TILE,
+        )
     return rounded
 
 

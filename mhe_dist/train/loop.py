@@ -45,7 +45,7 @@ class StepInfo:
     Attributes:
         step: its number, from 0.
         lr: learning rate of the backbone.
-        metrics: name -> device scalar whose mean over ranks is that over the global batch.
+        metrics: name -> device scalar, or number, whose mean over ranks is that of the step.
         samples: digest of the keys of the global batch, the same for any W.
         images: images of the global batch.
         wait_s: seconds this rank waited for data.
@@ -54,7 +54,7 @@ class StepInfo:
 
     step: int
     lr: float
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Tensor | float]
     samples: str
     images: int
     wait_s: float
@@ -108,7 +108,7 @@ class Loop:
             self._now("the update of the head's rows", batch.step)
             with self.head_time.running():
                 self.head.step(lr)
-            metrics = _mean(outputs)
+            metrics: dict[str, Tensor | float] = {**_mean(outputs), **self.head.host_metrics()}
             if (norm := self.engine.grad_norm()) is not None:
                 metrics["grad_norm"] = norm.detach()
             images = int((exchanged.labels != NO_SAMPLE).sum())

@@ -53,7 +53,7 @@ class MetricsAccumulator:
         self._topology = topology
         self._clear()
 
-    def add_loss(self, step: int, loss: Tensor) -> None:
+    def add_loss(self, step: int, loss: Value) -> None:
         """Add what a head returned for one micro-batch (`HeadOutput.loss`).
 
         The mean over a rank's micro-batches and over ranks is the mean loss over the global

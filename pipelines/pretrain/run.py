@@ -17,6 +17,7 @@ from mhe_dist.config.schema import CheckpointConfig, Config
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
+from mhe_dist.engine.settings import resolve_head_matmul
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
@@ -87,7 +88,7 @@ class Run:
             int(config.scale.zero_stage),
             config.run.seed,
         )
-        self.head = _make_head(config, self.index, topology)
+        self.head = _make_head(config, self.index, topology, self.engine.precision)
         self.store = CheckpointStore(
             f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
         )
@@ -287,7 +288,7 @@ def initial_model(config: Config, device: torch.device) -> torch.nn.Module:
     return model
 
 
-def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
+def _make_head(config: Config, index: ShardIndex, topology: Topology, precision: str) -> Head:
     folder = config.head.bank.path or f"{config.run.path}/bank"
     spec = HeadSpec(
         config.head,
@@ -297,6 +298,7 @@ def _make_head(config: Config, index: ShardIndex, topology: Topology) -> Head:
         config.train.micro_batches,
         folder=folder,
         epoch_steps=samples_per_epoch(index) / config.train.global_batch,
+        tf32=resolve_head_matmul(config.head.matmul, precision, topology.device),
     )
     return build_head(spec, topology)
 

@@ -82,7 +82,9 @@ CHANGE_RULES = (
     ),
     ChangeRule(("data.augment.*",), "by name", "random changes of the images"),
     ChangeRule(
-        ("train.precision", "model.grad_checkpointing", "model.compile"), "by name", "rounding"
+        ("train.precision", "head.matmul", "model.grad_checkpointing", "model.compile"),
+        "by name",
+        "rounding",
     ),
     ChangeRule(
         ("run.seed", "data.*", "train.global_batch", "train.micro_batch"),

@@ -22,6 +22,7 @@ from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.gathered.selection import GatheredBatch, Selection, positions_in
 from mhe_dist.heads.gathered.softmax import GatheredSoftmax, SelectedRows
+from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 
@@ -103,6 +104,7 @@ class GatheredHead(RowHead):
         seen = torch.full_like(accuracy, self.classes_seen(batch.units[batch.mine]) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
+    @with_chosen_products
     def _score(
         self, norms: Tensor | None, batch: GatheredBatch, features: Tensor, with_grad: bool
     ) -> FusedOutput:
@@ -127,6 +129,7 @@ class GatheredHead(RowHead):
         return FusedOutput(losses[batch.mine].sum(), gradient, correct[batch.mine].sum())
 
     @torch.no_grad()
+    @with_chosen_products
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         if self._gradient is not None:

@@ -153,10 +153,7 @@ class GatheredSoftmax:
 
     def _unit_rows(self, chunk: _Chunk) -> Tensor:
         """What features are multiplied with `[rows, width]`."""
-        rows = self.class_rows.bank.read(chunk.units).flatten(0, 1)
-        if not self.class_rows.margin.normalised:
-            return rows
-        return rows * self.class_rows.inverse_norms(rows).unsqueeze(1)
+        return self.class_rows.read_unit_rows(chunk.units).flatten(0, 1)
 
     def _cosines(self, chunk: _Chunk, rows: Tensor | None = None) -> Tensor:
         """Scaled cosines `[n, rows]`, -inf where a sample sees nothing."""

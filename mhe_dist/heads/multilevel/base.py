@@ -27,6 +27,7 @@ from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
 from mhe_dist.heads.multilevel.rows import Level, ReplicatedRows, ShardedLevel
+from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.row_head import HeadSpec, NormTracker
 
 
@@ -189,6 +190,7 @@ class LevelHead(Head):
         classes_seen = torch.full_like(correct, sum(seen) * weight)
         return HeadOutput(loss, {"accuracy": correct, "classes_seen": classes_seen})
 
+    @with_chosen_products
     def _score(
         self, labels: Tensor, index: Tensor, seen: list[int], embeddings: Tensor, with_grad: bool
     ) -> FusedOutput:
@@ -216,6 +218,7 @@ class LevelHead(Head):
         return FusedOutput(loss.losses.sum(), gradient, correct)
 
     @torch.no_grad()
+    @with_chosen_products
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         if self._samples:

@@ -178,7 +178,7 @@ class Scorer:
             torch.empty(count, limit, dtype=torch.int64, device=device),
         )
         for chunk in self._chunks:
-            cosine = self._cosine(chunk, self.level.bank.read(chunk.units))
+            cosine = self._cosine(chunk, *self._rows(chunk))
             if self._kept is not None:
                 self._kept.append(cosine)
             scores.targets[chunk.target_pairs] = cosine[chunk.targets]
@@ -202,13 +202,13 @@ class Scorer:
         weights = self.features.new_empty(count, length)
         radial, gradient = torch.empty_like(weights), self.features.new_empty(count, self.width)
         for number, chunk in enumerate(self._chunks):
-            rows = self.level.bank.read(chunk.units)
-            cosine = self._cosine(chunk, rows) if self._kept is None else self._kept[number]
+            rows, inverse = self._rows(chunk)
+            kept = self._kept
+            cosine = self._cosine(chunk, rows, inverse) if kept is None else kept[number]
             logits, index = self._logits(self._others(chunk, cosine)), chunk.pairs
             weight = self.objective.derivative(logits, normaliser[index].unsqueeze(-1))
             weight = weight * self.scale
             weight[chunk.targets] = target_grad[chunk.target_pairs]
-            inverse = self._inverse_norms(rows)
             weight.mul_(inverse)
             gradient[index] = torch.bmm(weight, rows)
             radial[index] = (cosine * weight).mul_(inverse).mul_(-share)
@@ -222,16 +222,15 @@ class Scorer:
         """Columns of a row."""
         return self.features.shape[1]
 
-    def _cosine(self, chunk: _PairChunk, rows: Tensor) -> Tensor:
+    def _rows(self, chunk: _PairChunk) -> tuple[Tensor, Tensor]:
+        """Rows `[T, L, D]`, and `1 / |w|` `[T, 1, L]`, ones where rows are not normalised."""
+        rows, inverse = self.level.bank.read_for_products(chunk.units, self.level.normalised)
+        return rows, inverse.unsqueeze(1)
+
+    def _cosine(self, chunk: _PairChunk, rows: Tensor, inverse: Tensor) -> Tensor:
         """Cosines `[T, c, L]`; inner products where rows are not normalised."""
         features = self.features[self.samples[chunk.pairs]]
-        return torch.bmm(features, rows.transpose(1, 2)).mul_(self._inverse_norms(rows))
-
-    def _inverse_norms(self, rows: Tensor) -> Tensor:
-        """`1 / |w|` `[T, 1, L]` of rows `[T, L, D]`, or ones where rows are not normalised."""
-        if not self.level.normalised:
-            return rows.new_ones(1, 1, 1)
-        return torch.linalg.vector_norm(rows, dim=-1).clamp_min_(1e-12).reciprocal_().unsqueeze(1)
+        return torch.bmm(features, rows.transpose(1, 2)).mul_(inverse)
 
     def _others(self, chunk: _PairChunk, cosine: Tensor) -> Tensor:
         """Cosines with -inf at targets and padding."""

@@ -21,6 +21,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import HeadOutput, check_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
+from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
 from mhe_dist.heads.routed.softmax import ExtraGradient, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
@@ -100,6 +101,7 @@ class MhsRoute(RowHead):
         sizes = {part.group: part.samples.stop - part.samples.start for part in dispatch.groups}
         return own + sum(extra[group] * size for group, size in sizes.items())
 
+    @with_chosen_products
     def _score(
         self,
         norms: Tensor | None,
@@ -125,6 +127,7 @@ class MhsRoute(RowHead):
         return FusedOutput(scores.losses.sum(), scores.gradient, scores.correct.sum())
 
     @torch.no_grad()
+    @with_chosen_products
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         lr *= self.spec.config.optim.lr_scale

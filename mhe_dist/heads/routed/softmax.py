@@ -158,8 +158,8 @@ def _score_own(
     for chunk in chunks:
         position = chunk.index.to(device, non_blocking=True)
         index = own[position]
-        rows = class_rows.bank.read(chunk.heads)
-        inverse = class_rows.inverse_norms(rows).unsqueeze(1)
+        rows, inverse = class_rows.read(chunk.heads)
+        inverse = inverse.unsqueeze(1)
         padding = class_rows.padding(chunk.heads)
         cosine = product(samples.features[index], rows.transpose(1, 2)).mul_(inverse)
         slot = slots[index].unsqueeze(-1)
@@ -217,11 +217,10 @@ class _ExtraPart:
         self.class_rows, self.samples, self.correction = class_rows, samples, correction
         self.part, self.group, self.count = part, part.group, len(heads)
         self.scale = class_rows.margin.scale
-        rows = class_rows.bank.read(heads)
         padding = class_rows.padding(heads)
         self.padding = None if padding is None else padding.view(-1)
-        self.rows = (rows * class_rows.inverse_norms(rows).unsqueeze(-1)).flatten(0, 1)
-        row_bytes = len(self.rows) * rows.element_size()
+        self.rows = class_rows.read_unit_rows(heads).flatten(0, 1)
+        row_bytes = len(self.rows) * self.rows.element_size()
         self.slice = max(1, LOGITS_BYTES // (4 * row_bytes))
         kept = (part.samples.stop - part.samples.start) * row_bytes <= LOGITS_BYTES
         self.kept: dict[int, _Exponentials] | None = {} if kept else None

@@ -9,7 +9,7 @@ Limits:
 - A CUDA build without a driver refuses autograd's engine: call `autograd.backward` instead.
 - A dispatch mode belongs to one thread: while the device is in use, thread pools work at once, in
   the thread that asks.
-- Kernels of `mhe_dist.kernels` do not run on fake tensors: what is counted is the eager definition.
+- A launch of a kernel of `mhe_dist.kernels` counts with the traffic that its caller states.
 - All fake tensors have the same `data_ptr`: code that copies unless two are equal does not copy.
 - Launches are a lower bound (see `costs.py`); the peak is that of the tensors, without what the
   caching allocator loses.
@@ -31,6 +31,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mhe_dist.distributed import transfer
+from mhe_dist.kernels import dispatch
+from mhe_dist.kernels.dispatch import KernelTraffic
 from pipelines.bench.fake_cuda import autograd
 from pipelines.bench.fake_cuda.costs import OpCost, op_cost, tensors_in
 from pipelines.bench.fake_cuda.ledger import Kind, Ledger
@@ -146,6 +149,15 @@ class FakeCuda(FakeTensorMode):
         for _ in range(launches):
             self.ledger.add("kernel", op, read=read, written=written, flops=flops)
 
+    def launch_kernel(
+        self, kernel: Any, grid: Any, traffic: KernelTraffic, *arguments: Any, **constants: Any
+    ) -> None:
+        """What stands for `dispatch.launch`: nothing is computed."""
+        strangers = [x for x in arguments if isinstance(x, Tensor) and not _is_fake(x)]
+        if strangers:
+            raise RuntimeError(f"{kernel.__name__}: an argument is on the host, not on the device")
+        self.ledger.add("kernel", kernel.__name__, read=traffic.read, written=traffic.written)
+
     def _faked(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
 
@@ -227,6 +239,9 @@ def fake_cuda(answer: Answer | None = None) -> Iterator[FakeCuda]:
         (torch.Tensor, "record_stream", lambda tensor, stream: None),
         (torch.autograd, "grad", autograd.grad),
         (ThreadPoolExecutor, "submit", _run_at_once),
+        (transfer, "pin_in_place", lambda values, owner: gpu._pin(values) is values),
+        (dispatch, "KERNEL_TENSORS", {FakeTensor}),
+        (dispatch, "launch", gpu.launch_kernel),
     ]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

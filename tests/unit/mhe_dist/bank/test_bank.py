@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.bank import row_store
 from mhe_dist.bank.bank import Bank, round_stochastically
-from mhe_dist.bank.row_store import RowPrefetcher
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)
@@ -200,19 +198,3 @@ def rss_of(path: Path) -> int:
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
     next(line for line in lines if line.endswith(str(path)))
     return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
-
-
-def test_rows_ahead_are_those_that_were_asked_for_and_not_changed_since() -> None:
-    rows = torch.arange(24.0).view(6, 2, 2)
-    prefetcher = RowPrefetcher(rows, torch.device("cpu"))
-    assert prefetcher.take(np.array([1])) is None
-    prefetcher.start(np.array([4, 1, 2]))
-    taken = prefetcher.take(np.array([2, 4]))
-    assert taken is not None
-    assert torch.equal(taken, rows[[2, 4]])
-    assert prefetcher.take(np.array([2, 3])) is None
-    prefetcher.mark_outdated(np.array([2, 5]))
-    assert prefetcher.take(np.array([1, 2])) is None
-    prefetcher.mark_outdated(slice(4, 6))
-    assert prefetcher.take(np.array([4])) is None
-    assert torch.equal(prefetcher.take(np.array([1])), rows[[1]])

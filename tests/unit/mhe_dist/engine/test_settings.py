@@ -9,6 +9,7 @@ from torch import nn
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
+from mhe_dist.engine.settings import resolve_head_matmul
 from tests.conftest import run_ranks
 
 
@@ -42,3 +43,17 @@ def test_a_float32_run_has_no_tf32_and_deterministic_kernels(flags) -> None:
 
 def test_a_bf16_run_looks_for_the_fastest_kernels(flags) -> None:
     assert flags["bf16"] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision", "device", "tf32"),
+    [
+        ("auto", "bf16", "cuda", True),
+        ("auto", "float32", "cuda", False),
+        ("tf32", "float32", "cuda", True),
+        ("float32", "bf16", "cuda", False),
+        ("tf32", "bf16", "cpu", False),
+    ],
+)
+def test_what_head_matmul_comes_to(setting: str, precision: str, device: str, tf32: bool) -> None:
+    assert resolve_head_matmul(setting, precision, torch.device(device)) is tf32

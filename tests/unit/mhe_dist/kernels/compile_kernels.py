@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhe_dist.kernels import extra_softmax, row_update
+from mhe_dist.kernels import row_read, row_update
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
 CARDS = {86: 99 << 10, 90: 227 << 10}
@@ -35,20 +35,11 @@ def row_update_cases() -> Iterator[Case]:
     yield row_update._round_kernel, types, {"block": 4096}
 
 
-def softmax_cases() -> Iterator[Case]:
-    kernels = (
-        extra_softmax._log_sum_kernel,
-        extra_softmax._feature_gradient_kernel,
-        extra_softmax._row_gradient_kernel,
-    )
-    types = {"hidden": "*i8", "columns_of": "*i64", "count": "i32", "row_count": "i32"}
-    types |= {"scale": "fp32", "split": "i32"}
-    tile = {"samples": extra_softmax._SAMPLES, "tile": extra_softmax._ROWS}
-    tile["columns"] = extra_softmax._COLUMNS
-    flags = {"threshold": 0.4, "head": 128, "width": 512, "has_hidden": True, **tile}
-    for kernel in kernels:
-        pointers = set(kernel.arg_names) - set(types) - set(flags)
-        yield kernel, dict.fromkeys(pointers, "*fp32") | types, flags
+def row_read_cases() -> Iterator[Case]:
+    for rows, scaled in (("*fp32", True), ("*bf16", False)):
+        types = {"weight": rows, "local": "*i64", "rows": "*fp32", "inverses": "*fp32"}
+        flags = {"length": 128, "width": 512, "block_rows": 8, "block_columns": 512}
+        yield row_read._read_kernel, types, flags | {"scaled": scaled}
 
 
 def compiled(case: Case, capability: int) -> Any:
@@ -64,7 +55,7 @@ def compiled(case: Case, capability: int) -> Any:
 
 
 def main() -> None:
-    for case in (*row_update_cases(), *softmax_cases()):
+    for case in (*row_update_cases(), *row_read_cases()):
         for capability, limit in CARDS.items():
             shared = compiled(case, capability).metadata.shared
             print(f"{case[0].__name__} sm_{capability}: {shared} bytes of shared memory")
