@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick chaos cluster check format install constraints clean
+.PHONY: help train test quick chaos cluster gpu check format install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -34,6 +34,9 @@ chaos: $(INSTALLED)  ## Many random faults; the seed is printed, MHE_CHAOS_SEED=
 
 cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone: two minutes of make test
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
+
+gpu: $(INSTALLED)  ## What only a GPU can show, on one GPU: at most eight minutes; table and runs/gpu/gpu.json
+	$(BIN)/python -m pipelines.bench.gpu --out runs/gpu
 
 check: $(INSTALLED)  ## Format, lint and types, without changing a file
 	$(BIN)/ruff format --check .

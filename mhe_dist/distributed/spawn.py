@@ -21,6 +21,7 @@ def run_ranks(
     world_size: int,
     *args: Any,
     gpu: bool = False,
+    shared: bool = False,
     timeout_s: float = 60.0,
     start_method: str = "spawn",
 ) -> list[Any]:
@@ -31,6 +32,7 @@ def run_ranks(
         world_size: W.
         args: of the function; they are pickled.
         gpu: whether each rank has a GPU, with NCCL; else it sees none, with gloo.
+        shared: whether all ranks have the same GPU, the first one.
         timeout_s: of a collective.
         start_method: of `multiprocessing`; "forkserver" is quicker and shares what was imported.
     """
@@ -38,7 +40,7 @@ def run_ranks(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        settings = (fn, world_size, port, folder, gpu, timeout_s, args)
+        settings = (fn, world_size, port, folder, gpu, shared, timeout_s, args)
         mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
@@ -52,12 +54,14 @@ def _rank_main(
     port: int,
     folder: str,
     gpu: bool,
+    shared: bool,
     timeout_s: float,
     args: tuple[Any, ...],
 ) -> None:
     prepare_rank(gpu)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    local_rank = 0 if shared else rank
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     topology = connect(timeout_s, rank_device(gpu))
     result = fn(topology, *args)

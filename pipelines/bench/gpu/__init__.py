@@ -1,0 +1,1 @@
+"""What only a GPU can show, in one command of at most eight minutes."""

@@ -1,0 +1,144 @@
+"""Triton kernels against the eager code that defines them: the same results, and how much faster.
+
+On a CPU they run in Triton's interpreter, which `__main__` switches on before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Final
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from mhe_dist.bank.bank import Bank, round_stochastically
+from mhe_dist.bank.row_optim import Dense, RowSGD
+from mhe_dist.kernels.dispatch import SWITCH
+from pipelines.bench.gpu.agreement import relative
+from pipelines.bench.gpu.findings import GpuFindings, GpuSettings, seconds_of
+
+CLOSE: Final = 1e-5
+
+
+def measure(settings: GpuSettings, found: GpuFindings) -> None:
+    """Each kernel."""
+    if find_spec("triton") is None:
+        found.leave_out("kernels", "Triton is not installed")
+        return
+    kernels = {"row read": _row_read, "row update": _row_update, "rounding": _rounding}
+    for name, measure_kernel in kernels.items():
+        with found.attempt(name):
+            measure_kernel(settings, found)
+
+
+def _row_read(settings: GpuSettings, found: GpuFindings) -> None:
+    """Normalised rows of a bank, every other unit."""
+    from mhe_dist.kernels.row_read import read_rows
+
+    bank = _touched_bank(settings)
+    every_other = torch.arange(0, len(bank.units), 2)
+    weight, local = bank.stored["weight"], every_other.to(settings.torch_device)
+
+    def by_definition() -> Tensor:
+        return bank.read_for_products(every_other, True, scaled=True)[0]
+
+    with eager():
+        error = relative(read_rows(weight, local, True)[0], by_definition())
+        found.check("row read equals its definition", error <= CLOSE, f"differs by {error:.1e}")
+        moved = weight.nbytes  # half of the rows, read and written
+        _speed(
+            settings,
+            found,
+            "row read",
+            lambda: read_rows(weight, local, True)[0],
+            by_definition,
+            moved,
+        )
+
+
+def _touched_bank(settings: GpuSettings) -> Bank:
+    """A bank of noise with momentum."""
+    units, length, width = (4, 4, 16) if settings.small else (2048, 128, 512)
+    random = torch.Generator(settings.torch_device).manual_seed(1)
+    rows = torch.randn(units, length, width, generator=random, device=settings.torch_device)
+    bank = Bank(
+        range(units),
+        length,
+        width,
+        lambda numbers: rows[numbers.to(rows.device)],
+        {"momentum": None},
+        device=settings.torch_device,
+    )
+    bank.touch(bank.units)
+    return bank
+
+
+def _row_update(settings: GpuSettings, found: GpuFindings) -> None:
+    """Momentum SGD on dense gradients of the normalised rows, as extra heads have them."""
+    from mhe_dist.kernels.row_update import RowFactors, sgd_rows
+
+    bank = _touched_bank(settings)
+    every = torch.arange(len(bank.units))
+    weight, local = bank.read(every), every.to(settings.torch_device)
+    velocity, g = torch.zeros_like(weight), torch.randn_like(weight)
+
+    def by_kernel() -> None:
+        gradient = RowFactors(g, None, None, None, of_normalised=True)
+        sgd_rows(weight, velocity, local, gradient, 0.1, 0.9, 1e-4)
+
+    def by_definition() -> None:
+        RowSGD(0.9, 1e-4).update(bank, every, Dense(g.clone(), None, True), 0.1, 0)
+
+    by_kernel()
+    with eager():
+        by_definition()
+        error = relative(weight, bank.read(every))
+        found.check("row update equals its definition", error <= CLOSE, f"differs by {error:.1e}")
+        _speed(settings, found, "row update", by_kernel, by_definition, 4 * weight.nbytes)
+
+
+def _rounding(settings: GpuSettings, found: GpuFindings) -> None:
+    from mhe_dist.kernels.row_update import round_rows
+
+    units, size = (3, 100) if settings.small else (2048, 65536)
+    rows = torch.randn(units, 1, size, device=settings.torch_device)
+    numbers = torch.arange(units, device=settings.torch_device)
+    expected = round_stochastically(rows, numbers, 7).view(torch.int16)
+    same = torch.equal(round_rows(rows, numbers, 7).view(torch.int16), expected)
+    found.check("rounding has the bits of its definition", same)
+    _speed(
+        settings,
+        found,
+        "rounding",
+        lambda: round_rows(rows, numbers, 7),
+        lambda: round_stochastically(rows, numbers, 7),
+        rows.nbytes * 3 // 2,
+    )
+
+
+def _speed(
+    settings: GpuSettings,
+    found: GpuFindings,
+    name: str,
+    kernel: Callable[[], Tensor | None],
+    definition: Callable[[], Tensor | None],
+    moved: int,
+) -> None:
+    """Milliseconds of both, and the bytes per second of what a kernel must move."""
+    if not settings.on_gpu:
+        return
+    seconds = seconds_of(settings, kernel)
+    found.figure(f"{name}: kernel", seconds * 1e3, "ms")
+    found.figure(f"{name}: definition", seconds_of(settings, definition) * 1e3, "ms")
+    found.figure(f"{name}: kernel moves", moved / seconds / 1e9, "GB/s")
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Kernels are switched off inside."""
+    with mock.patch.dict(os.environ, {SWITCH: "0"}):
+        yield
