@@ -16,6 +16,8 @@ from mhe_dist.backbone.ema import backbone_weights
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
 
+SHORTEST_ROW = 0.02  # of an embedding layer's weights; timm's classifiers have 0.2 and more
+
 
 class Backbone(nn.Module):
     """Images `[B, 3, H, W]` -> embeddings `[B, D]`.
@@ -86,6 +88,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
             f"model.kwargs={config.kwargs}: {config.name} does not accept them for images of "
             f"{image_size} pixels: {error}"
         ) from error
+    _refresh_embedding_layer(net)
     if config.grad_checkpointing:
         try:
             net.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -164,6 +167,22 @@ def fold_neck(model: Backbone) -> nn.Module:
     layer.weight.copy_(layer.weight.double() * scale[:, None])
     layer.bias.copy_(bias)
     return net
+
+
+@torch.no_grad()
+def _refresh_embedding_layer(net: nn.Module) -> None:
+    """Draw the embedding layer anew where its weights are zero, or nearly.
+
+    As a classifier it may begin there. But a head looks at the direction of an embedding: that of
+    zero has no gradient, and that of a tiny one a huge one. The new rows have length 1.
+    """
+    found = _classifier(net) if hasattr(net, "get_classifier") else None
+    parts = nn.ModuleList(found if isinstance(found, tuple | list) else [found])
+    for layer in parts.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            rows = layer.weight.flatten(1)
+            if rows.norm(dim=1).mean() < SHORTEST_ROW:
+                nn.init.normal_(layer.weight, std=rows.shape[1] ** -0.5)
 
 
 def _classifier(net: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ class FusedOutput(NamedTuple):
     Attributes:
         loss: sum of the losses.
         gradient: of that sum with respect to the features, `[n, width]`; overwritten.
-        correct: number of samples whose target has the highest cosine of all classes seen.
+        correct: number of samples whose target has a higher cosine than every other class seen.
     """
 
     loss: Tensor

@@ -96,14 +96,16 @@ class GatheredSoftmax:
         self.room = LOGITS_BYTES
 
     def normalise(self) -> tuple[Tensor, Tensor]:
-        """First pass: losses `[n]`, and 1 where no class seen has a higher cosine `[n]`.
+        """First pass: losses `[n]`, and 1 where the target beats every other class seen `[n]`.
 
         The same on every rank; all ranks must call.
         """
         for chunk in self._chunks():
             logits = self._cosines(chunk)
-            self.highest = torch.maximum(self.highest, logits.amax(1))
             self._apply_margin(logits, chunk)
+            # The target counts no more: were it among the others, equal embeddings would be right.
+            logits[chunk.samples, chunk.columns] = float("-inf")
+            self.highest = torch.maximum(self.highest, logits.amax(1))
             self._finish(logits, chunk)
             self.log_sum = torch.logaddexp(self.log_sum, logits.logsumexp(1))
             self._keep(logits, chunk)
@@ -112,7 +114,7 @@ class GatheredSoftmax:
         sums = torch.stack([(self.log_sum - top).exp(), self.target, self.with_margin])
         total, target, with_margin = all_reduce(sums, self.topology)
         self.log_sum = top + total.log()
-        return self.log_sum - with_margin, (target >= highest).to(target.dtype)
+        return self.log_sum - with_margin, (target > highest).to(target.dtype)
 
     def gradients(self, rows_gradient: Tensor, share: float) -> Tensor:
         """Second pass: gradient of the sum of the losses.

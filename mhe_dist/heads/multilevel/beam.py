@@ -120,8 +120,8 @@ class LevelPass:
 
     @property
     def correct(self) -> Tensor:
-        """Whether no class of the level that was scored has a better path than the best target."""
-        return self.present.any(1) & (self.target_paths.amax(1) >= self.paths.amax(1))
+        """Whether the best target has a better path than all other classes that were scored."""
+        return self.present.any(1) & (self.target_paths.amax(1) > self.paths.amax(1))
 
     def classes_seen(self) -> int:
         """Classes scored, summed over this rank's samples."""

@@ -61,7 +61,7 @@ class RoutedScores(NamedTuple):
     Attributes:
         losses: `[n]` of the samples in sorted order.
         gradient: of the sum of the losses with respect to the features `[n, D]`.
-        correct: `[n]`, 1 where no class seen has a higher cosine than the target.
+        correct: `[n]`, 1 where the target has a higher cosine than every other class seen.
         own: the gradient of the rows of own heads, scaled by `share`.
     """
 
@@ -73,7 +73,11 @@ class RoutedScores(NamedTuple):
 
 @dataclass
 class _Samples:
-    """What is known of the samples, in sorted order, while chunks of rows are read."""
+    """What is known of the samples, in sorted order, while chunks of rows are read.
+
+    `highest` is the highest cosine of classes other than the target: were the target among them, a
+    network that gives every image the same embedding would score as perfect.
+    """
 
     features: Tensor
     norms: Tensor | None
@@ -138,7 +142,7 @@ def routed_softmax(
     own = _score_own(class_rows, samples, dispatch, chunks, share)
     for part in parts:
         part.finish(None if sums is None else sums[part.group], dispatch.sample_numbers, share)
-    correct = (samples.target >= samples.highest).to(features.dtype)
+    correct = (samples.target > samples.highest).to(features.dtype)
     return RoutedScores(samples.losses, samples.gradient, correct, own)
 
 
@@ -168,7 +172,8 @@ def _score_own(
         logits = _logits(class_rows.margin, cosine, padding)
         logits.scatter_(-1, slot, phi.unsqueeze(-1) * scale)
         log_sum = log_add_exp(logits.logsumexp(-1), samples.log_sum[index])
-        highest = _hide_padding(cosine, padding).amax(-1)
+        highest = _hide_padding(cosine.scatter_(-1, slot, float("-inf")), padding).amax(-1)
+        cosine.scatter_(-1, slot, target.unsqueeze(-1))
         p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
         at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
         weight = p.scatter_(-1, slot, at_target).mul_(inverse * scale)
@@ -229,8 +234,7 @@ class _ExtraPart:
         """First pass: log-sum-exp and highest cosine over the extra heads."""
         samples, scale = self.samples, self.scale
         for where, inside, column in self._slices():
-            logits, highest = self._logits(where)
-            found = self._exponentials(logits, highest, where, inside, column)
+            found, highest = self._exponentials(where, inside, column)
             samples.log_sum[where] = found.values.sum(-1).log_().add_(found.peak)
             samples.highest[where] = highest / scale
             targets = inside + where.start
@@ -250,8 +254,7 @@ class _ExtraPart:
         samples, scale = self.samples, self.scale
         for where, inside, column in self._slices():
             if self.kept is None:
-                logits, highest = self._logits(where)
-                found = self._exponentials(logits, highest, where, inside, column)
+                found, _ = self._exponentials(where, inside, column)
             else:
                 found = self.kept.pop(where.start)
             p = found.values.mul_((found.peak - samples.log_sum[where]).exp_().unsqueeze(-1))
@@ -273,18 +276,16 @@ class _ExtraPart:
             slices.append((slice(start, stop), index, column))
         return slices
 
-    def _logits(self, where: slice) -> tuple[Tensor, Tensor]:
-        """Logits `[n, m * L]` without a margin, -inf at padding, and the highest of each sample."""
-        features = self.samples.features[where] * self.scale
-        logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
-        return logits, logits.amax(-1)
-
     def _exponentials(
-        self, logits: Tensor, highest: Tensor, where: slice, inside: Tensor, column: Tensor
-    ) -> _Exponentials:
-        """Apply margin, filter and correction to the logits, which are overwritten."""
+        self, where: slice, inside: Tensor, column: Tensor
+    ) -> tuple[_Exponentials, Tensor]:
+        """The exponentials of some samples, and the highest logit `[n]` of the other classes."""
         class_rows, scale = self.class_rows, self.scale
+        features = self.samples.features[where] * scale
+        logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
         target = logits[inside, column] / scale
+        logits[inside, column] = float("-inf")
+        highest = logits.amax(-1)
         phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))
         if threshold := class_rows.margin.filter:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
@@ -295,7 +296,7 @@ class _ExtraPart:
         logits[inside, column] = phi * scale
         peak = peak.index_put((inside,), torch.maximum(peak[inside], phi * scale))
         values = logits.sub_(peak.unsqueeze(-1)).exp_()
-        return _Exponentials(values, peak, target, phi, slope)
+        return _Exponentials(values, peak, target, phi, slope), highest
 
     def _correct(self, logits: Tensor, inside: Tensor, column: Tensor) -> None:
         """Add `log(1 / q)` to sampled negatives; q is the share of the other heads that is seen."""

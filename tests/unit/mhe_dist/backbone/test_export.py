@@ -129,6 +129,34 @@ def test_a_difference_is_refused(trained, tmp_path: Path, monkeypatch) -> None:
         export_timm(model, config, str(tmp_path / "timm"), images)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_a_difference_is_measured_by_its_element(scale: float) -> None:
+    """Small elements and small embeddings are compared as strictly as large ones."""
+    images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    table = torch.tensor([[3.0, 0.1], [-1.0, 0.2], [2.0, -0.1], [0.5, 0.0]]) * scale
+
+    def trained(inputs: torch.Tensor) -> torch.Tensor:
+        return table[((inputs[:, 0, 0, 0] + 1) * 127.5).round().long()]
+
+    def exported(inputs: torch.Tensor) -> torch.Tensor:
+        return trained(inputs) + torch.tensor([0.0, error * scale])
+
+    error = 1e-4
+    found = export._compare(trained, exported, [images, images[:1]], "file", 1e-3)
+    assert found == pytest.approx(error * scale, rel=0.05)
+    error = 1e-3
+    with pytest.raises(RunError, match=r"an element by 5\.0\de-03 of its own scale \(1e-03 is"):
+        export._compare(trained, exported, [images, images[:1]], "file", 1e-3)
+
+
+def test_a_model_that_says_nothing_is_not_exported(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    for tensor in model.neck.parameters():
+        nn.init.zeros_(tensor)
+    with pytest.raises(RunError, match="gives every image the embedding 0"):
+        export_timm(model, config, str(tmp_path / "timm"), images)
+
+
 @pytest.mark.slow
 def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     model, config, images = trained

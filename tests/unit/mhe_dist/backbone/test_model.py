@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -44,6 +45,33 @@ def test_embeds_images_of_the_configured_size(changes: dict[str, Any], size: int
     embeddings = model(torch.zeros(2, 3, size, size))
     assert embeddings.shape == (2, 12)
     assert embeddings.dtype == torch.float32
+
+
+EVA = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("mixer_s32_224", {}), ("eva02_tiny_patch14_224", EVA)]
+)
+@pytest.mark.parametrize("neck", ["none", "batchnorm"])
+def test_an_embedding_layer_does_not_begin_at_zero(
+    name: str, kwargs: dict[str, Any], neck: str
+) -> None:
+    """timm makes these classifiers zero, or a thousandth of what others are."""
+    model = build_backbone(config(name=name, kwargs=kwargs, neck=neck), 32)
+    found = model.net(torch.randn(8, 3, 32, 32))
+    assert 0.1 < found.std() < 10
+    torch.nn.functional.normalize(found).sum().backward()
+    first = next(p for p in model.parameters() if p.grad is not None)
+    assert 0 < first.grad.norm() < 1000
+
+
+def test_an_embedding_layer_of_usual_size_stays_as_timm_makes_it() -> None:
+    torch.manual_seed(3)
+    net = timm.create_model("resnet10t", num_classes=12, **SMALL).state_dict()
+    torch.manual_seed(3)
+    found = build_backbone(config(), 32).net.state_dict()
+    assert all(torch.equal(found[name], net[name]) for name in net)
 
 
 def test_embeddings_stay_float32_under_autocast() -> None:
