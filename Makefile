@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick chaos cluster gpu check format install constraints clean
+.PHONY: help train test quick chaos cluster gpu zoo check format install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone: two m
 
 gpu: $(INSTALLED)  ## What only a GPU can show, on one GPU: at most eight minutes; table and runs/gpu/gpu.json
 	$(BIN)/python -m pipelines.bench.gpu --out runs/gpu
+
+zoo: $(INSTALLED)  ## One model of each family of timm: three steps, both exports; goes on where it stopped
+	$(BIN)/python -m pipelines.bench.zoo --page docs/zoo.md
 
 check: $(INSTALLED)  ## Format, lint and types, without changing a file
 	$(BIN)/ruff format --check .

@@ -17,3 +17,8 @@ class Preempted(Exception):
     """
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.events import Event
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.connection import existing_cluster, local_cluster
+from launcher.ray_cluster.crash_log import find_crash
 from launcher.ray_cluster.elastic import RESIZE_CHECK_S, group_size
 from launcher.ray_cluster.environment import worker_environment, worker_resources
 from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, mailbox_name
@@ -98,7 +99,8 @@ class _TrainTask:
             ) from taken
         # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
         # the whole process, from native code, before anything can be tidied up.
-        self._task = task.remote(_worker_settings(config, self._mailbox))
+        self._settings = _worker_settings(config, self._mailbox)
+        self._task = task.remote(self._settings)
 
     def has_ended(self) -> bool:
         """Whether Ray Train has come to its end; waits a moment for that."""
@@ -127,7 +129,8 @@ class _TrainTask:
         try:
             ray.get(self._task)
         except ray.exceptions.RayError as failure:
-            raise RunError(_failure_message(failure)) from failure
+            logs, command = Path(self._settings["logs"]), self._settings["command"]
+            raise RunError(_failure_message(failure, logs, command)) from failure
 
 
 def forward_events(
@@ -215,10 +218,18 @@ def _to_exception(event: Event) -> Exception:
     return RunError(f"rank {event['rank']}: {event['message']}")
 
 
-def _failure_message(failure: BaseException) -> str:
-    """What ended Ray Train, in the words of the worker that failed first."""
+def _failure_message(failure: BaseException, logs: Path, command: str) -> str:
+    """What ended Ray Train, in the words of the worker that failed first.
+
+    Args:
+        failure: what Ray raised.
+        logs: folder of the workers' logs, if this node has them.
+        command: see `crash_log.find_crash`.
+    """
     failure = getattr(failure, "cause", None) or failure
     for rank, error in sorted(getattr(failure, "worker_failures", {}).items()):
+        if crash := find_crash(logs / f"rank_{rank}.log", command):
+            return f"worker {rank} was {crash}"
         cause = getattr(error, "cause", None) or error
         return f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
     return str(failure)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_backbone
 from launcher.ray_cluster.mailbox import EventSender, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
@@ -29,10 +31,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     if Path(settings["folder"]).is_dir():
         os.chdir(settings["folder"])
-    redirect_output(Path(settings["logs"]) / f"rank_{rank}.log")
+    log = Path(settings["logs"]) / f"rank_{rank}.log"
+    crash = find_crash(log, settings["command"])  # of the process that this one replaces
+    redirect_output(log, settings["command"])
     send = EventSender(settings["mailbox"])
     watch_stop(settings["mailbox"], preemption.request)
     try:
+        if crash:
+            _report_crash(crash, rank, send)
         _train(Config.model_validate(settings["config"]), send, settings["command"])
     except Preempted as stop:
         logger.warning("rank %d: %s", rank, stop)
@@ -52,6 +58,20 @@ def _train(config: Config, send: EventSender, command: str) -> None:
     run_pretraining(config, on_event=send, command=command)
 
 
+def _report_crash(crash: str, rank: int, send: EventSender) -> None:
+    """Tell how the rank's last process ended.
+
+    Raises:
+        UserError: the network itself killed it, and would kill this one.
+    """
+    if killed_by_backbone(crash):
+        raise UserError(
+            f"model.name: the network cannot be trained on this machine: its process was {crash}"
+        )
+    failed = {"message": crash, "kind": "Signal", "user": False, "final": False}
+    send({"event": "failed", "rank": rank, **failed})
+
+
 def _describe(error: Exception) -> dict[str, Any]:
     """What the driver must know: a `final` failure would come back after every restart."""
     return {
@@ -62,11 +82,16 @@ def _describe(error: Exception) -> dict[str, Any]:
     }
 
 
-def redirect_output(file: Path) -> None:
-    """Append all further output of this process, that of native libraries too, to `file`."""
+def redirect_output(file: Path, command: str = "") -> None:
+    """Append all further output of this process, that of native libraries too, to `file`.
+
+    If a signal kills it, the file says where Python was (`crash_log.find_crash` reads that).
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
+    faulthandler.enable(2, all_threads=False)
+    os.write(2, f"{begin_line(command)}\n".encode())
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)

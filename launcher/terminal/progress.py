@@ -89,6 +89,7 @@ class ProgressDisplay:
             "preempted": self._preempted,
             "diverged": self._diverged,
             "export": self._export,
+            "warning": self._warning,
             "failed": self._failed,
             "end": self._end,
             "waiting": lambda event: self.waiting(event["what"]),
@@ -170,6 +171,9 @@ class ProgressDisplay:
             f"[dim]exported {event['format']} to {escape(str(event['path']))}; largest difference "
             f"from the trained model {event['max_difference']:.1e}[/]"
         )
+
+    def _warning(self, event: Event) -> None:
+        self._say(f"[yellow]step {event['step']:,}  warning:[/] {escape(event['message'])}")
 
     def _failed(self, event: Event) -> None:
         first_line = event["message"].strip().splitlines()[0]

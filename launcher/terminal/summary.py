@@ -46,6 +46,8 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[Row]:
     yield "time", ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in phases)
     for failure in summary.get("failed_checkpoints", []):
         yield "checkpoint that failed", failure
+    for message in summary.get("warnings", []):
+        yield "warning", message
     if summary["resumed_from"]:
         yield "resumed from", summary["resumed_from"]
 

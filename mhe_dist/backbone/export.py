@@ -20,7 +20,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mhe_dist.backbone.model import Backbone, fold_neck, normalize_images, timm_arguments
+from mhe_dist.backbone.model import (
+    Backbone,
+    fold_neck,
+    normalize_images,
+    timm_arguments,
+    without_pretrained,
+)
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
@@ -90,7 +96,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
     from timm.models import save_for_hf
 
     size, dim = config.data.image_size, config.model.embedding_dim
-    arguments = timm_arguments(config.model, size)
+    arguments = timm_arguments(without_pretrained(config.model), size)
     net = fold_neck(model)
     net.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": config.model.name,

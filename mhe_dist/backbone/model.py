@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import logging
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -13,8 +16,11 @@ from torch import Tensor, nn
 import mhe_dist.backbone.iresnet
 from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.backbone.ema import backbone_weights
+from mhe_dist.backbone.hub import prompt_hub
 from mhe_dist.config.schema import ModelConfig
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 SHORTEST_ROW = 0.02  # of an embedding layer's weights; timm's classifiers have 0.2 and more
 
@@ -25,22 +31,30 @@ class Backbone(nn.Module):
     Attributes:
         net: the timm model; its classifier has D outputs.
         neck: BatchNorm1d over the embedding, or the identity.
+        unsafe_layer: name of a layer that must not see channels last on a CPU; or empty.
     """
 
     def __init__(self, net: nn.Module, neck: nn.Module) -> None:
         super().__init__()
         self.net = net
         self.neck = neck
+        self.unsafe_layer = _unsafe_layer(net)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings in float32, whatever autocast makes of the net."""
-        return self.neck(self.net(images).float())
+        return self.neck(self.net(self.arrange(images)).float())
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """The images in a memory layout that all layers can work with."""
+        if self.unsafe_layer and images.device.type == "cpu":
+            return images.contiguous()
+        return images
 
 
 def normalize_images(images: Tensor) -> Tensor:
     """What a backbone is fed with: uint8 `[B, 3, H, W]` -> float32 in [-1, 1], channels last.
 
-    Channels last is what convolutions like.
+    Channels last is what convolutions like; `Backbone` takes it back where a layer does not.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     return images.float().div_(127.5).sub_(1.0)
@@ -80,14 +94,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
         UserError: unknown model, arguments that it refuses, or a neck that cannot be folded.
     """
     check_model_name(config.name)
-    arguments = timm_arguments(config, image_size)
-    try:
-        net = timm.create_model(config.name, num_classes=config.embedding_dim, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"model.kwargs={config.kwargs}: {config.name} does not accept them for images of "
-            f"{image_size} pixels: {error}"
-        ) from error
+    net = _create(config, image_size)
     _refresh_embedding_layer(net)
     if config.grad_checkpointing:
         try:
@@ -103,13 +110,48 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
             f"model.neck=batchnorm: {config.name} ends with a BatchNorm of its own; use "
             f"model.neck=none"
         )
-    layer = _classifier(net)
+    layer = _classifier(net) if hasattr(net, "get_classifier") else None
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise UserError(
             f"model.neck=batchnorm: the classifier of {config.name} is not one linear layer with "
             f"a bias, which the neck could be folded into; use model.neck=none"
         )
     return Backbone(net, nn.BatchNorm1d(config.embedding_dim))
+
+
+def _create(config: ModelConfig, image_size: int) -> nn.Module:
+    """The timm model of a config."""
+    arguments = timm_arguments(config, image_size)
+    if (channels := arguments.get("in_chans", 3)) != 3:
+        raise UserError(
+            f"model.kwargs={config.kwargs}: in_chans={channels}, but images have 3 channels, grey "
+            "ones too; leave it out"
+        )
+    if (path := arguments.get("checkpoint_path")) and not Path(path).exists():
+        raise UserError(
+            f"model.kwargs={config.kwargs}: checkpoint_path={path} does not exist; it is a file of "
+            "timm's weights on each host (model.init_from takes URLs, too)"
+        )
+    try:
+        with prompt_hub() if arguments.get("pretrained") else nullcontext():
+            return timm.create_model(config.name, num_classes=config.embedding_dim, **arguments)
+    except OSError as error:
+        raise UserError(
+            f"model.kwargs={config.kwargs}: the weights of {config.name} cannot be had: "
+            f"{first_line(error)}; put them into the cache of this host (HF_HOME) while it is "
+            "connected, give a file by checkpoint_path or model.init_from, or leave pretrained out"
+        ) from error
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"model.kwargs={config.kwargs}: {config.name} does not accept them for images of "
+            f"{image_size} pixels: {error}"
+        ) from error
+
+
+def without_pretrained(config: ModelConfig) -> ModelConfig:
+    """The same network with fresh weights, for whoever overwrites or only counts them."""
+    kwargs = {k: v for k, v in config.kwargs.items() if k not in ("pretrained", "checkpoint_path")}
+    return config.model_copy(update={"kwargs": kwargs})
 
 
 def check_model_name(name: str) -> None:
@@ -139,7 +181,7 @@ def restore_backbone(config: ModelConfig, image_size: int, tensors: dict[str, Te
     """
     # Its fresh weights are overwritten, so they must not advance the run's generator.
     # Nor is there a backward pass to save memory for.
-    config = config.model_copy(update={"grad_checkpointing": False})
+    config = without_pretrained(config).model_copy(update={"grad_checkpointing": False})
     with torch.random.fork_rng(devices=[]):
         model = build_backbone(config, image_size)
     try:
@@ -169,6 +211,25 @@ def fold_neck(model: Backbone) -> nn.Module:
     return net
 
 
+def _unsafe_layer(net: nn.Module) -> str:
+    """The first layer whose backward pass writes beyond its memory with channels last on a CPU.
+
+    Seen in torch 2.14 on processors with AVX2: a convolution of 1 x 1 with a stride, of fewer than
+    8 channels (the stem of FastViT); the process dies by a signal. Twice that many are taken as
+    unsafe, for processors whose vectors are twice as long.
+    """
+    for name, layer in net.named_modules():
+        if (
+            isinstance(layer, nn.Conv2d)
+            and layer.kernel_size == (1, 1)
+            and layer.stride != (1, 1)
+            and layer.in_channels < 16
+        ):
+            logger.info("on a CPU the images stay channels first, because of the layer %s", name)
+            return name
+    return ""
+
+
 @torch.no_grad()
 def _refresh_embedding_layer(net: nn.Module) -> None:
     """Draw the embedding layer anew where its weights are zero, or nearly.
@@ -177,9 +238,9 @@ def _refresh_embedding_layer(net: nn.Module) -> None:
     zero has no gradient, and that of a tiny one a huge one. The new rows have length 1.
     """
     found = _classifier(net) if hasattr(net, "get_classifier") else None
-    parts = nn.ModuleList(found if isinstance(found, tuple | list) else [found])
-    for layer in parts.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+    parts = found if isinstance(found, tuple | list) else [found]
+    for layer in (layer for part in parts if part is not None for layer in part.modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.is_meta:
             rows = layer.weight.flatten(1)
             if rows.norm(dim=1).mean() < SHORTEST_ROW:
                 nn.init.normal_(layer.weight, std=rows.shape[1] ** -0.5)

@@ -14,7 +14,11 @@ from mhe_dist.backbone.model import Backbone
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, first_line
+
+# Of Lightning and many others; of arcface_torch's checkpoint_gpu_0.pt.
+_WRAPPERS = ("state_dict", "state_dict_backbone")
+_COUNTER = "num_batches_tracked"  # of BatchNorm: torch counts since 0.4.1, and needs it for nothing
 
 
 def load_pretrained(model: Backbone, source: str) -> None:
@@ -73,7 +77,7 @@ def _file(source: str) -> dict[str, Tensor]:
             found = torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"model.init_from={source}: not a file of weights alone ({_first_line(error)}); "
+            f"model.init_from={source}: not a file of weights alone ({first_line(error)}); "
             f"nothing in it was run"
         ) from error
     return _state(found, source)
@@ -81,8 +85,9 @@ def _file(source: str) -> dict[str, Tensor]:
 
 def _state(found: Any, source: str) -> dict[str, Tensor]:
     """The state dict in what a file holds; wrappers of others are taken off."""
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+    for wrapper in _WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"model.init_from={source}: holds {type(found).__name__}, no state dict")
     if all(name.startswith("module.") for name in found):
@@ -91,9 +96,15 @@ def _state(found: Any, source: str) -> dict[str, Tensor]:
 
 
 def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Copy the tensors in; every name must be there, with its shape, and no other."""
+    """Copy the tensors in; every name must be there, with its shape, and no other.
+
+    The counters of BatchNorm may be missing: older files have none.
+    """
+    fresh = module.state_dict()
+    absent = {n: t for n, t in fresh.items() if n.endswith(_COUNTER) and n not in tensors}
+    tensors = tensors | absent
     refuse_mismatch(
-        tensor_shapes(module.state_dict()),
+        tensor_shapes(fresh),
         tensor_shapes(tensors),
         f"model.init_from={source} is not of this model (model.name, model.kwargs, "
         "model.embedding_dim, model.neck)",
@@ -101,7 +112,3 @@ def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> N
         limit=6,
     )
     module.load_state_dict(tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

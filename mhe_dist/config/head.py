@@ -58,6 +58,9 @@ class BankConfig(ConfigSection):
         "float32", description="Stored type of rows; bfloat16 is rounded stochastically."
     )
     path: PathText = Field("", description="file: folder for the row files; empty: inside the run.")
+    init_length: PositiveFloat = Field(
+        1.0, description="Length that rows begin with; the shorter, the faster they turn."
+    )
 
 
 class HeadOptimConfig(ConfigSection):

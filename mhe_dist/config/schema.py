@@ -78,6 +78,9 @@ class OptimConfig(ConfigSection):
     momentum: Decay = Field(0.9, description="sgd: momentum.")
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="adamw: decay of both moments.")
     weight_decay: float = Field(5e-4, ge=0, description="Weight decay.")
+    decay_vectors: bool = Field(
+        False, description="Weight decay of vectors too: biases, the weights of norms, PReLU."
+    )
     schedule: Literal["constant", "cosine", "polynomial"] = Field(
         "cosine", description="Course of the learning rate after the warm-up."
     )

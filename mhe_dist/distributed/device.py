@@ -6,7 +6,9 @@ when a device is wanted.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from mhe_dist.errors import UserError
@@ -48,7 +50,12 @@ def choose_device(gpu: bool) -> DeviceChoice:
 
 
 def prepare_rank(gpu: bool) -> None:
-    """Set the environment of this process, which is a rank and nothing else."""
+    """Set the environment of this process, which is a rank and nothing else.
+
+    If native code kills it by a signal, stderr says where Python was.
+    """
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
     os.environ.update(choose_device(gpu).environment)
 
 

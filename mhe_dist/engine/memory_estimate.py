@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mhe_dist.backbone.model import build_backbone
+from mhe_dist.backbone.model import build_backbone, without_pretrained
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.config.schema import Config, OptimConfig
 from mhe_dist.engine.exact_reduce import sum_dtype
@@ -64,7 +64,7 @@ def estimate_memory(
         UserError: the backbone is unknown, or refuses its arguments.
     """
     with torch.device("meta"):
-        model = build_backbone(config.model, config.data.image_size)
+        model = build_backbone(without_pretrained(config.model), config.data.image_size)
     numel = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     stage = int(config.scale.zero_stage)

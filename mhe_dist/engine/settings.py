@@ -55,11 +55,12 @@ def set_float_kernels(precision: str) -> None:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over the trained parameters; vectors (biases, norms) do not decay."""
+    """SGD or AdamW over the trained parameters; `decay_vectors`: biases and norms decay too."""
+    of_vectors = config.weight_decay if config.decay_vectors else 0.0
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": of_vectors},
     ]
     groups = [g for g in groups if g["params"]]
     if config.kind == "sgd":

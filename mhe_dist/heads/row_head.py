@@ -60,14 +60,14 @@ class HeadSpec:
         return max(1, round(every * self.epoch_steps)) if every else 0
 
 
-def initial_std(width: int) -> float:
-    """Deviation of the first rows' noise: rows have a length of about 1.
+def initial_std(spec: HeadSpec) -> float:
+    """Deviation of the first rows' noise: rows have about the length `bank.init_length`.
 
     The step of a normalised row's direction is the learning rate over its squared length. At length
     1 the rows turn at the pace of the learning rate, whatever D is. Rows of a ninth of that length
     learnt half as well in as many steps on the glyph identities.
     """
-    return float(width**-0.5)
+    return float(spec.config.bank.init_length * spec.width**-0.5)
 
 
 def features_of(embeddings: Tensor, margin: Margin) -> Tensor:
@@ -212,7 +212,7 @@ class RowHead(Head):
         classes = to_device(classes, self.topology.device)
         key = seeds.derive(self.spec.seed, "class centres")
         rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
-        rows = rows.mul_(initial_std(self.spec.width)).masked_fill_(classes.view(-1, 1) < 0, 0.0)
+        rows = rows.mul_(initial_std(self.spec)).masked_fill_(classes.view(-1, 1) < 0, 0.0)
         rows = F.pad(rows, (0, self.width - self.spec.width))
         return rows.view(*classes.shape, self.width).to(self.spec.dtype)
 

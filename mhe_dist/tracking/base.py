@@ -21,6 +21,11 @@ class Tracker(Protocol):
         """What names the run, to go on with it after a restart; None where nothing does."""
         ...
 
+    @property
+    def problem(self) -> str:
+        """Why values do not arrive and will not by themselves; empty while all is well."""
+        ...
+
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Begin the record, or go on with it.
 
@@ -58,6 +63,7 @@ class NullTracker:
     """Keeps nothing: for all ranks but the first, and for tests."""
 
     run_id: str | None = None
+    problem = ""
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Keep nothing."""
@@ -87,6 +93,11 @@ class CombinedTrackers:
         """The first run id that one of the trackers has."""
         ids = (tracker.run_id for tracker in self._trackers)
         return next((run_id for run_id in ids if run_id), None)
+
+    @property
+    def problem(self) -> str:
+        """The problems of all of them."""
+        return "; ".join(tracker.problem for tracker in self._trackers if tracker.problem)
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Start each."""

@@ -68,7 +68,8 @@ def sync_mlflow(config: Config) -> int:
         tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
         tracker.close()
         if len(spool):
-            raise RunError(f"{len(spool)} of {waiting} records still wait: see the log")
+            cause = tracker.problem or "see the log"
+            raise RunError(f"{len(spool)} of {waiting} records still wait: {cause}")
     return waiting
 
 

@@ -31,6 +31,7 @@ class JsonlTracker:
     """
 
     run_id: str | None = None
+    problem = ""
 
     def __init__(self, path: str) -> None:
         """Args: path: the file, or its fsspec URL; its folder is made when it is missing."""

@@ -95,6 +95,7 @@ class MlflowTracker:
         self._lost = 0
         self._down = False
         self._cut_short = False
+        self._problem, self._last_error = "", ""
         self._thread = threading.Thread(target=self._run_thread, name="mlflow-tracker", daemon=True)
 
     @property
@@ -103,6 +104,11 @@ class MlflowTracker:
         if self._thread.is_alive():
             self._attempted.wait(_FIRST_ATTEMPT_S)
         return self._store.run_id
+
+    @property
+    def problem(self) -> str:
+        """What MLflow refused first, or what was still to be sent when the tracker was closed."""
+        return self._problem
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Begin to open the run. MLflow is imported here, on the caller's thread: about 2 s."""
@@ -138,19 +144,21 @@ class MlflowTracker:
 
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
-        if not self._thread.is_alive():
+        if not self._thread.is_alive() or self._closing.is_set():
             return
         self._deadline = time.monotonic() + _CLOSE_S
         self._closing.set()
         self._put(EndEntry(status))
         self._thread.join(_CLOSE_S + 5)
         if self._lost or self._thread.is_alive():
-            logger.warning(
-                "%s values did not reach MLflow at %s; metrics.jsonl has them%s",
-                "some" if self._thread.is_alive() else self._lost,
-                scrub(self._store.uri),
-                ", and `mhe sync` sends them later" if self._spool else "",
+            count = "some" if self._thread.is_alive() else self._lost
+            problem = (
+                f"{count} values did not reach MLflow at {scrub(self._store.uri)}"
+                f"{f' ({self._last_error})' if self._last_error else ''}; metrics.jsonl has them"
+                f"{', and `mhe sync` sends them later' if self._spool else ''}"
             )
+            logger.warning("%s", problem)
+            self._problem = self._problem or problem
 
     def _put(self, entry: Entry) -> None:
         try:
@@ -203,11 +211,15 @@ class MlflowTracker:
                 self._down = False
                 return True
             except Exception as error:  # a thread's last defence: nothing here may end the run
+                message = self._last_error = scrub(str(error))[:MESSAGE_LENGTH]
                 if is_permanent(error):
-                    logger.warning("MLflow refuses: %s", scrub(str(error))[:MESSAGE_LENGTH])
+                    logger.warning("MLflow refuses: %s", message)
+                    self._problem = self._problem or (
+                        f"MLflow at {scrub(self._store.uri)} refuses values, and is not asked "
+                        f"again: {message}; metrics.jsonl has them"
+                    )
                     return False
                 if not self._down:
-                    message = scrub(str(error))[:MESSAGE_LENGTH]
                     logger.warning("MLflow fails, will go on trying: %s", message)
             self._down = True
             self._attempted.set()

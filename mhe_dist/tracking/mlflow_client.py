@@ -205,6 +205,8 @@ def is_permanent(error: Exception) -> bool:
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
+        if "database schema" in str(error):  # of another version, and an "internal error"
+            return True
         status = error.get_http_status_code()
         return 400 <= status < 500 and status not in (408, 429)
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):

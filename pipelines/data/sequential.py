@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -39,6 +40,21 @@ def read_in_order(
             labels[len(keys)] = sample.label
             keys.append(sample.key)
     return torch.from_numpy(images), torch.from_numpy(labels), keys
+
+
+def first_good_images(index: ShardIndex, count: int, image_size: int, limit: int) -> Tensor:
+    """The first `count` images that can be used, of the first `limit` samples; fewer if need be.
+
+    Returns:
+        uint8 `[n, 3, image_size, image_size]`.
+    """
+    images: list[Tensor] = []
+    for number in range(min(limit, index.samples)):
+        with suppress(RunError):
+            images.append(read_in_order(index, number, number + 1, image_size)[0])
+        if len(images) == count:
+            break
+    return torch.cat(images) if images else torch.empty(0, 3, image_size, image_size).byte()
 
 
 def spans_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[ShardSpan]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError, UserError
 from pipelines.data.sequential import read_in_order
 from pipelines.evaluate.sets.image_files import folder_labels, list_images
 from pipelines.shards.index import ShardIndex, index_exists
@@ -79,12 +80,20 @@ def embed_images(
 
     Returns:
         float32 `[count, D]` with their norms on rank 0, None elsewhere: the result can be large.
+
+    Raises:
+        UserError, RunError: some rank could not read an image; on all ranks alike.
     """
     rounds = math.ceil(math.ceil(images.count / block) / topology.world_size)
     out: npt.NDArray[np.float32] | None = None
+    failure: Exception | None = None
     for number in range(rounds):
         start = (topology.rank * rounds + number) * block
-        pixels = _read_block(images, start, block, image_size)
+        pixels = torch.zeros(block, 3, image_size, image_size, dtype=torch.uint8)
+        try:
+            _read_block(images, start, pixels)
+        except (UserError, RunError, OSError) as error:
+            failure = failure or error  # the other ranks wait for this one in every round
         rows = embed(pixels)
         if flip:
             rows = rows + embed(pixels.flip(-1))
@@ -94,7 +103,31 @@ def embed_images(
             begin = (rank * rounds + number) * block
             if begin < images.count:
                 out[begin : begin + block] = part[: images.count - begin].numpy()
+    raise_together(failure, topology)
     return out
+
+
+def raise_together(failure: Exception | None, topology: Topology) -> None:
+    """Raise the first rank's failure on all of them, if there is one; all ranks must call.
+
+    A rank that raised alone would leave the others waiting for it.
+
+    Raises:
+        UserError, RunError: some rank had a failure; a UserError only if that was one.
+    """
+    if topology.world_size == 1:
+        if failure is not None:
+            raise failure
+        return
+    mine = None if failure is None else (isinstance(failure, UserError), str(failure))
+    found: list[tuple[bool, str] | None] = [None] * topology.world_size
+    dist.all_gather_object(found, mine, group=topology.host_group)
+    for rank, other in enumerate(found):
+        if other is not None:
+            is_user, message = other
+            raise (UserError if is_user else RunError)(message) from (
+                failure if rank == topology.rank else None
+            )
 
 
 def embed_set(
@@ -204,13 +237,11 @@ def normalize_embeddings(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.
     return rows / np.where(norms > 0, norms, 1.0)
 
 
-def _read_block(images: Images, start: int, block: int, image_size: int) -> Tensor:
-    """A block of images, padded with black ones; beyond the set it is all padding."""
-    stop = min(start + block, images.count)
-    pixels = torch.zeros(block, 3, image_size, image_size, dtype=torch.uint8)
+def _read_block(images: Images, start: int, pixels: Tensor) -> None:
+    """Fill a black block `[n, 3, H, W]` with the images from `start` on, as far as there are."""
+    stop = min(start + len(pixels), images.count)
     if start < stop:
-        pixels[: stop - start] = images.read(start, stop, image_size)
-    return pixels
+        pixels[: stop - start] = images.read(start, stop, pixels.shape[-1])
 
 
 def _gather_rows(rows: Tensor, topology: Topology) -> Iterator[tuple[int, Tensor]]:

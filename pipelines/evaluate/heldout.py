@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,19 +14,23 @@ import numpy.typing as npt
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from pipelines.evaluate.embeddings import (
     Embed,
     EmbeddedSet,
     describe_protocol,
     embed_set,
+    gallery_mask,
     normalize_embeddings,
+    raise_together,
 )
 from pipelines.evaluate.metrics.identification import Identification, identify
 from pipelines.evaluate.metrics.pair_sampling import draw_pairs, squared_distances
 from pipelines.evaluate.metrics.roc import FARS, tar_name
-from pipelines.evaluate.metrics.verification import ten_fold_accuracy
+from pipelines.evaluate.metrics.verification import FOLDS, ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
+
+log = logging.getLogger(__name__)
 
 RANKS: Final = (1, 5)
 
@@ -75,17 +80,51 @@ def evaluate_heldout(
     """
     index = ShardIndex.load(settings.shards)
     embedded = embed_set(embed, index, topology, image_size, settings.flip)
-    result, message = Evaluation({}, {}), ""
+    result = Evaluation({}, {})
+    failure: Exception | None = None
     if embedded is not None:
         try:
             result = _evaluate_embedded(embedded, settings, seed, index)
         except UserError as error:
-            # Sent to the other ranks, which would wait for the metrics until their timeout.
-            message = f"{settings.shards}: {error}"
-    metrics, message = broadcast_from_first((result.metrics, message), topology)
-    if message:
-        raise UserError(message)
+            failure = UserError(f"{settings.shards}: {error}")
+        except Exception as error:  # the other ranks would wait for the metrics
+            log.exception("the figures of %s", settings.shards)
+            failure = RunError(f"{settings.shards}: {type(error).__name__}: {error}")
+    raise_together(failure, topology)
+    metrics = broadcast_from_first(result.metrics, topology)
     return Evaluation(metrics, result.details, describe_protocol(index, settings.flip))
+
+
+def refuse_unusable_set(settings: EvaluateConfig, seed: int) -> None:
+    """Refuse held-out shards from which no figure could be computed; reads their index alone.
+
+    Raises:
+        UserError: there are no genuine pairs or no others, or a typeface has no probe.
+    """
+    index = ShardIndex.load(settings.shards)
+    parts = [shard.labels for shard in index.shards]
+    if any(part is None for part in parts):  # then only the tars know
+        return
+    labels = np.concatenate([np.empty(0, np.int64), *(part for part in parts if part is not None)])
+    gallery = gallery_mask(index, labels)
+    enrolled, probes = labels[gallery], np.flatnonzero(~gallery)
+    name = f"evaluate.shards={settings.shards}"
+    if not len(enrolled) or not len(probes):
+        raise UserError(
+            f"{name}: {len(enrolled)} gallery entries, {len(probes)} probes: no class has two "
+            "images, one to enrol and one to find"
+        )
+    if not np.isin(labels[probes], enrolled).any():
+        raise UserError(f"{name}: no probe is of a class that is enrolled: there is none to find")
+    pairs = len(draw_pairs(labels, settings.pairs, seed).same)
+    if pairs < FOLDS:
+        raise UserError(
+            f"{name}: {len(labels)} images of {len(np.unique(labels))} classes make {pairs} pairs "
+            f"of the same and of two classes (evaluate.pairs={settings.pairs}), too few for "
+            f"{FOLDS} folds"
+        )
+    for _ in _probes_by_typeface(settings.typefaces, index, probes):
+        pass
 
 
 def _evaluate_embedded(

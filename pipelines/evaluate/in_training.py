@@ -5,14 +5,40 @@ from __future__ import annotations
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate.embeddings import Embed
-from pipelines.evaluate.heldout import Evaluation, evaluate_heldout
+from mhe_dist.errors import RunError, UserError
+from pipelines.evaluate.embeddings import Embed, raise_together
+from pipelines.evaluate.heldout import Evaluation, evaluate_heldout, refuse_unusable_set
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 
 
 def has_evaluation(settings: EvaluateConfig) -> bool:
     """Whether the config asks for an evaluation."""
     return bool(settings.shards or settings.verification)
+
+
+def refuse_unusable_sets(
+    settings: EvaluateConfig, image_size: int, seed: int, topology: Topology
+) -> None:
+    """Say before a run what would make its evaluations fail; all ranks must call.
+
+    The ranks share the images of the `.bin` sets, each of which is decoded once.
+
+    Args:
+        settings, image_size, seed, topology: see `evaluate_in_training`.
+
+    Raises:
+        UserError, RunError: a set cannot be used; on all ranks alike.
+    """
+    failure: Exception | None = None
+    try:
+        if settings.shards and topology.is_first:
+            refuse_unusable_set(settings, seed)
+        for each in read_bin_sets(settings.verification):
+            for number in range(topology.rank, each.images.count, topology.world_size):
+                each.images.read(number, number + 1, image_size)
+    except (UserError, RunError, OSError) as error:
+        failure = error
+    raise_together(failure, topology)
 
 
 def evaluate_in_training(

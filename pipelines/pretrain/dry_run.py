@@ -26,6 +26,7 @@ from mhe_dist.engine.engine import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
 from pipelines.data.mixture import open_training_index, samples_per_epoch
+from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 
@@ -123,6 +124,7 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
         largest of each figure of the workers' `TrialMeasurement`s) and `samples` of an epoch.
     """
+    refuse_unusable_sets(config.evaluate, config.data.image_size, config.run.seed, Topology())
     index = open_training_index(config.data, config.run.seed)
     precision = resolve_precision(config.train.precision, rank_device(config.scale.gpu))
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)

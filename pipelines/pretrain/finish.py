@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import shlex
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
 from torch import Tensor
 
 from mhe_dist.backbone.export import write_export
 from mhe_dist.backbone.mlflow_model import write_mlflow_model
 from mhe_dist.backbone.model import restore_backbone
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError, first_line
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
 from pipelines.data.mixture import label_digests
-from pipelines.data.sequential import read_in_order
+from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain.run import Run
 from pipelines.report.plots import draw_plots
-from pipelines.shards.index import ShardIndex
 
 PARITY_IMAGES = 64
 
@@ -32,7 +30,7 @@ def finish_run(run: Run) -> dict[str, Any]:
     """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
     run.check_lock()
     run.recorder.flush()
-    evaluation = run.evaluate()
+    evaluation = _evaluate(run)
     tensors = run.engine.state()
     exports: dict[str, dict[str, Any]] = {}
     if run.topology.is_first:
@@ -40,6 +38,8 @@ def finish_run(run: Run) -> dict[str, Any]:
             exports = _export(run, tensors)
         with run.recorder.phase("report"):
             _draw(run, evaluation)
+    run.tracker.close()  # what does not arrive belongs in the summary
+    run.report_tracker()
     run.topology.barrier()
     summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
@@ -49,10 +49,28 @@ def finish_run(run: Run) -> dict[str, Any]:
     return summary
 
 
+def _evaluate(run: Run) -> Evaluation:
+    """The last evaluation. One that fails is a warning: what was trained is exported all the same.
+
+    It fails on all ranks alike, so that all go on (`pipelines.evaluate.embeddings.raise_together`).
+    """
+    try:
+        return run.evaluate()
+    except (UserError, RunError, OSError) as error:
+        run.recorder.warn(
+            run.progress.step,
+            f"the last evaluation failed: {first_line(error)}; mend that, then: "
+            f"mhe evaluate {shlex.quote(run.config.run.path)}",
+        )
+        return Evaluation({}, {})
+
+
 def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     config = run.config
     backbone = restore_backbone(config.model, config.data.image_size, tensors)
-    images = _parity_images(run.index, config.data.image_size)
+    # A bad sample must not end a trained run.
+    size, count = config.data.image_size, run.index.samples
+    images = first_good_images(run.index, PARITY_IMAGES, size, limit=count)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
@@ -65,17 +83,6 @@ def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
         )
         run.tracker.model(model, config.run.name)
     return exports
-
-
-def _parity_images(index: ShardIndex, side: int) -> Tensor:
-    """uint8 `[n, 3, side, side]`: the first good ones; a bad one must not end a trained run."""
-    images: list[Tensor] = []
-    for number in range(index.samples):
-        with suppress(RunError):
-            images.append(read_in_order(index, number, number + 1, side)[0])
-        if len(images) == PARITY_IMAGES:
-            break
-    return torch.cat(images)
 
 
 def _draw(run: Run, evaluation: Evaluation) -> None:
@@ -115,6 +122,7 @@ def _summary(
         "exports": exports,
         "checkpoints": f"{config.run.path}/checkpoints",
         "failed_checkpoints": run.checkpointer.failures,
+        "warnings": recorder.warnings,
         "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
         if config.tracking.mlflow
         else None,

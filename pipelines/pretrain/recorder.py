@@ -5,6 +5,7 @@ Nothing here waits for the device but `flush`, once per window of `train.log_eve
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.metrics import MetricsAccumulator, memory
 from mhe_dist.train.stopwatch import Stopwatch
 from pipelines.data.bad_samples import BadSampleTally
+
+logger = logging.getLogger(__name__)
 
 Event = dict[str, Any]
 EventHandler = Callable[[Event], None]
@@ -49,6 +52,7 @@ class Recorder:
         self.phases: dict[str, float] = {}
         self.images = 0
         self.last: dict[str, float] = {}
+        self.warnings: list[str] = []
         self._scored: tuple[int, dict[str, float]] = (-1, {})
 
     def add_step(self, info: StepInfo) -> None:
@@ -119,6 +123,18 @@ class Recorder:
         self.record_state(step, {"bad_samples": float(faults.count)})
         if faults.count:
             self.emit("bad_samples", step=step, count=faults.count)
+
+    def warn(self, step: int, message: str) -> None:
+        """Say what went wrong, or looks wrong, although the run goes on; the summary says it too.
+
+        Args:
+            step: completed steps.
+            message: the same on all ranks, or from the first rank alone.
+        """
+        self.warnings.append(message)
+        if self._topology.is_first:
+            logger.warning("%s", message)
+        self.emit("warning", step=step, message=message)
 
     def emit(self, name: str, **values: Any) -> None:
         """Hand an event to whoever watches, on the first rank."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mhe_dist.backbone.model import build_backbone, compile_in_place
+from mhe_dist.backbone.model import Backbone, build_backbone, compile_in_place
 from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
@@ -17,6 +17,7 @@ from mhe_dist.config.schema import CheckpointConfig, Config
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
+from mhe_dist.engine.first_pass import TRIAL_IMAGES, refuse_untrainable
 from mhe_dist.engine.settings import resolve_head_matmul
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads.base import Head
@@ -32,8 +33,13 @@ from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Loop, Request, StepInfo
 from pipelines.data.bad_samples import BadSamples, BadSampleTally
 from pipelines.data.mixture import label_digests, open_training_index, samples_per_epoch
+from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
-from pipelines.evaluate.in_training import evaluate_in_training, has_evaluation
+from pipelines.evaluate.in_training import (
+    evaluate_in_training,
+    has_evaluation,
+    refuse_unusable_sets,
+)
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
@@ -81,7 +87,7 @@ class Run:
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
         self.engine = Engine(
-            initial_model(config, topology.device),
+            _make_model(config, topology.device, self.index),
             config.optim,
             config.train,
             topology,
@@ -109,11 +115,13 @@ class Run:
         self.bad_samples = BadSamples(topology, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(topology, self.tracker, on_event, self.loop.head_time)
-        self.guard = Guard(config.guard)
+        self.guard = Guard(config.guard, config.optim.clip_norm)
         self.checkpointer = Checkpointer(config.checkpoint, self.store, self.recorder)
 
     def train(self) -> None:
         """The remaining steps, with records, evaluations and checkpoints between them."""
+        if self.progress.step < self.total_steps:
+            self._refuse_unusable_sets()
         self.recorder.emit(
             "start",
             run=self.config.run.path,
@@ -129,6 +137,12 @@ class Run:
         if self.changes:
             changes = {key: [old, new] for key, old, new in self.changes}
             self.recorder.emit("settings_changed", step=self.progress.step, changes=changes)
+        if self.index.num_classes == 1:
+            self.recorder.warn(
+                self.progress.step,
+                f"data.shards={self.config.data.shards}: there is one class only, and nothing to "
+                "tell it from",
+            )
         batches = self.open_loader(self.progress.step, self.total_steps)
         skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
@@ -154,6 +168,14 @@ class Run:
             )
         self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation
+
+    def _refuse_unusable_sets(self) -> None:
+        """What would make an evaluation fail hours later is said now."""
+        config = self.config
+        if has_evaluation(config.evaluate):
+            refuse_unusable_sets(
+                config.evaluate, config.data.image_size, config.run.seed, self.topology
+            )
 
     def save(self, faults: BadSampleTally) -> None:
         """Checkpoint what a resumed run needs; written while training goes on.
@@ -188,7 +210,8 @@ class Run:
         self.checkpointer.poll()
         if Request.STOP in info.requested and not last:
             self.checkpointer.wait()
-            raise Preempted(f"told to stop after step {done}; {self.checkpointer.status}")
+            said = [self.checkpointer.status, self.tracker.problem]
+            raise Preempted(f"told to stop after step {done}; {'; '.join(filter(None, said))}")
 
     def _request(self) -> Request:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
@@ -202,7 +225,14 @@ class Run:
 
     def _flush(self) -> None:
         """Record the window of steps, and see whether they were sound."""
-        self.guard.check(self.recorder.flush())
+        for message in self.guard.check(self.recorder.flush()):
+            self.recorder.warn(self.progress.step, message)
+        self.report_tracker()
+
+    def report_tracker(self) -> None:
+        """Say on the first rank, once, that the tracker gave up."""
+        if (problem := self.tracker.problem) and problem not in self.recorder.warnings:
+            self.recorder.warn(self.progress.step, problem)
 
     def _epochs(self, steps: int) -> int:
         return schedule.epochs_ended(self.config, self.samples, steps)
@@ -277,12 +307,26 @@ class Run:
         return tracker
 
 
-def initial_model(config: Config, device: torch.device) -> torch.nn.Module:
+def initial_model(config: Config) -> Backbone:
     """The backbone that a run begins with: drawn from its seed, or `model.init_from`."""
     seed_torch(config.run.seed, "backbone")
     model = build_backbone(config.model, config.data.image_size)
     if config.model.init_from:
         load_pretrained(model, config.model.init_from)
+    return model
+
+
+def _make_model(config: Config, device: torch.device, index: ShardIndex) -> Backbone:
+    """That backbone on its device, compiled if the config says so.
+
+    Raises:
+        UserError: it cannot be made, or cannot train on the first images of the data.
+    """
+    model, size = initial_model(config), config.data.image_size
+    images = first_good_images(index, TRIAL_IMAGES, size, limit=8 * TRIAL_IMAGES)
+    if len(images) < TRIAL_IMAGES:  # the loader says what is wrong with them
+        images = torch.arange(TRIAL_IMAGES * 3 * size**2).view(-1, 3, size, size).byte()
+    refuse_untrainable(model.to(device), config, images)
     if config.model.compile:
         compile_in_place(model, device)
     return model

@@ -135,6 +135,23 @@ def test_the_heads_are_the_papers(name: str) -> None:
     assert f"{classes:,} identities" in header
 
 
+RECIPE = "optimizer, schedule, batch and epochs of arcface_torch's recipe"
+
+
+def test_who_claims_a_recipe_follows_it() -> None:
+    """What its train_v2.py, lr_scheduler.py and partial_fc_v2.py do."""
+    claiming = [path for path in CONFIGS if RECIPE in path.read_text()]
+    assert len(claiming) == 5
+    for path in claiming:
+        config = load_config(str(path))
+        assert config.optim.clip_norm == 5
+        assert (config.optim.schedule, config.optim.power) == ("polynomial", 1)
+        assert config.optim.decay_vectors
+        assert config.head.optim.weight_decay == config.optim.weight_decay
+        length = config.head.bank.init_length
+        assert length == pytest.approx(0.01 * config.model.embedding_dim**0.5, rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "share"),
     [

@@ -267,9 +267,7 @@ def initial_rows(
         units = to_device(units, device)
         classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
         rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
-        rows.mul_(initial_std(spec.width)).masked_fill_(
-            classes.view(-1, 1) >= layout.num_classes, 0.0
-        )
+        rows.mul_(initial_std(spec)).masked_fill_(classes.view(-1, 1) >= layout.num_classes, 0.0)
         if spec.config.margin.kind == "none":
             rows = F.pad(rows, (0, 1))
         return rows.view(*classes.shape, -1).to(spec.dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launcher.ray_cluster.crash_log import begin_line
 from launcher.ray_cluster.elastic import group_size
 from launcher.ray_cluster.train import _failure_message, forward_events
 from mhe_dist.config.schema import Config
@@ -59,6 +61,13 @@ class TaskFailed(Exception):
     cause = WorkersFailed("long text of Ray Train")
 
 
-def test_too_many_failures_are_reported_by_the_worker_that_failed_first() -> None:
-    assert _failure_message(TaskFailed()) == "worker 0: ValueError: last line"
-    assert _failure_message(RuntimeError("as it is")) == "as it is"
+def test_too_many_failures_are_reported_by_the_worker_that_failed_first(tmp_path: Path) -> None:
+    assert _failure_message(TaskFailed(), tmp_path, "this") == "worker 0: ValueError: last line"
+    assert _failure_message(RuntimeError("as it is"), tmp_path, "this") == "as it is"
+
+
+def test_a_signal_that_ended_the_run_is_told_from_the_rank_s_log(tmp_path: Path) -> None:
+    (tmp_path / "rank_0.log").write_text(f"{begin_line('this')}\nFatal Python error: Aborted\n")
+    assert _failure_message(TaskFailed(), tmp_path, "this").startswith(
+        "worker 0 was killed by a signal: Aborted; see "
+    )

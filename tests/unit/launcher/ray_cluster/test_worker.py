@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,21 @@ from typing import Any
 
 import pytest
 
+from launcher.ray_cluster.crash_log import find_crash, killed_by_backbone
 from launcher.ray_cluster.environment import worker_environment
-from launcher.ray_cluster.worker import _describe
+from launcher.ray_cluster.worker import _describe, _report_crash
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
+CRASHING = """
+import ctypes, sys
+from pathlib import Path
+from launcher.ray_cluster.worker import redirect_output
+def refuse_untrainable():
+    ctypes.string_at(0)
+redirect_output(Path(sys.argv[1]), sys.argv[2])
+refuse_untrainable() if sys.argv[2] == 'first' else ctypes.string_at(0)
+"""
 SCRIPT = """
 import logging, os, sys
 from pathlib import Path
@@ -59,3 +70,35 @@ def test_a_worker_writes_everything_to_its_log(tmp_path: Path) -> None:
     text = log.read_text()
     assert text.count("printed") == text.count("child") == 2
     assert text.count("INFO some.library: logged") == 2
+
+
+def test_the_log_says_where_a_signal_killed_a_worker(tmp_path: Path) -> None:
+    log = tmp_path / "rank_0.log"
+    assert find_crash(log, "first") == ""
+    for command in ("first", "second"):
+        done = subprocess.run([sys.executable, "-c", CRASHING, str(log), command], check=False)
+        assert done.returncode == -signal.SIGSEGV
+        crash = find_crash(log, command)
+        assert crash.startswith("killed by a signal: Segmentation fault in ")
+        assert "ctypes/__init__.py:" in crash and crash.endswith(f"; see {log}")
+        assert killed_by_backbone(crash) == (command == "first")
+    assert find_crash(log, "first") == "", "what another command did is history"
+
+
+def test_a_network_that_kills_its_process_is_refused_at_the_next_start() -> None:
+    sent: list[dict[str, Any]] = []
+    _report_crash("killed by a signal: Aborted; see x", 1, sent.append)
+    assert sent == [
+        {
+            "event": "failed",
+            "rank": 1,
+            "message": "killed by a signal: Aborted; see x",
+            "kind": "Signal",
+            "user": False,
+            "final": False,
+        }
+    ]
+    with pytest.raises(UserError, match=r"model\.name: .* killed by a signal: Aborted \(the first"):
+        _report_crash(
+            "killed by a signal: Aborted (the first pass of the backbone); see x", 1, sent.append
+        )

@@ -126,6 +126,12 @@ def test_weights_of_a_pth_file_begin_a_backbone(model: IResNet, tmp_path: Path) 
         model.state_dict(),
         {"state_dict": model.state_dict()},
         {f"module.{name}": tensor for name, tensor in model.state_dict().items()},
+        {
+            **{"epoch": 3, "global_step": 7, "state_dict_backbone": model.state_dict()},
+            "state_dict_softmax_fc": {"weight": torch.zeros(9, 16)},
+            "state_optimizer": torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+        },
+        {n: t for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")},
     ):
         torch.save(content, path)
         fresh = build_backbone(config(), 32)
@@ -148,9 +154,7 @@ def test_weights_of_an_exported_folder_and_of_a_run(tmp_path: Path) -> None:
     load_pretrained(again, f"{run.run.path}/checkpoints/step_00000024")
     assert torch.equal(again(inputs), trained(inputs))
     assert torch.equal(
-        initial_model(tiny.config(tmp_path, "unused", model=begin), torch.device("cpu")).eval()(
-            inputs
-        ),
+        initial_model(tiny.config(tmp_path, "unused", model=begin)).eval()(inputs),
         trained(inputs),
     )
     export_timm(trained, run, str(tmp_path / "timm"), images)

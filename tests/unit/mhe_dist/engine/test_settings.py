@@ -9,7 +9,7 @@ from torch import nn
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
-from mhe_dist.engine.settings import resolve_head_matmul
+from mhe_dist.engine.settings import make_optimizer, resolve_head_matmul
 from tests.conftest import run_ranks
 
 
@@ -35,6 +35,15 @@ def flags_of_engines(topology: Topology) -> dict[str, list[bool]]:
 def flags() -> dict[str, list[bool]]:
     """Whether TF32 is allowed in products and convolutions; deterministic; benchmark."""
     return run_ranks(flags_of_engines, 1)[0]
+
+
+@pytest.mark.parametrize(("decay_vectors", "of_vectors"), [(False, 0.0), (True, 0.01)])
+def test_vectors_decay_if_the_config_says_so(decay_vectors: bool, of_vectors: float) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    settings = OptimConfig(weight_decay=0.01, decay_vectors=decay_vectors)
+    matrices, vectors = make_optimizer(model, settings).param_groups
+    assert [len(group["params"]) for group in (matrices, vectors)] == [1, 3]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, of_vectors)
 
 
 def test_a_float32_run_has_no_tf32_and_deterministic_kernels(flags) -> None:

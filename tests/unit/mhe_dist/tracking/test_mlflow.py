@@ -8,10 +8,13 @@ import time
 
 import pytest
 
+from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Tracker
+from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
+from mhe_dist.tracking.mlflow_client import is_permanent
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +173,7 @@ def test_a_server_that_never_answers_ends_with_a_count(store, caplog, monkeypatc
     assert mlflow.run_id is None
     mlflow.close("failed")
     assert "2 values did not reach MLflow at http://***@server" in caplog.text
+    assert "no route to http://***@server" in mlflow.problem
 
 
 def test_a_refused_record_does_not_block_the_next(store, caplog):
@@ -180,6 +184,31 @@ def test_a_refused_record_does_not_block_the_next(store, caplog):
     mlflow.close()
     assert client(store).get_run(mlflow.run_id).data.metrics == {"loss": 1.0}
     assert "MLflow refuses" in caplog.text
+
+
+def test_an_experiment_that_was_deleted_is_a_problem_that_sync_names(store, tmp_path):
+    gone = client(store).create_experiment("gone")
+    client(store).delete_experiment(gone)
+    values = {"run": {"dir": str(tmp_path), "name": "a"}, "data": {"shards": "x"}}
+    values["tracking"] = {"uri": store[0], "experiment": "gone"}
+    config = Config.model_validate(values)
+    both = open_tracker(config, is_first=True)
+    assert both.problem == ""
+    both.start({}, {})
+    both.log(0, {"loss": 1.0})
+    both.close()
+    assert "refuses values, and is not asked again" in both.problem
+    assert "deleted" in both.problem
+    with pytest.raises(RunError, match=r"1 of 1 records still wait: .* refuses .*deleted"):
+        sync_mlflow(config)
+
+
+def test_a_schema_of_another_version_is_permanent():
+    from mlflow.exceptions import MlflowException
+
+    old = "Detected out-of-date database schema (found version 1, but expected 2)"
+    assert is_permanent(MlflowException(old))
+    assert not is_permanent(MlflowException("an internal error"))
 
 
 @pytest.mark.parametrize("uri", ["runs", "file:///tmp/x", "ftp://u:p@h/x"])

@@ -58,3 +58,33 @@ def test_what_is_trouble_follows_the_config(config, recorded, diverged: bool) ->
         assert diverged
     else:
         assert not diverged
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-20])
+def test_first_gradients_that_vanish(norm: float) -> None:
+    with pytest.raises(Divergence, match=r"^step 1: the first gradients of the backbone vanish"):
+        Guard(GuardConfig()).check(records(3.0, 3.0, grad_norm=norm))
+    assert Guard(GuardConfig()).check(records(3.0, first=7, grad_norm=norm)) == []
+    assert Guard(GuardConfig(on_divergence="ignore")).check(records(3.0, grad_norm=norm)) == []
+
+
+def test_large_first_gradients_bring_the_advice_to_clip() -> None:
+    (advice,) = Guard(GuardConfig()).check(records(3.0, 3.0, grad_norm=1.2e5))
+    assert advice.startswith("the first gradients are large (norm 1.2e+05): clip them (optim.clip")
+    assert Guard(GuardConfig()).check(records(3.0, grad_norm=900.0)) == []
+    assert Guard(GuardConfig(), clip_norm=1.0).check(records(3.0, grad_norm=1.2e5)) == []
+    assert Guard(GuardConfig()).check(records(3.0, first=1, grad_norm=1.2e5)) == []
+
+
+def test_first_gradients_that_explode() -> None:
+    with pytest.raises(Divergence, match=r"explode \(norm 1\.0e\+16\): clip them"):
+        Guard(GuardConfig()).check(records(3.0, grad_norm=1e16))
+    assert Guard(GuardConfig(), clip_norm=1.0).check(records(3.0, grad_norm=1e16)) == []
+    assert len(Guard(GuardConfig(on_divergence="ignore")).check(records(3.0, grad_norm=1e16))) == 1
+
+
+def test_a_loss_of_exactly_zero_is_said_once() -> None:
+    guard = Guard(GuardConfig())
+    (warning,) = guard.check(records(1.0, 0.0, 0.0, grad_norm=0.0))
+    assert warning.startswith("the loss of step 1 is exactly 0")
+    assert guard.check(records(0.0, first=3)) == []

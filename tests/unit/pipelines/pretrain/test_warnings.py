@@ -1,0 +1,46 @@
+"""What a run warns of and lives with, up to a last evaluation that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhe_dist.errors import RunError
+from mhe_dist.tracking.base import NullTracker
+from pipelines.pretrain import run as run_module
+from pipelines.pretrain.main import run_pretraining
+from tests import tiny
+
+
+class Refused(NullTracker):
+    problem = "MLflow refuses values: the experiment was deleted"
+
+
+def test_a_finished_training_is_exported_whatever_else_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RunError("lfw.bin: image 3 cannot be decoded")
+
+    monkeypatch.setattr(run_module, "evaluate_in_training", fail)
+    monkeypatch.setattr(run_module, "open_tracker", lambda *_: Refused())
+    config = tiny.config(
+        tmp_path,
+        tiny.write_shards(tmp_path / "one", classes=1),
+        head={"kind": "full", "groups": 1},
+        train={"max_steps": 2, "global_batch": 8, "micro_batch": 8},
+        evaluate={"verification": [tiny.write_bin(tmp_path / "lfw.bin")]},
+        export={"formats": ["timm"]},
+    )
+    events: list[dict[str, Any]] = []
+    summary = run_pretraining(config, events.append)
+    said = summary["warnings"]
+    assert [event["message"] for event in events if event["event"] == "warning"] == said
+    expected = ["there is one class only", "loss of step 0 is exactly 0", "was deleted"]
+    expected.append("the last evaluation failed: lfw.bin: image 3 cannot be decoded; mend that, ")
+    for part, message in zip(expected, said, strict=True):
+        assert part in message
+    assert Path(summary["exports"]["timm"]["path"], "model.safetensors").exists()
+    assert summary["heldout"] == {}
