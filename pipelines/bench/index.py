@@ -25,6 +25,7 @@ from mhe_dist.errors import UserError
 from pipelines.shards.columns import Column, write_column
 from pipelines.shards.index import INDEX_FILE, ShardIndex
 from pipelines.shards.shard import BEGINS, LABELS, IndexColumns, Ints
+from pipelines.shards.shard_list import ShardTable
 
 MIB: Final = 1 << 20
 PER_SHARD: Final = 10_000  # samples
@@ -121,7 +122,8 @@ def write_synthetic_index(folder: str, samples: int, per_shard: int = PER_SHARD)
         ),
     }
     columns = IndexColumns(*(Column(folder, entry) for entry in entries.values()))
-    shards = columns.shards(
+    shards = ShardTable(
+        columns,
         [
             {
                 "url": f"synthetic-{number:06d}.tar",
@@ -131,7 +133,7 @@ def write_synthetic_index(folder: str, samples: int, per_shard: int = PER_SHARD)
                 "end": 512 * size * _SAMPLE_BLOCKS,
             }
             for number, size in enumerate(sizes)
-        ]
+        ],
     )
     index = ShardIndex(folder, num_classes, shards, {"source": "synthetic"})
     index.write_table({name: asdict(entry) for name, entry in entries.items()})
@@ -201,8 +203,7 @@ def _step_seconds(index: ShardIndex) -> float:
     from pipelines.data.step_labels import StepLabels
 
     streams = min(STEP_STREAMS, index.samples)
-    sizes = [shard.samples for shard in index.shards]
-    labels = StepLabels(index, SampleOrder(sizes, streams, STEP_WINDOW, 0), STEP_SAMPLES)
+    labels = StepLabels(index, SampleOrder(index.sizes, streams, STEP_WINDOW, 0), STEP_SAMPLES)
     labels.of(0)
     seconds = []
     for step in range(1, _STEPS + 1):

@@ -31,6 +31,8 @@ from pipelines.data.sample import BadSampleError
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import IndexEntry, ShardIndex
 from pipelines.shards.label_set import NO_LABEL, LabelSet
+from pipelines.shards.shard import Shard
+from pipelines.shards.shard_list import LazyShards
 
 _HALF_WORD: Final = 32
 
@@ -274,12 +276,30 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
             )
         passes += made
         first_class += source.num_classes
-    shards = [
-        replace(shard, url=part.source.index.url(number))
-        for part in passes
-        for number, shard in enumerate(part.source.index.shards)
-    ]
+    shards = _PassShards([part.source.index for part in passes])
     return Mixture(data.shards, first_class, shards, {}, tuple(passes))
+
+
+class _PassShards(LazyShards):
+    """The shards of several indexes, one after the other, with their whole URLs."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self._indexes = indexes
+        self._samples = np.concatenate([index.sizes for index in indexes])
+        self._firsts = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        if any(index.is_packed for index in indexes):
+            self.kept = len(self._samples)  # those have tables that take time to unpack
+
+    @property
+    def samples(self) -> Ints:
+        """See `LazyShards.samples`."""
+        return self._samples
+
+    def make(self, number: int) -> Shard:
+        """See `LazyShards.make`."""
+        owner = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        index, position = self._indexes[owner], number - int(self._firsts[owner])
+        return replace(index.shards[position], url=index.url(position))
 
 
 def label_digests(index: ShardIndex) -> dict[str, str]:
@@ -326,7 +346,9 @@ def _open_labels(key: str, url: str, index: ShardIndex, data: DataConfig) -> Lab
 
 
 def _require_labels(index: ShardIndex) -> None:
-    for number, shard in enumerate(index.shards):
+    # Those of an index with columns have all of them the same ones.
+    shards = index.shards if index.is_packed else index.shards[:1]
+    for number, shard in enumerate(shards):
         if not shard.has_labels:
             raise UserError(
                 f"{index.url(number)}: the index does not hold its labels, which data.classes, "

@@ -103,7 +103,7 @@ class SampleOrder:
 
     def __init__(
         self,
-        shard_samples: Sequence[int],
+        shard_samples: Sequence[int] | Ints,
         streams: int,
         shuffle_window: int,
         seed: int,

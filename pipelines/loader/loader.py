@@ -77,9 +77,8 @@ class Loader:
         self._index, self._data = index, data
         self._local = range(micro_batches) if local_micro_batches is None else local_micro_batches
         self._steps = range(start_step, stop_step)
-        sizes = [shard.samples for shard in index.shards]
         subset = index if isinstance(index, Mixture) else None
-        order = partial(SampleOrder, sizes, data.streams, data.shuffle_window, seed, subset)
+        order = partial(SampleOrder, index.sizes, data.streams, data.shuffle_window, seed, subset)
         self.order = order()
         self.faults = BadSampleTally()
         # Alone, a rank has all labels of a step in its hands.

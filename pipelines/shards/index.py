@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple
@@ -26,6 +27,7 @@ from pipelines.shards.shard import (
     describe_shard,
     write_columns,
 )
+from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
 from pipelines.storage.retry import describe_error, with_retries
 from pipelines.storage.urls import atomic_write, is_absolute_url, is_local, resolve_url
 
@@ -68,14 +70,19 @@ class ShardIndex:
 
     folder: str
     num_classes: int
-    shards: list[Shard]
+    shards: Sequence[Shard]
     meta: dict[str, Any] = field(default_factory=dict)
     recorded_digest: str = field(default="", kw_only=True, compare=False)
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """int64 `[shards + 1]`: number of the first sample of each shard, and the total."""
-        return np.cumsum([0, *(shard.samples for shard in self.shards)], dtype=np.int64)
+        return np.cumsum(np.append(0, self.sizes), dtype=np.int64)
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """int64 `[shards]`: samples of each shard."""
+        return shard_sizes(self.shards)
 
     @cached_property
     def samples(self) -> int:
@@ -90,11 +97,11 @@ class ShardIndex:
         """
         if self.recorded_digest:
             return self.recorded_digest
-        shards = [[s.url, s.samples, s.checksum] for s in self.shards]
-        content: list[Any] = [self.num_classes, shards]
+        content = [json.dumps(self.num_classes), digest_text(self.shards)]
         if self.image_extensions is not None:
-            content.append([s.packed_labels for s in self.shards])
-        return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+            content.append(json.dumps([s.packed_labels for s in self.shards]))
+        text = f"[{', '.join(content)}]"
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
     def url(self, shard: int) -> str:
         """Full URL of a shard, by its number."""
@@ -133,6 +140,8 @@ class ShardIndex:
     @property
     def is_packed(self) -> bool:
         """Whether its tables are in memory, as in an index of format 1, and not in columns."""
+        if isinstance(self.shards, ShardTable):
+            return False
         return not all(isinstance(shard, MappedShard) for shard in self.shards)
 
     @property
@@ -188,7 +197,7 @@ class ShardIndex:
             index.digest, index.image_extensions, index.samples  # noqa: B018, computed once, now
             return index
         columns = IndexColumns.parse(folder, content["columns"], cache_dir)
-        shards = columns.shards(content["shards"])
+        shards = ShardTable(columns, content["shards"])
         index = cls(folder, num_classes, shards, meta)
         if index.image_extensions is None:
             return index

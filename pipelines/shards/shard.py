@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -192,22 +191,6 @@ class IndexColumns(NamedTuple):
             Column(folder, ColumnEntry(**begins), cache_dir),
             None if labels is None else Column(folder, ColumnEntry(**labels), cache_dir),
         )
-
-    def shards(self, rows: Sequence[dict[str, Any]]) -> list[Shard]:
-        """The shards of the rows of `index.json`.
-
-        Raises:
-            TypeError, ValueError: it is no table of shards, or not that of these columns.
-        """
-        firsts = list(accumulate((row["samples"] for row in rows), initial=0))
-        lengths = {column.entry.length for column in self.known}
-        if lengths != {firsts[-1]}:
-            raise ValueError(f"columns of {sorted(lengths)} values for {firsts[-1]} samples")
-        shards: list[Shard] = [
-            MappedShard(**row, columns=self, first=first)
-            for row, first in zip(rows, firsts, strict=False)
-        ]
-        return shards
 
     @property
     def known(self) -> list[Column]:
