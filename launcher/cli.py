@@ -21,10 +21,15 @@ HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
 A run is one YAML file. `mhe train` trains, evaluates and exports it on this machine, and
 goes on where it stopped when the same command is typed again.
 
-Begin with `mhe train quickstart`: it makes its own data and needs no GPU.
+Begin with `mhe train quickstart`: it makes its own data and needs no GPU. With data of your own,
+begin with `mhe init DATA`.
 """
 
 VERBS = {  # name: where it is, and the first sentence of its help
+    "init": (
+        "launcher.verbs.init:init",
+        "Write a first YAML for what you have, with the reason of each value beside it.",
+    ),
     "train": ("launcher.verbs.train:train", "Train, evaluate and export a run on this machine."),
     "submit": (
         "launcher.verbs.jobs:submit",

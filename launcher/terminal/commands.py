@@ -23,6 +23,18 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join([locate_program(words[0]), *words[1:]])
 
 
+def serving_command(model: str) -> str:
+    """A command that serves an MLflow model.
+
+    MLflow starts `uvicorn` by its name, so the shell has to find what is beside it.
+    """
+    words = ["mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
+    program = locate_program("mlflow")
+    if program == "mlflow":
+        return shlex.join(words)
+    return f'PATH={shlex.quote(str(Path(program).parent.absolute()))}:"$PATH" {shlex.join(words)}'
+
+
 def invoked_command() -> str:
     """The command that this process was started with."""
     return command_line(["mhe", *sys.argv[1:]])

@@ -48,6 +48,8 @@ def show(
 ) -> None:
     """Show every setting of a run, with its meaning; those that are not the default stand out.
 
+    Beside each key stands what it may hold.
+
     Example: mhe config quickstart optim.lr=0.4
 
     Example: mhe config quickstart > mine.yaml
@@ -88,6 +90,7 @@ def _table(entries: list[ConfigEntry]) -> Table:
             table.add_row()
             section = entry.path.rpartition(".")[0]
         meaning, style = escape(entry.description), "bold" if _is_changed(entry) else ""
+        meaning += f" [cyan]{escape(entry.allowed)}[/]"
         if style and entry.default != REQUIRED:
             meaning += f" [dim](default: {escape(_text(entry.default))})[/]"
         table.add_row(Text(entry.path, style), Text(_text(entry.value), style), meaning)

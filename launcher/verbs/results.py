@@ -10,11 +10,11 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.terminal.commands import loading_code
+from launcher.terminal.commands import loading_code, serving_command
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking.factory import sync_mlflow
-from pipelines.runs.folder import find_run, read_run_config
+from pipelines.runs.folder import find_run, read_heldout_figures, read_run_config
 
 PARITY_IMAGES = 64
 MAX_SHOWN = 20  # images that were left out and are named
@@ -27,6 +27,7 @@ class Format(str, Enum):
     ONNX = "onnx"
     TORCH_EXPORT = "torch-export"
     MLFLOW = "mlflow"
+    HUB_FOLDER = "hub-folder"
 
 
 DEFAULT_FORMATS = [Format.TIMM, Format.ONNX]
@@ -51,34 +52,36 @@ def export(
     """Export the backbone of a run's newest checkpoint, and compare the files with it.
 
     timm makes a folder for timm.create_model('local-dir:...', pretrained=True), onnx a file for
-    ONNX Runtime, torch-export a program for torch.export.load, mlflow a model that mlflow models
-    predict and serve; the batch size is free. Works during the run, too, and for any of its
-    checkpoints: RUN may be runs/NAME/checkpoints/step_...
+    ONNX Runtime, torch-export a program for torch.export.load, mlflow a model that takes images and
+    that mlflow models predict and serve, hub-folder a folder for the Hugging Face Hub (nothing is
+    uploaded); the batch size is free. Each has a model card, README.md. Works during the run, too,
+    and for any of its checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
     Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
     """
     import torch
 
-    from mhe_dist.backbone.export import ExportOptions, write_export
+    from mhe_dist.backbone.export import ExportOptions
     from pipelines.runs.trained import load_trained_backbone
+    from pipelines.serving.exports import write_format
+    from pipelines.serving.model_card import TrainedModel
 
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
     size = backbone.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
+    figures, protocol = read_heldout_figures(backbone.path, backbone.step)
+    trained = TrainedModel(
+        *(backbone.model, backbone.config, backbone.step, backbone.trained_on, figures, protocol)
+    )
     console.say(f"From {escape(backbone.checkpoint)}:")
     for name in dict.fromkeys(to):
         with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = write_export(
-                name.value,
-                backbone.model,
-                backbone.config,
-                folder,
-                images,
-                ExportOptions(opset, fp16, normalize),
+            path, difference = write_format(
+                name.value, trained, folder, images, ExportOptions(opset, fp16, normalize)
             )
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
-    if normalize and Format.TIMM in to:
+    if normalize and (Format.TIMM in to or Format.HUB_FOLDER in to):
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
     console.list_next(_next_steps(to, folder, backbone.config.model.name))
 
@@ -86,8 +89,8 @@ def export(
 _EXPORTED = {Format.TIMM: "timm", Format.ONNX: "backbone.onnx", Format.TORCH_EXPORT: "backbone.pt2"}
 
 
-def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, list[str]]]:
-    uses = [
+def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, str | list[str]]]:
+    uses: list[tuple[str, str | list[str]]] = [
         (
             f"use it ({name.value})",
             ["python", "-c", loading_code(name.value, f"{folder}/{_EXPORTED[name]}", model)],
@@ -96,8 +99,11 @@ def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, li
         if name in _EXPORTED
     ]
     if Format.MLFLOW in to:
-        serve = ["mlflow", "models", "serve", "-m", f"{folder}/mlflow", "--env-manager", "local"]
-        uses.append(("serve it (mlflow)", serve))
+        uses.append(("serve it (mlflow)", serving_command(f"{folder}/mlflow")))
+    if Format.HUB_FOLDER in to:
+        uses.append(
+            ("publish it (say the licence first)", ["hf", "upload", "USER/NAME", f"{folder}/hub"])
+        )
     return uses
 
 

@@ -1,19 +1,18 @@
-"""The trained backbone for others: timm, ONNX, torch.export, MLflow; each compared with the model.
+"""The trained backbone for others: timm, ONNX, torch.export; each compared with the model.
 
 All hold the timm model alone: the neck is folded into the embedding layer, so nothing needs this
 project to be read (but a timm folder of an IResNet, which timm does not know: import
-`mhe_dist.backbone.iresnet` first). Images go in as `(x / 255 - 0.5) / 0.5`.
+`mhe_dist.backbone.iresnet` first). Images go in as `(x / 255 - mean) / std`.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import warnings
-from collections.abc import Callable
-from importlib import metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import timm
@@ -23,18 +22,18 @@ from torch import Tensor, nn
 from mhe_dist.backbone.model import (
     Backbone,
     fold_neck,
-    normalize_images,
     timm_arguments,
     without_pretrained,
 )
+from mhe_dist.backbone.normalization import Normalization, normalize_images
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
-Format = Literal["timm", "onnx", "torch-export", "mlflow"]
+Format = Literal["timm", "onnx", "torch-export"]
 
+METADATA_FILE = "metadata.json"  # inside a `.pt2` program
 LARGEST_BATCH = 4096  # an upper bound is needed for a free batch size; nothing is allocated for it
 TIMM_TOLERANCE, ONNX_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
-_MLFLOW_NEEDS = ("mlflow", "onnx", "onnxruntime", "numpy")
 
 
 class ExportOptions(NamedTuple):
@@ -61,6 +60,7 @@ def write_export(
     folder: str,
     images: Tensor,
     options: ExportOptions = DEFAULT_OPTIONS,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, float]:
     """Write one format into `folder`: its path there, and the largest difference; see below."""
     if name == "timm":
@@ -68,14 +68,33 @@ def write_export(
         return path, export_timm(model, config, path, images)
     if name == "torch-export":
         path = f"{folder}/backbone.pt2"
-        return path, export_torch(model, config, path, images, options)
+        return path, export_torch(model, config, path, images, options, origin)
     path = f"{folder}/backbone{'_fp16' if options.half else ''}.onnx"
-    if name == "mlflow":
-        with TemporaryDirectory() as scratch:
-            export_onnx(model, config, f"{scratch}/backbone.onnx", images, options)
-            path = f"{folder}/mlflow"
-            return path, export_mlflow(model, f"{scratch}/backbone.onnx", path, images, options)
-    return path, export_onnx(model, config, path, images, options)
+    return path, export_onnx(model, config, path, images, options, origin)
+
+
+def export_metadata(
+    model: Backbone, config: Config, options: ExportOptions, origin: Mapping[str, str]
+) -> dict[str, str]:
+    """What an ONNX file and a `.pt2` program say of themselves; lists and numbers are JSON.
+
+    Args:
+        model, config, options: of the export.
+        origin: where it comes from: `step`, `data_digest`.
+    """
+    return {
+        "image_size": str(config.data.image_size),
+        "mean": json.dumps(list(model.normalization.mean)),
+        "std": json.dumps(list(model.normalization.std)),
+        "channel_order": "RGB",
+        "layout": "NCHW",
+        "input": "(pixels / 255 - mean) / std",
+        "embedding_dim": str(config.model.embedding_dim),
+        "unit_length": json.dumps(options.normalise),
+        "architecture": config.model.name,
+        "run": config.run.name,
+        **origin,
+    }
 
 
 def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) -> float:
@@ -101,8 +120,8 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
     net.pretrained_cfg = {  # type: ignore[assignment]
         "architecture": config.model.name,
         "input_size": (3, size, size),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
+        "mean": model.normalization.mean,
+        "std": model.normalization.std,
         "crop_pct": 1.0,
         "interpolation": "bilinear",
         "num_classes": dim,
@@ -117,7 +136,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
         safe_serialization=True,
     )
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return _compare(model, loaded, [images], folder, TIMM_TOLERANCE)
+    return _compare(model, loaded, [images], model.normalization, folder, TIMM_TOLERANCE)
 
 
 def export_onnx(
@@ -126,6 +145,7 @@ def export_onnx(
     path: str,
     images: Tensor,
     options: ExportOptions = DEFAULT_OPTIONS,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> float:
     """Write an ONNX file with input `images` `[N, 3, H, W]` and output `embeddings` `[N, D]`.
 
@@ -133,6 +153,7 @@ def export_onnx(
         model, config, images: as for `export_timm`.
         path: of the file; its folder is made.
         options: see `ExportOptions`.
+        origin: see `export_metadata`.
 
     Returns:
         The largest difference between ONNX Runtime's embeddings and the model's, over a batch of
@@ -162,6 +183,7 @@ def export_onnx(
             verbose=False,
         )
     _refuse_other_opset(temporary, options.opset)
+    _add_metadata(temporary, export_metadata(model, config, options, origin))
     os.replace(temporary, path)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
@@ -170,7 +192,7 @@ def export_onnx(
     def run(batch: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
-    return _compare_batches(model, run, images, path, options)
+    return compare_batches(model, run, images, path, options)
 
 
 def export_torch(
@@ -179,11 +201,13 @@ def export_torch(
     path: str,
     images: Tensor,
     options: ExportOptions = DEFAULT_OPTIONS,
+    origin: Mapping[str, str] = MappingProxyType({}),
 ) -> float:
     """Write a program for `torch.export.load(PATH).module()`, which needs torch alone.
 
     Args:
-        model, config, images, path, options: as for `export_onnx`; always float32.
+        model, config, images, path, options, origin: as for `export_onnx`; always float32. The
+            metadata are in the file as `metadata.json`, see `torch.export.load(extra_files=...)`.
 
     Returns:
         The largest difference, as for `export_onnx`.
@@ -198,60 +222,11 @@ def export_torch(
         _Exported(fold_neck(model), options), (example,), dynamic_shapes=({0: batch},)
     )
     temporary = f"{path}.tmp.pt2"
-    torch.export.save(program, temporary)
+    about = json.dumps(export_metadata(model, config, options, origin))
+    torch.export.save(program, temporary, extra_files={METADATA_FILE: about})
     os.replace(temporary, path)
     loaded = torch.export.load(path).module()
-    return _compare_batches(model, loaded, images, path, options)
-
-
-def export_mlflow(
-    model: Backbone,
-    onnx_file: str,
-    folder: str,
-    images: Tensor,
-    options: ExportOptions = DEFAULT_OPTIONS,
-) -> float:
-    """Write an MLflow model around an ONNX file: `mlflow models predict` and `serve` run it.
-
-    Args:
-        model, images, options: as for `export_onnx`.
-        onnx_file: what `export_onnx` wrote.
-        folder: of the MLflow model; what is there is replaced.
-
-    Returns:
-        The largest difference between what MLflow's pyfunc says and the model.
-
-    Raises:
-        RunError: as for `export_onnx`.
-    """
-    import mlflow.onnx
-    import numpy as np
-    import onnx
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    shape = (-1, *images.shape[1:])
-    with torch.no_grad():
-        dim = model(normalize_images(images[:1])).shape[1]
-    spec = np.dtype(np.float32)
-    signature = ModelSignature(
-        Schema([TensorSpec(spec, shape, "images")]), Schema([TensorSpec(spec, (-1, dim))])
-    )
-    shutil.rmtree(folder, ignore_errors=True)
-    mlflow.onnx.save_model(
-        onnx.load(onnx_file),
-        folder,
-        signature=signature,
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _MLFLOW_NEEDS],
-        save_as_external_data=False,
-    )
-    loaded = mlflow.pyfunc.load_model(folder)
-
-    def run(batch: Tensor) -> Tensor:
-        found = loaded.predict({"images": batch.numpy()})
-        return torch.from_numpy(found["embeddings"])
-
-    return _compare_batches(model, run, images, folder, options)
+    return compare_batches(model, loaded, images, path, options)
 
 
 class _Exported(nn.Module):
@@ -275,6 +250,15 @@ def _example(config: Config) -> tuple[Tensor, Any]:
     return torch.zeros(2, 3, side, side), batch
 
 
+def _add_metadata(path: str, about: dict[str, str]) -> None:
+    """What ONNX Runtime gives as `session.get_modelmeta().custom_metadata_map`."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, about)
+    onnx.save(model, path)
+
+
 def _refuse_other_opset(path: str, wanted: int) -> None:
     """The exporter says nothing when it cannot convert to the operator set that was asked for."""
     import onnx
@@ -287,21 +271,33 @@ def _refuse_other_opset(path: str, wanted: int) -> None:
         raise UserError(f"--opset {wanted}: this model can be written in opset {found} only")
 
 
-def _compare_batches(
-    model: nn.Module,
+def compare_batches(
+    model: Backbone,
     exported: Callable[[Tensor], Tensor],
     images: Tensor,
     path: str,
     options: ExportOptions,
 ) -> float:
-    """`_compare` over a batch of one and a batch of all."""
+    """The largest difference over a batch of one and a batch of all images.
+
+    Args:
+        model: the trained one.
+        exported: normalised images, float32 `[N, 3, H, W]`, to embeddings.
+        images: uint8 `[N, 3, H, W]`.
+        path: of the export, for the message.
+        options: of the export.
+
+    Raises:
+        RunError: they differ by more than the format's tolerance.
+    """
     tolerance = HALF_TOLERANCE if options.half else ONNX_TOLERANCE
 
     def trained(inputs: Tensor) -> Tensor:
         found: Tensor = model(inputs)
         return nn.functional.normalize(found) if options.normalise else found
 
-    return _compare(trained, exported, [images, images[:1]], path, tolerance)
+    batches = [images, images[:1]]
+    return _compare(trained, exported, batches, model.normalization, path, tolerance)
 
 
 @torch.no_grad()
@@ -309,6 +305,7 @@ def _compare(
     model: Callable[[Tensor], Tensor],
     exported: Callable[[Tensor], Tensor],
     batches: list[Tensor],
+    normalization: Normalization,
     path: str,
     tolerance: float,
 ) -> float:
@@ -320,7 +317,7 @@ def _compare(
     """
     largest, scales = 0.0, None
     for images in batches:
-        inputs = normalize_images(images)
+        inputs = normalize_images(images, normalization)
         expected = model(inputs)
         scales = _scales(expected, path) if scales is None else scales
         differences = (exported(inputs) - expected).abs()

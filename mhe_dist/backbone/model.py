@@ -17,6 +17,7 @@ import mhe_dist.backbone.iresnet
 from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.backbone.ema import backbone_weights
 from mhe_dist.backbone.hub import prompt_hub
+from mhe_dist.backbone.normalization import SYMMETRIC, Normalization, normalization_of
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError, first_line
 
@@ -32,13 +33,17 @@ class Backbone(nn.Module):
         net: the timm model; its classifier has D outputs.
         neck: BatchNorm1d over the embedding, or the identity.
         unsafe_layer: name of a layer that must not see channels last on a CPU; or empty.
+        normalization: of the images.
     """
 
-    def __init__(self, net: nn.Module, neck: nn.Module) -> None:
+    def __init__(
+        self, net: nn.Module, neck: nn.Module, normalization: Normalization = SYMMETRIC
+    ) -> None:
         super().__init__()
         self.net = net
         self.neck = neck
         self.unsafe_layer = _unsafe_layer(net)
+        self.normalization = normalization
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings in float32, whatever autocast makes of the net."""
@@ -49,15 +54,6 @@ class Backbone(nn.Module):
         if self.unsafe_layer and images.device.type == "cpu":
             return images.contiguous()
         return images
-
-
-def normalize_images(images: Tensor) -> Tensor:
-    """What a backbone is fed with: uint8 `[B, 3, H, W]` -> float32 in [-1, 1], channels last.
-
-    Channels last is what convolutions like; `Backbone` takes it back where a layer does not.
-    """
-    images = images.contiguous(memory_format=torch.channels_last)
-    return images.float().div_(127.5).sub_(1.0)
 
 
 def compile_in_place(model: nn.Module, device: torch.device) -> None:
@@ -103,8 +99,9 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
             raise UserError(
                 f"model.grad_checkpointing=true: {config.name} does not offer it"
             ) from error
+    normalization = normalization_of(config)
     if config.neck == "none":
-        return Backbone(net, nn.Identity())
+        return Backbone(net, nn.Identity(), normalization)
     if isinstance(net, mhe_dist.backbone.iresnet.IResNet):
         raise UserError(
             f"model.neck=batchnorm: {config.name} ends with a BatchNorm of its own; use "
@@ -116,7 +113,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
             f"model.neck=batchnorm: the classifier of {config.name} is not one linear layer with "
             f"a bias, which the neck could be folded into; use model.neck=none"
         )
-    return Backbone(net, nn.BatchNorm1d(config.embedding_dim))
+    return Backbone(net, nn.BatchNorm1d(config.embedding_dim), normalization)
 
 
 def _create(config: ModelConfig, image_size: int) -> nn.Module:
@@ -151,7 +148,8 @@ def _create(config: ModelConfig, image_size: int) -> nn.Module:
 def without_pretrained(config: ModelConfig) -> ModelConfig:
     """The same network with fresh weights, for whoever overwrites or only counts them."""
     kwargs = {k: v for k, v in config.kwargs.items() if k not in ("pretrained", "checkpoint_path")}
-    return config.model_copy(update={"kwargs": kwargs})
+    how = normalization_of(config)  # which follows from what is left out
+    return config.model_copy(update={"kwargs": kwargs, "mean": how.mean, "std": how.std})
 
 
 def check_model_name(name: str) -> None:

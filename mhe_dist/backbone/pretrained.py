@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from typing import Any
 
@@ -11,8 +12,14 @@ from torch import Tensor
 
 from mhe_dist.backbone.ema import backbone_weights, is_backbone_weight
 from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.normalization import (
+    Normalization,
+    normalization_of,
+    recorded_normalization,
+)
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError, first_line
 
@@ -33,15 +40,40 @@ def load_pretrained(model: Backbone, source: str) -> None:
             folder that `mhe export --to timm` wrote, a run or a checkpoint.
 
     Raises:
-        UserError: there is nothing of the kind, or its names or shapes are not those of the model.
+        UserError: there is nothing of the kind, or its names or shapes are not those of the model,
+            or its images were normalised in another way.
     """
     source = source.rstrip("/")
     checkpoint = _checkpoint(source)
     if checkpoint is not None:
+        if values := checkpoint.run.get("config"):
+            found = normalization_of(stored_config(values).model)
+            _refuse_other_normalization(model, found, source)
         tensors = checkpoint.load(is_backbone_weight)
         _fill(model, backbone_weights(tensors), source)
     else:
+        _refuse_other_normalization(model, _normalization_of_folder(source), source)
         _fill(model.net, _file(source), source)
+
+
+def _normalization_of_folder(source: str) -> Normalization | None:
+    """What the `config.json` of an exported folder says; None: there is none."""
+    filesystem, path = fsspec.core.url_to_fs(source)
+    if not filesystem.exists(f"{path}/config.json"):
+        return None
+    values = json.loads(filesystem.cat_file(f"{path}/config.json"))
+    return recorded_normalization(values.get("pretrained_cfg", values))
+
+
+def _refuse_other_normalization(model: Backbone, found: Normalization | None, source: str) -> None:
+    if found is None or found == model.normalization:
+        return
+    raise UserError(
+        f"model.init_from={source}: its weights were trained with "
+        f"model.mean={list(found.mean)} and model.std={list(found.std)}, and this run has "
+        f"{list(model.normalization.mean)} and {list(model.normalization.std)}: set both keys; or, "
+        "to begin with the weights all the same, name their file alone"
+    )
 
 
 def _checkpoint(source: str) -> Checkpoint | None:

@@ -24,12 +24,16 @@ class ConfigKey(NamedTuple):
 
 
 class ConfigEntry(NamedTuple):
-    """A key of a resolved configuration; a required key has the default "(required)"."""
+    """A key of a resolved configuration; a required key has the default "(required)".
+
+    `allowed` says what it may hold, in words.
+    """
 
     path: str
     value: Any
     default: Any
     description: str
+    allowed: str
 
 
 def all_keys(model: type[ConfigSection] = Config, prefix: str = "") -> Iterator[ConfigKey]:
@@ -48,7 +52,11 @@ def describe_config(config: Config) -> list[ConfigEntry]:
         value = value_at(config, key.path)
         if key.section is None or value is None:
             default = "(required)" if key.field.is_required() else key.field.default
-            entries.append(ConfigEntry(key.path, value, default, key.field.description or ""))
+            entries.append(
+                ConfigEntry(
+                    key.path, value, default, key.field.description or "", describe_type(key)
+                )
+            )
     return [entry for entry in entries if _applies(config, entry.path)]
 
 

@@ -54,6 +54,14 @@ class ModelConfig(ConfigSection):
     init_from: PathText = Field(
         "", description="Weights to begin with: .pth, .safetensors, exported folder, run; or none."
     )
+    mean: tuple[float, float, float] | None = Field(
+        None,
+        description="Subtracted from red, green, blue in [0, 1]; null: 0.5, so that images are in "
+        "[-1, 1], or with kwargs: {pretrained: true} what timm's weights were trained with.",
+    )
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(
+        None, description="Divided by afterwards; null: 0.5, or as for mean."
+    )
     grad_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass: less memory."
     )
@@ -243,7 +251,7 @@ class TrackingConfig(ConfigSection):
 class ExportConfig(ConfigSection):
     """What is written when the training ends."""
 
-    formats: list[Literal["timm", "onnx", "torch-export", "mlflow"]] = Field(
+    formats: list[Literal["timm", "onnx", "torch-export", "mlflow", "hub-folder"]] = Field(
         ["timm", "onnx"], description="Formats of the exported backbone."
     )
 

@@ -8,6 +8,8 @@ from typing import Any
 from mhe_dist.config.schema import CHECKED_LATER, Config
 from mhe_dist.config.section import applicable_values
 
+_HALF = [0.5, 0.5, 0.5]
+
 
 def stored_config(values: Mapping[str, Any]) -> Config:
     """The configuration of a run that once was valid, from what the run or a checkpoint keeps.
@@ -19,4 +21,8 @@ def stored_config(values: Mapping[str, Any]) -> Config:
         values: as `config_to_dict` gives them, or gave them in an earlier version.
     """
     applicable = applicable_values(Config, values, values)
+    model = applicable.get("model") or {}
+    if "mean" not in model and (model.get("kwargs") or {}).get("pretrained"):
+        # Before `model.mean` there was, images were in [-1, 1], whatever the weights were.
+        applicable["model"] = model | {"mean": _HALF, "std": _HALF}
     return Config.model_validate(applicable, context=CHECKED_LATER)

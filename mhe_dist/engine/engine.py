@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mhe_dist.backbone.ema import EMA_PREFIX, AveragedWeights
-from mhe_dist.backbone.model import normalize_images
+from mhe_dist.backbone.normalization import SYMMETRIC, normalize_images
 from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.collectives import all_reduce
@@ -63,6 +63,7 @@ class Engine:
             seed: keys dropout and stochastic depth.
         """
         self.model = model.to(topology.device)
+        self._normalization = getattr(model, "normalization", SYMMETRIC)
         self.precision = resolve_precision(train.precision, topology.device)
         set_float_kernels(self.precision)
         self._topology, self._stage, self._seed = topology, zero_stage, seed
@@ -218,7 +219,8 @@ class Engine:
         return embeddings.float()
 
     def _normalize(self, images: Tensor) -> Tensor:
-        return normalize_images(images.to(self._topology.device, non_blocking=True))
+        pixels = images.to(self._topology.device, non_blocking=True)
+        return normalize_images(pixels, self._normalization)
 
     # -- state ---------------------------------------------------------------------------------
 

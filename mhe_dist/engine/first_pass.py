@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhe_dist.backbone.model import Backbone, normalize_images
+from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.schema import Config, ModelConfig
 from mhe_dist.engine.settings import resolve_precision, set_float_kernels
 from mhe_dist.errors import UserError, first_line
@@ -41,7 +42,7 @@ def refuse_untrainable(model: Backbone, config: Config, images: Tensor) -> None:
     images = images[: min(TRIAL_IMAGES, config.train.micro_batch)].to(device)
     with _undone(model, device), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
         try:
-            found = model.train().net(model.arrange(normalize_images(images)))
+            found = model.train().net(model.arrange(normalize_images(images, model.normalization)))
             _refuse_other_shape(found, len(images), config.model)
             embeddings = found.float()
             # Of a sum of squares BatchNorm would have no gradient.

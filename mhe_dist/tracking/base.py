@@ -49,7 +49,7 @@ class Tracker(Protocol):
         """Keep a copy of an MLflow model's folder and register it; it must not change afterwards.
 
         Args:
-            path: the folder (`mhe_dist.backbone.mlflow_model`).
+            path: the folder (`pipelines.serving.mlflow_model`).
             name: of the registered model, which gets a new version.
         """
         ...

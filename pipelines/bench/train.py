@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mhe_dist.backbone.model import normalize_images
+from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import gather_rows
 from mhe_dist.distributed.spawn import run_ranks

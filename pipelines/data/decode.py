@@ -60,6 +60,11 @@ def decode_image(
             pixels = _by_pillow(data, max_pixels)
     except Exception as error:  # Pillow's readers may raise anything at all on damaged bytes
         raise _decode_error(error, max_pixels) from error
+    return fit_image(pixels, side)
+
+
+def fit_image(pixels: Pixels, side: int) -> Pixels:
+    """Scale decoded pixels, `[H, W, 3]` or `[H, W]`, and keep the middle square: `[side, side]`."""
     return pixels if pixels.shape[:2] == (side, side) else _resize_and_crop(pixels, side)
 
 

@@ -29,7 +29,7 @@ from pipelines.data.class_list import read_classes
 from pipelines.data.order import Ints, SubsetIndices
 from pipelines.data.sample import BadSampleError
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
-from pipelines.shards.index import IndexEntry, ShardIndex
+from pipelines.shards.index import UNLABELLED, IndexEntry, ShardIndex
 from pipelines.shards.label_set import NO_LABEL, LabelSet
 from pipelines.shards.shard import Shard
 from pipelines.shards.shard_list import LazyShards
@@ -252,7 +252,7 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         UserError: a set or a list cannot be read, they do not fit, or no image is left.
     """
     if not needs_mixture(data):
-        return _open_index(data.shards, data)
+        return _refuse_unlabelled(_open_index(data.shards, data))
     passes: list[DatasetPass] = []
     first_class = 0
     given = MixConfig(shards=data.shards, labels=data.labels, classes=data.classes)
@@ -261,7 +261,7 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         labels = _open_labels(f"{key}.labels", item.labels, index, data) if item.labels else None
         classes = read_classes(item.classes, labels or index) if item.classes else None
         if labels is None:
-            _require_labels(index)
+            _require_labels(_refuse_unlabelled(index))
         source = MixedDataset(index, labels, first_class, classes, data.images_per_class, key)
         fractions = [min(1.0, item.weight - whole) for whole in range(math.ceil(item.weight))]
         made = [
@@ -316,6 +316,16 @@ def _open_index(url: str, data: DataConfig) -> ShardIndex:
     """The index of a data set, its columns open: damaged ones end a run at its start."""
     index = ShardIndex.load(url, _column_cache(data))
     index.map_columns()
+    return index
+
+
+def _refuse_unlabelled(index: ShardIndex) -> ShardIndex:
+    if index.meta.get(UNLABELLED):
+        raise UserError(
+            f"{index.folder}: its images are in no class (mhe data folder --no-classes); it can be "
+            "embedded and clustered, not trained on, unless a label set gives it classes "
+            "(data.labels)"
+        )
     return index
 
 

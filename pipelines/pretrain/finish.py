@@ -10,8 +10,6 @@ from typing import Any
 import fsspec
 from torch import Tensor
 
-from mhe_dist.backbone.export import write_export
-from mhe_dist.backbone.mlflow_model import write_mlflow_model
 from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.errors import RunError, UserError, first_line
 from mhe_dist.redact import scrub
@@ -22,6 +20,9 @@ from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain.run import Run
 from pipelines.report.plots import draw_plots
+from pipelines.serving.exports import write_format
+from pipelines.serving.mlflow_model import write_mlflow_model
+from pipelines.serving.model_card import TrainedModel, write_model_card
 
 PARITY_IMAGES = 64
 
@@ -35,7 +36,7 @@ def finish_run(run: Run) -> dict[str, Any]:
     exports: dict[str, dict[str, Any]] = {}
     if run.topology.is_first:
         with run.recorder.phase("export"):
-            exports = _export(run, tensors)
+            exports = _export(run, tensors, evaluation)
         with run.recorder.phase("report"):
             _draw(run, evaluation)
     run.tracker.close()  # what does not arrive belongs in the summary
@@ -65,22 +66,40 @@ def _evaluate(run: Run) -> Evaluation:
         return Evaluation({}, {})
 
 
-def _export(run: Run, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _export(
+    run: Run, tensors: dict[str, Tensor], evaluation: Evaluation
+) -> dict[str, dict[str, Any]]:
     config = run.config
-    backbone = restore_backbone(config.model, config.data.image_size, tensors)
+    about = {
+        "data_digest": run.index.digest,
+        "classes": run.index.num_classes,
+        "samples": run.samples,
+    }
+    trained = TrainedModel(
+        restore_backbone(config.model, config.data.image_size, tensors),
+        config,
+        run.progress.step,
+        about,
+        evaluation.metrics,
+        evaluation.protocol,
+    )
     # A bad sample must not end a trained run.
     size, count = config.data.image_size, run.index.samples
     images = first_good_images(run.index, PARITY_IMAGES, size, limit=count)
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
-        path, difference = write_export(name, backbone, config, folder, images)
+        path, difference = write_format(name, trained, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.emit("export", format=name, path=path, max_difference=difference)
     if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
         model = write_mlflow_model(
-            exports["onnx"]["path"], f"{folder}/mlflow", images, config.model.embedding_dim
+            exports["onnx"]["path"],
+            f"{folder}/mlflow",
+            images[0].permute(1, 2, 0).contiguous().numpy(),
+            config.model.embedding_dim,
         )
+        write_model_card(model, trained, {"mlflow": "."})
         run.tracker.model(model, config.run.name)
     return exports
 

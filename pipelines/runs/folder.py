@@ -63,6 +63,22 @@ def read_summary(path: str) -> dict[str, Any] | None:
     return json.loads(text) if text else None
 
 
+def read_heldout_figures(path: str, step: int) -> tuple[dict[str, float], str]:
+    """Held-out figures of a run at a step, and their protocol in words; empty: none are known.
+
+    Those of `mhe evaluate` come before those of the run's end.
+    """
+    found = json.loads(read_if_exists(f"{path}/evaluation/heldout.json") or "{}")
+    if found.get("step") == step:
+        results = found["results"]
+        figures = {name: value for name, value in results.items() if isinstance(value, float)}
+        return figures, results.get("protocol", "")
+    summary = read_summary(path) or {}
+    if summary.get("steps") == step:
+        return summary.get("heldout", {}), summary.get("protocol") or ""
+    return {}, ""
+
+
 def read_run_config(path: str) -> dict[str, Any] | None:
     """The config that a run at `path` was started with; None where there is no run."""
     text = read_if_exists(f"{path}/config.yaml")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mhe_dist.config.schema import Config
@@ -27,6 +27,7 @@ class TrainedBackbone:
         step: completed steps.
         run_id: MLflow's, if the run was logged there.
         model: in evaluation mode.
+        trained_on: what its checkpoint says of the data: `data_digest`, `classes`, `samples`.
     """
 
     config: Config
@@ -35,16 +36,18 @@ class TrainedBackbone:
     step: int
     run_id: str | None
     model: Any
+    trained_on: dict[str, Any] = field(default_factory=dict)
 
     def embed(self, images: Tensor) -> Tensor:
         """uint8 `[B, 3, H, W]` -> float32 `[B, D]`, as `Engine.embed` computes it."""
         import torch
 
-        from mhe_dist.backbone.model import normalize_images
+        from mhe_dist.backbone.normalization import normalize_images
 
         device = next(self.model.parameters()).device
         with torch.no_grad():
-            embeddings: Tensor = self.model(normalize_images(images.to(device)))
+            pixels = normalize_images(images.to(device), self.model.normalization)
+            embeddings: Tensor = self.model(pixels)
         return embeddings
 
 
@@ -67,8 +70,9 @@ def load_trained_backbone(run: str, device: torch.device | None = None) -> Train
     config = stored_config(read_run_config(path) or {})
     tensors = found.load(is_backbone_weight)
     model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)
+    about = {name: found.run.get(name) for name in ("data_digest", "classes", "samples")}
     return TrainedBackbone(
-        config, path, found.path, found.step, found.run["run_id"], model.to(device)
+        config, path, found.path, found.step, found.run["run_id"], model.to(device), about
     )
 
 

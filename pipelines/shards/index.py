@@ -34,6 +34,8 @@ from pipelines.storage.urls import atomic_write, is_absolute_url, is_local, reso
 INDEX_FILE: Final = "index.json"
 FORMAT: Final = "mhe-shards-2"
 PACKED_FORMAT: Final = "mhe-shards-1"  # its tables are inside index.json
+UNLABELLED: Final = "unlabelled"
+"""Key of `meta` that is true where the images are in no class; and the name of their one class."""
 
 
 class Fault(NamedTuple):

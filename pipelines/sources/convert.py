@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -93,58 +93,119 @@ class TarTasks(Sequence[T]):
         return self._task(self._order[self._bounds[number] : self._bounds[number + 1]])
 
 
-def write_dataset(
-    out: str,
-    found: FoundSamples,
-    make: Callable[[T], Iterable[Sample | Fault]],
-    task: Callable[[Ints], T],
-    about: dict[str, Any],
-    columns: Iterable[Ints],
-    options: ImportOptions,
-    progress: Progress = no_progress,
-    tables: Mapping[str, Table] = MappingProxyType({}),
-) -> ImportResult:
-    """Write the samples that a source found as a data set.
+@dataclass(frozen=True)
+class NewDataset(Generic[T]):
+    """A data set that is to be written.
 
-    Args:
+    Attributes:
         out: folder or URL, which must not exist.
         found: the samples.
-        make: the samples of a task; an importable function.
-        task: from the numbers of some samples, in order, to what `make` needs of them.
+        task: from the numbers of some samples, in order, to what makes them.
         about: for the index; with the columns it is the recipe.
         columns: whatever else decides the content, one row per sample.
         options: how to write.
-        progress: called with the finished tars and their number.
         tables: more files beside the tars.
+    """
+
+    out: str
+    found: FoundSamples
+    task: Callable[[Ints], T]
+    about: dict[str, Any]
+    columns: Iterable[Ints] = ()
+    options: ImportOptions = DEFAULT_OPTIONS
+    tables: Mapping[str, Table] = field(default_factory=dict)
+
+    def cut(self) -> TarTasks[T]:
+        """The tasks of its tars."""
+        found = self.found
+        order = _order(len(found.classes), self.options.shuffle, self.about["source"])
+        bounds = _tar_bounds(found.sizes[order], self.options.shard_bytes)
+        return TarTasks(order, bounds, self.task)
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything that decides what is in its tars."""
+        return self.about | {
+            "version": _VERSION,
+            "shuffle": self.options.shuffle,
+            "shard_bytes": self.options.shard_bytes,
+            "samples": digest_columns([self.found.classes, self.found.sizes, *self.columns]),
+        }
+
+
+def write_dataset(
+    new: NewDataset[T],
+    make: Callable[[T], Iterable[Sample | Fault]],
+    progress: Progress = no_progress,
+) -> ImportResult:
+    """Write the samples that a source found as a data set; see `write_datasets`."""
+    return write_datasets([new], make, progress)[0]
+
+
+def write_datasets(
+    sets: Sequence[NewDataset[T]],
+    make: Callable[[T], Iterable[Sample | Fault]],
+    progress: Progress = no_progress,
+) -> list[ImportResult]:
+    """Write data sets that appear together, the last one last.
+
+    Args:
+        sets: what to write.
+        make: the samples of a task; an importable function.
+        progress: called with the finished tars and their number, of all sets.
 
     Raises:
-        UserError: `out` exists, or there is no sample.
-        RunError: too many samples are bad.
+        UserError: a target exists, or there is no sample.
+        RunError: too many samples of a set are bad.
     """
-    check_bad_fraction(found.faults, len(found.classes), options.max_bad)
-    if not len(found.classes):
-        raise UserError(f"{about['from']}: no image here")
-    order = _order(len(found.classes), options.shuffle, about["source"])
-    tars = TarTasks(order, _tar_bounds(found.sizes[order], options.shard_bytes), task)
-    recipe = about | {
-        "version": _VERSION,
-        "shuffle": options.shuffle,
-        "shard_bytes": options.shard_bytes,
-        "samples": digest_columns([found.classes, found.sizes, *columns]),
-    }
-    expected = int(_tar_bytes(found.sizes).sum()) + len(tars) * tarfile.RECORDSIZE
-    with (
-        ShardWriter(out, about["source"], recipe) as writer,
-        explain_full_disk(out, writer.folder, expected),
-    ):
-        later = writer.write_all(make, tars, options.processes, progress)
-        faults = [*found.faults, *later]
-        check_bad_fraction(faults, len(found.classes) - len(later), options.max_bad)
-        about_classes = class_table(found.names, writer.shards)
-        for name, table in {**tables, CLASSES_FILE: about_classes, **skipped_table(faults)}.items():
-            write_table(f"{writer.folder}/{name}", table)
-        meta = about | {"class_names": CLASSES_FILE, "skipped": len(faults)}
-        return ImportResult(writer.finish(len(found.names), meta), faults, found.warnings)
+    samples = sum(len(new.found.classes) for new in sets)
+    max_bad = max(new.options.max_bad for new in sets)
+    check_bad_fraction([fault for new in sets for fault in new.found.faults], samples, max_bad)
+    for new in sets:
+        if not len(new.found.classes):
+            raise UserError(f"{new.about['from']}: no image here")
+    tars = [new.cut() for new in sets]
+    total = sum(map(len, tars))
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(ShardWriter(new.out, new.about["source"], new.recipe()))
+            for new in sets
+        ]
+        faults: list[list[Fault]] = []
+        for number, (new, writer) in enumerate(zip(sets, writers, strict=True)):
+            before = sum(map(len, tars[:number]))
+
+            def finished(done: int, _: int, before: int = before) -> None:
+                progress(before + done, total)
+
+            with _explain_full_disk(new, writer, len(tars[number])):
+                later = writer.write_all(make, tars[number], new.options.processes, finished)
+                samples -= len(later)
+                faults.append([*new.found.faults, *later])
+                _write_tables(new, writer, faults[number])
+        check_bad_fraction([fault for each in faults for fault in each], samples, max_bad)
+        return [
+            ImportResult(_finish(new, writer, left_out), left_out, new.found.warnings)
+            for new, writer, left_out in zip(sets, writers, faults, strict=True)
+        ]
+
+
+def _explain_full_disk(
+    new: NewDataset[Any], writer: ShardWriter, tars: int
+) -> AbstractContextManager[None]:
+    expected = int(_tar_bytes(new.found.sizes).sum()) + tars * tarfile.RECORDSIZE
+    return explain_full_disk(new.out, writer.folder, expected)
+
+
+def _write_tables(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fault]) -> None:
+    classes = class_table(new.found.names, writer.shards)
+    tables = {**new.tables, CLASSES_FILE: classes, **skipped_table(faults)}
+    for name, table in tables.items():
+        write_table(f"{writer.folder}/{name}", table)
+
+
+def _finish(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fault]) -> ShardIndex:
+    meta = new.about | {"class_names": CLASSES_FILE, "skipped": len(faults)}
+    return writer.finish(len(new.found.names), meta)
 
 
 def check_bad_fraction(faults: Sequence[Fault], good: int, max_bad: float) -> None:

@@ -1,8 +1,8 @@
-"""A folder of image files to shards: one folder per class, or an `.lst` file that says the classes.
+"""A folder of image files to shards: a folder per class, a list or table of classes, or no classes.
 
 `.lst` files have two dialects, told apart line by line: `number, label, path` (mxnet's im2rec; more
 labels may stand before the path) and `aligned, path, label` (InsightFace). Fields are separated by
-tabs. What the files hold is copied as it is.
+tabs. What the files hold is copied as it is, if it can be decoded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+import numpy.typing as npt
 
 from mhe_dist.errors import RunError, UserError
+from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.shards.image_format import IMAGE_EXTENSIONS, image_extension
-from pipelines.shards.index import Fault
+from pipelines.shards.index import UNLABELLED, Fault
 from pipelines.shards.writer import Sample
 from pipelines.sources.convert import (
     DEFAULT_OPTIONS,
@@ -27,9 +29,14 @@ from pipelines.sources.convert import (
     ImportOptions,
     ImportResult,
     Ints,
+    NewDataset,
+    dense_classes,
     digest_texts,
     write_dataset,
+    write_datasets,
 )
+from pipelines.sources.heldout_split import HeldoutSplit, hold_out
+from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.storage.staging import require_absent_or_resumable
 from pipelines.storage.urls import RangeReader, is_local, protocol_names, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
@@ -37,6 +44,8 @@ from pipelines.storage.worker_pool import Progress, no_progress
 FILES_TABLE: Final = "files.tsv"
 _FILES_PER_REQUEST: Final = 64  # files that a store is asked for together
 _UNKNOWN_SIZE: Final = 1 << 16
+_SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
+_WHOLE_NUMBER: Final = re.compile(r"[0-9]+")
 _NUMBER: Final = re.compile(r"[+-]?\d{1,18}(\.\d*)?([eE][+-]?\d+)?")
 _MAX_CLASSES: Final = 1 << 62
 
@@ -55,42 +64,122 @@ def import_folder(
     lst: str | None = None,
     options: ImportOptions = DEFAULT_OPTIONS,
     writing: Progress = no_progress,
+    table: str | None = None,
+    classless: bool = False,
 ) -> ImportResult:
     """Convert a folder of images.
 
     Args:
-        root: folder or URL; without `lst` the folders in it are the classes, with all that is
-            below them.
+        root: folder or URL; without `lst` and `table` the folders in it are the classes, with all
+            that is below them.
         out: folder or URL for the shards, which must not exist.
         lst: path or URL of a list of files below `root` with their labels.
         options: of writing.
         writing: called with the finished tars and their number.
+        table: path or URL of a CSV or Parquet table of files below `root` and their classes.
+        classless: all images below `root` are in one class, which stands for none.
 
     Raises:
         UserError: nothing to read, or an output that exists.
         RunError: more bad files than the options allow.
     """
     require_absent_or_resumable(out)
-    root = root.rstrip("/")
+    found = _find_images(root.rstrip("/"), lst, table, classless)
+    return write_dataset(_new_dataset(out, found, options), _samples, writing)
+
+
+def import_split_folder(
+    root: str,
+    out: str,
+    split: HeldoutSplit,
+    lst: str | None = None,
+    options: ImportOptions = DEFAULT_OPTIONS,
+    writing: Progress = no_progress,
+    table: str | None = None,
+) -> list[ImportResult]:
+    """Convert a folder of images to `out/heldout` and `out/train`, which appear together.
+
+    The held-out set lies class by class.
+
+    Args:
+        root, out, lst, options, writing, table: see `import_folder`.
+        split: what is held out.
+
+    Returns:
+        The held-out set, and that to train on.
+
+    Raises:
+        UserError: as `import_folder`, or there is less than should be held out.
+        RunError: as `import_folder`.
+    """
+    targets = [f"{out}/heldout", f"{out}/train"]
+    for target in targets:
+        require_absent_or_resumable(target)
+    found = _find_images(root.rstrip("/"), lst, table)
+    found.about["split"] = split._asdict()
+    held = hold_out([file.path for file in found.files], found.names, found.classes, split)
+    # Split by images, both sets keep all classes, so that their labels mean the same.
+    train = found.choose(~held, keep_classes=not split.classes)
+    heldout = found.choose(held, keep_classes=not split.classes)._replace(faults=[], warnings=[])
+    sets = [
+        _new_dataset(targets[0], heldout, options._replace(shuffle=False)),
+        _new_dataset(targets[1], train, options),
+    ]
+    return write_datasets(sets, _samples, writing)
+
+
+class _FoundImages(NamedTuple):
+    """Image files, the names of the classes, the class of each file, and what goes to the index."""
+
+    files: list[ImageFile]
+    names: list[str]
+    classes: Ints
+    faults: list[Fault]
+    warnings: list[str]
+    about: dict[str, Any]
+
+    def choose(self, kept: npt.NDArray[np.bool_], keep_classes: bool) -> _FoundImages:
+        """Some of the files; classes of which none is left keep their numbers, or lose them."""
+        files = [self.files[number] for number in np.flatnonzero(kept).tolist()]
+        names, classes = self.names, self.classes[kept]
+        if not keep_classes:
+            left, classes = dense_classes(classes)
+            names = [self.names[number] for number in left.tolist()]
+        return self._replace(files=files, names=names, classes=classes)
+
+
+def _find_images(
+    root: str, lst: str | None, table: str | None, classless: bool = False
+) -> _FoundImages:
     faults: list[Fault] = []
     warnings: list[str] = []
-    if lst is None:
-        files = sorted(_by_folder(list_files(root), warnings))
+    about: dict[str, Any] = {"source": "folder", "from": root, "lst": lst}
+    if lst is not None:
+        files = list(_named_files(root, _list_rows(lst), faults))
+    elif table is not None:
+        files = list(_named_files(root, read_image_table(table), faults))
+        about["table"] = table
     else:
-        files = list(_by_list(root, lst, faults))
-    names, classes = _classes(files, numeric=lst is not None)
-    sizes = np.array([file.size for file in files], np.int64)
-    paths = [file.path for file in files]
+        files = sorted(_by_folder(root, list_files(root), classless, warnings))
+    if classless:
+        about[UNLABELLED] = True
+    names, classes = _classes(files, may_be_numbers=bool(lst or table))
+    return _FoundImages(files, names, classes, faults, warnings, about)
+
+
+def _new_dataset(out: str, found: _FoundImages, options: ImportOptions) -> NewDataset[_FileTask]:
+    paths, root = [file.path for file in found.files], found.about["from"]
+    sizes = np.array([file.size for file in found.files], np.int64)
 
     def task(chosen: Ints) -> _FileTask:
         mine = [paths[number] for number in chosen.tolist()]
-        return _FileTask(root, mine, chosen, classes[chosen])
+        return _FileTask(root, mine, chosen, found.classes[chosen])
 
-    found = FoundSamples(names, classes, sizes, faults, warnings)
-    about = {"source": "folder", "from": root, "lst": lst, "files": digest_texts(paths)}
+    samples = FoundSamples(found.names, found.classes, sizes, found.faults, found.warnings)
     keys = ((sample_key(number), path) for number, path in enumerate(paths))
-    table = {FILES_TABLE: (["key", "path"], keys)}
-    return write_dataset(out, found, _samples, task, about, [], options, writing, table)
+    tables = {FILES_TABLE: (["key", "path"], keys)}
+    about = found.about | {"files": digest_texts(paths)}
+    return NewDataset(out, samples, task, about, [], options, tables)
 
 
 def sample_key(number: int) -> str:
@@ -98,9 +187,10 @@ def sample_key(number: int) -> str:
     return f"{number:09d}"
 
 
-def _classes(files: list[ImageFile], numeric: bool) -> tuple[list[str], Ints]:
-    """Names of the classes, sorted, and the class of each file."""
+def _classes(files: list[ImageFile], may_be_numbers: bool) -> tuple[list[str], Ints]:
+    """Names of the classes, sorted, as numbers if they are; and the class of each file."""
     labels = {file.label for file in files}
+    numeric = may_be_numbers and all(_WHOLE_NUMBER.fullmatch(label) for label in labels)
     names = sorted(labels, key=int) if numeric else sorted(labels)
     number = {name: n for n, name in enumerate(names)}
     return names, np.array([number[file.label] for file in files], np.int64)
@@ -138,17 +228,32 @@ def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
                 yield os.path.relpath(path, root), os.path.getsize(path)
 
 
-def _by_folder(found: Iterable[tuple[str, int]], warnings: list[str]) -> Iterator[ImageFile]:
-    """The images that lie in a class folder; the others are counted in `warnings`."""
-    outside = other = 0
+def _by_folder(
+    root: str, found: Iterable[tuple[str, int]], classless: bool, warnings: list[str]
+) -> Iterator[ImageFile]:
+    """The images that lie in a class folder, or all; the others are counted in `warnings`.
+
+    Raises:
+        UserError: none of them lies in a class folder.
+    """
+    inside = outside = other = 0
     for path, size in found:
         name, _, rest = path.partition("/")
         if not has_image_extension(path):
             other += 1
+        elif classless:
+            yield ImageFile(path, UNLABELLED, size)
         elif not rest:
             outside += 1
         else:
+            inside += 1
             yield ImageFile(path, name, size)
+    if outside and not inside:
+        raise UserError(
+            f"{root}: its {outside:,} images lie in no class folder; give each class a folder, "
+            "name the classes with --table FILE (path,class), or say --no-classes for shards that "
+            "are embedded or clustered and not trained on"
+        )
     if outside:
         warnings.append(f"{outside:,} images are in no class folder; left out")
     if other:
@@ -160,18 +265,31 @@ def has_image_extension(path: str) -> bool:
     return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[ImageFile]:
-    """The files of a list that exist; the others are added to `faults`."""
-    filesystem, top = resolve_url(root)
-    listed = None if _is_web(filesystem) or is_local(filesystem) else dict(list_files(root))
+def _list_rows(lst: str) -> Iterator[ListedRow]:
+    """The rows of an `.lst` file."""
     with RangeReader(lst) as reader:
         lines = reader.read(0, reader.size).decode(errors="surrogateescape").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        location = f"{lst} line {number}"
         try:
-            label, name = parse_list_line(line.rstrip("\r"))
-            path = path_below_root(name, top)
+            label, path = parse_list_line(line.rstrip("\r"))
+        except ValueError as error:
+            yield ListedRow(location, problem=str(error))
+        else:
+            yield ListedRow(location, path, str(label))
+
+
+def _named_files(root: str, rows: Iterable[ListedRow], faults: list[Fault]) -> Iterator[ImageFile]:
+    """The files of a list or table that exist; the others are added to `faults`."""
+    filesystem, top = resolve_url(root)
+    listed = None if _is_web(filesystem) or is_local(filesystem) else dict(list_files(root))
+    for row in rows:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            path = path_below_root(row.path, top)
             if _is_web(filesystem):
                 size = _UNKNOWN_SIZE
             elif listed is None:
@@ -179,11 +297,11 @@ def _by_list(root: str, lst: str, faults: list[Fault]) -> Iterator[ImageFile]:
             elif path in listed:
                 size = listed[path]
             else:
-                raise ValueError(f"{name}: no such file")
+                raise ValueError(f"{row.path}: no such file")
         except (ValueError, OSError) as error:
-            faults.append(Fault(f"{lst} line {number}", str(error)))
+            faults.append(Fault(row.location, str(error)))
             continue
-        yield ImageFile(path, str(label), size)
+        yield ImageFile(path, row.label, size)
 
 
 def parse_list_line(line: str) -> tuple[int, str]:
@@ -244,8 +362,19 @@ def _samples(task: _FileTask) -> Iterator[Sample | Fault]:
             yield Fault(url, f"cannot be read ({data})")
         elif (extension := image_extension(data)) is None:
             yield Fault(url, f"no image of a known format (it begins with {data[:8]!r})")
+        elif problem := _decoding_problem(data):
+            yield Fault(url, problem)
         else:
             yield Sample(sample_key(number), {extension: data, "cls": str(label).encode()})
+
+
+def _decoding_problem(data: bytes) -> str:
+    """Why an image cannot be decoded, as training would say; empty if it can."""
+    try:
+        decode_image(data, _SIDE)
+    except ImageDecodeError as error:
+        return str(error)
+    return ""
 
 
 def _contents(task: _FileTask) -> Iterator[bytes | OSError]:

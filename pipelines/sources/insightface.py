@@ -26,6 +26,7 @@ from pipelines.sources.convert import (
     ImportOptions,
     ImportResult,
     Ints,
+    NewDataset,
     dense_classes,
     write_dataset,
 )
@@ -86,7 +87,8 @@ def import_recordio(
         return _RecordTask(rec, keys[chosen], starts[chosen], stops[chosen], classes[chosen])
 
     about = {"source": "recordio", "from": rec}
-    return write_dataset(out, found, _samples, task, about, [keys, starts, stops], options, writing)
+    new = NewDataset(out, found, task, about, [keys, starts, stops], options)
+    return write_dataset(new, _samples, writing)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_dist.backbone.model import compile_in_place
+from mhe_dist.backbone.normalization import Normalization, normalize_images
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology, disconnect
 from mhe_dist.engine.engine import Engine
@@ -299,6 +300,14 @@ def alone(_: Topology) -> dict[Any, Any]:
     with pytest.raises(RuntimeError, match="after 1 of this rank's 6 micro-batches"):
         engine.step(0.1)
 
+    net: Any = make_net()
+    net.normalization = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    inputs = normalize_images(images[0], net.normalization)
+    engine = make_engine(net, topology)
+    with torch.no_grad():
+        results["embedded"] = torch.equal(engine.embed(images[0]), net.eval()(inputs))
+        results["trained on"] = torch.equal(engine.forward(images[0], 0, 0), net(inputs))
+
     engine = make_engine(make_net(), topology)
     state = engine.state()
     results["missing"] = refusal(engine, {n: t for n, t in state.items() if n != "model.fc.bias"})
@@ -332,6 +341,7 @@ def test_one_rank_alone(run_distributed) -> None:
     assert results["same key"]
     assert not results["other step"]
     assert not results["other micro-batch"]
+    assert results["trained on"] and results["embedded"], "images as the backbone wants them"
     assert "model.fc.bias: this run has (5,), the checkpoint none" in results["missing"]
     assert "model.fc.weight: this run has (5, 7), the checkpoint (6, 7)" in results["shape"]
     assert "optim.conv.weight.exp_avg: this run has" in results["optimizer"]

@@ -13,6 +13,7 @@ from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
+from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
 from pipelines.storage.worker_pool import available_cores
@@ -69,25 +70,62 @@ def folder(
     lst: Annotated[
         str, typer.Option(help="An .lst file that names the files below --root and their labels.")
     ] = "",
+    table: Annotated[
+        str,
+        typer.Option(help="CSV or Parquet with the columns path (below --root) and class."),
+    ] = "",
+    no_classes: Annotated[
+        bool,
+        typer.Option("--no-classes", help="All images below --root, in no class: to embed them."),
+    ] = False,
+    heldout_classes: Annotated[
+        int, typer.Option(min=0, help="So many whole classes are kept to measure with.")
+    ] = 0,
+    heldout_images: Annotated[
+        int, typer.Option(min=0, help="So many images of each class are kept, two or more.")
+    ] = 0,
     shard_mib: ShardMib = DEFAULT_OPTIONS.shard_bytes / MIB,
     shuffle: Shuffle = DEFAULT_OPTIONS.shuffle,
     max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
 ) -> None:
-    """Convert a folder of images; they stay byte for byte.
+    """Convert a folder of images; they stay byte for byte, and bad ones are left out.
 
-    A class is a folder, with all that is below it, or a label of the .lst file (number, label,
-    path or aligned, path, label; tabs between them). classes.tsv and files.tsv beside the tars say
-    which class and which file is which.
+    A class is a folder, with all that is below it, or what a table says, or a label of the .lst
+    file (number, label, path or aligned, path, label; tabs between them). classes.tsv and files.tsv
+    beside the tars say which class and which file is which.
 
-    Example: mhe data folder --root photos --out s3://bucket/photos
+    With --heldout-classes (other identities) or --heldout-images (other images of the same ones),
+    OUT/train and OUT/heldout are made; the choice is the same each time.
+
+    Example: mhe data folder --root photos --out data/photos --heldout-classes 100
+
+    Example: mhe data folder --root photos --table labels.csv --out s3://bucket/photos
     """
-    from pipelines.sources.image_folder import import_folder
+    from pipelines.sources.heldout_split import HeldoutSplit
+    from pipelines.sources.image_folder import import_folder, import_split_folder
 
+    given = {"--lst": bool(lst), "--table": bool(table), "--no-classes": no_classes}
+    _refuse_both(*(name for name, is_given in given.items() if is_given))
+    held = {"--heldout-classes": heldout_classes, "--heldout-images": heldout_images}
+    _refuse_both(*([n for n, v in held.items() if v] + ["--no-classes"] * no_classes))
+    if heldout_images == 1:
+        raise UserError("--heldout-images 1: a class needs two, one to find and one to look up")
     options = _options(shard_mib, shuffle, max_bad, processes)
+    split = HeldoutSplit(heldout_classes, heldout_images)
+    how = (lst or None, options)
     with resumable(), ProgressDisplay().counting("writing tars") as written:
-        made = import_folder(root, out, lst or None, options, written)
-    tell(made)
+        if any(split):
+            sets = import_split_folder(root, out, split, *how, written, table or None)
+        else:
+            sets = [import_folder(root, out, *how, written, table or None, no_classes)]
+    tell(*sets, can_train=not no_classes)
+
+
+def _refuse_both(*names: str) -> None:
+    """Refuse options of which one excludes the other."""
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} exclude each other; leave one of them out")
 
 
 def _options(shard_mib: float, shuffle: bool, max_bad: float, processes: int) -> ImportOptions:
@@ -108,22 +146,32 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(stop.exit_code) from None
 
 
-def tell(made: ImportResult) -> None:
-    """Say what a data set holds, what is odd about it, and what to type next."""
-    console.say(describe(made.index))
-    for note in made.notes:
-        console.say(f"{escape(made.index.folder)}: {escape(note)}")
-    for warning in made.warnings:
-        console.say(f"[yellow]warning:[/] {escape(warning)}")
-    if made.faults:
-        listing = f"{made.index.folder}/skipped.tsv"
-        console.say(f"[yellow]{len(made.faults):,} bad samples left out[/], see {escape(listing)}")
-    folder = made.index.folder
+def tell(*sets: ImportResult, can_train: bool = True) -> None:
+    """Say what data sets hold, what is odd about them, and what to type next.
+
+    Args:
+        sets: that were made together: one, or the held-out set and that to train on.
+        can_train: whether the last of them has classes.
+    """
+    for made in sets:
+        console.say(describe(made.index))
+        for note in made.notes:
+            console.say(f"{escape(made.index.folder)}: {escape(note)}")
+        for warning in made.warnings:
+            console.say(f"[yellow]warning:[/] {escape(warning)}")
+        if made.faults:
+            listing = f"{made.index.folder}/skipped.tsv"
+            count = f"{len(made.faults):,} bad samples"
+            console.say(f"[yellow]{count} left out[/], see {escape(listing)}")
+    folder = sets[-1].index.folder
+    train = ["mhe", "train", "CONFIG", f"data.shards={folder}"]
+    train += [f"evaluate.shards={made.index.folder}" for made in sets[:-1]]
+    embed = ["mhe", "embed", "RUN", "--images", folder, "--out", "embeddings.npz"]
     console.list_next(
         [
             ("look at it", ["mhe", "data", "show", folder]),
             ("check it", ["mhe", "data", "verify", folder]),
-            ("train on it", ["mhe", "train", "CONFIG", f"data.shards={folder}"]),
+            ("train on it", train) if can_train else ("embed it", embed),
         ]
     )
 

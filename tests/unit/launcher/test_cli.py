@@ -24,7 +24,7 @@ from pipelines.runs.folder import read_run_config
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
-    *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["embed"], ["doctor"]),
+    *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["embed"], ["doctor"], ["init"]),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
     *(["bench"], ["bench", "head"], ["bench", "data"], ["reproduce"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),
@@ -144,7 +144,10 @@ def test_config_shows_values_and_meanings(capsys: Captured) -> None:
     shown = capsys.readouterr().out
     assert "optim.lr" in shown
     assert "0.25" in shown
-    assert "(default: 0.1)" in " ".join(shown.split())
+    words = " ".join(shown.split())
+    assert "(default: 0.1)" in words
+    assert "Which head; the block of the same name configures it. one of full, partial_fc," in words
+    assert "a whole number greater than 0" in words and "true or false" in words
 
 
 def test_config_as_yaml_can_be_run_again(capsys: Captured, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
         (["a/1.jpg", "b/2.PNG"], "mhe data folder --root {root} --out {out}, then {key}={out}"),
         (["train.rec", "train.idx"], "mhe data recordio --rec {rec} --out {out}, then {key}={out}"),
         (["000.tar"], "mhe data index {root}"),
-        (["1.jpg"], "give each class a folder, then mhe data folder"),
+        (["1.jpg"], "mhe data folder --root {root} --out {out} --table FILE.csv"),
         (["notes.txt", "a/b/1.jpg"], "give a folder of indexed shards"),
     ],
 )

@@ -9,7 +9,12 @@ import pytest
 
 from launcher import cli
 from launcher.terminal import commands, console
-from launcher.terminal.commands import command_line, invoked_command, loading_code
+from launcher.terminal.commands import (
+    command_line,
+    invoked_command,
+    loading_code,
+    serving_command,
+)
 from launcher.terminal.summary import next_steps
 from mhe_dist.config.schema import Config
 
@@ -85,6 +90,16 @@ def test_the_code_that_loads_an_export_survives_the_shell(export: str) -> None:
     compile(code, "pasted", "exec")
     assert shlex.split(command_line(["python", "-c", code]))[-1] == code
     assert ("mhe_dist.backbone.iresnet" in code) == (export == "timm")
+
+
+def test_what_serves_a_model_finds_the_programs_beside_it(
+    environment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow models serve` starts uvicorn by its name alone."""
+    serve = "mlflow models serve -m 'my runs/mlflow' --env-manager local"
+    assert serving_command("my runs/mlflow") == f'PATH={environment}:"$PATH" {serve}'
+    monkeypatch.setenv("PATH", f"{environment}:/usr/bin")
+    assert serving_command("my runs/mlflow") == serve
 
 
 def test_the_hint_of_config_keeps_the_overrides(capsys: Captured) -> None:

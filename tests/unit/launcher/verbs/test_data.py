@@ -18,6 +18,7 @@ from tests.recordio_files import items, jpeg, layout, save
 from tests.unit.pipelines.shards.test_index import PACKED
 
 Captured = pytest.CaptureFixture[str]
+FOLDER = ["folder", "--root", "made", "--out", "out"]
 
 
 @pytest.fixture
@@ -63,6 +64,22 @@ def test_a_folder_and_a_list(tmp_path: Path, faces: str, capsys: Captured) -> No
     assert ShardIndex.load("one").image_extensions == ("jpg", "png")
 
 
+def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
+    faces: str, capsys: Captured
+) -> None:
+    for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg", "c/5.jpg"):
+        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("photos", name).write_bytes(jpeg(int(name[2])))
+    words = ["data", "folder", "--root", "photos", "--out"]
+    assert run(*words, "made", "--heldout-classes", "1") == 0
+    said = capsys.readouterr().out
+    assert "made/heldout: 2 images of 1 classes" in said
+    assert "/made/train evaluate.shards=" in said.replace("\n", " ")
+    assert run(*words, "all", "--no-classes") == 0
+    said = capsys.readouterr().out
+    assert "mhe embed RUN --images " in said and "mhe train" not in said
+
+
 def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured) -> None:
     assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
     tar = Path("made", "recordio-000000.tar")
@@ -83,6 +100,12 @@ def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured
         (["show", "made", "--out", "sheet.jpg"], "let its name end with .png"),
         (["index", "nowhere"], "no tars here"),
         (["folder", "--root", "nowhere", "--out", "out"], "no such folder"),
+        ([*FOLDER, "--lst", "a", "--table", "b"], "--lst and --table exclude each other"),
+        (
+            [*FOLDER, "--heldout-images", "2", "--no-classes"],
+            "--heldout-images and --no-classes exclude each other",
+        ),
+        ([*FOLDER, "--heldout-images", "1"], "--heldout-images 1: a class needs two"),
         (["recordio", "--rec", "nowhere.rec", "--out", "out"], "cannot be opened"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -161,7 +162,12 @@ def test_a_model_that_says_nothing_is_not_exported(trained, tmp_path: Path) -> N
 def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path = tmp_path / "backbone.pt2"
-    assert export_torch(model, config, str(path), images, ExportOptions(normalise=True)) < 1e-5
+    options = ExportOptions(normalise=True)
+    assert export_torch(model, config, str(path), images, options, {"step": "7"}) < 1e-5
+    extra = {"metadata.json": ""}
+    torch.export.load(str(path), extra_files=extra)
+    about = json.loads(extra["metadata.json"])
+    assert (about["step"], about["image_size"], about["unit_length"]) == ("7", "16", "true")
     wanted = expected(model, images, tmp_path / "images.npy")
     script = (
         "import torch\n"
@@ -169,28 +175,6 @@ def test_torch_alone_runs_the_program(trained, tmp_path: Path) -> None:
     )
     found = elsewhere(script, str(path), str(tmp_path / "images.npy"))
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1)[:, None], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_mlflow_alone_predicts(trained, tmp_path: Path) -> None:
-    model, config, images = trained
-    path, difference = write_export("mlflow", model, config, str(tmp_path), images)
-    assert difference < 1e-4
-    wanted = expected(model, images, tmp_path / "images.npy")
-    script = (
-        "import mlflow\n"
-        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
-        "out = model.predict({'images': images})['embeddings']"
-    )
-    found = elsewhere(script, path, str(tmp_path / "images.npy"))
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
-    needed = Path(path, "requirements.txt").read_text().split()
-    assert [line.partition("==")[0] for line in needed] == [
-        "mlflow",
-        "onnx",
-        "onnxruntime",
-        "numpy",
-    ]
 
 
 @pytest.mark.slow

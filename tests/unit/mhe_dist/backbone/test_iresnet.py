@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from mhe_dist.backbone.export import export_timm
 from mhe_dist.backbone.iresnet import IResNet
-from mhe_dist.backbone.model import build_backbone, normalize_images
+from mhe_dist.backbone.model import build_backbone
+from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.distributed.topology import Topology

@@ -120,7 +120,7 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
         ("optim.betas=[1, 2, 3]", "must be a list of 2, each a number at least 0 and less than 1"),
         (
             "export.formats=[tf]",
-            "must be a list, each item one of timm, onnx, torch-export, mlflow",
+            "must be a list, each item one of timm, onnx, torch-export, mlflow, hub-folder",
         ),
         ("model.kwargs=3", "must be a block of keys"),
         ("checkpoint=often", "must be a block of keys (every_steps, every_minutes, keep_last, "
@@ -320,7 +320,8 @@ def test_describe_names_every_key_with_value_default_and_description() -> None:
         entry.path: entry
         for entry in describe_config(load_config(None, ["data.shards=x", "optim.lr=3"]))
     }
-    assert tuple(entries["optim.lr"]) == ("optim.lr", 3.0, 0.1, "Peak learning rate.")
+    allowed = "a number greater than 0"
+    assert tuple(entries["optim.lr"]) == ("optim.lr", 3.0, 0.1, "Peak learning rate.", allowed)
     assert entries["data.shards"].default == "(required)"
     assert entries["data.glyphs"].value is None
     assert "data.glyphs.fonts" not in entries

@@ -11,15 +11,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import parquet
 
+from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import RunError, UserError
+from pipelines.data.mixture import open_training_index
 from pipelines.shards import writer
-from pipelines.sources.convert import ImportOptions
-from pipelines.sources.image_folder import import_folder, parse_list_line, path_below_root
+from pipelines.sources.convert import ImportOptions, ImportResult
+from pipelines.sources.heldout_split import HeldoutSplit
+from pipelines.sources.image_folder import (
+    import_folder,
+    import_split_folder,
+    parse_list_line,
+    path_below_root,
+)
 from tests.recordio_files import content, jpeg
 
 
@@ -94,6 +104,159 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> No
     (root / "dog" / "broken.jpg").symlink_to("nowhere.jpg")
     made = import_folder(str(root), str(tmp_path / "out"))
     assert made.index.samples == len(FILES) + 1
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_an_image_that_is_cut_off_is_bad(root: Path, tmp_path: Path, kind: str) -> None:
+    """As it is for training and for `mhe embed`, though its first bytes are those of an image."""
+    whole = jpeg(9, side=64) if kind == "jpeg" else png()
+    (root / "cat" / f"short.{kind}").write_bytes(whole[: len(whole) * 2 // 3])
+    made = import_folder(str(root), str(tmp_path / "out"), options=ImportOptions(max_bad=0.2))
+    assert [fault.location for fault in made.faults] == [f"{root}/cat/short.{kind}"]
+    assert made.index.samples == len(FILES)
+
+
+def write_table(path: Path, rows: list[tuple[str, object]]) -> str:
+    """CSV with a column too many and a separator of Excel's, or Parquet; by the name."""
+    if path.suffix == ".csv":
+        lines = [f"{number};{name};{label}" for number, (name, label) in enumerate(rows)]
+        path.write_text("\n".join(["\ufeffnumber;path;class", *lines, ""]))
+    else:
+        columns = {"class": [label for _, label in rows], "path": [name for name, _ in rows]}
+        parquet.write_table(pa.table(columns), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("labels", "names"), [(("ten", "two", "ten"), ["ten", "two"]), ((10, 9, 10), ["9", "10"])]
+)
+def test_a_table_names_files_and_classes(
+    root: Path, tmp_path: Path, kind: str, labels: tuple[object, ...], names: list[str]
+) -> None:
+    paths = ["cat/a.jpg", "cat/deep/b.JPEG", "zürich/a.jpg"]
+    rows = [*zip(paths, labels, strict=True), ("gone.jpg", "ten" if "ten" in names else 10)]
+    table = write_table(tmp_path / f"t.{kind}", rows)
+    made = import_folder(
+        str(root), str(tmp_path / "out"), table=table, options=ImportOptions(max_bad=0.5)
+    )
+    assert labels_of(tmp_path / "out") == {
+        FILES[path]: names.index(str(label)) for path, label in zip(paths, labels, strict=True)
+    }
+    (fault,) = made.faults
+    assert fault.location == f"{table} {'line 5' if kind == 'csv' else 'row 4'}"
+    assert "gone.jpg" in fault.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"path,label\na.jpg,1\n", "has no column 'class' among path, label"),
+        (b"", "has no column 'path' among none"),
+        (b"\xff\xfe\x00", "neither Parquet nor CSV"),
+        (b"PAR1 and no more", "not a Parquet file that can be read"),
+    ],
+)
+def test_what_is_no_such_table_is_a_mistake(
+    root: Path, tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "table").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        import_folder(str(root), str(tmp_path / "out"), table=str(tmp_path / "table"))
+
+
+def test_rows_without_a_class_are_bad(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("path,class\ncat/a.jpg,\n,7\ncat/deep/b.JPEG,7\n")
+    table, options = str(tmp_path / "t.csv"), ImportOptions(max_bad=1)
+    made = import_folder(str(root), str(tmp_path / "out"), table=table, options=options)
+    assert [fault.reason for fault in made.faults] == [
+        "no class in this row",
+        "no path in this row",
+    ]
+
+
+def test_images_without_class_folders(tmp_path: Path) -> None:
+    (tmp_path / "root" / "deep").mkdir(parents=True)
+    for number, name in enumerate(("a.jpg", "deep/b.jpg", "c.jpg")):
+        (tmp_path / "root" / name).write_bytes(jpeg(number))
+    root, out = str(tmp_path / "root"), str(tmp_path / "out")
+    made = import_folder(root, out, classless=True)
+    assert (made.index.samples, made.index.num_classes) == (3, 1)
+    with pytest.raises(UserError, match=r"in no class .* not trained on"):
+        open_training_index(DataConfig(shards=out), seed=0)
+    for name in ("deep/b.jpg", "deep"):
+        path = tmp_path / "root" / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=r"2 images lie in no class folder; .*--no-classes"):
+        import_folder(root, str(tmp_path / "other"))
+
+
+def many_images(root: Path, counts: dict[str, int]) -> str:
+    for seed, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            (root / name / f"{number}.jpg").write_bytes(jpeg(100 * seed + number))
+    return str(root)
+
+
+COUNTS = {"a": 1, "b": 3, "c": 4, "d": 2, "e": 5}
+
+
+def names_of(made: ImportResult) -> list[str]:
+    lines = Path(made.index.folder, "classes.tsv").read_text().splitlines()
+    return [line.split("\t")[2] for line in lines[1:]]
+
+
+def labels_in_order(made: ImportResult) -> list[int]:
+    return [int(shard.label(n) or 0) for shard in made.index.shards for n in range(shard.samples)]
+
+
+def test_whole_classes_are_held_out(tmp_path: Path) -> None:
+    root = many_images(tmp_path / "root", COUNTS)
+    made = import_split_folder(root, str(tmp_path / "out"), HeldoutSplit(classes=2))
+    held, kept = made
+    assert [Path(each.index.folder).name for each in made] == ["heldout", "train"]
+    assert sorted([*names_of(held), *names_of(kept)]) == sorted(COUNTS)
+    assert held.index.samples == sum(COUNTS[name] for name in names_of(held))
+    assert all(COUNTS[name] > 1 for name in names_of(held))
+    assert labels_in_order(held) == sorted(labels_in_order(held)), "class by class"
+    again = import_split_folder(root, str(tmp_path / "again"), HeldoutSplit(classes=2))
+    assert [each.index.digest for each in again] == [each.index.digest for each in made]
+
+
+def test_images_of_every_class_are_held_out_under_the_same_ids(tmp_path: Path) -> None:
+    root = many_images(tmp_path / "root", COUNTS)
+    held, kept = import_split_folder(root, str(tmp_path / "out"), HeldoutSplit(images=2))
+    assert names_of(held) == names_of(kept) == sorted(COUNTS)
+    assert labels_in_order(held) == [1, 1, 2, 2, 4, 4]
+    assert sorted(labels_in_order(kept)) == [0, 1, 2, 2, 3, 3, 4, 4, 4]
+    images = [labels_of(each.index.folder) for each in (held, kept)]
+    assert not set(images[0]) & set(images[1])
+
+
+def test_what_is_held_out_stays_when_a_folder_grows(tmp_path: Path) -> None:
+    root = many_images(tmp_path / "root", COUNTS)
+    held, _ = import_split_folder(root, str(tmp_path / "out"), HeldoutSplit(images=2))
+    before = labels_of(held.index.folder)
+    many_images(tmp_path / "root", {"z": 3})
+    held, _ = import_split_folder(root, str(tmp_path / "more"), HeldoutSplit(images=2))
+    assert set(before) <= set(labels_of(held.index.folder))
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        (HeldoutSplit(classes=4), "5 classes, 4 of them with two images or more, and 2 must"),
+        (HeldoutSplit(images=5), "the largest class has 5 images"),
+    ],
+)
+def test_more_cannot_be_held_out_than_there_is(
+    tmp_path: Path, split: HeldoutSplit, words: str
+) -> None:
+    root = many_images(tmp_path / "root", COUNTS)
+    with pytest.raises(UserError, match=words):
+        import_split_folder(root, str(tmp_path / "out"), split)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_files_are_named_and_bounded(root: Path, tmp_path: Path) -> None:

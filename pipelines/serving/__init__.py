@@ -1,0 +1,1 @@
+"""Trained backbones for others: models that take images, and cards that describe them."""

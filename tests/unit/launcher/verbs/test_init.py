@@ -1,0 +1,122 @@
+"""`mhe init`: what a user has becomes a run that passes the checks before it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from launcher.preflight.checks import check_backbone, check_data
+from mhe_dist.config.load import load_config
+from mhe_dist.config.schema import Config
+from pipelines.shards.index import ShardIndex
+from tests.recordio_files import items, jpeg, layout, save
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """24 classes of three images of 40 pixels."""
+    monkeypatch.chdir(tmp_path)
+    for label in range(24):
+        Path("photos", f"c{label}").mkdir(parents=True)
+        for number in range(3):
+            Path("photos", f"c{label}", f"{number}.jpg").write_bytes(jpeg(3 * label + number, 40))
+    return tmp_path / "photos"
+
+
+def init(*words: str) -> Config:
+    assert cli.run(["init", *words, "--workers", "2", "--no-gpu"]) == 0
+    return load_config("photos.yaml")
+
+
+def make_shards() -> None:
+    """Run the command that the file names."""
+    (line,) = [li for li in Path("photos.yaml").read_text().splitlines() if "# Shards:" in li]
+    words = shlex.split(line.partition(": ")[2])
+    assert words[0] == "mhe" and cli.run([*words[1:], "--processes", "1"]) == 0
+
+
+def test_a_folder_of_images(photos: Path, capsys: Captured) -> None:
+    config = init("photos")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "66 images of about 40 pixels in 22 classes to train on, and 2 CPU workers" in said
+    assert "mhe data folder --root photos --out data/photos --heldout-classes 2" in said
+    assert (config.data.image_size, config.head.kind, config.scale.workers) == (32, "full", 2)
+    make_shards()
+    load_config("photos.yaml", [], [check_data, check_backbone])
+    assert ShardIndex.load(config.data.shards).num_classes == 22
+    assert ShardIndex.load(config.evaluate.shards).num_classes == 2
+    assert cli.run(["init", "photos"]) == 2
+    assert "photos.yaml: exists already" in capsys.readouterr().err
+    # Shards that are there need no command, and the same file comes out but for that.
+    again = Path("photos.yaml")
+    again.unlink()
+    assert init("data/photos") == config
+    assert "Shards:" not in again.read_text()
+
+
+def test_it_passes_preflight(photos: Path) -> None:
+    init("photos")
+    make_shards()
+    assert cli.run(["preflight", "photos.yaml", "--no-trial"]) == 0
+
+
+def test_a_table(photos: Path) -> None:
+    rows = [f"photos/c{n % 24}/{n // 24}.jpg,{n % 23}" for n in range(72)]
+    Path("photos.csv").write_text("\n".join(["path,class", *rows, ""]))
+    config = init("photos.csv")
+    make_shards()
+    load_config("photos.yaml", [], [check_data])
+    assert config.data.image_size == 32
+    assert ShardIndex.load(config.data.shards).num_classes == 21
+
+
+def test_recordio(photos: Path) -> None:
+    rec = save(photos.parent / "photos_rec", *layout(items(3, 4), "classic"))
+    words = ["init", rec, "--name", "photos", "--workers", "2", "--no-gpu"]
+    assert cli.run(words) == 2
+    assert cli.run([*words, "--classes", "3"]) == 0
+    Path("photos.yaml").unlink()
+    Path(rec).with_name("property").write_text("3,112,112\n")
+    assert cli.run(words) == 0
+    text = Path("photos.yaml").read_text()
+    assert "12 images of about 112 pixels in 3 classes" in " ".join(text.replace("#", "").split())
+    make_shards()
+    assert load_config("photos.yaml", [], [check_data]).data.shards == "data/photos_rec"
+
+
+def test_tars_of_others(photos: Path) -> None:
+    init("photos")
+    make_shards()
+    Path("photos.yaml").unlink()
+    theirs = Path("theirs")
+    Path("data/photos/train").rename(theirs)
+    for name in ("index.json", "begins.npy", "labels.npy", "classes.tsv"):
+        (theirs / name).unlink()
+    config = init("theirs", "--name", "photos", "--classes", "22")
+    make_shards()
+    load_config("photos.yaml", [], [check_data])
+    assert config.data.shards == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "no such folder"),
+        (["empty"], "empty: holds no image"),
+        (["photos/c0"], "3 images lie in no class folder"),
+        (["theirs"], "theirs: the number of classes is not known (only reading the tars"),
+        (["bad.csv"], "has no column 'path'"),
+    ],
+)
+def test_mistakes(photos: Path, capsys: Captured, words: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    Path("theirs").mkdir()
+    Path("theirs/a.tar").write_bytes(b"")
+    Path("bad.csv").write_text("a,b\n")
+    assert cli.run(["init", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
