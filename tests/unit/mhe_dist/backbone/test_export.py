@@ -22,6 +22,7 @@ from mhe_dist.backbone.export import (
     write_export,
 )
 from mhe_dist.backbone.model import Backbone, build_backbone
+from mhe_dist.backbone.normalization import SYMMETRIC
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from tests import tiny
@@ -143,11 +144,11 @@ def test_a_difference_is_measured_by_its_element(scale: float) -> None:
         return trained(inputs) + torch.tensor([0.0, error * scale])
 
     error = 1e-4
-    found = export._compare(trained, exported, [images, images[:1]], "file", 1e-3)
+    found = export._compare(trained, exported, [images, images[:1]], SYMMETRIC, "file", 1e-3)
     assert found == pytest.approx(error * scale, rel=0.05)
     error = 1e-3
     with pytest.raises(RunError, match=r"an element by 5\.0\de-03 of its own scale \(1e-03 is"):
-        export._compare(trained, exported, [images, images[:1]], "file", 1e-3)
+        export._compare(trained, exported, [images, images[:1]], SYMMETRIC, "file", 1e-3)
 
 
 def test_a_model_that_says_nothing_is_not_exported(trained, tmp_path: Path) -> None:
