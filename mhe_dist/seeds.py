@@ -15,15 +15,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_GOLDEN: Final = 0x9E3779B97F4A7C15  # the increment and multipliers of splitmix64
-_MIX_A: Final = 0xBF58476D1CE4E5B9
-_MIX_B: Final = 0x94D049BB133111EB
+GOLDEN: Final = 0x9E3779B97F4A7C15  # the increment and multipliers of splitmix64
+MIX_A: Final = 0xBF58476D1CE4E5B9
+MIX_B: Final = 0x94D049BB133111EB
 # Interpolation at Chebyshev nodes of [0, 1], coefficients of rising powers; errors below 7e-6,
 # 1.3e-6 and 5e-8. In turn (log2(1 + x) - x) / (x * (1 - x)), and with x = y * y
 # sin(pi / 2 * y) / y and cos(pi / 2 * y).
-_LOG2: Final = (0.44268885, -0.27820167, 0.19666100, -0.13144654, 0.06407294, -0.015125447)
-_SIN: Final = (1.5707952, -0.64592570, 0.079500005, -0.0043705860)
-_COS: Final = (1.0, -1.2336982, 0.25365067, -0.020810515, 0.00085813447)
+LOG2: Final = (0.44268885, -0.27820167, 0.19666100, -0.13144654, 0.06407294, -0.015125447)
+SIN: Final = (1.5707952, -0.64592570, 0.079500005, -0.0043705860)
+COS: Final = (1.0, -1.2336982, 0.25365067, -0.020810515, 0.00085813447)
 # Pairs of normals in one pass: small enough for a core's cache, or for a device's memory.
 _HOST_PAIRS: Final = 1 << 14
 _DEVICE_PAIRS: Final = 1 << 24
@@ -92,9 +92,9 @@ def normal_rows(
     rows = torch.empty(len(classes), width, dtype=dtype, device=classes.device)
     limit = _HOST_PAIRS if classes.device.type == "cpu" else _DEVICE_PAIRS
     chunk = max(1, limit // max(1, pairs))
-    columns = torch.arange(1, pairs + 1, device=classes.device).mul_(_signed(_GOLDEN))
+    columns = torch.arange(1, pairs + 1, device=classes.device).mul_(_signed(GOLDEN))
     # Two rounds per class: the starts of neighbouring classes must not be neighbours.
-    start = _mix(_mix(classes + derive(seed, "normal_rows")).add_(_signed(_GOLDEN)))
+    start = _mix(_mix(classes + derive(seed, "normal_rows")).add_(_signed(GOLDEN)))
     for begin in range(0, len(classes), chunk):
         bits = _mix(start[begin : begin + chunk, None] + columns).view(torch.int32)
         radius, angle = bits[:, :pairs], bits[:, pairs:]
@@ -112,7 +112,7 @@ def _signed(word: int) -> int:
 def _mix(words: Tensor) -> Tensor:
     """The output function of splitmix64, in place on int64; the arithmetic wraps around."""
     shifted = torch.empty_like(words)
-    for shift, factor in ((30, _MIX_A), (27, _MIX_B), (31, 1)):
+    for shift, factor in ((30, MIX_A), (27, MIX_B), (31, 1)):
         # Masked, because torch shifts the sign in.
         torch.bitwise_right_shift(words, shift, out=shifted)
         words.bitwise_xor_(shifted.bitwise_and_((1 << (64 - shift)) - 1))
@@ -130,8 +130,8 @@ def _box_muller(radius: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     length = length.mul_(2 * math.log(2)).sqrt_().copysign_(radius)
     half_turns = angle.to(torch.float32).mul_(2.0**-31)
     square = half_turns * half_turns
-    sines = _polynomial(square, _SIN).mul_(half_turns).mul_(length)
-    return _polynomial(square, _COS).mul_(length), sines
+    sines = _polynomial(square, SIN).mul_(half_turns).mul_(length)
+    return _polynomial(square, COS).mul_(length), sines
 
 
 def _minus_log2(numbers: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _minus_log2(numbers: Tensor) -> Tensor:
     fraction = (bits & 0x7FFFFF).to(torch.float32).mul_(2.0**-23)
     # Exponent and mantissa read as one fixed-point number are log2, linear between powers of two.
     linear = (bits - ((127 + 31) << 23)).to(torch.float32).mul_(-(2.0**-23))
-    bow = _polynomial(fraction, _LOG2).mul_(fraction - fraction * fraction)
+    bow = _polynomial(fraction, LOG2).mul_(fraction - fraction * fraction)
     return linear.sub_(bow)
 
 

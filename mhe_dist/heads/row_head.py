@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.initial_rows import noise_rows
 from mhe_dist.bank.remote_rows import RemoteTraffic
 from mhe_dist.bank.repartition import Permutations, move_rows
 from mhe_dist.bank.row_optim import build_row_optimizer
@@ -211,10 +212,8 @@ class RowHead(Head):
         classes = self.layout.classes(heads[:, None], slots[None, :])
         classes = to_device(classes, self.topology.device)
         key = seeds.derive(self.spec.seed, "class centres")
-        rows = seeds.normal_rows(key, classes.view(-1), self.spec.width, torch.float32)
-        rows = rows.mul_(initial_std(self.spec)).masked_fill_(classes.view(-1, 1) < 0, 0.0)
-        rows = F.pad(rows, (0, self.width - self.spec.width))
-        return rows.view(*classes.shape, self.width).to(self.spec.dtype)
+        std = initial_std(self.spec)
+        return noise_rows(key, classes, self.spec.width, std, self.width).to(self.spec.dtype)
 
     def features(self, embeddings: Tensor) -> Tensor:
         """What rows are multiplied with; see `features_of`."""

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mhe_dist import seeds
 from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.class_layout import LabelLayout
+from mhe_dist.bank.initial_rows import noise_rows
 from mhe_dist.bank.row_optim import Dense, LowRank, RowOptimizer
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.collectives import all_reduce
@@ -266,10 +266,9 @@ def initial_rows(
         """The first rows; see above."""
         units = to_device(units, device)
         classes = units[:, None] * layout.length + torch.arange(layout.length, device=units.device)
-        rows = seeds.normal_rows(key, classes.view(-1), spec.width, torch.float32)
-        rows.mul_(initial_std(spec)).masked_fill_(classes.view(-1, 1) >= layout.num_classes, 0.0)
-        if spec.config.margin.kind == "none":
-            rows = F.pad(rows, (0, 1))
-        return rows.view(*classes.shape, -1).to(spec.dtype)
+        classes.masked_fill_(classes >= layout.num_classes, -1)
+        columns = spec.width + (spec.config.margin.kind == "none")
+        rows = noise_rows(key, classes, spec.width, initial_std(spec), columns)
+        return rows.to(spec.dtype)
 
     return rows_of

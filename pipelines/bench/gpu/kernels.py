@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.bank import Bank, round_stochastically
+from mhe_dist.bank.initial_rows import noise_rows
 from mhe_dist.bank.row_optim import Dense, RowSGD
 from mhe_dist.kernels.dispatch import SWITCH
 from pipelines.bench.gpu.agreement import relative
@@ -29,7 +30,12 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
     if find_spec("triton") is None:
         found.leave_out("kernels", "Triton is not installed")
         return
-    kernels = {"row read": _row_read, "row update": _row_update, "rounding": _rounding}
+    kernels = {
+        "row read": _row_read,
+        "row update": _row_update,
+        "rounding": _rounding,
+        "first rows": _first_rows,
+    }
     for name, measure_kernel in kernels.items():
         with found.attempt(name):
             measure_kernel(settings, found)
@@ -118,6 +124,30 @@ def _rounding(settings: GpuSettings, found: GpuFindings) -> None:
         lambda: round_stochastically(rows, numbers, 7),
         rows.nbytes * 3 // 2,
     )
+
+
+def _first_rows(settings: GpuSettings, found: GpuFindings) -> None:
+    """The bits are the same where both take exact square roots, as a GPU does."""
+    from mhe_dist.kernels.first_rows import first_rows
+
+    units, length, width = (2, 3, 16) if settings.small else (2048, 128, 512)
+    classes = torch.arange(units * length, device=settings.torch_device).view(units, length)
+
+    def by_kernel() -> Tensor:
+        return first_rows(7, classes, width, 0.1, width)
+
+    def by_definition() -> Tensor:
+        return noise_rows(7, classes, width, 0.1, width)
+
+    with eager():
+        kernel, definition = by_kernel(), by_definition()
+        error = relative(kernel, definition)
+        found.check("first rows equal their definition", error <= 1e-6, f"differ by {error:.1e}")
+        if settings.on_gpu:
+            found.check(
+                "first rows have the bits of their definition", torch.equal(kernel, definition)
+            )
+        _speed(settings, found, "first rows", by_kernel, by_definition, kernel.nbytes)
 
 
 def _speed(

@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhe_dist.kernels import row_read, row_update
+from mhe_dist import seeds
+from mhe_dist.kernels import first_rows, row_read, row_update
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
 CARDS = {86: 99 << 10, 90: 227 << 10}
@@ -42,6 +43,13 @@ def row_read_cases() -> Iterator[Case]:
         yield row_read._read_kernel, types, flags | {"scaled": scaled}
 
 
+def first_rows_cases() -> Iterator[Case]:
+    types = {"classes": "*i64", "rows": "*fp32", "key": "i64", "std": "fp32"}
+    tables = {"log2": seeds.LOG2, "sine": seeds.SIN, "cosine": seeds.COS}
+    flags = {"width": 512, "columns": 513, "pairs": 256, "block": 1024}
+    yield first_rows._first_rows_kernel, types, flags | tables
+
+
 def compiled(case: Case, capability: int) -> Any:
     kernel, types, constants = case
     names = kernel.arg_names
@@ -55,7 +63,7 @@ def compiled(case: Case, capability: int) -> Any:
 
 
 def main() -> None:
-    for case in (*row_update_cases(), *row_read_cases()):
+    for case in (*row_update_cases(), *row_read_cases(), *first_rows_cases()):
         for capability, limit in CARDS.items():
             shared = compiled(case, capability).metadata.shared
             print(f"{case[0].__name__} sm_{capability}: {shared} bytes of shared memory")
