@@ -6,6 +6,7 @@ and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it 
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module, metadata
 from typing import Annotated, Any
@@ -166,6 +167,9 @@ def options(
 
 def main() -> None:
     """Entry point of the `mhe` command; ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be UTF-8
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     sys.exit(run([word for word in arguments if word != "--debug"], debug))

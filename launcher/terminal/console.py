@@ -64,7 +64,10 @@ def capture_logs(log: Path) -> Iterator[None]:
     redirected.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    terminals = [os.fdopen(os.dup(stream.fileno()), "w") for stream in (sys.stdout, sys.stderr)]
+    terminals = [
+        os.fdopen(os.dup(stream.fileno()), "w", errors="backslashreplace")
+        for stream in (sys.stdout, sys.stderr)
+    ]
     consoles = (out, err)
     files = [console.file for console in consoles]
     with log.open("ab") as sink:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -89,4 +90,17 @@ def mlflow_uri(config: Config) -> str:
         )
     folder = Path(config.run.dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder / 'mlflow.db'}"
+    return sqlite_uri(folder / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a database file, whatever characters are in its path.
+
+    SQLAlchemy begins options at `?` and decodes `%20`, so both are written as codes. MLflow makes
+    the folders of what it reads behind `sqlite:///` itself, and does not decode it; the longer
+    name of the same driver keeps it from that.
+    """
+    path = str(file)
+    if not re.search("[%?]", path):
+        return f"sqlite:///{path}"
+    return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")

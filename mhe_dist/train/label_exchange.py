@@ -111,7 +111,9 @@ def _gather(
 
 
 def _digest(keys: list[str]) -> int:
-    digest = hashlib.blake2b("\n".join(keys).encode(), digest_size=8).digest()
+    # Names of files need not be UTF-8; Python keeps their bytes as surrogates.
+    names = "\n".join(keys).encode(errors="surrogateescape")
+    digest = hashlib.blake2b(names, digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

@@ -130,4 +130,8 @@ def _cache_entry_name(shard: Shard, url: str) -> str:
     So a data set that was made again under the same URL never gets old bytes.
     """
     known = CHECKSUM.fullmatch(shard.checksum)
-    return known[1] if known else hashlib.sha256(f"{shard.bytes} {url}".encode()).hexdigest()
+    return (
+        known[1]
+        if known
+        else hashlib.sha256(f"{shard.bytes} {url}".encode(errors="surrogateescape")).hexdigest()
+    )

@@ -21,7 +21,7 @@ from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.report.evaluation import EVALUATION_FOLDER
 from pipelines.report.plots import HELDOUT, Records, draw_plots
-from pipelines.storage.urls import atomic_write, resolve_url
+from pipelines.storage.urls import atomic_write, list_folder, resolve_url
 
 _PICTURES: Final = {
     "training": ("Training", "Loss, accuracy among the classes seen, learning rate"),
@@ -29,6 +29,7 @@ _PICTURES: Final = {
     "heldout": ("Unseen classes", "Held-out figures over the training, and the ROC of the last"),
     "neighbours": ("Nearest neighbours", "Probes of unseen classes, the gallery's nearest entries"),
 }
+_RANK_LOG: Final = re.compile(r"rank_\d+\.log")
 _BAD_SAMPLE: Final = re.compile(r"bad sample: (?P<sample>.*?): (?P<reason>.*)")
 _MAX_BAD_SAMPLES: Final = 50
 _RESTART: Final = ("restarts", "restart_lost_steps", "restart_seconds")
@@ -148,10 +149,9 @@ def _picture_sections(run: str, config: Config, protocol: str) -> Iterator[PageS
 
 def _evaluation_sections(run: str) -> Iterator[PageSection]:
     """The results that `mhe evaluate` saved beside the run."""
-    filesystem, path = resolve_url(f"{run}/{EVALUATION_FOLDER}")
-    if not filesystem.isdir(path):
-        return
-    for name in sorted(filesystem.glob(f"{path}/*.json")):
+    folder = f"{run}/{EVALUATION_FOLDER}"
+    filesystem, _ = resolve_url(folder)
+    for name in (name for name in list_folder(folder) if name.endswith(".json")):
         saved = json.loads(filesystem.cat_file(name))
         stem = name.rpartition("/")[2].removesuffix(".json")
         drawn = _read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png")
@@ -189,8 +189,10 @@ def _restarts_section(records: Records) -> PageSection:
 def _bad_samples_section(run: str) -> PageSection:
     """Bad samples from the logs of the ranks, each sample once."""
     reasons: dict[str, str] = {}
-    filesystem, path = resolve_url(f"{run}/logs")
-    for name in sorted(filesystem.glob(f"{path}/rank_*.log")):
+    filesystem, _ = resolve_url(f"{run}/logs")
+    for name in list_folder(f"{run}/logs"):
+        if not _RANK_LOG.fullmatch(name.rpartition("/")[2]):
+            continue
         for match in _BAD_SAMPLE.finditer(filesystem.cat_file(name).decode(errors="replace")):
             reasons[match["sample"]] = match["reason"]
     rows = [[sample, reason] for sample, reason in list(reasons.items())[:_MAX_BAD_SAMPLES]]

@@ -14,6 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from pipelines.storage.urls import list_folder
 
 RUNS_FOLDER = "runs"
 
@@ -90,10 +91,12 @@ def newest_checkpoint(path: str) -> str | None:
 
     The trainer also compares the checksums, and takes an older one where they do not fit.
     """
-    filesystem, root = url_to_fs(f"{path}/checkpoints")
-    manifests = filesystem.glob(f"{root}/step_*/manifest.json")
-    steps = sorted(name.split("/")[-2] for name in manifests)
-    return f"{path}/checkpoints/{steps[-1]}" if steps else None
+    folder = f"{path}/checkpoints"
+    names = (name.rpartition("/")[2] for name in reversed(list_folder(folder)))
+    steps = (name for name in names if name.startswith("step_"))
+    return next(
+        (f"{folder}/{name}" for name in steps if url_exists(f"{folder}/{name}/manifest.json")), None
+    )
 
 
 def find_checkpoint_folder(url: str) -> str:

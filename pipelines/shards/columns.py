@@ -13,6 +13,7 @@ import hashlib
 import io
 import mmap
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -141,7 +142,7 @@ class Column:
     def damaged(self, reason: str) -> UserError:
         """The error of a column that cannot be used: names the file and the cure."""
         cure = (
-            f"make it again with `mhe data index {self.folder}`"
+            f"make it again with `mhe data index {shlex.quote(self.folder)}`"
             if self._owner == "index"
             else "make the label set again, or copy it again from where it is whole"
         )

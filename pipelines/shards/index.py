@@ -228,7 +228,9 @@ class ShardIndex:
         )
         head = json.dumps(about, indent=1, ensure_ascii=False).removesuffix("\n}")
         with atomic_write(f"{self.folder}/{INDEX_FILE}") as stream:
-            stream.write(f'{head},\n "shards": [\n  {rows}\n ]\n}}\n'.encode())
+            text = f'{head},\n "shards": [\n  {rows}\n ]\n}}\n'
+            # What is no UTF-8 in a file's name becomes an escape of JSON.
+            stream.write(text.encode(errors="backslashreplace"))
 
 
 def _read_json(folder: str) -> dict[str, Any]:

@@ -294,7 +294,10 @@ def write_label_set(
             "columns": {name: asdict(entry) for name, entry in columns.items()},
         }
         with atomic_write(f"{staging.folder}/{LABELS_FILE}") as stream:
-            stream.write(json.dumps(about, indent=1, ensure_ascii=False).encode() + b"\n")
+            stream.write(
+                json.dumps(about, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
+                + b"\n"
+            )
         staging.publish()
     except BaseException:
         staging.abort()

@@ -6,6 +6,8 @@ labels as numbers in `[0, C)`, whatever the tars call them. So the tars stay as 
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -26,7 +28,7 @@ from pipelines.sources.webdataset_tar import (
     scan_tar,
 )
 from pipelines.storage.staging import Journal
-from pipelines.storage.urls import is_local, protocol_names, resolve_url, to_url
+from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
 from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 _JOURNAL: Final = ".index.partial"
@@ -110,11 +112,7 @@ def expand_tars(given: Sequence[str]) -> list[str]:
     """
     found: dict[str, None] = {}
     for pattern in given:
-        try:
-            unfolded = list(braceexpand(pattern))
-        except ValueError as error:
-            raise UserError(f"{pattern}: {error}") from error
-        for url in unfolded:
+        for url in _unfold(pattern):
             matches = _matches(url)
             if not matches:
                 raise UserError(f"{url}: no tars here{_compressed_tars(url)}")
@@ -122,21 +120,36 @@ def expand_tars(given: Sequence[str]) -> list[str]:
     return list(found)
 
 
+def _unfold(pattern: str) -> list[str]:
+    """What the braces of a pattern stand for; the name of a file or folder stands for itself."""
+    if os.path.exists(pattern):
+        return [pattern]
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"{pattern}: {error}") from error
+
+
 def _matches(url: str) -> list[str]:
     filesystem, path = resolve_url(url)
     is_web = "http" in protocol_names(filesystem)
-    if is_web or (url.endswith(".tar") and "*" not in url):
+    is_pattern = "*" in url and not os.path.exists(url)
+    if is_web or (url.endswith(".tar") and not is_pattern):
         return [_absolute(url)]
-    below = path if "*" in url else f"{path.rstrip('/')}/*.tar"
-    return [to_url(filesystem, match) for match in sorted(filesystem.glob(below))]
+    found = sorted(filesystem.glob(path)) if is_pattern else _files_ending(url, ".tar")
+    return [to_url(filesystem, match) for match in found]
+
+
+def _files_ending(folder: str, ending: str) -> list[str]:
+    return [name for name in list_folder(folder) if name.endswith(ending)]
 
 
 def _compressed_tars(url: str) -> str:
     """What to type if a folder holds compressed tars only."""
-    filesystem, path = resolve_url(url)
     for ending, tool in _TOOLS.items():
-        if "*" not in url and (found := filesystem.glob(f"{path.rstrip('/')}/*{ending}")):
-            return f", but {len(found)} *{ending}; unpack them first: {tool} {url}/*{ending}"
+        if "*" not in url and (found := _files_ending(url, ending)):
+            files = f"{shlex.quote(url)}/*{ending}"
+            return f", but {len(found)} *{ending}; unpack them first: {tool} {files}"
     return ""
 
 

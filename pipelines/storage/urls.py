@@ -65,6 +65,19 @@ def require_absent(url: str) -> None:
         raise UserError(f"{url}: already exists; delete it or choose another output folder")
 
 
+def list_folder(url: str) -> list[str]:
+    """Paths of what lies in a folder, in order; none where there is no folder.
+
+    Its name may hold what a pattern gives a meaning: `[`, `*`, `?`.
+    """
+    filesystem, path = resolve_url(url)
+    try:
+        found = filesystem.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(str(name).rstrip("/") for name in found)
+
+
 @contextmanager
 def atomic_write(url: str) -> Iterator[IO[bytes]]:
     """Write a file that appears at `url`, complete, when the block ends without an error.

@@ -10,7 +10,7 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking import remote_file
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.environment import environment_tags
-from mhe_dist.tracking.factory import mlflow_uri, open_tracker
+from mhe_dist.tracking.factory import mlflow_uri, open_tracker, sqlite_uri
 from mhe_dist.tracking.jsonl import JsonlTracker, read_records
 
 
@@ -169,3 +169,17 @@ def test_sqlite_cannot_live_at_a_url(monkeypatch):
 
 def test_the_versions_are_among_the_tags():
     assert environment_tags()["version.torch"].startswith("2.")
+
+
+@pytest.mark.parametrize("name", ["runs", "a b", "ü#'\"", "50%20", "what?", "a%3Fb?uri=true&x=%"])
+def test_a_database_lies_where_the_folder_is_called_so(name, tmp_path):
+    from sqlalchemy.engine import make_url
+
+    file = tmp_path / name / "mlflow.db"
+    found = make_url(sqlite_uri(file))
+    assert found.database == str(file)
+    assert (found.get_backend_name(), dict(found.query)) == ("sqlite", {})
+
+
+def test_a_usual_database_has_the_usual_uri(tmp_path):
+    assert sqlite_uri(tmp_path / "mlflow.db") == f"sqlite:///{tmp_path}/mlflow.db"
