@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +16,10 @@ import pytest
 from hypothesis import settings
 
 from mhe_dist.distributed import spawn as local_ranks
+
+# What a node keeps between processes is no part of the user's own cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="mhe-tests-cache-")
+os.environ.setdefault("MHE_CACHE_DIR", _CACHE.name)
 
 # Ranks are forked from one process that has imported what they need: seconds less for each.
 multiprocessing.set_forkserver_preload(["tests.preload"])

@@ -15,9 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
@@ -26,15 +26,19 @@ from mhe_dist.config.data import DataConfig, MixConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.data.class_list import read_classes
-from pipelines.data.order import Ints, SubsetIndices
+from pipelines.data.drawn import DrawnSamples, PassDraw, draw_samples
+from pipelines.data.order import Ints
 from pipelines.data.sample import BadSampleError
+from pipelines.shards.columns import default_cache_dir
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import UNLABELLED, IndexEntry, ShardIndex
-from pipelines.shards.label_set import NO_LABEL, LabelSet
+from pipelines.shards.label_set import LabelSet
 from pipelines.shards.shard import Shard
 from pipelines.shards.shard_list import LazyShards
 
 _HALF_WORD: Final = 32
+_POOL = 1 << 23  # images of whole classes that are drawn from together, about
+_PART: Final = 1 << 20  # labels of a label set that are read together
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,21 @@ class MixedDataset:
         """How many images a pass has."""
         if self.is_whole:
             return self.index.samples
-        numbers, counts = self._pool
-        return int(np.minimum(counts, self.per_class).sum()) if self.per_class else len(numbers)
+        counts = self._class_counts[1]
+        return int((np.minimum(counts, self.per_class) if self.per_class else counts).sum())
 
     def draw(self, rng: np.random.Generator) -> Ints:
-        """The images of a pass: int64 numbers through the data set, in no order."""
+        """The images of a pass: int64 numbers through the data set, in no order.
+
+        In memory of the images that are drawn, and of a few million others.
+        """
         if self.is_whole:
             return np.arange(self.index.samples)
-        numbers, counts = self._pool
-        return numbers[draw_at_most(counts, self.per_class, rng)] if self.per_class else numbers
+        drawn = [np.empty(0, np.int64)]
+        for numbers, counts in self._pools():
+            chosen = draw_at_most(counts, self.per_class, rng) if self.per_class else slice(None)
+            drawn.append(numbers[chosen])
+        return np.concatenate(drawn)
 
     def entry(self, shard: int, position: int) -> IndexEntry:
         """Label and image of a sample, see `ShardIndex.entry`.
@@ -123,30 +133,74 @@ class MixedDataset:
             raise BadSampleError(f"{self.labels.folder} gives it {len(ids)} classes")
         return int(ids[0])
 
-    @cached_property
-    def _pool(self) -> tuple[Ints, Ints]:
-        """Numbers of the images of the chosen classes, class by class, and how many each has."""
-        labels = self._all_labels()
-        numbers = np.argsort(labels, kind="stable")
-        labels = labels[numbers]
-        if self.labels is not None:
-            unlabelled = int(np.searchsorted(labels, NO_LABEL, side="right"))
-            numbers, labels = numbers[unlabelled:], labels[unlabelled:]
-        if self.classes is not None:
-            kept = np.isin(labels, self.classes)
-            numbers, labels = numbers[kept], labels[kept]
-        return numbers, np.unique(labels, return_counts=True)[1]
+    def _pools(self) -> Iterator[tuple[Ints, Ints]]:
+        """Numbers of the images of the chosen classes, class by class, and how many each has.
 
-    def _all_labels(self) -> Ints:
-        """int64 `[samples]`; `NO_LABEL` where a label set has none."""
+        A few classes at a time, about `_POOL` images, so that all labels are read several times.
+        """
+        classes, counts = self._class_counts
+        pools = (np.cumsum(counts) - counts) // _POOL
+        for pool in np.unique(pools).tolist():
+            here = pools == pool
+            yield self._gather(classes[here], int(counts[here].sum())), counts[here]
+
+    def _gather(self, classes: Ints, images: int) -> Ints:
+        """Numbers of the images of some classes, which are sorted; class by class.
+
+        Args:
+            classes: they follow one another among those that have images.
+            images: how many there are.
+        """
+        numbers, labels = np.empty(images, np.int64), np.empty(images, np.int64)
+        start = 0
+        for first, part in self._parts():
+            # Between the first and the last one are labels of these classes, or of none chosen.
+            found = np.flatnonzero((part >= classes[0]) & (part <= classes[-1]))
+            if self.classes is not None:
+                near = part[found]
+                found = found[classes[np.searchsorted(classes, near)] == near]
+            stop = start + len(found)
+            numbers[start:stop], labels[start:stop] = found + first, part[found]
+            start = stop
+        assert start == images, "it is the number that was counted"
+        return numbers[np.argsort(labels, kind="stable")]
+
+    @cached_property
+    def _class_counts(self) -> tuple[Ints, Ints]:
+        """The chosen classes that have images, int64, sorted, and how many each has.
+
+        A label out of range is a class here; its images are bad samples.
+        """
+        total, others = np.zeros(self._all_classes, np.int64), [np.empty(0, np.int64)]
+        for _, labels in self._parts():
+            inside = (labels >= 0) & (labels < len(total))
+            np.add.at(total, labels[inside], 1)
+            others.append(labels[~inside])
+        outside, sizes = np.unique(np.concatenate(others), return_counts=True)
+        if self.labels is not None:  # there, a label out of range stands for none
+            outside, sizes = outside[:0], sizes[:0]
+        classes = np.flatnonzero(total)
+        below = outside < 0
+        classes, counts = (
+            np.concatenate([other[below], known, other[~below]]).astype(np.int64)
+            for other, known in ((outside, classes), (sizes, total[classes]))
+        )
+        if self.classes is not None:
+            chosen = np.isin(classes, self.classes)
+            classes, counts = classes[chosen], counts[chosen]
+        return classes, counts
+
+    def _parts(self) -> Iterator[tuple[int, Ints]]:
+        """The labels of all images, int64, part by part, each with the number of its first."""
         if self.labels is not None:
-            return self.labels.single_labels(0, self.labels.samples)
-        found = []
-        for shard in self.index.shards:
+            for start in range(0, self.labels.samples, _PART):
+                stop = min(start + _PART, self.labels.samples)
+                yield start, self.labels.single_labels(start, stop)
+            return
+        for number, shard in enumerate(self.index.shards):
             labels = shard.labels
             assert labels is not None, "_require_labels has checked this"
-            found.append(labels)
-        return np.concatenate(found)
+            yield int(self.index.starts[number]), labels
 
 
 @dataclass(frozen=True)
@@ -170,23 +224,22 @@ class DatasetPass:
         """How many images the pass has in every epoch."""
         return round(self.fraction * self.source.pass_samples)
 
-    def draw(self, epoch: int) -> SubsetIndices:
-        """Its images in an epoch: for each shard their numbers in it, sorted; None: all.
+    def draw(self, epoch: int) -> PassDraw:
+        """Its images in an epoch, drawn when they are asked for.
 
-        This shuffles the whole data set, about 0.1 s for a million images, unless it is taken
-        whole.
+        A draw reads all labels, some 0.3 s for a million images, unless the set is taken whole.
         """
-        index = self.source.index
-        if self.source.is_whole and self.fraction == 1:
-            return [None] * len(index.shards)
+        is_whole = self.source.is_whole and self.fraction == 1
+        numbers = None if is_whole else partial(self._numbers, epoch)
+        return PassDraw(self.source.index.starts, self.samples, numbers)
+
+    def _numbers(self, epoch: int) -> Ints:
         numbers = self.source.draw(generator(self.seed, "view/classes", self.number, epoch))
         if len(numbers) > self.samples:
             rng = generator(self.seed, "view/share", self.number, epoch)
             numbers = numbers[draw_at_most([len(numbers)], self.samples, rng)]
-        numbers = np.sort(numbers)
-        cuts = np.searchsorted(numbers, index.starts)
-        parts = zip(cuts, cuts[1:], index.starts, strict=False)
-        return [numbers[begin:end] - first for begin, end, first in parts]
+        numbers.sort()
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -195,18 +248,25 @@ class Mixture(ShardIndex):
 
     Attributes:
         passes: their shards follow one another in `shards`.
+        draws_dir: folder of this node for the draws of epochs.
     """
 
     passes: tuple[DatasetPass, ...] = ()
+    draws_dir: str = field(default="", kw_only=True, compare=False)
 
     @cached_property
     def epoch_samples(self) -> int:
         """How many samples every epoch has."""
         return sum(part.samples for part in self.passes)
 
-    def draw(self, epoch: int) -> SubsetIndices:
-        """The samples of an epoch: for each shard their numbers in it, sorted; None: all."""
-        return [chosen for part in self.passes for chosen in part.draw(epoch)]
+    def draw(self, epoch: int) -> DrawnSamples:
+        """The samples of an epoch, drawn once per node.
+
+        Raises:
+            UserError: the node has no room for them.
+        """
+        content = [self.digest, self.passes[0].seed, epoch]
+        return draw_samples([part.draw(epoch) for part in self.passes], content, self.draws_dir)
 
     def entry(self, shard: int, position: int) -> IndexEntry:
         """See `ShardIndex.entry`; here our own shards have an entry as well."""
@@ -277,7 +337,11 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         passes += made
         first_class += source.num_classes
     shards = _PassShards([part.source.index for part in passes])
-    return Mixture(data.shards, first_class, shards, {}, tuple(passes))
+    draws_dir = f"{data.remote.cache_dir}/draws" if data.remote.cache_dir else ""
+    return Mixture(
+        *(data.shards, first_class, shards, {}, tuple(passes)),
+        draws_dir=draws_dir or default_cache_dir("draws"),
+    )
 
 
 class _PassShards(LazyShards):

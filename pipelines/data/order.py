@@ -29,8 +29,16 @@ from mhe_dist.seeds import generator
 
 Ints = npt.NDArray[np.int64]
 
-SubsetIndices = list[Ints | None]
-"""For each shard the numbers of its samples that are in an epoch, sorted; None: all of them."""
+
+class EpochSamples(Protocol):
+    """Which samples of each shard are in an epoch."""
+
+    @property
+    def sizes(self) -> Ints:
+        """int64 `[shards]`: how many of each shard."""
+
+    def of(self, shard: int, start: int, stop: int) -> Ints | None:
+        """Numbers in a shard, sorted, of its samples `[start, stop)` in the epoch; None: all."""
 
 
 class Subset(Protocol):
@@ -40,7 +48,7 @@ class Subset(Protocol):
     def epoch_samples(self) -> int:
         """N: how many samples each epoch has."""
 
-    def draw(self, epoch: int) -> SubsetIndices:
+    def draw(self, epoch: int) -> EpochSamples:
         """The samples of an epoch."""
 
 
@@ -79,7 +87,7 @@ class _EpochLayout(NamedTuple):
 
     shards: Ints
     starts: Ints
-    chosen: SubsetIndices | None
+    chosen: EpochSamples | None
 
 
 class WindowSlice(NamedTuple):
@@ -200,9 +208,7 @@ class SampleOrder:
             if stop > first:  # a shard may be empty
                 begin = int(layout.starts[at])
                 span = ShardSpan(int(layout.shards[at]), first - begin, stop - begin)
-                spans += _consecutive_spans(
-                    span, layout.chosen[span.shard] if layout.chosen else None
-                )
+                spans += _consecutive_spans(span, layout.chosen)
             first, at = stop, at + 1
         return spans
 
@@ -214,21 +220,17 @@ class SampleOrder:
             rng = generator(self.seed, "order/shards", epoch)
             shards = stable_permutation(len(self.shard_samples), rng)
             chosen = self.subset.draw(epoch) if self.subset else None
-            sizes = self.shard_samples if chosen is None else self._sizes(chosen)
+            sizes = self.shard_samples if chosen is None else chosen.sizes
             starts = np.cumsum(np.append(0, sizes[shards]), dtype=np.int64)
             self._layouts[epoch] = _EpochLayout(shards, starts, chosen)
         return self._layouts[epoch]
 
-    def _sizes(self, chosen: SubsetIndices) -> Ints:
-        pairs = zip(self.shard_samples, chosen, strict=True)
-        return np.array([size if c is None else len(c) for size, c in pairs], np.int64)
 
-
-def _consecutive_spans(span: ShardSpan, chosen: Ints | None) -> list[ShardSpan]:
+def _consecutive_spans(span: ShardSpan, chosen: EpochSamples | None) -> list[ShardSpan]:
     """The runs of consecutive samples in a span of a shard's chosen samples."""
-    if chosen is None:
+    numbers = None if chosen is None else chosen.of(*span)
+    if numbers is None:
         return [span]
-    numbers = chosen[span.start : span.stop]
     breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
     firsts = numbers[np.append(0, breaks)]
     lasts = numbers[np.append(breaks, len(numbers)) - 1]

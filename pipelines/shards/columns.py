@@ -227,13 +227,17 @@ def smallest_dtype(lowest: int, highest: int) -> str:
     return _DTYPES[-1]
 
 
-def default_cache_dir() -> str:
-    """The folder of remote columns on this node: of `MHE_CACHE_DIR`, or of the user's cache."""
+def default_cache_dir(kind: str = "columns") -> str:
+    """The folder of remote columns on this node: of `MHE_CACHE_DIR`, or of the user's cache.
+
+    Args:
+        kind: of what is kept; each has a folder of its own.
+    """
     base = os.environ.get(CACHE_VARIABLE)
     if not base:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
         base = f"{base}/mhe"
-    return f"{base}/columns"
+    return f"{base}/{kind}"
 
 
 def _header(dtype: np.dtype[Any], length: int) -> bytes:

@@ -64,6 +64,17 @@ class FileCache:
                     os.replace(self._folder / f"{name}{_PART}", self._folder / name)
         return stream
 
+    def discard(self, name: str, stream: BinaryIO) -> None:
+        """Remove an entry that is not what it should be, unless another one is there by now.
+
+        Args:
+            name: of the entry.
+            stream: what `open` gave.
+        """
+        with self._locked():
+            if _is_at(stream, self._folder / name):
+                (self._folder / name).unlink()
+
     def _existing(self, name: str, size: int) -> BinaryIO | None:
         """A complete entry; it counts as used now."""
         try:

@@ -39,7 +39,7 @@ def label_of(index: ShardIndex, shard: int, position: int) -> int:
     return int(index.shards[shard].labels[position])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_each_sample_has_its_own_label(folders: list[str], data: st.DataObject) -> None:
     first, second, labels, classes = folders

@@ -140,7 +140,7 @@ def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
     return +seen
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_any_reader_sees_each_sample_once_and_the_same_pixels(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
