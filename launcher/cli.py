@@ -66,6 +66,10 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "launcher.verbs.results:embed",
         "Embed every image below a folder, or every sample of a set of shards.",
     ),
+    "search": (
+        "launcher.verbs.search:search",
+        "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",
+    ),
     "report": (
         "launcher.verbs.results:report",
         "Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.",

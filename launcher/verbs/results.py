@@ -110,14 +110,17 @@ def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, st
 def embed(
     run: RunName,
     images: Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")],
-    out: Annotated[str, typer.Option(help="The .npz file.")] = "embeddings.npz",
+    out: Annotated[
+        str, typer.Option(help="The file: .npz, or .parquet (key, class, vector).")
+    ] = "embeddings.npz",
     flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1.")] = False,
     gpu: GpuOption = None,
 ) -> None:
     """Embed every image below a folder, or every sample of a set of shards.
 
-    The file holds embeddings and, in the same order, paths (of a folder) or labels (of shards).
+    A .npz file holds embeddings, classes and, in the same order, paths (of a folder) or keys and
+    labels (of shards).
     For very many images: torchrun --nproc-per-node 8 --no-python mhe embed ...
 
     Example: mhe embed quickstart --images photos --out photos.npz
@@ -145,7 +148,10 @@ def embed(
     if len(written.skipped) > MAX_SHOWN:
         console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
     load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
-    console.list_next([("use them", ["python", "-c", load])])
+    if out.endswith(".parquet"):
+        load = f"import pandas; pandas.read_parquet({json.dumps(out)})"
+    find = ["mhe", "search", run, "--gallery", out, "--query", "PHOTOS"]
+    console.list_next([("use them", ["python", "-c", load]), ("search in them", find)])
 
 
 def report(

@@ -52,6 +52,14 @@ def read_classes(url: str, labelled: ShardIndex | LabelSet) -> Ints:
     return np.sort(np.fromiter(seen, np.int64))
 
 
+def class_names(folder: str) -> dict[int, str]:
+    """Name of each class id, as `classes.tsv` of a data set or label set says; empty: no file."""
+    try:
+        return {number: name for name, number in _ids_of_names(folder).items()}
+    except UserError:
+        return {}
+
+
 def _ids_of_names(folder: str) -> dict[str, int]:
     table = _table(f"{folder}/{CLASSES_FILE}")
     columns = [table[0].index(name) for name in ("name", "class")]

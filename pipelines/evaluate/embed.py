@@ -1,18 +1,43 @@
-"""Embeds images and writes the embeddings to a file."""
+"""Embeds images, and writes the embeddings to a file with the key and the class of each."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
+from pipelines.data.class_list import class_names
 from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalize_embeddings
-from pipelines.evaluate.sets.image_files import ImageFiles, list_images
-from pipelines.shards.index import ShardIndex, index_exists
-from pipelines.storage.urls import atomic_write
+from pipelines.evaluate.sets.image_files import list_images
+from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
+from pipelines.storage.urls import atomic_write, resolve_url, to_url
+
+_KEY, _CLASS, _VECTOR = "key", "class", "vector"  # columns of a Parquet file
+_FORMATS: Final = (".npz", ".parquet")
+
+
+class EmbeddedImages(NamedTuple):
+    """Embeddings of a folder of images or of a set of shards.
+
+    Attributes:
+        source: folder or URL of the images.
+        rows: float32 `[N, D]`, with their norms.
+        keys: path of each image below the folder, or its key in the shards.
+        classes: name of the class of each; empty where it has none.
+        labels: int64 `[N]` of shards; None: of a folder.
+        skipped: paths of images that could not be read.
+    """
+
+    source: str
+    rows: npt.NDArray[np.float32]
+    keys: list[str]
+    classes: list[str]
+    labels: npt.NDArray[np.int64] | None
+    skipped: list[str]
 
 
 class EmbeddingsFile(NamedTuple):
@@ -21,6 +46,64 @@ class EmbeddingsFile(NamedTuple):
     rows: int
     dim: int
     skipped: list[str]
+
+
+def embed_source(
+    embed: Embed, source: str, topology: Topology, image_size: int, flip: bool = False
+) -> EmbeddedImages | None:
+    """Embed a folder of images, or a set of shards; all ranks must call.
+
+    A file that cannot be decoded is left out; a bad sample of a shard is an error. The class of a
+    file is its top folder.
+
+    Args:
+        embed: see `embeddings.Embed`.
+        source: folder or URL.
+        topology, image_size, flip: see `embeddings.embed_images`.
+
+    Returns:
+        The embeddings on rank 0, None elsewhere.
+
+    Raises:
+        UserError: there is no image.
+    """
+    source = to_url(*resolve_url(source))  # which is there from any working directory
+    if index_exists(source):
+        return _embed_shards(embed, source, topology, image_size, flip)
+    files = list_images(source, skip_bad=True)
+    rows = embed_images(embed, files, topology, image_size, flip)
+    if topology.world_size > 1:  # each rank knows those that it read
+        dist.reduce(files.bad, 0, group=topology.host_group)
+    if rows is None:
+        return None
+    good = (files.bad == 0).numpy()
+    keys = [files.paths[number] for number in np.flatnonzero(good).tolist()]
+    skipped = [files.paths[number] for number in np.flatnonzero(~good).tolist()]
+    classes = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    return EmbeddedImages(source, rows[good], keys, classes, None, skipped)
+
+
+def _embed_shards(
+    embed: Embed, source: str, topology: Topology, image_size: int, flip: bool
+) -> EmbeddedImages | None:
+    images = ShardImages(ShardIndex.load(source))
+    rows = embed_images(embed, images, topology, image_size, flip)
+    found = [images.keys]
+    if topology.world_size > 1:
+        dist.reduce(images.labels, 0, group=topology.host_group)
+        found = [{} for _ in range(topology.world_size)]
+        dist.gather_object(
+            images.keys, found if topology.is_first else None, group=topology.host_group
+        )
+    if rows is None:
+        return None
+    keys = {number: key for each in found for number, key in each.items()}
+    labels = images.labels.numpy()
+    names = class_names(source)
+    classes = [names.get(label, str(label)) for label in labels.tolist()]
+    if images.index.meta.get(UNLABELLED):
+        classes = [""] * len(labels)
+    return EmbeddedImages(source, rows, [keys[n] for n in range(len(labels))], classes, labels, [])
 
 
 def write_embeddings(
@@ -32,46 +115,94 @@ def write_embeddings(
     flip: bool = False,
     normalize: bool = False,
 ) -> EmbeddingsFile | None:
-    """Embed a folder of images, or a set of shards, into an `.npz` file; all ranks must call.
+    """Embed a folder of images, or a set of shards, into a file; all ranks must call.
 
-    The file holds `embeddings` float32 `[N, D]` and, of a folder, `paths` `[N]` below it, sorted;
-    of shards, `labels` int64 `[N]` in the order of the index. A file that cannot be decoded is left
-    out and named; a bad sample of a shard is an error.
+    A `.npz` file holds `embeddings` float32 `[N, D]`, `classes` and `source`, and, of a folder,
+    `paths` below it, sorted; of shards, `keys` and `labels` int64 in the order of the index. A
+    `.parquet` file has the columns `key`, `class` and `vector`.
 
     Args:
-        embed: see `embeddings.Embed`.
-        source: folder or URL.
+        embed, source, topology, image_size, flip: see `embed_source`.
         out: path or URL of the file.
-        topology, image_size, flip: see `embeddings.embed_images`.
         normalize: scale the embeddings to length 1.
 
     Returns:
         Size of the file on rank 0, None elsewhere.
 
     Raises:
-        UserError: there is no image.
+        UserError: there is no image, or the file's name ends otherwise.
     """
-    if index_exists(source):
-        images: Any = ShardImages(ShardIndex.load(source))
-        labels_or_bad = images.labels
-    else:
-        images = list_images(source, skip_bad=True)
-        labels_or_bad = images.bad
-    rows = embed_images(embed, images, topology, image_size, flip)
-    if topology.world_size > 1:  # each rank knows those of the images that it read
-        dist.reduce(labels_or_bad, 0, group=topology.host_group)
-    if rows is None:
+    if not out.endswith(_FORMATS):
+        raise UserError(f"--out {out}: let the name end with {' or '.join(_FORMATS)}")
+    found = embed_source(embed, source, topology, image_size, flip)
+    if found is None:
         return None
-    arrays: dict[str, npt.NDArray[Any]] = {"embeddings": rows, "labels": labels_or_bad.numpy()}
-    skipped: list[str] = []
-    if isinstance(images, ImageFiles):
-        good = labels_or_bad.numpy() == 0
-        paths = np.array(images.paths)
-        skipped = paths[~good].tolist()
-        arrays = {"embeddings": rows[good], "paths": paths[good]}
     if normalize:
-        arrays["embeddings"] = normalize_embeddings(arrays["embeddings"]).astype(np.float32)
+        found = found._replace(rows=normalize_embeddings(found.rows).astype(np.float32))
     with atomic_write(out) as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
-    number, dim = arrays["embeddings"].shape
-    return EmbeddingsFile(number, dim, skipped)
+        (_write_parquet if out.endswith(".parquet") else _write_npz)(found, stream)
+    return EmbeddingsFile(*found.rows.shape, found.skipped)
+
+
+def _write_npz(found: EmbeddedImages, stream: Any) -> None:
+    arrays: dict[str, Any] = {
+        "embeddings": found.rows,
+        "classes": np.array(found.classes, str),
+        "source": np.array(found.source),
+    }
+    if found.labels is None:
+        arrays["paths"] = np.array(found.keys, str)
+    else:
+        arrays |= {"keys": np.array(found.keys, str), "labels": found.labels}
+    np.savez(stream, **arrays)
+
+
+def _write_parquet(found: EmbeddedImages, stream: Any) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    count, dim = found.rows.shape
+    flat = pa.array(np.ascontiguousarray(found.rows).reshape(-1))
+    columns = {
+        _KEY: pa.array(found.keys, pa.string()),
+        _CLASS: pa.array([name or None for name in found.classes], pa.string()),
+        _VECTOR: pa.FixedSizeListArray.from_arrays(flat, dim),
+    }
+    table = pa.table(columns).replace_schema_metadata({"source": found.source})
+    assert table.num_rows == count
+    parquet.write_table(table, stream)
+
+
+def read_embeddings(path: str) -> EmbeddedImages:
+    """The embeddings of a file that `write_embeddings` wrote.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    filesystem, name = resolve_url(path)
+    try:
+        with filesystem.open(name, "rb") as stream:
+            return (_read_parquet if path.endswith(".parquet") else _read_npz)(stream)
+    except FileNotFoundError:
+        raise UserError(f"{path}: does not exist") from None
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path}: not a file that mhe embed wrote ({error})") from error
+
+
+def _read_npz(stream: Any) -> EmbeddedImages:
+    with np.load(stream) as arrays:
+        keys = arrays["keys" if "keys" in arrays else "paths"].tolist()
+        labels = arrays.get("labels")
+        source, classes = str(arrays["source"]), arrays["classes"].tolist()
+        return EmbeddedImages(source, arrays["embeddings"], keys, classes, labels, [])
+
+
+def _read_parquet(stream: Any) -> EmbeddedImages:
+    from pyarrow import parquet
+
+    table = parquet.read_table(stream)
+    vectors = table.column(_VECTOR).combine_chunks()
+    rows = vectors.flatten().to_numpy().reshape(len(vectors), -1).astype(np.float32)
+    classes = [name or "" for name in table.column(_CLASS).to_pylist()]
+    source = (table.schema.metadata or {}).get(b"source", b"").decode()
+    return EmbeddedImages(source, rows, table.column(_KEY).to_pylist(), classes, None, [])

@@ -154,15 +154,17 @@ def embed_set(
 
 
 class ShardImages:
-    """The images of a shard set in the order of its index, and the labels of those read so far."""
+    """The images of a shard set in the order of its index, and labels and keys of those read."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.index, self.count = index, index.samples
         self.labels = torch.zeros(index.samples, dtype=torch.int64)
+        self.keys: dict[int, str] = {}
 
     def read(self, start: int, stop: int, image_size: int) -> Tensor:
-        """See `Images.read`; also stores the labels."""
-        images, self.labels[start:stop], _ = read_in_order(self.index, start, stop, image_size)
+        """See `Images.read`; also stores labels and keys."""
+        images, self.labels[start:stop], keys = read_in_order(self.index, start, stop, image_size)
+        self.keys.update(enumerate(keys, start))
         return images
 
 

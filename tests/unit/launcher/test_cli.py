@@ -24,7 +24,17 @@ from pipelines.runs.folder import read_run_config
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 VERBS = [
-    *(["train"], ["config"], ["evaluate"], ["export"], ["report"], ["embed"], ["doctor"], ["init"]),
+    *(
+        ["train"],
+        ["config"],
+        ["evaluate"],
+        ["export"],
+        ["report"],
+        ["embed"],
+        ["doctor"],
+        ["init"],
+        ["search"],
+    ),
     *(["data"], ["data", "glyphs"], ["checkpoint"], ["checkpoint", "inspect"]),
     *(["bench"], ["bench", "head"], ["bench", "data"], ["reproduce"]),
     *(["data", verb] for verb in ("recordio", "folder", "index", "verify", "show")),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -14,6 +16,7 @@ from PIL import Image
 
 from launcher import cli
 from pipelines.data.decode import decode_image
+from pipelines.evaluate.embed import read_embeddings
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
@@ -144,9 +147,92 @@ def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Ca
     pixels = decode_image((photos / "c" / "2.jpg").read_bytes(), tiny.SIDE)
     row = model.embed(torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None])[0].numpy()
     np.testing.assert_allclose(found["embeddings"][14], row / np.linalg.norm(row), atol=1e-5)
+    assert found["classes"].tolist() == [c for c in "abcd" for _ in range(6)]
     shards = str(Path(run).parent / "heldout")
     said(["embed", run, "--images", shards, "--out", str(out)], capsys)
     assert sorted(np.load(out)["labels"]) == sorted([*range(8)] * tiny.IMAGES)
+    assert "let the name end with .npz or .parquet" in said(
+        [*words[:-3], "--out", "a.csv"], capsys, 2
+    )
+
+
+@pytest.mark.parametrize("images", ["photos", "shards"])
+def test_embeddings_as_parquet(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, images: str
+) -> None:
+    source = str(photos if images == "photos" else Path(run).parent / "heldout")
+    files = [str(tmp_path / name) for name in ("a.npz", "a.parquet")]
+    for file in files:
+        said(["embed", run, "--images", source, "--out", file], capsys)
+    arrays, table = np.load(files[0]), pd.read_parquet(files[1])
+    assert list(table.columns) == ["key", "class", "vector"]
+    np.testing.assert_array_equal(np.stack(table["vector"].tolist()), arrays["embeddings"])
+    assert table["key"].tolist() == arrays["paths" if images == "photos" else "keys"].tolist()
+    assert len(set(table["key"])) == len(table)
+    labels = [*"abcd"] if images == "photos" else [str(n) for n in range(8)]
+    assert sorted(set(table["class"])) == labels
+    one, other = map(read_embeddings, files)
+    assert (one.keys, one.classes, one.source) == (other.keys, other.classes, other.source)
+    np.testing.assert_array_equal(one.rows, other.rows)
+
+
+def test_a_search(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
+    new, out = tmp_path / "new", tmp_path / "found"
+    new.mkdir()
+    for name, path in (("x.jpg", "c/2.jpg"), ("y.jpg", "a/0.jpg")):
+        (new / name).write_bytes((photos / path).read_bytes())
+    words = ["search", run, "--query", str(new), "--out", str(out), "--top", "3", "--gallery"]
+    shown = said([*words, str(photos)], capsys)
+    assert "x.jpg c/2.jpg 1.000" in " ".join(shown.split())
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert len(rows) == 2 * 3
+    best = [(row["query"], row["entry"], row["class"]) for row in rows if row["rank"] == "1"]
+    assert best == [("x.jpg", "c/2.jpg", "c"), ("y.jpg", "a/0.jpg", "a")]
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 2 + 6
+    assert "http" not in page and "prefers-color-scheme: dark" in page
+    with Image.open(out / "sheet.png") as sheet:
+        assert sheet.size[0] > 4 * 112
+    # The same from a file of embeddings, whose images are found again.
+    said(["embed", run, "--images", str(photos), "--out", str(tmp_path / "g.npz")], capsys)
+    said([*words, str(tmp_path / "g.npz")], capsys)
+    assert (out / "index.html").read_text().split("<p>")[1] == page.split("<p>")[1]
+    # And in shards, whose images are looked up in the tars.
+    said([*words, str(Path(run).parent / "heldout")], capsys)
+    assert (out / "index.html").read_text().count("data:image/jpeg;base64,") == 2 + 6
+
+
+def test_a_query_does_not_find_itself(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    words = ["search", run, "--gallery", str(photos), "--query", str(photos)]
+    shown = said([*words, "--out", str(tmp_path / "found"), "--top", "100"], capsys)
+    assert "of 24 queries found their own class first" in shown
+    rows = list(csv.DictReader((tmp_path / "found" / "results.csv").read_text().splitlines()))
+    assert len(rows) == 24 * 23
+    assert not [row for row in rows if row["query"] == row["entry"]]
+
+
+@pytest.mark.parametrize(
+    ("gallery", "query", "words"),
+    [
+        ("nowhere.npz", "photos", "nowhere.npz: does not exist"),
+        ("bad.npz", "photos", "bad.npz: not a file that mhe embed wrote"),
+        ("narrow.npz", "photos", "its embeddings have 3 numbers, those of this run"),
+        ("photos", "bad.npz", "name the images themselves"),
+    ],
+)
+def test_mistakes_of_a_search(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, gallery: str, query: str, words: str
+) -> None:
+    (tmp_path / "bad.npz").write_bytes(b"no file of NumPy")
+    names = np.array(["a"])
+    np.savez(
+        tmp_path / "narrow.npz", embeddings=np.ones((1, 3)), paths=names, classes=names, source="x"
+    )
+    paths = [str(photos) if name == "photos" else str(tmp_path / name) for name in (gallery, query)]
+    message = said(["search", run, "--gallery", paths[0], "--query", paths[1]], capsys, 2)
+    assert words in " ".join(message.split())
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(

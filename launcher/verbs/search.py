@@ -1,0 +1,90 @@
+"""`mhe search`: images looked up among others by a trained backbone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from mhe_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.embed import EmbeddedImages
+    from pipelines.evaluate.search import SearchResult
+
+SHOWN = 20  # queries in the terminal
+FILES = (".npz", ".parquet")
+
+
+def search(
+    run: RunName,
+    gallery: Annotated[
+        str,
+        typer.Option(help="What is searched: folder of images, shards, or a file of mhe embed."),
+    ],
+    query: Annotated[str, typer.Option(help="What is looked for: folder of images, or shards.")],
+    top: Annotated[int, typer.Option(min=1, max=100, help="Entries of each query.")] = 5,
+    out: Annotated[
+        str, typer.Option(help="Folder for page, sheet and table; those of before are replaced.")
+    ] = "search",
+    gpu: GpuOption = None,
+) -> None:
+    """Look images up among others: the nearest of each, in a table, a contact sheet and a page.
+
+    Every pair is compared. The page holds its pictures and needs no network. A gallery that is
+    searched often is embedded once, with mhe embed, by the same run.
+
+    Example: mhe search quickstart --gallery photos/known --query photos/new
+    """
+    from pipelines.evaluate.embed import embed_source, read_embeddings
+    from pipelines.evaluate.search import search as find
+    from pipelines.report.search_page import write_search
+    from pipelines.runs.trained import load_trained_backbone
+
+    if query.endswith(FILES):
+        raise UserError(f"--query {query}: name the images themselves, a folder or shards")
+    topology = join_ranks(run, gpu)
+    backbone = load_trained_backbone(run, topology.device)
+    side, sets = backbone.config.data.image_size, []
+    for source in (gallery.rstrip("/"), query.rstrip("/")):
+        if source.endswith(FILES):
+            sets.append(read_embeddings(source) if topology.is_first else None)
+            continue
+        with spinner(topology, f"embedding {source}"):
+            sets.append(embed_source(backbone.embed, source, topology, side))
+    known, queries = sets
+    if known is None or queries is None:
+        return
+    for path in [*known.skipped, *queries.skipped][:SHOWN]:
+        console.say(f"[yellow]left out:[/] {escape(path)}")
+    found = find(known, queries, top)
+    title = f"{backbone.config.run.name}: {query} in {gallery}"
+    files = write_search(out.rstrip("/"), title, known, queries, found)
+    _show(known, queries, found)
+    console.say("Written: " + ", ".join(escape(file) for file in files))
+    console.list_next([("see it", ["python", "-m", "webbrowser", files[0]])])
+
+
+def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> None:
+    table = Table("query", "nearest", "score", "second", "score", box=None)
+    for row, key in enumerate(queries.keys[:SHOWN]):
+        cells = [escape(key)]
+        pairs = zip(found.numbers[row, :2].tolist(), found.scores[row, :2], strict=True)
+        for number, score in pairs:
+            cells += [escape(gallery.keys[number]), f"{score:.3f}"]
+        table.add_row(*cells)
+    console.out.print(table)
+    if len(queries.keys) > SHOWN:
+        console.say(f"And {len(queries.keys) - SHOWN:,} more queries, in results.csv.")
+    labelled = [
+        gallery.classes[best] == own
+        for own, best in zip(queries.classes, found.numbers[:, 0].tolist(), strict=True)
+        if own and own in set(gallery.classes)
+    ]
+    if labelled:
+        share = sum(labelled) / len(labelled)
+        console.say(f"{share:.1%} of {len(labelled):,} queries found their own class first.")

@@ -1,0 +1,188 @@
+"""What a search found, to look at: a table (CSV), a contact sheet (PNG), a page (HTML)."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import BadSampleError, extract_sample, read_span
+from pipelines.evaluate.embed import EmbeddedImages
+from pipelines.evaluate.search import SearchResult
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.storage.urls import atomic_write, resolve_url
+
+_SIDE: Final = 112  # of a picture, in pixels
+_SHEET_ROWS: Final = 12
+_PAGE_ROWS: Final = 200
+_MARGIN, _TEXT, _LETTERS = 8, 34, 18  # pixels around a picture, below it; letters of a line
+_GREEN, _GREY, _INK = (46, 158, 107), (209, 213, 219), (55, 65, 81)
+
+ReadImage = Callable[[int], bytes | None]
+"""Number of an image in its set to its encoded bytes; None where it cannot be had."""
+
+
+def write_search(
+    folder: str, title: str, gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult
+) -> list[str]:
+    """Write `results.csv`, `sheet.png` and `index.html`; what is there is replaced.
+
+    The page holds all its pictures and needs no network. It shows 200 queries, the sheet 12.
+
+    Args:
+        folder: path or URL.
+        title: of the page.
+        gallery, queries, found: of `pipelines.evaluate.search.search`.
+
+    Returns:
+        The files.
+    """
+    images = _Pictures(queries), _Pictures(gallery)
+    with atomic_write(f"{folder}/results.csv") as stream:
+        stream.write(results_table(gallery, queries, found).encode())
+    with atomic_write(f"{folder}/sheet.png") as stream:
+        _sheet(gallery, queries, found, *images).save(stream, "PNG")
+    with atomic_write(f"{folder}/index.html") as stream:
+        stream.write(_page(title, gallery, queries, found, *images).encode())
+    return [f"{folder}/{name}" for name in ("index.html", "sheet.png", "results.csv")]
+
+
+def results_table(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> str:
+    """CSV: a row for each query and each entry that it found."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["query", "query_class", "rank", "score", "entry", "class"])
+    for query, (numbers, scores) in enumerate(zip(*found, strict=True)):
+        for rank, (number, score) in enumerate(zip(numbers, scores, strict=True), 1):
+            own = [queries.keys[query], queries.classes[query], rank, f"{score:.6f}"]
+            rows.writerow([*own, gallery.keys[number], gallery.classes[number]])
+    return text.getvalue()
+
+
+class _Pictures:
+    """Reads images of a set by number, small and square."""
+
+    def __init__(self, images: EmbeddedImages) -> None:
+        self._source, self._keys = images.source, images.keys
+        self._index = ShardIndex.load(self._source) if self._is_index() else None
+
+    def _is_index(self) -> bool:
+        return bool(self._source) and index_exists(self._source)
+
+    def read(self, number: int) -> Pixels:
+        """Uint8 `[_SIDE, _SIDE, 3]`; grey where the image cannot be had."""
+        try:
+            pixels = decode_image(self._bytes(number), _SIDE)
+        except (OSError, ValueError, ImageDecodeError, BadSampleError):
+            return np.full((_SIDE, _SIDE, 3), 229, np.uint8)
+        return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+
+    def _bytes(self, number: int) -> bytes:
+        if self._index is None:
+            filesystem, root = resolve_url(self._source)
+            return bytes(filesystem.cat_file(f"{root}/{self._keys[number]}"))
+        shard = int(np.searchsorted(self._index.starts, number, side="right")) - 1
+        position = number - int(self._index.starts[shard])
+        (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
+        entry = self._index.entry(shard, position)
+        return extract_sample(raw, len(raw), self._index.num_classes, entry).data
+
+
+def _sheet(
+    gallery: EmbeddedImages,
+    queries: EmbeddedImages,
+    found: SearchResult,
+    of_queries: _Pictures,
+    of_gallery: _Pictures,
+) -> Image.Image:
+    """Queries on the left, what they found beside them; green frames: of the same class."""
+    rows, columns = min(_SHEET_ROWS, len(queries.keys)), 1 + found.numbers.shape[1]
+    width, height = _SIDE + 2 * _MARGIN, _SIDE + _TEXT + _MARGIN
+    sheet = Image.new("RGB", (columns * width + 2 * _MARGIN, rows * height + _MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    fonts = Path(mpl.get_data_path(), "fonts", "ttf")
+    font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 10)
+
+    def put(row: int, column: int, pixels: Pixels, lines: list[str], frame: object) -> None:
+        left = column * width + _MARGIN + (2 * _MARGIN if column else 0)
+        top = row * height + _MARGIN
+        box = (left - 3, top - 3, left + _SIDE + 2, top + _SIDE + 2)
+        pen.rectangle(box, outline=frame, width=3)
+        sheet.paste(Image.fromarray(pixels), (left, top))
+        for number, line in enumerate(lines):
+            at = (left, top + _SIDE + 5 + 13 * number)
+            pen.text(at, _shorten(line), font=font, fill=_INK)
+
+    for row in range(rows):
+        own = queries.classes[row]
+        put(row, 0, of_queries.read(row), [own or queries.keys[row], "query"], _GREY)
+        for column, number in enumerate(found.numbers[row].tolist()):
+            name = gallery.classes[number] or gallery.keys[number]
+            frame = _GREEN if own and gallery.classes[number] == own else _GREY
+            lines = [name, f"{found.scores[row, column]:.3f}"]
+            put(row, column + 1, of_gallery.read(number), lines, frame)
+    return sheet
+
+
+def _shorten(text: str) -> str:
+    """The end of a text, which tells paths apart."""
+    return text if len(text) <= _LETTERS else f"…{text[1 - _LETTERS :]}"
+
+
+def _page(
+    title: str,
+    gallery: EmbeddedImages,
+    queries: EmbeddedImages,
+    found: SearchResult,
+    of_queries: _Pictures,
+    of_gallery: _Pictures,
+) -> str:
+    shown = min(_PAGE_ROWS, len(queries.keys))
+    pictures: dict[int, str] = {}
+    rows = []
+    for row in range(shown):
+        entries = []
+        for column, number in enumerate(found.numbers[row].tolist()):
+            if number not in pictures:
+                pictures[number] = _as_url(of_gallery.read(number))
+            own = queries.classes[row]
+            entry = {
+                "picture": pictures[number],
+                "name": gallery.classes[number] or gallery.keys[number],
+                "key": gallery.keys[number],
+                "score": f"{found.scores[row, column]:.3f}",
+                "same": bool(own) and gallery.classes[number] == own,
+            }
+            entries.append(entry)
+        query = {
+            "picture": _as_url(of_queries.read(row)),
+            "name": queries.classes[row] or queries.keys[row],
+            "key": queries.keys[row],
+        }
+        rows.append((query, entries))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
+    )
+    return environment.get_template("search.html.j2").render(
+        title=title,
+        rows=rows,
+        more=len(queries.keys) - shown,
+        gallery=f"{len(gallery.keys):,} of {gallery.source or 'a file'}",
+        queries=f"{len(queries.keys):,} of {queries.source}",
+    )
+
+
+def _as_url(pixels: Pixels) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
