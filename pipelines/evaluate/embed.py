@@ -141,7 +141,8 @@ def write_embeddings(
         found = found._replace(rows=normalize_embeddings(found.rows).astype(np.float32))
     with atomic_write(out) as stream:
         (_write_parquet if out.endswith(".parquet") else _write_npz)(found, stream)
-    return EmbeddingsFile(*found.rows.shape, found.skipped)
+    count, dim = found.rows.shape
+    return EmbeddingsFile(count, dim, found.skipped)
 
 
 def _write_npz(found: EmbeddedImages, stream: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +27,7 @@ _PAGE_ROWS: Final = 200
 _MARGIN, _TEXT, _LETTERS = 8, 34, 18  # pixels around a picture, below it; letters of a line
 _GREEN, _GREY, _INK = (46, 158, 107), (209, 213, 219), (55, 65, 81)
 
-ReadImage = Callable[[int], bytes | None]
-"""Number of an image in its set to its encoded bytes; None where it cannot be had."""
+Colour = tuple[int, int, int]
 
 
 def write_search(
@@ -113,7 +111,7 @@ def _sheet(
     fonts = Path(mpl.get_data_path(), "fonts", "ttf")
     font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 10)
 
-    def put(row: int, column: int, pixels: Pixels, lines: list[str], frame: object) -> None:
+    def put(row: int, column: int, pixels: Pixels, lines: list[str], frame: Colour) -> None:
         left = column * width + _MARGIN + (2 * _MARGIN if column else 0)
         top = row * height + _MARGIN
         box = (left - 3, top - 3, left + _SIDE + 2, top + _SIDE + 2)
