@@ -28,7 +28,7 @@ from mhe_dist.engine.settings import resolve_precision
 from pipelines.data.mixture import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
-from pipelines.pretrain.run import Run
+from pipelines.pretrain.run import Run, make_tried_model
 
 STEPS, WARM_UP, FEWEST = 24, 8, 12
 LONGEST_S = 12.0
@@ -123,10 +123,15 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     Returns:
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
         largest of each figure of the workers' `TrialMeasurement`s) and `samples` of an epoch.
+
+    Raises:
+        UserError: the backbone cannot train, or an evaluation could not work.
     """
     refuse_unusable_sets(config.evaluate, config.data.image_size, config.run.seed, Topology())
     index = open_training_index(config.data, config.run.seed)
-    precision = resolve_precision(config.train.precision, rank_device(config.scale.gpu))
+    device = rank_device(config.scale.gpu)
+    make_tried_model(config, device, index)  # here, where its error is not one of a rank
+    precision = resolve_precision(config.train.precision, device)
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
         values = config_to_dict(share_of_run(config, workers, folder))

@@ -87,7 +87,7 @@ class Run:
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
         self.engine = Engine(
-            _make_model(config, topology.device, self.index),
+            make_tried_model(config, topology.device, self.index),
             config.optim,
             config.train,
             topology,
@@ -316,7 +316,7 @@ def initial_model(config: Config) -> Backbone:
     return model
 
 
-def _make_model(config: Config, device: torch.device, index: ShardIndex) -> Backbone:
+def make_tried_model(config: Config, device: torch.device, index: ShardIndex) -> Backbone:
     """That backbone on its device, compiled if the config says so.
 
     Raises:

@@ -208,13 +208,23 @@ def _finish(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fault]) 
     return writer.finish(len(new.found.names), meta)
 
 
-def check_bad_fraction(faults: Sequence[Fault], good: int, max_bad: float) -> None:
-    """Raise RunError, which names the first faults, if a larger share than `max_bad` is bad."""
-    if len(faults) <= max_bad * (len(faults) + good):
+def check_bad_fraction(
+    faults: Sequence[Fault], good: int, max_bad: float, unnamed: int = 0
+) -> None:
+    """Raise RunError, which names the first faults, if a larger share than `max_bad` is bad.
+
+    Args:
+        faults: the bad samples that are known by name.
+        good: number of the others.
+        max_bad: the largest share of bad ones.
+        unnamed: number of further bad ones.
+    """
+    bad = len(faults) + unnamed
+    if bad <= max_bad * (bad + good):
         return
     named = "\n".join(f"  {fault.location}: {fault.reason}" for fault in faults[:_SHOWN])
     raise RunError(
-        f"{len(faults)} of {len(faults) + good} samples are bad, more than --max-bad {max_bad:g} "
+        f"{bad} of {bad + good} samples are bad, more than --max-bad {max_bad:g} "
         f"allows; the first of them:\n{named}"
     )
 

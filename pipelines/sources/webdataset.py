@@ -23,6 +23,7 @@ from pipelines.sources.convert import ImportResult, check_bad_fraction
 from pipelines.sources.webdataset_tar import (
     DEFAULT_LAYOUT,
     INTEGER,
+    MOST_NAMED,
     SampleLayout,
     ScanTask,
     scan_tar,
@@ -32,6 +33,7 @@ from pipelines.storage.urls import is_local, list_folder, protocol_names, resolv
 from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
 
 _JOURNAL: Final = ".index.partial"
+_SHOWN: Final = 20  # damaged tars that a message names
 # A tar in a compressed form cannot be read from the middle.
 _TOOLS: Final = {
     ".tar.gz": "gunzip",
@@ -74,14 +76,19 @@ def index_shards(
     if damaged and not skip_damaged:
         raise UserError(
             f"{len(damaged)} of {len(tars)} tars are damaged; get them again, or take what can be "
-            f"read of them with --skip-damaged:\n  " + "\n  ".join(map(": ".join, damaged))
+            f"read of them with --skip-damaged:\n  "
+            + "\n  ".join(map(": ".join, damaged[:_SHOWN]))
+            + (f"\n  and {len(damaged) - _SHOWN:,} more" if len(damaged) > _SHOWN else "")
         )
     faults = damaged + [Fault(*fault) for _, found in results for fault in found["faults"]]
+    unnamed = sum(found.get("unnamed", 0) for _, found in results)
     shards, names, num_classes = number_labels(results, folder, layout.num_classes)
     fields = {"image": list(layout.images), "label": layout.label}
     about = {"source": "index", "fields": fields, "class_names": CLASSES_FILE if names else None}
-    index = ShardIndex(folder, num_classes, shards, about | {"skipped": len(faults)})
-    check_bad_fraction(faults, index.samples, max_bad)
+    index = ShardIndex(folder, num_classes, shards, about | {"skipped": len(faults) + unnamed})
+    check_bad_fraction(faults, index.samples, max_bad, unnamed)
+    if unnamed:
+        faults.append(Fault(folder, f"{unnamed:,} more bad samples, which are not named"))
     if not index.samples:
         raise UserError(f"{tars[0]}: no sample with an image and a label here")
     tables = {CLASSES_FILE: class_table(names, shards)} if names else {}
@@ -175,14 +182,26 @@ def _scan_all(
     results = {
         n: kept for n, t in enumerate(tasks) if (kept := _finished_result(journal, n, t.url))
     }
+    named = 0
+    for found in results.values():
+        named += _forget_names(found, MOST_NAMED - named)
     progress(len(results), len(tasks))
     todo = [(number, task) for number, task in enumerate(tasks) if number not in results]
     for number, result in map_unordered(scan_tar, todo, processes):
         results[number] = result
         if not result["damage"]:
             journal.record(number, result)
+        named += _forget_names(result, MOST_NAMED - named)
         progress(len(results), len(tasks))
     return [(task.url, results[number]) for number, task in enumerate(tasks)]
+
+
+def _forget_names(found: dict[str, Any], limit: int) -> int:
+    """Keep so many bad samples of a tar by name, and count the others; how many were kept."""
+    faults, kept = found["faults"], found["faults"][: max(0, limit)]
+    found["faults"] = kept
+    found["unnamed"] = found.get("unnamed", 0) + len(faults) - len(kept)
+    return len(kept)
 
 
 def _finished_result(journal: Journal, number: int, url: str) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ _META: Final = re.compile(r"__[^/]*__($|/)")
 _LONGEST_LABEL: Final = 200
 _LONGEST_REASON: Final = 400
 _MOST_MEMBERS: Final = 1000  # of a sample that are kept by name
+MOST_NAMED: Final = 100_000  # bad samples that are kept by name; others are counted
 _MOST_PARTS: Final = 1_000_000  # keys of incomplete samples that are remembered
 _SORT: Final = (
     "the members of a sample must be adjacent; pack the tar anew with tar --sort=name -cf"
@@ -77,7 +78,8 @@ def scan_tar(task: ScanTask) -> dict[str, Any]:
     Returns:
         What JSON can hold: samples, bytes, checksum and blocks as in `shards.Shard`; `values`, the
         distinct labels as text, and `codes`, which one each sample has (`packing.pack_labels`);
-        `faults`; `damage`, what ended the reading before the tar's end.
+        `faults`, at most `MOST_NAMED`, and `unnamed`, how many there are beside; `damage`, what
+        ended the reading before the tar's end.
 
     Raises:
         UserError: it cannot be opened.
@@ -110,6 +112,7 @@ class _TarContents:
         self._starts: list[int] = []
         self._end = 0
         self._faults: list[Fault] = []
+        self._unnamed = 0
         self._parts: dict[str, int] = {}  # key of an incomplete sample -> its fault
 
     def add(self, sample: _SampleMembers) -> None:
@@ -126,11 +129,17 @@ class _TarContents:
         """Count a fault; parts of one sample that are not adjacent are one."""
         location = f"{self._task.url} {fault.location}"
         if (first := self._parts.get(sample.key)) is not None:
-            self._faults[first] = Fault(location, f"it is in several places of the tar: {_SORT}")
+            if first < MOST_NAMED:
+                reason = f"it is in several places of the tar: {_SORT}"
+                self._faults[first] = Fault(location, reason)
             return
+        number = len(self._faults) + self._unnamed
         if len(self._parts) < _MOST_PARTS:
-            self._parts[sample.key] = len(self._faults)
-        self._faults.append(Fault(location, fault.reason))
+            self._parts[sample.key] = number
+        if number < MOST_NAMED:
+            self._faults.append(Fault(location, fault.reason))
+        else:
+            self._unnamed += 1
 
     def result(self) -> dict[str, Any]:
         """The part of `scan_tar`'s result that is about samples."""
@@ -140,6 +149,7 @@ class _TarContents:
             "values": list(self._number),
             "codes": pack_labels(self._codes),
             "faults": self._faults,
+            "unnamed": self._unnamed,
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from launcher.preflight.predict import (
 from launcher.preflight.trial_process import measure_trial
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
+from mhe_dist.errors import UserError
+from pipelines.pretrain.dry_run import dry_run
 from tests import tiny
 
 VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
@@ -177,3 +180,19 @@ def test_a_trial_finds_data_where_the_command_was_typed(
     monkeypatch.chdir(tmp_path)
     measured = measure_trial(tiny.config(Path("runs"), "train"), 1)
     assert measured is not None and measured["samples"] == 8 * tiny.IMAGES
+
+
+def test_a_mistake_that_a_trial_finds_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 of `launcher.job` is a mistake; its last line words it."""
+    said = "a warning of some library\nerror: model.name=x cannot train on images of 3 x 9 x 9\n"
+    done = subprocess.CompletedProcess([], 2, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(UserError, match=r"^model\.name=x cannot train on images of 3 x 9 x 9$"):
+        measure_trial(tiny.config(Path("runs"), "train"), 1)
+
+
+def test_a_trial_refuses_what_cannot_train(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "shards", classes=2)
+    model = {"kwargs": {"features_only": True}, "neck": "none"}
+    with pytest.raises(UserError, match="gives list instead of embeddings"):
+        dry_run(tiny.config(tmp_path, shards, model=model), 1, [])

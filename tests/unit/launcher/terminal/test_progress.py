@@ -54,6 +54,11 @@ def metrics(step: int) -> dict[str, Any]:
     }
 
 
+def test_a_warning_is_told(clock: Clock) -> None:
+    warning = {"event": "warning", "step": 1200, "message": "[x] the loss is 0"}
+    assert plain(clock, (0, warning)) == ["step 1,200  warning: [x] the loss is 0"]
+
+
 def test_the_size_of_the_job_is_told(clock: Clock) -> None:
     assert plain(clock, (0, START)) == ["37,000 images of 4,000 classes, 1,000 steps."]
 

@@ -18,6 +18,7 @@ from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import decode_image
 from pipelines.data.sequential import read_in_order
 from pipelines.shards.index import ShardIndex
+from pipelines.sources import webdataset, webdataset_tar
 from pipelines.sources.webdataset import index_shards
 from pipelines.sources.webdataset_tar import SampleLayout
 from tests.loading import loader_of
@@ -261,6 +262,31 @@ def test_a_label_that_is_not_in_the_json_is_counted(tmp_path: Path, text: str) -
     folder = save(tmp_path / "set", tar(*files, *good))
     made = index_shards([folder], layout=SampleLayout(label="json:label"), max_bad=0.5)
     assert len(made.faults) == 1
+
+
+def test_of_very_many_bad_samples_the_first_are_named_and_all_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (webdataset, webdataset_tar):
+        monkeypatch.setattr(module, "MOST_NAMED", 2)
+    bad: Files = [(f"bad{number}.jpg", jpeg(0)) for number in range(3)]
+    folder = save(tmp_path / "set", tar(*bad, *pair("k0", 0, "0")), tar(*bad, *pair("k1", 1, "1")))
+    with pytest.raises(RunError, match="6 of 8 samples are bad"):
+        index_shards([folder], max_bad=0.7)
+    made = index_shards([folder], max_bad=0.75)
+    assert [fault.reason for fault in made.faults] == [
+        "no cls among jpg",
+        "no cls among jpg",
+        "4 more bad samples, which are not named",
+    ]
+    assert made.index.meta["skipped"] == 6
+
+
+def test_of_very_many_damaged_tars_a_message_names_some(tmp_path: Path) -> None:
+    folder = save(tmp_path / "set", *[b"no tar"] * 30)
+    with pytest.raises(UserError, match=r"30 of 30 tars are damaged(?s:.*)and 10 more$") as refused:
+        index_shards([folder])
+    assert len(str(refused.value).splitlines()) == 22
 
 
 def test_a_damaged_tar_is_refused_or_read_as_far_as_it_goes(tmp_path: Path) -> None:
