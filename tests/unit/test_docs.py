@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import mhe_dist
 import pipelines
@@ -19,6 +21,7 @@ CODE = sorted(
 CITATION = re.compile(r"docs/(?P<page>\w+)\.md(?:\s+section\s+(?P<section>\d+))?")
 # Pages that are not part of the repository.
 ELSEWHERE = re.compile(r"\b(?:DESIGN|FORMATS|FACTS|PAPER|HOUSE)(?:\.md\b|,? section \d)")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -49,6 +52,27 @@ def test_the_design_names_every_room(floor: str) -> None:
     text = (ROOT / "docs" / "design.md").read_text()
     missing = [room for room in ROOMS[floor] if not re.search(rf"`{room}/?`", text)]
     assert not missing
+
+
+def test_the_readme_tells_the_extras_apart() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    table = re.findall(r"^\| `(\w+)` \| ([\w-]+)", (ROOT / "README.md").read_text(), re.M)
+    listed = {name: package for name, package in table if name in extras}
+    assert listed.keys() == extras.keys()
+    for name, package in listed.items():
+        assert any(re.match(rf"{package}\b", each) for each in extras[name])
+
+
+def test_the_release_checklist_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "releasing.md").read_text()
+    targets = set(re.findall(r"`make (\w+)`", text))
+    assert targets and targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    assert (
+        metadata.version("mhe")
+        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    )
 
 
 def test_the_python_of_the_readme_uses_names_of_the_door() -> None:

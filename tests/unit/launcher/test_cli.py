@@ -75,6 +75,27 @@ def test_the_version_is_told(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"mhe {metadata.version('mhe')}\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("mhe tr", {"train"}),
+        ("mhe data fo", {"folder"}),
+        ("mhe data folder --held", {"--heldout-classes", "--heldout-images"}),
+        ("mhe export --", {"--to", "--out"}),
+    ],
+)
+def test_a_shell_completes_verbs_and_options(
+    typed: str, offered: set[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_MHE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    assert cli.run([]) == 0
+    found = set(capsys.readouterr().out.split())
+    assert offered <= found
+    assert "-" in typed or found == offered
+
+
 def test_help_and_mistakes_load_no_heavy_library() -> None:
     script = (
         "import sys\n"
