@@ -1,13 +1,15 @@
 """IResNet, the residual network of InsightFace for faces of 112x112, as timm models.
 
-`iresnet18`, `34`, `50`, `100` and `200` after "Improved Residual Networks" (Duta et al., 2020) and
-ArcFace: BatchNorm before each block, PReLU, no pooling before the embedding layer, a BatchNorm of
-fixed scale behind it. Parameters are called as in arcface_torch, so that its released weights load
-as they are. Whoever loads an exported folder with timm imports this module first.
+`iresnet10`, `18`, `34`, `50`, `100` and `200` after "Improved Residual Networks" (Duta et al.,
+2020) and ArcFace: BatchNorm before each block, PReLU, no pooling before the embedding layer, a
+BatchNorm of fixed scale behind it. Parameters are called as in arcface_torch, so that its released
+weights load as they are. Whoever loads an exported folder with timm imports this module first.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 _EPS = 1e-5
 _WIDTHS = (64, 128, 256, 512)
-_STRIDE = 16  # of the whole body: a face of 112 pixels becomes 7x7
+_STRIDES = (2, 2, 2, 2)  # a face of 112 pixels becomes 7x7
 
 
 class IBasicBlock(nn.Module):
@@ -49,34 +51,46 @@ class IResNet(nn.Module):
         layers: blocks of the four stages.
         num_classes: D, the width of the embedding; 0: the flattened features of the body.
         in_chans: C.
-        img_size: S, or height and width, multiples of 16; it fixes the size of the embedding layer.
+        img_size: S, or height and width, multiples of all strides together; it fixes the size of
+            the embedding layer.
         drop_rate: of the dropout before the embedding layer.
+        widths: channels of the four stages; the stem has those of the first one.
+        strides: of the four stages.
+
+    Raises:
+        ValueError: `img_size` is no such multiple, or there are not four stages.
     """
 
     def __init__(
         self,
-        layers: tuple[int, int, int, int],
+        layers: Sequence[int],
         num_classes: int = 512,
         in_chans: int = 3,
         img_size: int | tuple[int, int] = 112,
         drop_rate: float = 0.0,
+        widths: Sequence[int] = _WIDTHS,
+        strides: Sequence[int] = _STRIDES,
     ) -> None:
         super().__init__()
+        if not len(layers) == len(widths) == len(strides) == len(_WIDTHS):
+            raise ValueError(f"layers={layers}, widths={widths}, strides={strides}: give four each")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        if height % _STRIDE or width % _STRIDE:
-            raise ValueError(f"img_size={img_size} is not a multiple of {_STRIDE}")
+        stride = math.prod(strides)
+        if height % stride or width % stride:
+            raise ValueError(f"img_size={img_size} is not a multiple of {stride}")
         self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = (
-            _WIDTHS[-1] * (height // _STRIDE) * (width // _STRIDE)
+            widths[-1] * (height // stride) * (width // stride)
         )
-        self.conv1 = nn.Conv2d(in_chans, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0], eps=_EPS)
-        self.prelu = nn.PReLU(_WIDTHS[0])
-        inputs = (_WIDTHS[0], *_WIDTHS)
+        self.conv1 = nn.Conv2d(in_chans, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0], eps=_EPS)
+        self.prelu = nn.PReLU(widths[0])
+        inputs = (widths[0], *widths)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            _stage(inputs[stage], _WIDTHS[stage], blocks) for stage, blocks in enumerate(layers)
+            _stage(inputs[stage], widths[stage], strides[stage], blocks)
+            for stage, blocks in enumerate(layers)
         )
-        self.bn2 = nn.BatchNorm2d(_WIDTHS[-1], eps=_EPS)
+        self.bn2 = nn.BatchNorm2d(widths[-1], eps=_EPS)
         self.dropout = nn.Dropout(drop_rate)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -103,7 +117,7 @@ class IResNet(nn.Module):
         self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The body: `[B, 512, S / 16, S / 16]`."""
+        """The body: `[B, 512, S / 16, S / 16]` with the default widths and strides."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -122,9 +136,9 @@ class IResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
     rest = [IBasicBlock(outputs, outputs) for _ in range(blocks - 1)]
-    return nn.Sequential(IBasicBlock(inputs, outputs, stride=2), *rest)
+    return nn.Sequential(IBasicBlock(inputs, outputs, stride), *rest)
 
 
 def _cfg() -> dict[str, Any]:
@@ -142,12 +156,18 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"iresnet{n}": _cfg() for n in (18, 34, 50, 100, 200)})
+default_cfgs = generate_default_cfgs({f"iresnet{n}": _cfg() for n in (10, 18, 34, 50, 100, 200)})
 
 
 def _create(name: str, layers: tuple[int, int, int, int], pretrained: bool, kwargs: Any) -> IResNet:
     model: IResNet = build_model_with_cfg(IResNet, name, pretrained, layers=layers, **kwargs)
     return model
+
+
+@register_model
+def iresnet10(pretrained: bool = False, **kwargs: Any) -> IResNet:
+    """One block in each stage, with `widths=(16, 32, 64, 128)` for small pictures."""
+    return _create("iresnet10", (1, 1, 1, 1), pretrained, kwargs)
 
 
 @register_model

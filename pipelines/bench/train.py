@@ -78,7 +78,7 @@ class TrainCase:
             {
                 "run": {"name": "bench", "dir": folder},
                 "data": {"shards": shards, "image_size": SIDE, "streams": batch},
-                "model": {"name": self.backbone, "embedding_dim": 512},
+                "model": {"name": self.backbone, "embedding_dim": 512, "neck": "none"},
                 "head": {
                     "kind": "mhs",
                     "groups": self.world_size,

@@ -120,6 +120,19 @@ def test_the_function_is_arcface_torchs(model: IResNet) -> None:
     torch.testing.assert_close(head, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_widths_and_strides_of_small_pictures() -> None:
+    kwargs = {"widths": [4, 8, 8, 16], "strides": [1, 2, 2, 2]}
+    net = build_backbone(config(name="iresnet10", kwargs=kwargs), 24).net.eval()
+    assert [len(stage) for stage in (net.layer1, net.layer2, net.layer3, net.layer4)] == [1] * 4
+    assert net.forward_features(torch.randn(2, 3, 24, 24)).shape == (2, 16, 3, 3)
+    assert net(torch.randn(2, 3, 24, 24)).shape == (2, 16)
+    with pytest.raises(UserError, match="img_size=20 is not a multiple of 8"):
+        build_backbone(config(name="iresnet10", kwargs=kwargs), 20)
+    with pytest.raises(UserError, match=r"widths=\[4, 8\].* give four each"):
+        build_backbone(config(name="iresnet10", kwargs={"widths": [4, 8]}), 32)
+
+
 def test_weights_of_a_pth_file_begin_a_backbone(model: IResNet, tmp_path: Path) -> None:
     path = str(tmp_path / "backbone.pth")
     images = torch.randn(2, 3, 32, 32)
