@@ -1,6 +1,6 @@
 """One forward and backward pass before a run begins: a backbone that cannot train is refused here.
 
-A mistake in a name, an argument or a size shows in the first pass, on every machine alike; found
+A mistake in a name, an argument or a size shows in the first pass on every machine; found
 later it would look like a failure of the machine, and be tried again.
 """
 

@@ -82,7 +82,7 @@ def embed_images(
         float32 `[count, D]` with their norms on rank 0, None elsewhere: the result can be large.
 
     Raises:
-        UserError, RunError: some rank could not read an image; on all ranks alike.
+        UserError, RunError: some rank could not read an image; on all ranks.
     """
     rounds = math.ceil(math.ceil(images.count / block) / topology.world_size)
     out: npt.NDArray[np.float32] | None = None

@@ -27,7 +27,7 @@ def refuse_unusable_sets(
         settings, image_size, seed, topology: see `evaluate_in_training`.
 
     Raises:
-        UserError, RunError: a set cannot be used; on all ranks alike.
+        UserError, RunError: a set cannot be used; on all ranks.
     """
     failure: Exception | None = None
     try:

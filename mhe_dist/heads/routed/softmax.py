@@ -283,13 +283,15 @@ class _ExtraPart:
         class_rows, scale = self.class_rows, self.scale
         features = self.samples.features[where] * scale
         logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
-        target = logits[inside, column] / scale
+        scaled = logits[inside, column]
         logits[inside, column] = float("-inf")
         highest = logits.amax(-1)
+        logits[inside, column] = scaled
+        target = scaled / scale
         phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))
         if threshold := class_rows.margin.filter:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
-        peak = highest
+        peak = highest.index_put((inside,), torch.maximum(highest[inside], scaled))
         if self.correction:
             self._correct(logits, inside, column)
             peak = logits.amax(-1)

@@ -72,6 +72,7 @@ def _measure_head(
     numbers = cycle(range(len(labels)))
 
     def step() -> None:
+        """A whole step of the head; its embeddings stand for those of a backbone."""
         number = next(numbers)
         head.plan(number, labels[number])
         embeddings = inputs.clone().requires_grad_()
