@@ -89,7 +89,7 @@ class ShardTable(LazyShards):
         self.columns = columns
         if set(map(len, rows)) - {len(_ROW)}:
             raise ValueError("a row is not that of a shard")
-        values = list(zip(*map(itemgetter(*_ROW), rows), strict=True)) or [()] * len(_ROW)
+        values = [list(map(itemgetter(key), rows)) for key in _ROW]
         for each, kind in zip(values, _ROW.values(), strict=True):
             if set(map(type, each)) - {kind}:
                 raise TypeError(f"a value of a shard's row is no {kind.__name__}")
@@ -140,5 +140,5 @@ def digest_text(shards: Sequence[Shard]) -> str:
     else:
         rows = ((shard.url, shard.samples, shard.checksum) for shard in shards)
     quoted = json.encoder.encode_basestring_ascii
-    texts = (f"[{quoted(url)}, {samples}, {quoted(checksum)}]" for url, samples, checksum in rows)
+    texts = [f"[{quoted(url)}, {samples}, {quoted(checksum)}]" for url, samples, checksum in rows]
     return f"[{', '.join(texts)}]"

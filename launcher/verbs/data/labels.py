@@ -61,9 +61,9 @@ def from_table(
     are empty, is left out of a training. Classes that are the numbers [0, C) stay; others are given
     such numbers, and classes.tsv in the label set says which.
 
-    Memory is about 300 MiB for each million classes and below 1 GiB otherwise, however many samples
-    and rows there are; temporary files take about 50 bytes for each of them (TMPDIR). Keys are read
-    from the tars, 512 bytes for each sample; with --number no tar is read.
+    Memory stays below 1 GiB and about 150 bytes for each class, however many samples and rows there
+    are; temporary files take about 50 bytes for each of them (TMPDIR). Keys are read from the tars,
+    512 bytes for each sample; with --number no tar is read.
 
     Example: mhe data labels from-table clean.csv --shards data/ms1mv2 --out data/ms1mv2-clean
     """
