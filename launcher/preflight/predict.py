@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -72,6 +73,29 @@ def find_shortages(
     config: Config, prediction: CostPrediction, nodes: list[NodeReport]
 ) -> list[str]:
     """Why the predicted memory does not fit, and what would have to change."""
+    return [*_short_memory(config, prediction, nodes), *_small_cards(prediction, nodes)]
+
+
+def _small_cards(prediction: CostPrediction, nodes: list[NodeReport]) -> Iterable[str]:
+    """Cards that hold less than a worker needs; what a driver does not tell is not judged."""
+    sizes = {gpu: card_bytes(gpu) for node in nodes for gpu in node["gpus"]}
+    small = [gpu for gpu, size in sizes.items() if size and size < prediction.device]
+    if small:
+        yield (
+            f"a worker needs {_gib(prediction.device)} on its GPU, which is more than there is on "
+            f"{'; '.join(small)}: lower train.micro_batch or data.image_size, set "
+            "head.bank.memory=host, head.bank.dtype=bfloat16 or scale.zero_stage=2, or use more "
+            "workers"
+        )
+
+
+def card_bytes(gpu: str) -> int:
+    """Bytes of a card from what its driver says, "NAME, 81559 MiB"; 0 if it does not say."""
+    found = re.search(r"(\d+) MiB$", gpu)
+    return int(found[1]) * 2**20 if found else 0
+
+
+def _short_memory(config: Config, prediction: CostPrediction, nodes: list[NodeReport]) -> list[str]:
     crowd = workers_per_node(config, nodes)
     there = min(node["memory"] for node in nodes)
     if crowd * prediction.memory <= there:

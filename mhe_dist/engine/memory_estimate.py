@@ -1,7 +1,8 @@
 """What one worker needs in memory, counted without allocating it: a forward pass is traced.
 
-The trace runs on meta tensors, which have shapes and no data. What autograd keeps for the backward
-pass is what it hands to `saved_tensors_hooks`; a storage that is kept twice counts once.
+The trace runs on torch's fake tensors, which have shapes and no data, and which autocast treats as
+real ones. What autograd keeps for the backward pass is what it hands to `saved_tensors_hooks`; a
+storage that is kept twice counts once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from mhe_dist.backbone.model import build_backbone, without_pretrained
 from mhe_dist.config.head import HeadConfig
@@ -18,6 +21,8 @@ from mhe_dist.engine.exact_reduce import sum_dtype
 from mhe_dist.engine.settings import deepspeed_settings
 
 FLOAT = 4
+# How much the heads of all selected rows compute at a time (bank.py, gathered/softmax.py).
+DEVICE_CHUNK_BYTES = LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,11 @@ class MemoryEstimate:
         weights: parameters and buffers of the backbone.
         gradients: of the backbone.
         optimizer: the backbone's moments, and the float32 copy of the weights that ZeRO updates.
-        activations: what the forward pass keeps for the backward pass, and the gradients of the
-            two largest of those.
+        activations: what the forward pass keeps for the backward pass, and then either what the
+            head computes with or the gradients of the two largest of those, which is more.
         communication: buckets in which gradients are reduced.
         rows: class centres and their state once every class of the partition was met.
+        head: what the head keeps until its update, beside the rows.
         images: micro-batches that wait for their turn.
     """
 
@@ -41,12 +47,18 @@ class MemoryEstimate:
     activations: int
     communication: int
     rows: int
+    head: int
     images: int
 
     @property
     def total(self) -> int:
         """All of them."""
         return sum(self.__dict__.values())
+
+    def on_gpu(self, config: Config) -> int:
+        """Those that a GPU holds: images wait on the host, and rows where the config says."""
+        there = config.head.bank.memory == "device"
+        return self.total - self.images - (0 if there else self.rows)
 
 
 def estimate_memory(
@@ -72,13 +84,15 @@ def estimate_memory(
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
     gradient = sum_dtype(precision).itemsize
+    kept, passing = _head_bytes(config, num_classes, workers)
     return MemoryEstimate(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
         gradients=numel * gradient // (workers if stage >= 2 else 1),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
-        activations=_activations(model, config, precision),
+        activations=_activations(model, config, precision, passing),
         communication=bucket * gradient * (workers > 1),
         rows=_row_bytes(config.head, num_classes, config.model.embedding_dim) // workers,
+        head=kept,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
     )
 
@@ -100,10 +114,38 @@ def _row_bytes(config: HeadConfig, num_classes: int, width: int) -> int:
     return rows * width * element * (1 + moments) if config.bank.memory != "file" else 0
 
 
-def _activations(model: torch.nn.Module, config: Config, precision: str) -> int:
-    """Bytes that a forward pass of one micro-batch keeps, and its two largest gradients."""
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+def _head_bytes(config: Config, num_classes: int, workers: int) -> tuple[int, int]:
+    """Bytes that a head keeps from its forward pass to its update, and that it needs in between.
+
+    Kept are the rows' gradient or what makes it; in between are the rows that are scored, and
+    logits. A head of levels scores few rows at a time; that is little beside the rest.
+    """
+    head, width = config.head, config.model.embedding_dim
+    batch, local = config.train.micro_batch * workers, num_classes // workers
+    if head.kind in ("mhp", "mhc"):
+        return 0, 0
+    if head.kind == "mhs" and head.mhs.exchange == "route":
+        extra = head.mhs.extra_heads * -(-head.groups // workers) * head.mhs.length
+        extra = 0 if head.mhs.negatives == "own" else min(local, extra)
+        own = min(local, batch // workers * head.mhs.length)
+        return batch // head.groups * extra * FLOAT, (extra + own) * width * FLOAT
+    rows = local
+    if head.kind == "partial_fc":
+        rows = max(int(local * head.partial_fc.rate), min(local, batch // workers))
+    elif head.kind == "mhs":
+        heads = batch + (0 if head.mhs.negatives == "own" else head.mhs.extra_heads)
+        rows = min(local, heads * head.mhs.length // workers)
+    chunk = min(rows * max(width, batch) * FLOAT, DEVICE_CHUNK_BYTES)
+    return rows * width * FLOAT, chunk + min(rows * batch * FLOAT, LOGITS_BYTES)
+
+
+def _activations(model: torch.nn.Module, config: Config, precision: str, passing: int) -> int:
+    """Bytes that a forward pass of one micro-batch keeps, and its two largest gradients.
+
+    Instead of these, `passing` bytes of the head, if those are more.
+    """
     kept: dict[int, tuple[int, Tensor]] = {}
+    own: set[int] = set()
 
     def _pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -113,13 +155,20 @@ def _activations(model: torch.nn.Module, config: Config, precision: str) -> int:
         return tensor
 
     side = config.data.image_size
-    images = torch.empty(config.train.micro_batch, 3, side, side, device="meta")
-    images = images.contiguous(memory_format=torch.channels_last)
     model.train()
-    with (
-        torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-    ):
-        model(images)
+    with FakeTensorMode():
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        state = {
+            name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+            for name, t in tensors.items()
+        }
+        own |= {tensor.untyped_storage()._cdata for tensor in state.values()}
+        images = torch.empty(config.train.micro_batch, 3, side, side)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(_pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            functional_call(model, state, (images,))
     sizes = sorted(size for size, _ in kept.values())
-    return sum(sizes) + sum(sizes[-2:])
+    return sum(sizes) + max(sum(sizes[-2:]), passing)

@@ -1,7 +1,7 @@
 """Backward passes without autograd's engine, which asks a CUDA build's driver for its streams.
 
-The nodes of the graph are called from Python, in topological order. Hooks of tensors and of nodes
-are not called: DeepSpeed's partitioning of gradients at ZeRO 1 to 3 is out of reach.
+The nodes of the graph are called from Python, in topological order. Of the hooks only those are
+called that wait for the gradient of a leaf.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ Root = tuple[Any, int, Tensor]  # a node, which of its outputs, the gradient tha
 
 
 def backward(loss: Tensor) -> None:
-    """`loss.backward()`: every leaf gets its `grad`."""
+    """`loss.backward()`: every leaf gets its `grad`, and what waits for that is called."""
     for leaf, gradient in _leaf_gradients([_root(loss, torch.ones_like(loss))]):
         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        hooks: Any = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
+        for hook in list(hooks.values()):
+            hook(leaf)
 
 
 def grad(

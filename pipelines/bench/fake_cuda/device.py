@@ -236,6 +236,7 @@ def fake_cuda(answer: Answer | None = None) -> Iterator[FakeCuda]:
         (torch.cuda, "stream", lambda stream: nullcontext()),
         (torch.cuda, "synchronize", lambda device=None: gpu.ledger.add("sync", "synchronize")),
         (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.Tensor, "record_stream", lambda tensor, stream: None),
         (torch.autograd, "grad", autograd.grad),
         (ThreadPoolExecutor, "submit", _run_at_once),

@@ -36,7 +36,8 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
             name = f"ZeRO {stage} in {precision}"
             with found.attempt(name):
                 config = _config(settings, precision, stage)
-                predicted = estimate_memory(config, CLASSES[settings.small], 1, precision).total
+                estimated = estimate_memory(config, CLASSES[settings.small], 1, precision)
+                predicted = estimated.on_gpu(config)
                 peak = _measured_peak(config, settings)
                 found.figure(f"{name}: predicted", predicted / 2**20, "MiB")
                 if not settings.on_gpu:

@@ -141,6 +141,18 @@ def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     assert find_shortages(settings, found, [node(), node("b")]) == []
 
 
+def test_a_card_that_is_too_small_is_named() -> None:
+    found = predict_cost(config(), MEASURED)._replace(device=int(40 * GIB))
+    large, small = "NVIDIA H100 80GB HBM3, 81559 MiB", "NVIDIA A10G, 23028 MiB"
+    nodes = [node(gpus=1), node("b", gpus=1)]
+    nodes[0]["gpus"], nodes[1]["gpus"] = [large], [small]
+    (refusal,) = find_shortages(config(), found, nodes)
+    assert "a worker needs 40.00 GiB on its GPU" in refusal
+    assert small in refusal and large not in refusal
+    assert find_shortages(config(), found, nodes[:1]) == []
+    assert find_shortages(config(), found, [node() | {"gpus": ["a card"]}]) == []
+
+
 def test_a_node_tries_what_the_run_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     shards = tiny.write_shards(tmp_path / "train", classes=8)
