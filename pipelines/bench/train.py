@@ -218,7 +218,7 @@ class BareLoop:
     def __init__(self, config: Config, topology: Topology, batch: StepBatch, run: Run) -> None:
         device = topology.device
         self._bf16, self._device = config.train.precision == "bf16", device.type
-        model = initial_model(config).to(device, memory_format=torch.channels_last)
+        model = initial_model(config).to(memory_format=torch.channels_last).to(device)
         self._model = DistributedDataParallel(model)
         self._optimizer = torch.optim.SGD(
             self._model.parameters(), LR, config.optim.momentum, weight_decay=1e-4
