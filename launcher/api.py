@@ -16,6 +16,7 @@ from launcher.ray_cluster.jobs import Cluster, Job, resolve_variables
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal.progress import ProgressDisplay
 from mhe_dist.config.resolve import ConfigLike, resolve_config
+from mhe_dist.errors import Preempted
 from pipelines.runs.folder import read_summary
 from pipelines.runs.resume import refuse_changed_config
 
@@ -61,6 +62,8 @@ def train(
     except Interrupted as stop:
         if stop.signum == signal.SIGINT:
             raise KeyboardInterrupt from stop
+        if stop.run_exit_code == Preempted.exit_code:
+            raise Preempted("told to stop before the run began; nothing is lost") from stop
         raise
     return display.summary or {}
 

@@ -19,7 +19,7 @@ from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import NodeReport, find_obstacles, workers_per_node
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
-from launcher.signals import Interrupted
+from launcher.signals import Interrupted, interruptible
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -38,8 +38,11 @@ def main(arguments: list[str]) -> int:
     """Do what a job is for, `VERB ARGUMENT...`, and give its exit code."""
     verb, *rest = arguments
     try:
-        VERBS[verb](*rest)
-    except (Interrupted, Preempted) as stop:
+        with interruptible():
+            VERBS[verb](*rest)
+    except Interrupted as stop:
+        return stop.run_exit_code
+    except Preempted as stop:
         return stop.exit_code
     except Exception as error:
         if not isinstance(error, UserError):

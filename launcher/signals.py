@@ -13,7 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mhe_dist.errors import Preempted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+REPEAT_S = 3.0
+"""`timeout` and others tell a process and then its group: that is one request, not impatience."""
 
 
 class Interrupted(Exception):
@@ -21,24 +25,35 @@ class Interrupted(Exception):
 
     Attributes:
         signum: number of the signal.
+        unsaved: whether a run that was saving itself was not waited for.
         exit_code: 130 for Ctrl-C, 128 plus the signal's number in general.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, unsaved: bool = False) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.unsaved = signum, unsaved
         self.exit_code = 128 + signum
+
+    @property
+    def run_exit_code(self) -> int:
+        """That of a command that trains: 75 where SIGTERM came and nothing was lost."""
+        in_order = self.signum == signal.SIGTERM and not self.unsaved
+        return Preempted.exit_code if in_order else self.exit_code
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` in the main thread on SIGINT, SIGTERM and SIGHUP inside the block.
 
-    Explicit, because a shell starts background jobs with SIGINT ignored.
+    Explicit, because a shell starts background jobs with SIGINT ignored. The same signal once more
+    within `REPEAT_S` does nothing: what the first one began goes on.
     """
+    last: dict[int, float] = dict.fromkeys(SIGNALS, -REPEAT_S)
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise Interrupted(signum)
+        before, last[signum] = last[signum], time.monotonic()
+        if last[signum] - before >= REPEAT_S:
+            raise Interrupted(signum)
 
     with _handling(interrupt):
         yield
@@ -54,25 +69,31 @@ def signals_deferred(
 
     Args:
         on_first: called for a first SIGTERM instead of raising; the exception then comes after
-            `grace_s` seconds or with the next signal.
+            `grace_s` seconds or with the next signal, if that is not the same within `REPEAT_S`.
         grace_s: how long what `on_first` began may take.
 
     Yields:
         a function that raises if a signal came; the end of the block calls it as well.
     """
-    received: list[int] = []
+    received: list[tuple[int, float]] = []
     deadline: list[float] = []
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not any(number == signum and now - when < REPEAT_S for number, when in received):
+            received.append((signum, now))
 
     def check() -> None:
         """Raise if a signal came."""
-        if received and received[0] == signal.SIGTERM and on_first and not deadline:
+        if received and received[0][0] == signal.SIGTERM and on_first and not deadline:
             deadline.append(time.monotonic() + grace_s)
             on_first()
         in_grace = len(received) == 1 and deadline and time.monotonic() < deadline[0]
         if received and not in_grace:
-            raise Interrupted(received[-1] if deadline else received[0])
+            signum, _ = received[-1] if deadline else received[0]
+            raise Interrupted(signum, unsaved=bool(deadline))
 
-    with _handling(lambda signum, frame: received.append(signum)):
+    with _handling(receive):
         yield check
     check()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import logs_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
+LONGEST_TEMPORARY_FOLDER = 24
 
 
 @contextmanager
@@ -34,9 +34,17 @@ def existing_cluster(address: str) -> Iterator[None]:
 
     _refuse_second_connection()
     try:
-        ray.init(
-            address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR
-        )
+        with signals_deferred():
+            _connect(address)
+        yield
+    finally:
+        with signals_ignored():
+            ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    try:
+        ray_internals.connect(address, NAMESPACE)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster at {address}: {error}") from error
     except Interrupted:
@@ -47,11 +55,6 @@ def existing_cluster(address: str) -> Iterator[None]:
             "It may be starting, ending or overloaded: ray status --address "
             f"{address} says how it is. The same command again tries anew."
         ) from error
-    try:
-        yield
-    finally:
-        with signals_ignored():
-            ray.shutdown()
 
 
 @contextmanager
@@ -69,9 +72,10 @@ def local_cluster(config: Config) -> Iterator[None]:
     import ray
 
     _refuse_second_connection()
-    folder = tempfile.mkdtemp(prefix="mhe-", dir="/tmp")  # short: socket paths end at 107 bytes
+    folder = ""
     try:
-        with signals_deferred():  # Ray would set a handler of its own for SIGTERM, too
+        with signals_deferred():
+            folder = tempfile.mkdtemp(prefix="mhe-", dir=_temporary_folder())
             cpus = config.scale.workers * config.scale.cpus_per_worker
             try:
                 ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
@@ -83,8 +87,15 @@ def local_cluster(config: Config) -> Iterator[None]:
         yield
     finally:
         with signals_ignored():
-            ray.shutdown()
-            _move_logs(Path(folder), logs_folder(config) / "ray")
+            ray_internals.end_local_ray()
+            if folder:
+                _move_logs(Path(folder), logs_folder(config) / "ray")
+
+
+def _temporary_folder() -> str:
+    """Where Ray's files may be: the path of a socket ends after 107 bytes, and Ray adds 80."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= LONGEST_TEMPORARY_FOLDER else "/tmp"
 
 
 def _start_failure(config: Config, error: Exception) -> str:

@@ -13,6 +13,16 @@ STOP_NOW = "stop_now"
 """The event that tells the driver not to wait for a checkpoint."""
 
 
+CRASHED = "Signal"
+"""The kind of a failure that a worker reports of the process that it replaces."""
+
+
+def ends_group(event: Event) -> bool:
+    """Whether an event tells that its worker ends, and so its group of workers."""
+    failed = event["event"] == "failed" and event["kind"] != CRASHED
+    return failed or event["event"] == "preempted"
+
+
 def mailbox_name(path: str) -> str:
     """Name of the mailbox of the run at `path`; wherever a run was started, it has one mailbox."""
     return f"mailbox:{path}"
@@ -24,12 +34,23 @@ class Mailbox:
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._stopping = False
+        self._training = False
 
-    def stop(self, now: bool = False) -> None:
-        """Ask the workers to save the run and leave; with `now`, the driver to end without that."""
+    def begin(self) -> bool:
+        """A worker is about to train: whether it may, as nobody asked the run to stop."""
+        self._training = self._training or not self._stopping
+        return not self._stopping
+
+    def stop(self, now: bool = False) -> bool:
+        """Ask the workers to save the run and leave; with `now`, the driver to end without that.
+
+        Returns:
+            Whether there are workers that may have something to save, and will answer.
+        """
         if now:
             self._events.append({"event": STOP_NOW})
         self._stopping = True
+        return self._training
 
     def stopping(self) -> bool:
         """Whether the driver asked the workers to stop."""
@@ -38,6 +59,8 @@ class Mailbox:
     def put(self, event: Event) -> None:
         """Keep an event until somebody takes it."""
         self._events.append(event)
+        if ends_group(event):
+            self._training = False  # another group may follow
 
     def take(self) -> list[Event]:
         """Hand over the events so far, oldest first, and forget them."""

@@ -7,10 +7,18 @@ release that was checked; after an update of Ray, check this file.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain
 from typing import Any
 
+from pipelines.loader.shield import sigterm_held_back
+
 LEASE_S, RENEWAL_S = 15, 3
+KILLED_WITHIN_S = 5.0
 _NOISY_LOGGERS = (  # they report each upload and each lost connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -21,20 +29,80 @@ _NOISY_LOGGERS = (  # they report each upload and each lost connection
 def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
     """Start Ray on the loopback interface of this machine, with all its files in `folder`.
 
-    Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`.
+    Its processes hold SIGTERM back, as every process inherits that from its parent: whoever tells
+    all processes of a job to stop does not end those that its save needs. `end_local_ray` ends
+    them; they end with this process, too, by the signal that Ray asks the kernel for.
+
+    Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`; no
+    process of Ray sets its signal mask anew.
     """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=object_store_bytes,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
+    with _sigterm_kept():
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=object_store_bytes,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=folder,
+        )
+
+
+def connect(address: str, namespace: str) -> None:
+    """Make this process a driver of an existing cluster."""
+    import ray
+
+    with _sigterm_kept():
+        ray.init(
+            address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR
+        )
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Hold SIGTERM back while `ray.init` works, and undo what that sets for it.
+
+    It sets a handler that leaves the process without a word, and its native code one that aborts.
+    Checked with Ray 2.60.0: `ray._private.utils.set_sigterm_handler`, which `ray.init` looks up.
+    """
+    from ray._private import utils
+
+    is_main = threading.current_thread() is threading.main_thread()
+    set_handler = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    # Elsewhere than on Linux, Ray ends its processes by a process that needs the signal.
+    with sigterm_held_back() if sys.platform == "linux" else nullcontext():
+        try:
+            yield
+        finally:
+            utils.set_sigterm_handler = set_handler
+            handler = signal.getsignal(signal.SIGTERM)  # as Python knows it
+            if is_main and handler is not None:
+                signal.signal(signal.SIGTERM, handler)
+
+
+def end_local_ray() -> None:
+    """Leave the cluster that this process started, and end all its processes.
+
+    Checked with Ray 2.60.0: `ray._private.worker._global_node.all_processes`.
+    """
+    import psutil
+    import ray
+
+    processes: list[psutil.Process] = []
+    if node := ray._private.worker._global_node:
+        for info in chain.from_iterable(node.all_processes.values()):
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(info.process.pid)
+                processes += [process, *process.children(recursive=True)]
+    ray.shutdown()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=KILLED_WITHIN_S)
 
 
 def create_trainer(fit_group: Callable[[int], int] | None, **arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from launcher.ray_cluster.connection import existing_cluster, local_cluster
 from launcher.ray_cluster.crash_log import find_crash
 from launcher.ray_cluster.elastic import RESIZE_CHECK_S, group_size
 from launcher.ray_cluster.environment import worker_environment, worker_resources
-from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, mailbox_name
+from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, ends_group, mailbox_name
 from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
@@ -26,6 +26,7 @@ from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
 
 POLL_S = 0.25
+_RESUMABLE = "it goes on from its last checkpoint, if there is one"
 GRACE_S = 120.0  # that a run has for its checkpoint once it is asked to stop
 
 
@@ -66,8 +67,8 @@ def _train(config: Config, handle: Callable[[Event], None]) -> None:
     def _stop() -> None:
         stop_requested.set()
         handle({"event": "stopping"})
-        if task:
-            task.stop()
+        if task and not task.stop():
+            raise Preempted(f"told to stop while its workers started; {_RESUMABLE}")
 
     with signals_deferred(_stop, GRACE_S) as check_signals:
         task = _TrainTask(config)
@@ -108,9 +109,11 @@ class _TrainTask:
 
         return bool(ray.wait([self._task], timeout=POLL_S)[0])
 
-    def stop(self) -> None:
-        """Ask the workers to save and stop."""
-        self._mailbox.stop.remote()
+    def stop(self) -> bool:
+        """Ask the workers to save and stop; whether there are any that train."""
+        import ray
+
+        return bool(ray.get(self._mailbox.stop.remote()))
 
     def watch(
         self,
@@ -118,7 +121,11 @@ class _TrainTask:
         handle: Callable[[Event], None],
         stop_requested: Callable[[], bool],
     ) -> None:
-        """Forward events until the run has ended; raise the error that ended it, if one did."""
+        """Forward events until the run has ended; raise the error that ended it, if one did.
+
+        Whoever tells a run to stop may end its processes, too: a failure that follows is part of
+        that.
+        """
         import ray
 
         def take() -> list[Event]:
@@ -129,6 +136,8 @@ class _TrainTask:
         try:
             ray.get(self._task)
         except ray.exceptions.RayError as failure:
+            if stop_requested():
+                raise Preempted(f"told to stop, and its workers ended; {_RESUMABLE}") from failure
             logs, command = Path(self._settings["logs"]), self._settings["command"]
             raise RunError(_failure_message(failure, logs, command)) from failure
 
@@ -141,7 +150,8 @@ def forward_events(
 ) -> None:
     """Hand on events until the run has ended, and raise a worker's final failure at once.
 
-    A worker that was preempted is a lost worker, unless the whole run was asked to stop.
+    A worker that was preempted or failed is a lost worker, unless the whole run was asked to stop:
+    then nobody waits for others to take its place.
 
     Args:
         has_ended: whether the run has ended.
@@ -150,7 +160,7 @@ def forward_events(
         stop_requested: whether the whole run was asked to stop.
 
     Raises:
-        Preempted: the run was asked to stop, and has saved.
+        Preempted: the run was asked to stop, and has saved or goes on from its last checkpoint.
         Interrupted: somebody asked the driver not to wait for that.
     """
     ended = False
@@ -158,12 +168,15 @@ def forward_events(
         ended = has_ended()
         for event in take():
             if event["event"] == STOP_NOW:
-                raise Interrupted(signal.SIGTERM)
+                raise Interrupted(signal.SIGTERM, unsaved=True)
             handle(event)
             if event["event"] == "failed" and event["final"]:
                 raise _to_exception(event)
             if event["event"] == "preempted" and stop_requested():
                 raise Preempted(event["message"])
+            if ends_group(event) and stop_requested():
+                message = f"rank {event['rank']} failed ({event['message']})"
+                raise Preempted(f"told to stop, and then {message}; {_RESUMABLE}")
 
 
 def _worker_settings(config: Config, mailbox: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_backbone
-from launcher.ray_cluster.mailbox import EventSender, watch_stop
+from launcher.ray_cluster.mailbox import CRASHED, EventSender, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption
@@ -26,6 +26,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             directory, which relative paths of the config refer to), `logs` (folder of the log
             files), `command` (see `pipelines.runs.lock.Holder`) and `mailbox` (actor handle).
     """
+    import ray
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
@@ -37,6 +38,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     send = EventSender(settings["mailbox"])
     watch_stop(settings["mailbox"], preemption.request)
     try:
+        if not ray.get(settings["mailbox"].begin.remote()):
+            raise Preempted("told to stop before it began; nothing is lost")
         if crash:
             _report_crash(crash, rank, send)
         _train(Config.model_validate(settings["config"]), send, settings["command"])
@@ -68,7 +71,7 @@ def _report_crash(crash: str, rank: int, send: EventSender) -> None:
         raise UserError(
             f"model.name: the network cannot be trained on this machine: its process was {crash}"
         )
-    failed = {"message": crash, "kind": "Signal", "user": False, "final": False}
+    failed = {"message": crash, "kind": CRASHED, "user": False, "final": False}
     send({"event": "failed", "rank": rank, **failed})
 
 

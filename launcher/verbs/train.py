@@ -33,14 +33,17 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: mhe train quickstart run.name=wide head.mhs.extra_heads=16
     """
-    settings = load_config(config, overrides or [], [check_data, check_backbone])
-    changes = refuse_changed_config(settings)
-    path = settings.run.path
-    if not changes and (done := read_summary(path)) is not None:
+    try:
+        with interruptible():
+            settings = load_config(config, overrides or [], [check_data, check_backbone])
+            changes = refuse_changed_config(settings)
+            done = None if changes else read_summary(settings.run.path)
+    except Interrupted as stop:
+        console.say("[yellow]Stopped[/] before the run began.")
+        raise typer.Exit(stop.run_exit_code) from None
+    if done is not None:
         console.say(f"Run [bold]{escape(settings.run.name)}[/] is complete.")
-        show_summary(settings, done)
-        return
-    show_summary(settings, train_to_end(settings))
+    show_summary(settings, train_to_end(settings) if done is None else done)
 
 
 def train_to_end(config: Config) -> dict[str, Any]:
@@ -59,7 +62,8 @@ def train_to_end(config: Config) -> dict[str, Any]:
             execute.run(config, display)
     except (Interrupted, Preempted) as stop:
         console.say(_how_to_go_on(config))
-        raise typer.Exit(stop.exit_code) from None
+        code = stop.run_exit_code if isinstance(stop, Interrupted) else stop.exit_code
+        raise typer.Exit(code) from None
     return display.summary or {}
 
 

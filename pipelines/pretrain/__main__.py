@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import sys
 
-from mhe_dist.config.load import load_config
-from mhe_dist.distributed.device import prepare_rank
-from mhe_dist.errors import Preempted, UserError
 from pipelines.pretrain import preemption
-from pipelines.pretrain.main import run_pretraining
 
-if __name__ == "__main__":
-    preemption.listen_for_sigterm()
+
+def main(arguments: list[str]) -> int:
+    """Train, and give the exit code."""
+    preemption.listen_for_sigterm()  # before the seconds that the imports take
+    from mhe_dist.config.load import load_config
+    from mhe_dist.distributed.device import prepare_rank
+    from mhe_dist.errors import Preempted, UserError
+    from pipelines.pretrain.main import run_pretraining
+
     try:
-        config = load_config(sys.argv[1], sys.argv[2:])
+        config = load_config(arguments[0], arguments[1:])
         prepare_rank(config.scale.gpu)
         run_pretraining(config, lambda event: print(event, flush=True))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except Preempted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(stop.exit_code)
+        return stop.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

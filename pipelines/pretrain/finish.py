@@ -11,13 +11,15 @@ import fsspec
 from torch import Tensor
 
 from mhe_dist.backbone.model import restore_backbone
-from mhe_dist.errors import RunError, UserError, first_line
+from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.errors import Preempted, RunError, UserError, first_line
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
 from pipelines.data.mixture import label_digests
 from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
+from pipelines.pretrain import preemption
 from pipelines.pretrain.run import Run
 from pipelines.report.plots import draw_plots
 from pipelines.serving.exports import write_format
@@ -28,20 +30,28 @@ PARITY_IMAGES = 64
 
 
 def finish_run(run: Run) -> dict[str, Any]:
-    """Evaluate, export, draw and sum up; all ranks must call and all get the summary."""
+    """Evaluate, export, draw and sum up; all ranks must call and all get the summary.
+
+    Raises:
+        Preempted: a rank was told to stop during the evaluation, or the first between two exports;
+            a run that is started again does all of this anew.
+    """
     run.check_lock()
     run.recorder.flush()
     evaluation = _evaluate(run)
     tensors = run.engine.state()
-    exports: dict[str, dict[str, Any]] = {}
+    exports: dict[str, dict[str, Any]] | None = {}
     if run.topology.is_first:
         with run.recorder.phase("export"):
             exports = _export(run, tensors, evaluation)
-        with run.recorder.phase("report"):
-            _draw(run, evaluation)
+        if exports is not None:
+            with run.recorder.phase("report"):
+                _draw(run, evaluation)
+    exports = broadcast_from_first(exports, run.topology)
+    if exports is None:
+        raise Preempted(f"told to stop while it exported; {run.standing()}")
     run.tracker.close()  # what does not arrive belongs in the summary
     run.report_tracker()
-    run.topology.barrier()
     summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
         with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
@@ -68,7 +78,8 @@ def _evaluate(run: Run) -> Evaluation:
 
 def _export(
     run: Run, tensors: dict[str, Tensor], evaluation: Evaluation
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Any]] | None:
+    """What was written, by format; None: this rank was told to stop."""
     config = run.config
     about = {
         "data_digest": run.index.digest,
@@ -89,9 +100,13 @@ def _export(
     folder = f"{config.run.path}/export"
     exports: dict[str, dict[str, Any]] = {}
     for name in config.export.formats:
+        if preemption.requested():
+            return None
         path, difference = write_format(name, trained, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.emit("export", format=name, path=path, max_difference=difference)
+    if preemption.requested():
+        return None
     if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
         model = write_mlflow_model(
             exports["onnx"]["path"],

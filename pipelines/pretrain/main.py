@@ -84,6 +84,7 @@ def _attempt(run: Run) -> dict[str, Any] | None:
     try:
         with watched(run.topology, run.loop.activity):
             try:
+                run.stop_if_requested("before its first step")
                 run.train()
             except Divergence as divergence:
                 roll_back(run, divergence)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mhe_dist.backbone.model import Backbone, build_backbone, compile_in_place
 from mhe_dist.backbone.pretrained import load_pretrained
@@ -58,11 +59,19 @@ from pipelines.shards.index import ShardIndex
 
 @dataclass
 class RunProgress:
-    """How far a run is: completed steps, and the images of earlier processes."""
+    """How far a run is.
+
+    Attributes:
+        step: completed steps.
+        images: of earlier processes.
+        resumed_from: checkpoint that this process took up.
+        scored: whether the model of that was evaluated.
+    """
 
     step: int = 0
     images: int = 0
     resumed_from: str | None = None
+    scored: bool = False
 
 
 class Run:
@@ -143,6 +152,8 @@ class Run:
                 f"data.shards={self.config.data.shards}: there is one class only, and nothing to "
                 "tell it from",
             )
+        if self._evaluation_due(self.progress.step) and self._resumes_unscored():
+            self.evaluate()
         batches = self.open_loader(self.progress.step, self.total_steps)
         skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
@@ -154,13 +165,17 @@ class Run:
         self.checkpointer.wait()
 
     def evaluate(self) -> Evaluation:
-        """Held-out results of the model as it is now; the metrics are the same on all ranks."""
+        """Held-out results of the model as it is now; the metrics are the same on all ranks.
+
+        Raises:
+            Preempted: a rank was told to stop meanwhile; nothing is recorded.
+        """
         config = self.config
         if not has_evaluation(config.evaluate):
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
             evaluation = evaluate_in_training(
-                self.engine.embed,
+                self._embed,
                 config.evaluate,
                 config.data.image_size,
                 config.run.seed,
@@ -194,21 +209,55 @@ class Run:
                 self._description(),
             )
 
+    def stop_if_requested(self, when: str) -> None:
+        """Stop where nothing is to be saved; all ranks must call.
+
+        Args:
+            when: what the run does now, in words.
+
+        Raises:
+            Preempted: a rank was told to stop.
+        """
+        if preemption.requested_of_any(self.topology):
+            raise Preempted(f"told to stop {when}; {self.standing()}")
+
+    def standing(self) -> str:
+        """What a resumed run begins with, in words."""
+        step = self.progress.step
+        return f"the checkpoint of step {step} stands" if step else "there was nothing to save"
+
+    def _embed(self, images: Tensor) -> Tensor:
+        self.stop_if_requested("while it evaluated")
+        return self.engine.embed(images)
+
+    def _evaluation_due(self, done: int) -> bool:
+        """Whether the model is to be evaluated between two steps."""
+        return _is_multiple(done, self.config.evaluate.every_steps) and done < self.total_steps
+
+    def _resumes_unscored(self) -> bool:
+        """Whether the process before was told to stop in the evaluation that is due."""
+        return self.progress.resumed_from is not None and not self.progress.scored
+
     def _after_step(self, info: StepInfo, faults: BadSampleTally) -> None:
         done, config = self.progress.step, self.config
         last = done == self.total_steps
-        evaluating = _is_multiple(done, config.evaluate.every_steps) and not last
+        stopping = Request.STOP in info.requested and not last
         if done % config.train.log_every == 0 or last:
             self._flush()
         if self._epochs(done) > self._epochs(done - 1) or last:
             self.bad_samples.gather(faults)
             self.recorder.record_bad_samples(done, self.bad_samples.total)
-        if evaluating:
-            self.evaluate()
-        if self.checkpointer.due(done, evaluating) or info.requested or last:
+        evaluated = False
+        if self._evaluation_due(done) and not stopping:
+            try:
+                self.evaluate()
+                evaluated = True
+            except Preempted:  # told to stop meanwhile; the resumed run evaluates
+                stopping = True
+        if self.checkpointer.due(done, evaluated) or info.requested or stopping or last:
             self.save(faults)
         self.checkpointer.poll()
-        if Request.STOP in info.requested and not last:
+        if stopping:
             self.checkpointer.wait()
             said = [self.checkpointer.status, self.tracker.problem]
             raise Preempted(f"told to stop after step {done}; {'; '.join(filter(None, said))}")
@@ -284,7 +333,8 @@ class Run:
                 f"train.max_steps give {self.total_steps} now: give at least as many"
             )
         self._load(checkpoint)
-        progress = RunProgress(found["step"], found["images"], checkpoint.path)
+        scored = bool(found.get("scores"))
+        progress = RunProgress(found["step"], found["images"], checkpoint.path, scored)
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:

@@ -1,31 +1,47 @@
-"""SIGTERM to a rank, to its process group, to every descendant: saved, nothing left, bit for bit.
+"""SIGTERM to a command, to its process group, to all its descendants, at any time: nothing is lost.
 
-systemd, Slurm and `timeout` tell all processes of a job to stop, not the rank alone.
+systemd, Slurm and `timeout` tell all processes of a job to stop, not one alone. Each test tells one
+kind of command three times in one phase of a run, and each command goes on from the one before.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+import launcher
+from launcher.ray_cluster.jobs import Cluster
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted
+from mhe_dist.tracking.jsonl import read_records
 from pipelines.pretrain.main import run_pretraining
 from tests import tiny
+from tests.conftest import run_ranks
+from tests.e2e.raylets import Raylets
+from tests.golden.record import train
+from tests.terminal import MHE
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
-LOADERS, STOPPED_WITHIN_S = 2, 60
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY, LOADERS = 48, 12, 2
+BEGUN_WITHIN_S = 300.0
+ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+PHASES = ["starting", "stepping", "saving", "evaluating", "exporting"]
 
 
 def main_process(pid: int) -> None:
@@ -33,68 +49,301 @@ def main_process(pid: int) -> None:
 
 
 def group(pid: int) -> None:
-    os.killpg(pid, signal.SIGTERM)
+    """As `timeout` does: the process, and at once its group, so that it hears of it twice."""
+    os.kill(pid, signal.SIGTERM)
+    os.killpg(os.getpgid(pid), signal.SIGTERM)
 
 
 def all_descendants(pid: int) -> None:
-    """The youngest first: the rank hears of it when its loader processes have."""
-    rank = psutil.Process(pid)
-    loaders = rank.children(recursive=True)
-    assert len(loaders) >= LOADERS
-    for process in [*loaders, rank]:
+    """The youngest first: a rank hears of it when its loader processes have."""
+    first = psutil.Process(pid)
+    for process in [*reversed(first.children(recursive=True)), first]:
         process.terminate()
 
 
-def stepping(output: list[str], line: str) -> bool:
-    output.append(line)
-    return "'event': 'metrics'" in line
+TELL = (main_process, group, all_descendants)
+Cell = tuple[str, Callable[[int], None]]
 
 
-def stop(config: Config, temporary: Path, tell: Callable[[int], None]) -> int:
-    """Train until a window is recorded, tell the processes to stop; the step of the save."""
-    temporary.mkdir()
-    file = temporary.parent / "run.yaml"
-    file.write_text(config_to_yaml(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipelines.pretrain", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"TMPDIR": str(temporary)},
-    )
-    output: list[str] = []
-    assert process.stdout is not None
-    assert any(stepping(output, line) for line in process.stdout), "".join(output)
-    loaders = psutil.Process(process.pid).children(recursive=True)
-    tell(process.pid)
-    rest, _ = process.communicate(timeout=STOPPED_WITHIN_S)
-    assert process.returncode == Preempted.exit_code, "".join(output) + rest
-    assert [p for p in loaders if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
-    assert list(temporary.iterdir()) == []
-    saved = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
-    assert saved is not None
-    assert f"told to stop after step {saved.step}; everything is saved" in rest
-    return saved.step
+def stopped_within_s() -> float:
+    """Half a minute; on a machine that others use, as much more as their load takes."""
+    return 30.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def test_whoever_is_told_the_run_saves_and_goes_on(tmp_path: Path) -> None:
-    config = tiny.config(
-        tmp_path,
-        tiny.write_shards(tmp_path / "shards"),
-        run={"name": "told"},
+class Session:
+    """A command that is to be told to stop: in a session of its own, with its own temporary folder.
+
+    Attributes:
+        folder: the temporary folder; short, for the paths of Ray's sockets.
+    """
+
+    def __init__(self, phase: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+        self.mark = Path(tempfile.mkdtemp(prefix="m-", dir="/tmp")) / "mark"
+        self.variables = {
+            "MHE_TEST_PHASE": phase,
+            "MHE_TEST_MARK": str(self.mark),
+            "TMPDIR": str(self.folder),
+            "PYTHONPATH": f"{Path(__file__).parent / 'slowed'}:{ROOT}",
+        }
+
+    def wait_for_phase(self, ended: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + BEGUN_WITHIN_S
+        while not self.mark.exists():
+            assert not ended() and time.monotonic() < deadline, "the phase did not begin"
+            time.sleep(0.02)
+
+    def steps_ended(self) -> int:
+        """Steps of the run that had ended when the command was over; 0: none of this command."""
+        file = Path(f"{self.mark}.ended")
+        return int(file.read_text()) if file.exists() else 0
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes that it has started and that run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("MHE_TEST_MARK") == str(self.mark):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return [process for process in found if process.status() not in ENDED]
+
+    def assert_nothing_is_left(self) -> None:
+        assert self.processes() == []
+        assert list(self.folder.iterdir()) == []
+        shutil.rmtree(self.folder)
+        shutil.rmtree(self.mark.parent)
+
+
+class Command:
+    """A way to train, that is told to stop and started again.
+
+    Attributes:
+        exit_code: of a command that was told to stop.
+    """
+
+    exit_code = Preempted.exit_code
+
+    def __init__(self, words: list[str]) -> None:
+        self._words = words
+
+    def stop(self, file: Path, phase: str, tell: Callable[[int], None]) -> tuple[Session, str]:
+        """Train until the phase, tell it to stop; what was told, and what it said."""
+        session = Session(phase)
+        process = self._start(file, os.environ | session.variables)
+        session.wait_for_phase(lambda: process.poll() is not None)
+        began = time.monotonic()
+        tell(process.pid)
+        try:
+            output, _ = process.communicate(timeout=2 * stopped_within_s())
+        except subprocess.TimeoutExpired:
+            for left in session.processes():
+                left.kill()
+            output, _ = process.communicate()
+        seconds = time.monotonic() - began
+        assert process.returncode == self.exit_code, output
+        assert seconds < stopped_within_s(), output
+        return session, output
+
+    def complete(self, file: Path) -> None:
+        """Train to the end."""
+        process = self._start(file, dict(os.environ))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+    def _start(self, file: Path, variables: dict[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self._words, str(file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=variables | {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        )
+
+
+class Torchrun(Command):
+    """Its agent reports the signal by exit code 1, whatever the ranks say."""
+
+    exit_code = 1
+
+    def __init__(self, workers: int) -> None:
+        agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        super().__init__([*agent, f"--nproc-per-node={workers}", "-m", "pipelines.pretrain"])
+        self._workers = workers
+
+    def stop(self, file: Path, phase: str, tell: Callable[[int], None]) -> tuple[Session, str]:
+        session, output = super().stop(file, phase, tell)
+        assert output.count("told to stop") == self._workers, output
+        return session, output
+
+
+class Submit(Command):
+    """A job of a cluster; who is told is its driver."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def stop(self, file: Path, phase: str, tell: Callable[[int], None]) -> tuple[Session, str]:
+        session = Session(phase)
+        name = self._submit(file, session.variables)
+        session.wait_for_phase(lambda: self._cluster.find(name).is_over)
+        (driver,) = [p for p in session.processes() if "launcher.job" in p.cmdline()]
+        began = time.monotonic()
+        tell(driver.pid)
+        job = self._cluster.wait(name, 2 * stopped_within_s())
+        output = self._cluster.read_output(name)
+        assert job.exit_code == self.exit_code, output
+        while session.processes() and time.monotonic() - began < stopped_within_s():
+            time.sleep(0.1)  # the cluster ends the workers of a driver that has left
+        assert time.monotonic() - began < stopped_within_s(), output
+        return session, output
+
+    def complete(self, file: Path) -> None:
+        name = self._submit(file, {})
+        job = self._cluster.wait(name, 300)
+        assert job.exit_code == 0 and job.is_over, self._cluster.read_output(name)
+
+    def _submit(self, file: Path, variables: dict[str, str]) -> str:
+        address = self._cluster.address
+        return launcher.submit(str(file), address=address, preflight=False, variables=variables).id
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """To train on, and to evaluate on: three blocks of images."""
+    folder = tmp_path_factory.mktemp("shards")
+    heldout = tiny.write_shards(folder / "heldout", classes=25, first=1000)
+    return tiny.write_shards(folder / "train"), heldout
+
+
+def make_config(folder: Path, shards: tuple[str, str], name: str, workers: int) -> Config:
+    return tiny.config(
+        folder,
+        shards[0],
+        run={"name": name},
         data={"loader_workers": LOADERS},
-        train={"max_steps": 48, "epochs": 1000, "log_every": 2},
-        checkpoint={"every_steps": 0},
+        train={"max_steps": STEPS, "epochs": 1000, "log_every": 2},
+        evaluate={"shards": shards[1], "pairs": 100, "every_steps": EVERY},
+        checkpoint={"every_steps": 10},
+        scale={"workers": workers},
+        export={"formats": ["timm"]},
     )
-    steps = [
-        stop(config, tmp_path / f"temporary_{tell.__name__}", tell)
-        for tell in (main_process, group, all_descendants)
-    ]
-    assert steps == sorted(set(steps)) and steps[-1] < 48, "each went on from the one before"
-    run_pretraining(config)
-    uninterrupted = config.model_copy(deep=True)
-    uninterrupted.run.name = "uninterrupted"
-    run_pretraining(uninterrupted)
-    assert tiny.per_step(config) == tiny.per_step(uninterrupted)
-    assert tiny.differing(config, uninterrupted) == []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, shards: tuple[str, str]
+) -> Callable[[int], Config]:
+    """`uninterrupted(workers)`: a run that nobody disturbed; it is made once."""
+    made: dict[int, Config] = {}
+
+    def make(workers: int) -> Config:
+        if workers not in made:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            made[workers] = make_config(folder, shards, "undisturbed", workers)
+            run_ranks(train, workers, made[workers].model_dump())
+        return made[workers]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Of two nodes, whose token this process has."""
+    with Raylets() as raylets, pytest.MonkeyPatch.context() as patch:
+        raylets.add()
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", raylets.token)
+        yield Cluster(raylets.address)
+
+
+def stop_again_and_again(command: Command, config: Config, cells: list[Cell]) -> Path:
+    """Start a run and tell it to stop, once per phase and way to tell; the file of its config."""
+    file = Path(config.run.dir) / "run.yaml"
+    file.write_text(config_to_yaml(config))
+    before = 0
+    for phase, tell in cells:
+        session, output = command.stop(file, phase, tell)
+        ended = max(before, session.steps_ended())
+        saved = CheckpointStore(f"{config.run.path}/checkpoints", Topology()).newest()
+        before = saved.step if saved else 0
+        cell = f"{phase}, {tell.__name__}: step {before} of {ended} is saved\n{output}"
+        assert ended - 1 <= before <= ended, cell
+        session.assert_nothing_is_left()
+    return file
+
+
+def stop_thrice(command: Command, config: Config, phase: str) -> None:
+    """Tell a run to stop in a phase, in each way; then let it complete."""
+    command.complete(stop_again_and_again(command, config, [(phase, tell) for tell in TELL]))
+
+
+def results(config: Config) -> list[dict[str, Any]]:
+    """What was found on the held-out images, by step."""
+    records = read_records(f"{config.run.path}/metrics.jsonl")
+    named = [{k: v for k, v in r.items() if k == "step" or "heldout" in k} for r in records]
+    return [record for record in named if len(record) > 1]
+
+
+def assert_same(config: Config, other: Config) -> None:
+    assert tiny.per_step(config) == tiny.per_step(other)
+    assert tiny.differing(config, other) == []
+    assert [r["step"] for r in results(other)] == [11, 23, 35, STEPS - 1]
+    assert results(config) == results(other)
+
+
+def test_a_process_and_all_that_it_started(tmp_path: Path, shards: tuple[str, str]) -> None:
+    config = make_config(tmp_path, shards, "stopped", 1)
+    command = Command([sys.executable, "-m", "pipelines.pretrain"])
+    cells: list[Cell] = [("starting", group), ("stepping", all_descendants)]
+    stop_again_and_again(command, config, cells)
+    other = make_config(tmp_path, shards, "undisturbed", 1)
+    for each in (config, other):
+        run_pretraining(each)
+    assert_same(config, other)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["importing", *PHASES])
+def test_pipelines_pretrain(
+    phase: str, tmp_path: Path, shards: tuple[str, str], uninterrupted: Callable[[int], Config]
+) -> None:
+    config = make_config(tmp_path, shards, "stopped", 1)
+    stop_thrice(Command([sys.executable, "-m", "pipelines.pretrain"]), config, phase)
+    assert_same(config, uninterrupted(1))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", PHASES)
+def test_torchrun(
+    phase: str, tmp_path: Path, shards: tuple[str, str], uninterrupted: Callable[[int], Config]
+) -> None:
+    config = make_config(tmp_path, shards, "stopped", 2)
+    stop_thrice(Torchrun(2), config, phase)
+    assert_same(config, uninterrupted(2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["importing", "connecting", "joining", *PHASES])
+def test_mhe_train(
+    phase: str, tmp_path: Path, shards: tuple[str, str], uninterrupted: Callable[[int], Config]
+) -> None:
+    config = make_config(tmp_path, shards, "stopped", 2)
+    stop_thrice(Command([MHE, "train"]), config, phase)
+    assert_same(config, uninterrupted(2))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["joining", *PHASES])
+def test_a_job_of_mhe_submit(
+    phase: str,
+    tmp_path: Path,
+    shards: tuple[str, str],
+    uninterrupted: Callable[[int], Config],
+    cluster: Cluster,
+) -> None:
+    config = make_config(tmp_path, shards, "stopped", 2)
+    stop_thrice(Submit(cluster), config, phase)
+    assert_same(config, uninterrupted(2))

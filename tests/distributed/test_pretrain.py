@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ from mhe_dist.errors import Preempted, UserError
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.divergence import Diverged
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
-from pipelines.pretrain import preemption
+from pipelines.pretrain import finish, preemption
 from pipelines.pretrain.exclusive import run_locked
 from pipelines.pretrain.main import run_pretraining
+from pipelines.pretrain.run import Run
 from pipelines.runs import lock
 from pipelines.runs.lock import FileLock, Holder
 from pipelines.shards.index import ShardIndex
@@ -122,23 +124,71 @@ def test_a_gpu_that_the_config_does_not_ask_for_is_left_alone(
     assert tiny.per_step(config)[1] == tiny.per_step(uninterrupted)[1][:2]
 
 
-def run_preempted(topology: Topology, config: dict) -> str:
-    """The last rank is told to stop while the first window of steps is trained."""
+CALLED = {
+    "starting": (Run, "__init__"),
+    "training": (Run, "train"),
+    "evaluating": (Engine, "embed"),
+    "exporting": (finish, "write_format"),
+}
 
-    def on_event(event: dict) -> None:
-        if event["event"] == "start":
+
+def run_preempted(topology: Topology, config: dict, phase: str = "training") -> str:
+    """The last rank, or the only one that does it, is told to stop when a phase begins."""
+    owner: Any
+    owner, name = CALLED[phase]
+    function = getattr(owner, name)
+
+    def after_signal(*arguments: Any) -> Any:
+        if topology.rank == topology.world_size - 1 or phase == "exporting":
             os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments)
 
     preemption.listen_for_sigterm()
-    if topology.rank == topology.world_size - 1 > 0:
-        os.kill(os.getpid(), signal.SIGTERM)
+    setattr(owner, name, after_signal)
     try:
-        run_pretraining(
-            Config.model_validate(config), on_event if topology.world_size == 1 else print
-        )
+        run_pretraining(Config.model_validate(config))
     except Preempted as stop:
         return str(stop)
+    finally:
+        setattr(owner, name, function)
     return ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_that_is_told_while_it_starts_evaluates_or_exports_loses_nothing(
+    run_distributed, shards: str, tmp_path: Path, world_size: int
+) -> None:
+    heldout = tiny.write_shards(tmp_path / "heldout", classes=25, first=1000)
+    config, other = (
+        tiny.config(
+            tmp_path,
+            shards,
+            run={"name": name},
+            train={"max_steps": 6},
+            evaluate={"shards": heldout, "pairs": 100, "every_steps": 4},
+            scale={"workers": world_size},
+            export={"formats": ["timm"]},
+        )
+        for name in ("stopped", "undisturbed")
+    )
+    expected = [
+        ("starting", "before its first step; there was nothing to save"),
+        ("evaluating", "after step 4; everything is saved"),
+        ("evaluating", "while it evaluated; the checkpoint of step 4 stands"),  # begun anew
+        ("exporting", "while it exported; the checkpoint of step 6 stands"),
+    ]
+    for phase, message in expected:
+        messages = run_distributed(run_preempted, world_size, config.model_dump(), phase)
+        assert messages == [f"told to stop {message}"] * world_size
+    for each in (config, other):
+        assert run(run_distributed, each, world_size) == [True] * world_size
+    assert tiny.per_step(config) == tiny.per_step(other)
+    assert tiny.differing(config, other) == []
+    ours, theirs = (read_records(f"{each.run.path}/metrics.jsonl") for each in (config, other))
+    found = [
+        {r["step"]: r["heldout/rank1"] for r in e if "heldout/rank1" in r} for e in (ours, theirs)
+    ]
+    assert found[0] == found[1] and found[0].keys() == {3, 5}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -172,10 +222,11 @@ def run_several_times(topology: Topology, first: dict, second: dict) -> dict[str
     preemption.listen_for_sigterm()
     summaries = [run_pretraining(Config.model_validate(first))]
     os.kill(os.getpid(), signal.SIGTERM)
-    try:
-        run_pretraining(Config.model_validate(second), lambda event: preemption.request())
-    except Preempted as stop:
-        found["preempted"] = [str(stop)]
+    for on_event in (print, lambda event: preemption.request()):
+        try:
+            run_pretraining(Config.model_validate(second), on_event)
+        except Preempted as stop:
+            found.setdefault("preempted", []).append(str(stop))
     summaries.append(run_pretraining(Config.model_validate(second)))
     found["steps"] = [summary["steps"] for summary in summaries]
     found["resumed_from"] = [summary["resumed_from"] for summary in summaries]
@@ -191,7 +242,10 @@ def test_one_process_runs_several_times_and_a_request_stops_one_run_only(
         for name in ("first", "second")
     )
     (found,) = run_distributed(run_several_times, 1, first.model_dump(), second.model_dump())
-    assert found["preempted"] == ["told to stop after step 1; everything is saved"]
+    assert found["preempted"] == [
+        "told to stop before its first step; there was nothing to save",
+        "told to stop after step 1; everything is saved",
+    ]
     assert found["steps"] == [6, 6]
     assert found["resumed_from"] == [None, f"{second.run.path}/checkpoints/step_00000001"]
     assert found["connected"] == [False]

@@ -16,10 +16,9 @@ from rich.console import Console
 
 import launcher
 from launcher import api, execute
-from launcher.signals import Interrupted
 from launcher.terminal.progress import is_live
 from mhe_dist.config.write import save_config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import Preempted, UserError
 from tests import tiny
 
 NAMES = ["Cluster", "Interrupted", "Job", "Preempted", "RunError", "UserError", "submit", "train"]
@@ -69,7 +68,7 @@ def test_the_summary_is_returned_and_a_complete_run_is_left_alone(
 
 
 @pytest.mark.parametrize(
-    ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Interrupted)]
+    ("signum", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Preempted)]
 )
 def test_ctrl_c_is_what_python_calls_it(
     file: str, monkeypatch: pytest.MonkeyPatch, signum: int, kind: type[BaseException]

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from launcher import signals
 from launcher.signals import SIGNALS, Interrupted, interruptible, signals_deferred, signals_ignored
 
 
@@ -51,6 +52,38 @@ def test_the_first_sigterm_calls_a_function_and_the_next_signal_raises() -> None
         signal.raise_signal(signal.SIGTERM)
         check()
         check()
+
+
+def test_a_process_and_its_group_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` and Slurm tell both; the second signal must not cut off what the first began."""
+    with interruptible():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(Interrupted):
+                signal.raise_signal(number)
+            signal.raise_signal(number)
+    with signals_deferred(lambda: None, 60.0) as check:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+            check()
+    monkeypatch.setattr(signals, "REPEAT_S", 0.0)
+    with pytest.raises(Interrupted) as caught, signals_deferred(lambda: None, 60.0) as check:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            check()
+    assert caught.value.unsaved, "somebody asks again: it is not waited for"
+
+
+@pytest.mark.parametrize(
+    ("signum", "unsaved", "code"),
+    [
+        (signal.SIGTERM, False, 75),
+        (signal.SIGTERM, True, 143),
+        (signal.SIGINT, False, 130),
+        (signal.SIGHUP, False, 129),
+    ],
+)
+def test_a_run_that_lost_nothing_is_preempted(signum: int, unsaved: bool, code: int) -> None:
+    assert Interrupted(signum, unsaved).run_exit_code == code
 
 
 def test_cleaning_up_is_not_interrupted() -> None:

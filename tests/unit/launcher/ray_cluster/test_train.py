@@ -9,6 +9,7 @@ import pytest
 
 from launcher.ray_cluster.crash_log import begin_line
 from launcher.ray_cluster.elastic import group_size
+from launcher.ray_cluster.mailbox import Mailbox
 from launcher.ray_cluster.train import _failure_message, forward_events
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
@@ -45,6 +46,25 @@ def test_a_preempted_worker_is_a_lost_worker_unless_the_run_was_asked_to_stop() 
     assert follow([event], [{"event": "end"}]) == [event, {"event": "end"}]
     with pytest.raises(Preempted, match="after step 7"):
         forward_events(lambda: False, lambda: [event], lambda event: None, lambda: True)
+
+
+def test_a_worker_that_fails_after_a_request_to_stop_is_not_waited_for() -> None:
+    event = {**FAILED, "user": False, "final": False}
+    with pytest.raises(Preempted, match=r"rank 1 failed.*last checkpoint"):
+        forward_events(lambda: False, lambda: [event], lambda event: None, lambda: True)
+
+
+def test_who_stops_a_run_hears_whether_a_worker_has_something_to_save() -> None:
+    mailbox = Mailbox()
+    assert not mailbox.stop(), "none had begun"
+    assert not mailbox.begin(), "and none begins any more"
+    assert not mailbox.stop()
+    mailbox = Mailbox()
+    assert mailbox.begin() and mailbox.stop() and mailbox.stopping()
+    mailbox = Mailbox()
+    assert mailbox.begin()
+    mailbox.put({**FAILED, "final": False})
+    assert not mailbox.stop(), "its group ended, the next one has not begun"
 
 
 @pytest.mark.parametrize(("available", "size"), [(0, 0), (1, 1), (3, 2), (4, 4), (9, 4)])
