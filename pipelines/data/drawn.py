@@ -7,6 +7,7 @@ another key or another size is drawn again. One process draws while the others w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -113,7 +114,8 @@ def draw_samples(passes: Sequence[PassDraw], content: Any, folder: str) -> Drawn
         cache = FileCache(folder, max(_FEWEST_BYTES, _KEPT * size))
         while True:
             stream = cache.open(key, size, lambda part: _write(part, key, passes))
-            assert stream is not None, "there is room for several"
+            if stream is None:
+                raise OSError(errno.ENOSPC, "other processes are drawing there, for other runs")
             with stream:
                 if stream.read(_KEY) == key.encode():
                     return DrawnSamples(passes, list(_mapped(stream, size, passes)))

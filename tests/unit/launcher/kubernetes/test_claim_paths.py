@@ -25,7 +25,11 @@ def config(**sections: Any) -> Config:
 def test_every_relative_path_goes_to_the_claim() -> None:
     made = config(
         run={"dir": "runs"},
-        data={"shards": "faces/train", "mix": [{"shards": "./more", "classes": "file://a.txt"}]},
+        data={
+            "shards": "faces/train",
+            "labels": "clean",
+            "mix": [{"shards": "./more", "classes": "file://a.txt"}],
+        },
         evaluate={"shards": "faces/../heldout", "verification": ["lfw.bin"]},
         model={"init_from": "r50.pth"},
         tracking={"uri": "sqlite:///runs/mlflow.db"},
@@ -34,16 +38,17 @@ def test_every_relative_path_goes_to_the_claim() -> None:
     there = placed.config
     assert there.run.path == "/data/runs/run"
     assert there.data.shards == "/data/faces/train"
+    assert there.data.labels == "/data/clean"
     assert (there.data.mix[0].shards, there.data.mix[0].classes) == ("/data/more", "/data/a.txt")
     assert (there.evaluate.shards, there.evaluate.verification) == (
         *("/data/heldout", ["/data/lfw.bin"]),
     )
     assert there.model.init_from == "/data/r50.pth"
     assert there.tracking.uri == "sqlite:////data/runs/mlflow.db"
-    assert len(placed.moved) == len(placed.on_claim) == 8
+    assert len(placed.moved) == len(placed.on_claim) == 9
     with pytest.raises(UserError) as refused:
         place_on_claim(made, "")
-    assert str(refused.value).count("is relative") == 8
+    assert str(refused.value).count("is relative") == 9
     assert "data.mix.0.shards=./more" in str(refused.value)
 
 

@@ -117,6 +117,10 @@ def test_a_full_disk_is_told_before_a_sample_of_the_epoch(
         raise OSError(28, "No space left on device")
 
     found = opened(folder, images_per_class=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileCache, "open", lambda *_: None)  # no room beside what others make
+        with pytest.raises(UserError, match="other processes are drawing there"):
+            found.draw(0)
     order = SampleOrder(found.sizes, 4, 16, 5, found)
     monkeypatch.setattr(FileCache, "open", full)
     with pytest.raises(UserError, match=r"draws: the samples of an epoch cannot be kept") as caught:
