@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 Status = Literal["finished", "failed", "killed"]
 
 
 Metrics = Mapping[str, float]
+
+
+class TrackedDataset(NamedTuple):
+    """Images that a run reads, for the record.
+
+    Attributes:
+        name: of the set.
+        context: what it is for: `training` or `evaluation`.
+        digest: of its content.
+        source: folder or URL.
+        samples: images.
+        classes: C.
+    """
+
+    name: str
+    context: str
+    digest: str
+    source: str
+    samples: int
+    classes: int
 
 
 @runtime_checkable
@@ -54,6 +74,14 @@ class Tracker(Protocol):
         """
         ...
 
+    def dataset(self, dataset: TrackedDataset) -> None:
+        """Say what images the run reads."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Put a text, in Markdown, at the head of the record; it replaces the one before."""
+        ...
+
     def close(self, status: Status = "finished") -> None:
         """Say how the run ended and see the record safely stored."""
         ...
@@ -75,6 +103,12 @@ class NullTracker:
         """Keep nothing."""
 
     def model(self, path: str, name: str) -> None:
+        """Keep nothing."""
+
+    def dataset(self, dataset: TrackedDataset) -> None:
+        """Keep nothing."""
+
+    def note(self, text: str) -> None:
         """Keep nothing."""
 
     def close(self, status: Status = "finished") -> None:
@@ -118,6 +152,16 @@ class CombinedTrackers:
         """Hand the model to each."""
         for tracker in self._trackers:
             tracker.model(path, name)
+
+    def dataset(self, dataset: TrackedDataset) -> None:
+        """Hand the data set to each."""
+        for tracker in self._trackers:
+            tracker.dataset(dataset)
+
+    def note(self, text: str) -> None:
+        """Hand the text to each."""
+        for tracker in self._trackers:
+            tracker.note(text)
 
     def close(self, status: Status = "finished") -> None:
         """Close each, in order; the first failure is raised when all have been asked."""

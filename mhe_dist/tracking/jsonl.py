@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from mhe_dist.errors import RunError, UserError
-from mhe_dist.tracking.base import Metrics, Status
+from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
 from mhe_dist.tracking.remote_file import RemoteCopy
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,12 @@ class JsonlTracker:
 
     def model(self, path: str, name: str) -> None:
         """Nothing: the run's folder holds it already."""
+
+    def dataset(self, dataset: TrackedDataset) -> None:
+        """Keep nothing: the digest is in every checkpoint."""
+
+    def note(self, text: str) -> None:
+        """Keep nothing: `summary.json` has the figures."""
 
     def close(self, status: Status = "finished") -> None:
         """Close the file."""

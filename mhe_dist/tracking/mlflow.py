@@ -19,13 +19,15 @@ from typing import Any
 
 from mhe_dist.errors import UserError
 from mhe_dist.redact import flat, masked, scrub
-from mhe_dist.tracking.base import Metrics, Status
+from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
 from mhe_dist.tracking.mlflow_client import (
     NAME_LENGTH,
     ArtifactEntry,
+    DatasetEntry,
     EndEntry,
     MlflowStore,
     ModelEntry,
+    NoteEntry,
     is_permanent,
 )
 from mhe_dist.tracking.spool import MetricRecord, Spool
@@ -49,7 +51,7 @@ _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
 MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
 
-Entry = MetricRecord | ArtifactEntry | ModelEntry | EndEntry
+Entry = MetricRecord | ArtifactEntry | ModelEntry | DatasetEntry | NoteEntry | EndEntry
 
 
 class MlflowTracker:
@@ -141,6 +143,14 @@ class MlflowTracker:
     def model(self, path: str, name: str) -> None:
         """Queue the folder of a model and its registration."""
         self._put(ModelEntry(path, name))
+
+    def dataset(self, dataset: TrackedDataset) -> None:
+        """Queue the data set, which MLflow shows among the run's inputs."""
+        self._put(DatasetEntry(dataset._replace(source=scrub(dataset.source))))
+
+    def note(self, text: str) -> None:
+        """Queue the text; MLflow shows it as the run's description."""
+        self._put(NoteEntry(scrub(text)))
 
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""

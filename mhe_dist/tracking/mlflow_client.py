@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from mhe_dist.redact import scrub
-from mhe_dist.tracking.base import Status
+from mhe_dist.tracking.base import Status, TrackedDataset
 from mhe_dist.tracking.spool import MetricRecord
 
 logger = logging.getLogger(__name__)
 
 METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
+_DIGEST_LENGTH = 36  # of MLflow's data sets; the whole one is in the profile
+_NOTE = "mlflow.note.content"
+_CONSTANTS = frozenset({"chance", "gallery", "probes", "pairs", "impostors"})
+_COLUMNS = [  # of a sample
+    {"type": "binary", "name": "image", "required": True},
+    {"type": "long", "name": "class", "required": True},
+]
 
 
 @dataclass(frozen=True)
@@ -36,10 +44,29 @@ class ModelEntry:
 
 
 @dataclass(frozen=True)
+class DatasetEntry:
+    """A data set that the run reads."""
+
+    dataset: TrackedDataset
+
+
+@dataclass(frozen=True)
+class NoteEntry:
+    """The description of the run, in Markdown."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class EndEntry:
     """The last entry of the queue."""
 
     status: Status
+
+
+def is_constant(name: str) -> bool:
+    """Whether a metric is the size of a set or the rate of chance, the same at every step."""
+    return name.rpartition("/")[2] in _CONSTANTS
 
 
 class MlflowStore:
@@ -100,6 +127,10 @@ class MlflowStore:
                 calls.append((partial(self._log_artifact, entry), 1))
             elif isinstance(entry, ModelEntry):
                 calls.append((partial(self._log_model, entry), 1))
+            elif isinstance(entry, DatasetEntry):
+                calls.append((partial(self._log_input, entry.dataset), 1))
+            elif isinstance(entry, NoteEntry):
+                calls.append((partial(self._log_tags, {_NOTE: entry.text}), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
@@ -107,14 +138,49 @@ class MlflowStore:
     def _metric_calls(self, records: list[MetricRecord]) -> list[tuple[Callable[[], None], int]]:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, record.time_ms, record.step)
-            for record in records
-            for name, value in record.metrics.items()
-        ]
+        metrics = []
+        constants: dict[str, str] = {}
+        for record in records:
+            for name, value in record.metrics.items():
+                if is_constant(name):
+                    constants[name] = f"{value:.15g}"
+                else:
+                    metrics.append(Metric(name, value, record.time_ms, record.step))
         starts = range(0, len(metrics), METRICS_PER_CALL)
         pieces = [metrics[start : start + METRICS_PER_CALL] for start in starts]
-        return [(partial(self._log_metrics, piece), len(piece)) for piece in pieces]
+        calls: list[tuple[Callable[[], None], int]] = [
+            (partial(self._log_metrics, piece), len(piece)) for piece in pieces
+        ]
+        if constants:
+            calls.append((partial(self._log_constants, constants), len(constants)))
+        return calls
+
+    def _log_constants(self, constants: dict[str, str]) -> None:
+        """Log as params what stays the same; a param cannot change, so another value is a tag."""
+        known = self._client.get_run(self.run_id).data.params
+        self._log_params({name: value for name, value in constants.items() if name not in known})
+        changed = {k: v for k, v in constants.items() if known.get(k, v) != v}
+        self._log_tags({f"changed.{name}": value for name, value in changed.items()})
+
+    def _log_input(self, dataset: TrackedDataset) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        protocol = dataset.source.partition("://")[0] if "://" in dataset.source else "local"
+        profile = {
+            "num_rows": dataset.samples,
+            "num_classes": dataset.classes,
+            "digest": dataset.digest,
+        }
+        described = Dataset(
+            name=dataset.name,
+            digest=dataset.digest.partition(":")[2][:_DIGEST_LENGTH] or dataset.digest,
+            source_type=protocol,
+            source=json.dumps({"uri": dataset.source}),
+            schema=json.dumps({"mlflow_colspec": _COLUMNS}),
+            profile=json.dumps(profile),
+        )
+        context = InputTag("mlflow.data.context", dataset.context)
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(described, [context])])
 
     def _log_metrics(self, metrics: list[Any]) -> None:
         self._client.log_batch(self.run_id, metrics=metrics)

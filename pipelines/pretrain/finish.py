@@ -11,6 +11,7 @@ import fsspec
 from torch import Tensor
 
 from mhe_dist.backbone.model import restore_backbone
+from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.errors import Preempted, RunError, UserError, first_line
 from mhe_dist.redact import scrub
@@ -47,6 +48,7 @@ def finish_run(run: Run) -> dict[str, Any]:
         if exports is not None:
             with run.recorder.phase("report"):
                 _draw(run, evaluation)
+            run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
     exports = broadcast_from_first(exports, run.topology)
     if exports is None:
         raise Preempted(f"told to stop while it exported; {run.standing()}")
@@ -130,6 +132,26 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
     run.tracker.artifact(str(folder / "config.yaml"))
     if run.bad_samples.total.count:
         run.tracker.artifact(str(folder / bad_samples.BAD_SAMPLES_FILE))
+
+
+def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -> str:
+    """The main figures of a run in Markdown, for the head of its record."""
+    lines = [
+        f"**{config.model.name}**, head `{config.head.kind}`, {steps:,} steps over epochs of "
+        f"{samples:,} images"
+    ]
+    rows = [
+        (name, f"{100 * evaluation.metrics[name]:.2f} %")
+        for name in ("rank1", "chance", "accuracy", *sorted(evaluation.metrics))
+        if name in evaluation.metrics
+        and (name in ("rank1", "chance", "accuracy") or name.startswith("tar@"))
+    ]
+    if rows:
+        table = [("held-out figure", "value"), ("---", "---"), *dict(rows).items()]
+        lines += ["\n".join(f"| {name} | {value} |" for name, value in table)]
+        lines += [f"Protocol: {evaluation.protocol}"] if evaluation.protocol else []
+    lines.append("Pictures: `plots/` of the artifacts; a page: `mhe report`.")
+    return "\n\n".join(lines)
 
 
 def _summary(

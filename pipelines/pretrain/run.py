@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
 from mhe_dist.seeds import seed_torch
-from mhe_dist.tracking.base import Tracker
+from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.train import schedule
@@ -354,7 +354,29 @@ class Run:
             "checkpoints": f"{self.config.run.path}/checkpoints",
         }
         tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
+        if self.topology.is_first:
+            for dataset in self._datasets():
+                tracker.dataset(dataset)
         return tracker
+
+    def _datasets(self) -> Iterator[TrackedDataset]:
+        """What the run trains on and is evaluated on."""
+        index, source = self.index, self.config.data.shards
+        yield TrackedDataset(
+            *(_name_of(source), "training", index.digest),
+            *(source, self.samples, index.num_classes),
+        )
+        if heldout := self.config.evaluate.shards:
+            held = ShardIndex.load(heldout)
+            yield TrackedDataset(
+                *(_name_of(heldout), "evaluation", held.digest),
+                *(heldout, held.samples, held.num_classes),
+            )
+
+
+def _name_of(shards: str) -> str:
+    """The last two parts of a path, which tell sets apart."""
+    return "/".join([part for part in shards.split("/") if part.strip(".")][-2:]) or "data"
 
 
 def initial_model(config: Config) -> Backbone:

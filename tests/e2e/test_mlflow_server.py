@@ -56,6 +56,16 @@ def test_what_a_run_leaves_on_a_server(
     kept = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "plots", "evaluation.npz", "model"} <= kept
 
+    inputs = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert {context: each.name for context, each in inputs.items()} == {
+        "training": f"{tmp_path.name}/train",
+        "evaluation": f"{tmp_path.name}/heldout",
+    }
+    assert run.data.tags["data_digest"].partition(":")[2].startswith(inputs["training"].digest)
+    assert "| rank1 | " in run.data.tags["mlflow.note.content"]
+    assert "heldout/chance" in run.data.params and "heldout/chance" not in run.data.metrics
+    assert "heldout/rank1" in run.data.metrics
+
     (version,) = client.search_model_versions("name = 'served'")
     assert version.run_id == run.info.run_id
     local = mlflow.artifacts.download_artifacts(

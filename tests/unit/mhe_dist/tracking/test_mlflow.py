@@ -1,5 +1,6 @@
 """MLflow: the same run goes on, secrets stay here, an outage stops nothing."""
 
+import json
 import logging
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.append import append_to_mlflow_run
-from mhe_dist.tracking.base import Tracker
+from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 from mhe_dist.tracking.mlflow_client import is_permanent
@@ -201,6 +202,42 @@ def test_an_experiment_that_was_deleted_is_a_problem_that_sync_names(store, tmp_
     assert "deleted" in both.problem
     with pytest.raises(RunError, match=r"1 of 1 records still wait: .* refuses .*deleted"):
         sync_mlflow(config)
+
+
+def test_data_sets_a_note_and_constants_are_where_mlflow_shows_them(store, monkeypatch):
+    monkeypatch.setenv("PLANTED_TOKEN", "hunter2-and-more")
+    digest = "sha256:" + "ab" * 32
+    held = TrackedDataset("a/held", "evaluation", digest, "s3://k:hunter2-and-more@b/a", 90, 9)
+    data = [TrackedDataset("a/train", "training", "xyz", "data/a", 1000, 50), held]
+    first = tracker(store)
+    first.start({}, {})
+    for each in data:
+        first.dataset(each)
+    first.log(3, {"heldout/rank1": 0.5, "heldout/chance": 0.002, "heldout/gallery": 500.0})
+    first.log(9, {"heldout/rank1": 0.7, "heldout/chance": 0.002, "heldout/gallery": 500.0})
+    first.note("| rank1 | 70 % |")
+    first.close()
+    again = tracker(store, first.run_id)  # a run that goes on, with another held-out set
+    again.start({}, {}, step=10)
+    for each in data:
+        again.dataset(each)
+    again.log(12, {"heldout/gallery": 600.0, "heldout/chance": 0.002})
+    again.close()
+    run = client(store).get_run(first.run_id)
+    assert run.data.metrics == {"heldout/rank1": 0.7}
+    assert run.data.params == {"heldout/chance": "0.002", "heldout/gallery": "500"}
+    assert run.data.tags["changed.heldout/gallery"] == "600"
+    assert run.data.tags["mlflow.note.content"] == "| rank1 | 70 % |"
+    inputs = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
+    assert len(run.inputs.dataset_inputs) == 2
+    assert inputs["training"].name == "a/train" and inputs["training"].digest == "xyz"
+    assert inputs["training"].source_type == "local"
+    assert json.loads(inputs["training"].profile)["num_rows"] == 1000
+    assert json.loads(inputs["evaluation"].profile)["digest"] == digest
+    assert inputs["evaluation"].digest == ("ab" * 32)[:36]
+    assert "hunter2" not in inputs["evaluation"].source
+    columns = json.loads(inputs["training"].schema)["mlflow_colspec"]
+    assert [column["name"] for column in columns] == ["image", "class"]
 
 
 def test_a_schema_of_another_version_is_permanent():
