@@ -10,7 +10,7 @@ folder=${1:-runs/gpu-wheels} version=${2:-3.12}
 constraints=$(dirname "$0")/../constraints.txt
 pinned=()
 for name in pydantic pydantic-core simplejpeg omegaconf antlr4-python3-runtime webdataset hjson \
-  typing-inspection annotated-types braceexpand; do
+  typing-inspection annotated-types braceexpand einops msgpack py-cpuinfo; do
   pinned+=("$(grep -i "^$name==" "$constraints")")
 done
 mkdir -p "$folder"
