@@ -81,7 +81,7 @@ def _header(trained: TrainedModel) -> str:
         EvalResult(
             task_type=_TASK,
             dataset_type="custom",
-            dataset_name="held-out classes of the run",
+            dataset_name="held-out set of the run",
             metric_type=name,
             metric_value=round(value, 6),
         )
@@ -129,7 +129,7 @@ def _figures(trained: TrainedModel) -> str:
         (name, f"{value:,.0f}" if name in _COUNTS else f"{100 * value:.2f} %")
         for name, value in trained.figures.items()
     )
-    said = f"Classes that training never saw; {trained.protocol}.\n\n" if trained.protocol else ""
+    said = f"Of the held-out set; {trained.protocol}.\n\n" if trained.protocol else ""
     return f"## Figures\n\n{said}{_table(('figure', 'value'), rows)}"
 
 
