@@ -265,7 +265,8 @@ def build_submission(
     is_run = verb == "run"
     return Submission(
         id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
-        entrypoint=shlex.join(command),
+        # Not below a shell: that would end at a SIGTERM to the group, and be taken for the job.
+        entrypoint=f"exec {shlex.join(command)}",
         environment=_environment(config) | variables,
         metadata={RUN_KEY: config.run.name, PATH_KEY: config.run.path} if is_run else {},
         package=build_package(config, folder),

@@ -48,7 +48,8 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     names = [SCHEMA, *(f"{name}.yaml" for name in shipped_configs())]
     configs = {f"mhe_dist/configs/{name}" for name in names}
     data = {name for name in sent.files if not name.endswith(".py")}
-    assert data == configs | {"pipelines/report/page.html.j2", "run.yaml"}
+    templates = {f"pipelines/report/{name}.html.j2" for name in ("page", "search")}
+    assert data == configs | templates | {"run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config
 
@@ -82,12 +83,12 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
 def test_a_job_says_what_it_runs(config: Config, tmp_path: Path) -> None:
     sent = prepare(config, tmp_path / "sent")
     assert sent.id == "run-3"
-    assert sent.entrypoint == "python -m launcher.job run run.yaml"
+    assert sent.entrypoint == "exec python -m launcher.job run run.yaml"
     assert sent.metadata == {"mhe_run": "run", "mhe_path": config.run.path}
     assert sent.environment["OMP_NUM_THREADS"] == "1"
     assert sent.environment["RAY_TRAIN_V2_ENABLED"] == "1"
     here = prepare(config, tmp_path / "here", "http://127.0.0.1:8265")
-    assert here.entrypoint.split()[0] != "python", "this machine's nodes run this interpreter"
+    assert here.entrypoint.split()[1] != "python", "this machine's nodes run this interpreter"
 
 
 def test_secrets_do_not_travel(monkeypatch, config: Config, tmp_path: Path) -> None:
