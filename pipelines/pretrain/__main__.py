@@ -16,6 +16,8 @@ def main(arguments: list[str]) -> int:
     from pipelines.pretrain.main import run_pretraining
 
     try:
+        if preemption.requested():
+            raise Preempted("told to stop before it began; nothing is lost")
         config = load_config(arguments[0], arguments[1:])
         prepare_rank(config.scale.gpu)
         run_pretraining(config, lambda event: print(event, flush=True))
