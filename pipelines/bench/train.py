@@ -33,7 +33,8 @@ from mhe_dist.train.stopwatch import Stopwatch
 from pipelines.bench.photos import SIDE, make_photos
 from pipelines.bench.products import BareProducts
 from pipelines.pretrain.recorder import ignore_event
-from pipelines.pretrain.run import Run, initial_model
+from pipelines.pretrain.run import Run
+from pipelines.runs.first_model import initial_model
 
 LR: Final = 0.01
 ENGINE: Final = {

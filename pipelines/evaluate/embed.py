@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.data.class_list import class_names
+from pipelines.data.mixture.class_list import class_names
 from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalize_embeddings
 from pipelines.evaluate.sets.image_files import list_images
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists

@@ -29,7 +29,7 @@ from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import RunError
 from mhe_dist.train.batch import MicroBatch, StepBatch
 from pipelines.data.bad_samples import BadSampleTally
-from pipelines.data.mixture import Mixture
+from pipelines.data.mixture.index import Mixture
 from pipelines.data.order import SampleOrder
 from pipelines.data.step_labels import StepLabels
 from pipelines.loader.shared_buffers import SharedBuffers
@@ -81,11 +81,10 @@ class Loader:
         order = partial(SampleOrder, index.sizes, data.streams, data.shuffle_window, seed, subset)
         self.order = order()
         self.faults = BadSampleTally()
-        # Alone, a rank has all labels of a step in its hands.
-        self._step_labels: StepLabels | None = None
-        if len(self._local) < micro_batches and StepLabels.are_known(index):
-            # In a thread, which shares no order with what reads the samples.
-            self._step_labels = StepLabels(index, order(), global_batch)
+        # Alone, a rank has all labels of a step in its hands. Others look them up in a thread,
+        # which shares no order with what reads the samples.
+        apart = len(self._local) < micro_batches and StepLabels.are_known(index)
+        self._step_labels = StepLabels(index, order(), global_batch) if apart else None
         self._micro_batches = micro_batches
         streams_each = data.streams // micro_batches
         streams = [range(i * streams_each, (i + 1) * streams_each) for i in self._local]

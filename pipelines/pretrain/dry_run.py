@@ -25,10 +25,11 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
-from pipelines.data.mixture import open_training_index, samples_per_epoch
+from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
-from pipelines.pretrain.run import Run, make_tried_model
+from pipelines.pretrain.run import Run
+from pipelines.runs.first_model import make_tried_model
 
 STEPS, WARM_UP, FEWEST = 24, 8, 12
 LONGEST_S = 12.0

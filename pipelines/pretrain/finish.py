@@ -17,7 +17,7 @@ from mhe_dist.errors import Preempted, RunError, UserError, first_line
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
-from pipelines.data.mixture import label_digests
+from pipelines.data.mixture.index import label_digests
 from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain import preemption

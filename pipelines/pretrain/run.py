@@ -7,25 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mhe_dist.backbone.model import Backbone, build_backbone, compile_in_place
-from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.schema import CheckpointConfig, Config
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
-from mhe_dist.engine.first_pass import TRIAL_IMAGES, refuse_untrainable
 from mhe_dist.engine.settings import resolve_head_matmul
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
-from mhe_dist.seeds import seed_torch
 from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.tracking.factory import open_tracker
@@ -33,8 +28,7 @@ from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
 from mhe_dist.train.loop import Loop, Request, StepInfo
 from pipelines.data.bad_samples import BadSamples, BadSampleTally
-from pipelines.data.mixture import label_digests, open_training_index, samples_per_epoch
-from pipelines.data.sequential import first_good_images
+from pipelines.data.mixture.index import label_digests, open_training_index, samples_per_epoch
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.evaluate.in_training import (
     evaluate_in_training,
@@ -46,6 +40,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder
 from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
+from pipelines.runs.first_model import make_tried_model
 from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
@@ -377,31 +372,6 @@ class Run:
 def _name_of(shards: str) -> str:
     """The last two parts of a path, which tell sets apart."""
     return "/".join([part for part in shards.split("/") if part.strip(".")][-2:]) or "data"
-
-
-def initial_model(config: Config) -> Backbone:
-    """The backbone that a run begins with: drawn from its seed, or `model.init_from`."""
-    seed_torch(config.run.seed, "backbone")
-    model = build_backbone(config.model, config.data.image_size)
-    if config.model.init_from:
-        load_pretrained(model, config.model.init_from)
-    return model
-
-
-def make_tried_model(config: Config, device: torch.device, index: ShardIndex) -> Backbone:
-    """That backbone on its device, compiled if the config says so.
-
-    Raises:
-        UserError: it cannot be made, or cannot train on the first images of the data.
-    """
-    model, size = initial_model(config), config.data.image_size
-    images = first_good_images(index, TRIAL_IMAGES, size, limit=8 * TRIAL_IMAGES)
-    if len(images) < TRIAL_IMAGES:  # the loader says what is wrong with them
-        images = torch.arange(TRIAL_IMAGES * 3 * size**2).view(-1, 3, size, size).byte()
-    refuse_untrainable(model.to(device), config, images)
-    if config.model.compile:
-        compile_in_place(model, device)
-    return model
 
 
 def _make_head(config: Config, index: ShardIndex, topology: Topology, precision: str) -> Head:

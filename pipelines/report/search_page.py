@@ -112,6 +112,7 @@ def _sheet(
     font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 10)
 
     def put(row: int, column: int, pixels: Pixels, lines: list[str], frame: Colour) -> None:
+        """Draw a picture with the lines under it; column 0 stands apart."""
         left = column * width + _MARGIN + (2 * _MARGIN if column else 0)
         top = row * height + _MARGIN
         box = (left - 3, top - 3, left + _SIDE + 2, top + _SIDE + 2)

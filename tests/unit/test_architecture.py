@@ -38,7 +38,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "storage": set(),
         "shards": {"storage"},
         "data": {"shards", "storage"},
-        "runs": {"shards", "storage"},
+        "runs": {"data", "shards", "storage"},
         "loader": {"data", "shards", "storage"},
         "sources": {"data", "shards", "storage"},
         "evaluate": {"sources", "data", "shards", "storage"},
@@ -57,7 +57,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
                 "storage",
             ),
         },
-        "bench": {"pretrain", "report", "loader", "data", "shards", "storage"},
+        "bench": {"pretrain", "report", "runs", "loader", "data", "shards", "storage"},
     },
     "launcher": {
         "events": set(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -14,6 +14,9 @@ from launcher.verbs.data.convert import Processes, resumable
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.worker_pool import available_cores
+
+if TYPE_CHECKING:
+    from pipelines.sources.label_table.build import LabelImport
 
 SHOWN = 5  # classes, and faults, that the terminal names
 
@@ -75,19 +78,7 @@ def from_table(
     index = ShardIndex.load(shards)
     with resumable(), ProgressDisplay().counting("reading keys") as progress:
         made = import_labels(tables, index, out, options, progress)
-    console.say(_describe(made.labels))
-    for count, what in (
-        (made.unknown, "rows name no sample of the data set"),
-        (made.missing, "samples are named by no row, and are left out"),
-        (made.emptied, "samples have rows without a class, and are left out"),
-        (made.repeated, "times a sample was given a class again"),
-    ):
-        if count:
-            console.say(f"[yellow]{count:,}[/] {what}")
-    for fault in made.named[:SHOWN]:
-        console.say(f"  {escape(fault.location)}: {escape(fault.reason)}")
-    if len(made.named) > SHOWN:
-        console.say(f"  and more in {escape(made.labels.folder)}/skipped.tsv")
+    _say_made(made)
     console.list_next(
         [
             ("look at it", ["mhe", "data", "labels", "show", out]),
@@ -172,3 +163,20 @@ def _describe(found: LabelSet) -> str:
         f"[bold]{escape(found.folder)}[/]: {found.labelled:,} of {found.samples:,} samples have "
         f"classes, of {found.num_classes:,}{several}"
     )
+
+
+def _say_made(made: LabelImport) -> None:
+    """What is in a new label set, and which rows and samples are not."""
+    console.say(_describe(made.labels))
+    for count, what in (
+        (made.unknown, "rows name no sample of the data set"),
+        (made.missing, "samples are named by no row, and are left out"),
+        (made.emptied, "samples have rows without a class, and are left out"),
+        (made.repeated, "times a sample was given a class again"),
+    ):
+        if count:
+            console.say(f"[yellow]{count:,}[/] {what}")
+    for fault in made.named[:SHOWN]:
+        console.say(f"  {escape(fault.location)}: {escape(fault.reason)}")
+    if len(made.named) > SHOWN:
+        console.say(f"  and more in {escape(made.labels.folder)}/skipped.tsv")

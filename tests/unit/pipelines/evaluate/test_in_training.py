@@ -62,9 +62,12 @@ def test_a_set_without_what_is_to_be_counted_is_refused(
 
 def test_a_usable_set_is_taken(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", TWELVE_PAIRS, FONTS)
-    refuse(shards=folder, typefaces={"easy": "Song*"})
-    refuse(verification=[tiny.write_bin(tmp_path / "lfw.bin")])
-    refuse()
+    for settings in (
+        {"shards": folder, "typefaces": {"easy": "Song*"}},
+        {"verification": [tiny.write_bin(tmp_path / "lfw.bin")]},
+        {},
+    ):
+        assert refuse(**settings) is None
 
 
 def test_a_damaged_verification_set_is_refused(tmp_path: Path) -> None:

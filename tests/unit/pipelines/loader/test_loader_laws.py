@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import share
-from pipelines.data.mixture import open_training_index, samples_per_epoch
+from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.shards.writer import Sample, ShardWriter

@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import RunError, UserError
-from pipelines.data.mixture import open_training_index
+from pipelines.data.mixture.index import open_training_index
 from pipelines.shards import writer
 from pipelines.sources.convert import ImportOptions, ImportResult
 from pipelines.sources.heldout_split import HeldoutSplit

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
-from pipelines.data.class_list import read_classes
-from pipelines.data.mixture import (
+from pipelines.data.mixture.class_list import read_classes
+from pipelines.data.mixture.dataset import draw_at_most
+from pipelines.data.mixture.index import (
     Mixture,
-    draw_at_most,
     label_digests,
     open_training_index,
     samples_per_epoch,

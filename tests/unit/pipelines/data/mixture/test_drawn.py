@@ -12,8 +12,9 @@ from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.bench.index import write_synthetic_index
-from pipelines.data import mixture
-from pipelines.data.mixture import DatasetPass, Mixture, draw_at_most, open_training_index
+from pipelines.data.mixture import dataset
+from pipelines.data.mixture.dataset import DatasetPass, draw_at_most
+from pipelines.data.mixture.index import Mixture, open_training_index
 from pipelines.data.order import SampleOrder
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.cache import FileCache
@@ -134,7 +135,7 @@ def test_a_draw_in_parts_is_the_draw_of_the_whole(
     folder: str, monkeypatch: pytest.MonkeyPatch, pool: int, choice: dict[str, object]
 ) -> None:
     """As it was made when all labels were sorted in memory."""
-    monkeypatch.setattr(mixture, "_POOL", pool)
+    monkeypatch.setattr(dataset, "_POOL", pool)
     if choice.get("mix"):
         choice = choice | {"mix": [{"shards": folder, "weight": 0.7}]}
     found = opened(folder, **choice)

@@ -1,40 +1,21 @@
-"""What a run trains on: several data sets as one, some of their classes, some images of a class.
-
-A *mixture* is an index that lists the shards of all its data sets, those of a data set once for
-each *pass* that an epoch makes over it. The samples of a pass are drawn anew for each epoch: the
-images of the chosen classes, at most so many of each class, and finally a fraction of them. Their
-number never changes, so the order (`order.py`) stays arithmetic, and so does a resume.
-
-The data sets have disjoint classes: the classes of a data set follow those of the data set before
-it. With a list of classes, they are the listed ones in the order of their ids. A label set holds
-each sample's label, or else the index does; a sample without one is in no epoch.
-"""
+"""A data set in a mixture: which of its images a pass over it has, and how they are drawn."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
 
-from mhe_dist.config.data import DataConfig, MixConfig
-from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
-from pipelines.data.class_list import read_classes
-from pipelines.data.drawn import DrawnSamples, PassDraw, draw_samples
+from pipelines.data.mixture.drawn import PassDraw
 from pipelines.data.order import Ints
 from pipelines.data.sample import BadSampleError
-from pipelines.shards.columns import default_cache_dir
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
-from pipelines.shards.index import UNLABELLED, IndexEntry, ShardIndex
+from pipelines.shards.index import IndexEntry, ShardIndex
 from pipelines.shards.label_set import LabelSet
-from pipelines.shards.shard import Shard
-from pipelines.shards.shard_list import LazyShards
 
 _HALF_WORD: Final = 32
 _POOL = 1 << 23  # images of whole classes that are drawn from together, about
@@ -240,204 +221,6 @@ class DatasetPass:
             numbers = numbers[draw_at_most([len(numbers)], self.samples, rng)]
         numbers.sort()
         return numbers
-
-
-@dataclass(frozen=True)
-class Mixture(ShardIndex):
-    """A data set made of passes over data sets; `num_classes` counts those of the mixture.
-
-    Attributes:
-        passes: their shards follow one another in `shards`.
-        draws_dir: folder of this node for the draws of epochs.
-    """
-
-    passes: tuple[DatasetPass, ...] = ()
-    draws_dir: str = field(default="", kw_only=True, compare=False)
-
-    @cached_property
-    def epoch_samples(self) -> int:
-        """How many samples every epoch has."""
-        return sum(part.samples for part in self.passes)
-
-    def draw(self, epoch: int) -> DrawnSamples:
-        """The samples of an epoch, drawn once per node.
-
-        Raises:
-            UserError: the node has no room for them.
-        """
-        content = [self.digest, self.passes[0].seed, epoch]
-        return draw_samples([part.draw(epoch) for part in self.passes], content, self.draws_dir)
-
-    def entry(self, shard: int, position: int) -> IndexEntry:
-        """See `ShardIndex.entry`; here our own shards have an entry as well."""
-        number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1
-        source = self.passes[number].source
-        return source.entry(shard - int(self._first_shards[number]), position)
-
-    def labels_of(self, numbers: Ints) -> Ints | None:
-        """See `ShardIndex.labels_of`."""
-        firsts = self.starts[self._first_shards]
-        owners = np.searchsorted(firsts, numbers, side="right") - 1
-        labels = np.empty(len(numbers), np.int64)
-        for owner in np.unique(owners).tolist():
-            here = owners == owner
-            found = self.passes[owner].source.labels_of(numbers[here] - firsts[owner])
-            if found is None:
-                return None
-            labels[here] = found
-        return labels
-
-    @cached_property
-    def digest(self) -> str:
-        """`sha256:` of all that decides what is in an epoch, except the seed."""
-        content = []
-        for part in self.passes:
-            source = part.source
-            classes = None if source.classes is None else source.classes.tolist()
-            labels = [] if source.labels is None else [source.labels.digest]
-            content.append([source.index.digest, source.per_class, classes, part.fraction, *labels])
-        return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    @cached_property
-    def _first_shards(self) -> Ints:
-        return np.cumsum([0, *(len(p.source.index.shards) for p in self.passes)], dtype=np.int64)[
-            :-1
-        ]
-
-
-def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
-    """The index of what a run trains on: that of `data.shards`, or a mixture.
-
-    Raises:
-        UserError: a set or a list cannot be read, they do not fit, or no image is left.
-    """
-    if not needs_mixture(data):
-        return _refuse_unlabelled(_open_index(data.shards, data))
-    passes: list[DatasetPass] = []
-    first_class = 0
-    given = MixConfig(shards=data.shards, labels=data.labels, classes=data.classes)
-    for key, item in [("data", given), *((f"data.mix.{n}", i) for n, i in enumerate(data.mix))]:
-        index = _open_index(item.shards, data)
-        labels = _open_labels(f"{key}.labels", item.labels, index, data) if item.labels else None
-        classes = read_classes(item.classes, labels or index) if item.classes else None
-        if labels is None:
-            _require_labels(_refuse_unlabelled(index))
-        source = MixedDataset(index, labels, first_class, classes, data.images_per_class, key)
-        fractions = [min(1.0, item.weight - whole) for whole in range(math.ceil(item.weight))]
-        made = [
-            DatasetPass(source, fraction, len(passes) + n, seed)
-            for n, fraction in enumerate(fractions)
-        ]
-        if not any(part.samples for part in made):
-            raise UserError(
-                f"{item.shards}: no image of it would be in an epoch, with weight="
-                f"{item.weight:g}, labels={item.labels!r} and classes={item.classes!r}; take the "
-                "set out of data.mix, or choose more of it"
-            )
-        passes += made
-        first_class += source.num_classes
-    shards = _PassShards([part.source.index for part in passes])
-    draws_dir = f"{data.remote.cache_dir}/draws" if data.remote.cache_dir else ""
-    return Mixture(
-        *(data.shards, first_class, shards, {}, tuple(passes)),
-        draws_dir=draws_dir or default_cache_dir("draws"),
-    )
-
-
-class _PassShards(LazyShards):
-    """The shards of several indexes, one after the other, with their whole URLs."""
-
-    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
-        self._indexes = indexes
-        self._samples = np.concatenate([index.sizes for index in indexes])
-        self._firsts = np.cumsum([0, *(len(index.shards) for index in indexes)])
-        if any(index.is_packed for index in indexes):
-            self.kept = len(self._samples)  # those have tables that take time to unpack
-
-    @property
-    def samples(self) -> Ints:
-        """See `LazyShards.samples`."""
-        return self._samples
-
-    def make(self, number: int) -> Shard:
-        """See `LazyShards.make`."""
-        owner = int(np.searchsorted(self._firsts, number, side="right")) - 1
-        index, position = self._indexes[owner], number - int(self._firsts[owner])
-        return replace(index.shards[position], url=index.url(position))
-
-
-def label_digests(index: ShardIndex) -> dict[str, str]:
-    """The digest of each label set that a run trains on, by the key of the config that names it."""
-    passes = index.passes if isinstance(index, Mixture) else ()
-    return {
-        f"{part.source.key}.labels": part.source.labels.digest
-        for part in passes
-        if part.source.labels is not None
-    }
-
-
-def _open_index(url: str, data: DataConfig) -> ShardIndex:
-    """The index of a data set, its columns open: damaged ones end a run at its start."""
-    index = ShardIndex.load(url, _column_cache(data))
-    index.map_columns()
-    return index
-
-
-def _refuse_unlabelled(index: ShardIndex) -> ShardIndex:
-    if index.meta.get(UNLABELLED):
-        raise UserError(
-            f"{index.folder}: its images are in no class (mhe data folder --no-classes); it can be "
-            "embedded and clustered, not trained on, unless a label set gives it classes "
-            "(data.labels)"
-        )
-    return index
-
-
-def _column_cache(data: DataConfig) -> str:
-    """Where columns of a store lie on this node: below the cache of whole shards, if there is one.
-
-    Empty: in `default_cache_dir`.
-    """
-    return f"{data.remote.cache_dir}/columns" if data.remote.cache_dir else ""
-
-
-def _open_labels(key: str, url: str, index: ShardIndex, data: DataConfig) -> LabelSet:
-    """A label set of a data set, its columns open.
-
-    Raises:
-        UserError: it is not one of this data set, or gives a sample several classes.
-    """
-    labels = LabelSet.load(url, _column_cache(data))
-    labels.require_index(index)
-    labels.map_columns()
-    if labels.max_labels > 1:
-        raise UserError(
-            f"{key}={url}: it gives a sample up to {labels.max_labels} classes, and a head learns "
-            "one class per image; give a label set with at most one (`mhe data labels show` "
-            "counts them)"
-        )
-    return labels
-
-
-def _require_labels(index: ShardIndex) -> None:
-    # Those of an index with columns have all of them the same ones.
-    shards = index.shards if index.is_packed else index.shards[:1]
-    for number, shard in enumerate(shards):
-        if not shard.has_labels:
-            raise UserError(
-                f"{index.url(number)}: the index does not hold its labels, which data.classes, "
-                "data.images_per_class and data.mix need; `mhe data index` makes one that does"
-            )
-
-
-def needs_mixture(data: DataConfig) -> bool:
-    """Whether a run trains on anything else than all of `data.shards`."""
-    return bool(data.mix or data.labels or data.classes or data.images_per_class)
-
-
-def samples_per_epoch(index: ShardIndex) -> int:
-    """How many samples an epoch has."""
-    return index.epoch_samples if isinstance(index, Mixture) else index.samples
 
 
 def draw_at_most(counts: Sequence[int] | Ints, limit: int, rng: np.random.Generator) -> Ints:
