@@ -286,17 +286,19 @@ class _ExtraPart:
         scaled = logits[inside, column]
         logits[inside, column] = float("-inf")
         highest = logits.amax(-1)
-        logits[inside, column] = scaled
         target = scaled / scale
         phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))
+        with_margin = phi * scale
         if threshold := class_rows.margin.filter:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
-        peak = highest.index_put((inside,), torch.maximum(highest[inside], scaled))
         if self.correction:
+            logits[inside, column] = scaled
             self._correct(logits, inside, column)
-            peak = logits.amax(-1)
-        logits[inside, column] = phi * scale
-        peak = peak.index_put((inside,), torch.maximum(peak[inside], phi * scale))
+            peak, own = logits.amax(-1), with_margin
+        else:
+            peak, own = highest, torch.maximum(scaled, with_margin)
+        logits[inside, column] = with_margin
+        peak = peak.index_put((inside,), torch.maximum(peak[inside], own))
         values = logits.sub_(peak.unsqueeze(-1)).exp_()
         return _Exponentials(values, peak, target, phi, slope), highest
 

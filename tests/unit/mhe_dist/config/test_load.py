@@ -146,8 +146,8 @@ def test_the_item_of_a_list_is_named() -> None:
     [
         ("hed.kind", "did you mean head.kind?"),
         ("head.margn.scal", "did you mean head.margin.scale?"),
-        ("optim.learning_rate", "optim has kind, lr, momentum, betas, weight_decay, schedule, "
-         "warmup_steps, final_lr, power, clip_norm, ema"),
+        ("optim.learning_rate", "optim has kind, lr, momentum, betas, weight_decay, decay_vectors, "
+         "schedule, warmup_steps, final_lr, power, clip_norm, ema"),
         ("lr", "did you mean optim.lr?"),
         ("momentum", "did you mean head.optim.momentum or optim.momentum?"),
         ("scale.global_batch", "did you mean train.global_batch?"),
