@@ -107,11 +107,14 @@ def _cure_for_sources(key: str, url: str) -> str:
     if any(name.endswith(".tar") for name in top):
         return f"it holds tars without an index: {command_line(['mhe', 'data', 'index', url])}"
     below = [folder / name for name in top if (folder / name).is_dir()]
+    words = ["mhe", "data", "folder", "--root", str(folder), "--out", out]
     if any(_is_image(name) for each in below[:_LOOKED_INTO] for name in _names(each)):
-        words = ["mhe", "data", "folder", "--root", str(folder), "--out", out]
         return f"it is a folder of images: {command_line(words)}, then {key}={shlex.quote(out)}"
     if any(map(_is_image, top)):
-        return "its images lie in no class folder: give each class a folder, then mhe data folder"
+        return (
+            "its images lie in no class folder: give each class a folder, or name the classes in a "
+            f"table of path and class: {command_line([*words, '--table', 'FILE.csv'])}"
+        )
     return ""
 
 

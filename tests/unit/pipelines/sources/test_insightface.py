@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import RunError, UserError
@@ -171,6 +171,7 @@ REC, IDX = layout(IMAGES, "classic")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@example(changes=[(4007, 64)], index_changes=[], length=4808)  # a label
 @given(
     st.lists(st.tuples(st.integers(0, len(REC) - 1), st.integers(0, 255)), max_size=4),
     st.lists(st.tuples(st.integers(0, len(IDX) - 1), st.integers(0, 255)), max_size=2),
@@ -206,6 +207,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _label_was_changed(changes: list[tuple[int, int]], image: bytes) -> bool:
-    """Whether a change hit the 32 bytes before the image's own first bytes."""
-    at = REC.find(image[:20])
+    """Whether a change hit the 32 bytes before the image, which is cut where it holds `MAGIC`."""
+    at = REC.index(image.partition(MAGIC)[0])
     return any(at - 32 <= position < at for position, _ in changes)
