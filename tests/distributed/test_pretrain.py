@@ -154,7 +154,7 @@ def run_preempted(topology: Topology, config: dict, phase: str = "training") -> 
     return ""
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_run_that_is_told_while_it_starts_evaluates_or_exports_loses_nothing(
     run_distributed, shards: str, tmp_path: Path, world_size: int
 ) -> None:
