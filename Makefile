@@ -32,7 +32,7 @@ quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of eac
 chaos: $(INSTALLED)  ## Many random faults; the seed is printed, MHE_CHAOS_SEED=... repeats it
 	MHE_CHAOS_FAULTS=$${MHE_CHAOS_FAULTS:-28} $(BIN)/python -m pytest -s -m chaos
 
-cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone: two minutes of make test
+cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone, as make test does
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
 
 gpu: $(INSTALLED)  ## What only a GPU can show, on one GPU: at most eight minutes; table and runs/gpu/gpu.json
