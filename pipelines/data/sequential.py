@@ -59,7 +59,7 @@ def first_good_images(index: ShardIndex, count: int, image_size: int, limit: int
 
 def spans_in_order(index: ShardIndex, start: int, stop: int) -> Iterator[ShardSpan]:
     """Where the samples `[start, stop)` of a data set lie."""
-    shard = int(np.searchsorted(index.starts, start, side="right")) - 1
+    shard, _ = index.locate(start)
     while start < stop:
         begin, end = (int(bound) for bound in index.starts[shard : shard + 2])
         if start < end:  # a shard may be empty

@@ -155,8 +155,7 @@ def _duplicate_problem(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -
 
 def _sample_name(index: ShardIndex, number: int) -> str:
     """The name of a sample in messages, with its key."""
-    shard = int(np.searchsorted(index.starts, number, side="right")) - 1
-    position = number - int(index.starts[shard])
+    shard, position = index.locate(number)
     location = index.sample_name(shard, position)
     try:
         raw = read_span(index, ShardSpan(shard, position, position + 1))[0]

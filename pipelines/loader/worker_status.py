@@ -12,8 +12,6 @@ import signal
 from ctypes import c_int64
 from typing import Final, NamedTuple
 
-import numpy as np
-
 from mhe_dist.errors import RunError
 from pipelines.data.order import ShardSpan
 from pipelines.data.sample import BadSampleError, parse_members, read_span
@@ -87,8 +85,7 @@ def describe_dead_worker(statuses: WorkerStatusTable, index: ShardIndex) -> str:
     if not dead:
         return ""
     process, activity, sample, code = dead[0]
-    shard = int(np.searchsorted(index.starts, sample, side="right")) - 1
-    position = sample - int(index.starts[shard])
+    shard, position = index.locate(sample)
     end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return (
         f"loader process {process} ended with {end} while it {_DESCRIPTIONS[activity]} "

@@ -89,8 +89,7 @@ class _Pictures:
         if self._index is None:
             filesystem, root = resolve_url(self._source)
             return bytes(filesystem.cat_file(f"{root}/{self._keys[number]}"))
-        shard = int(np.searchsorted(self._index.starts, number, side="right")) - 1
-        position = number - int(self._index.starts[shard])
+        shard, position = self._index.locate(number)
         (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
         entry = self._index.entry(shard, position)
         return extract_sample(raw, len(raw), self._index.num_classes, entry).data

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.shards.columns import Column
+from pipelines.shards.manifest import read_manifest
 from pipelines.shards.shard import (
     IndexColumns,
     MappedShard,
@@ -28,7 +29,7 @@ from pipelines.shards.shard import (
     write_columns,
 )
 from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
-from pipelines.storage.retry import describe_error, with_retries
+from pipelines.storage.retry import with_retries
 from pipelines.storage.urls import atomic_write, is_absolute_url, is_local, resolve_url
 
 INDEX_FILE: Final = "index.json"
@@ -109,6 +110,11 @@ class ShardIndex:
         """Full URL of a shard, by its number."""
         url = self.shards[shard].url
         return url if is_absolute_url(url) else f"{self.folder}/{url}"
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Shard of a sample by its number through all shards, and its position there."""
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, number - int(self.starts[shard])
 
     def sample_name(self, shard: int, position: int) -> str:
         """The name of a sample in messages."""
@@ -234,29 +240,15 @@ class ShardIndex:
 
 
 def _read_json(folder: str) -> dict[str, Any]:
-    """The content of a folder's index, of a format that is known."""
-    filesystem, path = resolve_url(f"{folder}/{INDEX_FILE}")
-    try:
-        content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no shards here ({INDEX_FILE} is missing); give the folder that holds "
-            f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}/{INDEX_FILE}: cannot be read ({describe_error(error)})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}/{INDEX_FILE}: not JSON ({error}); make the index again"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") not in (FORMAT, PACKED_FORMAT):
-        raise UserError(
-            f"{folder}/{INDEX_FILE}: not an index of format {PACKED_FORMAT} or {FORMAT}; "
-            "make it again"
-        )
-    return content
+    return read_manifest(
+        folder,
+        INDEX_FILE,
+        (FORMAT, PACKED_FORMAT),
+        missing=f"no shards here ({INDEX_FILE} is missing); give the folder that holds "
+        f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made",
+        foreign=f"not an index of format {PACKED_FORMAT} or {FORMAT}; make it again",
+        again="make the index again",
+    )
 
 
 def index_exists(url: str) -> bool:

@@ -21,8 +21,9 @@ import numpy.typing as npt
 from mhe_dist.errors import UserError
 from pipelines.shards.columns import Column, ColumnEntry, smallest_dtype, write_column
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.manifest import read_manifest
 from pipelines.shards.tables import CLASSES_FILE, Table, write_table
-from pipelines.storage.retry import describe_error, with_retries
+from pipelines.storage.retry import with_retries
 from pipelines.storage.staging import Staging
 from pipelines.storage.urls import atomic_write, is_local, resolve_url
 
@@ -175,7 +176,15 @@ class LabelSet:
             UserError: there is none, or it is not a label set, or a column is missing or damaged.
         """
         folder = url.removesuffix(LABELS_FILE).rstrip("/")
-        content = _read_manifest(folder)
+        content = read_manifest(
+            folder,
+            LABELS_FILE,
+            (FORMAT,),
+            missing=f"no label set here ({LABELS_FILE} is missing); `mhe data labels from-table` "
+            "makes one",
+            foreign=f"not a label set of format {FORMAT}",
+            again="make the label set again",
+        )
         try:
             found = cls._parse(folder, content, cache_dir)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -203,29 +212,6 @@ class LabelSet:
             raise ValueError(f"no counts of a label set: {counts}")
         digest, meta = content["index_digest"], dict(content["meta"])
         return cls(folder, num_classes, digest, labelled, max_labels, ends, class_ids, meta)
-
-
-def _read_manifest(folder: str) -> dict[str, Any]:
-    """The content of `labels.json`, of the format that is known."""
-    filesystem, path = resolve_url(f"{folder}/{LABELS_FILE}")
-    try:
-        content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no label set here ({LABELS_FILE} is missing); `mhe data labels from-table` "
-            "makes one"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"{folder}/{LABELS_FILE}: cannot be read ({describe_error(error)})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{folder}/{LABELS_FILE}: not JSON ({error}); make the label set again"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{folder}/{LABELS_FILE}: not a label set of format {FORMAT}")
-    return content
 
 
 def label_set_exists(url: str) -> bool:

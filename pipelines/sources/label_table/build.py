@@ -251,7 +251,7 @@ class _Join:
         twice = wanted[sizes[wanted] > 1]
         if len(twice):
             one, other = samples["number"][of_samples == twice[0]][:2].tolist()
-            shard, position = self._locate(one)
+            shard, position = self._index.locate(one)
             (key,) = read_keys(self._index, shard, position, position + 1)
             raise UserError(
                 f"{self._index.folder}: two samples have the key {key!r}: {self._name(one)} and "
@@ -292,13 +292,8 @@ class _Join:
             with np.load(self._folder / f"lists-{part:06d}.npz") as kept:
                 yield LabelLists(kept["ends"], kept["class_ids"])
 
-    def _locate(self, number: int) -> tuple[int, int]:
-        """Shard of a sample, and its number there."""
-        shard = int(np.searchsorted(self._index.starts, number, side="right")) - 1
-        return shard, number - int(self._index.starts[shard])
-
     def _name(self, number: int) -> str:
-        return self._index.sample_name(*self._locate(number))
+        return self._index.sample_name(*self._index.locate(number))
 
     def _name_missing(self) -> list[Fault]:
         return [Fault(self._name(number), "no row names it") for number in self._missing_samples]
