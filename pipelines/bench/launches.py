@@ -25,17 +25,11 @@ from pipelines.bench.fake_cuda.autograd import backward
 from pipelines.bench.fake_cuda.device import FakeCuda, fake_cuda
 from pipelines.bench.fake_cuda.ledger import Ledger
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
+from pipelines.bench.gpu.agreement import head_variants
 
 CUDA: Final = torch.device("cuda", 0)
 MHS: Final = {"length": 128, "extra_heads": 321}
-HEADS: Final[dict[str, dict[str, Any]]] = {
-    "route": {"kind": "mhs", "mhs": MHS},
-    "gather": {"kind": "mhs", "mhs": MHS | {"exchange": "gather", "negatives": "batch"}},
-    "partial_fc": {"kind": "partial_fc"},
-    "full": {"kind": "full"},
-    "mhp": {"kind": "mhp"},
-    "mhc": {"kind": "mhc"},
-}
+HEADS: Final = head_variants(**MHS)
 MARGINS: Final[dict[str, dict[str, Any]]] = {
     "none": {"margin": {"kind": "none"}},
     "softmax": {"margin": {"kind": "softmax"}},

@@ -18,15 +18,22 @@ from mhe_dist.heads.row_head import HeadSpec
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings
 
 CLASSES, WIDTH, BATCH, STEPS, LR = 3000, 48, 32, 3, 0.05
-_MHS: Final = {"length": 16, "extra_heads": 6}
-HEADS: Final[dict[str, dict[str, Any]]] = {
-    "route": {"kind": "mhs", "mhs": _MHS},
-    "gather": {"kind": "mhs", "mhs": _MHS | {"exchange": "gather", "negatives": "batch"}},
-    "partial_fc": {"kind": "partial_fc"},
-    "full": {"kind": "full"},
-    "mhp": {"kind": "mhp"},
-    "mhc": {"kind": "mhc"},
-}
+
+
+def head_variants(length: int, extra_heads: int) -> dict[str, dict[str, Any]]:
+    """The config of every head by the name that measurements give it; L and m are those of mhs."""
+    mhs = {"length": length, "extra_heads": extra_heads}
+    return {
+        "route": {"kind": "mhs", "mhs": mhs},
+        "gather": {"kind": "mhs", "mhs": mhs | {"exchange": "gather", "negatives": "batch"}},
+        "partial_fc": {"kind": "partial_fc"},
+        "full": {"kind": "full"},
+        "mhp": {"kind": "mhp"},
+        "mhc": {"kind": "mhc"},
+    }
+
+
+HEADS: Final = head_variants(length=16, extra_heads=6)
 MARGINS: Final[dict[str, dict[str, Any]]] = {
     "cosface": {"kind": "cosface"},
     "none": {"kind": "none"},

@@ -13,16 +13,11 @@ from mhe_dist.engine.settings import set_float_kernels
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.routed.mhs import MhsRoute
 from mhe_dist.heads.row_head import HeadSpec
+from pipelines.bench.gpu.agreement import head_variants
 from pipelines.bench.gpu.card import bandwidth, product_speeds
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings, seconds_of
 
-_MHS: Final = {"length": 128, "extra_heads": 321}
-HEADS: Final[dict[str, dict[str, Any]]] = {
-    "route": {"kind": "mhs", "mhs": _MHS},
-    "gather": {"kind": "mhs", "mhs": _MHS | {"exchange": "gather", "negatives": "batch"}},
-    "partial_fc": {"kind": "partial_fc"},
-    "full": {"kind": "full"},
-}
+HEADS: Final = ("route", "gather", "partial_fc", "full")
 PASSES: Final = 5  # over a touched row: read for the products, then it and its momentum updated
 
 
@@ -46,11 +41,12 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
     sizes = Sizes(20_000, 32, 8) if settings.small else Sizes(2_000_000, 512, 128)
     bytes_per_s, speeds = bandwidth(settings), product_speeds(settings)
     set_float_kernels("float32")
-    for name, values in HEADS.items():
+    variants = head_variants(length=128, extra_heads=321)
+    for name in HEADS:
         for matmul in ("float32", "tf32")[: 2 if settings.on_gpu else 1]:
             what = f"{name} in {matmul}"
             with found.attempt(what):
-                seconds, least = _measure_head(settings, sizes, values, matmul == "tf32")
+                seconds, least = _measure_head(settings, sizes, variants[name], matmul == "tf32")
                 floor = max(least.bytes / bytes_per_s, least.flops / speeds[matmul])
                 found.figure(f"{what}: a step", seconds * 1e3, "ms")
                 found.figure(f"{what}: its floor", floor * 1e3, "ms")
