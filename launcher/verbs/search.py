@@ -80,10 +80,11 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
     console.out.print(table)
     if len(queries.keys) > SHOWN:
         console.say(f"And {len(queries.keys) - SHOWN:,} more queries, in results.csv.")
+    known = set(gallery.classes)
     labelled = [
         gallery.classes[best] == own
         for own, best in zip(queries.classes, found.numbers[:, 0].tolist(), strict=True)
-        if own and own in set(gallery.classes)
+        if own and own in known
     ]
     if labelled:
         share = sum(labelled) / len(labelled)

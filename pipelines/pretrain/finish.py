@@ -110,13 +110,15 @@ def _export(
     if preemption.requested():
         return None
     if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
-        model = write_mlflow_model(
-            exports["onnx"]["path"],
-            f"{folder}/mlflow",
-            images[0].permute(1, 2, 0).contiguous().numpy(),
-            config.model.embedding_dim,
-        )
-        write_model_card(model, trained, {"mlflow": "."})
+        model = f"{folder}/mlflow"
+        if "mlflow" not in exports:
+            write_mlflow_model(
+                exports["onnx"]["path"],
+                model,
+                images[0].permute(1, 2, 0).contiguous().numpy(),
+                config.model.embedding_dim,
+            )
+            write_model_card(model, trained, {"mlflow": "."})
         run.tracker.model(model, config.run.name)
     return exports
 
