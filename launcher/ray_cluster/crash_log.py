@@ -17,6 +17,7 @@ _FATAL: Final = re.compile(r"^Fatal Python error: (.+)$", re.MULTILINE)
 _FRAME: Final = re.compile(r'^  File "(.+)", line (\d+) in (\S+)$', re.MULTILINE)
 _LIBRARIES: Final = ("/torch/", "/deepspeed/", "/ray/")
 _SHOWN: Final = 3  # parts of a file's path
+_IN_TRIAL: Final = "(the first pass of the backbone)"
 
 
 def begin_line(command: str) -> str:
@@ -44,13 +45,13 @@ def find_crash(log: Path, command: str) -> str:
     ours = next((f for f in frames if not any(part in f[0] for part in _LIBRARIES)), None)
     places = list(dict.fromkeys(f for f in (*frames[:1], ours) if f))
     where = ", called from ".join(_describe(frame) for frame in places)
-    during = " (the first pass of the backbone)" if _in_trial(frames) else ""
+    during = f" {_IN_TRIAL}" if _in_trial(frames) else ""
     return f"killed by a signal: {fatal[1]}{' in ' if where else ''}{where}{during}; see {log}"
 
 
 def killed_by_backbone(crash: str) -> bool:
     """Whether that happened in the trial of the backbone, where it would happen again."""
-    return "(the first pass of the backbone)" in crash
+    return _IN_TRIAL in crash
 
 
 def _in_trial(frames: list[tuple[str, str, str]]) -> bool:

@@ -58,7 +58,7 @@ class _Copies:
 
 @dataclass
 class RemoteTraffic:
-    """What was read since the last `take`.
+    """What was read since the last `Bank.take_traffic`.
 
     Attributes:
         units: that were read.
@@ -101,10 +101,8 @@ class RemoteRows:
         """Rows `[U, L, columns]` on the device, a new tensor."""
         units = _numbers(local)
         self.traffic.units += len(units)
-        writes, rows = self._pending(), None
-        if not isinstance(local, slice):
-            for copies in (self._current, self._next):
-                rows = rows if copies is None or rows is not None else self._take(copies, units)
+        writes = self._pending()
+        rows = None if isinstance(local, slice) else self._take_fetched(units)
         if rows is None:
             rows = self._read(local)
             for write in writes:
@@ -143,6 +141,13 @@ class RemoteRows:
 
     # -- reading -------------------------------------------------------------------------------
 
+    def _take_fetched(self, units: npt.NDArray[np.int64]) -> Tensor | None:
+        """Rows that were fetched for this step or the next one; None if hardly any was."""
+        for copies in (self._current, self._next):
+            if copies is not None and (rows := self._take(copies, units)) is not None:
+                return rows
+        return None
+
     def _take(self, copies: _Copies, units: npt.NDArray[np.int64]) -> Tensor | None:
         """Rows that were fetched ahead, those that are missing or outdated replaced.
 
@@ -160,12 +165,11 @@ class RemoteRows:
             current.wait_stream(self._stream)
             fetched.record_stream(current)
         self.traffic.ahead += len(units) - len(missing)
-        writes = self._writes
         rows = fetched.index_select(0, to_device(torch.from_numpy(index), self.device))
         if len(missing):
             where = to_device(torch.from_numpy(missing), self.device)
             rows.index_copy_(0, where, self._read(units[missing]))
-        for write in writes:
+        for write in self._writes:
             if write.number >= copies.first:
                 self._lay_over(rows, units, write)
         return rows
