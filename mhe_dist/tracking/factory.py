@@ -11,11 +11,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.jsonl import JsonlTracker
+
+if TYPE_CHECKING:
+    from mhe_dist.tracking.mlflow import MlflowTracker
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
     return CombinedTrackers(trackers)
 
 
-def _mlflow(config: Config, run_id: str | None) -> Tracker:
+def _mlflow(config: Config, run_id: str | None) -> MlflowTracker:
     from mhe_dist.tracking.mlflow import MlflowTracker
     from mhe_dist.tracking.spool import Spool
 
@@ -67,7 +71,7 @@ def sync_mlflow(config: Config) -> int:
     if waiting:
         tracker = _mlflow(config, None)
         tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
-        tracker.close()
+        tracker.close(patient=True)
         if len(spool):
             cause = tracker.problem or "see the log"
             raise RunError(f"{len(spool)} of {waiting} records still wait: {cause}")

@@ -47,6 +47,7 @@ QUIET_ENVIRONMENT = {
 _GATHER_S = 1.0  # records that arrive within this time are sent together
 _FIRST_ATTEMPT_S = 60.0  # longest wait for a run id
 _CLOSE_S = 30.0  # longest wait for what is still to be sent
+_GRACE_S = 5.0  # for a call that had begun by then
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
 MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
@@ -94,6 +95,7 @@ class MlflowTracker:
         self._attempted = threading.Event()
         self._closing = threading.Event()
         self._deadline = math.inf
+        self._patient = False
         self._lost = 0
         self._down = False
         self._cut_short = False
@@ -120,7 +122,9 @@ class MlflowTracker:
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
-        for record in self._spool.pending(step) if self._spool else []:
+        waiting = self._spool.pending(step) if self._spool else []
+        self._queue.maxsize = _QUEUE_LIMIT + len(waiting)  # they are in memory already
+        for record in waiting:
             self._put(record)
         self._store.step = step
         self._thread.start()
@@ -152,14 +156,21 @@ class MlflowTracker:
         """Queue the text; MLflow shows it as the run's description."""
         self._put(NoteEntry(scrub(text)))
 
-    def close(self, status: Status = "finished") -> None:
-        """Send what is queued and mark the run; wait for that half a minute at most."""
+    def close(self, status: Status = "finished", patient: bool = False) -> None:
+        """Send what is queued and mark the run; wait for that half a minute at most.
+
+        Args:
+            status: how the run ended.
+            patient: wait as long as MLflow takes something in each half minute.
+        """
         if not self._thread.is_alive() or self._closing.is_set():
             return
+        self._patient = patient
         self._deadline = time.monotonic() + _CLOSE_S
         self._closing.set()
         self._put(EndEntry(status))
-        self._thread.join(_CLOSE_S + 5)
+        while self._thread.is_alive() and time.monotonic() < self._deadline + _GRACE_S:
+            self._thread.join(self._deadline + _GRACE_S - time.monotonic())
         if self._lost or self._thread.is_alive():
             count = "some" if self._thread.is_alive() else self._lost
             problem = (
@@ -219,6 +230,8 @@ class MlflowTracker:
             try:
                 send()
                 self._down = False
+                if self._patient:
+                    self._deadline = time.monotonic() + _CLOSE_S
                 return True
             except Exception as error:  # a thread's last defence: nothing here may end the run
                 message = self._last_error = scrub(str(error))[:MESSAGE_LENGTH]

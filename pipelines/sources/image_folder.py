@@ -1,8 +1,6 @@
 """A folder of image files to shards: a folder per class, a list or table of classes, or no classes.
 
-`.lst` files have two dialects, told apart line by line: `number, label, path` (mxnet's im2rec; more
-labels may stand before the path) and `aligned, path, label` (InsightFace). Fields are separated by
-tabs. What the files hold is copied as it is, if it can be decoded.
+What the files hold is copied as it is, if it can be decoded.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from decimal import Decimal
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -36,9 +33,10 @@ from pipelines.sources.convert import (
     write_datasets,
 )
 from pipelines.sources.heldout_split import HeldoutSplit, hold_out
+from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.storage.staging import require_absent_or_resumable
-from pipelines.storage.urls import RangeReader, is_local, protocol_names, resolve_url
+from pipelines.storage.urls import is_local, protocol_names, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
 
 FILES_TABLE: Final = "files.tsv"
@@ -46,8 +44,6 @@ _FILES_PER_REQUEST: Final = 64  # files that a store is asked for together
 _UNKNOWN_SIZE: Final = 1 << 16
 _SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
 _WHOLE_NUMBER: Final = re.compile(r"[0-9]+")
-_NUMBER: Final = re.compile(r"[+-]?\d{1,18}(\.\d*)?([eE][+-]?\d+)?")
-_MAX_CLASSES: Final = 1 << 62
 
 
 class ImageFile(NamedTuple):
@@ -155,7 +151,7 @@ def _find_images(
     warnings: list[str] = []
     about: dict[str, Any] = {"source": "folder", "from": root, "lst": lst}
     if lst is not None:
-        files = list(_named_files(root, _list_rows(lst), faults))
+        files = list(_named_files(root, read_list_file(lst), faults))
     elif table is not None:
         files = list(_named_files(root, read_image_table(table), faults))
         about["table"] = table
@@ -265,22 +261,6 @@ def has_image_extension(path: str) -> bool:
     return path.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def _list_rows(lst: str) -> Iterator[ListedRow]:
-    """The rows of an `.lst` file."""
-    with RangeReader(lst) as reader:
-        lines = reader.read(0, reader.size).decode(errors="surrogateescape").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        location = f"{lst} line {number}"
-        try:
-            label, path = parse_list_line(line.rstrip("\r"))
-        except ValueError as error:
-            yield ListedRow(location, problem=str(error))
-        else:
-            yield ListedRow(location, path, str(label))
-
-
 def _named_files(root: str, rows: Iterable[ListedRow], faults: list[Fault]) -> Iterator[ImageFile]:
     """The files of a list or table that exist; the others are added to `faults`."""
     filesystem, top = resolve_url(root)
@@ -302,32 +282,6 @@ def _named_files(root: str, rows: Iterable[ListedRow], faults: list[Fault]) -> I
             faults.append(Fault(row.location, str(error)))
             continue
         yield ImageFile(path, row.label, size)
-
-
-def parse_list_line(line: str) -> tuple[int, str]:
-    """Label and path of a line in either dialect.
-
-    Raises:
-        ValueError: it is of neither, or its label is no class.
-    """
-    fields = line.split("\t")
-    if len(fields) >= 3 and _NUMBER.fullmatch(fields[0]):
-        second, last = (bool(_NUMBER.fullmatch(field)) for field in (fields[1], fields[-1]))
-        if second and not last:
-            return _label(fields[1]), fields[-1]
-        if not second and _NUMBER.fullmatch(fields[2]) and fields[0] in ("0", "1"):
-            return _label(fields[2]), fields[1]
-    raise ValueError(
-        f"{line[:60]!r} is neither number, label, path nor aligned, path, label (with tabs)"
-    )
-
-
-def _label(text: str) -> int:
-    """A class; whole numbers are read exactly, however large."""
-    value = Decimal(text)
-    if not 0 <= value < _MAX_CLASSES or value != int(value):
-        raise ValueError(f"label {text} is no class")
-    return int(value)
 
 
 def path_below_root(name: str, root: str) -> str:

@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config:
     assert "data.shards=/nowhere" in output and "index.json" in output
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> None:
     terminal = Terminal(cluster)
     run = load_config(str(config))

@@ -52,6 +52,7 @@ def left_behind(session: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_interrupted_continued_complete(config: Path) -> None:
     first = mhe("train", str(config))
     until(first, "checkpoint")
@@ -66,7 +67,7 @@ def test_interrupted_continued_complete(config: Path) -> None:
     assert not left_behind(first.pid)
 
     second = mhe("train", str(config))
-    output, _ = second.communicate(timeout=200)
+    output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
     assert "Resumed at step" in output
     for part in ("rank-1", "chance", "images/s", "export/timm", "backbone.onnx", "mlflow ui"):

@@ -16,6 +16,7 @@ from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 from mhe_dist.tracking.mlflow_client import is_permanent
+from mhe_dist.tracking.spool import MetricRecord, Spool
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,29 @@ def test_a_server_that_never_answers_ends_with_a_count(store, caplog, monkeypatc
     mlflow.close("failed")
     assert "2 values did not reach MLflow at http://***@server" in caplog.text
     assert "no route to http://***@server" in mlflow.problem
+
+
+class SlowStore(Outage):
+    """Takes one entry at a time, each in a quarter of the time that `close` waits."""
+
+    def calls(self, entries):
+        return [(lambda e=e: (time.sleep(0.05), self.sent.append(e)), 1) for e in entries]
+
+
+def test_sync_waits_for_a_slow_server_and_sends_more_than_a_run_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._QUEUE_LIMIT", 3)
+    server = SlowStore(failures=0)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow.MlflowStore", lambda *_: server)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._GRACE_S", 0.0)
+    values = {"run": {"dir": str(tmp_path)}, "data": {"shards": "x"}}
+    config = Config.model_validate(values | {"tracking": {"uri": "http://server"}})
+    spool = Spool(tmp_path / "run" / "mlflow")
+    for step in range(12):
+        spool.add(MetricRecord(step, 0, {"loss": 1.0}))
+    assert sync_mlflow(config) == 12
+    assert [entry.step for entry in server.sent[:-1]] == list(range(12))
+    assert len(spool) == 0
 
 
 def test_a_refused_record_does_not_block_the_next(store, caplog):

@@ -27,9 +27,9 @@ from pipelines.sources.heldout_split import HeldoutSplit
 from pipelines.sources.image_folder import (
     import_folder,
     import_split_folder,
-    parse_list_line,
     path_below_root,
 )
+from pipelines.sources.image_list import parse_list_line
 from tests.recordio_files import content, jpeg
 
 
