@@ -102,6 +102,7 @@ def test_core_objects_are_valid(rendered: dict[str, list[Object]], name: str) ->
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_ray_objects_are_what_kuberay_defines(rendered, name: str) -> None:
     (item,) = (item for item in rendered[name] if item["apiVersion"] == "ray.io/v1")

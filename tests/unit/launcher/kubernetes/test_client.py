@@ -127,6 +127,7 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_run_from_submission_to_its_end(api: Api, file: str, capsys) -> None:
     assert cli.run(["k8s", "submit", file, "--image", "mhe:1"]) == 0
     assert "small-1" in capsys.readouterr().out

@@ -119,6 +119,7 @@ def mhe(*words: str) -> int:
     return cli.run(["reproduce", *words, *DATA])
 
 
+@pytest.mark.slow
 def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys: Captured) -> None:
     assert mhe("small", "--only", "full,mhp", "--seeds", "1") == 0
     assert trainer.trained == ["small-full-seed0", "small-mhp-seed0"]
@@ -137,6 +138,7 @@ def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys:
     assert Path("runs/reproduce/results-small.png").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_run_by_run(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
@@ -173,6 +175,7 @@ def test_the_page_of_the_repository_is_written_only_if_it_is_named(trainer: Trai
     assert "| one-hot | 1 |" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_page_never_loses_results_to_a_folder_with_fewer(
     trainer: Trainer, capsys: Captured
 ) -> None:

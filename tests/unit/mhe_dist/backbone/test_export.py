@@ -109,6 +109,7 @@ def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> No
     assert export_onnx(model, config, str(tmp_path / "b.onnx"), images) < 1e-4
 
 
+@pytest.mark.slow
 def test_onnx_runtime_alone_runs_any_batch(trained, tmp_path: Path) -> None:
     model, config, images = trained
     path = tmp_path / "backbone.onnx"

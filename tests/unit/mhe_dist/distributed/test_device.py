@@ -78,6 +78,7 @@ def test_a_loop_without_a_config_follows_its_process_group(
     assert default_device() == torch.device(expected)
 
 
+@pytest.mark.slow
 def test_torchrun_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "train")
     words = ["configs/quickstart.yaml", "data.glyphs=null", f"data.shards={shards}"]

@@ -46,6 +46,7 @@ def test_vectors_decay_if_the_config_says_so(decay_vectors: bool, of_vectors: fl
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, of_vectors)
 
 
+@pytest.mark.slow
 def test_a_float32_run_has_no_tf32_and_deterministic_kernels(flags) -> None:
     assert flags["float32"] == [False, False, True, False]
 

@@ -49,6 +49,7 @@ def test_compiles_for_cards_of_two_generations_within_their_shared_memory() -> N
     assert run(str(HERE / "compile_kernels.py")).strip().endswith("all compiled")
 
 
+@pytest.mark.slow
 def test_the_cpu_path_never_imports_triton() -> None:
     code = (
         "import sys, torch; from mhe_dist.kernels.dispatch import use_kernels;"

@@ -140,6 +140,7 @@ def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
     return +seen
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10)
 @given(st.data())
 def test_any_reader_sees_each_sample_once_and_the_same_pixels(

@@ -167,6 +167,7 @@ def s3(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers: int) -> None:
     expected = load(loader_of(index, configure(), range(4), 0, 16))
@@ -179,6 +180,7 @@ def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers
     assert s3.faults >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) -> None:
     expected = load(loader_of(index, configure(), range(4), 0, 16))

@@ -88,6 +88,7 @@ def test_the_rank_ends_them_at_once(config: Config) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.slow
 def test_they_end_with_a_rank_that_is_killed(config: Config, tmp_path: Path) -> None:
     from mhe_dist.config.write import save_config
 

@@ -90,6 +90,7 @@ def test_a_process_killed_from_outside(
     )
 
 
+@pytest.mark.slow
 def test_a_decoder_that_crashes(
     index: ShardIndex, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

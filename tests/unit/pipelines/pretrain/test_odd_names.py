@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+@pytest.mark.slow
 def test_data_with_odd_names_are_indexed_verified_and_trained(folder: Path) -> None:
     data = str(folder / "data")
     made = index_shards([data])

@@ -18,6 +18,7 @@ class Refused(NullTracker):
     problem = "MLflow refuses values: the experiment was deleted"
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_exported_whatever_else_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

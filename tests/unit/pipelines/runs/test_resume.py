@@ -152,6 +152,7 @@ def test_changes_are_added_to_the_record_of_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.json").exists(), "the run is no longer complete"
 
 
+@pytest.mark.slow
 def test_every_entry_compares_the_settings_and_records_what_was_allowed(tmp_path: Path) -> None:
     """A finished run is refused another length, then goes on for more steps by name."""
     shards = tiny.write_shards(tmp_path / "shards")

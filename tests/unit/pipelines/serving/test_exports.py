@@ -105,6 +105,7 @@ def as_png(data: bytes) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["bytes", "base64", "data URL", "path"])
 def test_an_encoded_image_in_any_form(
     exported: Any, served: Any, tmp_path: Path, form: str

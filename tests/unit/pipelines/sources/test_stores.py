@@ -41,6 +41,7 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.slow
 def test_records_from_and_to_a_store(s3: str, tmp_path: Path) -> None:
     rec, idx = layout(items(5, 8), "classic")
     filesystem = fsspec.filesystem("s3")

@@ -64,6 +64,7 @@ def read(folder: Path) -> list[dict]:
     return list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
 
 
+@pytest.mark.slow
 def test_plain_webdataset_reads_them(made: Path) -> None:
     for name in ("train", "heldout"):
         index = ShardIndex.load(str(made / name))
@@ -135,6 +136,7 @@ def test_training_samples_are_shuffled(made: Path) -> None:
     assert labels != sorted(labels)
 
 
+@pytest.mark.slow
 def test_the_same_settings_make_the_same_data(fonts: Path, made: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     write_glyphs(str(fonts), str(tmp_path), SETTINGS, lambda *counts: seen.append(counts))
@@ -151,6 +153,7 @@ def test_an_existing_set_is_refused(fonts: Path, made: Path) -> None:
         write_glyphs(str(fonts), str(made), SETTINGS)
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on(
     fonts: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_folder_without_fonts_is_refused(tmp_path: Path) -> None:
         write_glyphs(str(tmp_path), str(tmp_path / "out"), SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
