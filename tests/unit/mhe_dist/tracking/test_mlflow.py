@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 
@@ -130,13 +131,13 @@ def test_planted_secrets_never_reach_mlflow(store, monkeypatch, tmp_path):
 
 
 class Outage:
-    """Stands in for the store: fails `failures` times, then takes everything."""
+    """Stands in for the store: fails `failures` times, then takes an entry in `delay` seconds."""
 
     uri = "http://user:password@server"
     run_id = None
 
-    def __init__(self, failures):
-        self.failures, self.sent = failures, []
+    def __init__(self, failures, delay=0.0):
+        self.failures, self.delay, self.sent = failures, delay, []
 
     def describe(self, params, tags):
         pass
@@ -148,7 +149,11 @@ class Outage:
         self.run_id = "abc"
 
     def calls(self, entries):
-        return [(lambda e=e: self.sent.append(e), 1) for e in entries]
+        return [(partial(self.take, entry), 1) for entry in entries]
+
+    def take(self, entry):
+        time.sleep(self.delay)
+        self.sent.append(entry)
 
 
 def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, caplog):
@@ -178,17 +183,10 @@ def test_a_server_that_never_answers_ends_with_a_count(store, caplog, monkeypatc
     assert "no route to http://***@server" in mlflow.problem
 
 
-class SlowStore(Outage):
-    """Takes one entry at a time, each in a quarter of the time that `close` waits."""
-
-    def calls(self, entries):
-        return [(lambda e=e: (time.sleep(0.05), self.sent.append(e)), 1) for e in entries]
-
-
 def test_sync_waits_for_a_slow_server_and_sends_more_than_a_run_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 1.5)  # all takes 1.8 s, each 0.15 s
     monkeypatch.setattr("mhe_dist.tracking.mlflow._QUEUE_LIMIT", 3)
-    server = SlowStore(failures=0)
+    server = Outage(failures=0, delay=0.15)
     monkeypatch.setattr("mhe_dist.tracking.mlflow.MlflowStore", lambda *_: server)
     monkeypatch.setattr("mhe_dist.tracking.mlflow._GRACE_S", 0.0)
     values = {"run": {"dir": str(tmp_path)}, "data": {"shards": "x"}}

@@ -29,7 +29,6 @@ from pipelines.sources.image_folder import (
     import_split_folder,
     path_below_root,
 )
-from pipelines.sources.image_list import parse_list_line
 from tests.recordio_files import content, jpeg
 
 
@@ -329,16 +328,6 @@ def test_any_path_stays_inside_or_is_refused(name: str) -> None:
         return
     assert Path("/data/root", path).is_relative_to("/data/root")
     assert ".." not in path.split("/")
-
-
-@given(st.text(alphabet="0123456789.e+-\t/ab", max_size=30))
-def test_any_line_is_read_or_refused(line: str) -> None:
-    try:
-        label, path = parse_list_line(line)
-    except ValueError:
-        return
-    assert label >= 0
-    assert path in line.split("\t")
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
