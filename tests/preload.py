@@ -2,7 +2,7 @@
 
 import torch
 
-from mhe_dist.engine.engine import import_deepspeed
+from mhe_dist.engine.deepspeed_import import import_deepspeed
 from pipelines.pretrain.main import run_pretraining
 
 torch.set_num_threads(1)

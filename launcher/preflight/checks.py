@@ -143,7 +143,7 @@ def check_selection(config: Config) -> None:
     Raises:
         UserError: names the file and the cure.
     """
-    from pipelines.data.mixture.index import (  # brings torch
+    from pipelines.data.mixture.index import (
         needs_mixture,
         open_training_index,
         samples_per_epoch,

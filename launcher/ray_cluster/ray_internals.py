@@ -10,8 +10,9 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,22 +34,31 @@ def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
     all processes of a job to stop does not end those that its save needs. `end_local_ray` ends
     them; they end with this process, too, by the signal that Ray asks the kernel for.
 
-    Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`; no
-    process of Ray sets its signal mask anew.
+    What would scale the cluster or collect its processes' output for this one is left out.
+
+    Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`, and
+    `RayParams`, which it makes; no process of Ray sets its signal mask anew.
     """
     import ray
+    from ray._private import parameter
 
-    with _sigterm_kept():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=object_store_bytes,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=folder,
-        )
+    module: Any = parameter
+    all_services = module.RayParams
+    module.RayParams = partial(all_services, no_monitor=True, include_log_monitor=False)
+    try:
+        with _sigterm_kept():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=object_store_bytes,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+            )
+    finally:
+        module.RayParams = all_services
 
 
 def connect(address: str, namespace: str) -> None:
@@ -85,28 +95,43 @@ def _sigterm_kept() -> Iterator[None]:
 
 
 def end_local_ray() -> None:
-    """Leave the cluster that this process started, and end all its processes.
+    """Leave the cluster that this process started, and end all its processes at once.
 
-    Checked with Ray 2.60.0: `ray._private.worker._global_node.all_processes`.
+    Ray itself asks one after another by SIGTERM, which they hold back, and waits a second for each.
+
+    Checked with Ray 2.60.0: `ray._private.worker._global_node` with `all_processes` and
+    `kill_all_processes`, which `ray.shutdown` calls once this process is disconnected.
     """
-    import psutil
     import ray
 
-    processes: list[psutil.Process] = []
     if node := ray._private.worker._global_node:
-        for info in chain.from_iterable(node.all_processes.values()):
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(info.process.pid)
-                processes += [process, *process.children(recursive=True)]
+        node.kill_all_processes = lambda **_: _kill(
+            info.process.pid for info in chain.from_iterable(node.all_processes.values())
+        )
     ray.shutdown()
-    for process in processes:
+
+
+def _kill(pids: Iterable[int]) -> None:
+    """Kill children of this process with their descendants, and wait for the children's end.
+
+    The descendants are others' to wait for: some containers' first process does so once a second.
+    """
+    import psutil
+
+    children: list[psutil.Process] = []
+    descendants: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            children.append(psutil.Process(pid))
+            descendants += children[-1].children(recursive=True)
+    for process in [*children, *descendants]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, timeout=KILLED_WITHIN_S)
+    psutil.wait_procs(children, timeout=KILLED_WITHIN_S)
 
 
-def create_trainer(fit_group: Callable[[int], int] | None, **arguments: Any) -> Any:
-    """A `TorchTrainer` that leases its resources, and whose group has a size that the run can use.
+def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arguments: Any) -> Any:
+    """A trainer that leases its resources, and whose group has a size that the run can use.
 
     Ray's elastic policy takes whatever number of workers there is room for; a run can only use
     numbers that divide its micro-batches. And what a run reserves of a cluster stays reserved for
@@ -114,21 +139,32 @@ def create_trainer(fit_group: Callable[[int], int] | None, **arguments: Any) -> 
     elastic run waits: here a reservation is a short lease that its holder renews. The policy
     travels to Ray's controller instead of Ray's own.
 
+    Ray starts an actor for each of its services, one after the other, and each takes seconds. A run
+    needs none for Ray Data, and alone on its cluster none that shares the cluster out or frees what
+    a lost controller held.
+
     Checked with Ray 2.60.0: `ScalingPolicy.after_controller_start`,
     `ElasticScalingPolicy.make_decision_for_non_running_worker_group` and `_count_possible_workers`,
-    `TorchTrainer._initialize_and_run_controller(scaling_policy=...)`.
+    `FixedScalingPolicy._maybe_send_resource_request`,
+    `DataParallelTrainer._initialize_and_run_controller(scaling_policy=...)` and
+    `_create_default_callbacks`.
 
     Args:
         fit_group: number of workers that can be used of those there is room for; None: the number
             of `scaling_config` is fixed.
-        arguments: of `TorchTrainer`.
+        is_alone: whether the cluster is this run's alone, and ends with it.
+        arguments: of `DataParallelTrainer`.
     """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2._internal.execution.scaling_policy import (
         ElasticScalingPolicy,
         FixedScalingPolicy,
         ScalingPolicy,
     )
-    from ray.train.v2.torch.torch_trainer import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Leased(ScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
@@ -138,6 +174,13 @@ def create_trainer(fit_group: Callable[[int], int] | None, **arguments: Any) -> 
 
     class Fixed(Leased, FixedScalingPolicy):
         pass
+
+    class Alone(FixedScalingPolicy):
+        def after_controller_start(self, train_run_context: Any) -> None:
+            """Reserve nothing: nobody else is there."""
+
+        def _maybe_send_resource_request(self) -> None:
+            pass
 
     class Elastic(Leased, ElasticScalingPolicy):
         def make_decision_for_non_running_worker_group(self) -> Any:
@@ -151,11 +194,17 @@ def create_trainer(fit_group: Callable[[int], int] | None, **arguments: Any) -> 
             assert fit_group
             return fit_group(super()._count_possible_workers(reserved_resources))
 
-    class Trainer(TorchTrainer):
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_alone else (DatasetsCallback,)
+
+    class Trainer(DataParallelTrainer):
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            policy = Elastic if fit_group else Fixed
+            policy = Elastic if fit_group else Alone if is_alone else Fixed
             parts["scaling_policy"] = policy(arguments["scaling_config"])
             return super()._initialize_and_run_controller(**parts)
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     return Trainer(**arguments)
 

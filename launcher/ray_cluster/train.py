@@ -20,7 +20,6 @@ from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, ends_group, mailbox_
 from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed.device import choose_device
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
@@ -45,7 +44,7 @@ def train_locally(config: Config, handle: Callable[[Event], None]) -> None:
         Preempted: SIGTERM came, and the run saved itself within `GRACE_S`.
     """
     with local_cluster(config):
-        _train(config, handle)
+        _train(config, handle, is_alone=True)
 
 
 def train_on_cluster(address: str, config: Config, handle: Callable[[Event], None]) -> None:
@@ -57,10 +56,10 @@ def train_on_cluster(address: str, config: Config, handle: Callable[[Event], Non
         handle: called with each event, in order.
     """
     with existing_cluster(address):
-        _train(config, handle)
+        _train(config, handle, is_alone=False)
 
 
-def _train(config: Config, handle: Callable[[Event], None]) -> None:
+def _train(config: Config, handle: Callable[[Event], None], is_alone: bool) -> None:
     stop_requested = threading.Event()
     task: _TrainTask | None = None
 
@@ -71,7 +70,7 @@ def _train(config: Config, handle: Callable[[Event], None]) -> None:
             raise Preempted(f"told to stop while its workers started; {_RESUMABLE}")
 
     with signals_deferred(_stop, GRACE_S) as check_signals:
-        task = _TrainTask(config)
+        task = _TrainTask(config, is_alone)
 
         def _has_ended() -> bool:
             check_signals()
@@ -81,9 +80,14 @@ def _train(config: Config, handle: Callable[[Event], None]) -> None:
 
 
 class _TrainTask:
-    """Ray Train at work, seen from the driver."""
+    """Ray Train at work, seen from the driver.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: what to run.
+        is_alone: whether the cluster is this run's alone.
+    """
+
+    def __init__(self, config: Config, is_alone: bool) -> None:
         import ray
 
         # Both stay on the driver's node: a lost node of workers must not take them along.
@@ -101,7 +105,7 @@ class _TrainTask:
         # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
         # the whole process, from native code, before anything can be tidied up.
         self._settings = _worker_settings(config, self._mailbox)
-        self._task = task.remote(self._settings)
+        self._task = task.remote(self._settings, is_alone)
 
     def has_ended(self) -> bool:
         """Whether Ray Train has come to its end; waits a moment for that."""
@@ -191,20 +195,20 @@ def _worker_settings(config: Config, mailbox: Any) -> dict[str, Any]:
     }
 
 
-def _fit(settings: dict[str, Any]) -> None:
+def _fit(settings: dict[str, Any], is_alone: bool) -> None:
     """Run Ray Train's controller to its end, in a process of its own."""
-    from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+
+    from launcher.ray_cluster.rank_environment import rank_environment
 
     config = Config.model_validate(settings["config"])
     scale = config.scale
     trainer = ray_internals.create_trainer(
         partial(group_size, config=config) if scale.elastic else None,
+        is_alone,
         train_loop_per_worker=train_worker,
         train_loop_config=settings,
-        torch_config=TorchConfig(
-            backend=choose_device(scale.gpu).backend, timeout_s=int(scale.timeout_s)
-        ),
+        backend_config=rank_environment(),
         scaling_config=ScalingConfig(
             num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,
             elastic_resize_monitor_interval_s=RESIZE_CHECK_S,

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist import seeds
 from mhe_dist.kernels.dispatch import use_kernels
+from mhe_dist.noise import normal_rows
 
 
 def noise_rows(key: int, classes: Tensor, width: int, std: float, columns: int) -> Tensor:
@@ -24,6 +24,6 @@ def noise_rows(key: int, classes: Tensor, width: int, std: float, columns: int) 
         from mhe_dist.kernels.first_rows import first_rows
 
         return first_rows(key, classes, width, std, columns)
-    rows = seeds.normal_rows(key, classes.view(-1), width, torch.float32)
+    rows = normal_rows(key, classes.view(-1), width, torch.float32)
     rows = rows.mul_(std).masked_fill_(classes.view(-1, 1) < 0, 0.0)
     return F.pad(rows, (0, columns - width)).view(*classes.shape, columns)

@@ -7,9 +7,7 @@ averaged over the micro-batches of a rank and over the ranks; heads scale their 
 
 from __future__ import annotations
 
-import os
 import sys
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +22,7 @@ from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology, connect, disconnect
 from mhe_dist.engine.batchnorm import RunningStatistics
+from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, ExactSum, sum_dtype, sum_in_float64
 from mhe_dist.engine.settings import (
     deepspeed_settings,
@@ -250,23 +249,6 @@ class Engine:
     def _averages(self) -> dict[str, Tensor]:
         tensors = {} if self._average is None else self._average.tensors
         return {EMA_PREFIX + name: tensor for name, tensor in tensors.items()}
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, set up for `device`, without its comm extension and without its chatter.
-
-    It chooses its accelerator when it is imported, hence not at the top of this file. The
-    extension would need a C++ compiler on every machine and gains nothing over gloo here.
-    """
-    if "deepspeed" not in sys.modules:
-        os.environ["DS_ACCELERATOR"] = device.type
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("ERROR")
-    # Its calls of torch functions that were renamed would warn on every rank.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    return deepspeed
 
 
 def leave_process_group() -> None:

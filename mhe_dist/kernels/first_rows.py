@@ -1,4 +1,4 @@
-"""Noise of first rows in one pass; `mhe_dist.seeds.normal_rows` is the definition.
+"""Noise of first rows in one pass; `mhe_dist.noise.normal_rows` is the definition.
 
 No operation is fused or reordered, so the bits are those of the definition on the same device. (On
 CPUs torch takes its square roots from MKL, which misses the nearest float32 in some of them.)
@@ -11,14 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mhe_dist import seeds
 from mhe_dist.kernels import dispatch
 from mhe_dist.kernels.dispatch import KernelTraffic
+from mhe_dist.noise import COS, GOLDEN, LOG2, MIX_A, MIX_B, SIN
+from mhe_dist.seeds import derive
 
 _TILE = 1024  # values of a program
-_GOLDEN = tl.constexpr(seeds.GOLDEN)
-_MIX_A = tl.constexpr(seeds.MIX_A)
-_MIX_B = tl.constexpr(seeds.MIX_B)
+_GOLDEN = tl.constexpr(GOLDEN)
+_MIX_A = tl.constexpr(MIX_A)
+_MIX_B = tl.constexpr(MIX_B)
 
 
 def first_rows(key: int, classes: Tensor, width: int, std: float, columns: int) -> Tensor:
@@ -32,14 +33,14 @@ def first_rows(key: int, classes: Tensor, width: int, std: float, columns: int) 
             KernelTraffic(classes.nbytes, rows.nbytes),
             classes.contiguous(),
             rows,
-            seeds.derive(key, "normal_rows"),
+            derive(key, "normal_rows"),
             std,
             width=width,
             columns=columns,
             pairs=(width + 1) // 2,
-            log2=seeds.LOG2,
-            sine=seeds.SIN,
-            cosine=seeds.COS,
+            log2=LOG2,
+            sine=SIN,
+            cosine=COS,
             block=block,
             enable_fp_fusion=False,
         )

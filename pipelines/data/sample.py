@@ -12,8 +12,6 @@ import zlib
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
-import webdataset.tariterators as tars
-
 from mhe_dist.config.data import MAX_PIXELS
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
 from pipelines.data.order import ShardSpan
@@ -138,6 +136,8 @@ def parse_members(raw: memoryview, alone: bool = True) -> dict[str, Any]:
     files = _plain_members(raw)
     if files and (sample := _only_sample(files)) is not None:
         return sample
+    import webdataset.tariterators as tars  # seconds, as it imports torch; few samples need it
+
     try:
         if files is None:
             source = {"url": "", "stream": io.BytesIO(raw)}

@@ -22,7 +22,7 @@ from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.engine.engine import import_deepspeed
+from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
 from pipelines.data.mixture.index import open_training_index, samples_per_epoch

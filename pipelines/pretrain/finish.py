@@ -22,7 +22,6 @@ from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain import preemption
 from pipelines.pretrain.run import Run
-from pipelines.report.plots import draw_plots
 from pipelines.serving.exports import write_format
 from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, write_model_card
@@ -125,6 +124,8 @@ def _export(
 
 def _draw(run: Run, evaluation: Evaluation) -> None:
     """Pictures in `<run>/plots`, and what is worth keeping beside them, to MLflow too."""
+    from pipelines.report.plots import draw_plots  # matplotlib, which no step needs
+
     folder = Path(run.config.run.path)
     if evaluation.details:
         evaluation.save(folder / "evaluation.npz")

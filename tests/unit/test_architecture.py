@@ -23,11 +23,12 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "seeds": set(),
         "redact": set(),
         "lazy": set(),
+        "noise": {"seeds"},
         "distributed": {"errors"},
         "config": {"errors", "redact"},
         "checkpoint": {"errors", "distributed"},
-        "kernels": {"seeds"},
-        "bank": {"seeds", "kernels", "config", "distributed"},
+        "kernels": {"seeds", "noise"},
+        "bank": {"seeds", "noise", "kernels", "config", "distributed"},
         "backbone": {"errors", "seeds", "config", "checkpoint", "distributed"},
         "tracking": {"errors", "redact", "config"},
         "heads": {"errors", "seeds", "kernels", "bank", "config", "distributed"},
@@ -232,7 +233,7 @@ def test_the_training_library_knows_no_tar_files() -> None:
 
 
 def test_only_the_engine_imports_deepspeed() -> None:
-    assert importing("deepspeed") == {"mhe_dist.engine.engine"}
+    assert importing("deepspeed") == {"mhe_dist.engine.deepspeed_import"}
 
 
 def test_only_the_topology_creates_process_groups() -> None:

@@ -9,9 +9,10 @@ import pytest
 from launcher.ray_cluster import ray_internals
 
 
-def policy_of(fit_group: Any, workers: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def policy_of(
+    fit_group: Any, workers: Any, monkeypatch: pytest.MonkeyPatch, is_alone: bool = False
+) -> Any:
     """The scaling policy that a trainer hands to Ray's controller."""
-    from ray.train.v2.api.config import ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     monkeypatch.setattr(
@@ -19,12 +20,19 @@ def policy_of(fit_group: Any, workers: Any, monkeypatch: pytest.MonkeyPatch) -> 
         "_initialize_and_run_controller",
         lambda self, **parts: parts["scaling_policy"],
     )
-    trainer = ray_internals.create_trainer(
+    trainer = trainer_of(fit_group, workers, is_alone)
+    return trainer._initialize_and_run_controller(scaling_policy=None)
+
+
+def trainer_of(fit_group: Any, workers: Any, is_alone: bool) -> Any:
+    from ray.train.v2.api.config import ScalingConfig
+
+    return ray_internals.create_trainer(
         fit_group,
+        is_alone,
         train_loop_per_worker=lambda: None,
         scaling_config=ScalingConfig(num_workers=workers),
     )
-    return trainer._initialize_and_run_controller(scaling_policy=None)
 
 
 def test_an_elastic_group_has_a_size_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +54,25 @@ def test_a_fixed_group_leases_too(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     policy.after_controller_start("context")
     assert contexts == ["context"]
+
+
+def test_a_run_alone_reserves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(None, 2, monkeypatch, is_alone=True)
+    policy.after_controller_start("context")  # would ask an actor, and there is no cluster
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 2
+    policy.before_controller_abort()
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_services_that_a_run_does_not_use_are_not_started(is_alone: bool) -> None:
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    trainer = trainer_of(None, 2, is_alone)
+    all_of_ray = {type(c).__name__ for c in DataParallelTrainer._create_default_callbacks(trainer)}
+    started = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    unused = {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if is_alone else set())
+    assert unused < all_of_ray
+    assert started == all_of_ray - unused
 
 
 def test_a_callback_runs_a_function_on_all_workers() -> None:

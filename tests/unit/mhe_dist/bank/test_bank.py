@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhe_dist import seeds
 from mhe_dist.bank import row_store
 from mhe_dist.bank.bank import Bank, round_stochastically
+from mhe_dist.noise import normal_rows
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)
@@ -19,7 +19,7 @@ UNITS = range(100, 120)
 
 def initial(units: Tensor) -> Tensor:
     """Rows `[U, 3, 4]` that depend on the unit alone."""
-    return seeds.normal_rows(1, units, 12, torch.float32).view(-1, 3, 4)
+    return normal_rows(1, units, 12, torch.float32).view(-1, 3, 4)
 
 
 def bank(memory: str = "device", folder: Path | None = None, **options: object) -> Bank:

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mhe_dist import seeds
+from mhe_dist import noise
 from mhe_dist.kernels import first_rows, row_read, row_update
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
@@ -45,7 +45,7 @@ def row_read_cases() -> Iterator[Case]:
 
 def first_rows_cases() -> Iterator[Case]:
     types = {"classes": "*i64", "rows": "*fp32", "key": "i64", "std": "fp32"}
-    tables = {"log2": seeds.LOG2, "sine": seeds.SIN, "cosine": seeds.COS}
+    tables = {"log2": noise.LOG2, "sine": noise.SIN, "cosine": noise.COS}
     flags = {"width": 512, "columns": 513, "pairs": 256, "block": 1024}
     yield first_rows._first_rows_kernel, types, flags | tables
 
