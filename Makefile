@@ -5,9 +5,10 @@ EXTRAS ?= dev,s3,gcs,k8s
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick chaos cluster gpu zoo check format install constraints clean
+.PHONY: help train test quick chaos cluster gpu zoo check format docs install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -50,16 +51,20 @@ format: $(INSTALLED)  ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCS_INSTALLED)  ## The documentation site, in site/: strict, links between pages checked; ten seconds
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html can be opened as it is: it needs no network and no server."
+
 install: $(INSTALLED)  ## The environment alone, in .venv
 
-constraints: $(INSTALLED)  ## Write constraints.txt from what .venv holds (see CONTRIBUTING.md)
+constraints: $(INSTALLED) $(DOCS_INSTALLED)  ## Write constraints.txt from what .venv holds (see CONTRIBUTING.md)
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(BIN)/python -m pip list --format=freeze --exclude-editable \
 	   | grep -v -E '^(pip|wheel)=='; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:  ## Remove the environment and caches; data and runs stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
@@ -68,4 +73,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing the pinned dependencies in $(VENV): a few minutes, 7 GB."
 	$(BIN)/python -m pip install --disable-pip-version-check \
 	  -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Twenty small packages that no test needs.
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+	  -c constraints.txt -e '.[docs]'
 	@touch $@

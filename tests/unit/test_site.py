@@ -1,0 +1,92 @@
+"""The documentation site, without building it: every page has its place, the API page is whole."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tools import site_pages
+
+ROOT = Path(__file__).parents[2]
+SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def test_every_page_has_its_place() -> None:
+    placed = [name for _, name in walk_nav(SITE["nav"])]
+    there = {path.name for path in ROOT.glob("docs/*.md")} | site_pages.pages().keys()
+    assert sorted(placed) == sorted(there)
+
+
+def walk_nav(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Title and page of each entry of a navigation, sections flattened."""
+    pairs = [pair for entry in entries for pair in entry.items()]
+    return [
+        found
+        for title, inside in pairs
+        for found in (walk_nav(inside) if isinstance(inside, list) else [(title, inside)])
+    ]
+
+
+def test_every_section_of_the_readme_is_on_one_page() -> None:
+    found = site_pages.sections((ROOT / "README.md").read_text())
+    used = [name for names in site_pages.README_PAGES.values() for name in names]
+    assert sorted(used) == sorted(found)
+
+
+def test_pages_of_the_root_link_to_pages_of_the_site() -> None:
+    there = {path.name for path in ROOT.glob("docs/*")} | site_pages.pages().keys()
+    for name, text in site_pages.pages().items():
+        assert text.startswith("# "), name
+        assert {link for _, link in site_pages.LINK.findall(text)} <= there, name
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("docs/data.md#glyphs", "data.md#glyphs"),
+        ("README.md#installing", "install.md"),
+        ("README.md#how-it-works", "index.md#how-it-works"),
+        ("configs/quickstart.yaml", "recipes.md#quickstart"),
+        ("CHANGELOG.md", "changelog.md"),
+    ],
+)
+def test_a_link_leads_to_the_page_that_holds_its_file(link: str, target: str) -> None:
+    assert site_pages.link_target(link) == target
+
+
+def test_a_link_to_no_section_of_the_readme_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no such section"):
+        site_pages.link_target("README.md#nowhere")
+
+
+def test_every_config_is_a_recipe() -> None:
+    found = re.findall(r"^## (\w+)$", site_pages.recipes_page(), re.MULTILINE)
+    assert found == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize("door", ["mhe_dist", "pipelines", "launcher"])
+def test_the_api_page_has_every_name_of_a_door(door: str) -> None:
+    """Once on the page: launcher's errors that mhe_dist has as well stand there."""
+    sections = site_pages.sections((ROOT / "docs" / "api.md").read_text())
+    listed = re.findall(r"^::: ([\w.]+)$", sections[door], re.MULTILINE)
+    names = {name.rpartition(".")[2] for name in listed}
+    elsewhere = {"RunError", "UserError"} if door == "launcher" else set()
+    modules = import_module(door)._MODULES
+    assert names == modules.keys() - elsewhere
+    assert sorted(listed) == sorted(f"{modules[name]}.{name}" for name in names)
+
+
+def test_what_the_network_would_be_needed_for_is_found() -> None:
+    tags = [
+        '<script src="https://unpkg.com/x"></script>',
+        '<link rel="stylesheet" href="//fonts.googleapis.com/css">',
+        '<img alt="x" src="http://host/a.png">',
+    ]
+    here = '<a href="https://arxiv.org">x</a><img src="head.png"><script src="a.js"></script>'
+    assert len(site_pages.loaded_from_elsewhere(here + "".join(tags))) == 3
+    assert not site_pages.loaded_from_elsewhere(here)
