@@ -22,6 +22,7 @@ CITATION = re.compile(r"docs/(?P<page>\w+)\.md(?:\s+section\s+(?P<section>\d+))?
 # Pages that are not part of the repository.
 ELSEWHERE = re.compile(r"\b(?:DESIGN|FORMATS|FACTS|PAPER|HOUSE)(?:\.md\b|,? section \d)")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+FILE = re.compile(r"`((?:configs|docs|launcher|mhe_dist|pipelines|tests|tools)/[\w./-]+)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -44,6 +45,12 @@ def test_nothing_cites_pages_that_are_not_in_the_repository() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     missing = [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    missing = [name for name in FILE.findall(page.read_text()) if not (ROOT / name).exists()]
     assert not missing
 
 
