@@ -72,6 +72,12 @@ def test_the_readme_tells_the_extras_apart() -> None:
         assert any(re.match(rf"{package}\b", each) for each in extras[name])
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_that_a_page_names_are_in_the_makefile(page: Path) -> None:
+    named = set(re.findall(r"(?:^ {4}|`)make (\w+)", page.read_text(), re.M))
+    assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+
+
 def test_the_release_checklist_names_what_there_is() -> None:
     text = (ROOT / "docs" / "releasing.md").read_text()
     targets = set(re.findall(r"`make (\w+)`", text))
