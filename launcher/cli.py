@@ -72,7 +72,7 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "report": (
         "launcher.verbs.results:report",
-        "Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.",
+        "Write one HTML page about a run, or one that compares several.",
     ),
     "reproduce": (
         "launcher.verbs.reproduce:reproduce",

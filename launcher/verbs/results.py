@@ -155,21 +155,37 @@ def embed(
 
 
 def report(
-    run: RunName,
-    out: Annotated[str, typer.Option(help="The page; report.html of the run if left out.")] = "",
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Folder or URL of a run, or its name in runs/; or several."
+        ),
+    ],
+    out: Annotated[
+        str,
+        typer.Option(help="The page; report.html of the run, or comparison.html, if left out."),
+    ] = "",
 ) -> None:
-    """Write one HTML page about a run: figures, curves, ROC, restarts, bad samples, settings.
+    """Write one HTML page about a run, or one that compares several.
 
-    The page needs no network and no other file. Works during the run, too.
+    Of one run: figures, curves, ROC, restarts, bad samples, settings. Of several: figures side by
+    side, curves over each other, the settings in which they differ. The page needs no network and
+    no other file. Works during the run, too.
 
     Example: mhe report quickstart --out quickstart.html
+
+    Example: mhe report quickstart wide narrow
     """
     from pipelines.report.html import write_run_page
+    from pipelines.report.run_comparison import write_comparison_page
 
-    path = find_run(run.rstrip("/"))
-    target = out or f"{path}/report.html"
-    with console.out.status(f"drawing {escape(path)}"):
-        sections = write_run_page(path, target)
+    paths = list(dict.fromkeys(find_run(run.rstrip("/")) for run in runs))
+    target = out or (f"{paths[0]}/report.html" if len(paths) == 1 else "comparison.html")
+    with console.out.status(f"drawing {escape(', '.join(paths))}"):
+        if len(paths) == 1:
+            sections = write_run_page(paths[0], target)
+        else:
+            sections = write_comparison_page(paths, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
     console.list_next([("see it", ["python", "-m", "webbrowser", target])])
 

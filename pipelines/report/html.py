@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,9 +70,9 @@ def write_run_page(run: str, out: str) -> list[str]:
     Raises:
         UserError: there is no run, or its records are damaged.
     """
-    config = stored_config(yaml.safe_load(_read_bytes(f"{run}/config.yaml") or b"{}"))
+    config = stored_config(yaml.safe_load(read_bytes(f"{run}/config.yaml") or b"{}"))
     records = read_records(f"{run}/metrics.jsonl")
-    summary = json.loads(_read_bytes(f"{run}/summary.json") or b"{}")
+    summary = json.loads(read_bytes(f"{run}/summary.json") or b"{}")
     sections = [
         *_picture_sections(run, config, summary.get("protocol", "")),
         *_evaluation_sections(run),
@@ -81,30 +81,48 @@ def write_run_page(run: str, out: str) -> list[str]:
         _bad_samples_section(run),
         _settings_section(config),
     ]
+    subtitle = _subtitle(config, records, summary)
+    write_page(out, config.run.name, subtitle, list(_tiles(records, summary)), sections)
+    return [section.title for section in sections]
+
+
+def write_page(
+    out: str,
+    name: str,
+    subtitle: str,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[PageSection],
+) -> None:
+    """Write a page from its parts; an existing file is replaced.
+
+    Args:
+        out: path or URL of the page.
+        name: its title.
+        subtitle: below the title.
+        tiles: the most important figures, as (name, value).
+        sections: in their order.
+    """
     template = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     ).get_template("page.html.j2")
-    page = template.render(
-        name=config.run.name,
-        subtitle=_subtitle(config, records, summary),
-        tiles=list(_tiles(records, summary)),
-        sections=sections,
-    )
+    page = template.render(name=name, subtitle=subtitle, tiles=tiles, sections=sections)
     with atomic_write(out) as stream:
         stream.write(page.encode())
-    return [section.title for section in sections]
 
 
 def _subtitle(config: Config, records: Records, summary: dict[str, Any]) -> str:
     data = f"{summary['classes']:,} classes, {summary['samples']:,} images; " if summary else ""
-    state = "complete" if summary else f"under way or interrupted, {_steps(records):,} steps so far"
+    state = (
+        "complete" if summary else f"under way or interrupted, {steps_done(records):,} steps so far"
+    )
     return f"{data}{config.model.name} under {config.head.kind}, {config.head.margin.kind}; {state}"
 
 
-def _steps(records: Records) -> int:
+def steps_done(records: Records) -> int:
+    """Steps of a run that its records have."""
     return max((record["step"] + 1 for record in records if "loss" in record), default=0)
 
 
@@ -122,7 +140,7 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
     losses = [record["loss"] for record in records if "loss" in record]
     if losses:
         yield "training loss, last step", f"{losses[-1]:.3f}"
-    yield "steps", f"{_steps(records):,}"
+    yield "steps", f"{steps_done(records):,}"
     rates = sorted(record["images_per_s"] for record in records if "images_per_s" in record)
     if rates:
         yield "images per second, median", f"{rates[len(rates) // 2]:,.0f}"
@@ -135,7 +153,7 @@ def _picture_sections(run: str, config: Config, protocol: str) -> Iterator[PageS
     """The plots that `mhe train` draws too, drawn again from the records."""
     with TemporaryDirectory() as folder:
         for name in ("metrics.jsonl", "evaluation.npz"):
-            if (content := _read_bytes(f"{run}/{name}")) is not None:
+            if (content := read_bytes(f"{run}/{name}")) is not None:
                 Path(folder, name).write_bytes(content)
         paths = draw_plots(folder, config.evaluate.shards, config.data.image_size)
         drawn = {path.stem: path for path in paths}
@@ -143,7 +161,7 @@ def _picture_sections(run: str, config: Config, protocol: str) -> Iterator[PageS
             if name in drawn:
                 says = f" ({protocol})" if name == "heldout" and protocol else ""
                 yield PageSection(
-                    title, f"{text}{says}", [_picture(title, drawn[name].read_bytes())]
+                    title, f"{text}{says}", [picture(title, drawn[name].read_bytes())]
                 )
 
 
@@ -154,12 +172,12 @@ def _evaluation_sections(run: str) -> Iterator[PageSection]:
     for name in (name for name in list_folder(folder) if name.endswith(".json")):
         saved = json.loads(filesystem.cat_file(name))
         stem = name.rpartition("/")[2].removesuffix(".json")
-        drawn = _read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png")
-        rows = [[key, _format_value(value)] for key, value in _flatten(saved["results"])]
+        drawn = read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png")
+        rows = [[key, format_value(value)] for key, value in _flatten(saved["results"])]
         yield PageSection(
             f"Evaluation: {stem}",
             f"Checkpoint of step {saved['step']:,}",
-            [_picture(f"ROC of {stem}", drawn)] if drawn else [],
+            [picture(f"ROC of {stem}", drawn)] if drawn else [],
             ["figure", "value"],
             rows,
             narrow=True,
@@ -176,7 +194,7 @@ def _export_sections(summary: dict[str, Any]) -> Iterator[PageSection]:
 
 def _restarts_section(records: Records) -> PageSection:
     rows = [
-        [f"{record['step'] + 1:,}", *(_format_value(record.get(key, "")) for key in _RESTART)]
+        [f"{record['step'] + 1:,}", *(format_value(record.get(key, "")) for key in _RESTART)]
         for record in records
         if any(key in record for key in _RESTART)
     ]
@@ -205,7 +223,7 @@ def _bad_samples_section(run: str) -> PageSection:
 def _settings_section(config: Config) -> PageSection:
     """The settings that differ from the defaults as a table, and all of them as YAML."""
     rows = [
-        [entry.path, _format_value(entry.value)]
+        [entry.path, format_value(entry.value)]
         for entry in describe_config(config)
         if entry.value != entry.default
     ]
@@ -227,18 +245,21 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _format_value(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A setting or figure as a cell of a table shows it."""
     if isinstance(value, list):
-        return ", ".join(map(_format_value, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, float):
         return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.5g}"
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def _picture(alt: str, content: bytes) -> Picture:
+def picture(alt: str, content: bytes) -> Picture:
+    """A PNG for a page, with the text that describes it."""
     return Picture(alt, base64.b64encode(content).decode())
 
 
-def _read_bytes(url: str) -> bytes | None:
+def read_bytes(url: str) -> bytes | None:
+    """The file at a path or URL; None if there is none."""
     filesystem, path = resolve_url(url)
     return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None

@@ -53,7 +53,7 @@ HELDOUT: Final = (
     ("accuracy", "1:1 accuracy"),
     ("tar@far=1e-3", "TAR@FAR=1e-3"),
 )
-_SMOOTH: Final = 0.02  # share of the steps in the running mean of the loss
+SMOOTH: Final = 0.02  # share of the steps in the running mean of the loss
 
 Records = Sequence[dict[str, Any]]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -117,7 +117,7 @@ def plot_loss(axes: Axes, records: Records) -> None:
     """Plot the loss per step, and its running mean."""
     steps, values = series(records, "loss")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, running_mean(values, max(1, round(_SMOOTH * len(values)))), color=BLUE)
+    axes.plot(steps, running_mean(values, max(1, round(SMOOTH * len(values)))), color=BLUE)
     axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
     finite = values[np.isfinite(values)]
     if len(finite):
@@ -128,7 +128,7 @@ def plot_accuracy(axes: Axes, records: Records) -> None:
     """Plot the share of training images whose class scores highest in their softmax."""
     axes.plot(*series(records, "accuracy"), color=BLUE)
     axes.set(title="Training accuracy, classes seen", xlabel="step")
-    _percent_axis(axes)
+    percent_axis(axes)
 
 
 def plot_learning_rate(axes: Axes, records: Records) -> None:
@@ -149,7 +149,7 @@ def plot_heldout(axes: Axes, records: Records) -> None:
     if len(chance):
         label = f"chance (rank-1)  {chance[-1]:.1%}"
         axes.axhline(chance[-1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=label)
-    _percent_axis(axes)
+    percent_axis(axes)
     axes.set(title="Unseen classes", xlabel="step")
     axes.set_xlim(left=0)
     axes.legend(loc="best")
@@ -167,7 +167,7 @@ def plot_roc(axes: Axes, details: Arrays) -> None:
     axes.set_xscale("log")
     axes.set(title="ROC, all gallery-probe pairs", xlabel="false accept rate")
     axes.set_ylabel("true accept rate")
-    _percent_axis(axes)
+    percent_axis(axes)
 
 
 def plot_throughput(axes: Axes, records: Records) -> None:
@@ -181,7 +181,7 @@ def plot_data_wait(axes: Axes, records: Records) -> None:
     """Plot the share of time that a rank waits for data."""
     axes.plot(*series(records, "data_wait"), color=ORANGE)
     axes.set(title="Waiting for data", xlabel="step")
-    _percent_axis(axes)
+    percent_axis(axes)
 
 
 def series(
@@ -199,7 +199,8 @@ def running_mean(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _percent_axis(axes: Axes) -> None:
+def percent_axis(axes: Axes) -> None:
+    """Let the vertical axis go from 0 to 100 %."""
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
