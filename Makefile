@@ -1,7 +1,7 @@
 # The two commands of a user (train, test) and those of a developer. `make help` lists them.
 
 PYTHON ?= $(shell command -v python3.11 || echo python3)
-EXTRAS ?= dev,s3,gcs,k8s
+EXTRAS ?= dev,s3,gcs,k8s,tensorboard
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

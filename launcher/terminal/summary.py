@@ -71,6 +71,8 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
     path, exports = config.run.path, summary["exports"]
     if summary["mlflow"]:
         yield "see the curves", _curves(summary["mlflow"])
+    if config.tracking.tensorboard:
+        yield "see them in TensorBoard", ["tensorboard", "--logdir", config.run.dir]
     if "timm" in exports:
         code = loading_code("timm", exports["timm"]["path"], config.model.name)
         yield "use the backbone", ["python", "-c", code]

@@ -246,6 +246,9 @@ class TrackingConfig(ConfigSection):
         "", description="MLflow server; empty: MLFLOW_TRACKING_URI, or SQLite in run.dir."
     )
     experiment: str = Field("mhe", description="MLflow experiment.")
+    tensorboard: bool = Field(
+        False, description="Write events for TensorBoard into tensorboard/ of the run, too."
+    )
 
 
 class ExportConfig(ConfigSection):

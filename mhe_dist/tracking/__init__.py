@@ -1,1 +1,1 @@
-"""Where the record of a run goes: JSON lines and MLflow."""
+"""Where the record of a run goes: JSON lines, MLflow and TensorBoard."""

@@ -1,7 +1,7 @@
 """Where the record of a run goes: one small protocol, and trackers that can be combined.
 
 `metrics.jsonl` in the run's folder is the record that everything else can be rebuilt from; MLflow
-(`mlflow.py`) shows the same to people. No step waits for either.
+(`mlflow.py`) and TensorBoard (`tensorboard.py`) show the same to people. No step waits for them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.jsonl import JsonlTracker
+from mhe_dist.tracking.tensorboard import TensorBoardTracker
 
 if TYPE_CHECKING:
     from mhe_dist.tracking.mlflow import MlflowTracker
@@ -33,13 +34,16 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
         run_id: MLflow run to go on with; None: a new one.
 
     Raises:
-        UserError: the tracking URI cannot be used, or none is given and `run.dir` is a URL.
+        UserError: the tracking URI cannot be used, or none is given and `run.dir` is a URL; or
+            TensorBoard is asked for where it cannot write or is not installed.
     """
     if not is_first:
         return NullTracker()
     trackers: list[Tracker] = [JsonlTracker(f"{config.run.path}/metrics.jsonl")]
     if config.tracking.mlflow:
         trackers.append(_mlflow(config, run_id))
+    if config.tracking.tensorboard:
+        trackers.append(TensorBoardTracker(f"{config.run.path}/tensorboard"))
     return CombinedTrackers(trackers)
 
 
