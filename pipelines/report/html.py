@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
+from pipelines.data.bad_samples import BAD_SAMPLES_FILE
 from pipelines.report.evaluation import EVALUATION_FOLDER
-from pipelines.report.plots import HELDOUT, Records, draw_plots
+from pipelines.report.plots import HELDOUT, Records, draw_plots, series
 from pipelines.storage.urls import atomic_write, list_folder, resolve_url
 
 _PICTURES: Final = {
@@ -29,8 +29,6 @@ _PICTURES: Final = {
     "heldout": ("Unseen classes", "Held-out figures over the training, and the ROC of the last"),
     "neighbours": ("Nearest neighbours", "Probes of unseen classes, the gallery's nearest entries"),
 }
-_RANK_LOG: Final = re.compile(r"rank_\d+\.log")
-_BAD_SAMPLE: Final = re.compile(r"bad sample: (?P<sample>.*?): (?P<reason>.*)")
 _MAX_BAD_SAMPLES: Final = 50
 _RESTART: Final = ("restarts", "restart_lost_steps", "restart_seconds")
 
@@ -78,7 +76,7 @@ def write_run_page(run: str, out: str) -> list[str]:
         *_evaluation_sections(run),
         *_export_sections(summary),
         _restarts_section(records),
-        _bad_samples_section(run),
+        _bad_samples_section(run, records),
         _settings_section(config),
     ]
     subtitle = _subtitle(config, records, summary)
@@ -204,20 +202,20 @@ def _restarts_section(records: Records) -> PageSection:
     )
 
 
-def _bad_samples_section(run: str) -> PageSection:
-    """Bad samples from the logs of the ranks, each sample once."""
-    reasons: dict[str, str] = {}
-    filesystem, _ = resolve_url(f"{run}/logs")
-    for name in list_folder(f"{run}/logs"):
-        if not _RANK_LOG.fullmatch(name.rpartition("/")[2]):
-            continue
-        for match in _BAD_SAMPLE.finditer(filesystem.cat_file(name).decode(errors="replace")):
-            reasons[match["sample"]] = match["reason"]
-    rows = [[sample, reason] for sample, reason in list(reasons.items())[:_MAX_BAD_SAMPLES]]
-    text = f"{len(reasons):,} samples could not be used." if reasons else "None is in the logs."
-    if len(reasons) > _MAX_BAD_SAMPLES:
-        text += f" The first {_MAX_BAD_SAMPLES}:"
-    return PageSection("Bad samples", text, [], ["sample", "reason"] if rows else [], rows)
+def _bad_samples_section(run: str, records: Records) -> PageSection:
+    """Bad samples by name, as the run wrote them down, and how often one was drawn."""
+    lines = (read_bytes(f"{run}/{BAD_SAMPLES_FILE}") or b"").decode(errors="replace").splitlines()
+    samples = [json.loads(line) for line in lines]
+    drawn = series(records, "bad_samples")[1]
+    if not samples and not (len(drawn) and drawn[-1]):
+        return PageSection("Bad samples", "None is recorded.")
+    text = f"{len(samples):,} samples could not be used."
+    if len(drawn):
+        text += f" They were drawn {drawn[-1]:,.0f} times, each time replaced by another."
+    if len(samples) > _MAX_BAD_SAMPLES:
+        text += f" The first {_MAX_BAD_SAMPLES} of {BAD_SAMPLES_FILE}:"
+    rows = [[sample["place"], sample["reason"]] for sample in samples[:_MAX_BAD_SAMPLES]]
+    return PageSection("Bad samples", text, [], ["sample", "reason"], rows)
 
 
 def _settings_section(config: Config) -> PageSection:

@@ -201,6 +201,7 @@ def _plot_runs(axes: Axes, runs: Sequence[RecordedRun], key: str, position: Posi
             position(run, steps), values, line, color=colour, label=run.label, marker=marker,
             markersize=4,
         )  # fmt: skip
+    axes.set_xlim(left=0)
     if heldout or key == "accuracy":
         percent_axis(axes)
     else:

@@ -48,11 +48,11 @@ def run(tmp_path: Path) -> str:
         for step in range(12)
     ]
     records[5] |= {"restarts": 1.0, "restart_lost_steps": 4.0, "restart_seconds": 7.25}
+    records[8] |= {"bad_samples": 1234.0}
     records[11] |= {"heldout/rank1": 0.25, "heldout/chance": 0.2, "heldout/lfw/accuracy": 0.997}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (folder / "logs").mkdir()
-    bad = f"WARNING bad sample: sample 3 of {NASTY}: no image\n"
-    (folder / "logs" / "rank_0.log").write_text(bad * 2 + "WARNING something else\n")
+    bad = {"place": f"sample 3 of {NASTY}", "reason": "no image"}
+    (folder / "bad_samples.jsonl").write_text(json.dumps(bad) + "\n")
     far = np.geomspace(1e-3, 0.1, 9)
     details = {"far": far, "tar": np.linspace(0.2, 0.9, 9)}
     details |= {"probes": np.arange(3), "nearest": np.arange(9).reshape(3, 3)}
@@ -72,6 +72,7 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
     seen = Seen()
     seen.feed(content)
     assert "script" not in seen.tags
+    assert "prefers-color-scheme: dark" in content
     assert "://" not in content.split("<body>")[0]
     pictures = [url for url in seen.places if url.startswith("data:image/png;base64,")]
     assert len(pictures) == seen.tags.count("img") == 5
@@ -79,8 +80,17 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
         assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
     assert set(seen.places) - set(pictures) == {"data:,"}
     text = " ".join(seen.text.split())
-    for part in ("25.0%", "99.70%", "900", "6 1 4 7.25", "1 samples could not be used", NASTY):
+    for part in (
+        "25.0%",
+        "99.70%",
+        "900",
+        "6 1 4 7.25",
+        "1 samples could not be used",
+        NASTY,
+        "no image",
+    ):
         assert part in text, part
+    assert "They were drawn 1,234 times" in text
     assert "lfw accuracy 0.9971" in text
     assert re.search(r"optim\.lr 0\.02", text)
     assert "under way or interrupted, 12 steps" in text
@@ -105,6 +115,4 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     save_config(config, f"{config.run.path}/config.yaml")
     titles = write_run_page(config.run.path, str(tmp_path / "page.html"))
     assert titles == ["Restarts", "Bad samples", "Settings"]
-    text = (tmp_path / "page.html").read_text()
-    assert "None is recorded." in text
-    assert "None is in the logs." in text
+    assert (tmp_path / "page.html").read_text().count("None is recorded.") == 2
