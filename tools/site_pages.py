@@ -1,11 +1,13 @@
-"""Pages of the site that the repository holds elsewhere: README, changelog, the configs' headers.
+"""Pages of the site that the repository holds elsewhere: README, changelog, configs, their keys.
 
 A hook of MkDocs (`mkdocs.yml`). Each text has one source, which GitHub shows as well.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,65 @@ def recipes_page() -> str:
     return "\n".join([begin, *map(recipe, sorted((ROOT / "configs").glob("*.yaml")))])
 
 
+def settings_page() -> str:
+    """Every key of a config, by `configs/schema.json`: what it holds, its default, its meaning."""
+    schema = json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8"))
+    begin = (
+        "# Settings\n\nEvery key of a run's YAML file. `mhe config NAME` prints the same with the "
+        "values of a config; a key that does not exist, or does not apply, is refused by name.\n"
+    )
+    return "\n".join([begin, *_settings(schema, schema["properties"], "")])
+
+
+def _settings(schema: Any, properties: Any, prefix: str) -> Iterator[str]:
+    """The sections of a level, each with a table of its keys and then those below it."""
+    for name, key in properties.items():
+        section = _definition(schema, key)
+        if section is None:
+            continue
+        path = f"{prefix}{name}"
+        about = section.get("description") or key.get("description", "")
+        if "items" in key:
+            about += " A list of such sections."
+        yield f"{'##' if not prefix else '###'} {path}\n\n{about}\n"
+        keys = {n: k for n, k in section["properties"].items() if _definition(schema, k) is None}
+        if keys:
+            rows = [_row(f"{path}.{n}", key) for n, key in keys.items()]
+            yield "\n".join(["| key | holds | default | |", "|---|---|---|---|", *rows, ""])
+        yield from _settings(schema, section["properties"], f"{path}.")
+
+
+def _definition(schema: Any, key: Any) -> Any:
+    """The section that a key holds, or a list of it, or null; None if it holds a value."""
+    options = [key, *key.get("anyOf", []), key.get("items", {})]
+    name = next((o["$ref"].rpartition("/")[2] for o in options if "$ref" in o), None)
+    found = schema["$defs"].get(name)
+    return found if found and "properties" in found else None
+
+
+def _row(path: str, key: Any) -> str:
+    default = f"`{json.dumps(key['default'])}`" if "default" in key else "(required)"
+    about = key.get("description", "")
+    return "| " + " | ".join(
+        cell.replace("|", "\\|") for cell in (f"`{path}`", _holds(key), default, about)
+    ) + " |"  # fmt: skip
+
+
+def _holds(key: Any) -> str:
+    """What a key may hold, in a few words."""
+    if "anyOf" in key:
+        return " or ".join(dict.fromkeys(_holds(option) for option in key["anyOf"]))
+    if "enum" in key or "const" in key:
+        return ", ".join(f"`{value}`" for value in key.get("enum") or [key["const"]])
+    if "$ref" in key:
+        return "a section"
+    names = {"array": "list", "object": "mapping", "null": "null", "boolean": "true or false"}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    said = [f"{sign} {key[bound]}" for bound, sign in bounds.items() if bound in key]
+    kind = key.get("type", "anything")
+    return " ".join([names.get(kind, kind), ", ".join(said)]).strip()
+
+
 def pages() -> dict[str, str]:
     """Every page that no file of docs/ holds, by its name on the site."""
     whole = {
@@ -92,6 +153,7 @@ def pages() -> dict[str, str]:
         **{page: readme_page(page) for page in README_PAGES},
         **whole,
         "recipes.md": recipes_page(),
+        "settings.md": settings_page(),
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mhe_dist.config.describe import all_keys
 from tools import site_pages
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,26 @@ def test_a_link_to_no_section_of_the_readme_is_an_error() -> None:
 def test_every_config_is_a_recipe() -> None:
     found = re.findall(r"^## (\w+)$", site_pages.recipes_page(), re.MULTILINE)
     assert found == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
+
+
+def test_every_key_of_the_config_is_a_setting_once() -> None:
+    listed = re.findall(r"^\| `([\w.]+)` \|", site_pages.settings_page(), re.MULTILINE)
+    keys = [key.path for key in all_keys() if key.section is None]
+    assert sorted(listed) == sorted(keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("optim.lr", "| number > 0 | `0.1` | Peak learning rate. |"),
+        ("head.kind", "`full`, `partial_fc`, `mhs`, `mhp`, `mhc`"),
+        ("data.shards", "string"),
+        ("head.mhs.correction", "true or false"),
+    ],
+)
+def test_a_setting_says_what_it_may_hold(key: str, says: str) -> None:
+    (row,) = re.findall(rf"^\| `{re.escape(key)}` .*$", site_pages.settings_page(), re.MULTILINE)
+    assert says in row
 
 
 @pytest.mark.parametrize("door", ["mhe_dist", "pipelines", "launcher"])
