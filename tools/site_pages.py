@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,10 @@ def _holds(key: Any) -> str:
 
 def pages() -> dict[str, str]:
     """Every page that no file of docs/ holds, by its name on the site."""
+    if str(ROOT) not in sys.path:  # MkDocs runs elsewhere than the tests
+        sys.path.append(str(ROOT))
+    from tools.site_verbs import verbs_page
+
     whole = {
         page: rewrite_links((ROOT / source).read_text(encoding="utf-8"))
         for page, source in WHOLE_PAGES.items()
@@ -154,6 +159,7 @@ def pages() -> dict[str, str]:
         **whole,
         "recipes.md": recipes_page(),
         "settings.md": settings_page(),
+        "verbs.md": verbs_page(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Commands of the pages and of the configs' headers: the parser takes them, and nothing is run.
+"""Commands of pages, help texts and configs' headers: the parser takes them, nothing is run.
 
 A command in a block is parsed whole, its settings too. One inside a sentence may be a part
 ("`mhe data folder --heldout-classes`"): its verb and the names of its options are looked up.
@@ -20,6 +20,7 @@ from launcher import cli
 from mhe_dist.config.describe import all_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import shipped_configs
+from tools.site_verbs import verbs_page
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -59,6 +60,8 @@ def block_commands() -> list[Any]:
     """Every command of a block, or of a config's header, with where it stands."""
     lines = [(path, line) for path in PAGES for line in code_lines(path.read_text())]
     found = [(path, words) for path, line in lines for words in commands(line)]
+    helps = [(Path("help"), line) for line in code_lines(verbs_page())]
+    found += [(path, words) for path, line in helps for words in commands(line)]
     found += [
         (path, shlex.split(match[1]))
         for path in CONFIGS

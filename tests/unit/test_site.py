@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher import cli
 from mhe_dist.config.describe import all_keys
 from tools import site_pages
+from tools.site_verbs import verbs_page
 
 ROOT = Path(__file__).parents[2]
 SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -88,6 +90,19 @@ def test_every_key_of_the_config_is_a_setting_once() -> None:
 def test_a_setting_says_what_it_may_hold(key: str, says: str) -> None:
     (row,) = re.findall(rf"^\| `{re.escape(key)}` .*$", site_pages.settings_page(), re.MULTILINE)
     assert says in row
+
+
+def test_every_verb_has_a_section_with_its_options_and_examples() -> None:
+    page = verbs_page()
+    headings = re.findall(r"^##+ mhe (.+)$", page, re.MULTILINE)
+    assert [name for name in headings if " " not in name] == list(cli.VERBS)
+    assert {"data folder", "data labels diff", "evaluate ijb", "k8s render"} <= set(headings)
+    train = page.partition("## mhe train\n")[2].partition("\n## ")[0]
+    assert "    mhe train quickstart run.name=wide" in train
+    assert "| `CONFIG` | (required) | YAML file of the run" in train
+    assert "| `--trial, --no-trial` | `--trial` |" in page
+    assert "| `--to` | `timm`, `onnx` |" in page
+    assert "--help" not in page.replace("`mhe VERB --help`", "")
 
 
 @pytest.mark.parametrize("door", ["mhe_dist", "pipelines", "launcher"])
