@@ -48,6 +48,10 @@ def export(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Embeddings of length 1 (not in the timm folder).")
     ] = False,
+    uint8: Annotated[
+        bool,
+        typer.Option("--uint8", help="ONNX takes pixels, uint8 [N, H, W, 3], and normalises them."),
+    ] = False,
 ) -> None:
     """Export the backbone of a run's newest checkpoint, and compare the files with it.
 
@@ -75,35 +79,32 @@ def export(
         *(backbone.model, backbone.config, backbone.step, backbone.trained_on, figures, protocol)
     )
     console.say(f"From {escape(backbone.checkpoint)}:")
+    options, paths = ExportOptions(opset, fp16, normalize, uint8), dict[Format, str]()
     for name in dict.fromkeys(to):
         with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = write_format(
-                name.value, trained, folder, images, ExportOptions(opset, fp16, normalize)
-            )
+            path, difference = write_format(name.value, trained, folder, images, options)
+        paths[name] = path
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     if normalize and (Format.TIMM in to or Format.HUB_FOLDER in to):
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
-    console.list_next(_next_steps(to, folder, backbone.config.model.name))
+    console.list_next(_next_steps(paths, backbone.config.model.name))
 
 
-_EXPORTED = {Format.TIMM: "timm", Format.ONNX: "backbone.onnx", Format.TORCH_EXPORT: "backbone.pt2"}
+_LOADED_IN_A_LINE = (Format.TIMM, Format.ONNX, Format.TORCH_EXPORT)
 
 
-def _next_steps(to: list[Format], folder: str, model: str) -> list[tuple[str, str | list[str]]]:
+def _next_steps(paths: dict[Format, str], model: str) -> list[tuple[str, str | list[str]]]:
+    """How what was written is used."""
     uses: list[tuple[str, str | list[str]]] = [
-        (
-            f"use it ({name.value})",
-            ["python", "-c", loading_code(name.value, f"{folder}/{_EXPORTED[name]}", model)],
-        )
-        for name in to
-        if name in _EXPORTED
+        (f"use it ({name.value})", ["python", "-c", loading_code(name.value, path, model)])
+        for name, path in paths.items()
+        if name in _LOADED_IN_A_LINE
     ]
-    if Format.MLFLOW in to:
-        uses.append(("serve it (mlflow)", serving_command(f"{folder}/mlflow")))
-    if Format.HUB_FOLDER in to:
-        uses.append(
-            ("publish it (say the licence first)", ["hf", "upload", "USER/NAME", f"{folder}/hub"])
-        )
+    if Format.MLFLOW in paths:
+        uses.append(("serve it (mlflow)", serving_command(paths[Format.MLFLOW])))
+    if Format.HUB_FOLDER in paths:
+        upload = ["hf", "upload", "USER/NAME", paths[Format.HUB_FOLDER]]
+        uses.append(("publish it (say the licence first)", upload))
     return uses
 
 

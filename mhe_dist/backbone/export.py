@@ -43,11 +43,13 @@ class ExportOptions(NamedTuple):
         opset: ONNX operator set; 0: the exporter's own choice.
         half: ONNX computes in float16; images and embeddings stay float32.
         normalise: embeddings get length 1; not in the timm folder, which holds a plain timm model.
+        pixels: ONNX takes uint8 `[N, H, W, 3]`, as image readers give them, and normalises them.
     """
 
     opset: int = 0
     half: bool = False
     normalise: bool = False
+    pixels: bool = False
 
 
 DEFAULT_OPTIONS = ExportOptions()
@@ -69,7 +71,8 @@ def write_export(
     if name == "torch-export":
         path = f"{folder}/backbone.pt2"
         return path, export_torch(model, config, path, images, options, origin)
-    path = f"{folder}/backbone{'_fp16' if options.half else ''}.onnx"
+    kinds = ("_uint8" if options.pixels else "") + ("_fp16" if options.half else "")
+    path = f"{folder}/backbone{kinds}.onnx"
     return path, export_onnx(model, config, path, images, options, origin)
 
 
@@ -87,8 +90,8 @@ def export_metadata(
         "mean": json.dumps(list(model.normalization.mean)),
         "std": json.dumps(list(model.normalization.std)),
         "channel_order": "RGB",
-        "layout": "NCHW",
-        "input": "(pixels / 255 - mean) / std",
+        "layout": "NHWC" if options.pixels else "NCHW",
+        "input": "pixels, uint8" if options.pixels else "(pixels / 255 - mean) / std",
         "embedding_dim": str(config.model.embedding_dim),
         "unit_length": json.dumps(options.normalise),
         "architecture": config.model.name,
@@ -149,6 +152,8 @@ def export_onnx(
 ) -> float:
     """Write an ONNX file with input `images` `[N, 3, H, W]` and output `embeddings` `[N, D]`.
 
+    With `options.pixels` the input is uint8 `[N, H, W, 3]`.
+
     Args:
         model, config, images: as for `export_timm`.
         path: of the file; its folder is made.
@@ -167,11 +172,11 @@ def export_onnx(
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.tmp"
-    example, batch = _example(config)
+    example, batch = _example(config, options.pixels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            _Exported(fold_neck(model), options),
+            _Exported(fold_neck(model), options, model.normalization),
             (example,),
             temporary,
             dynamo=True,
@@ -190,6 +195,8 @@ def export_onnx(
     session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
 
     def run(batch: Tensor) -> Tensor:
+        if options.pixels:  # of the same images, which `batch` are one or all of
+            batch = images[: len(batch)].permute(0, 2, 3, 1).contiguous()
         return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
     return compare_batches(model, run, images, path, options)
@@ -217,10 +224,9 @@ def export_torch(
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     example, batch = _example(config)
-    options = options._replace(half=False)
-    program = torch.export.export(
-        _Exported(fold_neck(model), options), (example,), dynamic_shapes=({0: batch},)
-    )
+    options = options._replace(half=False, pixels=False)
+    exported = _Exported(fold_neck(model), options, model.normalization)
+    program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
     temporary = f"{path}.tmp.pt2"
     about = json.dumps(export_metadata(model, config, options, origin))
     torch.export.save(program, temporary, extra_files={METADATA_FILE: about})
@@ -232,21 +238,32 @@ def export_torch(
 class _Exported(nn.Module):
     """The folded model, float32 from outside, with what the options add."""
 
-    def __init__(self, net: nn.Module, options: ExportOptions) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, net: nn.Module, options: ExportOptions, normalization: Normalization
+    ) -> None:
         super().__init__()
         self.net = net.half() if options.half else net
         self.options = options
+        for name, values in zip(("mean", "std"), normalization, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`[N, 3, H, W]` -> `[N, D]`."""
+        """`[N, 3, H, W]`, or pixels `[N, H, W, 3]`, -> `[N, D]`."""
+        if self.options.pixels:
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         embeddings = self.net(images.half() if self.options.half else images).float()
         return nn.functional.normalize(embeddings) if self.options.normalise else embeddings
 
 
-def _example(config: Config) -> tuple[Tensor, Any]:
+def _example(config: Config, pixels: bool = False) -> tuple[Tensor, Any]:
     """Two images to trace with, and a free batch size."""
     side = config.data.image_size
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    if pixels:
+        return torch.zeros(2, side, side, 3, dtype=torch.uint8), batch
     return torch.zeros(2, 3, side, side), batch
 
 

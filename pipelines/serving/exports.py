@@ -48,6 +48,8 @@ def write_format(
         RunError: they differ too much.
         UserError: ONNX has no such operator set.
     """
+    if name != "onnx":  # the MLflow model prepares images itself; the Hub's file is the usual one
+        options = options._replace(pixels=False)
     if name == "mlflow":
         path, difference = _write_mlflow(trained, folder, images, options)
     elif name == "hub-folder":

@@ -149,6 +149,10 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         "onnx": f"import onnxruntime\nsession = onnxruntime.InferenceSession({where})\n"
         "about = session.get_modelmeta().custom_metadata_map  # image_size, mean, std, ...\n"
         'embeddings = session.run(None, {"images": images})[0]',
+        "onnx-uint8": "import numpy, onnxruntime\nfrom PIL import Image\n"
+        f"session = onnxruntime.InferenceSession({where})\n"
+        f'image = Image.open("photo.jpg").convert("RGB").resize(({side}, {side}))\n'
+        'embeddings = session.run(None, {"images": numpy.asarray(image)[None]})[0]',
         "torch-export": f"import torch\nnet = torch.export.load({where}).module()",
         "mlflow": f"import mlflow\nmodel = mlflow.pyfunc.load_model({where})\n"
         'embeddings = model.predict({"image": [open("photo.jpg", "rb").read()]})',
@@ -158,7 +162,9 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         f"{_features(trained)} pooled features before it, not the embedding. Another number of "
         "classes puts a fresh layer in its place.",
         "onnx": f"`images` are float32 `[N, 3, {side}, {side}]`, normalised as above; N is free.",
-        "torch-export": "Takes what the ONNX file takes.",
+        "onnx-uint8": f"`images` are uint8 `[N, {side}, {side}, 3]`, RGB pixels as image readers "
+        "give them: the file normalises them itself.",
+        "torch-export": f"Takes float32 `[N, 3, {side}, {side}]`, normalised as above; N is free.",
         "mlflow": "Takes encoded images (bytes; base64 in JSON) and prepares them itself. Served "
         'with `mlflow models serve`, it answers `{"dataframe_records": [{"image": "<base64>"}]}`.',
     }[name]
@@ -195,6 +201,7 @@ def known_exports(folder: str) -> dict[str, str]:
     places = {
         "timm": ("timm",),
         "onnx": ("backbone.onnx", "backbone_fp16.onnx"),
+        "onnx-uint8": ("backbone_uint8.onnx", "backbone_uint8_fp16.onnx"),
         "torch-export": ("backbone.pt2",),
         "mlflow": ("mlflow",),
     }

@@ -28,6 +28,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from mhe_dist.backbone.export import ExportOptions
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.schema import Config
@@ -253,6 +254,44 @@ def test_the_onnx_file_says_what_it_is(hub: Path) -> None:
     assert about["image_size"] == "16" and json.loads(about["std"]) == IMAGENET["std"]
     assert (about["channel_order"], about["run"], about["step"]) == ("RGB", "photos", "3300")
     assert about["data_digest"] == "sha256:abc" and about["unit_length"] == "false"
+
+
+@pytest.mark.slow
+def test_an_onnx_file_for_pixels(trained: TrainedModel, tmp_path: Path) -> None:
+    """As an image reader gives them; mean and deviation of the training are inside the file."""
+    options = ExportOptions(pixels=True)
+    path, difference = write_format("onnx", trained, str(tmp_path), IMAGES, options)
+    assert path.endswith("backbone_uint8.onnx") and 0 < difference < 1e-4
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    assert (given.type, given.shape[1:]) == ("tensor(uint8)", [SIDE, SIDE, 3])
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["layout"], about["input"]) == ("NHWC", "pixels, uint8")
+    Image.fromarray(IMAGES[1].permute(1, 2, 0).numpy()).save(tmp_path / "photo.jpg", "png")
+    code = code_of((tmp_path / "README.md").read_text(), "onnx-uint8")
+    code = code.replace(json.dumps("backbone_uint8.onnx"), json.dumps(path))
+    found: dict[str, Any] = {}
+    exec(code.replace("photo.jpg", str(tmp_path / "photo.jpg")), found)
+    with torch.no_grad():
+        wanted = trained.model(normalize_images(IMAGES[1:2], trained.model.normalization))
+    np.testing.assert_allclose(found["embeddings"], wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mlflow", "hub-folder"])
+def test_pixels_are_for_the_onnx_file_alone(
+    name: Any, trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The MLflow model normalises before its ONNX file, and the Hub's file is the usual one."""
+    given: list[ExportOptions] = []
+
+    def write(*arguments: Any) -> tuple[str, float]:
+        given.append(arguments[-1])
+        return str(tmp_path), 0.0
+
+    for function in ("_write_mlflow", "_write_hub_folder"):
+        monkeypatch.setattr(exports, function, write)
+    write_format(name, trained, str(tmp_path), IMAGES, ExportOptions(half=True, pixels=True))
+    assert given == [ExportOptions(half=True)]
 
 
 def test_each_export_has_a_card(exported: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
