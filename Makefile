@@ -51,8 +51,9 @@ format: $(INSTALLED)  ## Format the code and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Not --quiet: MkDocs counts only the warnings that it prints, and would let all of them pass.
 docs: $(DOCS_INSTALLED)  ## The documentation site, in site/: strict, links between pages checked; ten seconds
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "site/index.html can be opened as it is: it needs no network and no server."
 
 install: $(INSTALLED)  ## The environment alone, in .venv
