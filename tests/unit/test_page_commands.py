@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.core import TyperCommand
 from typer.main import get_command
 
@@ -135,3 +136,22 @@ def test_what_is_no_command_is_found(parsed: list[Any]) -> None:
         ["data", "show", "x", "--out", "a b"]
     ]
     assert list(commands('git tag -m "mhe 1"')) == []
+
+
+def test_the_tutorial_has_the_commands_that_init_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 60 folders, as the page says."""
+    page = (ROOT / "docs" / "photos.md").read_text()
+    (block,) = re.findall(r"prints the next three:\n\n(.+?)\n\n", page, re.DOTALL)
+    image = Image.new("RGB", (24, 24), "red")
+    for number in range(60):
+        folder = tmp_path / "photos" / f"{number:03d}"
+        folder.mkdir(parents=True)
+        for name in "ab":
+            image.save(folder / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["init", "photos"]) == 0
+    printed = re.findall(r"\bmhe (.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert printed == re.findall(r"^ {4}mhe (.+)$", block, re.MULTILINE)
+    assert load_config("photos.yaml").head.kind == "full"
