@@ -11,5 +11,6 @@ setup(
     package_data={
         "mhe_dist.configs": ["*.yaml", "schema.json"],
         "pipelines.report": ["*.j2"],
+        "pipelines.report.sheets": ["*.j2"],
     },
 )

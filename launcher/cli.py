@@ -70,6 +70,10 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "launcher.verbs.search:search",
         "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",
     ),
+    "classify": (
+        "launcher.verbs.classify:classify",
+        "Name the class of images, among all classes of a run: a table and a contact sheet.",
+    ),
     "report": (
         "launcher.verbs.results:report",
         "Write one HTML page about a run, or one that compares several.",

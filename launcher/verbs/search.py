@@ -42,7 +42,7 @@ def search(
     """
     from pipelines.evaluate.embed import embed_source, read_embeddings
     from pipelines.evaluate.search import search as find
-    from pipelines.report.search_page import write_search
+    from pipelines.report.sheets.search_page import write_search
     from pipelines.runs.trained import load_trained_backbone
 
     if query.endswith(FILES):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
+from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.data.mixture.class_list import class_names
-from pipelines.evaluate.embeddings import Embed, ShardImages, embed_images, normalize_embeddings
+from pipelines.evaluate.embeddings import (
+    Embed,
+    ShardImages,
+    block_embedder,
+    map_images,
+    normalize_embeddings,
+)
 from pipelines.evaluate.sets.image_files import list_images
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
 from pipelines.storage.urls import atomic_write, resolve_url, to_url
@@ -67,11 +75,18 @@ def embed_source(
     Raises:
         UserError: there is no image.
     """
+    return map_source(block_embedder(embed, flip), source, topology, image_size)
+
+
+def map_source(
+    function: Callable[[Tensor], Tensor], source: str, topology: Topology, image_size: int
+) -> EmbeddedImages | None:
+    """As `embed_source`, with the rows of any function of a block; see `embeddings.map_images`."""
     source = to_url(*resolve_url(source))  # which is there from any working directory
     if index_exists(source):
-        return _embed_shards(embed, source, topology, image_size, flip)
+        return _map_shards(function, source, topology, image_size)
     files = list_images(source, skip_bad=True)
-    rows = embed_images(embed, files, topology, image_size, flip)
+    rows = map_images(function, files, topology, image_size)
     if topology.world_size > 1:  # each rank knows those that it read
         dist.reduce(files.bad, 0, group=topology.host_group)
     if rows is None:
@@ -83,14 +98,14 @@ def embed_source(
     return EmbeddedImages(source, rows[good], keys, classes, None, skipped)
 
 
-def _embed_shards(
-    embed: Embed, source: str, topology: Topology, image_size: int, flip: bool
+def _map_shards(
+    function: Callable[[Tensor], Tensor], source: str, topology: Topology, image_size: int
 ) -> EmbeddedImages | None:
     images = ShardImages(ShardIndex.load(source))
-    rows = embed_images(embed, images, topology, image_size, flip)
+    rows = map_images(function, images, topology, image_size)
+    labels = images.join_labels(topology)
     found = [images.keys]
     if topology.world_size > 1:
-        dist.reduce(images.labels, 0, group=topology.host_group)
         found = [{} for _ in range(topology.world_size)]
         dist.gather_object(
             images.keys, found if topology.is_first else None, group=topology.host_group
@@ -98,7 +113,6 @@ def _embed_shards(
     if rows is None:
         return None
     keys = {number: key for each in found for number, key in each.items()}
-    labels = images.labels.numpy()
     names = class_names(source)
     classes = [names.get(label, str(label)) for label in labels.tolist()]
     if images.index.meta.get(UNLABELLED):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -65,18 +65,12 @@ def embed_images(
     flip: bool = False,
     block: int = BLOCK,
 ) -> npt.NDArray[np.float32] | None:
-    """Embed every image once; all ranks must call.
-
-    Rank 0 holds the result and one block of each rank, whatever the number of images.
+    """Embed every image once; all ranks must call; see `map_images`.
 
     Args:
-        embed: every rank calls it equally often (ZeRO 3 communicates in it), always with `block`
-            images.
-        images: the same on all ranks.
-        topology: the ranks; each embeds a contiguous range of blocks.
-        image_size: width and height that images are resized to.
+        embed: called with blocks of images.
+        images, topology, image_size, block: see `map_images`.
         flip: add the embedding of the mirrored image (docs/formats.md section 2: the raw sum).
-        block: images per call. The result depends on it, so it is no setting of a run.
 
     Returns:
         float32 `[count, D]` with their norms on rank 0, None elsewhere: the result can be large.
@@ -84,8 +78,48 @@ def embed_images(
     Raises:
         UserError, RunError: some rank could not read an image; on all ranks.
     """
+    return map_images(block_embedder(embed, flip), images, topology, image_size, block)
+
+
+def block_embedder(embed: Embed, flip: bool) -> Callable[[Tensor], Tensor]:
+    """The function of a block of images that `embed_images` maps; see there."""
+
+    def embed_block(pixels: Tensor) -> Tensor:
+        rows = embed(pixels)
+        if flip:
+            rows = rows + embed(pixels.flip(-1))
+        return rows.detach().float()
+
+    return embed_block
+
+
+def map_images(
+    function: Callable[[Tensor], Tensor],
+    images: Images,
+    topology: Topology,
+    image_size: int,
+    block: int = BLOCK,
+) -> npt.NDArray[Any] | None:
+    """A row for every image, each computed once; all ranks must call.
+
+    Rank 0 holds the result and one block of each rank, whatever the number of images.
+
+    Args:
+        function: uint8 `[n, 3, H, W]` on the host to rows `[n, ...]`. Every rank calls it equally
+            often (ZeRO 3 communicates in it), always with `block` images.
+        images: the same on all ranks.
+        topology: the ranks; each has a contiguous range of blocks.
+        image_size: width and height that images are resized to.
+        block: images per call. The result depends on it, so it is no setting of a run.
+
+    Returns:
+        `[count, ...]` of the rows' type on rank 0, None elsewhere.
+
+    Raises:
+        UserError, RunError: some rank could not read an image; on all ranks.
+    """
     rounds = math.ceil(math.ceil(images.count / block) / topology.world_size)
-    out: npt.NDArray[np.float32] | None = None
+    out: npt.NDArray[Any] | None = None
     failure: Exception | None = None
     for number in range(rounds):
         start = (topology.rank * rounds + number) * block
@@ -94,12 +128,9 @@ def embed_images(
             _read_block(images, start, pixels)
         except (UserError, RunError, OSError) as error:
             failure = failure or error  # the other ranks wait for this one in every round
-        rows = embed(pixels)
-        if flip:
-            rows = rows + embed(pixels.flip(-1))
-        for rank, part in _gather_rows(rows.detach().float().cpu(), topology):
+        for rank, part in _gather_rows(function(pixels).cpu(), topology):
             if out is None:
-                out = np.empty((images.count, part.shape[1]), np.float32)
+                out = np.empty((images.count, *part.shape[1:]), part.numpy().dtype)
             begin = (rank * rounds + number) * block
             if begin < images.count:
                 out[begin : begin + block] = part[: images.count - begin].numpy()
@@ -145,12 +176,8 @@ def embed_set(
     """
     images = ShardImages(index)
     rows = embed_images(embed, images, topology, image_size, flip, block)
-    if topology.world_size > 1:  # each rank knows the labels of the images that it read
-        dist.reduce(images.labels, 0, group=topology.host_group)
-    if rows is None:
-        return None
-    labels = images.labels.numpy()
-    return EmbeddedSet(rows, labels, gallery_mask(index, labels))
+    labels = images.join_labels(topology)
+    return None if rows is None else EmbeddedSet(rows, labels, gallery_mask(index, labels))
 
 
 class ShardImages:
@@ -166,6 +193,12 @@ class ShardImages:
         images, self.labels[start:stop], keys = read_in_order(self.index, start, stop, image_size)
         self.keys.update(enumerate(keys, start))
         return images
+
+    def join_labels(self, topology: Topology) -> npt.NDArray[np.int64]:
+        """On rank 0 the labels of all images; each rank knows those that it read. All must call."""
+        if topology.world_size > 1:
+            dist.reduce(self.labels, 0, group=topology.host_group)
+        return self.labels.numpy()
 
 
 def describe_protocol(index: ShardIndex | None, flip: bool) -> str:

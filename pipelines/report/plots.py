@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
-from pipelines.report.contact_sheet import draw_neighbours
+from pipelines.report.sheets.contact_sheet import draw_neighbours
 from pipelines.shards.index import index_exists
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"

@@ -47,6 +47,19 @@ def find_checkpoint(url: str) -> Checkpoint:
     return Checkpoint(url, int(name.removeprefix("step_")))
 
 
+def load_trained_head(checkpoint: Checkpoint, topology: Topology, folder: str) -> Head:
+    """The head of a checkpoint, to predict with; all ranks must call, each loads its share.
+
+    Args:
+        checkpoint: written on any number of ranks.
+        topology: the ranks that share the rows.
+        folder: for rows whose `head.bank.memory` is "file".
+    """
+    head = head_of_checkpoint(checkpoint, topology, folder)
+    load_head_state(head, checkpoint)
+    return head
+
+
 def load_head_state(head: Head, checkpoint: Checkpoint) -> None:
     """Load what a rank's head owns or replicates; nothing else is read."""
     rows = checkpoint.load(

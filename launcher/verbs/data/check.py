@@ -162,7 +162,7 @@ def show(
     if not out.lower().endswith(".png"):
         raise UserError(f"--out {out}: the picture is a PNG; let its name end with .png")
     from pipelines.report.figures import save_figure
-    from pipelines.report.sample_sheet import draw_sample_sheet
+    from pipelines.report.sheets.sample_sheet import draw_sample_sheet
 
     found = ShardIndex.load(data)
     save_figure(draw_sample_sheet(found, classes, images, seed), out)

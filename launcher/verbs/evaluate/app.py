@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
+from launcher.verbs.evaluate.classification import classification
 from launcher.verbs.evaluate.own_images import identification, probe
 from launcher.verbs.evaluate.shared import (
     FlipOption,
@@ -213,5 +214,6 @@ def _pair_sets_table(results: Sequence[PairSetResult]) -> Table:
     return table
 
 
+app.command()(classification)
 app.command()(identification)
 app.command()(probe)

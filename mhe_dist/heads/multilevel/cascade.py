@@ -96,24 +96,32 @@ class MultiHeadCascade(LevelHead):
                 beam = level_pass.descend(self.candidates)
         return loss._replace(correct=level_pass.correct)
 
-    @torch.no_grad()
     def predict(self, embeddings: Tensor, k: int) -> TopK:
         """Top-k by a beam of `max(k, candidates)`; scores are sums of log-scores; see `Head`."""
+        return self._predict(embeddings, k, self.candidates)
+
+    def predict_exhaustively(self, embeddings: Tensor, k: int) -> TopK:
+        """As `predict`, by a beam so wide that every class is scored: C scores for each sample."""
+        return self._predict(embeddings, k, self.radix.prefixes(len(self.levels) - 2))
+
+    @torch.no_grad()
+    def _predict(self, embeddings: Tensor, k: int, candidates: int) -> TopK:
+        width = max(k, candidates)
         widest = max(level.layout.length for level in self.levels.values())
-        size = max(1, PREDICT_BYTES // (8 * widest * max(k, self.candidates)))
+        size = max(1, PREDICT_BYTES // (8 * widest * width))
         count = all_reduce(torch.tensor(-(-len(embeddings) // size)), self.topology, "max")
         return TopK.join(
             [
-                self._beam_search(embeddings[number * size : (number + 1) * size], k)
+                self._beam_search(embeddings[number * size : (number + 1) * size], k, width)
                 for number in range(max(1, int(count)))
             ]
         )
 
-    def _beam_search(self, embeddings: Tensor, k: int) -> TopK:
-        """Top-k of some samples; a rank may have none."""
+    def _beam_search(self, embeddings: Tensor, k: int, width: int) -> TopK:
+        """Top-k of some samples by a beam of `width` prefixes; a rank may have none."""
         projections = [part.read() for part in self.projections.values()]
         features = self.level_features(embeddings.to(self.spec.dtype), projections)
-        beam, width = Beam.root(features[0]), max(k, self.candidates)
+        beam = Beam.root(features[0])
         none = torch.empty(len(embeddings), 0, dtype=torch.int64)
         for level, inputs in zip(self.levels.values(), features, strict=True):
             level_pass = LevelPass(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import takewhile
+
 import fsspec
 import numpy as np
 
@@ -58,6 +61,26 @@ def class_names(folder: str) -> dict[int, str]:
         return {number: name for name, number in _ids_of_names(folder).items()}
     except UserError:
         return {}
+
+
+def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
+    """Names of those classes of a `classes.tsv` that are wanted; empty: there is no such file.
+
+    The file is read line by line, as far as the last class that is wanted: its classes are in
+    order. Only what is returned is in memory.
+    """
+    last, names = max(wanted, default=-1), {}
+    try:
+        with fsspec.open(f"{folder}/{CLASSES_FILE}", "rt", encoding="utf-8", newline="") as stream:
+            rows = (line.rstrip("\r\n").split("\t") for line in stream)
+            header: list[str] = next(rows, [])
+            class_at, name_at = header.index("class"), header.index("name")
+            for row in takewhile(lambda row: int(row[class_at]) <= last, rows):
+                if (number := int(row[class_at])) in wanted:
+                    names[number] = row[name_at]
+    except (OSError, ValueError, IndexError):
+        return {}
+    return names
 
 
 def _ids_of_names(folder: str) -> dict[str, int]:

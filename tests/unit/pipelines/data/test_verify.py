@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipelines.data.verify import DataProblem, DatasetReport, find_duplicates, verify_dataset
 from pipelines.report.figures import save_figure
-from pipelines.report.sample_sheet import class_names, draw_sample_sheet
+from pipelines.report.sheets.sample_sheet import class_names, draw_sample_sheet
 from pipelines.report.verification import draw_class_sizes, verification_summary
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter

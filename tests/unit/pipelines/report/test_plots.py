@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.report import contact_sheet
 from pipelines.report.comparison import Outcome, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
-from pipelines.report.contact_sheet import PLAIN, RIGHT, WRONG
 from pipelines.report.evaluation import draw_roc
 from pipelines.report.plots import _draw_figures, draw_plots, running_mean, series
+from pipelines.report.sheets import contact_sheet
+from pipelines.report.sheets.contact_sheet import PLAIN, RIGHT, WRONG
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 

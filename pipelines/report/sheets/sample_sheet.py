@@ -10,11 +10,17 @@ from matplotlib.figure import Figure
 
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.seeds import generator, sample_without_replacement
+from pipelines.data.mixture.class_list import names_of
 from pipelines.data.sequential import read_in_order
-from pipelines.report.contact_sheet import PLAIN, SIDE, WRONG, Pixels, blank_tile, frame_image
+from pipelines.report.sheets.contact_sheet import (
+    PLAIN,
+    SIDE,
+    WRONG,
+    Pixels,
+    blank_tile,
+    frame_image,
+)
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.tables import CLASSES_FILE
-from pipelines.storage.urls import resolve_url
 
 Ints = npt.NDArray[np.int64]
 
@@ -105,16 +111,8 @@ def _draw_figure(index: ShardIndex, picture: Pixels, classes: list[int]) -> Figu
 def class_names(index: ShardIndex, classes: list[int]) -> list[str]:
     """Names of classes in their source, shortened; empty if the data set does not hold them."""
     names = dict.fromkeys(classes, "")
-    if names and index.meta.get("class_names"):
-        last = max(names)
-        filesystem, path = resolve_url(f"{index.folder}/{CLASSES_FILE}")
-        if filesystem.exists(path):
-            with filesystem.open(path, "rb") as stream:
-                for number, line in enumerate(stream, -1):
-                    if number in names:
-                        names[number] = line.decode(errors="replace").rstrip("\n").split("\t")[-1]
-                    if number >= last:
-                        break
+    if index.meta.get("class_names"):
+        names |= names_of(index.folder, classes)
     return [_printable(name) for name in names.values()]
 
 

@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Final
 
 import jinja2
-import matplotlib as mpl
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
-from pipelines.data.order import ShardSpan
-from pipelines.data.sample import BadSampleError, extract_sample, read_span
+from pipelines.data.decode import Pixels
 from pipelines.evaluate.embed import EmbeddedImages
 from pipelines.evaluate.search import SearchResult
-from pipelines.shards.index import ShardIndex, index_exists
-from pipelines.storage.urls import atomic_write, resolve_url
+from pipelines.report.sheets.pictures import GREY, INK, SIDE, Pictures, letters, shorten
+from pipelines.storage.urls import atomic_write
 
-_SIDE: Final = 112  # of a picture, in pixels
 _SHEET_ROWS: Final = 12
 _PAGE_ROWS: Final = 200
-_MARGIN, _TEXT, _LETTERS = 8, 34, 18  # pixels around a picture, below it; letters of a line
-_GREEN, _GREY, _INK = (46, 158, 107), (209, 213, 219), (55, 65, 81)
+_MARGIN, _TEXT = 8, 34  # pixels around a picture, below it
+_GREEN = (46, 158, 107)
 
 Colour = tuple[int, int, int]
 
@@ -45,7 +40,7 @@ def write_search(
     Returns:
         The files.
     """
-    images = _Pictures(queries), _Pictures(gallery)
+    images = Pictures(queries.source, queries.keys), Pictures(gallery.source, gallery.keys)
     with atomic_write(f"{folder}/results.csv") as stream:
         stream.write(results_table(gallery, queries, found).encode())
     with atomic_write(f"{folder}/sheet.png") as stream:
@@ -67,74 +62,39 @@ def results_table(gallery: EmbeddedImages, queries: EmbeddedImages, found: Searc
     return text.getvalue()
 
 
-class _Pictures:
-    """Reads images of a set by number, small and square."""
-
-    def __init__(self, images: EmbeddedImages) -> None:
-        self._source, self._keys = images.source, images.keys
-        self._index = ShardIndex.load(self._source) if self._is_index() else None
-
-    def _is_index(self) -> bool:
-        return bool(self._source) and index_exists(self._source)
-
-    def read(self, number: int) -> Pixels:
-        """Uint8 `[_SIDE, _SIDE, 3]`; grey where the image cannot be had."""
-        try:
-            pixels = decode_image(self._bytes(number), _SIDE)
-        except (OSError, ValueError, ImageDecodeError, BadSampleError):
-            return np.full((_SIDE, _SIDE, 3), 229, np.uint8)
-        return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
-
-    def _bytes(self, number: int) -> bytes:
-        if self._index is None:
-            filesystem, root = resolve_url(self._source)
-            return bytes(filesystem.cat_file(f"{root}/{self._keys[number]}"))
-        shard, position = self._index.locate(number)
-        (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
-        entry = self._index.entry(shard, position)
-        return extract_sample(raw, len(raw), self._index.num_classes, entry).data
-
-
 def _sheet(
     gallery: EmbeddedImages,
     queries: EmbeddedImages,
     found: SearchResult,
-    of_queries: _Pictures,
-    of_gallery: _Pictures,
+    of_queries: Pictures,
+    of_gallery: Pictures,
 ) -> Image.Image:
     """Queries on the left, what they found beside them; green frames: of the same class."""
     rows, columns = min(_SHEET_ROWS, len(queries.keys)), 1 + found.numbers.shape[1]
-    width, height = _SIDE + 2 * _MARGIN, _SIDE + _TEXT + _MARGIN
+    width, height = SIDE + 2 * _MARGIN, SIDE + _TEXT + _MARGIN
     sheet = Image.new("RGB", (columns * width + 2 * _MARGIN, rows * height + _MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    fonts = Path(mpl.get_data_path(), "fonts", "ttf")
-    font = ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 10)
+    pen, font = ImageDraw.Draw(sheet), letters()
 
     def put(row: int, column: int, pixels: Pixels, lines: list[str], frame: Colour) -> None:
         """Draw a picture with the lines under it; column 0 stands apart."""
         left = column * width + _MARGIN + (2 * _MARGIN if column else 0)
         top = row * height + _MARGIN
-        box = (left - 3, top - 3, left + _SIDE + 2, top + _SIDE + 2)
+        box = (left - 3, top - 3, left + SIDE + 2, top + SIDE + 2)
         pen.rectangle(box, outline=frame, width=3)
         sheet.paste(Image.fromarray(pixels), (left, top))
         for number, line in enumerate(lines):
-            at = (left, top + _SIDE + 5 + 13 * number)
-            pen.text(at, _shorten(line), font=font, fill=_INK)
+            at = (left, top + SIDE + 5 + 13 * number)
+            pen.text(at, shorten(line), font=font, fill=INK)
 
     for row in range(rows):
         own = queries.classes[row]
-        put(row, 0, of_queries.read(row), [own or queries.keys[row], "query"], _GREY)
+        put(row, 0, of_queries.read(row), [own or queries.keys[row], "query"], GREY)
         for column, number in enumerate(found.numbers[row].tolist()):
             name = gallery.classes[number] or gallery.keys[number]
-            frame = _GREEN if own and gallery.classes[number] == own else _GREY
+            frame = _GREEN if own and gallery.classes[number] == own else GREY
             lines = [name, f"{found.scores[row, column]:.3f}"]
             put(row, column + 1, of_gallery.read(number), lines, frame)
     return sheet
-
-
-def _shorten(text: str) -> str:
-    """The end of a text, which tells paths apart."""
-    return text if len(text) <= _LETTERS else f"…{text[1 - _LETTERS :]}"
 
 
 def _page(
@@ -142,8 +102,8 @@ def _page(
     gallery: EmbeddedImages,
     queries: EmbeddedImages,
     found: SearchResult,
-    of_queries: _Pictures,
-    of_gallery: _Pictures,
+    of_queries: Pictures,
+    of_gallery: Pictures,
 ) -> str:
     shown = min(_PAGE_ROWS, len(queries.keys))
     pictures: dict[int, str] = {}

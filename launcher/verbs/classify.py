@@ -1,0 +1,75 @@
+"""`mhe classify`: what a run's head takes images for."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+
+if TYPE_CHECKING:
+    from pipelines.evaluate.classify import ClassifiedImages
+
+SHOWN = 20  # images in the terminal
+
+
+def classify(
+    run: RunName,
+    images: Annotated[str, typer.Option(help="Folder of images, or a set of shards.")],
+    top: Annotated[int, typer.Option(min=1, max=100, help="Classes of each image.")] = 5,
+    out: Annotated[
+        str, typer.Option(help="Folder for sheet and table; those of before are replaced.")
+    ] = "classified",
+    gpu: GpuOption = None,
+) -> None:
+    """Name the class of images, among all classes of a run: a table and a contact sheet.
+
+    For images of the training classes. To look images up among others, of any classes, there is mhe
+    search.
+
+    Example: mhe classify photos --images new --top 5
+    """
+    from pipelines.evaluate.classify import classify_source, name_classes
+    from pipelines.report.sheets.class_sheet import write_classes
+    from pipelines.runs.trained import load_trained_backbone
+    from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+
+    topology = join_ranks(run, gpu)
+    backbone = load_trained_backbone(run, topology.device)
+    data = backbone.config.data
+    with (
+        tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder,
+        spinner(topology, f"classifying {images}"),
+    ):
+        head = load_trained_head(find_checkpoint(backbone.checkpoint), topology, folder)
+        found = classify_source(backbone.embed, head, images, topology, data.image_size, top)
+    if found is None:
+        return
+    names = name_classes(data, found.classes)
+    for path in found.skipped[:SHOWN]:
+        console.say(f"[yellow]left out:[/] {escape(path)}")
+    _show(found, names)
+    files = write_classes(out.rstrip("/"), found, names)
+    console.say("Written: " + ", ".join(escape(file) for file in files))
+    console.list_next([("see it", ["python", "-m", "webbrowser", files[0]])])
+
+
+def _show(found: ClassifiedImages, names: dict[int, str]) -> None:
+    table = Table("image", "class", "score", "second", "score", box=None)
+    for key, classes, scores in zip(
+        found.keys[:SHOWN], found.classes.tolist(), found.scores, strict=False
+    ):
+        cells = [escape(key)]
+        for number, score in zip(classes[:2], scores, strict=False):
+            cells += [escape(names.get(number, str(number))), f"{score:.2f}"]
+        table.add_row(*cells)
+    console.out.print(table)
+    if len(found.keys) > SHOWN:
+        console.say(f"And {len(found.keys) - SHOWN:,} more images, in classes.csv.")
+    if not names:
+        console.say("Classes are numbers: the training set's classes.tsv cannot be read here.")

@@ -1,0 +1,110 @@
+"""`mhe evaluate classification`: does the head name the class of other images of its classes?"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.verbs.evaluate.shared import (
+    GpuOption,
+    MlflowOption,
+    RunName,
+    join_ranks,
+    save_results,
+    spinner,
+)
+from mhe_dist.errors import UserError
+from pipelines.runs.trained import load_trained_backbone
+
+
+def classification(
+    run: RunName,
+    shards: Annotated[
+        str, typer.Option(help="Other images of the training classes, with the same class ids.")
+    ],
+    exhaustive: Annotated[
+        bool,
+        typer.Option(
+            help="mhc: also score every class, and say how often the beam finds the best."
+        ),
+    ] = True,
+    gpu: GpuOption = None,
+    mlflow: MlflowOption = True,
+) -> None:
+    """Other images of the training classes: the head names their class, top-1 and top-5.
+
+    Classes with few, some and many training images are told apart: below 20, up to 100, more.
+
+    Example: mhe evaluate classification photos --shards data/photos/heldout
+    """
+    from pipelines.evaluate.classification import (
+        count_training_images,
+        evaluate_classification,
+        refuse_other_classes,
+    )
+    from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+    from pipelines.shards.index import ShardIndex
+
+    topology = join_ranks(run, gpu)
+    backbone = load_trained_backbone(run, topology.device)
+    config, num_classes = backbone.config, backbone.trained_on["classes"]
+    index = ShardIndex.load(shards)
+    if num_classes is None:
+        raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
+    refuse_other_classes(index, config.data)
+    counts = count_training_images(config.data, config.run.seed, num_classes)
+    with (
+        tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder,
+        spinner(topology, f"predicting the classes of {index.samples:,} images of {shards}"),
+    ):
+        head = load_trained_head(find_checkpoint(backbone.checkpoint), topology, folder)
+        figures = evaluate_classification(
+            backbone.embed,
+            head,
+            index,
+            num_classes,
+            topology,
+            config.data.image_size,
+            counts,
+            exhaustive,
+        )
+    if not topology.is_first:
+        return
+    console.show_table(
+        f"{backbone.checkpoint} on {shards}, {num_classes:,} classes", _table(figures)
+    )
+    if counts is None:
+        console.say(
+            f"No figures by training images of a class: {config.data.shards} cannot be read here, "
+            "or its index does not tell labels (mhe data index makes one that does)."
+        )
+    results = {"shards": shards, "classes": num_classes, **figures}
+    save_results(backbone, "classification", results, {}, "", figures if mlflow else {})
+    console.list_next([("export it", ["mhe", "export", run])])
+
+
+def _table(figures: dict[str, float]) -> Table:
+    from pipelines.evaluate.classification import SHOTS
+
+    names = {
+        "": "all",
+        "few_shot/": "few-shot, below 20 training images",
+        "medium_shot/": "medium-shot, 20 to 100",
+        "many_shot/": "many-shot, more than 100",
+    }
+    table = Table("classes", "images", "top-1", "top-5")
+    for prefix in ("", *(f"{name}/" for name in SHOTS)):
+        if f"{prefix}samples" in figures:
+            top = (f"{100 * figures[f'{prefix}top{k}']:.2f}" for k in (1, 5))
+            table.add_row(names[prefix], f"{figures[f'{prefix}samples']:,.0f}", *top)
+    if figures["unknown"]:
+        table.add_row("left out: of no class of the run", f"{figures['unknown']:,.0f}", "", "")
+    if "beam_recall" in figures:
+        table.add_row(
+            "the beam finds the best class", "", f"{100 * figures['beam_recall']:.2f}", ""
+        )
+    return table

@@ -1,0 +1,165 @@
+"""Closed-set classification: other images of the classes that a run was trained on.
+
+This is the test of the paper (arXiv 2412.10182): the head's scores predict the class of an image,
+where `heldout.py` compares images of classes that no step has met.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mhe_dist.config.data import DataConfig
+from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.heads.base import Head
+from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.index import needs_mixture, open_training_index
+from pipelines.evaluate.embeddings import Embed, ShardImages, map_images, raise_together
+from pipelines.shards.index import ShardIndex
+
+Ints = npt.NDArray[np.int64]
+
+TOP: Final = (1, 5)
+# Training images of a class, from and below: Liu et al., "Large-Scale Long-Tailed Recognition in an
+# Open World" (arXiv 1904.05160), section 4.
+SHOTS: Final = {
+    "few_shot": (0, 20),
+    "medium_shot": (20, 101),
+    "many_shot": (101, math.inf),
+}
+_COUNTED_TOGETHER: Final = 1 << 24  # labels
+
+
+def evaluate_classification(
+    embed: Embed,
+    head: Head,
+    index: ShardIndex,
+    num_classes: int,
+    topology: Topology,
+    image_size: int,
+    training_counts: Ints | None = None,
+    exhaustive: bool = False,
+) -> dict[str, float]:
+    """Predict the class of every image of a set; all ranks must call, and all get the figures.
+
+    `top1` and `top5` are the shares of the samples whose class is the best, or among the five best,
+    of all classes. With `training_counts` there are `few_shot/top1`, `few_shot/top5` and
+    `few_shot/samples`, and so on for each of `SHOTS` that has samples: those whose class has so
+    many training images. `samples` counts what was predicted, `unknown` what was left out, since
+    its class is none of the run's. For MHC, whose prediction is a beam search, `beam_recall` is the
+    share of samples for which the beam's best class is the best of all.
+
+    Scores are computed for a block of images and a chunk of classes at a time: beside the head's
+    own rows, memory does not grow with the number of classes.
+
+    Args:
+        embed: see `embeddings.Embed`.
+        head: of the same run, on these ranks.
+        index: of the set; its class ids are those of the training set.
+        num_classes: C of the run.
+        topology, image_size: see `embeddings.map_images`.
+        training_counts: `[C]`, see `count_training_images`.
+        exhaustive: whether `beam_recall` is wanted, which takes C scores for each sample.
+
+    Raises:
+        UserError: no sample is of a class of the run.
+    """
+    images = ShardImages(index)
+
+    def predict(pixels: Tensor) -> Tensor:
+        embeddings = embed(pixels)
+        classes = head.predict(embeddings, max(TOP)).classes
+        if not (exhaustive and isinstance(head, MultiHeadCascade)):
+            return classes
+        return torch.cat([classes, head.predict_exhaustively(embeddings, 1).classes], dim=1)
+
+    predicted = map_images(predict, images, topology, image_size)
+    labels = images.join_labels(topology)
+    figures: dict[str, float] = {}
+    failure: Exception | None = None
+    if predicted is not None:
+        known = labels < num_classes
+        if known.any():
+            figures = _figures(predicted[known], labels[known], training_counts)
+            figures["unknown"] = float((~known).sum())
+        else:
+            failure = UserError(
+                f"{index.folder}: no image is of one of the {num_classes:,} classes of the run"
+            )
+    raise_together(failure, topology)
+    return broadcast_from_first(figures, topology)
+
+
+def _figures(predicted: Ints, labels: Ints, counts: Ints | None) -> dict[str, float]:
+    """See `evaluate_classification`.
+
+    Args:
+        predicted: `[N, 5]`, best first; a sixth column is the best of an exhaustive search.
+        labels: `[N]`.
+        counts: training images of each class.
+    """
+    right = predicted[:, : max(TOP)] == labels[:, None]
+    figures = _shares(right)
+    if predicted.shape[1] > max(TOP):
+        figures["beam_recall"] = float((predicted[:, 0] == predicted[:, -1]).mean())
+    if counts is not None:
+        shots = counts[labels]
+        for name, (least, below) in SHOTS.items():
+            chosen = (shots >= least) & (shots < below)
+            if chosen.any():
+                part = _shares(right[chosen])
+                figures |= {f"{name}/{key}": value for key, value in part.items()}
+    return figures
+
+
+def _shares(right: npt.NDArray[np.bool_]) -> dict[str, float]:
+    shares = {f"top{k}": float(right[:, :k].any(axis=1).mean()) for k in TOP}
+    return shares | {"samples": float(len(right))}
+
+
+def count_training_images(data: DataConfig, seed: int, num_classes: int) -> Ints | None:
+    """Images of each class in the training set, int64 `[C]`; reads the index alone.
+
+    None: the index is not there any more, or it does not tell labels (format 1).
+    """
+    try:
+        index = open_training_index(data, seed)
+    except (UserError, RunError, OSError):
+        return None
+    counts = np.zeros(num_classes, np.int64)
+    for start in range(0, index.samples, _COUNTED_TOGETHER):
+        stop = min(start + _COUNTED_TOGETHER, index.samples)
+        labels = index.labels_of(np.arange(start, stop))
+        if labels is None:
+            return None
+        labels = labels[(labels >= 0) & (labels < num_classes)]  # others are no sample's
+        counts += np.bincount(labels, minlength=num_classes)
+    return counts
+
+
+def refuse_other_classes(index: ShardIndex, data: DataConfig) -> None:
+    """Refuse a set whose class ids mean other classes than those of the training set.
+
+    It can be told where both have a `classes.tsv`; only the names of the set's own are kept.
+
+    Raises:
+        UserError: names a class that differs.
+    """
+    if needs_mixture(data):  # its classes have other ids than those of its parts
+        return
+    here = names_of(index.folder, range(index.num_classes))
+    for number, name in names_of(data.shards, here).items():
+        if name != here[number]:
+            raise UserError(
+                f"{index.folder}: class {number} is {here[number]!r}, in the training set "
+                f"{data.shards} it is {name!r}. Class ids must mean the same: mhe data folder "
+                "--heldout-images N makes two such sets"
+            )

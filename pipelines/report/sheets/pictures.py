@@ -1,0 +1,65 @@
+"""Small pictures with lines of text, as the sheets show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import matplotlib as mpl
+import numpy as np
+from PIL import ImageFont
+
+from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
+from pipelines.data.order import ShardSpan
+from pipelines.data.sample import BadSampleError, extract_sample, read_span
+from pipelines.shards.index import ShardIndex, index_exists
+from pipelines.storage.urls import resolve_url
+
+SIDE: Final = 112  # of a picture, in pixels
+GREY, INK = (209, 213, 219), (55, 65, 81)
+_LETTERS: Final = 18  # of a line
+
+
+class Pictures:
+    """Reads images of a folder or of shards by number, small and square.
+
+    Args:
+        source: folder or URL.
+        keys: paths below the folder; of shards they are not needed.
+    """
+
+    def __init__(self, source: str, keys: Sequence[str]) -> None:
+        self._source, self._keys = source, keys
+        self._index = ShardIndex.load(self._source) if self._is_index() else None
+
+    def _is_index(self) -> bool:
+        return bool(self._source) and index_exists(self._source)
+
+    def read(self, number: int) -> Pixels:
+        """Uint8 `[SIDE, SIDE, 3]`; grey where the image cannot be had."""
+        try:
+            pixels = decode_image(self._bytes(number), SIDE)
+        except (OSError, ValueError, ImageDecodeError, BadSampleError):
+            return np.full((SIDE, SIDE, 3), 229, np.uint8)
+        return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+
+    def _bytes(self, number: int) -> bytes:
+        if self._index is None:
+            filesystem, root = resolve_url(self._source)
+            return bytes(filesystem.cat_file(f"{root}/{self._keys[number]}"))
+        shard, position = self._index.locate(number)
+        (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
+        entry = self._index.entry(shard, position)
+        return extract_sample(raw, len(raw), self._index.num_classes, entry).data
+
+
+def letters() -> ImageFont.FreeTypeFont:
+    """The font of the lines."""
+    fonts = Path(mpl.get_data_path(), "fonts", "ttf")
+    return ImageFont.truetype(str(fonts / "DejaVuSans.ttf"), 10)
+
+
+def shorten(text: str, count: int = _LETTERS) -> str:
+    """The end of a text, which tells paths apart."""
+    return text if len(text) <= count else f"…{text[1 - count :]}"

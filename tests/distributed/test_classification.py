@@ -1,0 +1,222 @@
+"""Closed-set classification against float64 over all classes, on any number of ranks."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from launcher import cli
+from mhe_dist.config.schema import Config
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
+from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from pipelines.evaluate.classification import (
+    count_training_images,
+    evaluate_classification,
+    refuse_other_classes,
+)
+from pipelines.evaluate.embed import embed_source
+from pipelines.evaluate.embeddings import embed_set
+from pipelines.pretrain.main import run_pretraining
+from pipelines.runs.checkpoints import class_centres
+from pipelines.runs.trained import load_trained_backbone
+from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+from pipelines.shards.index import ShardIndex
+from tests import tiny
+from tests.conftest import run_ranks
+
+HEADS: dict[str, dict[str, Any]] = {
+    "mhs": {},
+    "full": {"kind": "full"},
+    "mhp": {"kind": "mhp", "mhp": {"lengths": [5, 6]}},
+    "mhc": {"kind": "mhc", "mhc": {"lengths": [5, 6], "candidates": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_shards(tmp_path_factory.mktemp("shards") / "train")
+
+
+@pytest.fixture(scope="module")
+def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Config]:
+    """A run of 24 steps with a kind of head; each is trained once."""
+
+    @cache
+    def train(kind: str) -> Config:
+        config = tiny.config(tmp_path_factory.mktemp(kind), shards, head=HEADS[kind])
+        run_pretraining(config)
+        return config
+
+    return train
+
+
+def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
+    """The figures of a run's newest checkpoint."""
+    backbone = load_trained_backbone(run)
+    head = load_trained_head(find_checkpoint(run), topology, run)
+    return evaluate_classification(
+        backbone.embed,
+        head,
+        ShardIndex.load(shards),
+        tiny.CLASSES,
+        topology,
+        tiny.SIDE,
+        count_training_images(backbone.config.data, 3, tiny.CLASSES),
+        exhaustive=True,
+    )
+
+
+def best_classes(run: str, shards: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes of every image by falling cosine in float64, `[N, C]`, and its label."""
+    embedded = embed_set(
+        load_trained_backbone(run).embed, ShardIndex.load(shards), Topology(), tiny.SIDE
+    )
+    assert embedded is not None
+    centres = class_centres(run, range(tiny.CLASSES)).double()
+    rows = torch.from_numpy(embedded.embeddings).double()
+    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(centres).T
+    return cosines.argsort(dim=1, descending=True), torch.from_numpy(embedded.labels)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_figures_are_those_of_all_classes_whatever_the_number_of_ranks(
+    kind: str, trained: Callable[[str], Config], shards: str
+) -> None:
+    run = trained(kind)
+    found = classify(Topology(), run.run.path, shards)
+    assert found["samples"] == tiny.CLASSES * tiny.IMAGES == found["few_shot/samples"]
+    assert found["unknown"] == 0
+    assert 1 / tiny.CLASSES < found["top1"] == found["few_shot/top1"] < found["top5"]
+    assert ("beam_recall" in found) == (kind == "mhc")
+    ranks = 2 if kind in ("mhs", "mhp") else 3
+    assert run_ranks(classify, ranks, run.run.path, shards) == [found] * ranks
+    if kind in ("mhs", "full"):
+        order, labels = best_classes(run.run.path, shards)
+        right = order[:, :5] == labels[:, None]
+        assert found["top1"] == right[:, 0].double().mean().item()
+        assert found["top5"] == right.any(dim=1).double().mean().item()
+
+
+def test_a_beam_of_all_prefixes_finds_what_scoring_all_classes_does(
+    trained: Callable[[str], Config],
+) -> None:
+    run = trained("mhc")
+    head = load_trained_head(find_checkpoint(run.run.path), Topology(), run.run.path)
+    assert isinstance(head, MultiHeadCascade)
+    embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    every = head.predict(embeddings, tiny.CLASSES)  # k is a beam's least width
+    assert torch.equal(head.predict_exhaustively(embeddings, 3).classes, every.classes[:, :3])
+    narrow = head.predict(embeddings, 1).classes[:, 0] == every.classes[:, 0]
+    assert 0.3 < narrow.double().mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["mhs", "mhc"])
+def test_the_verb(
+    kind: str,
+    trained: Callable[[str], Config],
+    shards: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = trained(kind)
+    assert cli.run(["evaluate", "classification", run.run.path, "--shards", shards]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    figures = classify(Topology(), run.run.path, shards)
+    for part in ("top-1", f"{100 * figures['top5']:.2f}", "few-shot, below 20", "360", "Next"):
+        assert part in shown
+    assert ("the beam finds" in shown) == (kind == "mhc")
+    saved = json.loads(Path(run.run.path, "evaluation", "classification.json").read_text())
+    assert saved["results"] == {"shards": shards, "classes": tiny.CLASSES, **figures}
+
+
+@pytest.mark.parametrize("source", ["folder", "shards"])
+def test_classify_names_what_the_head_finds(
+    source: str,
+    trained: Callable[[str], Config],
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = trained("mhs")
+    monkeypatch.chdir(tmp_path)
+    images, keys = shards, [f"{number:07d}" for number in range(tiny.CLASSES * tiny.IMAGES)]
+    if source == "folder":
+        images, keys = str(tmp_path / "images"), ["a.jpg", "b/c.png"]
+        rng = np.random.default_rng(0)
+        for key in keys:
+            Path(images, key).parent.mkdir(exist_ok=True, parents=True)
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(Path(images, key))
+        Path(images, "broken.jpg").write_bytes(b"no image")
+    names = {n: f"class {n} <b>" for n in range(tiny.CLASSES)}
+    rows = "".join(f"{n}\t12\t{name}\n" for n, name in names.items())
+    Path(shards, "classes.tsv").write_text("class\tsamples\tname\n" + rows)
+    assert cli.run(["classify", run.run.path, "--images", images, "--top", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "class" in shown and "Next" in shown
+    assert ("left out: broken.jpg" in shown) == (source == "folder")
+    with Path("classified", "classes.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    backbone = load_trained_backbone(run.run.path)
+    head = load_trained_head(find_checkpoint(run.run.path), Topology(), run.run.path)
+    embedded = embed_source(backbone.embed, images, Topology(), tiny.SIDE)
+    assert embedded is not None and set(embedded.keys) == set(keys)
+    expected = head.predict(torch.from_numpy(embedded.rows), 3)
+    found = [(row["image"], int(row["rank"]), int(row["class"]), row["name"]) for row in table]
+    assert found == [
+        (key, rank, number, names[number])
+        for key, classes in zip(embedded.keys, expected.classes.tolist(), strict=True)
+        for rank, number in enumerate(classes, 1)
+    ]
+    scores = torch.tensor([float(row["score"]) for row in table]).view(-1, 3)
+    torch.testing.assert_close(scores, expected.scores, atol=1e-4, rtol=0)
+    with Image.open("classified/sheet.png") as sheet:
+        assert sheet.width > 600
+    Path(shards, "classes.tsv").unlink()
+
+
+def test_images_of_other_classes_are_counted_or_refused(tmp_path: Path, shards: str) -> None:
+    config = tiny.config(tmp_path, shards, train={"max_steps": 1})
+    run_pretraining(config)
+    more = tiny.write_shards(tmp_path / "more", classes=tiny.CLASSES + 10)
+    found = classify(Topology(), config.run.path, more)
+    assert (found["samples"], found["unknown"]) == (tiny.CLASSES * tiny.IMAGES, 10 * tiny.IMAGES)
+    backbone = load_trained_backbone(config.run.path)
+    head = load_trained_head(find_checkpoint(config.run.path), Topology(), config.run.path)
+    with pytest.raises(UserError, match="no image is of one of the 0 classes"):
+        evaluate_classification(
+            backbone.embed, head, ShardIndex.load(more), 0, Topology(), tiny.SIDE
+        )
+
+
+def test_class_ids_that_mean_something_else_are_refused(tmp_path: Path, shards: str) -> None:
+    other = tiny.write_shards(tmp_path / "other", classes=3)
+    data = tiny.config(tmp_path, shards).data
+    refuse_other_classes(ShardIndex.load(other), data)  # nothing tells names
+    here = Path(other, "classes.tsv")
+    here.write_text("class\tsamples\tname\n0\t12\ta\n1\t12\tb\n2\t12\tc\n")
+    train = tmp_path / "named"
+    train.mkdir()
+    named = data.model_copy(update={"shards": str(train)})
+    (train / "classes.tsv").write_text("class\tsamples\tname\n0\t9\ta\n1\t9\tb\n2\t9\tc\n3\t9\td\n")
+    refuse_other_classes(ShardIndex.load(other), named)
+    here.write_text("class\tsamples\tname\n0\t12\ta\n1\t12\tx\n2\t12\tc\n")
+    with pytest.raises(UserError, match=r"class 1 is 'x'.*it is 'b'.*--heldout-images"):
+        refuse_other_classes(ShardIndex.load(other), named)
+
+
+def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:
+    data = tiny.config(tmp_path, shards).data
+    counts = count_training_images(data, 3, tiny.CLASSES)
+    assert counts is not None and counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
+    gone = data.model_copy(update={"shards": str(tmp_path / "gone")})
+    assert count_training_images(gone, 3, tiny.CLASSES) is None
