@@ -35,7 +35,9 @@ def check_data(config: Config) -> Iterable[Mistake]:
     made = set()
     if glyphs and train.rpartition("/")[2] == TRAIN:
         made = {train, train.removesuffix(TRAIN) + HELDOUT}
-    for key, url in (("data.shards", train), ("evaluate.shards", heldout)):
+    classified = config.evaluate.classification.rstrip("/")
+    sets = {"data.shards": train, "evaluate.shards": heldout}
+    for key, url in (sets | {"evaluate.classification": classified}).items():
         if url and url not in made and (problem := _index_problem(url)):
             cure = _cure_for_sources(key, url) or _cure(key, glyphs)
             yield key, f"{problem}; {cure}"

@@ -268,5 +268,8 @@ def accuracy_rows(heldout: dict[str, Any]) -> list[tuple[str, str]]:
             name = key.removesuffix("/rank1")
             rows.append((f"{name}: rank-1", f"{value:.1%}"))
             rows.append((f"{name}: TAR@FAR=1E-4", f"{heldout[f'{name}/tar@far=1e-4']:.1%}"))
+    for k in (1, 5):
+        if (key := f"classification/top{k}") in heldout:
+            rows.append((f"top-{k} of the training classes", f"{heldout[key]:.1%}"))
     sets = [key for key in heldout if key.endswith("/accuracy")]
     return rows + [(key.removesuffix("/accuracy"), f"{heldout[key]:.2%}") for key in sets]

@@ -186,7 +186,7 @@ class ScaleConfig(ConfigSection):
 
 
 class EvaluateConfig(ConfigSection):
-    """Held-out evaluation of the embedding."""
+    """Held-out evaluation of the embedding, and of the head."""
 
     shards: PathText = Field(
         "", description="Folder or URL of held-out shards; empty: no evaluation."
@@ -203,6 +203,11 @@ class EvaluateConfig(ConfigSection):
     )
     verification: PathTexts = Field(
         [], description="InsightFace .bin files (lfw.bin, ...) to verify on at each evaluation."
+    )
+    classification: PathText = Field(
+        "",
+        description="Shards with other images of the training classes, by the same ids: how many "
+        "of them the head gives their own class, of all classes, at each evaluation.",
     )
 
 

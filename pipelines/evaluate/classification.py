@@ -66,7 +66,7 @@ def evaluate_classification(
         index: of the set; its class ids are those of the training set.
         num_classes: C of the run.
         topology, image_size: see `embeddings.map_images`.
-        training_counts: `[C]`, see `count_training_images`.
+        training_counts: `[C]`, see `count_images`.
         exhaustive: whether `beam_recall` is wanted, which takes C scores for each sample.
 
     Raises:
@@ -125,23 +125,23 @@ def _shares(right: npt.NDArray[np.bool_]) -> dict[str, float]:
     return shares | {"samples": float(len(right))}
 
 
-def count_training_images(data: DataConfig, seed: int, num_classes: int) -> Ints | None:
-    """Images of each class in the training set, int64 `[C]`; reads the index alone.
-
-    None: the index is not there any more, or it does not tell labels (format 1).
-    """
+def count_training_images(data: DataConfig, seed: int) -> Ints | None:
+    """As `count_images`, of the training set; None, too, where it is not there any more."""
     try:
-        index = open_training_index(data, seed)
+        return count_images(open_training_index(data, seed))
     except (UserError, RunError, OSError):
         return None
-    counts = np.zeros(num_classes, np.int64)
+
+
+def count_images(index: ShardIndex) -> Ints | None:
+    """Images of each class, int64 `[C]`, by the columns of an index; None: it has none."""
+    counts = np.zeros(index.num_classes, np.int64)
     for start in range(0, index.samples, _COUNTED_TOGETHER):
         stop = min(start + _COUNTED_TOGETHER, index.samples)
         labels = index.labels_of(np.arange(start, stop))
         if labels is None:
             return None
-        labels = labels[(labels >= 0) & (labels < num_classes)]  # others are no sample's
-        counts += np.bincount(labels, minlength=num_classes)
+        counts += np.bincount(labels[labels >= 0], minlength=index.num_classes)
     return counts
 
 

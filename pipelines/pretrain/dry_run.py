@@ -128,7 +128,7 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     Raises:
         UserError: the backbone cannot train, or an evaluation could not work.
     """
-    refuse_unusable_sets(config.evaluate, config.data.image_size, config.run.seed, Topology())
+    refuse_unusable_sets(config.evaluate, config.data, config.run.seed, Topology())
     index = open_training_index(config.data, config.run.seed)
     device = rank_device(config.scale.gpu)
     make_tried_model(config, device, index)  # here, where its error is not one of a rank

@@ -143,11 +143,11 @@ def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -
         f"**{config.model.name}**, head `{config.head.kind}`, {steps:,} steps over epochs of "
         f"{samples:,} images"
     ]
+    first = ("rank1", "chance", "accuracy", "classification/top1", "classification/top5")
     rows = [
         (name, f"{100 * evaluation.metrics[name]:.2f} %")
-        for name in ("rank1", "chance", "accuracy", *sorted(evaluation.metrics))
-        if name in evaluation.metrics
-        and (name in ("rank1", "chance", "accuracy") or name.startswith("tar@"))
+        for name in (*first, *sorted(evaluation.metrics))
+        if name in evaluation.metrics and (name in first or name.startswith("tar@"))
     ]
     if rows:
         table = [("held-out figure", "value"), ("---", "---"), *dict(rows).items()]

@@ -31,6 +31,7 @@ from pipelines.data.bad_samples import BadSamples, BadSampleTally
 from pipelines.data.mixture.index import label_digests, open_training_index, samples_per_epoch
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.evaluate.in_training import (
+    TrainedHead,
     evaluate_in_training,
     has_evaluation,
     refuse_unusable_sets,
@@ -99,6 +100,7 @@ class Run:
             config.run.seed,
         )
         self.head = _make_head(config, self.index, topology, self.engine.precision)
+        self.trained_head = TrainedHead(self.head, self.index)
         self.store = CheckpointStore(
             f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
         )
@@ -175,6 +177,7 @@ class Run:
                 config.data.image_size,
                 config.run.seed,
                 self.topology,
+                self.trained_head,
             )
         self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation
@@ -183,9 +186,7 @@ class Run:
         """What would make an evaluation fail hours later is said now."""
         config = self.config
         if has_evaluation(config.evaluate):
-            refuse_unusable_sets(
-                config.evaluate, config.data.image_size, config.run.seed, self.topology
-            )
+            refuse_unusable_sets(config.evaluate, config.data, config.run.seed, self.topology)
 
     def save(self, faults: BadSampleTally) -> None:
         """Checkpoint what a resumed run needs; written while training goes on.

@@ -108,7 +108,7 @@ def write_page(
     ).get_template("page.html.j2")
     page = template.render(name=name, subtitle=subtitle, tiles=tiles, sections=sections)
     with atomic_write(out) as stream:
-        stream.write(page.encode())
+        stream.write(page.encode(errors="backslashreplace"))  # names need not be UTF-8
 
 
 def _subtitle(config: Config, records: Records, summary: dict[str, Any]) -> str:

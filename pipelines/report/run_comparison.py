@@ -132,8 +132,9 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
         yield "protocol of rank-1, TAR", protocol
     others = {key[8:] for record in run.records for key in record if key.startswith("heldout/")}
     for key in sorted(others):
-        if key.endswith(("/rank1", "/accuracy")):
-            yield key.replace("/rank1", ": rank-1"), f"{run.last(f'heldout/{key}'):.1%}"
+        if key.endswith(("/rank1", "/accuracy", "/top1")):
+            name = key.replace("/rank1", ": rank-1").replace("/top1", ": top-1")
+            yield name, f"{run.last(f'heldout/{key}'):.1%}"
     if (loss := run.last("loss")) is not None:
         yield "training loss, last step", f"{loss:.3f}"
     done = f"{steps_done(run.records):,}"

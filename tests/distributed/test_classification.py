@@ -19,6 +19,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.classification import (
     count_training_images,
     evaluate_classification,
@@ -26,6 +27,7 @@ from pipelines.evaluate.classification import (
 )
 from pipelines.evaluate.embed import embed_source
 from pipelines.evaluate.embeddings import embed_set
+from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
 from pipelines.runs.trained import load_trained_backbone
@@ -71,7 +73,7 @@ def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
         tiny.CLASSES,
         topology,
         tiny.SIDE,
-        count_training_images(backbone.config.data, 3, tiny.CLASSES),
+        count_training_images(backbone.config.data, 3),
         exhaustive=True,
     )
 
@@ -164,7 +166,7 @@ def test_classify_names_what_the_head_finds(
     shown = capsys.readouterr().out
     assert "class" in shown and "Next" in shown
     assert ("left out: broken.jpg" in shown) == (source == "folder")
-    with Path("classified", "classes.csv").open(newline="") as stream:
+    with Path("classified", "classes.csv").open(newline="", encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
     backbone = load_trained_backbone(run.run.path)
     head = load_trained_head(find_checkpoint(run.run.path), Topology(), run.run.path)
@@ -182,6 +184,33 @@ def test_classify_names_what_the_head_finds(
     with Image.open("classified/sheet.png") as sheet:
         assert sheet.width > 600
     Path(shards, "classes.tsv").unlink()
+
+
+def test_a_run_records_the_figures_and_learns_the_same(
+    trained: Callable[[str], Config], shards: str, tmp_path: Path
+) -> None:
+    run = trained("mhs")
+    evaluate = {"classification": shards, "every_steps": 12}
+    watched = tiny.config(tmp_path, shards, evaluate=evaluate)
+    summary = run_pretraining(watched)
+    found = classify(Topology(), run.run.path, shards) | {"unknown": 0.0}
+    during = {f"classification/{name}": value for name, value in found.items()}
+    assert summary["heldout"] == during
+    records = read_records(f"{watched.run.path}/metrics.jsonl")
+    steps = [record["step"] for record in records if "heldout/classification/top1" in record]
+    assert steps == [11, 23]  # counted from 0
+    assert not tiny.differing(run, watched)
+
+
+def test_other_class_ids_are_refused_before_a_run(tmp_path: Path, shards: str) -> None:
+    other = tiny.write_shards(tmp_path / "other", classes=2)
+    for folder, names in ((other, "ab"), (str(tmp_path / "train"), "xb")):
+        Path(folder).mkdir(exist_ok=True)
+        rows = "".join(f"{number}\t12\t{name}\n" for number, name in enumerate(names))
+        Path(folder, "classes.tsv").write_text("class\tsamples\tname\n" + rows)
+    config = tiny.config(tmp_path, str(tmp_path / "train"), evaluate={"classification": other})
+    with pytest.raises(UserError, match=r"class 0 is 'a'.*it is 'x'"):
+        refuse_unusable_sets(config.evaluate, config.data, 0, Topology())
 
 
 def test_images_of_other_classes_are_counted_or_refused(tmp_path: Path, shards: str) -> None:
@@ -216,7 +245,7 @@ def test_class_ids_that_mean_something_else_are_refused(tmp_path: Path, shards: 
 
 def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:
     data = tiny.config(tmp_path, shards).data
-    counts = count_training_images(data, 3, tiny.CLASSES)
+    counts = count_training_images(data, 3)
     assert counts is not None and counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
     gone = data.model_copy(update={"shards": str(tmp_path / "gone")})
-    assert count_training_images(gone, 3, tiny.CLASSES) is None
+    assert count_training_images(gone, 3) is None

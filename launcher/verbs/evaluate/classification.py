@@ -56,7 +56,7 @@ def classification(
     if num_classes is None:
         raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     refuse_other_classes(index, config.data)
-    counts = count_training_images(config.data, config.run.seed, num_classes)
+    counts = count_training_images(config.data, config.run.seed)
     with (
         tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder,
         spinner(topology, f"predicting the classes of {index.samples:,} images of {shards}"),

@@ -10,7 +10,7 @@ from typing import Final
 from PIL import Image, ImageDraw
 
 from pipelines.evaluate.classify import ClassifiedImages
-from pipelines.report.sheets.pictures import INK, SIDE, Pictures, letters, shorten
+from pipelines.report.sheets.pictures import INK, SIDE, Pictures, as_bytes, letters, shorten
 from pipelines.storage.urls import atomic_write
 
 _SHOWN: Final = 24  # images
@@ -31,7 +31,7 @@ def write_classes(folder: str, found: ClassifiedImages, names: Mapping[int, str]
         The files.
     """
     with atomic_write(f"{folder}/classes.csv") as stream:
-        stream.write(_table(found, names).encode())
+        stream.write(as_bytes(_table(found, names)))
     with atomic_write(f"{folder}/sheet.png") as stream:
         _sheet(found, names).save(stream, "PNG")
     return [f"{folder}/{name}" for name in ("sheet.png", "classes.csv")]

@@ -54,6 +54,11 @@ class Pictures:
         return extract_sample(raw, len(raw), self._index.num_classes, entry).data
 
 
+def as_bytes(text: str) -> bytes:
+    """UTF-8 of a table or page; bytes of file names that are not UTF-8 are spelled out."""
+    return text.encode(errors="backslashreplace")
+
+
 def letters() -> ImageFont.FreeTypeFont:
     """The font of the lines."""
     fonts = Path(mpl.get_data_path(), "fonts", "ttf")
@@ -61,5 +66,6 @@ def letters() -> ImageFont.FreeTypeFont:
 
 
 def shorten(text: str, count: int = _LETTERS) -> str:
-    """The end of a text, which tells paths apart."""
+    """The end of a text, which tells paths apart, in characters that can be drawn."""
+    text = as_bytes(text).decode()
     return text if len(text) <= count else f"…{text[1 - count :]}"

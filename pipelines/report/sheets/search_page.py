@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from pipelines.data.decode import Pixels
 from pipelines.evaluate.embed import EmbeddedImages
 from pipelines.evaluate.search import SearchResult
-from pipelines.report.sheets.pictures import GREY, INK, SIDE, Pictures, letters, shorten
+from pipelines.report.sheets.pictures import GREY, INK, SIDE, Pictures, as_bytes, letters, shorten
 from pipelines.storage.urls import atomic_write
 
 _SHEET_ROWS: Final = 12
@@ -42,11 +42,11 @@ def write_search(
     """
     images = Pictures(queries.source, queries.keys), Pictures(gallery.source, gallery.keys)
     with atomic_write(f"{folder}/results.csv") as stream:
-        stream.write(results_table(gallery, queries, found).encode())
+        stream.write(as_bytes(results_table(gallery, queries, found)))
     with atomic_write(f"{folder}/sheet.png") as stream:
         _sheet(gallery, queries, found, *images).save(stream, "PNG")
     with atomic_write(f"{folder}/index.html") as stream:
-        stream.write(_page(title, gallery, queries, found, *images).encode())
+        stream.write(as_bytes(_page(title, gallery, queries, found, *images)))
     return [f"{folder}/{name}" for name in ("index.html", "sheet.png", "results.csv")]
 
 

@@ -48,7 +48,7 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     names = [SCHEMA, *(f"{name}.yaml" for name in shipped_configs())]
     configs = {f"mhe_dist/configs/{name}" for name in names}
     data = {name for name in sent.files if not name.endswith(".py")}
-    templates = {f"pipelines/report/{name}.html.j2" for name in ("page", "search")}
+    templates = {f"pipelines/report/{name}.html.j2" for name in ("page", "sheets/search")}
     assert data == configs | templates | {"run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mhe_dist.config.data import DataConfig
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
@@ -36,7 +37,8 @@ def write_set(folder: Path, labels: list[int], meta: dict[str, Any] | None = Non
 
 
 def refuse(**settings: Any) -> None:
-    refuse_unusable_sets(EvaluateConfig.model_validate(settings), 16, 0, Topology())
+    data = DataConfig(shards="unused", image_size=16)
+    refuse_unusable_sets(EvaluateConfig.model_validate(settings), data, 0, Topology())
 
 
 TWELVE_PAIRS = [number // 2 for number in range(24)]
