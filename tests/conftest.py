@@ -17,9 +17,11 @@ from hypothesis import settings
 
 from mhe_dist.distributed import spawn as local_ranks
 
-# What a node keeps between processes is no part of the user's own cache.
-_CACHE = tempfile.TemporaryDirectory(prefix="mhe-tests-cache-")
-os.environ.setdefault("MHE_CACHE_DIR", _CACHE.name)
+# What a node keeps between processes is no part of the user's own cache. Ranks import this file,
+# too, and end without tidying up: they have the folder of the process that started them.
+if "MHE_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="mhe-tests-cache-")
+    os.environ["MHE_CACHE_DIR"] = _CACHE.name
 
 # Ranks are forked from one process that has imported what they need: seconds less for each.
 multiprocessing.set_forkserver_preload(["tests.preload"])

@@ -131,23 +131,15 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arguments: Any) -> Any:
-    """A trainer that leases its resources, and whose group has a size that the run can use.
-
-    Ray's elastic policy takes whatever number of workers there is room for; a run can only use
-    numbers that divide its micro-batches. And what a run reserves of a cluster stays reserved for
-    three minutes when its controller is ended from outside, as by `mhe stop`, while the next
-    elastic run waits: here a reservation is a short lease that its holder renews. The policy
-    travels to Ray's controller instead of Ray's own.
+    """A trainer whose group has a size that the run can use, without services that it does not use.
 
     Ray starts an actor for each of its services, one after the other, and each takes seconds. A run
     needs none for Ray Data, and alone on its cluster none that shares the cluster out or frees what
     a lost controller held.
 
-    Checked with Ray 2.60.0: `ScalingPolicy.after_controller_start`,
-    `ElasticScalingPolicy.make_decision_for_non_running_worker_group` and `_count_possible_workers`,
-    `FixedScalingPolicy._maybe_send_resource_request`,
-    `DataParallelTrainer._initialize_and_run_controller(scaling_policy=...)` and
-    `_create_default_callbacks`.
+    Checked with Ray 2.60.0: `DataParallelTrainer._create_default_callbacks` and
+    `_initialize_and_run_controller(scaling_policy=...)`; the policy travels to Ray's controller
+    instead of Ray's own.
 
     Args:
         fit_group: number of workers that can be used of those there is room for; None: the number
@@ -159,12 +151,40 @@ def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arg
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_alone else (DatasetsCallback,)
+    policy = _scaling_policy(fit_group, is_alone)
+
+    class Trainer(DataParallelTrainer):
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            parts["scaling_policy"] = policy(arguments["scaling_config"])
+            return super()._initialize_and_run_controller(**parts)
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, unused)]
+
+    return Trainer(**arguments)
+
+
+def _scaling_policy(fit_group: Callable[[int], int] | None, is_alone: bool) -> Callable[..., Any]:
+    """The class of the policy that decides how many workers a run has; see `create_trainer`.
+
+    Ray's elastic policy takes whatever number of workers there is room for; a run can only use
+    numbers that divide its micro-batches. And what a run reserves of a cluster stays reserved for
+    three minutes when its controller is ended from outside, as by `mhe stop`, while the next
+    elastic run waits: here a reservation is a short lease that its holder renews.
+
+    Checked with Ray 2.60.0: `ScalingPolicy.after_controller_start`,
+    `FixedScalingPolicy._maybe_send_resource_request`,
+    `ElasticScalingPolicy.make_decision_for_non_running_worker_group` and `_count_possible_workers`.
+    """
     from ray.train.v2._internal.execution.scaling_policy import (
         ElasticScalingPolicy,
         FixedScalingPolicy,
         ScalingPolicy,
     )
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     class Leased(ScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
@@ -194,19 +214,7 @@ def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arg
             assert fit_group
             return fit_group(super()._count_possible_workers(reserved_resources))
 
-    unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_alone else (DatasetsCallback,)
-
-    class Trainer(DataParallelTrainer):
-        def _initialize_and_run_controller(self, **parts: Any) -> Any:
-            policy = Elastic if fit_group else Alone if is_alone else Fixed
-            parts["scaling_policy"] = policy(arguments["scaling_config"])
-            return super()._initialize_and_run_controller(**parts)
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, unused)]
-
-    return Trainer(**arguments)
+    return Elastic if fit_group else Alone if is_alone else Fixed
 
 
 def _shorten_leases() -> None:

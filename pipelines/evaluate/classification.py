@@ -6,6 +6,7 @@ where `heldout.py` compares images of classes that no step has met.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Final
 
@@ -36,6 +37,9 @@ SHOTS: Final = {
     "many_shot": (101, math.inf),
 }
 _COUNTED_TOGETHER: Final = 1 << 24  # labels
+_NAMED: Final = 10  # classes
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_classification(
@@ -57,8 +61,11 @@ def evaluate_classification(
     its class is none of the run's. For MHC, whose prediction is a beam search, `beam_recall` is the
     share of samples for which the beam's best class is the best of all.
 
-    Scores are computed for a block of images and a chunk of classes at a time: beside the head's
-    own rows, memory does not grow with the number of classes.
+    Scores are computed for a block of B = 128 images of each rank and a chunk of classes at a time.
+    Beside the head's own rows, memory does not grow with the number of classes: a chunk of mhs,
+    full and partial_fc takes 64 MiB, or what one unit of L classes takes if that is more,
+    `4 L (D + B W)` bytes. An exhaustive search does not keep to this: it takes about 50 bytes for
+    each class, and C scores in time.
 
     Args:
         embed: see `embeddings.Embed`.
@@ -67,35 +74,50 @@ def evaluate_classification(
         num_classes: C of the run.
         topology, image_size: see `embeddings.map_images`.
         training_counts: `[C]`, see `count_images`.
-        exhaustive: whether `beam_recall` is wanted, which takes C scores for each sample.
+        exhaustive: whether `beam_recall` is wanted.
 
     Raises:
         UserError: no sample is of a class of the run.
     """
     images = ShardImages(index)
 
-    def predict(pixels: Tensor) -> Tensor:
+    def _predict(pixels: Tensor) -> Tensor:
         embeddings = embed(pixels)
         classes = head.predict(embeddings, max(TOP)).classes
         if not (exhaustive and isinstance(head, MultiHeadCascade)):
             return classes
         return torch.cat([classes, head.predict_exhaustively(embeddings, 1).classes], dim=1)
 
-    predicted = map_images(predict, images, topology, image_size)
+    predicted = map_images(_predict, images, topology, image_size)
     labels = images.join_labels(topology)
     figures: dict[str, float] = {}
     failure: Exception | None = None
     if predicted is not None:
-        known = labels < num_classes
+        known = (labels >= 0) & (labels < num_classes)
         if known.any():
             figures = _figures(predicted[known], labels[known], training_counts)
             figures["unknown"] = float((~known).sum())
+            _name_unknown(labels[~known], index.folder, num_classes)
         else:
             failure = UserError(
                 f"{index.folder}: no image is of one of the {num_classes:,} classes of the run"
             )
     raise_together(failure, topology)
     return broadcast_from_first(figures, topology)
+
+
+def _name_unknown(labels: Ints, folder: str, num_classes: int) -> None:
+    """Say which classes are none of the run's, if there are any."""
+    if len(labels):
+        found = np.unique(labels)
+        named = ", ".join(map(str, found[:_NAMED].tolist())) + (
+            " ..." if len(found) > _NAMED else ""
+        )
+        log.warning(
+            "%s: %d images of %d classes that the run does not have are left out (it has ids below "
+            "%d): class %s",
+            *(folder, len(labels), len(found), num_classes, named),
+        )
 
 
 def _figures(predicted: Ints, labels: Ints, counts: Ints | None) -> dict[str, float]:

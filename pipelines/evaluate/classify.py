@@ -53,12 +53,12 @@ def classify_source(
         UserError: there is no image.
     """
 
-    def predict(pixels: Tensor) -> Tensor:
+    def _predict(pixels: Tensor) -> Tensor:
         found = head.predict(embed(pixels), top)
         # One table of both: float64 holds class ids up to 2**53.
         return torch.cat([found.classes.double(), found.scores.double()], dim=1)
 
-    images = map_source(predict, source, topology, image_size)
+    images = map_source(_predict, source, topology, image_size)
     if images is None:
         return None
     table: npt.NDArray[np.float64] = images.rows.astype(np.float64, copy=False)

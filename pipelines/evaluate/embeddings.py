@@ -84,13 +84,13 @@ def embed_images(
 def block_embedder(embed: Embed, flip: bool) -> Callable[[Tensor], Tensor]:
     """The function of a block of images that `embed_images` maps; see there."""
 
-    def embed_block(pixels: Tensor) -> Tensor:
+    def _embed(pixels: Tensor) -> Tensor:
         rows = embed(pixels)
         if flip:
             rows = rows + embed(pixels.flip(-1))
         return rows.detach().float()
 
-    return embed_block
+    return _embed
 
 
 def map_images(

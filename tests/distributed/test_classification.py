@@ -18,6 +18,8 @@ from launcher import cli
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
+from mhe_dist.heads import row_head
+from mhe_dist.heads.multilevel import cascade, product
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.classification import (
@@ -100,8 +102,8 @@ def test_figures_are_those_of_all_classes_whatever_the_number_of_ranks(
     assert found["unknown"] == 0
     assert 1 / tiny.CLASSES < found["top1"] == found["few_shot/top1"] < found["top5"]
     assert ("beam_recall" in found) == (kind == "mhc")
-    ranks = 2 if kind in ("mhs", "mhp") else 3
-    assert run_ranks(classify, ranks, run.run.path, shards) == [found] * ranks
+    if ranks := {"mhs": 2, "mhc": 3}.get(kind):
+        assert run_ranks(classify, ranks, run.run.path, shards) == [found] * ranks
     if kind in ("mhs", "full"):
         order, labels = best_classes(run.run.path, shards)
         right = order[:, :5] == labels[:, None]
@@ -122,6 +124,22 @@ def test_a_beam_of_all_prefixes_finds_what_scoring_all_classes_does(
     assert 0.3 < narrow.double().mean() < 1
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_predictions_do_not_depend_on_the_size_of_the_chunks(
+    kind: str, trained: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = trained(kind).run.path
+    head = load_trained_head(find_checkpoint(path), Topology(), path)
+    embeddings = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    whole = head.predict(embeddings, 5)
+    for size in (1, 1 << 12):
+        for module in (row_head, cascade, product):
+            monkeypatch.setattr(module, "PREDICT_BYTES", size)
+        parts = head.predict(embeddings, 5)
+        assert torch.equal(parts.classes, whole.classes)
+        torch.testing.assert_close(parts.scores, whole.scores)
+
+
 @pytest.mark.parametrize("kind", ["mhs", "mhc"])
 def test_the_verb(
     kind: str,
@@ -130,7 +148,8 @@ def test_the_verb(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = trained(kind)
-    assert cli.run(["evaluate", "classification", run.run.path, "--shards", shards]) == 0
+    words = ["evaluate", "classification", run.run.path, "--shards", shards, "--exhaustive"]
+    assert cli.run(words) == 0
     shown = " ".join(capsys.readouterr().out.split())
     figures = classify(Topology(), run.run.path, shards)
     for part in ("top-1", f"{100 * figures['top5']:.2f}", "few-shot, below 20", "360", "Next"):
@@ -213,12 +232,16 @@ def test_other_class_ids_are_refused_before_a_run(tmp_path: Path, shards: str) -
         refuse_unusable_sets(config.evaluate, config.data, 0, Topology())
 
 
-def test_images_of_other_classes_are_counted_or_refused(tmp_path: Path, shards: str) -> None:
+def test_images_of_other_classes_are_named_or_refused(
+    tmp_path: Path, shards: str, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny.config(tmp_path, shards, train={"max_steps": 1})
     run_pretraining(config)
     more = tiny.write_shards(tmp_path / "more", classes=tiny.CLASSES + 10)
     found = classify(Topology(), config.run.path, more)
     assert (found["samples"], found["unknown"]) == (tiny.CLASSES * tiny.IMAGES, 10 * tiny.IMAGES)
+    assert "120 images of 10 classes that the run does not have" in caplog.text
+    assert "class 30, 31, 32, 33, 34, 35, 36, 37, 38, 39" in caplog.text
     backbone = load_trained_backbone(config.run.path)
     head = load_trained_head(find_checkpoint(config.run.path), Topology(), config.run.path)
     with pytest.raises(UserError, match="no image is of one of the 0 classes"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,7 +18,7 @@ from launcher.verbs.evaluate.shared import (
     spinner,
 )
 from mhe_dist.errors import UserError
-from pipelines.runs.trained import load_trained_backbone
+from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
 
 
 def classification(
@@ -29,9 +29,11 @@ def classification(
     exhaustive: Annotated[
         bool,
         typer.Option(
-            help="mhc: also score every class, and say how often the beam finds the best."
+            "--exhaustive",
+            help="mhc: also score every class, and say how often the beam finds the best; a second "
+            "an image for a million classes.",
         ),
-    ] = True,
+    ] = False,
     gpu: GpuOption = None,
     mlflow: MlflowOption = True,
 ) -> None:
@@ -72,22 +74,24 @@ def classification(
             counts,
             exhaustive,
         )
-    if not topology.is_first:
-        return
-    console.show_table(
-        f"{backbone.checkpoint} on {shards}, {num_classes:,} classes", _table(figures)
-    )
-    if counts is None:
+    if topology.is_first:
+        results = {"shards": shards, "classes": num_classes, **figures}
+        _show(backbone, results, counts is not None)
+        save_results(backbone, "classification", results, {}, "", figures if mlflow else {})
+        console.list_next([("export it", ["mhe", "export", run])])
+
+
+def _show(backbone: TrainedBackbone, results: dict[str, Any], has_counts: bool) -> None:
+    title = f"{backbone.checkpoint} on {results['shards']}, {results['classes']:,} classes"
+    console.show_table(title, _table(results))
+    if not has_counts:
         console.say(
-            f"No figures by training images of a class: {config.data.shards} cannot be read here, "
-            "or its index does not tell labels (mhe data index makes one that does)."
+            f"No figures by training images of a class: {backbone.config.data.shards} cannot be "
+            "read here, or its index does not tell labels (mhe data index makes one that does)."
         )
-    results = {"shards": shards, "classes": num_classes, **figures}
-    save_results(backbone, "classification", results, {}, "", figures if mlflow else {})
-    console.list_next([("export it", ["mhe", "export", run])])
 
 
-def _table(figures: dict[str, float]) -> Table:
+def _table(figures: dict[str, Any]) -> Table:
     from pipelines.evaluate.classification import SHOTS
 
     names = {
