@@ -55,11 +55,10 @@ def evaluate_classification(
     """Predict the class of every image of a set; all ranks must call, and all get the figures.
 
     `top1` and `top5` are the shares of the samples whose class is the best, or among the five best,
-    of all classes. With `training_counts` there are `few_shot/top1`, `few_shot/top5` and
-    `few_shot/samples`, and so on for each of `SHOTS` that has samples: those whose class has so
-    many training images. `samples` counts what was predicted, `unknown` what was left out, since
-    its class is none of the run's. For MHC, whose prediction is a beam search, `beam_recall` is the
-    share of samples for which the beam's best class is the best of all.
+    of all classes; with `training_counts` also `few_shot/top1` and so on, for each of `SHOTS` that
+    has samples. `samples` counts what was predicted, `unknown` what was left out, since its class
+    is none of the run's. `beam_recall` (MHC) is the share of samples for which the beam's best
+    class is the best of all.
 
     Scores are computed for a block of B = 128 images of each rank and a chunk of classes at a time.
     Beside the head's own rows, memory does not grow with the number of classes: a chunk of mhs,
@@ -70,7 +69,7 @@ def evaluate_classification(
     Args:
         embed: see `embeddings.Embed`.
         head: of the same run, on these ranks.
-        index: of the set; its class ids are those of the training set.
+        index: of the set, with the class ids of the training set.
         num_classes: C of the run.
         topology, image_size: see `embeddings.map_images`.
         training_counts: `[C]`, see `count_images`.
@@ -96,8 +95,7 @@ def evaluate_classification(
         known = (labels >= 0) & (labels < num_classes)
         if known.any():
             figures = _figures(predicted[known], labels[known], training_counts)
-            figures["unknown"] = float((~known).sum())
-            _name_unknown(labels[~known], index.folder, num_classes)
+            figures["unknown"] = _name_unknown(labels[~known], index.folder, num_classes)
         else:
             failure = UserError(
                 f"{index.folder}: no image is of one of the {num_classes:,} classes of the run"
@@ -106,18 +104,18 @@ def evaluate_classification(
     return broadcast_from_first(figures, topology)
 
 
-def _name_unknown(labels: Ints, folder: str, num_classes: int) -> None:
-    """Say which classes are none of the run's, if there are any."""
+def _name_unknown(labels: Ints, folder: str, num_classes: int) -> float:
+    """Say which classes are none of the run's, if there are any; the number of their images."""
     if len(labels):
         found = np.unique(labels)
-        named = ", ".join(map(str, found[:_NAMED].tolist())) + (
-            " ..." if len(found) > _NAMED else ""
-        )
+        named = ", ".join(map(str, found[:_NAMED].tolist()))
+        more = " ..." if len(found) > _NAMED else ""
         log.warning(
             "%s: %d images of %d classes that the run does not have are left out (it has ids below "
-            "%d): class %s",
-            *(folder, len(labels), len(found), num_classes, named),
+            "%d): class %s%s",
+            *(folder, len(labels), len(found), num_classes, named, more),
         )
+    return float(len(labels))
 
 
 def _figures(predicted: Ints, labels: Ints, counts: Ints | None) -> dict[str, float]:
