@@ -152,6 +152,7 @@ def test_a_run_from_submission_to_its_end(api: Api, file: str, capsys) -> None:
     assert set(api.jobs) == {"small-1", "small-2"}
 
 
+@pytest.mark.slow
 def test_logs_are_drawn_and_exit_as_the_run_did(api: Api, file: str, capsys) -> None:
     assert cli.run(["k8s", "submit", file]) == 0
 

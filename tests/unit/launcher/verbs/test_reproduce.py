@@ -206,6 +206,7 @@ def test_the_page_in_docs_is_read_as_it_is_written(trainer: Trainer) -> None:
         assert row in page.read_text()
 
 
+@pytest.mark.slow
 def test_half_an_hour_is_turned_into_steps_once(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

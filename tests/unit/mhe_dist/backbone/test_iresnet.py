@@ -133,6 +133,7 @@ def test_widths_and_strides_of_small_pictures() -> None:
         build_backbone(config(name="iresnet10", kwargs={"widths": [4, 8]}), 32)
 
 
+@pytest.mark.slow
 def test_weights_of_a_pth_file_begin_a_backbone(model: IResNet, tmp_path: Path) -> None:
     path = str(tmp_path / "backbone.pth")
     images = torch.randn(2, 3, 32, 32)

@@ -89,6 +89,7 @@ def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     assert during == {f"lfw/{key}": value for key, value in found.metrics.items()}
 
 
+@pytest.mark.slow
 def test_the_interval_narrows_with_more_pairs_and_is_the_same_again() -> None:
     rng = np.random.default_rng(0)
 

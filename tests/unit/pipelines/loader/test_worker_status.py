@@ -99,6 +99,7 @@ def test_a_decoder_that_crashes(
         list(loader_of(index, config, range(4), 0, 4))
 
 
+@pytest.mark.slow
 def test_a_death_during_the_step_has_its_name_too(index: ShardIndex, config: Config) -> None:
     loader = loader_of(index, config, range(4), 0, 10_000)
     with (

@@ -63,6 +63,7 @@ def run(tmp_path: Path) -> str:
     return config.run.path
 
 
+@pytest.mark.slow
 def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path: Path) -> None:
     titles = write_run_page(run, str(tmp_path / "out" / "page.html"))
     wanted = ["Training", "Speed", "Unseen classes", "Nearest neighbours"]

@@ -54,6 +54,7 @@ def write_run(folder, records, arrays):
         np.savez(folder / "evaluation.npz", **arrays)
 
 
+@pytest.mark.slow
 def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
     records = [{"step": s, "loss": 5.0 - s / 100, "lr": 0.1} for s in range(200)]
     records[-1] |= {"accuracy": 0.5, "images_per_s": 100.0, "data_wait": 0.1}

@@ -137,6 +137,7 @@ def test_a_look_before_anything_is_started(tmp_path: Path, store: str) -> None:
     first.release()
 
 
+@pytest.mark.slow
 def test_training_refuses_and_takes_over(tmp_path: Path) -> None:
     config = tiny.config(
         tmp_path,

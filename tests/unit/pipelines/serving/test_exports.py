@@ -40,6 +40,8 @@ from pipelines.serving.mlflow_model import standalone_script
 from pipelines.serving.model_card import TrainedModel, model_card
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # each needs real exports, which take ten seconds
+
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 SIDE = 16
 FIGURES = {"rank1": 0.8634, "chance": 0.002, "tar@far=1e-3": 0.83, "gallery": 500.0}
@@ -106,7 +108,6 @@ def as_png(data: bytes) -> bytes:
     return stream.getvalue()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["bytes", "base64", "data URL", "path"])
 def test_an_encoded_image_in_any_form(
     exported: Any, served: Any, tmp_path: Path, form: str
@@ -256,7 +257,6 @@ def test_the_onnx_file_says_what_it_is(hub: Path) -> None:
     assert about["data_digest"] == "sha256:abc" and about["unit_length"] == "false"
 
 
-@pytest.mark.slow
 def test_an_onnx_file_for_pixels(trained: TrainedModel, tmp_path: Path) -> None:
     """As an image reader gives them; mean and deviation of the training are inside the file."""
     options = ExportOptions(pixels=True)
@@ -304,7 +304,6 @@ def test_each_export_has_a_card(exported: tuple[str, Any], monkeypatch: pytest.M
     np.testing.assert_allclose(scope["embeddings"], expected(exported[1], photo()), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_mlflow_serves_it_without_this_project(exported: Any, tmp_path: Path) -> None:
     """`mlflow models serve` in another folder answers a JPEG with its embedding, and refuses."""
     data = photo(1000, 750)

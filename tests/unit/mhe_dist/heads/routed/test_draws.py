@@ -120,6 +120,7 @@ def test_selection_does_not_depend_on_the_world_size(world_size: int, changes: d
     assert {count for _, count in parts} == {classes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

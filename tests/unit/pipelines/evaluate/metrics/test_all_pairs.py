@@ -44,6 +44,7 @@ def test_all_pairs_equal_a_plain_loop(case, tile: int, monkeypatch) -> None:
     assert found.tar[1e-3] < found.tar[0.2] < 1
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_what_does_not_fit_is_named(case, monkeypatch) -> None:
     monkeypatch.setattr(all_pairs, "KEPT", 50)
     whole = compare_all_pairs(*case, (1e-3, 1e-2, 0.2, 1.0))
