@@ -22,7 +22,7 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from pipelines.data.mixture.class_list import names_of
-from pipelines.data.mixture.index import needs_mixture, open_training_index
+from pipelines.data.mixture.index import Mixture, needs_mixture, open_training_index
 from pipelines.evaluate.embeddings import Embed, ShardImages, map_images, raise_together
 from pipelines.shards.index import ShardIndex
 
@@ -154,7 +154,12 @@ def count_training_images(data: DataConfig, seed: int) -> Ints | None:
 
 
 def count_images(index: ShardIndex) -> Ints | None:
-    """Images of each class, int64 `[C]`, by the columns of an index; None: it has none."""
+    """Images of each class, int64 `[C]`, by the columns of an index.
+
+    None: it has none, or it is a mixture, whose columns hold the class ids of its parts.
+    """
+    if isinstance(index, Mixture):
+        return None
     counts = np.zeros(index.num_classes, np.int64)
     for start in range(0, index.samples, _COUNTED_TOGETHER):
         stop = min(start + _COUNTED_TOGETHER, index.samples)
