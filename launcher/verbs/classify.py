@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,16 +36,15 @@ def classify(
     from pipelines.evaluate.classify import classify_source, name_classes
     from pipelines.report.sheets.class_sheet import write_classes
     from pipelines.runs.trained import load_trained_backbone
-    from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+    from pipelines.runs.warm_start import find_checkpoint, trained_head
 
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
     data = backbone.config.data
     with (
-        tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder,
         spinner(topology, f"classifying {images}"),
+        trained_head(find_checkpoint(backbone.checkpoint), topology) as head,
     ):
-        head = load_trained_head(find_checkpoint(backbone.checkpoint), topology, folder)
         found = classify_source(backbone.embed, head, images, topology, data.image_size, top)
     if found is None:
         return

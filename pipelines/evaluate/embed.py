@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.data.mixture.class_list import class_names
+from pipelines.data.mixture.class_list import names_of
 from pipelines.evaluate.embeddings import (
     Embed,
     ShardImages,
@@ -113,7 +113,7 @@ def _map_shards(
     if rows is None:
         return None
     keys = {number: key for each in found for number, key in each.items()}
-    names = class_names(source)
+    names = names_of(source, set(labels.tolist()))
     classes = [names.get(label, str(label)) for label in labels.tolist()]
     if images.index.meta.get(UNLABELLED):
         classes = [""] * len(labels)

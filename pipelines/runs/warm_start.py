@@ -7,6 +7,8 @@ workers was, and whichever seed placed them (mhe_dist/bank/repartition.py).
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -47,17 +49,20 @@ def find_checkpoint(url: str) -> Checkpoint:
     return Checkpoint(url, int(name.removeprefix("step_")))
 
 
-def load_trained_head(checkpoint: Checkpoint, topology: Topology, folder: str) -> Head:
+@contextmanager
+def trained_head(checkpoint: Checkpoint, topology: Topology) -> Iterator[Head]:
     """The head of a checkpoint, to predict with; all ranks must call, each loads its share.
+
+    Rows whose `head.bank.memory` is "file" are in a temporary folder for the length of the block.
 
     Args:
         checkpoint: written on any number of ranks.
         topology: the ranks that share the rows.
-        folder: for rows whose `head.bank.memory` is "file".
     """
-    head = head_of_checkpoint(checkpoint, topology, folder)
-    load_head_state(head, checkpoint)
-    return head
+    with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
+        head = head_of_checkpoint(checkpoint, topology, folder)
+        load_head_state(head, checkpoint)
+        yield head
 
 
 def load_head_state(head: Head, checkpoint: Checkpoint) -> None:

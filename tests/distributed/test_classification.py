@@ -19,6 +19,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads import row_head
+from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel import cascade, product
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from mhe_dist.tracking.jsonl import read_records
@@ -33,7 +34,7 @@ from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
 from pipelines.runs.trained import load_trained_backbone
-from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+from pipelines.runs.warm_start import find_checkpoint, trained_head
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
@@ -64,20 +65,26 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     return train
 
 
+def head_of(run: str) -> Head:
+    """The head of a run, whose rows are in memory."""
+    with trained_head(find_checkpoint(run), Topology()) as head:
+        return head
+
+
 def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
     """The figures of a run's newest checkpoint."""
     backbone = load_trained_backbone(run)
-    head = load_trained_head(find_checkpoint(run), topology, run)
-    return evaluate_classification(
-        backbone.embed,
-        head,
-        ShardIndex.load(shards),
-        tiny.CLASSES,
-        topology,
-        tiny.SIDE,
-        count_training_images(backbone.config.data, 3),
-        exhaustive=True,
-    )
+    with trained_head(find_checkpoint(run), topology) as head:
+        return evaluate_classification(
+            backbone.embed,
+            head,
+            ShardIndex.load(shards),
+            tiny.CLASSES,
+            topology,
+            tiny.SIDE,
+            count_training_images(backbone.config.data, 3),
+            exhaustive=True,
+        )
 
 
 def best_classes(run: str, shards: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +122,7 @@ def test_a_beam_of_all_prefixes_finds_what_scoring_all_classes_does(
     trained: Callable[[str], Config],
 ) -> None:
     run = trained("mhc")
-    head = load_trained_head(find_checkpoint(run.run.path), Topology(), run.run.path)
+    head = head_of(run.run.path)
     assert isinstance(head, MultiHeadCascade)
     embeddings = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
     every = head.predict(embeddings, tiny.CLASSES)  # k is a beam's least width
@@ -129,7 +136,7 @@ def test_predictions_do_not_depend_on_the_size_of_the_chunks(
     kind: str, trained: Callable[[str], Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = trained(kind).run.path
-    head = load_trained_head(find_checkpoint(path), Topology(), path)
+    head = head_of(path)
     embeddings = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     whole = head.predict(embeddings, 5)
     for size in (1, 1 << 12):
@@ -188,7 +195,7 @@ def test_classify_names_what_the_head_finds(
     with Path("classified", "classes.csv").open(newline="", encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
     backbone = load_trained_backbone(run.run.path)
-    head = load_trained_head(find_checkpoint(run.run.path), Topology(), run.run.path)
+    head = head_of(run.run.path)
     embedded = embed_source(backbone.embed, images, Topology(), tiny.SIDE)
     assert embedded is not None and set(embedded.keys) == set(keys)
     expected = head.predict(torch.from_numpy(embedded.rows), 3)
@@ -243,7 +250,7 @@ def test_images_of_other_classes_are_named_or_refused(
     assert "120 images of 10 classes that the run does not have" in caplog.text
     assert "class 30, 31, 32, 33, 34, 35, 36, 37, 38, 39" in caplog.text
     backbone = load_trained_backbone(config.run.path)
-    head = load_trained_head(find_checkpoint(config.run.path), Topology(), config.run.path)
+    head = head_of(config.run.path)
     with pytest.raises(UserError, match="no image is of one of the 0 classes"):
         evaluate_classification(
             backbone.embed, head, ShardIndex.load(more), 0, Topology(), tiny.SIDE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Annotated, Any
 
 import typer
@@ -48,7 +47,7 @@ def classification(
         evaluate_classification,
         refuse_other_classes,
     )
-    from pipelines.runs.warm_start import find_checkpoint, load_trained_head
+    from pipelines.runs.warm_start import find_checkpoint, trained_head
     from pipelines.shards.index import ShardIndex
 
     topology = join_ranks(run, gpu)
@@ -58,12 +57,12 @@ def classification(
     if num_classes is None:
         raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     refuse_other_classes(index, config.data)
-    counts = count_training_images(config.data, config.run.seed)
+    # The first rank computes the figures.
+    counts = count_training_images(config.data, config.run.seed) if topology.is_first else None
     with (
-        tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder,
         spinner(topology, f"predicting the classes of {index.samples:,} images of {shards}"),
+        trained_head(find_checkpoint(backbone.checkpoint), topology) as head,
     ):
-        head = load_trained_head(find_checkpoint(backbone.checkpoint), topology, folder)
         figures = evaluate_classification(
             backbone.embed,
             head,

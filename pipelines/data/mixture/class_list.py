@@ -55,14 +55,6 @@ def read_classes(url: str, labelled: ShardIndex | LabelSet) -> Ints:
     return np.sort(np.fromiter(seen, np.int64))
 
 
-def class_names(folder: str) -> dict[int, str]:
-    """Name of each class id, as `classes.tsv` of a data set or label set says; empty: no file."""
-    try:
-        return {number: name for name, number in _ids_of_names(folder).items()}
-    except UserError:
-        return {}
-
-
 def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
     """Names of those classes of a `classes.tsv` that are wanted; empty: there is no such file.
 
