@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import Enum
-from typing import Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click.core import ParameterSource
 from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.terminal.commands import loading_code, serving_command
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
 from mhe_dist.config.stored import stored_config
+from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import sync_mlflow
 from pipelines.runs.folder import find_run, read_heldout_figures, read_run_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mhe_dist.backbone.export import ExportOptions
+    from pipelines.runs.trained import TrainedBackbone
+    from pipelines.serving.model_card import TrainedModel
 
 PARITY_IMAGES = 64
 MAX_SHOWN = 20  # images that were left out and are named
@@ -31,16 +42,24 @@ class Format(str, Enum):
 
 
 DEFAULT_FORMATS = [Format.TIMM, Format.ONNX]
+WITH_HEAD = (Format.ONNX, Format.TORCH_EXPORT)
 
 
 def export(
+    context: typer.Context,
     run: RunName,
     to: Annotated[
-        list[Format], typer.Option(help="Format; repeat it for several.")
+        list[Format], typer.Option(help="Format; repeat it for several. With --classify: onnx.")
     ] = DEFAULT_FORMATS,
     out: Annotated[
         str, typer.Option(help="Folder for the files; export/ of the run if left out.")
     ] = "",
+    classify: Annotated[
+        int,
+        typer.Option(
+            min=0, max=100, metavar="K", help="With the head: answers the K best classes; 0: no."
+        ),
+    ] = 0,
     opset: Annotated[
         int, typer.Option(min=0, help="ONNX operator set; 0: the exporter's choice.")
     ] = 0,
@@ -61,7 +80,12 @@ def export(
     uploaded); the batch size is free. Each has a model card, README.md. Works during the run, too,
     and for any of its checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
+    With --classify, onnx and torch-export hold the head, too: images in, class ids [N, K] and their
+    scores out, the best first. The names of the classes lie beside them in classes.tsv.
+
     Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
+
+    Example: mhe export photos --classify 5 --to onnx --to torch-export
     """
     import torch
 
@@ -70,6 +94,8 @@ def export(
     from pipelines.serving.exports import write_format
     from pipelines.serving.model_card import TrainedModel
 
+    chosen = context.get_parameter_source("to") is not ParameterSource.DEFAULT
+    formats = _formats(to if chosen else None, classify, normalize)
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
     size = backbone.config.data.image_size
@@ -78,16 +104,74 @@ def export(
     trained = TrainedModel(
         *(backbone.model, backbone.config, backbone.step, backbone.trained_on, figures, protocol)
     )
-    console.say(f"From {escape(backbone.checkpoint)}:")
     options, paths = ExportOptions(opset, fp16, normalize, uint8), dict[Format, str]()
-    for name in dict.fromkeys(to):
+    write: Callable[[Any], tuple[str, float]] = partial(
+        write_format, trained=trained, folder=folder, images=images, options=options
+    )
+    if classify:
+        write = _with_head(backbone, formats, classify, trained, folder, images, options)
+    console.say(f"From {escape(backbone.checkpoint)}:")
+    for name in formats:
         with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = write_format(name.value, trained, folder, images, options)
+            path, difference = write(name.value)
         paths[name] = path
         console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
-    if normalize and (Format.TIMM in to or Format.HUB_FOLDER in to):
+    if normalize and (Format.TIMM in formats or Format.HUB_FOLDER in formats):
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
     console.list_next(_next_steps(paths, backbone.config.model.name))
+
+
+def _formats(to: list[Format] | None, classify: int, normalize: bool) -> list[Format]:
+    """The formats that are wanted, each once.
+
+    Raises:
+        UserError: they cannot hold a head.
+    """
+    if not classify:
+        return list(dict.fromkeys(to or DEFAULT_FORMATS))
+    formats = list(dict.fromkeys(to or [Format.ONNX]))
+    if wrong := [name.value for name in formats if name not in WITH_HEAD]:
+        holding = ", ".join(name.value for name in WITH_HEAD)
+        raise UserError(f"--to {wrong[0]} holds the backbone alone; --classify is for {holding}")
+    if normalize:
+        raise UserError("--normalize is for embeddings, which --classify does not give: drop one")
+    return formats
+
+
+def _with_head(
+    backbone: TrainedBackbone,
+    formats: list[Format],
+    k: int,
+    trained: TrainedModel,
+    folder: str,
+    images: Tensor,
+    options: ExportOptions,
+) -> Callable[[Any], tuple[str, float]]:
+    """What writes a format with the head, and returns path and difference."""
+    from mhe_dist.distributed.topology import Topology
+    from pipelines.runs.warm_start import find_checkpoint, trained_head
+    from pipelines.serving.classifier import (
+        refuse_large_classifier,
+        take_classifier,
+        write_classifier,
+    )
+
+    size = sum(part.nbytes for part in backbone.model.parameters())
+    for name in formats:
+        refuse_large_classifier(
+            name.value, backbone.config, trained.trained_on["classes"], size, options.half
+        )
+    checkpoint = find_checkpoint(backbone.checkpoint)
+    with console.out.status("reading the head"), trained_head(checkpoint, Topology()) as head:
+        classifier = take_classifier(head, trained, images, k)
+    return partial(
+        write_classifier,
+        trained=trained,
+        classifier=classifier,
+        folder=folder,
+        images=images,
+        options=options,
+    )
 
 
 _LOADED_IN_A_LINE = (Format.TIMM, Format.ONNX, Format.TORCH_EXPORT)

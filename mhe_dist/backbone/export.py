@@ -8,12 +8,9 @@ project to be read (but a timm folder of an IResNet, which timm does not know: i
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import timm
 import torch
@@ -26,13 +23,12 @@ from mhe_dist.backbone.model import (
     without_pretrained,
 )
 from mhe_dist.backbone.normalization import Normalization, normalize_images
+from mhe_dist.backbone.traced import write_onnx, write_program
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError
 
 Format = Literal["timm", "onnx", "torch-export"]
 
-METADATA_FILE = "metadata.json"  # inside a `.pt2` program
-LARGEST_BATCH = 4096  # an upper bound is needed for a free batch size; nothing is allocated for it
 TIMM_TOLERANCE, ONNX_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
 
 
@@ -168,38 +164,21 @@ def export_onnx(
         RunError: an element differs by more than 1e-3 of its scale (float16: 2e-2).
         UserError: the exporter has no such operator set.
     """
-    import onnxruntime
+    run = write_onnx(
+        ExportedBackbone(fold_neck(model), options, model.normalization),
+        example_images(config, options.pixels),
+        path,
+        ["embeddings"],
+        export_metadata(model, config, options, origin),
+        options.opset,
+    )
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.tmp"
-    example, batch = _example(config, options.pixels)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            _Exported(fold_neck(model), options, model.normalization),
-            (example,),
-            temporary,
-            dynamo=True,
-            dynamic_shapes=({0: batch},),
-            input_names=["images"],
-            output_names=["embeddings"],
-            opset_version=options.opset or None,
-            external_data=False,
-            verbose=False,
-        )
-    _refuse_other_opset(temporary, options.opset)
-    _add_metadata(temporary, export_metadata(model, config, options, origin))
-    os.replace(temporary, path)
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
-
-    def run(batch: Tensor) -> Tensor:
+    def embed(batch: Tensor) -> Tensor:
         if options.pixels:  # of the same images, which `batch` are one or all of
             batch = images[: len(batch)].permute(0, 2, 3, 1).contiguous()
-        return torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
+        return run(batch)[0]
 
-    return compare_batches(model, run, images, path, options)
+    return compare_batches(model, embed, images, path, options)
 
 
 def export_torch(
@@ -222,20 +201,17 @@ def export_torch(
     Raises:
         RunError: as for `export_onnx`.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    example, batch = _example(config)
     options = options._replace(half=False, pixels=False)
-    exported = _Exported(fold_neck(model), options, model.normalization)
-    program = torch.export.export(exported, (example,), dynamic_shapes=({0: batch},))
-    temporary = f"{path}.tmp.pt2"
-    about = json.dumps(export_metadata(model, config, options, origin))
-    torch.export.save(program, temporary, extra_files={METADATA_FILE: about})
-    os.replace(temporary, path)
-    loaded = torch.export.load(path).module()
-    return compare_batches(model, loaded, images, path, options)
+    embed = write_program(
+        ExportedBackbone(fold_neck(model), options, model.normalization),
+        example_images(config),
+        path,
+        export_metadata(model, config, options, origin),
+    )
+    return compare_batches(model, embed, images, path, options)
 
 
-class _Exported(nn.Module):
+class ExportedBackbone(nn.Module):
     """The folded model, float32 from outside, with what the options add."""
 
     mean: Tensor
@@ -258,34 +234,12 @@ class _Exported(nn.Module):
         return nn.functional.normalize(embeddings) if self.options.normalise else embeddings
 
 
-def _example(config: Config, pixels: bool = False) -> tuple[Tensor, Any]:
-    """Two images to trace with, and a free batch size."""
+def example_images(config: Config, pixels: bool = False) -> Tensor:
+    """Two images to trace with."""
     side = config.data.image_size
-    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     if pixels:
-        return torch.zeros(2, side, side, 3, dtype=torch.uint8), batch
-    return torch.zeros(2, 3, side, side), batch
-
-
-def _add_metadata(path: str, about: dict[str, str]) -> None:
-    """What ONNX Runtime gives as `session.get_modelmeta().custom_metadata_map`."""
-    import onnx
-
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, about)
-    onnx.save(model, path)
-
-
-def _refuse_other_opset(path: str, wanted: int) -> None:
-    """The exporter says nothing when it cannot convert to the operator set that was asked for."""
-    import onnx
-
-    if not wanted:
-        return
-    found = {each.domain: each.version for each in onnx.load(path).opset_import}[""]
-    if found != wanted:
-        os.unlink(path)
-        raise UserError(f"--opset {wanted}: this model can be written in opset {found} only")
+        return torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    return torch.zeros(2, 3, side, side)
 
 
 def compare_batches(

@@ -15,6 +15,10 @@ from mhe_dist.config.schema import Config
 from pipelines.storage.urls import atomic_write
 
 CARD: Final = "README.md"
+_ANSWERS: Final = (
+    "The classes are int64 `[N, k]`, the best first; their names, where they are known, are in "
+    "`classes.tsv`. The scores `[N, k]` are the head's."
+)
 _TASK: Final = "image-feature-extraction"
 _COUNTS: Final = ("gallery", "probes", "pairs", "impostors", "genuine")
 _SECTIONS: Final = ("model", "head", "optim", "train")  # those without paths of a user's machines
@@ -156,7 +160,17 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         "torch-export": f"import torch\nnet = torch.export.load({where}).module()",
         "mlflow": f"import mlflow\nmodel = mlflow.pyfunc.load_model({where})\n"
         'embeddings = model.predict({"image": [open("photo.jpg", "rb").read()]})',
+        "onnx-classifier": f"import onnxruntime\nsession = onnxruntime.InferenceSession({where})\n"
+        "about = session.get_modelmeta().custom_metadata_map  # image_size, mean, std, ...\n"
+        'classes, scores = session.run(None, {"images": images})',
+        "torch-export-classifier": f"import torch\nnet = torch.export.load({where}).module()\n"
+        "classes, scores = net(images)",
     }[name]
+    inputs = f"Images are as for the backbone, float32 `[N, 3, {side}, {side}]`" + (
+        f", or uint8 `[N, {side}, {side}, 3]` where `about` says so."
+        if name == "onnx-classifier"
+        else "."
+    )
     notes = {
         "timm": "With `num_classes=0`, timm leaves the embedding layer out: what comes out are the "
         f"{_features(trained)} pooled features before it, not the embedding. Another number of "
@@ -167,6 +181,8 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         "torch-export": f"Takes float32 `[N, 3, {side}, {side}]`, normalised as above; N is free.",
         "mlflow": "Takes encoded images (bytes; base64 in JSON) and prepares them itself. Served "
         'with `mlflow models serve`, it answers `{"dataframe_records": [{"image": "<base64>"}]}`.',
+        "onnx-classifier": f"{inputs} {_ANSWERS}",
+        "torch-export-classifier": f"{inputs} {_ANSWERS}",
     }[name]
     return f"### {name}\n\n```python\n{code}\n```\n\n{notes}"
 
@@ -204,6 +220,11 @@ def known_exports(folder: str) -> dict[str, str]:
         "onnx-uint8": ("backbone_uint8.onnx", "backbone_uint8_fp16.onnx"),
         "torch-export": ("backbone.pt2",),
         "mlflow": ("mlflow",),
+        "onnx-classifier": (
+            *("classifier.onnx", "classifier_fp16.onnx"),
+            *("classifier_uint8.onnx", "classifier_uint8_fp16.onnx"),
+        ),
+        "torch-export-classifier": ("classifier.pt2",),
     }
     return {
         name: path

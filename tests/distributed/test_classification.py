@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -281,3 +282,49 @@ def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:
     assert count_training_images(chosen, 3) is None
     gone = data.model_copy(update={"shards": str(tmp_path / "gone")})
     assert count_training_images(gone, 3) is None
+
+
+def images_of(shards: str) -> np.ndarray:
+    """Every image of a set, uint8 `[N, H, W, 3]`, in the order in which `embed_set` has them."""
+    found = embed_set(
+        lambda images: images.permute(0, 2, 3, 1).flatten(1).float(),
+        ShardIndex.load(shards),
+        Topology(),
+        tiny.SIDE,
+    )
+    assert found is not None
+    return found.embeddings.astype(np.uint8).reshape(-1, tiny.SIDE, tiny.SIDE, 3)
+
+
+@pytest.mark.slow
+def test_exports_with_the_head_name_the_best_of_all_classes(
+    trained: Callable[[str], Config],
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = trained("mhs")
+    table = "".join(f"{number}\t12\tclass {number}\n" for number in range(tiny.CLASSES))
+    Path(shards, "classes.tsv").write_text("class\tsamples\tname\n" + table)
+    words = ["export", run.run.path, "--classify", "5", "--out", str(tmp_path), "--uint8"]
+    try:
+        assert cli.run([*words, "--to", "torch-export", "--to", "onnx"]) == 0
+    finally:
+        Path(shards, "classes.tsv").unlink()
+    shown = capsys.readouterr().out
+    assert "classifier.pt2" in shown and "classifier_uint8.onnx" in shown
+    order, _ = best_classes(run.run.path, shards)
+    pixels = images_of(shards)
+    session = onnxruntime.InferenceSession(f"{tmp_path}/classifier_uint8.onnx")
+    classes, scores = session.run(["classes", "scores"], {"images": pixels})
+    assert np.array_equal(classes, order[:, :5].numpy())
+    assert (np.diff(scores) <= 0).all()
+    about = session.get_modelmeta().custom_metadata_map
+    assert (about["head"], about["num_classes"], about["top"]) == ("mhs", "30", "5")
+    program = torch.export.load(f"{tmp_path}/classifier.pt2").module()
+    inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    assert torch.equal(program(inputs)[0], order[:, :5])
+    names = (tmp_path / "classes.tsv").read_text().splitlines()
+    assert names[:2] == ["class\tname", "0\tclass 0"] and len(names) == tiny.CLASSES + 1
+    card = (tmp_path / "README.md").read_text()
+    assert "### onnx-classifier" in card and "### torch-export-classifier" in card

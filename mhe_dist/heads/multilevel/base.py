@@ -62,6 +62,12 @@ class MixedRadix:
             )
         return MixedRadix(num_classes, chosen)
 
+    @property
+    def last_digits(self) -> list[int]:
+        """The digits of class C - 1."""
+        last = self.num_classes - 1
+        return [last // self.stride(level) % n for level, n in enumerate(self.lengths)]
+
     def stride(self, level: int) -> int:
         """Classes that share a prefix of `level` (from 0)."""
         return prod(self.lengths[level + 1 :])

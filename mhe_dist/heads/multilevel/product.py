@@ -97,23 +97,31 @@ def best_products(scores: list[Tensor], radix: MixedRadix, k: int) -> TopK:
         radix: the lengths and C.
         k: classes wanted; more than C give class -1 with score -inf.
     """
-    batch = len(scores[0])
-    last = digits(torch.tensor(radix.num_classes - 1), radix.lengths).tolist()
+    batch, last = scores[0].shape[0], radix.last_digits
     free, paths = scores[0].new_empty(batch, 0).long(), scores[0].new_empty(batch, 0)
     tight, tight_path = 0, scores[0].new_zeros(batch, 1)
     for length, own, bound in zip(radix.lengths, scores, last, strict=True):
-        best, digit = own.topk(min(k, own.shape[1]), dim=1)
-        below, below_digit = own[:, :bound].topk(min(k, bound), dim=1)
-        prefixes = (free.unsqueeze(2) * length + digit.unsqueeze(1)).flatten(1)
-        sums = (paths.unsqueeze(2) + best.unsqueeze(1)).flatten(1)
-        prefixes = torch.cat([prefixes, tight * length + below_digit], dim=1)
-        sums = torch.cat([sums, tight_path + below], dim=1)
-        paths, where = sums.topk(min(k, sums.shape[1]), dim=1)
-        free = prefixes.gather(1, where)
+        found: list[TopK] = []  # without empty parts, which an exported model cannot do with
+        if free.shape[1]:
+            best, digit = own.topk(min(k, own.shape[1]), dim=1)
+            prefixes = (free.unsqueeze(2) * length + digit.unsqueeze(1)).flatten(1)
+            found.append(TopK(prefixes, (paths.unsqueeze(2) + best.unsqueeze(1)).flatten(1)))
+        if bound:
+            best, digit = own[:, :bound].topk(min(k, bound), dim=1)
+            found.append(TopK(tight * length + digit, tight_path + best))
+        if found:
+            free, paths = _best(found, k)
         tight, tight_path = tight * length + bound, tight_path + own[:, bound : bound + 1]
-    missing = max(0, k - free.shape[1] - 1)
-    filler = tight_path.new_full((batch, missing), float("-inf"))
-    last_class = torch.full_like(tight_path, tight, dtype=torch.int64)
-    classes = torch.cat([free, last_class, torch.full_like(filler, -1, dtype=torch.int64)], dim=1)
-    best, where = torch.cat([paths, tight_path, filler], dim=1).topk(k, dim=1)
-    return TopK(classes.gather(1, where), best)
+    found = [TopK(free, paths)] if free.shape[1] else []
+    found.append(TopK(torch.full_like(tight_path, tight, dtype=torch.int64), tight_path))
+    if missing := max(0, k - free.shape[1] - 1):
+        filler = tight_path.new_full((batch, missing), float("-inf"))
+        found.append(TopK(torch.full_like(filler, -1, dtype=torch.int64), filler))
+    return _best(found, k)
+
+
+def _best(parts: list[TopK], k: int) -> TopK:
+    """The k best of classes, or prefixes, in parts `[B, n]`; all of them if there are fewer."""
+    scores = torch.cat([part.scores for part in parts], dim=1)
+    best, where = scores.topk(min(k, scores.shape[1]), dim=1)
+    return TopK(torch.cat([part.classes for part in parts], dim=1).gather(1, where), best)

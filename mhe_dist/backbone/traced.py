@@ -1,0 +1,118 @@
+"""A network as an ONNX file or as a program of torch.export: traced for any number of images."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from mhe_dist.errors import UserError
+
+METADATA_FILE: Final = "metadata.json"  # inside a `.pt2` program
+LARGEST_BATCH: Final = 4096  # an upper bound is needed for a free batch size; nothing is allocated
+
+Outputs = Sequence[Tensor]
+Run = Callable[[Tensor], Outputs]
+
+
+def write_onnx(
+    network: nn.Module,
+    example: Tensor,
+    path: str,
+    outputs: Sequence[str],
+    about: Mapping[str, str],
+    opset: int = 0,
+) -> Run:
+    """Write a network of one input, `images`, to an ONNX file, which holds its weights.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        example: two images to trace with; the number of images is free.
+        path: of the file; its folder is made.
+        outputs: names of what the network returns.
+        about: metadata, which ONNX Runtime gives as
+            `session.get_modelmeta().custom_metadata_map`.
+        opset: operator set; 0: the exporter's own choice.
+
+    Returns:
+        What computes the outputs with the file, in ONNX Runtime.
+
+    Raises:
+        UserError: the exporter has no such operator set.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    temporary = f"{path}.tmp"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (example,),
+            temporary,
+            dynamo=True,
+            dynamic_shapes=({0: _any_number()},),
+            input_names=["images"],
+            output_names=list(outputs),
+            opset_version=opset or None,
+            external_data=False,
+            verbose=False,
+        )
+    _finish_onnx(temporary, about, opset)
+    os.replace(temporary, path)
+    return open_onnx(path)
+
+
+def open_onnx(path: str) -> Run:
+    """What computes the outputs of an ONNX file with one input, `images`, on the CPU."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    return lambda images: [
+        torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})
+    ]
+
+
+def write_program(
+    network: nn.Module, example: Tensor, path: str, about: Mapping[str, str]
+) -> Callable[[Tensor], Any]:
+    """Write a network to a program for `torch.export.load(PATH).module()`.
+
+    Args:
+        network, example, path: as for `write_onnx`.
+        about: metadata, in the file as `metadata.json`; see
+            `torch.export.load(extra_files=...)`.
+
+    Returns:
+        The program, loaded from the file.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    program = torch.export.export(network, (example,), dynamic_shapes=({0: _any_number()},))
+    temporary = f"{path}.tmp.pt2"
+    torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(dict(about))})
+    os.replace(temporary, path)
+    return torch.export.load(path).module()
+
+
+def _any_number() -> Any:
+    """A free number of images."""
+    return torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+
+
+def _finish_onnx(path: str, about: Mapping[str, str], wanted: int) -> None:
+    """Add the metadata; refuse another operator set, of which the exporter says nothing."""
+    import onnx
+
+    model = onnx.load(path)
+    found = {each.domain: each.version for each in model.opset_import}[""]
+    if wanted and found != wanted:
+        os.unlink(path)
+        raise UserError(f"--opset {wanted}: this model can be written in opset {found} only")
+    onnx.helper.set_model_props(model, dict(about))
+    onnx.save(model, path)
