@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads import row_head
 from mhe_dist.heads.base import Head
+from mhe_dist.heads.classifier import build_classifier
 from mhe_dist.heads.multilevel import cascade, product
+from mhe_dist.heads.multilevel.base import LevelHead
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from mhe_dist.heads.multilevel.product import MultiHeadProduct
+from mhe_dist.heads.row_head import RowHead
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.classification import (
     count_training_images,
@@ -43,8 +47,9 @@ from tests.conftest import run_ranks
 HEADS: dict[str, dict[str, Any]] = {
     "mhs": {},
     "full": {"kind": "full"},
+    "partial_fc": {"kind": "partial_fc", "partial_fc": {"rate": 0.3}},
     "mhp": {"kind": "mhp", "mhp": {"lengths": [5, 6]}},
-    "mhc": {"kind": "mhc", "mhc": {"lengths": [5, 6], "candidates": 1}},
+    "mhc": {"kind": "mhc", "mhc": {"lengths": [10, 3], "candidates": 1}},
 }
 
 
@@ -88,16 +93,50 @@ def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
         )
 
 
-def best_classes(run: str, shards: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The classes of every image by falling cosine in float64, `[N, C]`, and its label."""
+def embed_all(run: str, shards: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The embedding of every image in float64 `[N, D]`, and its label."""
     embedded = embed_set(
         load_trained_backbone(run).embed, ShardIndex.load(shards), Topology(), tiny.SIDE
     )
     assert embedded is not None
-    centres = class_centres(run, range(tiny.CLASSES)).double()
-    rows = torch.from_numpy(embedded.embeddings).double()
-    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(centres).T
-    return cosines.argsort(dim=1, descending=True), torch.from_numpy(embedded.labels)
+    return torch.from_numpy(embedded.embeddings).double(), torch.from_numpy(embedded.labels)
+
+
+def class_scores(run: str, embeddings: torch.Tensor, width: int = tiny.CLASSES) -> torch.Tensor:
+    """Scores of every class in float64 `[N, C]`, after the definition of each head.
+
+    Args:
+        run: whose newest checkpoint has the rows.
+        embeddings: `[N, D]`.
+        width: mhc: the best prefixes whose children are scored; other classes have -inf.
+    """
+    head = head_of(run)
+    unit = partial(torch.nn.functional.normalize, dim=1)
+    if isinstance(head, RowHead):
+        return unit(embeddings) @ unit(class_centres(run, range(tiny.CLASSES)).double()).T
+    assert isinstance(head, LevelHead)
+    rows = [
+        unit(level.bank.read(level.bank.units).double().flatten(0, 1))
+        for level in head.levels.values()
+    ]
+    first = (16 * unit(embeddings) @ rows[0].T).log_softmax(1)
+    if isinstance(head, MultiHeadProduct):
+        second = (16 * unit(embeddings) @ rows[1].T).log_softmax(1)
+        return (first[:, :, None] + second[:, None, :]).flatten(1)
+    projection = head.projections["projection_2"].read().double()
+    projected = embeddings @ projection[:, :-1].T + projection[:, -1]
+    parents = torch.arange(tiny.CLASSES) // head.radix.lengths[1]
+    best = first.topk(min(width, first.shape[1])).indices
+    scored = (parents[None, :, None] == best[:, None, :]).any(dim=2)
+    logits = (16 * unit(projected) @ rows[1].T)[:, : tiny.CLASSES]
+    second = logits.masked_fill(~scored, float("-inf")).log_softmax(1)
+    return first[:, parents] + second
+
+
+def best_classes(run: str, shards: str, width: int = tiny.CLASSES) -> torch.Tensor:
+    """The classes of every image by falling score in float64, `[N, C]`."""
+    embeddings, _ = embed_all(run, shards)
+    return class_scores(run, embeddings, width).argsort(dim=1, descending=True)
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -112,11 +151,13 @@ def test_figures_are_those_of_all_classes_whatever_the_number_of_ranks(
     assert ("beam_recall" in found) == (kind == "mhc")
     if ranks := {"mhs": 2, "mhc": 3}.get(kind):
         assert run_ranks(classify, ranks, run.run.path, shards) == [found] * ranks
-    if kind in ("mhs", "full"):
-        order, labels = best_classes(run.run.path, shards)
-        right = order[:, :5] == labels[:, None]
-        assert found["top1"] == right[:, 0].double().mean().item()
-        assert found["top5"] == right.any(dim=1).double().mean().item()
+    order, labels = best_classes(run.run.path, shards, width=5), embed_all(run.run.path, shards)[1]
+    right = order[:, :5] == labels[:, None]
+    assert found["top1"] == right[:, 0].double().mean().item()
+    assert found["top5"] == right.any(dim=1).double().mean().item()
+    if kind == "mhc":
+        every = best_classes(run.run.path, shards)[:, 0] == order[:, 0]
+        assert found["beam_recall"] == every.double().mean().item()
 
 
 def test_a_beam_of_all_prefixes_finds_what_scoring_all_classes_does(
@@ -296,6 +337,16 @@ def images_of(shards: str) -> np.ndarray:
     return found.embeddings.astype(np.uint8).reshape(-1, tiny.SIDE, tiny.SIDE, 3)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_classifier_of_every_kind_names_the_best_classes(
+    kind: str, trained: Callable[[str], Config], shards: str
+) -> None:
+    path = trained(kind).run.path
+    classes, scores = build_classifier(head_of(path), 5)(embed_all(path, shards)[0].float())
+    assert torch.equal(classes, best_classes(path, shards, width=5)[:, :5])
+    assert (scores.diff(dim=1) <= 0).all()
+
+
 @pytest.mark.slow
 def test_exports_with_the_head_name_the_best_of_all_classes(
     trained: Callable[[str], Config],
@@ -313,7 +364,7 @@ def test_exports_with_the_head_name_the_best_of_all_classes(
         Path(shards, "classes.tsv").unlink()
     shown = capsys.readouterr().out
     assert "classifier.pt2" in shown and "classifier_uint8.onnx" in shown
-    order, _ = best_classes(run.run.path, shards)
+    order = best_classes(run.run.path, shards)
     pixels = images_of(shards)
     session = onnxruntime.InferenceSession(f"{tmp_path}/classifier_uint8.onnx")
     classes, scores = session.run(["classes", "scores"], {"images": pixels})
