@@ -159,14 +159,15 @@ class Bank:
     def read_for_products(
         self, units: Units, normalise: bool, scaled: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Rows `[U, L, D]` of touched `units` in the compute type, and `1 / |w|` of each `[U, L]`.
+        """Rows `[U, L, D]` of `units` in the compute type, and `1 / |w|` of each `[U, L]`.
 
         Args:
-            units: see `read`.
+            units: see `read`; those that were never touched cost a pass more.
             normalise: whether rows are normalised; without, ones stand for `1 / |w|`.
             scaled: whether the rows are given as `w / |w|`.
         """
-        if normalise and self.takes_kernels:
+        # The kernel reads what is stored, and nothing is stored of units that were never touched.
+        if normalise and self.takes_kernels and self._touched[self._local(units)].all():
             from mhe_dist.kernels.row_read import read_rows
 
             return read_rows(self.stored["weight"], self.positions(units), scaled)

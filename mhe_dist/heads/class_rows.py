@@ -52,6 +52,14 @@ class ClassRows:
         return padding_slots(self.layout, heads, self.bank.device)
 
 
+def hide(logits: Tensor, index: tuple[Tensor, ...]) -> None:
+    """Set logits at an index on their device to -inf, in place.
+
+    `logits[index] = -inf` would make the number on the host and wait until the device has it.
+    """
+    logits.index_put_(index, logits.new_full((), float("-inf")))
+
+
 def padding_slots(layout: LabelLayout, heads: Tensor, device: torch.device) -> Tensor | None:
     """Which slots `[U, L]` of distinct `heads` (host) hold no class; None if all do.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mhe_dist.bank.bank import Units
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.class_rows import ClassRows
+from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.gathered.selection import GatheredBatch
 from mhe_dist.heads.margins import keep_negatives
 
@@ -104,7 +104,7 @@ class GatheredSoftmax:
             logits = self._cosines(chunk)
             self._apply_margin(logits, chunk)
             # The target counts no more: were it among the others, equal embeddings would be right.
-            logits[chunk.samples, chunk.columns] = float("-inf")
+            hide(logits, (chunk.samples, chunk.columns))
             self.highest = torch.maximum(self.highest, logits.amax(1))
             self._finish(logits, chunk)
             self.log_sum = torch.logaddexp(self.log_sum, logits.logsumexp(1))

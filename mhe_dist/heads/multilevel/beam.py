@@ -69,6 +69,8 @@ class LevelPass:
         self.objective, self.margin = objective, margin
         self._features, self.device = features, features.device
         self.exchange = Exchange(beam.prefixes, targets, level.layout, level.topology)
+        if training:
+            level.bank.touch(self.exchange.pairs.units)
         self._samples = to_device(self.exchange.samples, self.device)
         self._columns = to_device(self.exchange.columns, self.device)
         self.present = to_device(targets >= 0, self.device)

@@ -17,7 +17,7 @@ from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology, owner_of
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.heads.class_rows import padding_slots
+from mhe_dist.heads.class_rows import hide, padding_slots
 from mhe_dist.heads.grouping import LOGITS_BYTES, GradientFactors, chunks_by_head
 from mhe_dist.heads.margins import keep_negatives
 from mhe_dist.heads.multilevel.losses import Objective
@@ -235,7 +235,7 @@ class Scorer:
     def _others(self, chunk: _PairChunk, cosine: Tensor) -> Tensor:
         """Cosines with -inf at targets and padding."""
         others = cosine.clone()
-        others[chunk.targets] = float("-inf")
+        hide(others, chunk.targets)
         if (padding := self._padding(chunk.units)) is not None:
             others.masked_fill_(padding.unsqueeze(1), float("-inf"))
         return others

@@ -197,8 +197,10 @@ class ShardedLevel:
         self._pending: list[tuple[Tensor, GradientFactors]] = []
 
     def add_gradient(self, units: Tensor, factors: GradientFactors) -> None:
-        """Keep the rows' gradient of pairs of samples and units, all `[n]`, for `update`."""
-        self.bank.touch(units)
+        """Keep the rows' gradient of pairs of samples and units, all `[n]`, for `update`.
+
+        The units must have been touched.
+        """
         self._pending.append((units, factors))
 
     def update(self, lr: float, step: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.heads.batch_invariant import log_add_exp, product
-from mhe_dist.heads.class_rows import ClassRows
+from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
 from mhe_dist.heads.margins import Margin, keep_negatives
 from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart
@@ -284,7 +284,7 @@ class _ExtraPart:
         features = self.samples.features[where] * scale
         logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
         scaled = logits[inside, column]
-        logits[inside, column] = float("-inf")
+        hide(logits, (inside, column))
         highest = logits.amax(-1)
         target = scaled / scale
         phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))

@@ -123,6 +123,11 @@ class FakeCuda(FakeTensorMode):
             if _device_of(kwargs.get("device")) == "cpu":
                 return self._to_host(args[0], kwargs)
         if func in INDEXING:
+            if func is not aten.index.Tensor and not _is_fake(args[2]):
+                if _is_mask(args[1]):  # torch fills it
+                    fill = (args[0], args[1][0], args[2].item())
+                    return self._propagate(aten.masked_fill_.Scalar, types, fill, kwargs)
+                self.ledger.add("sync", str(func), detail="a number of the host")
             args = (args[0], self._positions(func, args[1]), *args[2:])
         if func in WAITING:
             self.ledger.add("sync", str(func), detail="the result's shape")
@@ -285,6 +290,11 @@ def _empty_pages(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
 
 def _is_fake(value: Any) -> bool:
     return isinstance(value, FakeTensor)
+
+
+def _is_mask(indices: Any) -> bool:
+    """Whether a single mask on the device is the whole index."""
+    return len(indices) == 1 and _is_fake(indices[0]) and indices[0].dtype == torch.bool
 
 
 def _device_of(device: Any) -> str | None:

@@ -27,6 +27,10 @@ def pinned(count: int) -> Tensor:
     return torch.zeros(count, pin_memory=True)
 
 
+def positions() -> Tensor:
+    return torch.zeros(2, dtype=torch.int64, device=CUDA)
+
+
 WAITS: dict[str, Callable[[], object]] = {
     "item": lambda: on_device(1).item(),
     "bool": lambda: bool(on_device(1) > 0),
@@ -40,8 +44,9 @@ WAITS: dict[str, Callable[[], object]] = {
     "copy to pageable memory": lambda: torch.zeros(4).copy_(on_device(4), non_blocking=True),
     "nonzero": lambda: on_device(4).nonzero(),
     "a mask": lambda: on_device(4)[on_device(4) > 0],
-    "a mask that is written to": lambda: on_device(4).__setitem__(on_device(4) > 0, 0.0),
+    "a mask that is written to": lambda: on_device(4).__setitem__(on_device(4) > 0, on_device(1)),
     "an index on the host": lambda: on_device(4)[torch.tensor([0, 1])],
+    "a number at an index": lambda: on_device(4).__setitem__(positions(), 0.0),
     "synchronize": lambda: torch.cuda.synchronize(CUDA),
 }
 WAITS_NOT: dict[str, Callable[[], object]] = {
@@ -53,7 +58,10 @@ WAITS_NOT: dict[str, Callable[[], object]] = {
     ),
     "a copy to pinned memory": lambda: on_device(4).to("cpu", non_blocking=True),
     "a filled mask": lambda: on_device(4).masked_fill_(on_device(4) > 0, 0.0),
-    "an index on the device": lambda: on_device(4)[torch.zeros(2, dtype=torch.int64, device=CUDA)],
+    "a number at a mask": lambda: on_device(4).__setitem__(on_device(4) > 0, 0.0),
+    "an index on the device": lambda: on_device(4)[positions()],
+    "values at an index": lambda: on_device(4).__setitem__(positions(), on_device(2)),
+    "a number in a slice": lambda: on_device(4).__setitem__(slice(2), 0.0),
     "work on the host": lambda: (torch.ones(4) > 0).nonzero().tolist(),
 }
 
