@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Final
 
 import torch
@@ -59,6 +60,7 @@ def _config(settings: GpuSettings, precision: str, stage: int) -> Config:
 def _measured_peak(config: Config, settings: GpuSettings) -> int:
     """Bytes of tensors at their peak over some steps, every row touched."""
     if settings.on_gpu:
+        gc.collect()  # an engine is full of circles: the one before would be there still
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     topology = connect(device=settings.torch_device)

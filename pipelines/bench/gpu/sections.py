@@ -18,7 +18,7 @@ SECTIONS: Final = {
     "agreement": 110.0,
     "waits": 60.0,
     "exchange": 70.0,
-    "runs": 130.0,
+    "runs": 220.0,
     "memory": 60.0,
     "steps": 70.0,
     "backbone": 150.0,
