@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 
+# Some machines forbid Python to keep bytecode: then each of the hundreds of processes that the tests
+# start compiles all of the code again, and pytest rewrites all of the tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help train test quick chaos cluster gpu zoo check format docs install constraints clean
 

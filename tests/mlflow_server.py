@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_S = 120.0
+VARIABLES = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Eight processes beside the server, for what no run asks of it: evaluations of language models.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+            env=os.environ | VARIABLES,
         )
     try:
         deadline = time.monotonic() + START_S

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from launcher.preflight import survey
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import (
     GIB,
@@ -19,6 +20,7 @@ from launcher.preflight.predict import (
     workers_per_node,
 )
 from launcher.preflight.trial_process import measure_trial
+from launcher.ray_cluster.code_package import with_absolute_paths
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import UserError
@@ -174,24 +176,27 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_command_says_what_a_run_costs(tmp_path: Path, capsys) -> None:
-    settings = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train", classes=8))
-    file = tmp_path / "a.yaml"
-    save_config(settings, str(file))
-    assert cli.run(["preflight", str(file)]) == 0
-    said = capsys.readouterr().out
-    for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):
-        assert part in said
-
-
-@pytest.mark.slow
-def test_a_trial_finds_data_where_the_command_was_typed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.write_shards(tmp_path / "train", classes=8)
     monkeypatch.chdir(tmp_path)
-    measured = measure_trial(tiny.config(Path("runs"), "train"), 1)
-    assert measured is not None and measured["samples"] == 8 * tiny.IMAGES
+    typed = tiny.config(Path("runs"), "train")
+    save_config(typed, "a.yaml")
+    measured: list[dict[str, Any] | None] = []
+
+    def measure(settings: Config, workers: int) -> dict[str, Any] | None:
+        assert with_absolute_paths(typed) == settings  # the trial itself gets the relative paths
+        measured.append(measure_trial(typed, workers))
+        return measured[-1]
+
+    monkeypatch.setattr(survey, "measure_trial", measure)
+    assert cli.run(["preflight", "a.yaml"]) == 0
+    said = capsys.readouterr().out
+    for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):
+        assert part in said
+    (found,) = measured
+    assert found is not None and found["samples"] == 8 * tiny.IMAGES
 
 
 def test_a_mistake_that_a_trial_finds_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
