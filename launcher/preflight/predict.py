@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from launcher.ray_cluster.environment import worker_resources
+from launcher.ray_cluster.environment import count_slots, placement_needs
 from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
 
@@ -152,7 +152,7 @@ def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:
     """Whether Ray would wait for ever for room."""
     room = sum(worker_slots(config, node) for node in nodes)
     if room < config.scale.workers:
-        wants = ", ".join(f"{name} {amount:g}" for name, amount in _needs(config).items())
+        wants = ", ".join(f"{name} {amount:g}" for name, amount in placement_needs(config).items())
         yield (
             f"scale.workers={config.scale.workers}: there is room for {room}, each with {wants}, "
             f"on {len(nodes)} nodes. Lower scale.workers, scale.cpus_per_worker or "
@@ -162,17 +162,7 @@ def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:
 
 def worker_slots(config: Config, node: NodeReport) -> int:
     """How many workers have room on a node."""
-    has = node["resources"]
-    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in _needs(config).items())
-
-
-def _needs(config: Config) -> dict[str, float]:
-    """What one worker needs of a node, by Ray's names."""
-    needs = {name: amount for name, amount in worker_resources(config).items() if amount}
-    kind = config.scale.accelerator_type
-    if kind:
-        needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
-    return needs
+    return count_slots(node["resources"], placement_needs(config))
 
 
 def _cure(part: str) -> str:

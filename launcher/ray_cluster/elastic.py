@@ -1,13 +1,95 @@
-"""How many workers a run gets: the largest number that is there and divides the micro-batches."""
+"""How many workers a run gets: the largest number that is there and divides the micro-batches.
+
+And what a run that has none yet waits for.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from launcher.events import Event
+from launcher.ray_cluster.environment import count_slots, placement_needs
 from mhe_dist.config.schema import Config
 
 RESIZE_CHECK_S = 30.0  # how often a running group looks for room to grow into
+LONG_WAIT_S = 60.0
+_ASK_EVERY_S = 5.0
+_NODES_NAMED = 8
 
 
 def group_size(available: int, config: Config) -> int:
     """How many workers to use of `available`; 0 if those are fewer than the run needs."""
     fitting = [size for size in config.group_sizes() if size <= available]
     return max(fitting, default=0)
+
+
+class NodeRoom(NamedTuple):
+    """What a living node of a cluster has, by Ray's names, and what of it is free."""
+
+    host: str
+    total: Mapping[str, float]
+    free: Mapping[str, float]
+
+
+class LongWait:
+    """Says once a minute what a run waits for, as long as no worker trains.
+
+    Args:
+        trains: whether a worker trains; asked every few seconds.
+        describe: what to say; called only when it is said.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        trains: Callable[[], bool],
+        describe: Callable[[], str],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._trains, self._describe, self._clock = trains, describe, clock
+        self._since = self._checked = clock()
+
+    def events(self) -> list[Event]:
+        """The event to hand on now, if there is one."""
+        now = self._clock()
+        if now - self._checked < _ASK_EVERY_S:
+            return []
+        self._checked = now
+        if self._trains():
+            self._since = now
+        if now - self._since < LONG_WAIT_S:
+            return []
+        self._since = now
+        return [{"event": "waiting", "what": self._describe()}]
+
+
+def describe_wait(config: Config, nodes: list[NodeRoom]) -> str:
+    """What a run without workers asks of the cluster, and what its nodes have free."""
+    needs, fewest = placement_needs(config), config.scale.fewest
+    free = sum(count_slots(node.free, needs) for node in nodes)
+    ever = sum(count_slots(node.total, needs) for node in nodes)
+    workers = f"{'at least ' * config.scale.elastic}{fewest} worker{'s' * (fewest > 1)}"
+    parts = [
+        f"still waiting for {workers}, each with {_amounts(needs, needs)}: there is room for {free} "
+        f"now, for {ever} when nothing else runs",
+        *(
+            f"{node.host} has {_amounts(node.free, needs)} free of {_amounts(node.total, needs)}"
+            for node in nodes[:_NODES_NAMED]
+        ),
+    ]
+    if len(nodes) > _NODES_NAMED:
+        parts.append(f"and {len(nodes) - _NODES_NAMED} nodes more")
+    if free >= fewest:
+        parts.append("so they are starting, or Ray holds the room for others: see ray status")
+    elif ever >= fewest:
+        parts.append("mhe jobs lists what else runs there")
+    else:
+        parts.append("lower scale.workers or what each needs, or add nodes")
+    return "; ".join(parts)
+
+
+def _amounts(has: Mapping[str, float], names: Mapping[str, float]) -> str:
+    """Amounts of some resources, as "CPU 1, GPU 0"."""
+    return ", ".join(f"{name} {has.get(name, 0.0):g}" for name in names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.device import choose_device
 
@@ -48,3 +50,16 @@ def worker_resources(config: Config) -> dict[str, float]:
     """What Ray must reserve for one worker, by Ray's names."""
     scale = config.scale
     return {"CPU": scale.cpus_per_worker, "GPU": int(scale.gpu), **scale.resources}
+
+
+def placement_needs(config: Config) -> dict[str, float]:
+    """What a node must have for one worker, by Ray's names: `worker_resources`, and its kind."""
+    needs = {name: amount for name, amount in worker_resources(config).items() if amount}
+    if kind := config.scale.accelerator_type:
+        needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
+    return needs
+
+
+def count_slots(has: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """How many workers with these needs have room in what a node has."""
+    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items())

@@ -56,6 +56,10 @@ class Mailbox:
         """Whether the driver asked the workers to stop."""
         return self._stopping
 
+    def training(self) -> bool:
+        """Whether a worker has begun to train, and none of its group has left since."""
+        return self._training
+
     def put(self, event: Event) -> None:
         """Keep an event until somebody takes it."""
         self._events.append(event)

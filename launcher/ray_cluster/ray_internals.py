@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+from launcher.ray_cluster.elastic import NodeRoom
 from pipelines.loader.shield import sigterm_held_back
 
 LEASE_S, RENEWAL_S = 15, 3
@@ -260,6 +261,22 @@ def is_token_auth_enabled() -> bool:
     from ray._private.authentication import authentication_utils
 
     return bool(authentication_utils.is_token_auth_enabled())
+
+
+def list_rooms() -> list[NodeRoom]:
+    """The living nodes of the cluster, and what of each is free at this moment.
+
+    Checked with Ray 2.60.0: `ray._private.state.available_resources_per_node`, by node id.
+    """
+    import ray
+    from ray._private import state
+
+    free = state.available_resources_per_node()
+    return [
+        NodeRoom(node["NodeManagerHostname"], node["Resources"], free.get(node["NodeID"], {}))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 def quiet_job_client() -> None:

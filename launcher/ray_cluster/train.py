@@ -14,7 +14,7 @@ from launcher.events import Event
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.connection import existing_cluster, local_cluster
 from launcher.ray_cluster.crash_log import find_crash
-from launcher.ray_cluster.elastic import RESIZE_CHECK_S, group_size
+from launcher.ray_cluster.elastic import RESIZE_CHECK_S, LongWait, describe_wait, group_size
 from launcher.ray_cluster.environment import worker_environment, worker_resources
 from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, ends_group, mailbox_name
 from launcher.ray_cluster.worker import train_worker
@@ -104,6 +104,7 @@ class _TrainTask:
             ) from taken
         # A task, not a thread here: a thread that waits for Ray while the cluster goes down ends
         # the whole process, from native code, before anything can be tidied up.
+        self._config = config
         self._settings = _worker_settings(config, self._mailbox)
         self._task = task.remote(self._settings, is_alone)
 
@@ -132,9 +133,14 @@ class _TrainTask:
         """
         import ray
 
+        long_wait = LongWait(
+            lambda: stop_requested() or bool(ray.get(self._mailbox.training.remote())),
+            lambda: describe_wait(self._config, ray_internals.list_rooms()),
+        )
+
         def take() -> list[Event]:
             events: list[Event] = ray.get(self._mailbox.take.remote())
-            return events
+            return events + long_wait.events()
 
         forward_events(has_ended, take, handle, stop_requested)
         try:

@@ -24,7 +24,7 @@ from tests.terminal import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
-STEPS = 600  # commands take seconds on a busy machine: the run must outlast some of them
+STEPS = 300  # commands take seconds on a busy machine: the run must outlast some of them
 MHE = "from launcher.cli import main; main()"
 
 
@@ -135,7 +135,7 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     stopped_at = len(tiny.per_step(run)[0])
     assert 20 <= stopped_at < STEPS
 
-    going_on = terminal.start("submit", str(config), "--follow")
+    going_on = terminal.start("submit", str(config), "--follow", "--no-preflight")
     output = until(going_on, "checkpoint")
     assert f"Resumed at step {stopped_at}" in output
     cluster.lose()

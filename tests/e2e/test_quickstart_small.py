@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher import cli
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import save_config
 from tests import tiny
@@ -18,7 +19,7 @@ from tests.terminal import mhe, until
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_EVERY = 120, 20
+STEPS, SAVE_EVERY = 60, 10
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def left_behind(session: int) -> list[psutil.Process]:
 
 
 @pytest.mark.timeout(600)
-def test_interrupted_continued_complete(config: Path) -> None:
+def test_interrupted_continued_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = mhe("train", str(config))
     until(first, "checkpoint")
     time.sleep(1)  # for its files, which are written while training goes on
@@ -84,10 +85,8 @@ def test_interrupted_continued_complete(config: Path) -> None:
     assert "is complete" in output
     assert time.monotonic() - begin < 10
 
-    inspected = mhe("checkpoint", "inspect", str(config.parent / "runs" / "small"))
-    output, _ = inspected.communicate(timeout=60)
-    assert inspected.returncode == 0, output
-    assert f"step: {STEPS}" in output
+    assert cli.run(["checkpoint", "inspect", str(config.parent / "runs" / "small")]) == 0
+    assert f"step: {STEPS}" in capsys.readouterr().out
 
 
 def test_a_mistake_that_a_worker_finds_ends_the_run_at_once(config: Path) -> None:
