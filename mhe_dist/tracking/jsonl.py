@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -38,17 +39,16 @@ class JsonlTracker:
         self._name = path
         self._path = Path(path)
         self._copy: RemoteCopy | None = None
-        if "://" in path:
-            self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
-            self._copy = RemoteCopy(self._path, path)
         self._file: FileIO | None = None
         self._waiting, self._refused = "", False
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Drop the lines of steps >= `step` and open the file; config and tags are not kept."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._copy:
+        if "://" in self._name:
+            self._path = Path(tempfile.mkdtemp(prefix="mhe-")) / self._path.name
+            self._copy = RemoteCopy(self._path, self._name)
             self._copy.fetch()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_records(self._path) if r["step"] < step]
         _replace(self._path, "".join(map(_line, kept)))
         self._file = self._path.open("ab", buffering=0)
@@ -94,13 +94,13 @@ class JsonlTracker:
         """Keep nothing: `summary.json` has the figures."""
 
     def close(self, status: Status = "finished") -> None:
-        """Close the file."""
+        """Close the file; the temporary one of a record at a URL goes once all of it is there."""
         if self._file is not None:
             self._write()
             self._file.close()
             self._file = None
-            if self._copy:
-                self._copy.finish()
+            if self._copy and self._copy.finish():
+                shutil.rmtree(self._path.parent)  # it was temporary
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:

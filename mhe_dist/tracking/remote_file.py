@@ -41,16 +41,18 @@ class RemoteCopy:
             self._thread = threading.Thread(target=self._upload, name="remote-copy", daemon=True)
             self._thread.start()
 
-    def finish(self) -> None:
-        """Upload the file as it is now; say where it is when that fails."""
+    def finish(self) -> bool:
+        """Upload the file as it is now; say where it is when that fails. Whether it is there."""
         if self._thread is not None:
             self._thread.join()
-        self._upload()
+        return self._upload()
 
-    def _upload(self) -> None:
+    def _upload(self) -> bool:
         filesystem, path = fsspec.core.url_to_fs(self._url)
         try:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
             filesystem.put_file(str(self._path), path)
         except Exception as error:  # stores raise what they like, and no upload may end a run
             logger.warning("%s: cannot be written (%s); it is in %s", self._url, error, self._path)
+            return False
+        return True

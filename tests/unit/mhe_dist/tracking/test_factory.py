@@ -2,6 +2,7 @@
 
 import math
 import resource
+import tempfile
 
 import pytest
 
@@ -101,8 +102,9 @@ def test_a_full_disk_costs_no_record_and_is_told_once(tmp_path, caplog):
     assert caplog.text.count("cannot be written, will go on trying") == 1
 
 
-def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
+def test_a_record_at_a_url_goes_on_where_it_was(tmp_path, monkeypatch):
     url = "memory://bucket/runs/r/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(remote_file, "_EVERY_S", 0.0)
     first = JsonlTracker(url)
     first.start({}, {})
@@ -115,9 +117,11 @@ def test_a_record_at_a_url_goes_on_where_it_was(monkeypatch):
     again.log(2, {"loss": 2.0})
     again.close()
     assert [(r["step"], r["loss"]) for r in read_records(url)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
+    assert list(tmp_path.iterdir()) == [], "nothing is left in the temporary folder"
 
 
-def test_a_store_that_fails_ends_no_run(caplog):
+def test_a_store_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tracker = JsonlTracker("memory://bucket/metrics.jsonl")
     tracker.start({}, {})
     tracker._copy._url = "file:///dev/null/metrics.jsonl"
@@ -125,6 +129,7 @@ def test_a_store_that_fails_ends_no_run(caplog):
     tracker.close()
     assert "cannot be written" in caplog.text
     assert str(tracker._path) in caplog.text
+    assert tracker._path.is_relative_to(tmp_path)
     assert steps(tracker._path) == [0]
 
 
