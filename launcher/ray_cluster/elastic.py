@@ -72,8 +72,8 @@ def describe_wait(config: Config, nodes: list[NodeRoom]) -> str:
     ever = sum(count_slots(node.total, needs) for node in nodes)
     workers = f"{'at least ' * config.scale.elastic}{fewest} worker{'s' * (fewest > 1)}"
     parts = [
-        f"still waiting for {workers}, each with {_amounts(needs, needs)}: there is room for {free} "
-        f"now, for {ever} when nothing else runs",
+        f"still waiting for {workers}, each with {_amounts(needs, needs)}: there is room for "
+        f"{free} now, for {ever} when nothing else runs",
         *(
             f"{node.host} has {_amounts(node.free, needs)} free of {_amounts(node.total, needs)}"
             for node in nodes[:_NODES_NAMED]
