@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class PartialFc(GatheredHead):
         rng = seeds.generator(self.spec.seed, "negative classes", step, group)
         drawn = seeds.sample_without_replacement(len(units) - len(positives), others, rng)
         negatives = _skip(torch.from_numpy(drawn) + units.start, positives)
-        return torch.cat([positives, negatives]).sort().values
+        # NumPy sorts several times as fast as torch on a host.
+        return torch.from_numpy(np.sort(torch.cat([positives, negatives]).numpy()))
 
 
 def _skip(numbers: Tensor, taken: Tensor) -> Tensor:

@@ -73,3 +73,10 @@ def test_every_subset_is_equally_likely(population: int, count: int) -> None:
 def test_more_than_there_are_is_refused() -> None:
     with pytest.raises(ValueError, match="6 of 5"):
         seeds.sample_without_replacement(5, 6, seeds.generator(0, "t"))
+
+
+@pytest.mark.parametrize("population", [3, 500, 32_000, 32_001, 10**9])
+def test_first_positions_are_those_of_a_sort(population: int) -> None:
+    drawn = np.random.default_rng(population).integers(0, population, 1000)
+    expected = np.sort(np.unique(drawn, return_index=True)[1])
+    assert np.array_equal(seeds._first_positions(drawn, population), expected)
