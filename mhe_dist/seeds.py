@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 _TABLE = 32  # the largest population, in draws, for which a table of it is made
 
+
 def derive(seed: int, purpose: str, *ids: int) -> int:
     """A key in `[0, 2**63)` of (seed, purpose, ids), the same on every platform and version."""
     text = "/".join([str(int(seed)), purpose, *(str(int(i)) for i in ids)])
