@@ -23,8 +23,8 @@ if "MHE_CACHE_DIR" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="mhe-tests-cache-")
     os.environ["MHE_CACHE_DIR"] = _CACHE.name
 
-# Ranks are forked from one process that has imported what they need: seconds less for each.
-multiprocessing.set_forkserver_preload(["tests.preload"])
+# The files whose ranks run heads alone.
+HEADS_ALONE = ("test_heads_exact.py", "test_level_heads.py")
 run_ranks = partial(local_ranks.run_ranks, start_method="forkserver")
 
 # How long an example takes says how busy the machine is.
@@ -32,8 +32,15 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
-def pytest_collection_finish() -> None:
-    """Keep what was imported out of every later garbage collection: half a second for each."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Choose what ranks have imported, and keep what is imported here out of garbage collection.
+
+    Ranks are forked from one process that has imported what they need: seconds less for each. A
+    garbage collection that walks through all modules takes half a second.
+    """
+    heads_alone = all("unit" in i.path.parts or i.path.name in HEADS_ALONE for i in session.items)
+    preload = "tests.preload_heads" if heads_alone else "tests.preload"
+    multiprocessing.set_forkserver_preload([preload])
     gc.collect()
     gc.freeze()
 
