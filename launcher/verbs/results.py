@@ -42,7 +42,7 @@ class Format(str, Enum):
 
 
 DEFAULT_FORMATS = [Format.TIMM, Format.ONNX]
-WITH_HEAD = (Format.ONNX, Format.TORCH_EXPORT)
+WITH_HEAD = (Format.ONNX, Format.TORCH_EXPORT, Format.MLFLOW)
 
 
 def export(
@@ -80,8 +80,9 @@ def export(
     uploaded); the batch size is free. Each has a model card, README.md. Works during the run, too,
     and for any of its checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
-    With --classify, onnx and torch-export hold the head, too: images in, class ids [N, K] and their
-    scores out, the best first. The names of the classes lie beside them in classes.tsv.
+    With --classify, onnx, torch-export and mlflow hold the head, too: images in, class ids [N, K]
+    and their scores out, the best first. The names of the classes lie beside them in classes.tsv;
+    the mlflow model gives them, too.
 
     Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -27,12 +28,14 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head, TopK
 from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_of
+from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
 from pipelines.shards.tables import CLASSES_FILE
 from pipelines.storage.urls import atomic_write
 
-ClassifierFormat = Literal["onnx", "torch-export"]
+ClassifierFormat = Literal["onnx", "torch-export", "mlflow"]
 
+MLFLOW_FOLDER: Final = "mlflow-classifier"
 OUTPUTS: Final = ("classes", "scores")
 # A protobuf message has 2 GiB at most. A program has no limit but what one ships and loads.
 LARGEST: Final[dict[str, int]] = {"onnx": (1 << 31) - (1 << 24), "torch-export": 8 << 30}
@@ -105,7 +108,8 @@ def write_classifier(
     Args:
         name: of the format.
         trained, classifier: what is exported.
-        folder: gets `classifier.onnx` (`_uint8`, `_fp16`) or `classifier.pt2`.
+        folder: gets `classifier.onnx` (`_uint8`, `_fp16`), `classifier.pt2` or
+            `mlflow-classifier`.
         images: those that `take_classifier` was given.
         options: see `ExportOptions`; `half` and `pixels` are for ONNX alone.
 
@@ -116,6 +120,25 @@ def write_classifier(
         RunError: its answers differ from the head's; see `compare_answers`.
         UserError: ONNX has no such operator set.
     """
+    if classifier.names:
+        write_names(f"{folder}/{CLASSES_FILE}", classifier.names)
+    if name == "mlflow":
+        path, difference = _write_mlflow(trained, classifier, folder, images, options)
+    else:
+        path, difference = _write_file(name, trained, classifier, folder, images, options)
+    write_model_card(folder, trained, known_exports(folder))
+    return path, difference
+
+
+def _write_file(
+    name: str,
+    trained: TrainedModel,
+    classifier: TrainedClassifier,
+    folder: str,
+    images: Tensor,
+    options: ExportOptions,
+) -> tuple[str, float]:
+    """An ONNX file or a program; see `write_classifier`."""
     if name == "torch-export":
         options = options._replace(half=False, pixels=False)
     backbone = ExportedBackbone(fold_neck(trained.model), options, trained.model.normalization)
@@ -131,11 +154,34 @@ def write_classifier(
     else:
         path = f"{folder}/classifier.pt2"
         run = write_program(network, example, path, about)
-    difference = _compare(run, trained, classifier, images, path, options)
-    if classifier.names:
-        write_names(f"{folder}/{CLASSES_FILE}", classifier.names)
-    write_model_card(folder, trained, known_exports(folder))
-    return path, difference
+    return path, _compare(run, trained, classifier, images, path, options)
+
+
+def _write_mlflow(
+    trained: TrainedModel,
+    classifier: TrainedClassifier,
+    folder: str,
+    images: Tensor,
+    options: ExportOptions,
+) -> tuple[str, float]:
+    """The model that takes images and names classes; compared with the pixels as it gets them."""
+    import mlflow.pyfunc
+
+    path, options = f"{folder}/{MLFLOW_FOLDER}", options._replace(pixels=False)
+    names = f"{folder}/{CLASSES_FILE}" if classifier.names else None
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    with TemporaryDirectory() as scratch:
+        file, _ = _write_file("onnx", trained, classifier, scratch, images, options)
+        write_mlflow_model(file, path, pixels[0], 0, names)
+    write_model_card(path, trained, {MLFLOW_FOLDER: "."})
+    model = mlflow.pyfunc.load_model(path)
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        # `inputs` are a batch of one or all; the model normalises what is uint8 by itself.
+        found = model.predict({"image": list(pixels[: len(inputs)])})
+        return [torch.tensor(found[output].tolist()) for output in OUTPUTS]
+
+    return path, _compare(run, trained, classifier, images, path, options)
 
 
 def classifier_metadata(

@@ -1,4 +1,4 @@
-"""An exported backbone that takes images and prepares them itself, as MLflow loads and serves it.
+"""An exported model that takes images and prepares them itself, as MLflow loads and serves it.
 
 `mlflow_model.py` puts the source of this file and of the decoder into the model's folder, so that
 nothing of this project has to be installed where the model is served.
@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
@@ -30,7 +31,7 @@ _BATCH: Final = 64
 
 
 class ImageModel(PythonModel):
-    """Embeds images in any of these forms, one a row of the column `image`.
+    """Embeds images or names their classes; they are rows of the column `image` in any form of:
 
     - bytes of an encoded image (JPEG, PNG, WebP, ...), or base64 of them as text, as in JSON;
     - `pathlib.Path`, or the path as text where the environment variable `MHE_IMAGE_ROOT` names the
@@ -44,6 +45,7 @@ class ImageModel(PythonModel):
         self._session = onnxruntime.InferenceSession(
             context.artifacts["backbone"], providers=onnxruntime.get_available_providers()
         )
+        self._names = _read_names(context.artifacts.get("classes"))
         about = self._session.get_modelmeta().custom_metadata_map
         self._side = int(about["image_size"])
         shape = (3, 1, 1)
@@ -52,19 +54,27 @@ class ImageModel(PythonModel):
 
     # MLflow would take type hints of the input for a schema, beside the one that is given.
     def predict(self, context, model_input, params=None) -> Any:
-        """Float32 `[N, D]`, in the order of the images.
+        """Float32 `[N, D]`, in the order of the images; with a head a table with a row for each.
+
+        The table has the columns `classes`, `names` and `scores`, lists of which the best class is
+        the first. A class without a name is called by its number.
 
         Raises:
             MlflowException: an image cannot be read; its number is named. A server answers 400.
         """
         images = list(_each_image(model_input[COLUMN]))
         parts = [
-            self._embed(images[start : start + _BATCH], start)
+            self._run(images[start : start + _BATCH], start)
             for start in range(0, len(images), _BATCH)
         ]
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+        if len(self._session.get_outputs()) == 1:
+            return np.concatenate([part[0] for part in parts] or [np.empty((0, 0), np.float32)])
+        classes: list[list[int]] = [row for part in parts for row in part[0].tolist()]
+        names = [[self._names.get(each, str(each)) for each in row] for row in classes]
+        scores = [row for part in parts for row in part[1].tolist()]
+        return pd.DataFrame({"classes": classes, "names": names, "scores": scores})
 
-    def _embed(self, images: Iterable[Any], start: int) -> npt.NDArray[np.float32]:
+    def _run(self, images: Iterable[Any], start: int) -> list[npt.NDArray[Any]]:
         inputs = []
         for number, image in enumerate(images, start):
             try:
@@ -74,7 +84,7 @@ class ImageModel(PythonModel):
                     f"image {number}: {error}", error_code=INVALID_PARAMETER_VALUE
                 ) from error
         (name,) = (each.name for each in self._session.get_inputs())
-        found: npt.NDArray[np.float32] = self._session.run(None, {name: np.stack(inputs)})[0]
+        found: list[npt.NDArray[Any]] = self._session.run(None, {name: np.stack(inputs)})
         return found
 
     def _prepare(self, image: Any) -> npt.NDArray[np.float32]:
@@ -102,6 +112,15 @@ class ImageModel(PythonModel):
                 f"[3, {self._side}, {self._side}], not {list(pixels.shape)}; give uint8 otherwise"
             )
         return pixels.astype(np.float32)
+
+
+def _read_names(path: str | None) -> dict[int, str]:
+    """Names of the classes, of a table of `class` and `name`; empty: there is none."""
+    if path is None:
+        return {}
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[1:]
+    rows = (line.split("\t") for line in lines if line)
+    return {int(row[0]): row[1] for row in rows}
 
 
 def _each_image(rows: Iterable[Any]) -> Iterator[Any]:

@@ -19,12 +19,16 @@ from mhe_dist.config.data import MAX_PIXELS
 from pipelines.data import decode
 
 _SCRIPT: Final = "image_model.py"
-_NEEDS: Final = ("mlflow", "numpy", "onnxruntime", "pillow", "simplejpeg")
+_NEEDS: Final = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "simplejpeg")
 _FUTURE: Final = "from __future__ import annotations\n"
 
 
 def write_mlflow_model(
-    onnx_file: str, folder: str, example: npt.NDArray[np.uint8], width: int
+    onnx_file: str,
+    folder: str,
+    example: npt.NDArray[np.uint8],
+    width: int,
+    classes: str | None = None,
 ) -> str:
     """Write the folder of an MLflow model of the flavour `python_function`.
 
@@ -34,30 +38,33 @@ def write_mlflow_model(
         onnx_file: what `mhe_dist.backbone.export.export_onnx` wrote, with its metadata.
         folder: gets the model; replaced if it is there.
         example: uint8 `[H, W, 3]`, an image for the input example.
-        width: D, of the embeddings.
+        width: D, of the embeddings; 0: the file has the head, and names classes.
+        classes: table of the classes' names (`classes.tsv`), which the model takes with it.
 
     Returns:
         `folder`.
     """
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema, TensorSpec
-    from mlflow.types.schema import AnyType
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+    from mlflow.types.schema import AnyType, Array
 
-    signature = ModelSignature(
-        Schema([ColSpec(AnyType(), "image")]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, width))]),
-    )
+    output = Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
+    if not width:
+        columns = {"classes": DataType.long, "names": DataType.string, "scores": DataType.double}
+        output = Schema([ColSpec(Array(kind), name) for name, kind in columns.items()])
+    signature = ModelSignature(Schema([ColSpec(AnyType(), "image")]), output)
     shutil.rmtree(folder, ignore_errors=True)
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
         script, backbone = Path(scratch, _SCRIPT), Path(scratch, "backbone.onnx")
         script.write_text(standalone_script(), encoding="utf-8")
         shutil.copyfile(onnx_file, backbone)
+        artifacts = {"backbone": str(backbone)} | ({"classes": classes} if classes else {})
         mlflow.pyfunc.save_model(
             folder,
             python_model=str(script),
-            artifacts={"backbone": str(backbone)},
+            artifacts=artifacts,
             signature=signature,
             input_example={"image": [_as_base64(example)]},
             pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDS],

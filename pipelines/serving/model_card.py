@@ -163,6 +163,9 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         "onnx-classifier": f"import onnxruntime\nsession = onnxruntime.InferenceSession({where})\n"
         "about = session.get_modelmeta().custom_metadata_map  # image_size, mean, std, ...\n"
         'classes, scores = session.run(None, {"images": images})',
+        "mlflow-classifier": f"import mlflow\nmodel = mlflow.pyfunc.load_model({where})\n"
+        'found = model.predict({"image": [open("photo.jpg", "rb").read()]})\n'
+        'names, scores = found["names"][0], found["scores"][0]',
         "torch-export-classifier": f"import torch\nnet = torch.export.load({where}).module()\n"
         "classes, scores = net(images)",
     }[name]
@@ -183,6 +186,8 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
         'with `mlflow models serve`, it answers `{"dataframe_records": [{"image": "<base64>"}]}`.',
         "onnx-classifier": f"{inputs} {_ANSWERS}",
         "torch-export-classifier": f"{inputs} {_ANSWERS}",
+        "mlflow-classifier": "As the MLflow model of the backbone, but a row for each image has "
+        "`classes`, `names` and `scores`, lists with the best class first.",
     }[name]
     return f"### {name}\n\n```python\n{code}\n```\n\n{notes}"
 
@@ -225,6 +230,7 @@ def known_exports(folder: str) -> dict[str, str]:
             *("classifier_uint8.onnx", "classifier_uint8_fp16.onnx"),
         ),
         "torch-export-classifier": ("classifier.pt2",),
+        "mlflow-classifier": ("mlflow-classifier",),
     }
     return {
         name: path

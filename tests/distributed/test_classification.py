@@ -9,6 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import onnxruntime
 import pytest
@@ -16,9 +17,10 @@ import torch
 from PIL import Image
 
 from launcher import cli
+from mhe_dist.backbone.export import ExportOptions
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads import row_head
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.classifier import build_classifier
@@ -40,6 +42,9 @@ from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
 from pipelines.runs.trained import load_trained_backbone
 from pipelines.runs.warm_start import find_checkpoint, trained_head
+from pipelines.serving import classifier as serving
+from pipelines.serving.classifier import take_classifier, write_classifier
+from pipelines.serving.model_card import TrainedModel
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
@@ -347,6 +352,38 @@ def test_a_classifier_of_every_kind_names_the_best_classes(
     assert (scores.diff(dim=1) <= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "file"),
+    [
+        (ExportOptions(), "classifier.onnx"),
+        (ExportOptions(half=True, pixels=True), "classifier_uint8_fp16.onnx"),
+    ],
+)
+def test_the_answers_of_a_file_are_compared_with_the_head(
+    options: ExportOptions,
+    file: str,
+    trained: Callable[[str], Config],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backbone = load_trained_backbone(trained("full").run.path)
+    model = TrainedModel(backbone.model, backbone.config, 24, backbone.trained_on, {})
+    images = torch.randint(0, 256, (40, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
+    chosen = take_classifier(head_of(backbone.path), model, images, 5)
+    shift = 0
+
+    def write(network: torch.nn.Module, *rest: Any) -> Callable[[torch.Tensor], Any]:
+        return lambda inputs: (network(inputs)[0] + shift, network(inputs)[1])
+
+    monkeypatch.setattr(serving, "write_onnx", write)
+    path, difference = write_classifier("onnx", model, chosen, str(tmp_path), images, options)
+    assert path == f"{tmp_path}/{file}"
+    assert difference < (0.2 if options.half else 1e-4)
+    shift = 1
+    with pytest.raises(RunError, match="40 of 40 images get other classes than by the head"):
+        write_classifier("onnx", model, chosen, str(tmp_path), images, ExportOptions())
+
+
 @pytest.mark.slow
 def test_exports_with_the_head_name_the_best_of_all_classes(
     trained: Callable[[str], Config],
@@ -357,25 +394,31 @@ def test_exports_with_the_head_name_the_best_of_all_classes(
     run = trained("mhs")
     table = "".join(f"{number}\t12\tclass {number}\n" for number in range(tiny.CLASSES))
     Path(shards, "classes.tsv").write_text("class\tsamples\tname\n" + table)
-    words = ["export", run.run.path, "--classify", "5", "--out", str(tmp_path), "--uint8"]
+    words = ["export", run.run.path, "--classify", "5", "--out", str(tmp_path)]
     try:
-        assert cli.run([*words, "--to", "torch-export", "--to", "onnx"]) == 0
+        assert cli.run([*words, "--to", "torch-export", "--to", "mlflow"]) == 0
     finally:
         Path(shards, "classes.tsv").unlink()
     shown = capsys.readouterr().out
-    assert "classifier.pt2" in shown and "classifier_uint8.onnx" in shown
+    assert "classifier.pt2" in shown and "mlflow-classifier" in shown
     order = best_classes(run.run.path, shards)
     pixels = images_of(shards)
-    session = onnxruntime.InferenceSession(f"{tmp_path}/classifier_uint8.onnx")
-    classes, scores = session.run(["classes", "scores"], {"images": pixels})
+    inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    program = torch.export.load(f"{tmp_path}/classifier.pt2").module()
+    assert torch.equal(program(inputs)[0], order[:, :5])
+    (file,) = (tmp_path / "mlflow-classifier").rglob("*.onnx")
+    session = onnxruntime.InferenceSession(file)
+    classes, scores = session.run(["classes", "scores"], {"images": inputs.numpy()})
     assert np.array_equal(classes, order[:, :5].numpy())
     assert (np.diff(scores) <= 0).all()
     about = session.get_modelmeta().custom_metadata_map
     assert (about["head"], about["num_classes"], about["top"]) == ("mhs", "30", "5")
-    program = torch.export.load(f"{tmp_path}/classifier.pt2").module()
-    inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
-    assert torch.equal(program(inputs)[0], order[:, :5])
+    served = mlflow.pyfunc.load_model(f"{tmp_path}/mlflow-classifier")
+    table = served.predict({"image": list(pixels[:70])})  # more than it computes at once
+    assert table["classes"].tolist() == order[:70, :5].tolist()
+    assert table["names"][69] == [f"class {number}" for number in order[69, :5].tolist()]
+    np.testing.assert_allclose(np.array(table["scores"].tolist()), scores[:70], atol=1e-4)
     names = (tmp_path / "classes.tsv").read_text().splitlines()
     assert names[:2] == ["class\tname", "0\tclass 0"] and len(names) == tiny.CLASSES + 1
     card = (tmp_path / "README.md").read_text()
-    assert "### onnx-classifier" in card and "### torch-export-classifier" in card
+    assert "### torch-export-classifier" in card and "### mlflow-classifier" in card

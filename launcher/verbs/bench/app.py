@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from launcher.verbs.bench.checkpoint import checkpoint
+from launcher.verbs.bench.classifier import classifier
 from launcher.verbs.bench.data import data
 from launcher.verbs.bench.head import head
 from launcher.verbs.bench.index import index
@@ -20,6 +21,7 @@ def bench() -> None:
 
 
 app.command("head")(head)
+app.command("classifier")(classifier)
 app.command("checkpoint")(checkpoint)
 app.command("data")(data)
 app.command("train")(train)

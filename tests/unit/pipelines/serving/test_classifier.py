@@ -109,7 +109,7 @@ def test_the_default_head_has_rows_of_512() -> None:
 def test_formats_with_the_head() -> None:
     assert _formats(None, 0, True) == [Format.TIMM, Format.ONNX]
     assert _formats(None, 5, False) == [Format.ONNX]
-    both = [Format.TORCH_EXPORT, Format.ONNX, Format.TORCH_EXPORT]
+    both = [Format.TORCH_EXPORT, Format.MLFLOW, Format.TORCH_EXPORT]
     assert _formats(both, 5, False) == both[:2]
     with pytest.raises(UserError, match="--to timm holds the backbone alone"):
         _formats([Format.ONNX, Format.TIMM], 5, False)
