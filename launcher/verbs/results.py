@@ -81,8 +81,8 @@ def export(
     and for any of its checkpoints: RUN may be runs/NAME/checkpoints/step_...
 
     With --classify, onnx, torch-export and mlflow hold the head, too: images in, class ids [N, K]
-    and their scores out, the best first. The names of the classes lie beside them in classes.tsv;
-    the mlflow model gives them, too.
+    and their scores out, the best first. The names of the classes lie beside them in
+    class_names.tsv; the mlflow model gives them, too.
 
     Example: mhe export quickstart --to onnx --fp16 --normalize --out models/quickstart
 

@@ -30,11 +30,11 @@ from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_of
 from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
-from pipelines.shards.tables import CLASSES_FILE
 from pipelines.storage.urls import atomic_write
 
 ClassifierFormat = Literal["onnx", "torch-export", "mlflow"]
 
+NAMES_FILE: Final = "class_names.tsv"  # not classes.tsv, which a data set has
 MLFLOW_FOLDER: Final = "mlflow-classifier"
 OUTPUTS: Final = ("classes", "scores")
 # A protobuf message has 2 GiB at most. A program has no limit but what one ships and loads.
@@ -121,7 +121,7 @@ def write_classifier(
         UserError: ONNX has no such operator set.
     """
     if classifier.names:
-        write_names(f"{folder}/{CLASSES_FILE}", classifier.names)
+        write_names(f"{folder}/{NAMES_FILE}", classifier.names)
     if name == "mlflow":
         path, difference = _write_mlflow(trained, classifier, folder, images, options)
     else:
@@ -168,7 +168,7 @@ def _write_mlflow(
     import mlflow.pyfunc
 
     path, options = f"{folder}/{MLFLOW_FOLDER}", options._replace(pixels=False)
-    names = f"{folder}/{CLASSES_FILE}" if classifier.names else None
+    names = f"{folder}/{NAMES_FILE}" if classifier.names else None
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
     with TemporaryDirectory() as scratch:
         file, _ = _write_file("onnx", trained, classifier, scratch, images, options)

@@ -39,7 +39,7 @@ def write_mlflow_model(
         folder: gets the model; replaced if it is there.
         example: uint8 `[H, W, 3]`, an image for the input example.
         width: D, of the embeddings; 0: the file has the head, and names classes.
-        classes: table of the classes' names (`classes.tsv`), which the model takes with it.
+        classes: table of the classes' names (`class` and `name`), which the model takes with it.
 
     Returns:
         `folder`.

@@ -17,7 +17,7 @@ from pipelines.storage.urls import atomic_write
 CARD: Final = "README.md"
 _ANSWERS: Final = (
     "The classes are int64 `[N, k]`, the best first; their names, where they are known, are in "
-    "`classes.tsv`. The scores `[N, k]` are the head's."
+    "`class_names.tsv`. The scores `[N, k]` are the head's."
 )
 _TASK: Final = "image-feature-extraction"
 _COUNTS: Final = ("gallery", "probes", "pairs", "impostors", "genuine")

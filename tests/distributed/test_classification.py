@@ -418,7 +418,7 @@ def test_exports_with_the_head_name_the_best_of_all_classes(
     assert table["classes"].tolist() == order[:70, :5].tolist()
     assert table["names"][69] == [f"class {number}" for number in order[69, :5].tolist()]
     np.testing.assert_allclose(np.array(table["scores"].tolist()), scores[:70], atol=1e-4)
-    names = (tmp_path / "classes.tsv").read_text().splitlines()
+    names = (tmp_path / "class_names.tsv").read_text().splitlines()
     assert names[:2] == ["class\tname", "0\tclass 0"] and len(names) == tiny.CLASSES + 1
     card = (tmp_path / "README.md").read_text()
     assert "### torch-export-classifier" in card and "### mlflow-classifier" in card
