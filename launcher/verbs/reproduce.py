@@ -50,8 +50,10 @@ def reproduce(
 ) -> None:
     """Train every variant of a comparison, and write a page with tables and plots.
 
-    small: 6,000 classes, seven heads, three seeds each. full: more than 80,000 classes, two heads,
-    half an hour each. paper100: the paper's heads at 100 classes. Each run is an ordinary run of
+    small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
+    network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
+    five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
+    paper100: the paper's heads at 100 classes. Each run is an ordinary run of
     `mhe train` with a name of its own in the output folder. After an interruption the same command
     continues and keeps complete runs. The page is written after every run. A section of an existing
     page that holds more complete runs than the folder stays as it is. The repository's own page is
