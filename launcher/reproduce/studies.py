@@ -168,11 +168,12 @@ def _tuned(name: str, title: str, margin: float, lr_scale: float, *settings: str
 
 _MHS = "kind=mhs"
 _NETWORK = (
-    "The data of `mhe reproduce small`, and a network that is not the bottleneck: an IResNet of one "
-    "block a stage, 16 to 128 channels. Margin (0.3 or 0.45) and learning rate of the rows (1 or 3 "
-    "times that of the backbone) were chosen for each head by its rank-1 figures on the probes of "
-    "every second held-out class, one seed apart from these: `results/heads-search.csv`. The runs "
-    "kept in `results/` were trained in bf16 on one H200, twelve at a time: their times say nothing."
+    "The data of `mhe reproduce small`, and a network that is not the bottleneck: an IResNet of "
+    "one block a stage, 16 to 128 channels. Margin (0.3 or 0.45) and learning rate of the rows (1 "
+    "or 3 times that of the backbone) were chosen for each head by its rank-1 figures on the "
+    "probes of every second held-out class, one seed apart from these: "
+    "`results/heads-search.csv`. The runs kept in `results/` were trained in bf16 on one H200, "
+    "twelve at a time: their times say nothing."
 )
 
 HEADS = Study(
