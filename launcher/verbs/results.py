@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.markup import escape
 
 from launcher.terminal import console
@@ -95,8 +94,9 @@ def export(
     from pipelines.serving.exports import write_format
     from pipelines.serving.model_card import TrainedModel
 
-    chosen = context.get_parameter_source("to") is not ParameterSource.DEFAULT
-    formats = _formats(to if chosen else None, classify, normalize)
+    source = context.get_parameter_source("to")  # an enum of click, or of typer's copy of it
+    left_out = source is not None and source.name == "DEFAULT"
+    formats = _formats(None if left_out else to, classify, normalize)
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
     size = backbone.config.data.image_size
@@ -157,11 +157,11 @@ def _with_head(
         write_classifier,
     )
 
+    if (classes := trained.trained_on.get("classes")) is None:
+        raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     size = sum(part.nbytes for part in backbone.model.parameters())
     for name in formats:
-        refuse_large_classifier(
-            name.value, backbone.config, trained.trained_on["classes"], size, options.half
-        )
+        refuse_large_classifier(name.value, backbone.config, classes, size, options.half)
     checkpoint = find_checkpoint(backbone.checkpoint)
     with console.out.status("reading the head"), trained_head(checkpoint, Topology()) as head:
         classifier = take_classifier(head, trained, images, k)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
 from launcher.verbs.results import Format, _next_steps
+from tests import tiny
 
 
 def test_the_next_steps_name_the_files_that_were_written() -> None:
@@ -22,3 +28,21 @@ def test_the_next_steps_name_the_files_that_were_written() -> None:
     ]
     for path, step in zip(paths.values(), steps.values(), strict=True):
         assert path in step
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # The format is onnx if it is left out; what is wrong is that no class was counted.
+        ([], "was written before checkpoints told their classes"),
+        (["--to", "onnx"], "was written before checkpoints told their classes"),
+        (["--to", "onnx", "--to", "timm"], "--to timm holds the backbone alone"),
+        (["--normalize"], "--normalize is for embeddings"),
+    ],
+)
+def test_what_cannot_be_exported_with_the_head(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny.trained_run(tmp_path, "unused")
+    assert cli.run(["export", run.run.path, "--classify", "5", *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhe_dist.backbone.traced import write_onnx
 from mhe_dist.bank.class_layout import digits
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
@@ -138,6 +140,20 @@ def test_it_can_be_traced_for_any_number_of_images(
         found = traced(inputs)
         assert torch.equal(found[0], classes)
         torch.testing.assert_close(found[1], scores)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mhp", "mhc"])
+def test_an_onnx_file_answers_the_same(name: str, tmp_path: Path) -> None:
+    """The other heads: tests/distributed/test_classification.py."""
+    module = build_classifier(head_of(name), K)
+    path = str(tmp_path / "classifier.onnx")
+    run = write_onnx(module, embeddings()[:2], path, ["classes", "scores"], {})
+    for inputs in (embeddings(), embeddings()[:1]):
+        classes, scores = module(inputs)
+        found = run(inputs)
+        assert torch.equal(found[0], classes)
+        torch.testing.assert_close(found[1], scores, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("margin", ["cosface", "none"])
