@@ -27,6 +27,7 @@ def gather(topology: Topology, old: bool) -> list[Tensor]:
     return [gathered.detach(), rows.grad, torch.tensor(traffic.bytes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_either_name_serves(old: bool) -> None:
     if not hasattr(dist, "all_gather_single") and not old:

@@ -51,6 +51,7 @@ def test_a_float32_run_has_no_tf32_and_deterministic_kernels(flags) -> None:
     assert flags["float32"] == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_bf16_run_looks_for_the_fastest_kernels(flags) -> None:
     assert flags["bf16"] == [False, False, False, True]
 

@@ -77,6 +77,7 @@ def _send(topology: Topology) -> int:
     return traffic.bytes
 
 
+@pytest.mark.slow
 def test_traffic_counts_what_is_sent() -> None:
     assert run_ranks(_send, 2) == [60, 60]
 
