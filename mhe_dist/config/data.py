@@ -77,6 +77,13 @@ class DataConfig(ConfigSection):
     labels: PathText = Field(
         "", description="Folder or URL of a label set (docs/data.md); empty: the tars' labels."
     )
+    labels_per_sample: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="K: most classes of an image in an epoch, drawn anew where it has more; 0: "
+        "one, and label sets that give an image several are refused.",
+    )
     classes: PathText = Field(
         "", description="List of the classes to take (docs/data.md); empty: all."
     )

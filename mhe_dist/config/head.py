@@ -127,9 +127,9 @@ class HeadConfig(ConfigSection):
         Alternatives(
             "kind",
             {
-                "full": (),
-                "partial_fc": ("partial_fc",),
-                "mhs": ("mhs",),
+                "full": ("objective",),
+                "partial_fc": ("partial_fc", "objective"),
+                "mhs": ("mhs", "objective"),
                 "mhp": ("mhp",),
                 "mhc": ("mhc",),
             },
@@ -141,6 +141,11 @@ class HeadConfig(ConfigSection):
     )
     init_from: PathText = Field(
         "", description="Run or step_* folder whose rows a new run begins with; empty: none."
+    )
+    objective: Literal["softmax", "multi_label"] = Field(
+        "softmax",
+        description="softmax: each label is a target of its own; multi_label: the two separated "
+        "sums of arXiv 2407.17331 over labels and negatives.",
     )
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
@@ -162,13 +167,36 @@ class HeadConfig(ConfigSection):
     mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
     mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
 
+    @property
+    def _routed(self) -> bool:
+        return self.kind == "mhs" and self.mhs.exchange == "route"
+
+    def refuse_several_labels(self, per_sample: int) -> list[str]:
+        """Say that this head learns one label per sample, if a sample may have `per_sample`."""
+        one_label = {
+            "mhp": "head.kind=mhp",
+            **({} if self.mhc.multi_label else {"mhc": "head.kind=mhc without mhc.multi_label"}),
+            **({"mhs": "head.mhs.exchange=route"} if self._routed else {}),
+        }
+        if per_sample < 2 or self.kind not in one_label:
+            return []
+        return [
+            f"data.labels_per_sample={per_sample}: {one_label[self.kind]} learns one class per "
+            "image; full, partial_fc, mhs with head.mhs.exchange=gather, and mhc with "
+            "head.mhc.multi_label=true learn several"
+        ]
+
     def validate_combinations(self, workers: int) -> list[str]:
         """Say which values contradict one another, or that many workers."""
         wrong = []
         if self.kind != "mhp" and self.groups < workers:
             wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")
-        routed = self.kind == "mhs" and self.mhs.exchange == "route"
-        if routed and self.mhs.negatives == "batch":
+        if self._routed and self.objective == "multi_label":
+            wrong.append(
+                "head.objective=multi_label needs head.mhs.exchange=gather, or head.kind=full or "
+                "partial_fc: with route a sample meets one head and the extra ones of its group"
+            )
+        if self._routed and self.mhs.negatives == "batch":
             wrong.append(
                 "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
                 "meets only its own head and the extra ones"

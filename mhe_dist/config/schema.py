@@ -306,10 +306,43 @@ class Config(ConfigSection):
 
 
 def validate_combinations(config: Config) -> list[str]:
-    """Say which values contradict one another, a sentence each that names every key it is about.
+    """Say which values contradict one another, a sentence each that names every key it is about."""
+    data, scale = config.data, config.scale
+    wrong = _validate_sizes(config)
+    if "://" in data.remote.cache_dir:
+        wrong.append(
+            f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
+            "disk of each host"
+        )
+    wrong += config.head.refuse_several_labels(data.labels_per_sample)
+    wrong += config.head.validate_combinations(max(config.group_sizes(), default=scale.workers))
+    if config.optim.ema and config.scale.zero_stage == 3:
+        wrong.append(
+            f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
+            "scale.zero_stage=3 cuts them"
+        )
+    if config.model.compile and config.scale.zero_stage == 3:
+        wrong.append(
+            "model.compile=true takes the network as one piece, but scale.zero_stage=3 cuts its "
+            "weights layer by layer"
+        )
+    evaluate = config.evaluate
+    evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)
+    if config.checkpoint.keep_best and not evaluated:
+        wrong.append(
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
+            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
+            "has a score"
+        )
+    if config.optim.final_lr > config.optim.lr:
+        wrong.append(
+            f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"
+        )
+    return wrong
 
-    Micro-batches, workers and streams must divide one another (docs/design.md section 5).
-    """
+
+def _validate_sizes(config: Config) -> list[str]:
+    """Micro-batches, workers and streams must divide one another (docs/design.md section 5)."""
     train, data, scale = config.train, config.data, config.scale
     wrong = []
     if scale.min_workers > scale.workers:
@@ -335,33 +368,5 @@ def validate_combinations(config: Config) -> list[str]:
         wrong.append(
             f"train.global_batch={train.global_batch} is not a multiple of "
             f"data.streams={data.streams}"
-        )
-    if "://" in data.remote.cache_dir:
-        wrong.append(
-            f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
-            "disk of each host"
-        )
-    wrong += config.head.validate_combinations(max(config.group_sizes(), default=scale.workers))
-    if config.optim.ema and config.scale.zero_stage == 3:
-        wrong.append(
-            f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
-            "scale.zero_stage=3 cuts them"
-        )
-    if config.model.compile and config.scale.zero_stage == 3:
-        wrong.append(
-            "model.compile=true takes the network as one piece, but scale.zero_stage=3 cuts its "
-            "weights layer by layer"
-        )
-    evaluate = config.evaluate
-    evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)
-    if config.checkpoint.keep_best and not evaluated:
-        wrong.append(
-            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
-            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
-            "has a score"
-        )
-    if config.optim.final_lr > config.optim.lr:
-        wrong.append(
-            f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"
         )
     return wrong

@@ -21,7 +21,7 @@ from mhe_dist.engine.exact_reduce import sum_dtype
 from mhe_dist.engine.settings import deepspeed_settings
 
 FLOAT = 4
-# How much the heads of all selected rows compute at a time (bank.py, gathered/softmax.py).
+# How much the heads of all selected rows compute at a time (bank.py, gathered/scores.py).
 DEVICE_CHUNK_BYTES = LOGITS_BYTES = 1 << 28
 
 

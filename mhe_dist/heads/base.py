@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.saved_rows import SavedRows
+from mhe_dist.config.head import HeadConfig
 from mhe_dist.errors import RunError
 
 NO_SAMPLE = torch.iinfo(torch.int64).min
@@ -73,6 +74,52 @@ def check_labels(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
         where = bad.nonzero()[0].tolist()
         raise LabelError(int(labels[tuple(where)]), num_classes, where[0], where[1])
     return labels.masked_fill(empty | bad, -1)
+
+
+def check_label_lists(labels: Tensor, num_classes: int, on_bad: str) -> Tensor:
+    """Checked `labels` `[n, B, K]`: -1 for none, `NO_SAMPLE` for all of what does not count.
+
+    A sample does not count if it is absent, or if it has bad labels and no good one; it may have
+    no label at all.
+
+    Raises:
+        LabelError: see `check_labels`; -1 stands for no label.
+    """
+    padding = labels == -1
+    known = check_labels(labels.masked_fill(padding, NO_SAMPLE), num_classes, on_bad)
+    bad = ((known < 0) & ~padding).any(-1, keepdim=True)
+    return known.masked_fill(bad & ~(known >= 0).any(-1, keepdim=True), NO_SAMPLE)
+
+
+def sample_labels(labels: Tensor, num_classes: int, config: HeadConfig) -> tuple[Tensor, Tensor]:
+    """The distinct labels of samples `[n, B, K]`, -1 for none, and which samples count `[n, B]`.
+
+    With `objective: softmax` a sample counts if it has a label. With `multi_label` it also counts
+    if its list `[K]` is empty: every class is then its negative.
+
+    Args:
+        labels: `[n, B]`, one for each sample, or `[n, B, K]`, padded with -1.
+        num_classes: C.
+        config: `on_bad_label` and `objective`.
+
+    Raises:
+        LabelError: see `check_labels`.
+    """
+    if labels.dim() == 2:
+        found = check_labels(labels, num_classes, config.on_bad_label).unsqueeze(-1)
+        return found, found[..., 0] >= 0
+    found = check_label_lists(labels, num_classes, config.on_bad_label)
+    empty_counts = config.objective == "multi_label"
+    kept = (found != NO_SAMPLE).any(-1) if empty_counts else (found >= 0).any(-1)
+    return without_repetition(found.clamp_min(-1)), kept
+
+
+def without_repetition(values: Tensor) -> Tensor:
+    """`values` `[..., K]`, sorted along K, -1 in place of those that came before."""
+    values = values.sort(dim=-1).values
+    again = torch.zeros_like(values, dtype=torch.bool)
+    again[..., 1:] = (values[..., 1:] == values[..., :-1]) & (values[..., 1:] >= 0)
+    return values.masked_fill(again, -1)
 
 
 class TopK(NamedTuple):

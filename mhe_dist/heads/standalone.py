@@ -35,7 +35,7 @@ from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 
-_COMMON = ("groups", "on_bad_label", "matmul")
+_COMMON = ("groups", "objective", "on_bad_label", "matmul")
 # `matmul` -> whether a GPU's products are in TF32; auto leaves what the process is set to.
 _TF32 = {"auto": None, "float32": False, "tf32": True}
 
@@ -72,7 +72,7 @@ def create_head(
         steps_per_epoch: needed for the option `repartition_every` alone.
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
-            `on_bad_label` and `matmul` (auto: as torch is set in this process).
+            `objective`, `on_bad_label` and `matmul` (auto: as torch is set in this process).
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.

@@ -14,7 +14,7 @@ class MicroBatch:
     Attributes:
         index: canonical number of the micro-batch in the step, in `[0, n)`.
         images: uint8 `[B, 3, H, W]`, on the host; best channels last in memory.
-        labels: int64 `[B]`, on the host.
+        labels: int64 `[B]`, on the host; `[B, K]` where samples have up to K, padded with -1.
         keys: the samples' keys, for messages and for the record of a run.
     """
 
@@ -32,8 +32,9 @@ class StepBatch:
         step: its number.
         micro_batches: those of this rank.
         wait_s: seconds that this rank waited for them.
-        labels: int64 `[n, B]`, on the host: those of the whole step, the same on all ranks; where a
-            sample was replaced by another, its own label. None: this rank knows its own alone.
+        labels: int64 `[n, B]`, or `[n, B, K]`, on the host: those of the whole step, the same on
+            all ranks; where a sample was replaced by another, its own label. None: this rank knows
+            its own alone.
     """
 
     step: int

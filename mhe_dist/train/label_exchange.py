@@ -11,6 +11,7 @@ import hashlib
 import zlib
 from enum import IntFlag
 from functools import reduce
+from math import prod
 from operator import or_
 from typing import Final, NamedTuple
 
@@ -41,7 +42,7 @@ class ExchangedLabels(NamedTuple):
     """What a rank knows of a whole step.
 
     Attributes:
-        labels: int64 `[n, B]`, on the host.
+        labels: int64 `[n, B]`, or `[n, B, K]`, on the host; `NO_SAMPLE` where there is none.
         samples: digest of the samples' keys, the same for any W.
         requested: what any rank requested.
     """
@@ -49,6 +50,12 @@ class ExchangedLabels(NamedTuple):
     labels: Tensor
     samples: str
     requested: Request
+
+    @property
+    def images(self) -> int:
+        """Samples of the step, those without a label too."""
+        first = self.labels if self.labels.dim() == 2 else self.labels[..., 0]
+        return int((first != NO_SAMPLE).sum())
 
 
 def exchange_labels(
@@ -100,14 +107,16 @@ def _gather(
     batch: StepBatch, micro_batch: int, request: Request, topology: Topology
 ) -> ExchangedLabels:
     """The exchange where nobody knows the labels of others; a micro-batch may be short."""
-    rows = torch.full((len(batch.micro_batches), micro_batch + 2), NO_SAMPLE)
+    shape = batch.micro_batches[0].labels.shape[1:]
+    rows = torch.full((len(batch.micro_batches), prod((micro_batch, *shape)) + 2), NO_SAMPLE)
     rows[:, 0] = request
     for row, part in zip(rows, batch.micro_batches, strict=True):
         row[1] = _digest(part.keys)
-        row[2 : len(part.labels) + 2] = part.labels
+        row[2 : part.labels.numel() + 2] = part.labels.flatten()
     rows = gather_rows(rows, topology)
     requested = Request(reduce(or_, rows[:, 0].tolist()))
-    return ExchangedLabels(rows[:, 2:], _digest_of_step(rows[:, 1]), requested)
+    labels = rows[:, 2:].unflatten(1, (micro_batch, *shape))
+    return ExchangedLabels(labels, _digest_of_step(rows[:, 1]), requested)
 
 
 def _digest(keys: list[str]) -> int:

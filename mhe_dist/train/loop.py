@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import NO_SAMPLE, Head, LabelError
+from mhe_dist.heads.base import Head, LabelError
 from mhe_dist.train.batch import MicroBatch, StepBatch
 from mhe_dist.train.label_exchange import ExchangedLabels, Request, exchange_labels
 from mhe_dist.train.stopwatch import Stopwatch
@@ -111,11 +111,11 @@ class Loop:
             metrics: dict[str, Tensor | float] = {**_mean(outputs), **self.head.host_metrics()}
             if (norm := self.engine.grad_norm()) is not None:
                 metrics["grad_norm"] = norm.detach()
-            images = int((exchanged.labels != NO_SAMPLE).sum())
             requested, self._requested = self._requested, Request.NOTHING
             self._now("what follows the end", batch.step)
             yield StepInfo(
-                batch.step, lr, metrics, exchanged.samples, images, batch.wait_s, requested
+                *(batch.step, lr, metrics, exchanged.samples, exchanged.images),
+                *(batch.wait_s, requested),
             )
 
     def activity(self) -> str:

@@ -115,6 +115,10 @@ def _cases() -> dict[str, LaunchCase]:
         "route alone": LaunchCase(route, rank=0, world_size=1),
         "gather own_plus": LaunchCase(gather | own_plus),
         "mhc several labels": LaunchCase(HEADS["mhc"] | several, labels=3),
+        "full several labels": LaunchCase(HEADS["full"], labels=3),
+        "full multi_label": LaunchCase(HEADS["full"] | {"objective": "multi_label"}, labels=3),
+        "partial_fc several labels": LaunchCase(HEADS["partial_fc"], labels=3),
+        "gather several labels": LaunchCase(gather | own_plus, labels=3),
         **{
             f"{name} padding": LaunchCase(HEADS[name], classes=1_999_999, rank=7)
             for name in ("route", "gather", "full", "mhc")

@@ -15,7 +15,7 @@ _NOTHING: Final = np.empty(0, np.int64)
 
 
 class _OpenLabels(NamedTuple):
-    """The labels of a stream's window, as they are shown; `start` is the first one's position."""
+    """The labels `[size, ...]` of a stream's window, as shown, and the first one's position."""
 
     start: int
     labels: Ints
@@ -24,7 +24,8 @@ class _OpenLabels(NamedTuple):
 class StepLabels:
     """Labels of the samples that the order shows, step by step.
 
-    It keeps the labels of one window of every stream, 8 bytes for each.
+    It keeps the labels of one window of every stream, 8 bytes for each. Where samples have up to K
+    labels, `index.label_shape` is `(K,)`, and arrays of labels have that as their last dimension.
     """
 
     def __init__(self, index: ShardIndex, order: SampleOrder, global_batch: int) -> None:
@@ -49,8 +50,8 @@ class StepLabels:
         """The labels of each of these steps, those of the next one made in a thread.
 
         Yields:
-            int64 `[global_batch]`, in the order of `SampleOrder.batch`. A sample that cannot be
-            used still has its label here.
+            int64 `[global_batch, ...]`, in the order of `SampleOrder.batch`. A sample that cannot
+            be used still has its label here.
         """
         with ThreadPoolExecutor(1, "step-labels") as pool:
             following = [pool.submit(self.of, step) for step in steps[:1]]
@@ -61,9 +62,10 @@ class StepLabels:
                 yield labels
 
     def of(self, step: int) -> Ints:
-        """The labels of one step, int64 `[global_batch]`; cheap when steps follow one another."""
+        """The labels of a step, int64 `[global_batch, ...]`; cheap if steps follow one another."""
         each = self._per_stream
-        labels = np.empty((self._order.streams, each), np.int64)
+        shape = self._index.label_shape
+        labels = np.empty((self._order.streams, each, *shape), np.int64)
         first = step * each
         for stream, kept in enumerate(self._open):
             begin = first - kept.start
@@ -71,7 +73,7 @@ class StepLabels:
                 labels[stream] = kept.labels[begin : begin + each]
             else:
                 labels[stream] = self._read(stream, first)
-        return labels.reshape(-1)
+        return labels.reshape(-1, *shape)
 
     def _read(self, stream: int, first: int) -> Ints:
         """The labels of a stream's next positions, which begin or end in another window."""
@@ -82,7 +84,8 @@ class StepLabels:
             kept = self._open[stream]
             if kept.start != position or len(kept.labels) != window.size:
                 numbers = self._numbers(self._order.spans(window))
-                found = self._index.labels_of(numbers[self._order.permutation(window)])
+                shown = numbers[self._order.permutation(window)]
+                found = self._index.labels_in_epoch(shown, window.epoch)
                 assert found is not None, "the caller has asked `are_known`"
                 self._open[stream] = kept = _OpenLabels(position, found)
             parts.append(kept.labels[start:stop])

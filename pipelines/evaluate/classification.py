@@ -154,12 +154,9 @@ def count_training_images(data: DataConfig, seed: int) -> Ints | None:
 
 
 def count_images(index: ShardIndex) -> Ints | None:
-    """Images of each class, int64 `[C]`, by the columns of an index.
-
-    None: it has none, or it is a mixture, whose columns hold the class ids of its parts.
-    """
+    """Images of each class, int64 `[C]`, by the columns of an index; None: it has none."""
     if isinstance(index, Mixture):
-        return None
+        return index.count_images()
     counts = np.zeros(index.num_classes, np.int64)
     for start in range(0, index.samples, _COUNTED_TOGETHER):
         stop = min(start + _COUNTED_TOGETHER, index.samples)

@@ -126,12 +126,12 @@ class Loader:
             yield StepBatch(step, batches, time.perf_counter() - begin, labels)
 
     def _labels(self) -> Iterator[torch.Tensor | None]:
-        """For each step the labels of all its micro-batches `[n, B]`, where they are known."""
+        """For each step the labels of all its micro-batches `[n, B, ...]`, if they are known."""
         if self._step_labels is None:
             yield from (None for _ in self._steps)
             return
         for labels in self._step_labels.steps(self._steps):
-            yield torch.from_numpy(labels).view(self._micro_batches, -1)
+            yield torch.from_numpy(labels).unflatten(0, (self._micro_batches, -1))
 
     def _dataloader(self) -> DataLoader[PartialBatch]:
         workers = self._processes if self._data.loader_workers else 0

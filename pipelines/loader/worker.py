@@ -30,7 +30,8 @@ class PartialBatch(NamedTuple):
 
     Attributes:
         process, batch_number: where its images are, see `SharedBuffers.images`.
-        labels: int64; not a tensor, which would cost shared memory of its own.
+        labels: int64 `[n, *label_shape]` (see `ShardIndex.label_shape`); not a tensor, which would
+            cost shared memory of its own.
         keys: of the samples.
         faults: bad samples that had to be replaced, and bad shards.
         failure: the message of the error that ends the process's work; empty if there is none.
@@ -107,7 +108,8 @@ class WorkerDataset(IterableDataset[PartialBatch]):
         self, streams: range, positions: tuple[int, int], open_windows: dict[int, OpenWindow]
     ) -> PartialBatch:
         images = self.buffers.images(self.process, self.batch_number)
-        labels = np.empty(len(streams) * self.samples_per_stream, np.int64)
+        count = len(streams) * self.samples_per_stream
+        labels = np.empty((count, *self.index.label_shape), np.int64)
         keys: list[str] = []
         faults: list[Fault] = []
         self.reader.prefetch(streams, positions[0])
@@ -122,10 +124,10 @@ class WorkerDataset(IterableDataset[PartialBatch]):
                     number = window.number(slot)
                     self._record(DECODING, number)
                     row = images[len(keys)]
-                    sample, found = window.read(slot, row)
+                    sample, shown, found = window.read(slot, row)
                     faults += found
                     self._finish(sample, window_slice.window.epoch, number, row)
-                    labels[len(keys)] = sample.label
+                    labels[len(keys)] = shown
                     keys.append(sample.key)
             self.reader.prefetch_next(stream, *positions)
         self._record(WAITING, number)
@@ -175,14 +177,24 @@ class OpenWindow:
         self._locations: list[tuple[int, int]] = []  # shard, and number of the sample in it
         for span in order.spans(window):
             self._locations += [(span.shard, i) for i in range(span.start, span.stop)]
+        self._drawn_labels = self._draw_labels() if index.draws_labels else None
+
+    def _draw_labels(self) -> Ints:
+        """The labels of all samples in reading order, `[size, *label_shape]`."""
+        shards, positions = np.array(self._locations, np.int64).T
+        labels = self._index.labels_in_epoch(
+            self._index.starts[shards] + positions, self.window.epoch
+        )
+        assert labels is not None, "a mixture has required them"
+        return labels
 
     def number(self, slot: int) -> int:
         """The number, through the whole index, of the sample that belongs at a slot."""
         shard, position = self._locations[self._permuted[slot]]
         return int(self._index.starts[shard]) + position
 
-    def read(self, slot: int, into: Pixels) -> tuple[DecodedSample, list[Fault]]:
-        """The sample at a slot, or its substitute and the fault of the one that belongs there.
+    def read(self, slot: int, into: Pixels) -> tuple[DecodedSample, int | Ints, list[Fault]]:
+        """The sample at a slot with its labels, or a substitute and the fault of the one there.
 
         Its image may lie in `into`, see `decode`.
 
@@ -203,7 +215,8 @@ class OpenWindow:
                     into,
                     self._data.max_pixels,
                 )
-                return sample, faults[:1]
+                drawn = self._drawn_labels
+                return sample, sample.label if drawn is None else drawn[at], faults[:1]
             except BadSampleError as error:
                 faults.append(Fault(self._index.sample_name(shard, position), str(error)))
         raise RunError(

@@ -75,7 +75,8 @@ CHANGE_RULES = (
     ChangeRule(
         (
             *("head.margin.*", "head.mhs.extra_heads", "head.mhs.negatives"),
-            *("head.mhs.correction", "head.partial_fc.rate", "head.on_bad_label"),
+            *("head.mhs.correction", "head.partial_fc.rate", "head.objective"),
+            "head.on_bad_label",
         ),
         "by name",
         "the loss",

@@ -146,6 +146,22 @@ class ShardIndex:
         return None if column is None else column.values[numbers].astype(np.int64)
 
     @property
+    def label_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's labels in a run: `()`, one, or `(K,)`, up to K and then -1."""
+        return ()
+
+    @property
+    def draws_labels(self) -> bool:
+        """Whether a sample may have more classes than it shows in an epoch, or fewer than K."""
+        return False
+
+    def labels_in_epoch(
+        self, numbers: npt.NDArray[np.int64], epoch: int
+    ) -> npt.NDArray[np.int64] | None:
+        """The labels of samples in an epoch, int64 `[n, *label_shape]`; None: see `labels_of`."""
+        return self.labels_of(numbers)
+
+    @property
     def is_packed(self) -> bool:
         """Whether its tables are in memory, as in an index of format 1, and not in columns."""
         if isinstance(self.shards, ShardTable):

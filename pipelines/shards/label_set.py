@@ -137,6 +137,21 @@ class LabelSet:
         labels[counts > 0] = lists.class_ids
         return labels
 
+    def lists_of(self, numbers: Ints) -> LabelLists:
+        """The class ids of samples by their numbers, in that order.
+
+        Raises:
+            UserError: the columns are damaged there.
+        """
+        ends = self.ends.values
+        begins = np.where(numbers > 0, ends[np.maximum(numbers, 1) - 1], 0).astype(np.int64)
+        counts = ends[numbers].astype(np.int64) - begins
+        if (counts < 0).any() or (begins + counts > self.class_ids.entry.length).any():
+            raise self.ends.damaged("a list ends before it begins, or behind the last one")
+        stops = np.cumsum(counts)
+        positions = np.repeat(begins - (stops - counts), counts) + np.arange(counts.sum())
+        return LabelLists(stops, self.class_ids.values[positions].astype(np.int64))
+
     def labels_of(self, numbers: Ints) -> Ints:
         """int64 `[n]`: the only class of each of these samples; `NO_LABEL`: none, or several."""
         ends = self.ends.values

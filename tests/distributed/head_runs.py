@@ -11,7 +11,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mhe_dist.bank import bank
 from mhe_dist.config.head import BankConfig, HeadConfig, MarginConfig
@@ -75,6 +74,7 @@ class Job:
         folder: of a bank in file memory.
         predict: k; 0: predict nothing.
         epoch_steps: steps of an epoch.
+        on_lists: give each label as a list of one.
     """
 
     config: HeadConfig
@@ -88,6 +88,7 @@ class Job:
     folder: str | None = None
     predict: int = 0
     epoch_steps: float = 0.0
+    on_lists: bool = False
 
     def spec(self) -> HeadSpec:
         """What the head is built from."""
@@ -105,6 +106,7 @@ class Job:
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Embeddings `[STEPS, n, B, D]`, float64, and labels `[STEPS, n, B, ...]`, global."""
         embeddings, labels = inputs(self.labels, self.num_classes)
+        labels = labels.unsqueeze(-1) if self.on_lists else labels
         shape = (STEPS, self.micro_batches, -1)
         return embeddings.view(*shape, WIDTH), labels.view(*shape, *labels.shape[3:])
 
@@ -114,7 +116,7 @@ def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
 
     Kinds: random; repeated (three classes); one (class); short (a micro-batch without a sample, one
     with a single sample); bad (some labels are outside `[0, C)`); many (up to three labels
-    a sample); neighbours (three labels with the same parent).
+    a sample); neighbours (three labels with the same parent); all (every class is a label).
     """
     rng = torch.Generator().manual_seed(7)
     embeddings = torch.randn(STEPS, MICRO_BATCHES, BATCH, WIDTH, generator=rng, dtype=torch.float64)
@@ -134,6 +136,8 @@ def inputs(kind: str, num_classes: int) -> tuple[Tensor, Tensor]:
         labels[:, 3, 0, 0], labels[:, 3, 1] = num_classes, num_classes + 1
     elif kind == "neighbours":
         labels = (labels % 7 * 6).unsqueeze(-1) + torch.arange(3)
+    elif kind == "all":
+        labels = torch.arange(num_classes).expand(*labels.shape, num_classes)
     return embeddings, labels
 
 
@@ -147,7 +151,7 @@ def run(topology: Topology, job: Job) -> dict[str, Tensor]:
     with ExitStack() as patches:
         if job.cramped:
             patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
-            for module in ("gathered.softmax", "multilevel.exchange", "routed.softmax"):
+            for module in ("gathered.scores", "multilevel.exchange", "routed.softmax"):
                 patches.enter_context(mock.patch(f"mhe_dist.heads.{module}.LOGITS_BYTES", 2000))
         return _run(topology, job)
 
@@ -243,23 +247,41 @@ def _define(config: str, labels: str, num_classes: int) -> Outcome:
     losses, grads, classes_seen, accuracy, ever = [], [], [], [], set()
     for step in range(STEPS):
         x = embeddings[step].clone().requires_grad_()
-        valid = (drawn[step] >= 0) & (drawn[step] < num_classes)
+        several = drawn.dim() == 4 or job.config.objective == "multi_label"
+        valid = counting(drawn[step], num_classes, job.config.objective)
         own, slot = layout.locate(drawn[step][valid])
         bias, touched = softmax_of(head, step, own)
         targets = own * layout.length + slot
         dense.config = job.config.model_copy(update={"margin": grown(job.config.margin, step)})
-        loss = dense.loss(x[valid], targets, bias)
+        if several:
+            rows = torch.where(own < 0, -1, targets).view(len(targets), -1, 1)
+            targets = (rows == torch.arange(len(dense.rows))).any(1)
+        loss = (dense.labels_loss if several else dense.loss)(x[valid], targets, bias)
         loss.backward()
         losses.append(loss.detach())
         grads.append(x.grad)
-        accuracy.append(dense.accuracy(x[valid], targets, bias))
+        score = dense.labels_accuracy if several else dense.accuracy
+        accuracy.append(score(x[valid], targets, bias))
         classes_seen.append((bias > float("-inf")).sum(1).double().mean())
         rows = [h * layout.length + j for h in touched for j in range(layout.length)]
         dense.update(dense.rows.grad, rows, LR)
-        dense.count_norms(embeddings[step][drawn[step] != NO_SAMPLE])
+        there = (drawn[step] != NO_SAMPLE).view(*valid.shape, -1).any(-1)
+        dense.count_norms(embeddings[step][there])
         ever |= set(touched)
     by_step = map(torch.stack, (losses, grads, classes_seen, accuracy))
     return Outcome(*by_step, dense, sorted(ever))
+
+
+def counting(labels: Tensor, num_classes: int, objective: str) -> Tensor:
+    """Which samples count in the mean: those with a good label.
+
+    With `multi_label` and lists of labels also those with an empty list, -1 alone.
+    """
+    good = (labels >= 0) & (labels < num_classes)
+    if labels.dim() == 2:
+        return good
+    empty = (labels == -1).all(-1) & (objective == "multi_label")
+    return good.any(-1) | empty
 
 
 def grown(margin: MarginConfig, step: int) -> MarginConfig:
@@ -287,14 +309,15 @@ def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]
     """Which rows are in each sample's softmax, by the definition of the head's kind.
 
     Args:
-        own: unit of each sample's class `[n]`.
+        own: unit of each sample's class `[n]`, or of its labels `[n, K]`, -1 for none.
 
     Returns:
         `[n, rows]`, -inf for rows that are not seen, else what is added to a negative's logit; and
         the units that are in the step.
     """
     config, layout = head.spec.config, head.layout
-    is_own = F.one_hot(own, layout.heads).bool()
+    own = own.view(len(own), -1)
+    is_own = (own.unsqueeze(2) == torch.arange(layout.heads)).any(1)
     present = is_own.any(0)
     drawn = torch.zeros_like(is_own)
     if config.kind == "full":
@@ -306,8 +329,9 @@ def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]
     elif config.mhs.exchange == "gather":
         drawn[:, head.draw(step)] = True
     else:
-        for row, group in zip(drawn, layout.group_of(own).tolist(), strict=True):
-            row[head.draw(step, group)] = True
+        for row, groups in zip(drawn, layout.group_of(own).tolist(), strict=True):
+            for group in groups:
+                row[head.draw(step, group)] = True
     certain = present.expand_as(is_own) if config.mhs.negatives == "batch" else is_own
     seen = certain | drawn
     bias = torch.where(seen, 0.0, float("-inf")).double()

@@ -58,6 +58,36 @@ class DenseHead:
         logits = torch.where(is_target, phi.unsqueeze(1) * margin.scale, negatives)
         return F.cross_entropy(logits, targets)
 
+    def labels_loss(self, embeddings: Tensor, is_label: Tensor, bias: Tensor) -> Tensor:
+        """Mean over samples of the loss of `head.objective`, for any number of labels.
+
+        Args:
+            embeddings: `[n, D]`.
+            is_label: `[n, rows]`, the rows of each sample's labels.
+            bias: as for `loss`; that of labels does not count.
+        """
+        margin, cosine = self.config.margin, self.cosines(embeddings)
+        sample, column = is_label.nonzero(as_tuple=True)
+        own, scale = cosine[sample, column], 1.0 if margin.kind == "none" else margin.scale
+        if margin.kind != "none":
+            own = self._target(own, embeddings.detach().norm(dim=1)[sample]) * scale
+        hidden = is_label | ((cosine > margin.filter) & (margin.filter > 0))
+        others = (cosine * scale + bias).masked_fill(hidden, float("-inf"))
+        if self.config.objective == "multi_label":
+            missing = torch.zeros(len(cosine), dtype=own.dtype).index_add(0, sample, (-own).exp())
+            return (others.exp().sum(1).log1p() + missing.log1p()).mean()
+        # A row for each label: its logit, then those of the sample's negatives.
+        rows = torch.cat([own.unsqueeze(1), others[sample]], dim=1)
+        each = F.cross_entropy(rows, torch.zeros_like(sample), reduction="none")
+        each = each / is_label.sum(1)[sample]
+        return each.sum() / len(cosine)
+
+    def labels_accuracy(self, embeddings: Tensor, is_label: Tensor, bias: Tensor) -> Tensor:
+        """Share of the samples whose highest cosine of the rows they see is that of a label."""
+        hidden = (bias == float("-inf")) & ~is_label
+        seen = self.cosines(embeddings).masked_fill(hidden, float("-inf"))
+        return is_label.gather(1, seen.argmax(1, keepdim=True)).double().mean()
+
     def cosines(self, embeddings: Tensor) -> Tensor:
         """Cosines `[n, rows]`; without normalisation inner products plus bias."""
         if self.config.margin.kind == "none":

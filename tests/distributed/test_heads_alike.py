@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
+from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
@@ -54,6 +57,24 @@ def test_with_all_classes_selected_every_head_is_full(
     assert (full["classes_seen"] - CLASSES).abs().max() < 1e-9
     for field in ("weight", "momentum"):
         same(by_class(jobs[1], other, field), by_class(jobs[0], full, field))
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("head", ["full", "partial_fc", "gather", "gather_own_plus"])
+def test_a_list_of_one_label_is_a_label(head: str, margin: str) -> None:
+    job = Job(head_config(head, margin), "bad", on_lists=True)
+    one, listed = (run(Topology(), each) for each in (replace(job, on_lists=False), job))
+    assert listed.keys() == one.keys()
+    for name in one:
+        same(listed[name], one[name])
+
+
+@pytest.mark.parametrize("head", ["route", "mhp", "mhc"])
+def test_heads_that_learn_one_label_refuse_lists(head: str) -> None:
+    config = {"kind": head} if head != "route" else {"kind": "mhs"}
+    built = build_head(HeadSpec(HeadConfig.model_validate(config), 46, 5, 0, 1), Topology())
+    with pytest.raises(ValueError, match=r"labels \(1, 2, 3\): this head takes one per sample"):
+        built.plan(0, torch.zeros(1, 2, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("margin", ["cosface", "adaface", "none"])

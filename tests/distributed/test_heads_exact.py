@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -42,6 +44,7 @@ ONLY = {  # what a variant is about; elsewhere it is all heads
     "all extra": ("route", "gather", "gather_own_plus"),
     "one per class": ("partial_fc",),
 }
+SEVERAL = ("full", "partial_fc", "gather", "gather_own_plus")  # take several labels
 MORE_THAN_ALL = 50  # of 46 classes
 
 
@@ -63,7 +66,36 @@ def _exact() -> dict[str, list[Job]]:
     return found
 
 
-EXACT = _exact()
+def _several() -> dict[str, list[Job]]:
+    """Any number of labels for a sample, by the heads and objectives that take them."""
+    found = {}
+    for head, objective in product(SEVERAL, ("softmax", "multi_label")):
+        config = partial(head_config, head, objective=objective)
+        jobs = [
+            Job(config(), "many"),
+            # All labels of a sample in one head; and no negatives at all.
+            Job(config(), "many", num_classes=4),
+            Job(config(), "all", num_classes=3),
+            Job(config("none"), "neighbours", num_classes=401, cramped=True),
+            Job(config("arcface"), "many", torch.float32),
+            Job(config("cosface", margin={"filter": 0.2}, optim={"kind": "adamw"}), "many"),
+        ]
+        if objective == "multi_label":
+            jobs.append(Job(config(), "short"))
+        found[f"{head}-{objective}"] = jobs
+    found["full-margins"] = [Job(head_config("full", margin), "many") for margin in MARGINS]
+    found["full-banks"] = [
+        Job(head_config("full", bank={"memory": memory}), "many") for memory in ("host", "file")
+    ]
+    found["gather_own_plus-correction"] = [
+        Job(head_config("gather_own_plus", mhs=changes), "many", num_classes=90)
+        for changes in ({"correction": True}, {"correction": True, "extra_heads": 50})
+    ]
+    found["gather-own"] = [Job(head_config("gather", mhs={"negatives": "own"}), "many")]
+    return {f"several labels-{name}": jobs for name, jobs in found.items()}
+
+
+EXACT = _exact() | _several()
 ROUNDED = {
     f"{head}-bfloat16-{optim}": [
         Job(head_config(head, bank={"dtype": "bfloat16"}, optim={"kind": optim}))

@@ -29,6 +29,7 @@ from pipelines.runs import lock
 from pipelines.runs.lock import FileLock, Holder
 from pipelines.shards.index import ShardIndex
 from tests import tiny
+from tests.label_sets import write_labels
 from tests.loading import loader_of
 
 STEPS = 18  # of most runs here: a checkpoint after 10, and what happens to them in step 13 or 14
@@ -104,6 +105,41 @@ def test_a_resumed_run_is_the_same_run(
     assert run(run_distributed, config, 1) == [True]
     assert tiny.per_step(config) == tiny.per_step(uninterrupted)
     assert tiny.differing(config, uninterrupted) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head", "world_sizes"),
+    [
+        ({"kind": "full", "objective": "multi_label"}, (1, 2)),
+        ({"kind": "mhc", "mhc": {"multi_label": True}, "margin": {"kind": "none"}}, (1,)),
+    ],
+    ids=["full", "mhc"],
+)
+def test_several_labels_per_image_are_learnt(
+    run_distributed, shards: str, tmp_path: Path, head: dict, world_sizes: tuple[int, ...]
+) -> None:
+    index = ShardIndex.load(shards)
+    own = [int(label) for shard in index.shards for label in shard.labels]
+    lists = [[label, 30 + label % 5, 35 + label % 3] if label else [] for label in own]
+    labels = write_labels(f"{tmp_path}/labels", index, lists, 38).folder
+    found = []
+    for world_size in world_sizes:
+        config = tiny.config(
+            tmp_path / str(world_size),
+            shards,
+            data={"labels": labels, "labels_per_sample": 2},
+            head=head | {"groups": 4},
+            train={"max_steps": 12},
+            optim={"lr": 0.05, "warmup_steps": 4},
+            checkpoint={"every_steps": 0},
+        )
+        assert all(run(run_distributed, config, world_size))
+        found.append(tiny.per_step(config))
+    (losses, digests), (other, other_digests) = found[0], found[-1]
+    assert digests == other_digests
+    assert other[:4] == pytest.approx(losses[:4], rel=1e-4), "rounding; later it grows"
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
 
 
 def run_beside_a_gpu(topology: Topology, config: dict) -> bool:

@@ -79,14 +79,11 @@ def from_table(
     with resumable(), ProgressDisplay().counting("reading keys") as progress:
         made = import_labels(tables, index, out, options, progress)
     _say_made(made)
+    train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={out}"]
+    if made.labels.max_labels > 1:
+        train.append(f"data.labels_per_sample={made.labels.max_labels}")
     console.list_next(
-        [
-            ("look at it", ["mhe", "data", "labels", "show", out]),
-            (
-                "train on it",
-                ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={out}"],
-            ),
-        ]
+        [("look at it", ["mhe", "data", "labels", "show", out]), ("train on it", train)]
     )
 
 

@@ -86,8 +86,7 @@ def _show(backbone: TrainedBackbone, results: dict[str, Any], has_counts: bool) 
     if not has_counts:
         console.say(
             f"No figures by training images of a class: {backbone.config.data.shards} cannot be "
-            "read here, is one of a mixture, or has an index that does not tell labels (mhe data "
-            "index makes one that does)."
+            "read here, or its index does not tell labels (mhe data index makes one that does)."
         )
 
 

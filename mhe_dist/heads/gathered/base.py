@@ -1,9 +1,9 @@
 """Heads that gather: every rank scores the embeddings of all ranks against its own rows.
 
 The softmax runs across the ranks: of each sample, the normalisers, targets and highest cosines
-are all-reduced, `O(W * B)` numbers; the embeddings' gradient comes back by one reduce-scatter. The
-heads differ only in which units of the bank are in a step's softmax. All micro-batches of a step
-use the same units, whose gradient is summed in one tensor of their size.
+are all-reduced, `O(W * B * K)` numbers for K labels per sample; the embeddings' gradient comes back
+by one reduce-scatter. The heads differ only in which units of the bank are in a step's softmax. All
+micro-batches of a step use the same units, whose gradient is summed in one tensor of their size.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from mhe_dist.bank.bank import Units, chunk_bytes
 from mhe_dist.bank.row_optim import Dense
 from mhe_dist.distributed.collectives import all_gather
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import HeadOutput, check_labels
+from mhe_dist.heads.base import HeadOutput, sample_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
+from mhe_dist.heads.gathered.scores import SelectedRows
 from mhe_dist.heads.gathered.selection import GatheredBatch, Selection, positions_in
-from mhe_dist.heads.gathered.softmax import GatheredSoftmax, SelectedRows
+from mhe_dist.heads.gathered.several_labels import GatheredLabels
+from mhe_dist.heads.gathered.softmax import GatheredSoftmax
+from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
@@ -36,6 +39,8 @@ class GatheredHead(RowHead):
         self._batches: list[GatheredBatch] = []
         self._gradient: Tensor | None = None
         self._next, self._samples, self._batch_size = 0, 0, 0
+        self._one_label = True
+        self._several = partial(GatheredLabels, objective=OBJECTIVES[spec.config.objective])
 
     @abstractmethod
     def select(self, present: Tensor) -> Selection:
@@ -54,7 +59,7 @@ class GatheredHead(RowHead):
         return None
 
     def classes_seen(self, units: Tensor) -> int:
-        """Sum over samples, whose own units are given, of the classes in their softmax."""
+        """Sum over samples, whose own units `[n, K]` are given, of the classes in their softmax."""
         return len(units) * self.selection.classes
 
     def plan(self, step: int, labels: Tensor) -> None:
@@ -62,31 +67,38 @@ class GatheredHead(RowHead):
         self.begin(step)
         self.accumulation_steps = len(labels) // self.topology.world_size
         self._next, self._batch_size, self._gradient = 0, labels.shape[1], None
-        labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
+        config = self.spec.config
+        self._one_label = labels.dim() == 2 and config.objective == "softmax"
+        labels, kept = sample_labels(labels, self.spec.num_classes, config)
         units, slots = self.layout.locate(labels)
         present = torch.unique(units[units >= 0])
-        self._samples = int((units >= 0).sum())
+        self._samples = int(kept.sum())
         self.selection = self.select(present)
-        shape = (self.topology.world_size, self.accumulation_steps, -1)
-        units, slots = units.view(shape), slots.view(shape)
+        shape = (self.topology.world_size, self.accumulation_steps)
+        units, slots, kept = (part.unflatten(0, shape) for part in (units, slots, kept))
         self._batches = [
-            self._plan_batch(units[:, i], slots[:, i]) for i in range(self.accumulation_steps)
+            self._plan_batch(units[:, i], slots[:, i], kept[:, i])
+            for i in range(self.accumulation_steps)
         ]
         columns = max(self.topology.world_size * self._batch_size, self.width)
         unit_bytes = self.layout.length * columns * self.spec.dtype.itemsize
         self.units_per_chunk = max(1, chunk_bytes(self.topology.device) // unit_bytes)
         self.bank.touch(self.selection.units)
 
-    def _plan_batch(self, units: Tensor, slots: Tensor) -> GatheredBatch:
-        """Plan a micro-batch of each rank from units and slots `[W, B]`, -1 where no sample is."""
+    def _plan_batch(self, units: Tensor, slots: Tensor, kept: Tensor) -> GatheredBatch:
+        """Plan a micro-batch of each rank.
+
+        Args:
+            units, slots: of the labels `[W, B, K]`, -1 where no label is.
+            kept: `[W, B]`, whether a sample counts.
+        """
         rank, size = self.topology.rank, units.shape[1]
-        units, slots = units.flatten(), slots.flatten()
-        samples = torch.nonzero(units >= 0).squeeze(1)
+        samples = torch.nonzero(kept.flatten()).squeeze(1)
         bounds = torch.searchsorted(samples, torch.tensor([rank * size, (rank + 1) * size]))
-        units, slots = units[samples], slots[samples]
-        local = torch.nonzero(self.bank.held(units)).squeeze(1)
-        position = positions_in(self.selection.units, units[local])
-        columns = position * self.layout.length + slots[local]
+        units, slots = units.flatten(0, 1)[samples], slots.flatten(0, 1)[samples]
+        local = torch.nonzero(self.bank.held(units.flatten())).squeeze(1)
+        position = positions_in(self.selection.units, units.flatten()[local])
+        columns = position * self.layout.length + slots.flatten()[local]
         columns, order = torch.sort(columns)
         mine = slice(int(bounds[0]), int(bounds[1]))
         return GatheredBatch(samples, mine, units, local[order], columns)
@@ -118,14 +130,15 @@ class GatheredHead(RowHead):
             partial(self.offsets, batch),
         )
         norms = None if norms is None else norms[samples]
-        softmax = GatheredSoftmax(selected, batch, features[samples], norms, self.topology)
-        losses, correct = softmax.normalise()
+        make = GatheredSoftmax if self._one_label else self._several
+        scores = make(selected, batch, features[samples], norms, self.topology)
+        losses, correct = scores.normalise()
         gradient = torch.zeros_like(features)
         if with_grad:
             if self._gradient is None:
                 count = len(self.selection.units) * self.layout.length
                 self._gradient = features.new_zeros(count, self.width)
-            gradient[samples] = softmax.gradients(self._gradient, 1 / max(1, self._samples))
+            gradient[samples] = scores.gradients(self._gradient, 1 / max(1, self._samples))
         return FusedOutput(losses[batch.mine].sum(), gradient, correct[batch.mine].sum())
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ from torch import Tensor
 from mhe_dist import seeds
 from mhe_dist.bank.bank import Units
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
+from mhe_dist.heads.base import without_repetition
 from mhe_dist.heads.gathered.base import GatheredHead
 from mhe_dist.heads.gathered.selection import GatheredBatch, Selection
 from mhe_dist.heads.row_head import HeadSpec
@@ -20,7 +22,8 @@ class MhsGather(GatheredHead):
     """The heads present in the step's global batch, and m extra ones drawn over all heads.
 
     With `negatives: batch` every sample sees all of these; with `own_plus` its own head and the
-    extra ones; with `own` its own alone. See `RowHead` for the arguments.
+    extra ones; with `own` its own alone. The own heads of a sample with several labels are those of
+    all of them. See `RowHead` for the arguments.
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
@@ -72,8 +75,11 @@ class MhsGather(GatheredHead):
             q = drawn / max(1, self.layout.heads - len(self._present))
             log = -math.log(q) if drawn else 0.0
             return (absent.to(dtype) * log).to(device, non_blocking=True)
-        seen = self.extra_heads - _among(self._extra, batch.units).to(dtype)
-        offset = (max(1, self.layout.heads - 1) / seen.clamp_min(1)).log()
+        own = without_repetition(batch.units)
+        seen = self.extra_heads - _among(self._extra, own).sum(1).to(dtype)
+        others = (self.layout.heads - (own >= 0).sum(1)).clamp_min(1)
+        # Not a quotient, which rounds otherwise: the bits are those of a number over a tensor.
+        offset = (seen.clamp_min(1).reciprocal() * others).log()
         offset = offset.to(device, non_blocking=True).unsqueeze(1)
         return torch.where(self._own(batch, units), 0.0, offset)
 
@@ -81,14 +87,16 @@ class MhsGather(GatheredHead):
         """Sum of the classes in the samples' softmax; see `GatheredHead`."""
         if self._shared:
             return super().classes_seen(units)
-        own = self.classes_in(units[~_among(self._extra, units)])
+        heads = without_repetition(units)
+        own = self.classes_in(heads[(heads >= 0) & ~_among(self._extra, heads)])
         return int(own.sum()) + len(units) * int(self.classes_in(self._extra).sum())
 
     def _own(self, batch: GatheredBatch, units: Units) -> Tensor:
-        """Mask `[n, U]`: whether a unit is the sample's own head."""
+        """Mask `[n, U]`: whether a unit is a sample's own head, or one of them."""
         device = self.topology.device
-        own = batch.units.to(device, non_blocking=True)
-        return own.unsqueeze(1) == torch.as_tensor(units).to(device, non_blocking=True)
+        heads = to_device(batch.units, device).unsqueeze(2)
+        own = heads == torch.as_tensor(units).to(device, non_blocking=True)
+        return own.squeeze(1) if own.shape[1] == 1 else own.any(1)
 
 
 def _among(heads: Tensor, candidates: Tensor) -> Tensor:

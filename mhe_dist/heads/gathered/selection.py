@@ -28,10 +28,12 @@ class GatheredBatch:
     """One micro-batch of every rank; all on the host.
 
     Attributes:
-        samples: `[n]`, positions of the samples with a label in the gathered batch `[W * B]`.
+        samples: `[n]`, positions of the samples that count in the gathered batch `[W * B]`, see
+            `mhe_dist.heads.base.sample_labels`.
         mine: the slice of these samples that is this rank's.
-        units: `[n]`, the unit of each one's class.
-        local: `[t]`, the samples whose class is on this rank, by ascending column.
+        units: `[n, K]`, the units of each one's labels; -1 where it has fewer than K. Its entries
+            in order are the *targets*.
+        local: `[t]`, numbers of the targets whose class is on this rank, by ascending column.
         columns: `[t]`, their classes' columns among the rows of this rank's selected units.
     """
 

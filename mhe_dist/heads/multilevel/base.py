@@ -22,7 +22,14 @@ from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.errors import UserError
-from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, HeadState, check_labels
+from mhe_dist.heads.base import (
+    NO_SAMPLE,
+    Head,
+    HeadOutput,
+    HeadState,
+    check_label_lists,
+    check_labels,
+)
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
@@ -164,22 +171,15 @@ class LevelHead(Head):
         """Nothing: the rows of a level are known only when the level above has been scored."""
 
     def _checked(self, labels: Tensor) -> Tensor:
-        """Labels `[n, B, K]`: in `[0, C)`, or -1 for none, or `NO_SAMPLE` for what does not count.
+        """Labels `[n, B, K]`: in `[0, C)`, or what stands for none; see `check_label_lists`.
 
-        A sample does not count if it is absent, or if it has bad labels and no good one; with many
-        labels per sample it may have none at all.
+        A head for one label per sample has -1 there, for whatever reason (`check_labels`).
         """
         if labels.dim() == 3 and not self.multi_label:
             raise ValueError(f"labels {tuple(labels.shape)}: this head takes one per sample")
         labels = labels if labels.dim() == 3 else labels.unsqueeze(-1)
-        padding = labels == (-1 if self.multi_label else NO_SAMPLE)
-        known = check_labels(
-            labels.masked_fill(padding, NO_SAMPLE),
-            self.radix.num_classes,
-            self.spec.config.on_bad_label,
-        )
-        bad = ((known < 0) & ~padding).any(-1, keepdim=True)
-        return known.masked_fill(bad & ~(known >= 0).any(-1, keepdim=True), NO_SAMPLE)
+        check = check_label_lists if self.multi_label else check_labels
+        return check(labels, self.radix.num_classes, self.spec.config.on_bad_label)
 
     def _kept(self, checked: Tensor) -> Tensor:
         """Which of the checked labels `[..., B, K]` belong to a sample that counts."""

@@ -51,6 +51,8 @@ class MhsRoute(RowHead):
 
     def plan(self, step: int, labels: Tensor) -> None:
         """Draw the extra heads and find out to which rank each sample goes; see `Head`."""
+        if labels.dim() > 2:
+            raise ValueError(f"labels {tuple(labels.shape)}: this head takes one per sample")
         self.begin(step)
         self._next, self.accumulation_steps = 0, len(labels) // self.topology.world_size
         labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)

@@ -11,11 +11,12 @@ import numpy as np
 
 from mhe_dist.seeds import generator
 from pipelines.data.mixture.drawn import PassDraw
+from pipelines.data.mixture.label_choice import choose_labels, distinct_labels
 from pipelines.data.order import Ints
 from pipelines.data.sample import BadSampleError
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import IndexEntry, ShardIndex
-from pipelines.shards.label_set import LabelSet
+from pipelines.shards.label_set import LabelLists, LabelSet
 
 _HALF_WORD: Final = 32
 _POOL = 1 << 23  # images of whole classes that are drawn from together, about
@@ -28,7 +29,7 @@ class MixedDataset:
 
     Attributes:
         index: of the data set.
-        labels: its label set, with at most one class for each sample; None: the index has them.
+        labels: its label set; None: the index has one class for each sample.
         first_class: its first class in the mixture.
         classes: int64, ids of the chosen classes, sorted; None: all.
         per_class: most images of each class in a pass; 0: no limit.
@@ -49,6 +50,11 @@ class MixedDataset:
         return is_labelled and self.classes is None and not self.per_class
 
     @property
+    def max_labels(self) -> int:
+        """The largest number of classes that an image has."""
+        return 1 if self.labels is None else max(1, self.labels.max_labels)
+
+    @property
     def num_classes(self) -> int:
         """How many classes it has in the mixture."""
         return self._all_classes if self.classes is None else len(self.classes)
@@ -62,8 +68,27 @@ class MixedDataset:
         """How many images a pass has."""
         if self.is_whole:
             return self.index.samples
+        if self.max_labels > 1:
+            return sum(map(len, self._labelled()))
         counts = self._class_counts[1]
         return int((np.minimum(counts, self.per_class) if self.per_class else counts).sum())
+
+    def count_images(self) -> Ints:
+        """Images of each of its classes in the mixture, int64 `[num_classes]`.
+
+        An image with several labels counts once for each of them, those too that a pass leaves out
+        by `per_class`.
+        """
+        if self.max_labels > 1:
+            counts = np.zeros(self.num_classes, np.int64)
+            for _, lists in self._lists():
+                counts += np.bincount(distinct_labels(lists)[1], minlength=self.num_classes)
+            return counts
+        classes, counts = self._class_counts
+        inside = (classes >= 0) & (classes < self._all_classes)
+        return np.bincount(
+            self._positions(classes[inside]), counts[inside], self.num_classes
+        ).astype(np.int64)
 
     def draw(self, rng: np.random.Generator) -> Ints:
         """The images of a pass: int64 numbers through the data set, in no order.
@@ -73,13 +98,15 @@ class MixedDataset:
         if self.is_whole:
             return np.arange(self.index.samples)
         drawn = [np.empty(0, np.int64)]
+        if self.max_labels > 1:
+            return np.concatenate([*drawn, *self._labelled()])
         for numbers, counts in self._pools():
             chosen = draw_at_most(counts, self.per_class, rng) if self.per_class else slice(None)
             drawn.append(numbers[chosen])
         return np.concatenate(drawn)
 
     def entry(self, shard: int, position: int) -> IndexEntry:
-        """Label and image of a sample, see `ShardIndex.entry`.
+        """Label and image of a sample, see `ShardIndex.entry`; of several labels the first one.
 
         Raises:
             BadSampleError: it has no label, or one out of range, where the next set's classes may
@@ -99,9 +126,40 @@ class MixedDataset:
         """
         source = self.index if self.labels is None else self.labels
         labels = source.labels_of(numbers)
-        if labels is not None and self.classes is not None:
-            labels = np.searchsorted(self.classes, labels)
-        return None if labels is None else labels + self.first_class
+        return None if labels is None else self._renumbered(labels)
+
+    def single_labels(self, numbers: Ints) -> Ints:
+        """The same, also where the labels are in tables in memory."""
+        labels = self.labels_of(numbers)
+        return self._renumbered(self._labels_of_tables(numbers)) if labels is None else labels
+
+    def drawn_labels(self, numbers: Ints, limit: int, keys: Ints, seed: int, epoch: int) -> Ints:
+        """At most `limit` labels in the mixture of images of a label set, int64 `[n, limit]`.
+
+        Args:
+            numbers: of the images through the data set.
+            limit, keys, seed, epoch: see `choose_labels`; `keys` are its `numbers`.
+        """
+        assert self.labels is not None, "an index has one label for each sample"
+        table = choose_labels(self._chosen(self.labels.lists_of(numbers)), limit, keys, seed, epoch)
+        return np.where(table < 0, table, table + self.first_class)
+
+    def _renumbered(self, labels: Ints) -> Ints:
+        """Labels in the mixture."""
+        return self._positions(labels) + self.first_class
+
+    def _positions(self, labels: Ints) -> Ints:
+        """Positions of labels among the chosen classes."""
+        return labels if self.classes is None else np.searchsorted(self.classes, labels)
+
+    def _labels_of_tables(self, numbers: Ints) -> Ints:
+        labels, starts = np.empty(len(numbers), np.int64), self.index.starts
+        shards = np.searchsorted(starts, numbers, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here, table = shards == shard, self.index.shards[shard].labels
+            assert table is not None, "_require_labels has checked this"
+            labels[here] = table[numbers[here] - starts[shard]]
+        return labels
 
     def _label(self, shard: int, position: int) -> int:
         if self.labels is None:
@@ -110,9 +168,31 @@ class MixedDataset:
             return label
         number = int(self.index.starts[shard]) + position
         ids = self.labels.lists(number, number + 1).class_ids
-        if len(ids) != 1:
-            raise BadSampleError(f"{self.labels.folder} gives it {len(ids)} classes")
+        if self.classes is not None and self.max_labels > 1:
+            ids = ids[np.isin(ids, self.classes)]
+        if not len(ids):
+            raise BadSampleError(f"{self.labels.folder} gives it 0 classes")
         return int(ids[0])
+
+    def _chosen(self, lists: LabelLists) -> LabelLists:
+        """Without labels of classes that were not chosen; the others in their new numbers."""
+        if self.classes is None:
+            return lists
+        kept = np.isin(lists.class_ids, self.classes)
+        before = np.append(0, np.cumsum(kept))
+        return LabelLists(before[lists.ends], self._positions(lists.class_ids[kept]))
+
+    def _labelled(self) -> Iterator[Ints]:
+        """Numbers of the images in any of the chosen classes, sorted, part by part."""
+        for start, lists in self._lists():
+            yield np.flatnonzero(lists.counts) + start
+
+    def _lists(self) -> Iterator[tuple[int, LabelLists]]:
+        """The chosen labels of all images, part by part, each with the number of its first."""
+        assert self.labels is not None, "an index has one label for each sample"
+        for start in range(0, self.labels.samples, _PART):
+            stop = min(start + _PART, self.labels.samples)
+            yield start, self._chosen(self.labels.lists(start, stop))
 
     def _pools(self) -> Iterator[tuple[Ints, Ints]]:
         """Numbers of the images of the chosen classes, class by class, and how many each has.

@@ -7,7 +7,8 @@ number never changes, so the order (`data/order.py`) stays arithmetic, and so do
 
 The data sets have disjoint classes: the classes of a data set follow those of the data set before
 it. With a list of classes, they are the listed ones in the order of their ids. A label set holds
-each sample's label, or else the index does; a sample without one is in no epoch.
+each sample's label, or else the index does; a sample without one is in no epoch. A label set may
+give a sample several; an epoch then shows at most K of them, drawn anew for each epoch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pipelines.data.mixture.drawn import DrawnSamples, draw_samples
 from pipelines.data.order import Ints
 from pipelines.shards.columns import default_cache_dir
 from pipelines.shards.index import UNLABELLED, IndexEntry, ShardIndex
-from pipelines.shards.label_set import LabelSet
+from pipelines.shards.label_set import NO_LABEL, LabelSet
 from pipelines.shards.shard import Shard
 from pipelines.shards.shard_list import LazyShards
 
@@ -40,10 +41,12 @@ class Mixture(ShardIndex):
 
     Attributes:
         passes: their shards follow one another in `shards`.
+        labels_per_sample: K, most labels of a sample in an epoch.
         draws_dir: folder of this node for the draws of epochs.
     """
 
     passes: tuple[DatasetPass, ...] = ()
+    labels_per_sample: int = field(default=1, kw_only=True)
     draws_dir: str = field(default="", kw_only=True, compare=False)
 
     @cached_property
@@ -78,6 +81,39 @@ class Mixture(ShardIndex):
                 return None
             labels[here] = found
         return labels
+
+    @property
+    def label_shape(self) -> tuple[int, ...]:
+        """See `ShardIndex.label_shape`."""
+        return () if self.labels_per_sample == 1 else (self.labels_per_sample,)
+
+    @cached_property
+    def draws_labels(self) -> bool:
+        """See `ShardIndex.draws_labels`."""
+        return any(part.source.max_labels > 1 for part in self.passes)
+
+    def labels_in_epoch(self, numbers: Ints, epoch: int) -> Ints | None:
+        """See `ShardIndex.labels_in_epoch`; not None if labels are drawn."""
+        if not self.draws_labels:
+            return self.labels_of(numbers)
+        firsts = self.starts[self._first_shards]
+        owners = np.searchsorted(firsts, numbers, side="right") - 1
+        table = np.full((len(numbers), self.labels_per_sample), NO_LABEL, np.int64)
+        for owner in np.unique(owners).tolist():
+            here = np.flatnonzero(owners == owner)
+            part, inside = self.passes[owner], numbers[here] - firsts[owner]
+            if part.source.max_labels > 1:
+                table[here] = part.source.drawn_labels(
+                    inside, self.labels_per_sample, numbers[here], part.seed, epoch
+                )
+            else:
+                table[here, 0] = part.source.single_labels(inside)
+        return table.reshape(len(numbers), *self.label_shape)
+
+    def count_images(self) -> Ints:
+        """Images of each class, int64 `[C]`; those of a data set count once, whatever it weighs."""
+        sources = {part.source.first_class: part.source for part in self.passes}
+        return np.concatenate([source.count_images() for source in sources.values()])
 
     @cached_property
     def digest(self) -> str:
@@ -129,9 +165,11 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         passes += made
         first_class += source.num_classes
     shards = _PassShards([part.source.index for part in passes])
+    largest = max(part.source.max_labels for part in passes)
     draws_dir = f"{data.remote.cache_dir}/draws" if data.remote.cache_dir else ""
     return Mixture(
         *(data.shards, first_class, shards, {}, tuple(passes)),
+        labels_per_sample=min(largest, max(1, data.labels_per_sample)),
         draws_dir=draws_dir or default_cache_dir("draws"),
     )
 
@@ -197,16 +235,23 @@ def _open_labels(key: str, url: str, index: ShardIndex, data: DataConfig) -> Lab
     """A label set of a data set, its columns open.
 
     Raises:
-        UserError: it is not one of this data set, or gives a sample several classes.
+        UserError: it is not one of this data set, or gives a sample several classes where the run
+            takes one.
     """
     labels = LabelSet.load(url, _column_cache(data))
     labels.require_index(index)
     labels.map_columns()
-    if labels.max_labels > 1:
+    largest = labels.max_labels
+    if largest > 1 and not data.labels_per_sample:
         raise UserError(
-            f"{key}={url}: it gives a sample up to {labels.max_labels} classes, and a head learns "
-            "one class per image; give a label set with at most one (`mhe data labels show` "
-            "counts them)"
+            f"{key}={url}: it gives a sample up to {largest} classes; set "
+            f"data.labels_per_sample={largest} to train on all of them (1: on one, drawn anew in "
+            "each epoch), or give a label set with at most one (`mhe data labels show` counts them)"
+        )
+    if largest > 1 and data.images_per_class:
+        raise UserError(
+            f"data.images_per_class={data.images_per_class} counts the images of each class, but "
+            f"{key}={url} gives an image up to {largest} classes; leave data.images_per_class out"
         )
     return labels
 

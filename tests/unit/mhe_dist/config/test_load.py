@@ -204,6 +204,38 @@ def test_contradictions_are_reported_although_other_keys_are_wrong() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("head", "named"),
+    [
+        ((), "head.mhs.exchange=route"),
+        (("head.kind=mhp",), "head.kind=mhp"),
+        (("head.kind=mhc",), "head.kind=mhc without mhc.multi_label"),
+        (("head.kind=full",), ""),
+        (("head.kind=partial_fc", "head.objective=multi_label"), ""),
+        (("head.mhs.exchange=gather",), ""),
+        (("head.kind=mhc", "head.mhc.multi_label=true"), ""),
+    ],
+)
+def test_heads_that_learn_one_label_refuse_several_by_name(
+    head: tuple[str, ...], named: str
+) -> None:
+    load_config(None, ["data.shards=x", "data.labels_per_sample=1", *head])
+    if not named:
+        load_config(None, ["data.shards=x", "data.labels_per_sample=4", *head])
+        return
+    assert mistakes(None, "data.labels_per_sample=4", *head) == [
+        f"data.labels_per_sample=4: {named} learns one class per image; full, partial_fc, mhs with "
+        "head.mhs.exchange=gather, and mhc with head.mhc.multi_label=true learn several"
+    ]
+
+
+def test_objectives_of_heads_that_have_none() -> None:
+    (wrong,) = mistakes(None, "head.objective=multi_label")
+    assert wrong.startswith("head.objective=multi_label needs head.mhs.exchange=gather, or")
+    (wrong,) = mistakes(None, "head.objective=softmax", "head.kind=mhp")
+    assert "belongs to head.kind=full or partial_fc or mhs, but head.kind is mhp" in wrong
+
+
 def elastic(workers: str) -> Config:
     """A run of six micro-batches."""
     sizes = ["train.global_batch=96", "train.micro_batch=16", "data.streams=6"]

@@ -29,8 +29,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     index = ShardIndex.load(f"{root}/37")
     lists = [[number % 5] if number % 3 else [] for number in range(37)]
     write_labels(f"{root}/labels", index, lists, 6)
+    several = [[number % 5, number % 7, number % 3] for number in range(37)]
+    write_labels(f"{root}/several", index, several, 7)
     Path(root, "list.tsv").write_text("class\n1\n2\n")
-    return [f"{root}/37", f"{root}/60", f"{root}/labels", f"{root}/list.tsv"]
+    names = ("37", "60", "labels", "list.tsv", "several")
+    return [f"{root}/{name}" for name in names]
 
 
 def label_of(index: ShardIndex, shard: int, position: int) -> int:
@@ -42,7 +45,7 @@ def label_of(index: ShardIndex, shard: int, position: int) -> int:
 @settings(deadline=None, max_examples=15)
 @given(st.data())
 def test_each_sample_has_its_own_label(folders: list[str], data: st.DataObject) -> None:
-    first, second, labels, classes = folders
+    first, second, labels, classes, _ = folders
     mix = [{"shards": second, "weight": data.draw(st.sampled_from([0.5, 1, 1.5]))}]
     if data.draw(st.booleans()):
         mix.append({"shards": first, "labels": labels})
@@ -67,6 +70,28 @@ def test_each_sample_has_its_own_label(folders: list[str], data: st.DataObject) 
     assert [made.tolist() for made in found.steps(steps)] == expected
     for step, labels_of_step in zip(reversed(steps), reversed(expected), strict=True):
         assert found.of(step).tolist() == labels_of_step
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_several_labels_of_a_step_are_those_of_its_epochs(folders: list[str], limit: int) -> None:
+    first, second, _, classes, several = folders
+    mix = [{"shards": second}]
+    config = DataConfig(
+        shards=first, labels=several, labels_per_sample=limit, classes=classes, mix=mix
+    )
+    index = open_training_index(config, 3)
+    assert isinstance(index, Mixture) and StepLabels.are_known(index)
+    order = SampleOrder(index.sizes, 4, 6, 3, index)
+    length = [order.stream_length(stream) for stream in range(4)]
+    steps, shape = range(5, 5 + 3 * min(length) // 2), index.label_shape
+    for step, made in zip(steps, StepLabels(index, order, 8).steps(steps), strict=True):
+        assert made.shape == (8, *shape)
+        # Two samples of each stream, whose epochs end at different steps.
+        epochs = [(2 * step + n) // length[stream] for stream in range(4) for n in range(2)]
+        numbers = [int(index.starts[shard]) + inside for shard, inside in order.batch(step, 8)]
+        for number, epoch, row in zip(numbers, epochs, made, strict=True):
+            found = index.labels_in_epoch(np.array([number]), epoch)
+            assert found is not None and (found[0] == row).all()
 
 
 def test_a_sample_without_an_entry_has_any_label(folders: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import webdataset
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.train.batch import MicroBatch
+from pipelines.data.mixture.index import open_training_index
 from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import ShardWriter
+from tests.label_sets import write_labels
 from tests.loading import loader_of
 from tests.patterns import CLASSES, PNG_DATA, SIDE, damage, image, sample, write_patterns
 
@@ -41,8 +44,10 @@ def index(tmp_path: Path) -> ShardIndex:
 def configure(index: ShardIndex, **data: object) -> Config:
     """Four micro-batches of two streams; a step is two samples of each of the eight streams."""
     sizes = {"streams": 8, "shuffle_window": 9, "image_size": SIDE, "loader_workers": 0}
+    several = {"kind": "mhc", "mhc": {"multi_label": True}}
     return Config(
         run={"seed": 3},
+        head=several if data.get("labels_per_sample") else {},
         data={"shards": index.folder, "max_bad_fraction": 1, **sizes, **data},
         train={"global_batch": 16, "micro_batch": 4},
     )
@@ -129,6 +134,32 @@ def test_the_global_random_state_is_left_alone(index: ShardIndex) -> None:
     torch.manual_seed(0)
     load(loader_of(index, configure(index, loader_workers=1), range(4), 0, 2))
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_several_labels_come_with_their_samples(index: ShardIndex, limit: int) -> None:
+    lists = [[number % 9, number % 4, number % 7] for number in range(200)]
+    labels = write_labels(f"{index.folder}-labels", index, lists, CLASSES).folder
+    damage(index, 1, 3, b"x" * 40, PNG_DATA)
+    config = configure(index, labels=labels, labels_per_sample=limit, loader_workers=1)
+    mixture = open_training_index(config.data, config.run.seed)
+    replaced, shape = 0, (4,) if limit == 1 else (4, 2)
+    whole = {}
+    for batch in loader_of(mixture, config, range(4), 0, 14):
+        whole |= {(batch.step, micro.index): micro for micro in batch.micro_batches}
+    parts = [loader_of(mixture, config, range(n, n + 2), 0, 14) for n in (0, 2)]
+    for batch in chain(*parts):
+        assert batch.labels is not None
+        for micro in batch.micro_batches:
+            assert micro.labels.shape == shape and micro.labels.dtype == torch.int64
+            assert torch.equal(micro.labels, whole[batch.step, micro.index].labels)
+            for key, row in zip(micro.keys, micro.labels.view(4, -1).tolist(), strict=True):
+                own = set(lists[int(key[1:])])
+                shown = {label for label in row if label >= 0}
+                assert shown <= own and len(shown) == min(limit, len(own))
+            replaced += not torch.equal(batch.labels[micro.index], micro.labels)
+    # The damaged sample comes in both epochs; its substitute has labels of its own.
+    assert replaced == 2
 
 
 def test_waiting_is_measured(index: ShardIndex) -> None:

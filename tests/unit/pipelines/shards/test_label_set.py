@@ -53,6 +53,9 @@ def test_every_list_is_read_as_it_was_written(
     part = found.lists(start, stop)
     assert [part.of(n).tolist() for n in range(stop - start)] == lists[start:stop]
     assert part.counts.tolist() == [len(each) for each in lists[start:stop]]
+    numbers = data.draw(st.lists(st.integers(0, len(lists) - 1), max_size=9)) if lists else []
+    some = found.lists_of(np.array(numbers, np.int64))
+    assert [some.of(n).tolist() for n in range(len(numbers))] == [lists[n] for n in numbers]
     if max(map(len, lists[start:stop]), default=0) <= 1:
         expected = [each[0] if each else -1 for each in lists[start:stop]]
         assert found.single_labels(start, stop).tolist() == expected

@@ -22,10 +22,12 @@ from pipelines.data.mixture.index import (
 )
 from pipelines.data.order import SampleOrder
 from pipelines.data.sample import BadSampleError
+from pipelines.evaluate.classification import count_images
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
 from tests.label_sets import write_labels
+from tests.unit.pipelines.shards.test_index import PACKED
 
 CLASSES = 7
 SHARDS = [[0, 1, 1, 2, 3], [], [3, 3, 3, 5, 5, 5, 5], [1, 6, 6, 0, 3, 2]]  # no image of class 4
@@ -252,10 +254,88 @@ def test_each_set_of_a_mix_has_its_labels(shards: str, tmp_path: Path) -> None:
     assert label_digests(opened(shards, images_per_class=1)) == {}
 
 
+SEVERAL = [[7, 0], [], [2], [5, 2, 7], [3, 3], *([number % 3, 3] for number in range(5, len(ALL)))]
+
+
+def all_labels(found: Mixture, number: int) -> list[list[int]]:
+    """The labels of the samples of an epoch, in the order of the shards."""
+    table = found.labels_in_epoch(np.array(numbers_of(found, number)), number)
+    assert table is not None and table.shape[1:] == found.label_shape
+    return [[label for label in row if label >= 0] for row in table.tolist()]
+
+
+def test_a_sample_shows_all_labels_that_there_is_room_for(shards: str) -> None:
+    several = labelled(shards, SEVERAL)
+    found = opened(shards, labels=several, labels_per_sample=9)
+    assert (found.label_shape, found.draws_labels) == ((3,), True)
+    assert samples_per_epoch(found) == len(ALL) - 1
+    assert all_labels(found, 0) == [sorted(set(each)) for each in SEVERAL if each]
+    found = opened(shards, labels=several, labels_per_sample=2)
+    epochs = [all_labels(found, number) for number in range(9)]
+    for epoch_labels in epochs:
+        for shown, given_ids in zip(epoch_labels, filter(None, SEVERAL), strict=True):
+            assert set(shown) <= set(given_ids)
+            assert len(shown) == min(2, len(set(given_ids)))
+    assert len({tuple(each[2]) for each in epochs}) == 3, "each pair of three is drawn"
+    one = opened(shards, labels=several, labels_per_sample=1)
+    assert one.label_shape == ()
+    table = one.labels_in_epoch(np.arange(len(ALL)), 4)
+    assert table is not None and table.shape == (len(ALL),)
+
+
+def test_labels_of_classes_that_were_not_chosen_are_left_out(shards: str) -> None:
+    several, classes = labelled(shards, SEVERAL), listed(shards, "class\n7\n2\n")
+    found = opened(shards, labels=several, labels_per_sample=3, classes=classes)
+    wanted = [sorted({[2, 7].index(n) for n in each if n in (2, 7)}) for each in SEVERAL]
+    assert numbers_of(found, 0) == [n for n, each in enumerate(wanted) if each]
+    assert all_labels(found, 0) == [each for each in wanted if each]
+    assert [found.entry(0, n).label for n in (0, 2, 3)] == [1, 0, 0]
+    with pytest.raises(BadSampleError, match="gives it 0 classes"):
+        found.entry(0, 4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sets_with_one_and_with_several_labels_mix(
+    shards: str, tmp_path: Path, packed: bool
+) -> None:
+    other = str(PACKED / "own") if packed else save(tmp_path / "other", [[0, 0, 2, 6], [1, 1]])
+    classes = ShardIndex.load(other).num_classes
+    several = labelled(shards, SEVERAL)
+    mix = [{"shards": shards, "labels": several, "weight": 2}]
+    found = opened(other, mix=mix, labels_per_sample=2)
+    labels = all_labels(found, 0)
+    own = ShardIndex.load(other)
+    assert labels[: own.samples] == [[int(n)] for s in own.shards for n in s.labels]
+    passes = [each for each in labels[own.samples :]]
+    assert {n for each in passes for n in each} <= {n + classes for n in range(CLASSES + 1)}
+    half = len(passes) // 2
+    assert passes[:half] != passes[half:], "each pass draws for itself"
+
+
+def test_images_of_a_class_are_counted_by_what_a_run_shows(shards: str, tmp_path: Path) -> None:
+    one = labelled(shards, [[7], [], [2], *([number % 3] for number in range(3, len(ALL)))], "one")
+    several, classes = labelled(shards, SEVERAL), listed(shards, "class\n7\n2\n")
+    plain = [ALL.count(number) for number in range(CLASSES)]
+    single = Counter(labels(opened(shards, labels=one), 0))
+    lists = Counter(label for each in SEVERAL for label in set(each))
+    mix = [{"shards": shards, "labels": url, "weight": 2} for url in (one, several)]
+    found = opened(shards, mix=mix, labels_per_sample=1)
+    wanted = plain + [each[number] for each in (single, lists) for number in range(CLASSES + 1)]
+    assert count_images(found) is not None and count_images(found).tolist() == wanted
+    chosen = opened(shards, labels=several, labels_per_sample=1, classes=classes)
+    assert chosen.count_images().tolist() == [lists[2], lists[7]]
+    classes = listed(shards, "class\n3\n4\n")
+    assert opened(shards, classes=classes).count_images().tolist() == [ALL.count(3), 0]
+
+
 def test_labels_that_a_run_cannot_learn_are_refused(shards: str, tmp_path: Path) -> None:
     two = labelled(shards, [[0, 1], *([1] for _ in ALL[1:])])
-    with pytest.raises(UserError, match=r"data.labels=.*a sample up to 2 classes"):
+    refused = r"data.labels=.*a sample up to 2 classes; set data.labels_per_sample=2"
+    with pytest.raises(UserError, match=refused):
         opened(shards, labels=two)
+    refused = r"data.images_per_class=3 counts .*labels gives an image up to 2 classes"
+    with pytest.raises(UserError, match=refused):
+        opened(shards, labels=two, labels_per_sample=2, images_per_class=3)
     other = save(tmp_path / "other", [[0, 0, 2, 6], [1, 1]])
     with pytest.raises(UserError, match="made for the data set with digest"):
         opened(other, labels=two)
