@@ -29,7 +29,8 @@ from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
-from pipelines.runs.first_model import make_tried_model
+from pipelines.runs.first_model import make_tried_model, without_first_weights
+from pipelines.runs.folder import newest_checkpoint
 
 STEPS, WARM_UP, FEWEST = 24, 8, 12
 LONGEST_S = 12.0
@@ -81,7 +82,7 @@ def measure_steps(
     Returns:
         A `TrialMeasurement` as a dict.
     """
-    config = Config.model_validate(values)
+    config = without_first_weights(Config.model_validate(values))
     torch.set_num_threads(config.scale.cpus_per_worker)
     for name in libraries:
         importlib.import_module(name)
@@ -131,7 +132,9 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     refuse_unusable_sets(config.evaluate, config.data, config.run.seed, Topology())
     index = open_training_index(config.data, config.run.seed)
     device = rank_device(config.scale.gpu)
-    make_tried_model(config, device, index)  # here, where its error is not one of a rank
+    resumes = newest_checkpoint(config.run.path) is not None
+    first = without_first_weights(config) if resumes else config
+    make_tried_model(first, device, index)  # here, where its error is not one of a rank
     precision = resolve_precision(config.train.precision, device)
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:

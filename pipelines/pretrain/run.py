@@ -41,7 +41,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder
 from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
-from pipelines.runs.first_model import make_tried_model
+from pipelines.runs.first_model import make_tried_model, without_first_weights
 from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
@@ -91,8 +91,13 @@ class Run:
         self.index = open_training_index(config.data, config.run.seed)
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
+        self.store = CheckpointStore(
+            f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
+        )
+        checkpoint = self.store.newest()
+        begun = config if checkpoint is None else without_first_weights(config)
         self.engine = Engine(
-            make_tried_model(config, topology.device, self.index),
+            make_tried_model(begun, topology.device, self.index),
             config.optim,
             config.train,
             topology,
@@ -101,9 +106,6 @@ class Run:
         )
         self.head = _make_head(config, self.index, topology, self.engine.precision)
         self.trained_head = TrainedHead(self.head, self.index)
-        self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
-        )
         self.loop = Loop(
             self.engine,
             self.head,
@@ -114,7 +116,7 @@ class Run:
         )
         self.versions = environment_tags()
         self.restart = Restart(time.time())
-        self.progress, run_id, bad_samples = self._restore()
+        self.progress, run_id, bad_samples = self._restore(checkpoint)
         if topology.is_first:
             record = f"{config.run.path}/metrics.jsonl"
             self.restart = read_restart(record, self.progress.step, self.restart.began)
@@ -312,9 +314,10 @@ class Run:
             "versions": self.versions,
         }
 
-    def _restore(self) -> tuple[RunProgress, str | None, dict[str, Any] | None]:
+    def _restore(
+        self, checkpoint: Checkpoint | None
+    ) -> tuple[RunProgress, str | None, dict[str, Any] | None]:
         """How far the run is, its MLflow run, and its bad samples so far."""
-        checkpoint = self.store.newest()
         if checkpoint is None:
             load_initial_rows(self.config, self.head, self.topology)
             return RunProgress(), None, None

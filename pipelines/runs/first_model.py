@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from mhe_dist.backbone.model import Backbone, build_backbone, compile_in_place
+from mhe_dist.backbone.model import (
+    Backbone,
+    build_backbone,
+    compile_in_place,
+    without_pretrained,
+)
 from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.config.schema import Config
 from mhe_dist.engine.first_pass import TRIAL_IMAGES, refuse_untrainable
@@ -14,12 +19,21 @@ from pipelines.shards.index import ShardIndex
 
 
 def initial_model(config: Config) -> Backbone:
-    """The backbone that a run begins with: drawn from its seed, or `model.init_from`."""
+    """The backbone that a run begins with: drawn from its seed, or with the weights it asks for."""
     seed_torch(config.run.seed, "backbone")
     model = build_backbone(config.model, config.data.image_size)
     if config.model.init_from:
         load_pretrained(model, config.model.init_from)
     return model
+
+
+def without_first_weights(config: Config) -> Config:
+    """The same run with weights drawn from its seed, for whoever replaces or only moves them.
+
+    The weights that a run began with need not be there any more when it goes on.
+    """
+    model = without_pretrained(config.model).model_copy(update={"init_from": ""})
+    return config.model_copy(update={"model": model})
 
 
 def make_tried_model(config: Config, device: torch.device, index: ShardIndex) -> Backbone:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,20 @@ def test_every_entry_compares_the_settings_and_records_what_was_allowed(tmp_path
     shorter.resume.allow = ["train.max_steps"]
     with pytest.raises(UserError, match=r"has done 3 steps, but .* give 2 now"):
         run_pretraining(shorter)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_the_weights_that_it_began_with(tmp_path: Path) -> None:
+    shards = tiny.write_shards(tmp_path / "shards")
+    before = tiny.trained_run(tmp_path / "before", shards)
+    begun = before.model.model_dump() | {"init_from": before.run.path}
+    run = tiny.config(tmp_path / "runs", shards, model=begun, train={"max_steps": 1})
+    run_pretraining(run)
+    shutil.rmtree(before.run.path)
+    longer = run.model_copy(deep=True)
+    longer.train.max_steps, longer.resume.allow = 2, ["train.max_steps"]
+    run_pretraining(longer)
+    assert len(tiny.per_step(longer)[0]) == 2
 
 
 @pytest.mark.parametrize(
