@@ -87,30 +87,14 @@ def export(
 
     Example: mhe export photos --classify 5 --to onnx --to torch-export
     """
-    import torch
-
     from mhe_dist.backbone.export import ExportOptions
     from pipelines.runs.trained import load_trained_backbone
-    from pipelines.serving.exports import write_format
-    from pipelines.serving.model_card import TrainedModel
 
-    source = context.get_parameter_source("to")  # an enum of click, or of typer's copy of it
-    left_out = source is not None and source.name == "DEFAULT"
-    formats = _formats(None if left_out else to, classify, normalize)
+    formats = _formats(to if _was_given(context, "to") else None, classify, normalize)
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
-    size = backbone.config.data.image_size
-    images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
-    figures, protocol = read_heldout_figures(backbone.path, backbone.step)
-    trained = TrainedModel(
-        *(backbone.model, backbone.config, backbone.step, backbone.trained_on, figures, protocol)
-    )
     options, paths = ExportOptions(opset, fp16, normalize, uint8), dict[Format, str]()
-    write: Callable[[Any], tuple[str, float]] = partial(
-        write_format, trained=trained, folder=folder, images=images, options=options
-    )
-    if classify:
-        write = _with_head(backbone, formats, classify, trained, folder, images, options)
+    write = _writer(backbone, formats, classify, folder, options)
     console.say(f"From {escape(backbone.checkpoint)}:")
     for name in formats:
         with console.out.status(f"writing {name.value} into {folder}"):
@@ -120,6 +104,12 @@ def export(
     if normalize and (Format.TIMM in formats or Format.HUB_FOLDER in formats):
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
     console.list_next(_next_steps(paths, backbone.config.model.name))
+
+
+def _was_given(context: typer.Context, option: str) -> bool:
+    """Whether the command line has that option."""
+    source = context.get_parameter_source(option)  # an enum of click, or of typer's copy of it
+    return source is None or source.name != "DEFAULT"
 
 
 def _formats(to: list[Format] | None, classify: int, normalize: bool) -> list[Format]:
@@ -137,6 +127,30 @@ def _formats(to: list[Format] | None, classify: int, normalize: bool) -> list[Fo
     if normalize:
         raise UserError("--normalize is for embeddings, which --classify does not give: drop one")
     return formats
+
+
+def _writer(
+    backbone: TrainedBackbone,
+    formats: list[Format],
+    classify: int,
+    folder: str,
+    options: ExportOptions,
+) -> Callable[[Any], tuple[str, float]]:
+    """What writes a format, and returns path and difference from the checkpoint."""
+    import torch
+
+    from pipelines.serving.exports import write_format
+    from pipelines.serving.model_card import TrainedModel
+
+    size = backbone.config.data.image_size
+    images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
+    figures, protocol = read_heldout_figures(backbone.path, backbone.step)
+    trained = TrainedModel(
+        *(backbone.model, backbone.config, backbone.step, backbone.trained_on, figures, protocol)
+    )
+    if classify:
+        return _with_head(backbone, formats, classify, trained, folder, images, options)
+    return partial(write_format, trained=trained, folder=folder, images=images, options=options)
 
 
 def _with_head(

@@ -98,11 +98,7 @@ class Run:
         begun = config if checkpoint is None else without_first_weights(config)
         self.engine = Engine(
             make_tried_model(begun, topology.device, self.index),
-            config.optim,
-            config.train,
-            topology,
-            int(config.scale.zero_stage),
-            config.run.seed,
+            *(config.optim, config.train, topology, int(config.scale.zero_stage), config.run.seed),
         )
         self.head = _make_head(config, self.index, topology, self.engine.precision)
         self.trained_head = TrainedHead(self.head, self.index)
