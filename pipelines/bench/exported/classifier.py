@@ -2,7 +2,7 @@
 
 The classifiers are exported without a backbone: embeddings in, the best classes out. Their rows are
 random, and an embedding is the sum of the rows on the path of a class, with noise of the same
-length: as after a training that has brought each class to its rows.
+length. That is easier than what a trained head meets: it checks the files, not the heads.
 """
 
 from __future__ import annotations
