@@ -38,6 +38,11 @@ from pipelines.evaluate.classification import (
 from pipelines.evaluate.embed import embed_source
 from pipelines.evaluate.embeddings import embed_set
 from pipelines.evaluate.in_training import refuse_unusable_sets
+from pipelines.evaluate.label_prediction import (
+    evaluate_labels,
+    open_evaluated_labels,
+    read_training_labels,
+)
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
 from pipelines.runs.trained import load_trained_backbone
@@ -48,6 +53,7 @@ from pipelines.serving.model_card import TrainedModel
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
+from tests.label_sets import write_labels
 
 HEADS: dict[str, dict[str, Any]] = {
     "mhs": {},
@@ -192,6 +198,62 @@ def test_predictions_do_not_depend_on_the_size_of_the_chunks(
         parts = head.predict(embeddings, 5)
         assert torch.equal(parts.classes, whole.classes)
         torch.testing.assert_close(parts.scores, whole.scores)
+
+
+def rank_labels(topology: Topology, run: str, shards: str, url: str) -> dict[str, float]:
+    """The figures of a label set."""
+    backbone, index = load_trained_backbone(run), ShardIndex.load(shards)
+    data = backbone.config.data
+    labels = open_evaluated_labels(url, index, data, tiny.CLASSES)
+    training = read_training_labels(data, 3)
+    with trained_head(find_checkpoint(run), topology) as head:
+        return evaluate_labels(backbone.embed, head, index, labels, topology, tiny.SIDE, training)
+
+
+def test_several_labels_are_ranked_over_all_classes_whatever_the_number_of_ranks(
+    trained: Callable[[str], Config],
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, index = trained("mhs").run.path, ShardIndex.load(shards)
+    own = [int(label) for shard in index.shards for label in shard.labels]
+    lists = [
+        [label, (label + n) % tiny.CLASSES, label] if n % 5 else [] for n, label in enumerate(own)
+    ]
+    url = write_labels(str(tmp_path / "labels"), index, lists, tiny.CLASSES).folder
+    found = rank_labels(Topology(), run, shards, url)
+    assert run_ranks(rank_labels, 2, run, shards, url) == [found] * 2
+    best = best_classes(run, shards)[:, :5].tolist()
+    pairs = [(row, set(each)) for row, each in zip(best, lists, strict=True) if each]
+    hits = [[label in each for label in row] for row, each in pairs]
+    assert found["samples"] == len(pairs)
+    assert found["p@1"] == pytest.approx(np.mean([each[0] for each in hits]), abs=1e-12)
+    assert found["p@5"] == pytest.approx(np.mean(hits), abs=1e-12)
+    # All classes have as many training images, so their propensities are one number.
+    possible = sum(min(5, len(each)) for _, each in pairs)
+    assert found["psp@5"] == pytest.approx(np.sum(hits) / possible, abs=1e-12)
+    assert found["few_shot/labels"] == sum(len(each) for _, each in pairs)
+    share = np.sum(hits) / found["few_shot/labels"]
+    assert found["few_shot/recall@5"] == pytest.approx(share, abs=1e-12)
+    assert cli.run(["evaluate", "labels", run, "--shards", shards, "--labels", url]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{100 * found['p@5']:.2f}" in shown and "PSP" in shown
+    saved = json.loads(Path(run, "evaluation", "labels.json").read_text())["results"]
+    assert saved == {"shards": shards, "labels": url, "classes": tiny.CLASSES, **found}
+
+
+def test_label_sets_that_cannot_be_evaluated_are_refused(shards: str, tmp_path: Path) -> None:
+    index, data = ShardIndex.load(shards), tiny.config(tmp_path, shards).data
+    empty = [[] for _ in range(index.samples)]
+    url = write_labels(str(tmp_path / "empty"), index, empty, tiny.CLASSES).folder
+    with pytest.raises(UserError, match="gives no image a class"):
+        open_evaluated_labels(url, index, data, tiny.CLASSES)
+    with pytest.raises(UserError, match="it has 30 classes, the run 29"):
+        open_evaluated_labels(url, index, data, tiny.CLASSES - 1)
+    chosen = data.model_copy(update={"classes": "list.tsv"})
+    with pytest.raises(UserError, match="chose and renumbered its classes"):
+        open_evaluated_labels(url, index, chosen, tiny.CLASSES)
 
 
 @pytest.mark.parametrize("kind", ["mhs", "mhc"])

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.evaluate.classification import classification
+from launcher.verbs.evaluate.labels import labels
 from launcher.verbs.evaluate.own_images import identification, probe
 from launcher.verbs.evaluate.shared import (
     FlipOption,
@@ -215,5 +216,6 @@ def _pair_sets_table(results: Sequence[PairSetResult]) -> Table:
 
 
 app.command()(classification)
+app.command()(labels)
 app.command()(identification)
 app.command()(probe)

@@ -12,11 +12,11 @@ from launcher.verbs.evaluate.shared import (
     GpuOption,
     MlflowOption,
     RunName,
+    classes_of,
     join_ranks,
     save_results,
     spinner,
 )
-from mhe_dist.errors import UserError
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
 
 
@@ -52,10 +52,8 @@ def classification(
 
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
-    config, num_classes = backbone.config, backbone.trained_on["classes"]
+    config, num_classes = backbone.config, classes_of(backbone)
     index = ShardIndex.load(shards)
-    if num_classes is None:
-        raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     refuse_other_classes(index, config.data)
     # The first rank computes the figures.
     counts = count_training_images(config.data, config.run.seed) if topology.is_first else None

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
 from pipelines.runs.trained import TrainedBackbone, read_trained_config
 
 if TYPE_CHECKING:
@@ -52,6 +52,18 @@ def join_ranks(run: str, gpu: bool | None) -> Topology:
         return Topology(device=rank_device(gpu))
     prepare_rank(gpu)
     return connect(device=rank_device(gpu))
+
+
+def classes_of(backbone: TrainedBackbone) -> int:
+    """C, the classes of the run that a backbone is of.
+
+    Raises:
+        UserError: its checkpoint does not tell.
+    """
+    count = backbone.trained_on["classes"]
+    if count is None:
+        raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
+    return int(count)
 
 
 def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:

@@ -1,0 +1,135 @@
+"""Several labels per image: how well a head ranks the classes that a label set gives to images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from mhe_dist.config.data import DataConfig
+from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError, UserError
+from mhe_dist.heads.base import Head
+from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.index import open_training_index
+from pipelines.data.mixture.label_choice import distinct_labels
+from pipelines.evaluate.classification import SHOTS, count_images
+from pipelines.evaluate.embeddings import Embed, ShardImages, map_images
+from pipelines.evaluate.metrics.label_ranking import (
+    KS,
+    Ints,
+    find_labels,
+    propensities,
+    rank_figures,
+)
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelLists, LabelSet
+
+
+class TrainingLabels(NamedTuple):
+    """How often a training set shows each class.
+
+    Attributes:
+        counts: images of each class, int64 `[C]`.
+        images: images of an epoch.
+    """
+
+    counts: Ints
+    images: int
+
+
+def read_training_labels(data: DataConfig, seed: int) -> TrainingLabels | None:
+    """Those of the training set of a run; None where it is not there any more, or not labelled."""
+    try:
+        index = open_training_index(data, seed)
+        counts = count_images(index)
+        return None if counts is None else TrainingLabels(counts, index.samples)
+    except (UserError, RunError, OSError):
+        return None
+
+
+def open_evaluated_labels(
+    url: str, index: ShardIndex, data: DataConfig, num_classes: int
+) -> LabelSet:
+    """A label set whose classes are those of a run.
+
+    Raises:
+        UserError: it is of another data set, has no label, or its class ids mean other classes.
+    """
+    labels = LabelSet.load(url)
+    labels.require_index(index)
+    if data.mix or data.classes:
+        raise UserError(
+            f"{url}: the run chose and renumbered its classes (data.mix, data.classes), so that "
+            "the ids of a label set mean others"
+        )
+    if labels.num_classes > num_classes:
+        raise UserError(f"{url}: it has {labels.num_classes:,} classes, the run {num_classes:,}")
+    if not labels.labelled:
+        raise UserError(f"{url}: it gives no image a class")
+    here = names_of(url, range(labels.num_classes))
+    trained = data.labels or data.shards
+    for number, name in names_of(trained, here).items():
+        if name != here[number]:
+            raise UserError(
+                f"{url}: class {number} is {here[number]!r}, in the training labels {trained} it "
+                f"is {name!r}; make both label sets with the same class names"
+            )
+    labels.map_columns()
+    return labels
+
+
+def evaluate_labels(
+    embed: Embed,
+    head: Head,
+    index: ShardIndex,
+    labels: LabelSet,
+    topology: Topology,
+    image_size: int,
+    training: TrainingLabels | None = None,
+) -> dict[str, float]:
+    """Rank all classes for every image of a set; all ranks must call, and all get the figures.
+
+    Those of `rank_figures`, over the images that have a label (`samples`); with `training` also
+    PSP, and for each of `SHOTS` with labels `few_shot/recall@k`: the share of these labels, over
+    all images together, that are among the k best classes; `few_shot/labels` counts them.
+
+    Memory is that of `evaluate_classification`: scores are computed in chunks of the classes.
+
+    Args:
+        embed: see `embeddings.Embed`.
+        head: of the same run, on these ranks.
+        index: of the set.
+        labels: of that set, see `open_evaluated_labels`.
+        topology, image_size: see `embeddings.map_images`.
+        training: of the run.
+    """
+
+    def _predict(pixels: Tensor) -> Tensor:
+        return head.predict(embed(pixels), max(KS)).classes
+
+    predicted = map_images(_predict, ShardImages(index), topology, image_size)
+    figures: dict[str, float] = {}
+    if predicted is not None:
+        lists = labels.lists(0, labels.samples)
+        weights = None if training is None else 1 / propensities(*training)
+        figures = rank_figures(predicted, lists, weights)
+        figures["samples"] = float(labels.labelled)
+        if training is not None:
+            figures |= _shot_recalls(predicted, lists, training.counts)
+    return broadcast_from_first(figures, topology)
+
+
+def _shot_recalls(predicted: Ints, lists: LabelLists, counts: Ints) -> dict[str, float]:
+    """See `evaluate_labels`."""
+    _, ranks = find_labels(predicted, lists)
+    shots = counts[distinct_labels(lists)[1]]
+    figures: dict[str, float] = {}
+    for name, (least, below) in SHOTS.items():
+        chosen = ranks[(shots >= least) & (shots < below)]
+        if len(chosen):
+            figures |= {f"{name}/recall@{k}": float(np.mean(chosen < k)) for k in KS}
+            figures[f"{name}/labels"] = float(len(chosen))
+    return figures
