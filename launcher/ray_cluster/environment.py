@@ -17,6 +17,9 @@ DRIVER_ENVIRONMENT = {
     **NO_TELEMETRY,
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Where a node has just been lost, Ray Train still counts it, and asks for as many workers as
+    # before. After so many seconds without them it counts anew; by default after a minute.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write every printed line twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
