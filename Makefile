@@ -29,7 +29,7 @@ test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
 	$(PYTEST) -m 'not long and not cluster'
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
 
-quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; three minutes
+quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; two and a half minutes
 	$(PYTEST) -q -m 'not slow and not long' tests/unit \
 	  tests/distributed/test_heads_exact.py tests/distributed/test_level_heads.py \
 	  -k 'unit or (test_equals_one_plain_process and cosface and not labels)'
