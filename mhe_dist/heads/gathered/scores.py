@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.bank import Units
+from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.heads.class_rows import ClassRows
+from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.gathered.selection import GatheredBatch
 from mhe_dist.heads.margins import keep_negatives
 
@@ -136,7 +137,25 @@ class GatheredScores:
         self.with_margin[chunk.targets] = phi * self.scale
         self.slope[chunk.targets] = slope
 
-    def adjust_negatives(self, logits: Tensor, chunk: RowChunk) -> None:
+    def sum_up(self) -> Tensor:
+        """First pass over the rows: `log_sum` and `highest` of this rank's.
+
+        Returns:
+            the highest of both over all ranks `[2, n]`; all ranks must call.
+        """
+        for chunk in self.chunks():
+            logits = self.cosines(chunk)
+            self.apply_margin(logits, chunk)
+            # The target counts no more: were it among the others, equal embeddings would be right.
+            hide(logits, (chunk.samples, chunk.columns))
+            self.highest = torch.maximum(self.highest, logits.amax(1))
+            self.finish(logits, chunk)
+            self.log_sum = torch.logaddexp(self.log_sum, logits.logsumexp(1))
+            self.keep(logits, chunk)
+        peaks = torch.stack([self.log_sum, self.highest])
+        return all_reduce(peaks, self.topology, "max")
+
+    def finish(self, logits: Tensor, chunk: RowChunk) -> Tensor:
         """Filter and correct the logits of negatives, in place; those of targets are not kept."""
         threshold = self.class_rows.margin.filter
         if threshold:
@@ -144,6 +163,7 @@ class GatheredScores:
         offsets = self.selected.offsets(chunk.units)
         if offsets is not None:
             _by_unit(logits, offsets).add_(offsets.unsqueeze(-1))
+        return logits
 
     def keep(self, logits: Tensor, chunk: RowChunk) -> None:
         """Keep the logits of a chunk for the second pass, if there is room."""

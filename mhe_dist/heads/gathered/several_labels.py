@@ -43,16 +43,7 @@ class GatheredLabels(GatheredScores):
 
         The same on every rank; all ranks must call.
         """
-        for chunk in self.chunks():
-            logits = self.cosines(chunk)
-            self.apply_margin(logits, chunk)
-            hide(logits, (chunk.samples, chunk.columns))
-            self.highest = torch.maximum(self.highest, logits.amax(1))
-            self.adjust_negatives(logits, chunk)
-            self.log_sum = torch.logaddexp(self.log_sum, logits.logsumexp(1))
-            self.keep(logits, chunk)
-        peaks = torch.stack([self.log_sum, self.highest])
-        top, highest = all_reduce(peaks, self.topology, "max")
+        top, highest = self.sum_up()
         # Where all classes of a sample are its labels, it has no negatives on any rank.
         top = top.masked_fill(top == float("-inf"), 0)
         sums = torch.cat([(self.log_sum - top).exp(), self.target, self.with_margin])
@@ -77,7 +68,7 @@ class GatheredLabels(GatheredScores):
             if logits is None:
                 logits = self.cosines(chunk, rows)
                 hide(logits, (chunk.samples, chunk.columns))
-                self.adjust_negatives(logits, chunk)
+                self.finish(logits, chunk)
             q = logits.sub_(shift.unsqueeze(1)).exp_()
             slope, pull = self.slope[chunk.targets], self.pull[chunk.targets]
             q[chunk.samples, chunk.columns] = -pull * slope

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mhe_dist.distributed.collectives import all_reduce
-from mhe_dist.heads.class_rows import hide
 from mhe_dist.heads.gathered.scores import GatheredScores, RowChunk
 
 
@@ -28,17 +27,7 @@ class GatheredSoftmax(GatheredScores):
 
         The same on every rank; all ranks must call.
         """
-        for chunk in self.chunks():
-            logits = self.cosines(chunk)
-            self.apply_margin(logits, chunk)
-            # The target counts no more: were it among the others, equal embeddings would be right.
-            hide(logits, (chunk.samples, chunk.columns))
-            self.highest = torch.maximum(self.highest, logits.amax(1))
-            self._finish(logits, chunk)
-            self.log_sum = torch.logaddexp(self.log_sum, logits.logsumexp(1))
-            self.keep(logits, chunk)
-        peaks = torch.stack([self.log_sum, self.highest])
-        top, highest = all_reduce(peaks, self.topology, "max")
+        top, highest = self.sum_up()
         sums = torch.stack([(self.log_sum - top).exp(), self.target, self.with_margin])
         total, target, with_margin = all_reduce(sums, self.topology)
         self.log_sum = top + total.log()
@@ -60,7 +49,7 @@ class GatheredSoftmax(GatheredScores):
             rows = self.unit_rows(chunk)
             logits = self.kept.pop(chunk.rows.start, None)
             if logits is None:
-                logits = self._finish(self.cosines(chunk, rows), chunk)
+                logits = self.finish(self.cosines(chunk, rows), chunk)
             q = logits.sub_(self.log_sum.unsqueeze(1)).exp_()
             where = (chunk.samples, chunk.columns)
             q[where] = (q[where] - 1) * self.slope[chunk.targets]
@@ -68,8 +57,8 @@ class GatheredSoftmax(GatheredScores):
             rows_gradient[chunk.rows].addmm_(q.T, self.scaled, alpha=share)
         return gradient.mul_(self.scale)
 
-    def _finish(self, logits: Tensor, chunk: RowChunk) -> Tensor:
+    def finish(self, logits: Tensor, chunk: RowChunk) -> Tensor:
         """Filter, correct and set the targets, in place."""
-        self.adjust_negatives(logits, chunk)
+        super().finish(logits, chunk)
         logits[chunk.samples, chunk.columns] = self.with_margin[chunk.targets]
         return logits
