@@ -225,7 +225,7 @@ def embed(
 
     Example: mhe embed quickstart --images photos --out photos.npz
     """
-    from pipelines.evaluate.embed import write_embeddings
+    from pipelines.embedding.embed import write_embeddings
     from pipelines.runs.trained import load_trained_backbone
 
     topology = join_ranks(run, gpu)

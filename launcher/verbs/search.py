@@ -13,7 +13,7 @@ from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinn
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.evaluate.embed import EmbeddedImages
+    from pipelines.embedding.embed import EmbeddedImages
     from pipelines.evaluate.search import SearchResult
 
 SHOWN = 20  # queries in the terminal
@@ -40,7 +40,7 @@ def search(
 
     Example: mhe search quickstart --gallery photos/known --query photos/new
     """
-    from pipelines.evaluate.embed import embed_source, read_embeddings
+    from pipelines.embedding.embed import embed_source, read_embeddings
     from pipelines.evaluate.search import search as find
     from pipelines.report.sheets.search_page import write_search
     from pipelines.runs.trained import load_trained_backbone

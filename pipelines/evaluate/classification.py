@@ -23,7 +23,7 @@ from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from pipelines.data.mixture.class_list import names_of
 from pipelines.data.mixture.index import Mixture, needs_mixture, open_training_index
-from pipelines.evaluate.embeddings import Embed, ShardImages, map_images, raise_together
+from pipelines.embedding.embeddings import Embed, ShardImages, map_images, raise_together
 from pipelines.shards.index import ShardIndex
 
 Ints = npt.NDArray[np.int64]

@@ -13,8 +13,8 @@ from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import Head
 from pipelines.data.mixture.class_list import names_of
-from pipelines.evaluate.embed import map_source
-from pipelines.evaluate.embeddings import Embed
+from pipelines.embedding.embed import map_source
+from pipelines.embedding.embeddings import Embed
 
 
 class ClassifiedImages(NamedTuple):

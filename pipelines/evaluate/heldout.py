@@ -15,7 +15,7 @@ from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
-from pipelines.evaluate.embeddings import (
+from pipelines.embedding.embeddings import (
     Embed,
     EmbeddedSet,
     describe_protocol,

@@ -9,7 +9,7 @@ import numpy as np
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, embed_images
+from pipelines.embedding.embeddings import Embed, embed_images
 from pipelines.evaluate.metrics.identification import identify
 from pipelines.evaluate.metrics.roc import Floats, Ints, Roc, RocCollector, tar_name
 from pipelines.evaluate.metrics.templates import pool_templates, template_scores

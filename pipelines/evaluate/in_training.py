@@ -14,12 +14,12 @@ from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
+from pipelines.embedding.embeddings import Embed, raise_together
 from pipelines.evaluate.classification import (
     count_images,
     evaluate_classification,
     refuse_other_classes,
 )
-from pipelines.evaluate.embeddings import Embed, raise_together
 from pipelines.evaluate.heldout import Evaluation, evaluate_heldout, refuse_unusable_set
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 from pipelines.shards.index import ShardIndex

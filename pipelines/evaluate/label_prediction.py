@@ -15,8 +15,8 @@ from mhe_dist.heads.base import Head
 from pipelines.data.mixture.class_list import names_of
 from pipelines.data.mixture.index import open_training_index
 from pipelines.data.mixture.label_choice import distinct_labels
+from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.evaluate.classification import SHOTS, count_images
-from pipelines.evaluate.embeddings import Embed, ShardImages, map_images
 from pipelines.evaluate.metrics.label_ranking import (
     KS,
     Ints,

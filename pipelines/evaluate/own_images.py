@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mhe_dist.distributed.topology import Topology
-from pipelines.evaluate.embeddings import (
+from pipelines.embedding.embeddings import (
     Embed,
     describe_protocol,
     embed_labelled,

@@ -12,7 +12,7 @@ import numpy as np
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, Images, embed_images, normalize_embeddings
+from pipelines.embedding.embeddings import Embed, Images, embed_images, normalize_embeddings
 from pipelines.evaluate.metrics.bootstrap import Interval, bootstrap_interval
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
 from pipelines.evaluate.metrics.roc import tar_name
@@ -25,8 +25,8 @@ from pipelines.evaluate.metrics.verification import (
     tar_at_far,
     ten_fold_accuracy,
 )
-from pipelines.evaluate.sets.image_files import read_pairs
 from pipelines.evaluate.sets.insightface_bin import read_verification_bin
+from pipelines.evaluate.sets.pair_table import read_pairs
 
 FARS: Final = (1e-2, 1e-3)
 

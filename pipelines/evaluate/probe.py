@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import Embed, embed_labelled, normalize_embeddings
+from pipelines.embedding.embeddings import Embed, embed_labelled, normalize_embeddings
 
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]

@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embed import EmbeddedImages
-from pipelines.evaluate.embeddings import normalize_embeddings
+from pipelines.embedding.embed import EmbeddedImages
+from pipelines.embedding.embeddings import normalize_embeddings
 
 _QUERIES: Final = 1024  # that are compared together
 _GALLERY: Final = 1 << 16  # rows that they are compared with at a time

@@ -64,7 +64,7 @@ def finish_run(run: Run) -> dict[str, Any]:
 def _evaluate(run: Run) -> Evaluation:
     """The last evaluation. One that fails is a warning: what was trained is exported all the same.
 
-    It fails on all ranks, so that all go on (`pipelines.evaluate.embeddings.raise_together`).
+    It fails on all ranks, so that all go on (`pipelines.embedding.embeddings.raise_together`).
     """
     try:
         return run.evaluate()

@@ -30,13 +30,13 @@ from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from mhe_dist.heads.multilevel.product import MultiHeadProduct
 from mhe_dist.heads.row_head import RowHead
 from mhe_dist.tracking.jsonl import read_records
+from pipelines.embedding.embed import embed_source
+from pipelines.embedding.embeddings import embed_set
 from pipelines.evaluate.classification import (
     count_training_images,
     evaluate_classification,
     refuse_other_classes,
 )
-from pipelines.evaluate.embed import embed_source
-from pipelines.evaluate.embeddings import embed_set
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.evaluate.label_prediction import (
     evaluate_labels,

@@ -10,7 +10,7 @@ from PIL import Image
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.embeddings import embed_set
+from pipelines.embedding.embeddings import embed_set
 from pipelines.evaluate.heldout import Evaluation, evaluate_heldout
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter

@@ -42,14 +42,16 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "runs": {"data", "shards", "storage"},
         "loader": {"data", "shards", "storage"},
         "sources": {"data", "shards", "storage"},
-        "evaluate": {"sources", "data", "shards", "storage"},
-        "report": {"evaluate", "data", "shards", "storage"},
+        "embedding": {"sources", "runs", "data", "shards", "storage"},
+        "evaluate": {"embedding", "sources", "data", "shards", "storage"},
+        "report": {"evaluate", "embedding", "data", "shards", "storage"},
         "serving": {"data", "shards", "storage"},
         "pretrain": {
             *(
                 "serving",
                 "report",
                 "evaluate",
+                "embedding",
                 "runs",
                 "loader",
                 "sources",

@@ -1,1 +1,1 @@
-"""Readers of evaluation sets: image folders, InsightFace .bin files, IJB-B and IJB-C."""
+"""Readers of evaluation sets: tables of pairs, InsightFace .bin files, IJB-B and IJB-C."""

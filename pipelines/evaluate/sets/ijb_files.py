@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_full_size
+from pipelines.embedding.stack import stack_images
 from pipelines.evaluate.sets.align import align_face
-from pipelines.evaluate.sets.stack import stack_images
 from pipelines.sources.image_folder import path_below_root
 
 Ints = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_image
-from pipelines.evaluate.sets.stack import stack_images
+from pipelines.embedding.stack import stack_images
 from pipelines.storage.urls import RangeReader
 
 _TYPES: Final = ("u1", "i1", "b1", "i2", "i4", "i8", "u2", "u4", "u8", "f4", "f8")

@@ -12,7 +12,7 @@ import jinja2
 from PIL import Image, ImageDraw
 
 from pipelines.data.decode import Pixels
-from pipelines.evaluate.embed import EmbeddedImages
+from pipelines.embedding.embed import EmbeddedImages
 from pipelines.evaluate.search import SearchResult
 from pipelines.report.sheets.pictures import GREY, INK, SIDE, Pictures, as_bytes, letters, shorten
 from pipelines.storage.urls import atomic_write

@@ -16,7 +16,7 @@ from PIL import Image
 
 from launcher import cli
 from pipelines.data.decode import decode_image
-from pipelines.evaluate.embed import read_embeddings
+from pipelines.embedding.embed import read_embeddings
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny

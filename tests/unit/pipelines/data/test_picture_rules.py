@@ -19,7 +19,7 @@ from mhe_dist.errors import RunError
 from pipelines.data.decode import ImageDecodeError, decode_full_size, decode_image
 from pipelines.data.sample import BadSampleError, decode_sample, load_sample, read_span
 from pipelines.data.sequential import read_in_order, spans_in_order
-from pipelines.evaluate.sets.image_files import list_images
+from pipelines.embedding.image_files import list_images
 from pipelines.evaluate.sets.insightface_bin import read_verification_bin
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mhe_dist.errors import UserError
+from pipelines.embedding.embed import EmbeddedImages
 from pipelines.evaluate import search as module
-from pipelines.evaluate.embed import EmbeddedImages
 from pipelines.evaluate.search import search
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.embedding.embed import EmbeddedImages
 from pipelines.evaluate.classify import ClassifiedImages
-from pipelines.evaluate.embed import EmbeddedImages
 from pipelines.evaluate.search import search
 from pipelines.report.sheets.class_sheet import write_classes
 from pipelines.report.sheets.search_page import write_search

@@ -13,14 +13,14 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.data.mixture.class_list import names_of
-from pipelines.evaluate.embeddings import (
+from pipelines.embedding.embeddings import (
     Embed,
     ShardImages,
     block_embedder,
     map_images,
     normalize_embeddings,
 )
-from pipelines.evaluate.sets.image_files import list_images
+from pipelines.embedding.image_files import list_images
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
 from pipelines.storage.urls import atomic_write, resolve_url, to_url
 

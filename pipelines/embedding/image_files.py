@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +13,9 @@ from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_image
-from pipelines.evaluate.sets.stack import stack_images
-from pipelines.sources.image_folder import has_image_extension, list_files, path_below_root
-from pipelines.storage.urls import RangeReader, resolve_url
+from pipelines.embedding.stack import stack_images
+from pipelines.sources.image_folder import has_image_extension, list_files
+from pipelines.storage.urls import resolve_url
 
 Ints = npt.NDArray[np.int64]
 
@@ -93,36 +91,3 @@ def folder_labels(files: ImageFiles) -> Ints:
             raise UserError(f"{files.root}/{path}: is in no folder; there is one folder per class")
     names = [path.partition("/")[0] for path in files.paths]
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
-
-
-def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArray[np.bool_]]:
-    """Read pairs from a CSV file.
-
-    Args:
-        table: with the columns `first` and `second`, paths below `root`, and `same`, 0 or 1.
-        root: folder or URL of the images.
-
-    Returns:
-        Each file once; the numbers of the first and of the second file of each pair; whether they
-        are of the same class.
-
-    Raises:
-        UserError: a column is missing, or a row is invalid; the message names the line.
-    """
-    with RangeReader(table) as reader:
-        text = reader.read(0, reader.size).decode("utf-8-sig")
-    rows = csv.DictReader(io.StringIO(text))
-    if missing := {"first", "second", "same"} - set(rows.fieldnames or ()):
-        raise UserError(f"{table}: has no column {min(missing)}; it needs first,second,same")
-    numbers: dict[str, int] = {}
-    pairs, same = [], []
-    top = resolve_url(root)[1]
-    for line, row in enumerate(rows, 2):
-        try:
-            paths = [path_below_root(row[name] or "", top) for name in ("first", "second")]
-            same.append({"0": False, "1": True}[(row["same"] or "").strip()])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{table} line {line}: {error}; `same` is 0 or 1") from error
-        pairs.append([numbers.setdefault(path, len(numbers)) for path in paths])
-    first, second = np.array(pairs, np.int64).reshape(-1, 2).T
-    return ImageFiles(root.rstrip("/"), list(numbers)), first, second, np.array(same, bool)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.evaluate.sets.image_files import folder_labels, list_images
+from pipelines.embedding.image_files import folder_labels, list_images
 
 
 def test_files_that_cannot_be_read_stop_or_are_marked(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.sequential import read_in_order
-from pipelines.evaluate.sets.image_files import folder_labels, list_images
+from pipelines.embedding.image_files import folder_labels, list_images
 from pipelines.shards.index import ShardIndex, index_exists
 
 BLOCK: Final = 128  # images per call of `embed`
