@@ -63,11 +63,11 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "Export the backbone of a run's newest checkpoint, and compare the files with it.",
     ),
     "embed": (
-        "launcher.verbs.results:embed",
+        "launcher.verbs.embedding.embed:embed",
         "Embed every image below a folder, or every sample of a set of shards.",
     ),
     "search": (
-        "launcher.verbs.search:search",
+        "launcher.verbs.embedding.search:search",
         "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",
     ),
     "classify": (

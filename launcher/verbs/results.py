@@ -1,8 +1,7 @@
-"""`mhe export`, `mhe embed`, `mhe report`, `mhe sync`: the results of a run, for others to use."""
+"""`mhe export`, `mhe report`, `mhe sync`: the results of a run, for others to use."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -13,7 +12,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.terminal.commands import loading_code, serving_command
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from launcher.verbs.evaluate.shared import RunName
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import sync_mlflow
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from pipelines.serving.model_card import TrainedModel
 
 PARITY_IMAGES = 64
-MAX_SHOWN = 20  # images that were left out and are named
 
 
 class Format(str, Enum):
@@ -205,53 +203,6 @@ def _next_steps(paths: dict[Format, str], model: str) -> list[tuple[str, str | l
         upload = ["hf", "upload", "USER/NAME", paths[Format.HUB_FOLDER]]
         uses.append(("publish it (say the licence first)", upload))
     return uses
-
-
-def embed(
-    run: RunName,
-    images: Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")],
-    out: Annotated[
-        str, typer.Option(help="The file: .npz, or .parquet (key, class, vector).")
-    ] = "embeddings.npz",
-    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1.")] = False,
-    gpu: GpuOption = None,
-) -> None:
-    """Embed every image below a folder, or every sample of a set of shards.
-
-    A .npz file holds embeddings, classes and, in the same order, paths (of a folder) or keys and
-    labels (of shards).
-    For very many images: torchrun --nproc-per-node 8 --no-python mhe embed ...
-
-    Example: mhe embed quickstart --images photos --out photos.npz
-    """
-    from pipelines.embedding.embed import write_embeddings
-    from pipelines.runs.trained import load_trained_backbone
-
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    with spinner(topology, f"embedding {images}"):
-        written = write_embeddings(
-            backbone.embed,
-            images.rstrip("/"),
-            out,
-            topology,
-            backbone.config.data.image_size,
-            flip,
-            normalize,
-        )
-    if written is None:
-        return
-    console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
-    for path in written.skipped[:MAX_SHOWN]:
-        console.say(f"[yellow]left out:[/] {escape(path)}")
-    if len(written.skipped) > MAX_SHOWN:
-        console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
-    load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
-    if out.endswith(".parquet"):
-        load = f"import pandas; pandas.read_parquet({json.dumps(out)})"
-    find = ["mhe", "search", run, "--gallery", out, "--query", "PHOTOS"]
-    console.list_next([("use them", ["python", "-c", load]), ("search in them", find)])
 
 
 def report(

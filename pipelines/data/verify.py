@@ -25,7 +25,14 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
 from pipelines.storage.staging import Journal
 from pipelines.storage.urls import RetryingStream, open_stream
-from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
+from pipelines.storage.worker_pool import (
+    HERE,
+    LazyTasks,
+    Progress,
+    Workers,
+    no_progress,
+    run_tasks,
+)
 
 Ints = npt.NDArray[np.int64]
 
@@ -75,25 +82,21 @@ class DatasetReport(NamedTuple):
 
 
 def verify_dataset(
-    index: ShardIndex, journal: Journal, processes: int = 1, progress: Progress = no_progress
+    index: ShardIndex,
+    journal: Journal,
+    workers: Workers = HERE,
+    progress: Progress = no_progress,
 ) -> DatasetReport:
     """Read a whole data set and report its problems.
 
     Args:
         index: the data set.
         journal: of this data set; finished tars are not read again.
-        processes: how many read at the same time.
+        workers: who reads.
         progress: called with the finished tars and their number.
     """
-    total = len(index.shards)
-    results = {n: kept for n in range(total) if (kept := journal.get(n)) is not None}
-    progress(len(results), total)
-    todo = [(n, _only(index, n)) for n in range(total) if n not in results]
-    for number, result in map_unordered(verify_shard, todo, processes):
-        results[number] = result
-        journal.record(number, result)
-        progress(len(results), total)
-    ordered = [results[number] for number in range(total)]
+    tasks = LazyTasks(len(index.shards), lambda number: index.cut(number, number + 1))
+    ordered = run_tasks(verify_shard, tasks, workers, journal.get, journal.record, progress)
     problems = [DataProblem(*problem) for result in ordered for problem in result["problems"]]
     counts: Counter[str] = Counter()
     for result in ordered:
@@ -110,12 +113,6 @@ def verify_dataset(
         problems += [_duplicate_problem(index, labels, pair) for pair in mixed[:_LISTED].tolist()]
     per_class = np.bincount(labels[labels != _BAD], minlength=index.num_classes).astype(np.int64)
     return DatasetReport(index, problems, dict(counts), per_class, repeated)
-
-
-def _only(index: ShardIndex, number: int) -> ShardIndex:
-    """An index of one shard, for a process that need not know the others."""
-    meta = {key: value for key, value in index.meta.items() if key == "fields"}
-    return ShardIndex(index.folder, index.num_classes, [index.shards[number]], meta)
 
 
 def _labels(result: dict[str, Any]) -> Ints:

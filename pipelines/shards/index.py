@@ -116,6 +116,14 @@ class ShardIndex:
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         return shard, number - int(self.starts[shard])
 
+    def cut(self, begin: int, end: int) -> ShardIndex:
+        """An index of the shards `[begin, end)` alone, for a process that need not know the others.
+
+        Their samples are numbered anew, and of `meta` it keeps how samples are read.
+        """
+        meta = {key: value for key, value in self.meta.items() if key == "fields"}
+        return ShardIndex(self.folder, self.num_classes, self.shards[begin:end], meta)
+
     def sample_name(self, shard: int, position: int) -> str:
         """The name of a sample in messages."""
         return f"sample {position} of {self.url(shard)}"

@@ -129,8 +129,8 @@ class Staging:
         if recipe is None:
             return
         if self._local:
-            self._lock = _lock(Path(self.folder) / JOURNAL, target)
-            _remove_temporary_files(Path(self.folder))
+            self._lock = lock_folder(Path(self.folder) / JOURNAL, target)
+            remove_temporary_files(Path(self.folder))
         try:
             self.journal = Journal(f"{self.folder}/{JOURNAL}", recipe)
         except BaseException:
@@ -182,8 +182,19 @@ def _make_hidden_folder(target: Path, lasting: bool) -> Path:
     return Path(name)
 
 
-def _lock(folder: Path, target: str) -> int | None:
-    """A file lock that the system drops with this process; None where there are no file locks."""
+def lock_folder(folder: Path, target: str) -> int | None:
+    """A file lock that the system drops with this process; None where there are no file locks.
+
+    Args:
+        folder: of the lock's file; it is made.
+        target: what is made, for the message.
+
+    Returns:
+        A descriptor; to close it ends the lock.
+
+    Raises:
+        UserError: another process has it.
+    """
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -197,7 +208,7 @@ def _lock(folder: Path, target: str) -> int | None:
     return descriptor
 
 
-def _remove_temporary_files(folder: Path) -> None:
+def remove_temporary_files(folder: Path) -> None:
     """Remove the half-written files of an attempt that was killed."""
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)

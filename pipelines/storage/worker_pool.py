@@ -1,16 +1,22 @@
-"""Many tasks on some processes, in bounded memory."""
+"""Many tasks on some processes, in bounded memory.
+
+`run_tasks` hides where tasks run: here, in processes of this machine, or wherever else a `Workers`
+sends them. What is finished is recorded by this process alone, so that it is kept whoever is lost.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import cycle, islice
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait as wait_for
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mhe_dist.errors import RunError
 
@@ -30,8 +36,98 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Workers(Protocol):
+    """Where tasks run."""
+
+    def map_unordered(
+        self, function: Callable[[T], R], tasks: Iterable[tuple[int, T]]
+    ) -> Iterator[tuple[int, R]]:
+        """Call `function` for every numbered task; yield `(number, result)` as each one ends.
+
+        Args:
+            function: importable.
+            tasks: taken from the iterable only when there will soon be room for another one.
+
+        Raises:
+            RunError: workers were lost, and others could not take their place. What `function`
+                raises is raised here, too.
+        """
+
+
+@dataclass(frozen=True)
+class Processes:
+    """`Workers` on this machine.
+
+    Attributes:
+        count: how many work at the same time; with one, the tasks run in this process.
+        environments: more variables for the processes, handed out in turn.
+    """
+
+    count: int = 1
+    environments: Sequence[Mapping[str, str]] = ()
+
+    def map_unordered(
+        self, function: Callable[[T], R], tasks: Iterable[tuple[int, T]]
+    ) -> Iterator[tuple[int, R]]:
+        """See `Workers.map_unordered`."""
+        return map_unordered(function, tasks, self.count, self.environments)
+
+
+HERE = Processes()
+
+
+class LazyTasks(Sequence[T]):
+    """Tasks that are made when they are needed."""
+
+    def __init__(self, count: int, task: Callable[[int], T]) -> None:
+        """Args: how many; from a number to a task."""
+        self._count, self._task = count, task
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._task(range(self._count)[number])
+
+
+def never_finished(number: int) -> None:
+    """For `run_tasks`: no task was finished before."""
+
+
+def run_tasks(
+    function: Callable[[T], R],
+    tasks: Sequence[T],
+    workers: Workers = HERE,
+    finished: Callable[[int], R | None] = never_finished,
+    record: Callable[[int, R], None] = lambda number, result: None,
+    progress: Progress = no_progress,
+) -> list[R]:
+    """The results of all tasks, in their order, wherever they run; see `Workers.map_unordered`.
+
+    Args:
+        function: importable.
+        tasks: taken one by one, and only those that are not finished.
+        workers: where they run.
+        finished: the result of a task by its number, if an earlier attempt had it.
+        record: is given each new result and its task's number, in this process, as it comes.
+        progress: called with the finished tasks and their number.
+    """
+    total = len(tasks)
+    results = {n: kept for n in range(total) if (kept := finished(n)) is not None}
+    progress(len(results), total)
+    todo = ((number, tasks[number]) for number in range(total) if number not in results)
+    for number, result in workers.map_unordered(function, todo):
+        record(number, result)
+        results[number] = result
+        progress(len(results), total)
+    return [results[number] for number in range(total)]
+
+
 def map_unordered(
-    function: Callable[[T], R], tasks: Iterable[tuple[int, T]], processes: int
+    function: Callable[[T], R],
+    tasks: Iterable[tuple[int, T]],
+    processes: int,
+    environments: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[tuple[int, R]]:
     """Call `function` for every numbered task; yield `(number, result)` as each one ends.
 
@@ -40,6 +136,7 @@ def map_unordered(
             called here and may be anything.
         tasks: taken from the iterable only when a process will soon be free.
         processes: how many work at the same time.
+        environments: more variables for the processes, handed out in turn.
 
     Raises:
         RunError: a process was killed. What `function` raises is raised here, too.
@@ -49,7 +146,11 @@ def map_unordered(
             yield number, function(task)
         return
     # Not forked: threads of this process (fsspec's, BLAS's) may hold locks at that moment.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=_begin)
+    context = get_context("spawn")
+    variables = context.SimpleQueue()
+    for each in islice(cycle(environments or [{}]), processes):
+        variables.put(dict(each))
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(variables,))
     waiting: dict[Future[R], int] = {}
     try:
         for number, task in tasks:
@@ -72,8 +173,9 @@ def _finished(waiting: dict[Future[R], int]) -> Iterator[tuple[int, R]]:
         yield waiting.pop(future), future.result()
 
 
-def _begin() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
+def _begin(environments: Any) -> None:
+    """Take the next environment, leave Ctrl-C to the parent, and do not outlive it."""
+    os.environ.update(environments.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

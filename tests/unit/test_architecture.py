@@ -67,6 +67,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "signals": set(),
         "terminal": {"events"},
         "ray_cluster": {"events", "signals"},
+        "tasks": {"signals", "ray_cluster"},
         "kubernetes": {"ray_cluster"},
         "preflight": {"terminal", "ray_cluster"},
         "reproduce": set(),
@@ -74,7 +75,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "api": {"signals", "terminal", "ray_cluster", "preflight", "execute"},
         "job": {"events", "signals", "terminal", "ray_cluster", "preflight", "execute"},
         "verbs": {
-            *("events", "signals", "terminal", "ray_cluster"),
+            *("events", "signals", "terminal", "ray_cluster", "tasks"),
             *("kubernetes", "preflight", "reproduce", "execute"),
         },
         "cli": {"terminal", "verbs"},

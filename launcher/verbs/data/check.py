@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
@@ -102,8 +103,12 @@ def verify(
     good = True
     for name, found in zip(_names(data), sets, strict=True):
         journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
-        with resumable(), ProgressDisplay().counting(f"reading {name}") as progress:
-            report = verify_dataset(found, journal, processes or available_cores(), progress)
+        with (
+            resumable(),
+            choose_workers(processes) as workers,
+            ProgressDisplay().counting(f"reading {name}") as progress,
+        ):
+            report = verify_dataset(found, journal, workers, progress)
         write_verification(report, f"{out}/{name}")
         journal.remove()
         _show(report)

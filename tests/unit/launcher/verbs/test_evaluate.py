@@ -17,6 +17,7 @@ from PIL import Image
 from launcher import cli
 from pipelines.data.decode import decode_image
 from pipelines.embedding.embed import read_embeddings
+from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
@@ -154,6 +155,29 @@ def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Ca
     assert "let the name end with .npz or .parquet" in said(
         [*words[:-3], "--out", "a.csv"], capsys, 2
     )
+
+
+def test_embeddings_in_a_folder(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, out = str(Path(run).parent / "heldout"), tmp_path / "rows"
+    words = ["embed", run, "--images", shards, "--out", str(out), "--workers", "1"]
+    for attempt in ("made", "there already"):
+        assert "96 embeddings of 32, float32" in said(words, capsys), attempt
+    folder = EmbeddingsFolder.open(str(out))
+    assert sorted(folder.labels) == sorted([*range(8)] * tiny.IMAGES)
+    # What a set is in a file, it is in a folder.
+    said([*words[:-3], f"{out}.npz"], capsys)
+    np.testing.assert_allclose(
+        np.load(f"{out}.npz")["embeddings"], folder.rows, rtol=1e-4, atol=1e-5
+    )
+    assert "holds embeddings with normalize False, not True" in said(
+        [*words, "--normalize"], capsys, 2
+    )
+    assert "--workers is for a folder" in said([*words, "--out", "a.npz"], capsys, 2)
+    assert "let --out end with .npz" in said([*words, "--images", str(photos)], capsys, 2)
+    monkeypatch.setenv("RANK", "0")
+    assert "type mhe embed without torchrun" in said(words, capsys, 2)
 
 
 @pytest.mark.parametrize("images", ["photos", "shards"])

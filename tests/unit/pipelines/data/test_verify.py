@@ -20,6 +20,7 @@ from pipelines.report.verification import draw_class_sizes, verification_summary
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.staging import Journal
+from pipelines.storage.worker_pool import HERE, Processes, Workers
 from tests.recordio_files import jpeg
 
 PER_SHARD, CLASSES = 5, 4
@@ -38,9 +39,9 @@ def index(tmp_path: Path) -> ShardIndex:
         return writer.finish(CLASSES)
 
 
-def read(index: ShardIndex, folder: Path, processes: int = 1) -> DatasetReport:
+def read(index: ShardIndex, folder: Path, workers: Workers = HERE) -> DatasetReport:
     journal = Journal(str(folder / "journal"), index.digest)
-    report = verify_dataset(index, journal, processes)
+    report = verify_dataset(index, journal, workers)
     journal.remove()
     return report
 
@@ -54,7 +55,7 @@ def test_good_data_is_good(index: ShardIndex, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_find_what_one_would(index: ShardIndex, tmp_path: Path) -> None:
-    one, two = (read(index, tmp_path, processes=number) for number in (1, 2))
+    one, two = (read(index, tmp_path, Processes(number)) for number in (1, 2))
     assert two.per_class.tolist() == one.per_class.tolist()
     assert two._replace(per_class=0) == one._replace(per_class=0)
 

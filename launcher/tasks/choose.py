@@ -1,0 +1,42 @@
+"""Who does the tasks of a command: processes of this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mhe_dist.distributed.device import choose_device
+from mhe_dist.errors import UserError
+from pipelines.storage.worker_pool import Processes, Workers, available_cores
+
+
+@contextmanager
+def choose_workers(count: int, gpu: bool = False) -> Iterator[Workers]:
+    """Workers for `pipelines.storage.worker_pool.run_tasks` inside the block.
+
+    Args:
+        count: how many; 0: one per core, or per GPU.
+        gpu: each has a GPU; otherwise it sees none.
+
+    Raises:
+        UserError: there are fewer GPUs than that.
+    """
+    devices = _gpus() if gpu else []
+    if gpu and count > len(devices):
+        raise UserError(
+            f"--workers {count} --gpu: {len(devices)} GPUs are to be seen here; ask for as many "
+            "workers at most, or --no-gpu"
+        )
+    environments = [{"CUDA_VISIBLE_DEVICES": device} for device in devices]
+    environments = environments or [choose_device(False).environment]
+    yield Processes(count or len(devices) or available_cores(), environments)
+
+
+def _gpus() -> list[str]:
+    """What `CUDA_VISIBLE_DEVICES` may name for a process of one GPU."""
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return named.split(",")
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]

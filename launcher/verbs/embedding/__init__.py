@@ -1,0 +1,1 @@
+"""`mhe embed`, `mhe search`: images as embeddings."""

@@ -1,0 +1,115 @@
+"""`mhe embed`: images to rows, in a file or in a folder that is mapped."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from launcher.tasks.choose import choose_workers
+from launcher.terminal import console
+from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.data.convert import resumable
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from mhe_dist.errors import UserError
+from pipelines.runs.trained import read_trained_config
+
+if TYPE_CHECKING:
+    from pipelines.embedding.embed import EmbeddingsFile
+    from pipelines.embedding.folder import EmbeddingsFolder
+
+MAX_SHOWN = 20  # images that were left out and are named
+
+Images = Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")]
+
+
+def embed(
+    run: RunName,
+    images: Images,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="A file, .npz or .parquet (key, class, vector); without a suffix a folder."
+        ),
+    ] = "embeddings.npz",
+    flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Embeddings of length 1.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the rows in a folder: float32 or float16.")
+    ] = "float32",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that fill a folder; 0: one per core, or per GPU.")
+    ] = 0,
+    gpu: GpuOption = None,
+) -> None:
+    """Embed every image below a folder, or every sample of a set of shards.
+
+    A .npz file holds embeddings, classes and, in the same order, paths (of a folder) or keys and
+    labels (of shards); it is made in memory.
+
+    A folder is for very many samples of shards: embeddings.npy, to be mapped, one row for each
+    sample in the order of the index. Processes fill it part by part, in flat memory, and the same
+    command goes on where it was interrupted.
+
+    Example: mhe embed quickstart --images photos --out photos.npz
+
+    Example: mhe embed quickstart --images data/photos --out embeddings/photos --workers 8
+    """
+    images = images.rstrip("/")
+    if os.path.splitext(out.rstrip("/"))[1]:
+        for option, is_given in (("--workers", workers), ("--dtype", dtype != "float32")):
+            if is_given:
+                raise UserError(f"{option} is for a folder: let --out {out} have no suffix")
+        _embed_file(run, images, out, flip, normalize, gpu)
+        return
+    from pipelines.embedding.write_folder import FolderOptions, write_folder
+
+    if "RANK" in os.environ:
+        raise UserError("a folder is filled by --workers N: type mhe embed without torchrun")
+    gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
+    options = FolderOptions(flip, normalize, dtype, gpu)
+    with (
+        resumable(),
+        choose_workers(workers, gpu) as chosen,
+        ProgressDisplay().counting(f"embedding {images}") as progress,
+    ):
+        made = write_folder(run, images, out.rstrip("/"), options, chosen, progress)
+    _tell_folder(made)
+
+
+def _tell_folder(made: EmbeddingsFolder) -> None:
+    rows, dim = made.rows.shape
+    console.say(f"{escape(made.path)}: {rows:,} embeddings of {dim}, {made.recipe.dtype}")
+    load = f'import numpy; numpy.load({json.dumps(made.rows_path)}, mmap_mode="r")'
+    console.list_next([("use them", ["python", "-c", load])])
+
+
+def _embed_file(
+    run: str, images: str, out: str, flip: bool, normalize: bool, gpu: bool | None
+) -> None:
+    from pipelines.embedding.embed import write_embeddings
+    from pipelines.runs.trained import load_trained_backbone
+
+    topology = join_ranks(run, gpu)
+    backbone = load_trained_backbone(run, topology.device)
+    side = backbone.config.data.image_size
+    with spinner(topology, f"embedding {images}"):
+        written = write_embeddings(backbone.embed, images, out, topology, side, flip, normalize)
+    if written is not None:
+        _tell_file(run, out, written)
+
+
+def _tell_file(run: str, out: str, written: EmbeddingsFile) -> None:
+    console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
+    for path in written.skipped[:MAX_SHOWN]:
+        console.say(f"[yellow]left out:[/] {escape(path)}")
+    if len(written.skipped) > MAX_SHOWN:
+        console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
+    load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
+    if out.endswith(".parquet"):
+        load = f"import pandas; pandas.read_parquet({json.dumps(out)})"
+    find = ["mhe", "search", run, "--gallery", out, "--query", "PHOTOS"]
+    console.list_next([("use them", ["python", "-c", load]), ("search in them", find)])
