@@ -20,9 +20,9 @@ help:  ## This list
 train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation, export
 	@$(BIN)/mhe train configs/quickstart.yaml
 
-# Two processes, because the machines that this is typed on have two cores or more; a file's tests
-# stay together, since they share what they prepare. The long ones come first, by their name.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+# Three processes, on machines with two cores or more: many tests wait for processes that start. A
+# file's tests stay together, since they share what they prepare. The long ones come first, by name.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 # Ray gives a node 30 s to start, whatever else the machine does: the nodes of a cluster come alone.
 test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite

@@ -375,13 +375,17 @@ def test_a_plan_counts_typefaces_and_drops_repeated_pictures() -> None:
 
 @pytest.mark.slow
 def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
-    settings = GlyphsConfig(image_size=16)  # at 32 even fewer characters look alike
+    """Of every fifth character: a fifth of what the quickstart trains on."""
+    settings = GlyphsConfig(image_size=16, heldout_classes=100)  # at 32 fewer look alike
     files = {file.name: file.path for file in find_fonts(matplotlib_fonts())}
     faces = open_typefaces(find_fonts(matplotlib_fonts()))
     known, unseen = split_fonts(list(faces.values()), settings)
     surveys = {
         name: survey_typeface(
-            SurveyTask(FontFace(files[name], 16, 0, faces[name].capital), faces[name].codes)
+            SurveyTask(
+                FontFace(files[name], 16, 0, faces[name].capital),
+                [code for code in faces[name].codes if not code % 5],
+            )
         )
         for name in (*known, *unseen)
     }
@@ -395,9 +399,9 @@ def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
     assert all(name.startswith("DejaVu") for name in known)
     assert len(unseen) == 4
     assert all(name.startswith("STIXGeneral") for name in unseen)
-    assert len(plan.train) >= 3000
-    assert sum(len(group) for group in plan.train) >= 25_000
-    assert len(plan.heldout) == 500
+    assert len(plan.train) >= 600
+    assert sum(len(group) for group in plan.train) >= 5_000
+    assert len(plan.heldout) == 100
 
 
 def test_the_index_is_small(made: Path) -> None:
