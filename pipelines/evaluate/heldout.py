@@ -24,8 +24,10 @@ from pipelines.embedding.embeddings import (
     normalize_embeddings,
     raise_together,
 )
+from pipelines.evaluate.metrics.hard_cases import IdentifiedSet, find_hard_cases
 from pipelines.evaluate.metrics.identification import Identification, identify
 from pipelines.evaluate.metrics.pair_sampling import draw_pairs, squared_distances
+from pipelines.evaluate.metrics.projection import map_embeddings
 from pipelines.evaluate.metrics.roc import FARS, tar_name
 from pipelines.evaluate.metrics.verification import FOLDS, ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
@@ -42,7 +44,8 @@ class Evaluation(NamedTuple):
         metrics: name -> value, on every rank.
         details: arrays for plots, on rank 0 (empty elsewhere): `far`, `tar` of the ROC;
             `probes` `[P]`, `nearest` `[P, k]` sample numbers in the set, `right` bool `[P, k]`:
-            whether a neighbour is of the probe's class.
+            whether a neighbour is of the probe's class; and, if they were asked for, those of
+            `hard_cases.find_hard_cases` and `projection.map_embeddings`.
         protocol: which images are enrolled, in words; on every rank.
     """
 
@@ -57,7 +60,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_heldout(
-    embed: Embed, settings: EvaluateConfig, image_size: int, seed: int, topology: Topology
+    embed: Embed,
+    settings: EvaluateConfig,
+    image_size: int,
+    seed: int,
+    topology: Topology,
+    with_pictures: bool = False,
 ) -> Evaluation:
     """Evaluate on the shards `settings.shards`; all ranks must call, and all get the metrics.
 
@@ -74,6 +82,8 @@ def evaluate_heldout(
         image_size: of the images in pixels.
         seed: of the drawn pairs.
         topology: the ranks.
+        with_pictures: also find what a report shows of the set: hard cases and a map. An evaluation
+            in mid-training needs neither.
 
     Raises:
         UserError: there is no such set, or it is too small to evaluate on.
@@ -84,7 +94,7 @@ def evaluate_heldout(
     failure: Exception | None = None
     if embedded is not None:
         try:
-            result = _evaluate_embedded(embedded, settings, seed, index)
+            result = _evaluate_embedded(embedded, settings, seed, index, with_pictures)
         except UserError as error:
             failure = UserError(f"{settings.shards}: {error}")
         except Exception as error:  # the other ranks would wait for the metrics
@@ -128,7 +138,11 @@ def refuse_unusable_set(settings: EvaluateConfig, seed: int) -> None:
 
 
 def _evaluate_embedded(
-    embedded: EmbeddedSet, settings: EvaluateConfig, seed: int, index: ShardIndex
+    embedded: EmbeddedSet,
+    settings: EvaluateConfig,
+    seed: int,
+    index: ShardIndex,
+    with_pictures: bool,
 ) -> Evaluation:
     rows, labels = normalize_embeddings(embedded.embeddings), embedded.labels
     pairs = draw_pairs(labels, settings.pairs, seed)
@@ -145,8 +159,11 @@ def _evaluate_embedded(
         metrics |= {f"{name}/{key}": value for key, value in _identification_metrics(part).items()}
         metrics[f"{name}/probes"] = float(len(chosen))
     far, tar = result.roc.curve(0.1)
-    roc = {"far": far, "tar": tar}
-    return Evaluation(metrics, roc | _neighbours(result, labels, gallery, probes))
+    details = {"far": far, "tar": tar} | _neighbours(result, labels, gallery, probes)
+    if with_pictures:
+        details |= find_hard_cases(IdentifiedSet(rows, labels, gallery, probes, result))
+        details |= map_embeddings(rows, labels, seed)
+    return Evaluation(metrics, details)
 
 
 def _identification_metrics(result: Identification) -> dict[str, float]:

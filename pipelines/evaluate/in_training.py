@@ -83,6 +83,7 @@ def evaluate_in_training(
     seed: int,
     topology: Topology,
     head: TrainedHead | None = None,
+    with_pictures: bool = False,
 ) -> Evaluation:
     """Evaluate on everything that the config names; all ranks must call, and all get the metrics.
 
@@ -98,13 +99,14 @@ def evaluate_in_training(
         seed: of the drawn pairs of the held-out shards.
         topology: the ranks.
         head: of the run; needed for `settings.classification` alone.
+        with_pictures: see `evaluate_heldout`.
 
     Raises:
         UserError: a set cannot be used.
     """
     evaluation = Evaluation({}, {})
     if settings.shards:
-        evaluation = evaluate_heldout(embed, settings, image_size, seed, topology)
+        evaluation = evaluate_heldout(embed, settings, image_size, seed, topology, with_pictures)
     metrics = dict(evaluation.metrics)
     if settings.verification:
         sets = read_bin_sets(settings.verification)

@@ -67,7 +67,7 @@ def _evaluate(run: Run) -> Evaluation:
     It fails on all ranks, so that all go on (`pipelines.embedding.embeddings.raise_together`).
     """
     try:
-        return run.evaluate()
+        return run.evaluate(with_pictures=True)
     except (UserError, RunError, OSError) as error:
         run.recorder.warn(
             run.progress.step,

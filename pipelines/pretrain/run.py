@@ -159,8 +159,11 @@ class Run:
                 self._after_step(info, batches.faults)
         self.checkpointer.wait()
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, with_pictures: bool = False) -> Evaluation:
         """Held-out results of the model as it is now; the metrics are the same on all ranks.
+
+        Args:
+            with_pictures: see `pipelines.evaluate.heldout.evaluate_heldout`.
 
         Raises:
             Preempted: a rank was told to stop meanwhile; nothing is recorded.
@@ -176,6 +179,7 @@ class Run:
                 config.run.seed,
                 self.topology,
                 self.trained_head,
+                with_pictures,
             )
         self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation

@@ -25,26 +25,44 @@ Curves = Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 """Name -> FAR and TAR, both `[n]`."""
 
 
-def save_evaluation(run: str, name: str, results: Any, curves: Curves, title: str) -> list[str]:
+def save_evaluation(
+    run: str, name: str, results: dict[str, Any], curves: Curves, title: str
+) -> list[str]:
     """Write `<run>/evaluation/<name>.json` and, if there are curves, `<name>.png`.
+
+    The JSON holds the curves, too, as `curves`: name -> `far`, `tar`.
 
     Args:
         run: folder or URL of the run.
         name: of the evaluation; the files of an earlier one of that name are replaced.
-        results: any value that JSON can hold.
+        results: what JSON can hold.
         curves: ROC curves.
         title: of the plot.
 
     Returns:
         Paths of the files.
     """
+    if curves:
+        points = {key: {"far": far, "tar": tar} for key, (far, tar) in curves.items()}
+        results = results | {"curves": points}
     stem = f"{run}/{EVALUATION_FOLDER}/{name}"
     with atomic_write(f"{stem}.json") as stream:
-        stream.write(json.dumps(results, indent=2).encode())
+        stream.write(json.dumps(results, indent=2, default=_rounded).encode())
     if not curves:
         return [f"{stem}.json"]
     save_figure(draw_roc(curves, title), f"{stem}.png")
     return [f"{stem}.json", f"{stem}.png"]
+
+
+def save_details(run: str, name: str, details: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write what pictures of an evaluation show to `<run>/evaluation/<name>.npz`."""
+    with atomic_write(f"{run}/{EVALUATION_FOLDER}/{name}.npz") as stream:
+        np.savez_compressed(stream, **details)  # type: ignore[arg-type]
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> list[float]:
+    """Points of a curve, with as many digits as a picture can show."""
+    return [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def log_evaluation(uri: str, run_id: str, step: int, metrics: Metrics, files: list[str]) -> None:

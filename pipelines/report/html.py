@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
+import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Iterator
 from typing import Any, Final
 
-import jinja2
+import numpy as np
 import yaml
 
 from mhe_dist.config.describe import describe_config
@@ -19,40 +16,22 @@ from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
+from pipelines.report.charts.lines import draw_lines
+from pipelines.report.charts.numbers import format_figure, format_share, format_value
+from pipelines.report.charts.run_charts import (
+    heldout_charts,
+    roc_chart,
+    speed_charts,
+    training_charts,
+)
 from pipelines.report.evaluation import EVALUATION_FOLDER
-from pipelines.report.plots import HELDOUT, Records, draw_plots, series
-from pipelines.storage.urls import atomic_write, list_folder, resolve_url
+from pipelines.report.heldout_pictures import heldout_sections
+from pipelines.report.page import PageSection, picture, read_bytes, write_page
+from pipelines.report.plots import HELDOUT, Arrays, Records, series
+from pipelines.storage.urls import list_folder, resolve_url
 
-_PICTURES: Final = {
-    "training": ("Training", "Loss, accuracy among the classes seen, learning rate"),
-    "throughput": ("Speed", "Images per second, share of the time that is spent waiting for data"),
-    "heldout": ("Unseen classes", "Held-out figures over the training, and the ROC of the last"),
-    "neighbours": ("Nearest neighbours", "Probes of unseen classes, the gallery's nearest entries"),
-}
 _MAX_BAD_SAMPLES: Final = 50
 _RESTART: Final = ("restarts", "restart_lost_steps", "restart_seconds")
-
-
-@dataclass
-class Picture:
-    """A PNG in base64, and the text that describes it."""
-
-    alt: str
-    data: str
-
-
-@dataclass
-class PageSection:
-    """A section of the page; the template leaves out what is empty."""
-
-    title: str
-    text: str = ""
-    pictures: list[Picture] = field(default_factory=list)
-    head: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    summary: str = ""
-    pre: str = ""
-    narrow: bool = False
 
 
 def write_run_page(run: str, out: str) -> list[str]:
@@ -72,7 +51,8 @@ def write_run_page(run: str, out: str) -> list[str]:
     records = read_records(f"{run}/metrics.jsonl")
     summary = json.loads(read_bytes(f"{run}/summary.json") or b"{}")
     sections = [
-        *_picture_sections(run, config, summary.get("protocol", "")),
+        *_chart_sections(run, records, summary.get("protocol", "")),
+        *_heldout_sections(run, config),
         *_evaluation_sections(run),
         *_export_sections(summary),
         _restarts_section(records),
@@ -82,33 +62,6 @@ def write_run_page(run: str, out: str) -> list[str]:
     subtitle = _subtitle(config, records, summary)
     write_page(out, config.run.name, subtitle, list(_tiles(records, summary)), sections)
     return [section.title for section in sections]
-
-
-def write_page(
-    out: str,
-    name: str,
-    subtitle: str,
-    tiles: Sequence[tuple[str, str]],
-    sections: Sequence[PageSection],
-) -> None:
-    """Write a page from its parts; an existing file is replaced.
-
-    Args:
-        out: path or URL of the page.
-        name: its title.
-        subtitle: below the title.
-        tiles: the most important figures, as (name, value).
-        sections: in their order.
-    """
-    template = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    ).get_template("page.html.j2")
-    page = template.render(name=name, subtitle=subtitle, tiles=tiles, sections=sections)
-    with atomic_write(out) as stream:
-        stream.write(page.encode(errors="backslashreplace"))  # names need not be UTF-8
 
 
 def _subtitle(config: Config, records: Records, summary: dict[str, Any]) -> str:
@@ -129,12 +82,12 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
     heldout = {key[8:]: value for r in records for key, value in r.items() if key[:8] == "heldout/"}
     for key, name in HELDOUT:
         if key in heldout:
-            yield f"{name}, unseen classes", f"{heldout[key]:.1%}"
+            yield f"{name}, unseen classes", format_share(heldout[key])
     if "chance" in heldout:
-        yield "chance of rank-1", f"{heldout['chance']:.1%}"
+        yield "chance of rank-1", format_share(heldout["chance"])
     for key, value in heldout.items():
         if key.endswith("/accuracy"):
-            yield key.removesuffix("/accuracy"), f"{value:.2%}"
+            yield key.removesuffix("/accuracy"), format_share(value)
     losses = [record["loss"] for record in records if "loss" in record]
     if losses:
         yield "training loss, last step", f"{losses[-1]:.3f}"
@@ -147,20 +100,46 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
         yield "minutes in all", f"{sum(summary['phases'].values()) / 60:.1f}"
 
 
-def _picture_sections(run: str, config: Config, protocol: str) -> Iterator[PageSection]:
-    """The plots that `mhe train` draws too, drawn again from the records."""
-    with TemporaryDirectory() as folder:
-        for name in ("metrics.jsonl", "evaluation.npz"):
-            if (content := read_bytes(f"{run}/{name}")) is not None:
-                Path(folder, name).write_bytes(content)
-        paths = draw_plots(folder, config.evaluate.shards, config.data.image_size)
-        drawn = {path.stem: path for path in paths}
-        for name, (title, text) in _PICTURES.items():
-            if name in drawn:
-                says = f" ({protocol})" if name == "heldout" and protocol else ""
-                yield PageSection(
-                    title, f"{text}{says}", [picture(title, drawn[name].read_bytes())]
-                )
+def _chart_sections(run: str, records: Records, protocol: str) -> Iterator[PageSection]:
+    """Curves of the records, and the ROC of the last held-out evaluation."""
+    details = _load_details(f"{run}/evaluation.npz")
+    says = f" ({protocol})" if protocol else ""
+    for title, text, charts in (
+        (
+            "Training",
+            "Loss, accuracy among the classes seen, learning rate",
+            training_charts(records),
+        ),
+        (
+            "Speed",
+            "Images per second, share of the time that is spent waiting for data",
+            speed_charts(records),
+        ),
+        (
+            "Unseen classes",
+            f"Held-out figures over the training, and the ROC of the last{says}",
+            heldout_charts(records, details),
+        ),
+    ):
+        if drawn := [draw_lines(chart) for chart in charts]:
+            yield PageSection(title, text, drawn)
+
+
+def _heldout_sections(run: str, config: Config) -> Iterator[PageSection]:
+    """Pictures of the newest evaluation: of `mhe evaluate heldout`, else of the run's end."""
+    stem, shards = f"{run}/{EVALUATION_FOLDER}/heldout", config.evaluate.shards
+    details = _load_details(f"{stem}.npz")
+    if details:
+        shards = json.loads(read_bytes(f"{stem}.json") or b"{}")["results"]["shards"]
+    yield from heldout_sections(details or _load_details(f"{run}/evaluation.npz"), shards)
+
+
+def _load_details(url: str) -> Arrays:
+    content = read_bytes(url)
+    if content is None:
+        return {}
+    with np.load(io.BytesIO(content)) as stored:
+        return dict(stored)
 
 
 def _evaluation_sections(run: str) -> Iterator[PageSection]:
@@ -170,16 +149,22 @@ def _evaluation_sections(run: str) -> Iterator[PageSection]:
     for name in (name for name in list_folder(folder) if name.endswith(".json")):
         saved = json.loads(filesystem.cat_file(name))
         stem = name.rpartition("/")[2].removesuffix(".json")
-        drawn = read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png")
-        rows = [[key, format_value(value)] for key, value in _flatten(saved["results"])]
-        yield PageSection(
+        rows = [[key, format_figure(key, value)] for key, value in _flatten(saved["results"])]
+        section = PageSection(
             f"Evaluation: {stem}",
             f"Checkpoint of step {saved['step']:,}",
-            [picture(f"ROC of {stem}", drawn)] if drawn else [],
-            ["figure", "value"],
-            rows,
-            narrow=True,
+            head=["figure", "value"],
+            rows=rows,
         )
+        if curves := saved.get("curves"):
+            points = {
+                each: (np.array(found["far"]), np.array(found["tar"]))
+                for each, found in curves.items()
+            }
+            section.charts.append(draw_lines(roc_chart(f"ROC of {stem}", points)))
+        elif drawn := read_bytes(f"{run}/{EVALUATION_FOLDER}/{stem}.png"):
+            section.pictures.append(picture(f"ROC of {stem}", drawn))  # of an earlier version
+        yield section
 
 
 def _export_sections(summary: dict[str, Any]) -> Iterator[PageSection]:
@@ -187,7 +172,7 @@ def _export_sections(summary: dict[str, Any]) -> Iterator[PageSection]:
     rows = [[name, e["path"], f"{e['max_difference']:.1e}"] for name, e in exports.items()]
     if rows:
         head = ["format", "path", "largest difference from the trained model"]
-        yield PageSection("Exported backbone", "", [], head, rows)
+        yield PageSection("Exported backbone", head=head, rows=rows)
 
 
 def _restarts_section(records: Records) -> PageSection:
@@ -198,7 +183,7 @@ def _restarts_section(records: Records) -> PageSection:
     ]
     head = ["step", "restarts so far", "steps done again", "seconds until the next step"]
     return PageSection(
-        "Restarts", "" if rows else "None is recorded.", [], head if rows else [], rows
+        "Restarts", "" if rows else "None is recorded.", head=head if rows else [], rows=rows
     )
 
 
@@ -215,7 +200,7 @@ def _bad_samples_section(run: str, records: Records) -> PageSection:
     if len(samples) > _MAX_BAD_SAMPLES:
         text += f" The first {_MAX_BAD_SAMPLES} of {BAD_SAMPLES_FILE}:"
     rows = [[sample["place"], sample["reason"]] for sample in samples[:_MAX_BAD_SAMPLES]]
-    return PageSection("Bad samples", text, [], ["sample", "reason"], rows)
+    return PageSection("Bad samples", text, head=["sample", "reason"], rows=rows)
 
 
 def _settings_section(config: Config) -> PageSection:
@@ -241,23 +226,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flatten(value, f"{prefix}{key} ")
         else:
             yield f"{prefix}{key}", value
-
-
-def format_value(value: Any) -> str:
-    """A setting or figure as a cell of a table shows it."""
-    if isinstance(value, list):
-        return ", ".join(map(format_value, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.5g}"
-    return f"{value:,}" if type(value) is int else str(value)
-
-
-def picture(alt: str, content: bytes) -> Picture:
-    """A PNG for a page, with the text that describes it."""
-    return Picture(alt, base64.b64encode(content).decode())
-
-
-def read_bytes(url: str) -> bytes | None:
-    """The file at a path or URL; None if there is none."""
-    filesystem, path = resolve_url(url)
-    return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None

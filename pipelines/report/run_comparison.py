@@ -5,50 +5,26 @@ It is made from the runs' records alone, as the page of one run is, and needs no
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, product
 from typing import Any, Final
 
-import matplotlib as mpl
 import numpy as np
-import numpy.typing as npt
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from mhe_dist.config.describe import describe_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.tracking.jsonl import read_records
-from pipelines.report.html import (
-    PageSection,
-    format_value,
-    picture,
-    read_bytes,
-    steps_done,
-    write_page,
-)
-from pipelines.report.plots import (
-    BLUE,
-    GREEN,
-    GREY,
-    HELDOUT,
-    ORANGE,
-    RED,
-    SMOOTH,
-    STYLE,
-    Records,
-    percent_axis,
-    running_mean,
-    series,
-)
+from pipelines.report.charts.lines import draw_lines
+from pipelines.report.charts.numbers import format_share, format_value
+from pipelines.report.charts.run_charts import Positions, compared_chart
+from pipelines.report.html import steps_done
+from pipelines.report.page import PageSection, read_bytes, write_page
+from pipelines.report.plots import HELDOUT, Records, series
 
-_STYLES: Final = tuple(product(("-", "--", ":"), (BLUE, ORANGE, GREEN, RED, GREY)))
 _NONE: Final = "-"  # a figure that a run does not have, a setting that does not apply to it
 _NO_SETTING: Final = {"run.name", "run.dir"}  # they differ always, and change nothing
 
@@ -127,14 +103,15 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
     """Figures of a run as (name, value), the held-out ones and their protocol first."""
     for key, name in HELDOUT:
         if (value := run.last(f"heldout/{key}")) is not None:
-            yield f"{name}, unseen classes", f"{value:.1%}"
+            yield f"{name}, unseen classes", format_share(value)
     if protocol := run.summary.get("protocol"):
         yield "protocol of rank-1, TAR", protocol
     others = {key[8:] for record in run.records for key in record if key.startswith("heldout/")}
     for key in sorted(others):
-        if key.endswith(("/rank1", "/accuracy", "/top1")):
+        value = run.last(f"heldout/{key}")
+        if value is not None and key.endswith(("/rank1", "/accuracy", "/top1")):
             name = key.replace("/rank1", ": rank-1").replace("/top1", ": top-1")
-            yield name, f"{run.last(f'heldout/{key}'):.1%}"
+            yield name, format_share(value)
     if (loss := run.last("loss")) is not None:
         yield "training loss, last step", f"{loss:.3f}"
     done = f"{steps_done(run.records):,}"
@@ -151,6 +128,8 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
 
 def _curve_sections(runs: Sequence[RecordedRun]) -> Iterator[PageSection]:
     """Curves of all runs over each other, a panel for each metric that one of them has."""
+    positions, unit = _positions(runs)
+    recorded = [(run.label, run.records) for run in runs]
     panels = {
         "Training": [("loss", "Training loss"), ("accuracy", "Training accuracy, classes seen")],
         "Unseen classes": [(f"heldout/{key}", name) for key, name in HELDOUT],
@@ -158,55 +137,18 @@ def _curve_sections(runs: Sequence[RecordedRun]) -> Iterator[PageSection]:
     }
     for title, metrics in panels.items():
         shown = [(k, n) for k, n in metrics if any(k in r for run in runs for r in run.records)]
-        if shown:
-            drawn = picture(title, _draw(runs, shown))
-            yield PageSection(title, pictures=[drawn], narrow=len(shown) == 1)
-
-
-def _draw(runs: Sequence[RecordedRun], metrics: Sequence[tuple[str, str]]) -> bytes:
-    """A PNG with a panel for each metric, and one legend."""
-    position, unit = _positions(runs)
-    with mpl.rc_context(STYLE):
-        width = max(4.6 * len(metrics), 6)
-        figure = Figure(figsize=(width, 3.5 + 0.22 * -(-len(runs) // 3)))
-        for axes, (key, title) in zip(
-            figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True
-        ):
-            _plot_runs(axes, runs, key, position)
-            axes.set(title=title, xlabel=unit)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 3))
-        content = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(content, metadata={"Software": None})
-    return content.getvalue()
-
-
-Positions = Callable[[RecordedRun, npt.NDArray[Any]], npt.NDArray[Any]]
+        drawn = [
+            draw_lines(compared_chart(recorded, key, name, unit, positions)) for key, name in shown
+        ]
+        if drawn:
+            yield PageSection(title, charts=drawn)
 
 
 def _positions(runs: Sequence[RecordedRun]) -> tuple[Positions, str]:
     """Where a step is on the axis: images seen, if steps of the runs are of different sizes."""
     if len({run.config.train.global_batch for run in runs}) == 1:
-        return lambda run, steps: steps, "step"
-    return lambda run, steps: steps * run.config.train.global_batch, "images seen"
-
-
-def _plot_runs(axes: Axes, runs: Sequence[RecordedRun], key: str, position: Positions) -> None:
-    heldout = key.startswith("heldout/")
-    for run, (line, colour) in zip(runs, cycle(_STYLES), strict=False):
-        steps, values = series(run.records, key)
-        if len(steps) and not heldout:
-            values = running_mean(values, max(1, round(SMOOTH * len(values))))
-        marker = "o" if heldout else ""
-        axes.plot(
-            position(run, steps), values, line, color=colour, label=run.label, marker=marker,
-            markersize=4,
-        )  # fmt: skip
-    axes.set_xlim(left=0)
-    if heldout or key == "accuracy":
-        percent_axis(axes)
-    else:
-        axes.set_ylim(bottom=0)
+        return lambda number, steps: steps, "step"
+    return lambda number, steps: steps * runs[number].config.train.global_batch, "images seen"
 
 
 def _settings_section(runs: Sequence[RecordedRun]) -> PageSection:

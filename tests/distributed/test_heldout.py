@@ -153,6 +153,23 @@ def test_the_metrics_of_a_run(tmp_path):
         np.testing.assert_array_equal(stored["tar"], details["tar"])
 
 
+def test_pictures_are_found_when_they_are_asked_for(tmp_path):
+    folder = str(tmp_path / "set")
+    write_set(folder)
+    settings = config(folder)
+    plain = evaluate(Embed(), settings, Topology())
+    found = evaluate_heldout(
+        Embed(), settings.evaluate, SIDE, settings.run.seed, Topology(), with_pictures=True
+    )
+    assert found.metrics == plain.metrics
+    more = found.details.keys() - plain.details.keys()
+    assert {"class_accuracy", "confused", "genuine_pairs", "impostor_pairs", "map_points"} <= more
+    assert found.details["class_accuracy"].sum() == CLASSES
+    assert len(found.details["map_points"]) == CLASSES * PER_CLASS
+    found.save(tmp_path / "evaluation.npz")
+    assert (tmp_path / "evaluation.npz").stat().st_size < 100_000
+
+
 def test_a_model_of_nan_scores_nothing(tmp_path, caplog):
     folder = str(tmp_path / "set")
     write_set(folder)

@@ -69,6 +69,7 @@ def heldout(
     Example: mhe evaluate quickstart --shards data/other/heldout
     """
     from pipelines.evaluate.heldout import evaluate_heldout
+    from pipelines.report.evaluation import save_details
 
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
@@ -83,7 +84,7 @@ def heldout(
         raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
     with spinner(topology, f"evaluating {backbone.checkpoint}"):
         metrics, details, protocol = evaluate_heldout(
-            backbone.embed, settings, config.data.image_size, config.run.seed, topology
+            backbone.embed, settings, config.data.image_size, config.run.seed, topology, True
         )
     if not topology.is_first:
         return
@@ -96,6 +97,7 @@ def heldout(
     console.show_table(f"{backbone.checkpoint} on {settings.shards}", table)
     results = {"shards": settings.shards, "protocol": protocol, **metrics}
     curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
+    save_details(backbone.path, "heldout", details)
     save_results(backbone, "heldout", results, curves, f"ROC, {settings.shards}", {})
     console.list_next([("export it", ["mhe", "export", run])])
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import matplotlib as mpl
 import numpy as np
-from PIL import ImageFont
+from PIL import Image, ImageFont
 
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
 from pipelines.data.order import ShardSpan
@@ -27,21 +29,22 @@ class Pictures:
     Args:
         source: folder or URL.
         keys: paths below the folder; of shards they are not needed.
+        side: width and height of a picture in pixels.
     """
 
-    def __init__(self, source: str, keys: Sequence[str]) -> None:
-        self._source, self._keys = source, keys
+    def __init__(self, source: str, keys: Sequence[str], side: int = SIDE) -> None:
+        self._source, self._keys, self._side = source, keys, side
         self._index = ShardIndex.load(self._source) if self._is_index() else None
 
     def _is_index(self) -> bool:
         return bool(self._source) and index_exists(self._source)
 
     def read(self, number: int) -> Pixels:
-        """Uint8 `[SIDE, SIDE, 3]`; grey where the image cannot be had."""
+        """Uint8 `[side, side, 3]`; grey where the image cannot be had."""
         try:
-            pixels = decode_image(self._bytes(number), SIDE)
+            pixels = decode_image(self._bytes(number), self._side)
         except (OSError, ValueError, ImageDecodeError, BadSampleError):
-            return np.full((SIDE, SIDE, 3), 229, np.uint8)
+            return np.full((self._side, self._side, 3), 229, np.uint8)
         return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
 
     def _bytes(self, number: int) -> bytes:
@@ -52,6 +55,13 @@ class Pictures:
         (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
         entry = self._index.entry(shard, position)
         return extract_sample(raw, len(raw), self._index.num_classes, entry).data
+
+
+def as_data_url(pixels: Pixels, quality: int = 85) -> str:
+    """An image as a page holds it."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def as_bytes(text: str) -> bytes:

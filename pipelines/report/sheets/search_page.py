@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 from pathlib import Path
@@ -14,7 +13,16 @@ from PIL import Image, ImageDraw
 from pipelines.data.decode import Pixels
 from pipelines.embedding.embed import EmbeddedImages
 from pipelines.evaluate.search import SearchResult
-from pipelines.report.sheets.pictures import GREY, INK, SIDE, Pictures, as_bytes, letters, shorten
+from pipelines.report.sheets.pictures import (
+    GREY,
+    INK,
+    SIDE,
+    Pictures,
+    as_bytes,
+    as_data_url,
+    letters,
+    shorten,
+)
 from pipelines.storage.urls import atomic_write
 
 _SHEET_ROWS: Final = 12
@@ -112,7 +120,7 @@ def _page(
         entries = []
         for column, number in enumerate(found.numbers[row].tolist()):
             if number not in pictures:
-                pictures[number] = _as_url(of_gallery.read(number))
+                pictures[number] = as_data_url(of_gallery.read(number))
             own = queries.classes[row]
             entry = {
                 "picture": pictures[number],
@@ -123,7 +131,7 @@ def _page(
             }
             entries.append(entry)
         query = {
-            "picture": _as_url(of_queries.read(row)),
+            "picture": as_data_url(of_queries.read(row)),
             "name": queries.classes[row] or queries.keys[row],
             "key": queries.keys[row],
         }
@@ -138,9 +146,3 @@ def _page(
         gallery=f"{len(gallery.keys):,} of {gallery.source or 'a file'}",
         queries=f"{len(queries.keys):,} of {queries.source}",
     )
-
-
-def _as_url(pixels: Pixels) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -67,22 +67,25 @@ def run(tmp_path: Path) -> str:
 def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path: Path) -> None:
     titles = write_run_page(run, str(tmp_path / "out" / "page.html"))
     wanted = ["Training", "Speed", "Unseen classes", "Nearest neighbours"]
+    wanted += ["Nearest neighbours of mistakes"]
     wanted += ["Evaluation: verification", "Restarts", "Bad samples", "Settings"]
     assert titles == wanted
     content = (tmp_path / "out" / "page.html").read_text()
     seen = Seen()
     seen.feed(content)
-    assert "script" not in seen.tags
+    body, script = content.partition("<script>")[::2]
+    assert "<script" not in body and "alert" not in script  # the page's own, the same for all runs
     assert "prefers-color-scheme: dark" in content
     assert "://" not in content.split("<body>")[0]
-    pictures = [url for url in seen.places if url.startswith("data:image/png;base64,")]
-    assert len(pictures) == seen.tags.count("img") == 5
+    assert content.count('<svg class="chart"') == 6
+    pictures = [url for url in seen.places if url.startswith("data:image/jpeg;base64,")]
+    assert len(pictures) == seen.tags.count("img") == 5 * 4  # probes with three entries each
     for url in pictures:
-        assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
+        assert base64.b64decode(url.partition(",")[2]).startswith(b"\xff\xd8")
     assert set(seen.places) - set(pictures) == {"data:,"}
     text = " ".join(seen.text.split())
     for part in (
-        "25.0%",
+        "25.00%",
         "99.70%",
         "900",
         "6 1 4 7.25",
@@ -92,7 +95,7 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
     ):
         assert part in text, part
     assert "They were drawn 1,234 times" in text
-    assert "lfw accuracy 0.9971" in text
+    assert "lfw accuracy 99.71% lfw accuracy_interval 99.00% to 100.00%" in text
     assert re.search(r"optim\.lr 0\.02", text)
     assert "under way or interrupted, 12 steps" in text
 
@@ -108,7 +111,17 @@ def test_figures_say_which_protocol_they_are_of(run: str, tmp_path: Path) -> Non
     seen.feed((tmp_path / "page.html").read_text())
     text = " ".join(seen.text.split())
     assert f"the ROC of the last ({protocol})" in text
-    assert "protocol enrolled: by file name rank1 0.9026" in text
+    assert "protocol enrolled: by file name rank1 90.26%" in text
+
+
+def test_the_roc_of_an_earlier_version_is_shown_as_it_was_drawn(run: str, tmp_path: Path) -> None:
+    path = Path(run, "evaluation", "verification.json")
+    saved = json.loads(path.read_text())
+    del saved["curves"]
+    path.write_text(json.dumps(saved))
+    write_run_page(run, str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("data:image/png") == 1 and 'alt="ROC of verification"' in page
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

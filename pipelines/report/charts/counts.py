@@ -1,0 +1,67 @@
+"""Draws the bars of a histogram, and groups of points on a map."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.report.charts.chart import BarChart, DrawnChart, PointMap
+from pipelines.report.charts.frame import HEIGHT, WIDTH, Scale, draw_stop, draw_svg, make_frame
+
+_SHAPES = 3
+_COLOURS = 5
+_EDGE = 12  # pixels around a map
+
+
+def draw_bars(chart: BarChart) -> DrawnChart:
+    """Draw bars of counts."""
+    last = len(chart.names) - 1
+    highest = 1.05 * max(1, int(chart.counts.max()))
+    frame = make_frame((-0.5, last + 0.5), (0.0, highest), chart.x, names=chart.names)
+    width = float(frame.x(1) - frame.x(0))
+    parts = [frame.markup]
+    for number, (name, count) in enumerate(zip(chart.names, chart.counts.tolist(), strict=True)):
+        left, top = float(frame.x(number - 0.5)), float(frame.y(count))
+        hit = (
+            f'<rect class="hit" x="{left:.1f}" y="{frame.y.stop}" width="{width:.1f}" '
+            f'height="{frame.y.start - frame.y.stop}"/>'
+        )
+        bar = (
+            f'<rect class="bar c0" x="{left + 0.1 * width:.1f}" y="{top:.1f}" '
+            f'width="{0.8 * width:.1f}" height="{frame.y.start - top:.1f}"/>'
+        )
+        lines = [f"{chart.x} {name}", f"{count:,} {chart.unit}"]
+        parts.append(draw_stop(hit, left + width / 2, lines, always=bar))
+    said = ", ".join(
+        f"{name}: {count:,}" for name, count in zip(chart.names, chart.counts.tolist(), strict=True)
+    )
+    description = f"{chart.title}, {chart.unit} by {chart.x}: {said}"
+    return DrawnChart(chart.title, draw_svg(description, "".join(parts)), [], chart.note)
+
+
+def draw_points(chart: PointMap) -> DrawnChart:
+    """Draw groups of points; a group that is pointed at says its name, and the others fade."""
+    every = np.concatenate([points for _, points in chart.groups])
+    low, high = every.min(axis=0), every.max(axis=0)
+    columns = Scale(low[0], high[0], _EDGE, WIDTH - _EDGE)
+    rows = Scale(low[1], high[1], HEIGHT - _EDGE, _EDGE)
+    parts = [
+        f'<rect class="axis ground" x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="6"/>'
+    ]
+    for number, (name, points) in enumerate(chart.groups):
+        shape = number // _COLOURS % _SHAPES
+        at = zip(columns(points[:, 0]).tolist(), rows(points[:, 1]).tolist(), strict=True)
+        marks = "".join(_mark(x, y, shape) for x, y in at)
+        lines = [name, f"{len(points):,} image{'s' if len(points) > 1 else ''}"]
+        middle = float(columns(points[:, 0]).mean())
+        parts.append(draw_stop(marks, middle, lines, kind=f" group c{number % _COLOURS}"))
+    names = ", ".join(name for name, _ in chart.groups)
+    description = f"{chart.title}: {len(every):,} images of {len(chart.groups)} classes: {names}"
+    return DrawnChart(chart.title, draw_svg(description, "".join(parts), " map"), [], chart.note)
+
+
+def _mark(x: float, y: float, shape: int) -> str:
+    if shape == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.4"/>'
+    if shape == 1:
+        return f'<rect class="mark" x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
+    return f'<path d="M{x:.1f} {y - 4:.1f}l4 7h-8z"/>'

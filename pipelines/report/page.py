@@ -1,0 +1,108 @@
+"""Writes a page from its parts: one HTML file that needs no network, dark or light."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+from pipelines.report.charts.chart import DrawnChart
+from pipelines.storage.urls import atomic_write, resolve_url
+
+
+@dataclass
+class Picture:
+    """A PNG in base64, and the text that describes it."""
+
+    alt: str
+    data: str
+
+
+@dataclass(frozen=True)
+class ImageCard:
+    """An image of a data set with what is below it.
+
+    Attributes:
+        url: of the image; empty: it cannot be had.
+        name: below it.
+        note: below the name.
+        mark: `right`, `wrong` or empty: the colour of its frame.
+    """
+
+    url: str
+    name: str
+    note: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """Images that belong together, and what is said of them."""
+
+    cards: Sequence[ImageCard]
+    text: str = ""
+
+
+@dataclass
+class PageSection:
+    """A section of the page; the template leaves out what is empty.
+
+    Attributes:
+        title, text: at its head.
+        charts: side by side, as many as there is room for.
+        pictures: PNG.
+        image_rows: rows of images.
+        head, rows: a table.
+        summary, pre: text that opens.
+    """
+
+    title: str
+    text: str = ""
+    charts: list[DrawnChart] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    image_rows: list[ImageRow] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    summary: str = ""
+    pre: str = ""
+
+
+def write_page(
+    out: str,
+    name: str,
+    subtitle: str,
+    tiles: Sequence[tuple[str, str]],
+    sections: Sequence[PageSection],
+) -> None:
+    """Write a page from its parts; an existing file is replaced.
+
+    Args:
+        out: path or URL of the page.
+        name: its title.
+        subtitle: below the title.
+        tiles: the most important figures, as (name, value).
+        sections: in their order.
+    """
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    ).get_template("page.html.j2")
+    page = template.render(name=name, subtitle=subtitle, tiles=tiles, sections=sections)
+    with atomic_write(out) as stream:
+        stream.write(page.encode(errors="backslashreplace"))  # names need not be UTF-8
+
+
+def picture(alt: str, content: bytes) -> Picture:
+    """A PNG for a page, with the text that describes it."""
+    return Picture(alt, base64.b64encode(content).decode())
+
+
+def read_bytes(url: str) -> bytes | None:
+    """The file at a path or URL; None if there is none."""
+    filesystem, path = resolve_url(url)
+    return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None
