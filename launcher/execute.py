@@ -58,7 +58,7 @@ def make_data(config: Config, watcher: Watcher) -> None:
     if config.data.glyphs is None:
         return
     from pipelines.sources.glyphs.build import ensure_glyphs
-    from pipelines.storage.worker_pool import available_cores
+    from pipelines.storage.worker_pool import Processes, available_cores
 
     with watcher.counting("drawing the data set") as progress:
-        ensure_glyphs(config.data, progress, available_cores())
+        ensure_glyphs(config.data, progress, Processes(available_cores()))

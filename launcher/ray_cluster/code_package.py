@@ -37,14 +37,24 @@ class CodePackage:
 
 
 def build_package(config: Config, folder: Path) -> CodePackage:
-    """Copy the code that runs here, what it reads, and the settings into an empty folder.
-
-    A list of what is sent, not of what is left out: data, runs, environments and whatever else lies
-    beside the code stay where they are. It works from a checkout and from an installed wheel.
+    """Copy the code that runs here and the settings into an empty folder; see `copy_code`.
 
     Args:
         config: of the run; see `portable`.
         folder: an empty folder.
+    """
+    copy_code(folder)
+    (folder / SETTINGS_FILE).write_text(config_to_yaml(config), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in files]
+    return CodePackage(folder, names, sum(path.stat().st_size for path in files))
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the code that runs here, and what it reads, into an empty folder.
+
+    A list of what is sent, not of what is left out: data, runs, environments and whatever else lies
+    beside the code stay where they are. It works from a checkout and from an installed wheel.
     """
     root = Path(__file__).parents[2]
     for package in PACKAGES:
@@ -54,10 +64,6 @@ def build_package(config: Config, folder: Path) -> CodePackage:
             shutil.copyfile(source, target)
     if FOLDER:
         shutil.copytree(FOLDER, folder / "mhe_dist" / FOLDER.name, dirs_exist_ok=True)
-    (folder / SETTINGS_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [str(path.relative_to(folder)) for path in files]
-    return CodePackage(folder, names, sum(path.stat().st_size for path in files))
 
 
 def with_absolute_paths(config: Config) -> Config:

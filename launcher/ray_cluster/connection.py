@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
@@ -22,8 +23,12 @@ LONGEST_TEMPORARY_FOLDER = 24
 
 
 @contextmanager
-def existing_cluster(address: str) -> Iterator[None]:
+def existing_cluster(address: str, environment: dict[str, Any] | None = None) -> Iterator[None]:
     """Connect this process to an existing Ray cluster for the length of a `with` block.
+
+    Args:
+        address: of the cluster; "auto" for the one that this process belongs to.
+        environment: `runtime_env` of the processes that work for this one.
 
     Raises:
         UserError: no cluster answers there, or this process is connected to one already.
@@ -35,16 +40,16 @@ def existing_cluster(address: str) -> Iterator[None]:
     _refuse_second_connection()
     try:
         with signals_deferred():
-            _connect(address)
+            _connect(address, environment)
         yield
     finally:
         with signals_ignored():
             ray.shutdown()
 
 
-def _connect(address: str) -> None:
+def _connect(address: str, environment: dict[str, Any] | None) -> None:
     try:
-        ray_internals.connect(address, NAMESPACE)
+        ray_internals.connect(address, NAMESPACE, environment)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster at {address}: {error}") from error
     except Interrupted:

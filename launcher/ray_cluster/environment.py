@@ -24,6 +24,7 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write every printed line twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the node's address
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -37,8 +38,16 @@ def process_environment(config: Config) -> dict[str, str]:
     slower than one.
     """
     threads = str(config.scale.cpus_per_worker)
-    limits = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**NO_TELEMETRY, **dict.fromkeys(limits, threads), "PYTHONUNBUFFERED": "1"}
+    return {**NO_TELEMETRY, **dict.fromkeys(_THREADS, threads), "PYTHONUNBUFFERED": "1"}
+
+
+def task_environment(gpu: bool) -> dict[str, str]:
+    """Environment variables of a process that does tasks: one thread, and no GPU but its own.
+
+    Ray tells a task that has a GPU which one it is.
+    """
+    variables = {**NO_TELEMETRY, **dict.fromkeys(_THREADS, "1"), "PYTHONUNBUFFERED": "1"}
+    return variables if gpu else variables | choose_device(False).environment
 
 
 def worker_environment(config: Config) -> dict[str, str]:

@@ -7,6 +7,7 @@ release that was checked; after an update of Ray, check this file.
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from pipelines.loader.shield import sigterm_held_back
 
 LEASE_S, RENEWAL_S = 15, 3
 KILLED_WITHIN_S = 5.0
+_DEAD_NODE = re.compile(r"node with node id: \w+ and address: (\S+) .* has been marked dead")
 _NOISY_LOGGERS = (  # they report each upload and each lost connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -62,14 +64,41 @@ def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
         module.RayParams = all_services
 
 
-def connect(address: str, namespace: str) -> None:
-    """Make this process a driver of an existing cluster."""
+def connect(address: str, namespace: str, environment: dict[str, Any] | None = None) -> None:
+    """Make this process a driver of an existing cluster; its workers have a `runtime_env`."""
     import ray
 
     with _sigterm_kept():
         ray.init(
-            address=address, namespace=namespace, log_to_driver=False, logging_level=logging.ERROR
+            address=address,
+            namespace=namespace,
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def lost_nodes_told(tell: Callable[[str], None]) -> Iterator[None]:
+    """Hand the address of each lost node to `tell`, where Ray prints pages about it.
+
+    Checked with Ray 2.60.0: `listen_error_messages` of `ray._private.worker` calls
+    `print_to_stdstream` with the lines of a message, in a thread.
+    """
+    from ray._private import worker
+
+    printed = worker.print_to_stdstream
+
+    def find_node(data: dict[str, Any], ignore_prefix: bool) -> None:
+        for line in data["lines"]:
+            if found := _DEAD_NODE.search(line):
+                tell(found[1])
+
+    worker.print_to_stdstream = find_node
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def pretrain(
     found = resolve_config(config, overrides, **sections)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # ranks would write over one another
         # In this process: others would begin by running the caller's script once more.
-        ensure_glyphs(found.data, processes=1)
+        ensure_glyphs(found.data)
     return run_pretraining(found, on_event) if on_event else run_pretraining(found)
 
 

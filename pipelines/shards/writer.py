@@ -15,7 +15,7 @@ from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
 from pipelines.storage.staging import Staging
 from pipelines.storage.urls import atomic_write
-from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
+from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class ShardWriter:
         self,
         make: Callable[[T], Iterable[Sample | Fault]],
         tasks: Sequence[T],
-        processes: int = 1,
+        workers: Workers = HERE,
         progress: Progress = no_progress,
     ) -> list[Fault]:
         """Write one tar for each task.
@@ -90,7 +90,7 @@ class ShardWriter:
             make: the samples of a task; a function that can be imported. A sample that cannot be
                 made is a `Fault` in its place.
             tasks: taken one by one, and only for tars that are not finished yet.
-            processes: how many of them write at the same time.
+            workers: who writes.
             progress: called with the finished tars and their number.
 
         Returns:
@@ -98,24 +98,20 @@ class ShardWriter:
         """
         first, journal = len(self.shards), self._staging.journal
         urls_ = [f"{self._prefix}-{first + i:06d}.tar" for i in range(len(tasks))]
-        made: dict[int, tuple[Shard, list[Fault]]] = {}
-        for number, url in enumerate(urls_):
-            if (finished := self._finished_before(first + number, url)) is not None:
-                made[number] = finished
-        self.reused += len(made)
-        progress(len(made), len(tasks))
-        todo = (
-            (number, (f"{self.folder}/{url}", url, tasks[number]))
-            for number, url in enumerate(urls_)
-            if number not in made
-        )
-        for number, result in map_unordered(partial(_make_tar, make), todo, processes):
-            made[number] = result
+
+        def finished(number: int) -> tuple[Shard, list[Fault]] | None:
+            found = self._finished_before(first + number, urls_[number])
+            self.reused += found is not None
+            return found
+
+        def record(number: int, result: tuple[Shard, list[Fault]]) -> None:
             if journal is not None:
                 journal.record(first + number, [asdict(result[0]), result[1]])
-            progress(len(made), len(tasks))
-        self.shards += [made[number][0] for number in range(len(tasks))]
-        return [fault for number in range(len(tasks)) for fault in made[number][1]]
+
+        todo = LazyTasks(len(tasks), lambda n: (f"{self.folder}/{urls_[n]}", urls_[n], tasks[n]))
+        made = run_tasks(partial(_make_tar, make), todo, workers, finished, record, progress)
+        self.shards += [shard for shard, _ in made]
+        return [fault for _, faults in made for fault in faults]
 
     def _finished_before(self, number: int, url: str) -> tuple[Shard, list[Fault]] | None:
         """The tar of an earlier attempt and its faults, if the file is still complete."""

@@ -22,7 +22,7 @@ from pipelines.shards.index import Fault, ShardIndex
 from pipelines.shards.tables import CLASSES_FILE, Table, class_table, skipped_table, write_table
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.full_disk import explain_full_disk
-from pipelines.storage.worker_pool import Progress, no_progress
+from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress
 
 Ints = npt.NDArray[np.int64]
 T = TypeVar("T")
@@ -38,13 +38,13 @@ class ImportOptions(NamedTuple):
     Attributes:
         shard_bytes: about how large a tar is.
         shuffle: in a random order, the same one each time; otherwise as the source has them.
-        processes: how many write at the same time.
+        workers: who writes.
         max_bad: largest share of samples that may be left out because they are bad.
     """
 
     shard_bytes: int = 128 << 20
     shuffle: bool = True
-    processes: int = 1
+    workers: Workers = HERE
     max_bad: float = 0.01
 
 
@@ -178,7 +178,7 @@ def write_datasets(
                 progress(before + done, total)
 
             with _explain_full_disk(new, writer, len(tars[number])):
-                later = writer.write_all(make, tars[number], new.options.processes, finished)
+                later = writer.write_all(make, tars[number], new.options.workers, finished)
                 samples -= len(later)
                 faults.append([*new.found.faults, *later])
                 _write_tables(new, writer, faults[number])

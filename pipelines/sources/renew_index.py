@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from mhe_dist.errors import UserError
 from pipelines.shards.index import INDEX_FILE, ShardIndex, index_exists
@@ -15,11 +16,11 @@ from pipelines.shards.shard import Shard, write_columns
 from pipelines.sources.convert import ImportResult
 from pipelines.sources.webdataset import number_labels
 from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout, ScanTask, scan_tar
-from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
+from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
 
 
 def renew_index(
-    folder: str, processes: int = 1, progress: Progress = no_progress
+    folder: str, workers: Workers = HERE, progress: Progress = no_progress
 ) -> ImportResult | None:
     """Write the columns of a data set that lacks them, or lacks them in part.
 
@@ -28,7 +29,7 @@ def renew_index(
 
     Args:
         folder: path or URL of the data set.
-        processes: how many read tars at the same time.
+        workers: who reads tars.
         progress: called with the finished tars and their number.
 
     Returns:
@@ -50,7 +51,7 @@ def renew_index(
         if index.is_packed:
             index.save()
         else:
-            _mend(index, processes, progress)
+            _mend(index, workers, progress)
     except (OSError, NotImplementedError) as error:
         raise UserError(
             f"{index.folder}: cannot be written ({error}); copy the data set to where it can"
@@ -64,9 +65,9 @@ def _column_faults(index: ShardIndex) -> list[str]:
     return [f"{file}: {fault}" for file, fault in found if fault]
 
 
-def _mend(index: ShardIndex, processes: int, progress: Progress) -> None:
+def _mend(index: ShardIndex, workers: Workers, progress: Progress) -> None:
     """Write the columns of an index again, from its tars."""
-    shards = _scan(index, processes, progress)
+    shards = _scan(index, workers, progress)
     with TemporaryDirectory() as trial:
         entries = {entry["file"]: entry for entry in write_columns(trial, shards).values()}
     for column in index.columns:
@@ -78,7 +79,7 @@ def _mend(index: ShardIndex, processes: int, progress: Progress) -> None:
     write_columns(index.folder, shards)
 
 
-def _scan(index: ShardIndex, processes: int, progress: Progress) -> Sequence[Shard]:
+def _scan(index: ShardIndex, workers: Workers, progress: Progress) -> Sequence[Shard]:
     """The shards of an index with the tables that their tars give.
 
     Raises:
@@ -94,10 +95,8 @@ def _scan(index: ShardIndex, processes: int, progress: Progress) -> Sequence[Sha
         ScanTask(index.url(number), layout._replace(num_classes=num_classes))
         for number in range(len(index.shards))
     ]
-    results = {}
-    for number, result in map_unordered(scan_tar, list(enumerate(tasks)), processes):
-        results[number] = result
-        progress(len(results), len(tasks))
+
+    def compare(number: int, result: dict[str, Any]) -> None:
         shard = index.shards[number]
         for name in ("bytes", "checksum", "samples"):
             if result[name] != getattr(shard, name):
@@ -106,7 +105,9 @@ def _scan(index: ShardIndex, processes: int, progress: Progress) -> Sequence[Sha
                     f"{getattr(shard, name)}: the tar was changed; delete {INDEX_FILE}, and index "
                     "the tars anew"
                 )
-    ordered = [(task.url, results[number]) for number, task in enumerate(tasks)]
+
+    results = run_tasks(scan_tar, tasks, workers, record=compare, progress=progress)
+    ordered = [(task.url, result) for task, result in zip(tasks, results, strict=True)]
     shards, _, _ = number_labels(ordered, index.folder, num_classes)
     if index.shards[0].has_labels:
         return shards

@@ -30,7 +30,7 @@ from pipelines.sources.webdataset_tar import (
 )
 from pipelines.storage.staging import Journal
 from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
-from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
+from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
 
 _JOURNAL: Final = ".index.partial"
 _SHOWN: Final = 20  # damaged tars that a message names
@@ -50,7 +50,7 @@ def index_shards(
     layout: SampleLayout = DEFAULT_LAYOUT,
     skip_damaged: bool = False,
     max_bad: float = 0.01,
-    processes: int = 1,
+    workers: Workers = HERE,
     progress: Progress = no_progress,
 ) -> ImportResult:
     """Write `index.json` for tars, and `classes.tsv` if their labels had to be mapped.
@@ -61,7 +61,7 @@ def index_shards(
         layout: of the samples.
         skip_damaged: take what can be read of a damaged tar, instead of refusing it.
         max_bad: largest share of samples that may be left out because they are bad.
-        processes: how many read at the same time.
+        workers: who reads.
         progress: called with the finished tars and their number.
 
     Raises:
@@ -71,7 +71,7 @@ def index_shards(
     tars = expand_tars(given)
     folder = _absolute(out or _common_folder(tars)).rstrip("/")
     journal = _journal(folder, [tars, layout])
-    results = _scan_all([ScanTask(tar, layout) for tar in tars], journal, processes, progress)
+    results = _scan_all([ScanTask(tar, layout) for tar in tars], journal, workers, progress)
     damaged = [Fault(tar, found["damage"]) for tar, found in results if found["damage"]]
     if damaged and not skip_damaged:
         raise UserError(
@@ -176,24 +176,27 @@ def _common_folder(tars: Sequence[str]) -> str:
 
 
 def _scan_all(
-    tasks: list[ScanTask], journal: Journal, processes: int, progress: Progress
+    tasks: list[ScanTask], journal: Journal, workers: Workers, progress: Progress
 ) -> list[tuple[str, dict[str, Any]]]:
     """What is in each tar; finished ones are taken from the journal unless the tar has changed."""
-    results = {
-        n: kept for n, t in enumerate(tasks) if (kept := _finished_result(journal, n, t.url))
-    }
     named = 0
-    for found in results.values():
+
+    def limit_names(found: dict[str, Any]) -> dict[str, Any]:
+        nonlocal named
         named += _forget_names(found, MOST_NAMED - named)
-    progress(len(results), len(tasks))
-    todo = [(number, task) for number, task in enumerate(tasks) if number not in results]
-    for number, result in map_unordered(scan_tar, todo, processes):
-        results[number] = result
-        if not result["damage"]:
-            journal.record(number, result)
-        named += _forget_names(result, MOST_NAMED - named)
-        progress(len(results), len(tasks))
-    return [(task.url, results[number]) for number, task in enumerate(tasks)]
+        return found
+
+    def finished(number: int) -> dict[str, Any] | None:
+        kept = _finished_result(journal, number, tasks[number].url)
+        return None if kept is None else limit_names(kept)
+
+    def record(number: int, found: dict[str, Any]) -> None:
+        if not found["damage"]:
+            journal.record(number, found)
+        limit_names(found)
+
+    results = run_tasks(scan_tar, tasks, workers, finished, record, progress)
+    return [(task.url, found) for task, found in zip(tasks, results, strict=True)]
 
 
 def _forget_names(found: dict[str, Any], limit: int) -> int:

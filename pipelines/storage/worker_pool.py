@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing import get_context, parent_process
@@ -41,7 +42,7 @@ class Workers(Protocol):
 
     def map_unordered(
         self, function: Callable[[T], R], tasks: Iterable[tuple[int, T]]
-    ) -> Iterator[tuple[int, R]]:
+    ) -> Generator[tuple[int, R]]:
         """Call `function` for every numbered task; yield `(number, result)` as each one ends.
 
         Args:
@@ -68,7 +69,7 @@ class Processes:
 
     def map_unordered(
         self, function: Callable[[T], R], tasks: Iterable[tuple[int, T]]
-    ) -> Iterator[tuple[int, R]]:
+    ) -> Generator[tuple[int, R]]:
         """See `Workers.map_unordered`."""
         return map_unordered(function, tasks, self.count, self.environments)
 
@@ -116,10 +117,11 @@ def run_tasks(
     results = {n: kept for n in range(total) if (kept := finished(n)) is not None}
     progress(len(results), total)
     todo = ((number, tasks[number]) for number in range(total) if number not in results)
-    for number, result in workers.map_unordered(function, todo):
-        record(number, result)
-        results[number] = result
-        progress(len(results), total)
+    with closing(workers.map_unordered(function, todo)) as made:
+        for number, result in made:
+            record(number, result)
+            results[number] = result
+            progress(len(results), total)
     return [results[number] for number in range(total)]
 
 
@@ -128,7 +130,7 @@ def map_unordered(
     tasks: Iterable[tuple[int, T]],
     processes: int,
     environments: Sequence[Mapping[str, str]] = (),
-) -> Iterator[tuple[int, R]]:
+) -> Generator[tuple[int, R]]:
     """Call `function` for every numbered task; yield `(number, result)` as each one ends.
 
     Args:

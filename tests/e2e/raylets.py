@@ -28,6 +28,7 @@ class Raylets:
 
     Attributes:
         address: of the Jobs API.
+        gcs: for drivers on this machine.
         token: for whoever speaks to the cluster.
         others: names of the nodes beside the head.
     """
@@ -56,7 +57,7 @@ class Raylets:
                 start_new_session=True,
                 env={**os.environ, **variables},
             )
-        self.address = self._command("head")
+        self.address, self.gcs = self._command("head").split()
         self.others: list[str] = []
 
     def add(self) -> None:
@@ -109,7 +110,9 @@ def serve() -> None:
                 options["temp_dir"] = f"{os.environ['RAY_TMPDIR']}/{len(nodes)}"
             node = cluster.add_node(object_store_memory=100 * 2**20, **options)
             nodes[node.unique_id] = node
-            answer = f"http://{node.webui_url}" if verb == "head" else node.unique_id
+            answer = node.unique_id
+            if verb == "head":
+                answer = f"http://{node.webui_url} {cluster.address}"
         sys.stdout.write(json.dumps({"answer": answer}) + "\n")
         sys.stdout.flush()
     cluster.shutdown()

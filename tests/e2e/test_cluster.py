@@ -18,6 +18,8 @@ import pytest
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
+from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.sources.webdataset import index_shards
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
 from tests.terminal import until
@@ -154,3 +156,49 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     rows = [line.split() for line in output.splitlines()]
     listed = [(row[0], row[2]) for row in rows if row[1] == "both"]
     assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]
+
+
+def hard_linked_tars(folder: Path, count: int) -> None:
+    """Tars of 100 samples of 10 classes: one, under many names."""
+    with ShardWriter(str(folder.parent / "one"), "part") as writer:
+        members = ({"jpg": b"not decoded", "cls": str(n % 10).encode()} for n in range(100))
+        writer.write(Sample(f"{n:03d}", each) for n, each in enumerate(members))
+        writer.finish(10)
+    folder.mkdir()
+    for number in range(count):
+        os.link(folder.parent / "one" / "part-000000.tar", folder / f"{number:03d}.tar")
+
+
+@pytest.mark.timeout(240)
+def test_tasks_over_two_nodes_that_lose_one_give_what_one_process_gives(
+    cluster: Raylets, tmp_path: Path
+) -> None:
+    """The last story: the cluster has lost a node before it."""
+    cluster.add()
+    hard_linked_tars(tmp_path / "tars", 200)
+    there, here = tmp_path / "there", tmp_path / "here"
+    variables = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the driver's address
+    }
+    words = ["data", "index", str(tmp_path / "tars"), "--out", str(there), "--address", cluster.gcs]
+    indexing = Terminal(cluster).start(*words, **variables)
+
+    def finished() -> int:
+        return len(list((there / ".index.partial").glob("0*.json")))
+
+    while finished() < 10 and indexing.poll() is None:
+        time.sleep(0.01)
+    cluster.lose()
+    lost_at = finished()
+    made = index_shards([str(tmp_path / "tars")], str(here)).index
+    output, _ = indexing.communicate(timeout=120)
+    assert indexing.returncode == 0, output
+    assert 10 <= lost_at < 200, "a node is lost in the middle"
+    assert "127.0.0.1 is lost; others do again what it worked on" in output
+    assert "state-dump" not in output
+    assert made.samples == 200 * 100
+    files = [path.name for path in sorted(here.iterdir())]
+    assert files == [path.name for path in sorted(there.iterdir())]
+    for name in files:
+        assert (there / name).read_bytes() == (here / name).read_bytes()

@@ -67,7 +67,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "signals": set(),
         "terminal": {"events"},
         "ray_cluster": {"events", "signals"},
-        "tasks": {"signals", "ray_cluster"},
+        "tasks": {"signals", "terminal", "ray_cluster"},
         "kubernetes": {"ray_cluster"},
         "preflight": {"terminal", "ray_cluster"},
         "reproduce": set(),

@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from launcher.preflight.checks import HELDOUT, TRAIN
+from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import check, convert, labels
 from launcher.verbs.data.convert import Processes
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex
-from pipelines.storage.worker_pool import available_cores
 
 DEFAULTS = GlyphsConfig()
 
@@ -51,6 +51,7 @@ def glyphs(
         int, typer.Option(min=1, help="Side of the images in pixels.")
     ] = DEFAULTS.image_size,
     processes: Processes = 0,
+    address: AddressOption = "",
 ) -> None:
     """Draw the characters of a folder of fonts: a class is a character, its images the typefaces.
 
@@ -69,8 +70,12 @@ def glyphs(
         max_classes=max_classes,
         image_size=image_size,
     )
-    with convert.resumable(), ProgressDisplay().counting("drawing the data set") as progress:
-        write_glyphs(fonts, out, settings, progress, processes or available_cores())
+    with (
+        convert.resumable(),
+        choose_workers(processes, address=address) as workers,
+        ProgressDisplay().counting("drawing the data set") as progress,
+    ):
+        write_glyphs(fonts, out, settings, progress, workers)
     for name in (TRAIN, HELDOUT):
         console.say(convert.describe(ShardIndex.load(f"{out}/{name}")))
     words = ["run.name=glyphs", "data.glyphs=null", f"data.image_size={image_size}"]

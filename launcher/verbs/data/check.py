@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.tasks.choose import choose_workers
+from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
@@ -17,7 +17,6 @@ from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS
 from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout
-from pipelines.storage.worker_pool import available_cores
 
 if TYPE_CHECKING:
     from pipelines.data.verify import DatasetReport
@@ -56,6 +55,7 @@ def index(
     ] = False,
     max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
+    address: AddressOption = "",
 ) -> None:
     """Make an index for WebDataset shards that somebody else wrote; no tar is written anew.
 
@@ -72,12 +72,15 @@ def index(
 
     images = tuple(part.strip().lstrip(".").lower() for part in re.split("[;,]", image))
     layout = SampleLayout(images, label.strip().lower() if ":" not in label else label, num_classes)
-    with resumable(), ProgressDisplay().counting("reading tars") as progress:
-        processes = processes or available_cores()
+    with (
+        resumable(),
+        choose_workers(processes, address=address) as workers,
+        ProgressDisplay().counting("reading tars") as progress,
+    ):
         # With any option the tars are meant, not an index that is there.
         is_plain = len(tars) == 1 and not out and layout == DEFAULT_LAYOUT and not skip_damaged
-        made = renew_index(tars[0], processes, progress) if is_plain else None
-        made = made or index_shards(tars, out, layout, skip_damaged, max_bad, processes, progress)
+        made = renew_index(tars[0], workers, progress) if is_plain else None
+        made = made or index_shards(tars, out, layout, skip_damaged, max_bad, workers, progress)
     tell(made)
 
 
@@ -87,6 +90,7 @@ def verify(
         str, typer.Option(help="Folder or URL for the report (JSON, PNG); replaced if there.")
     ] = "verify",
     processes: Processes = 0,
+    address: AddressOption = "",
 ) -> None:
     """Read data sets completely and report what is wrong; exit code 1 if anything is.
 
@@ -105,7 +109,7 @@ def verify(
         journal = Journal(f"{out}/.{name}.partial", [found.folder, found.digest])
         with (
             resumable(),
-            choose_workers(processes) as workers,
+            choose_workers(processes, address=address) as workers,
             ProgressDisplay().counting(f"reading {name}") as progress,
         ):
             report = verify_dataset(found, journal, workers, progress)

@@ -10,13 +10,13 @@ import typer
 from rich.markup import escape
 
 from launcher.signals import Interrupted, interruptible
+from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
-from pipelines.storage.worker_pool import available_cores
 
 MIB = 1 << 20
 
@@ -43,6 +43,7 @@ def recordio(
     shuffle: Shuffle = DEFAULT_OPTIONS.shuffle,
     max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
+    address: AddressOption = "",
 ) -> None:
     """Convert InsightFace RecordIO (MS1MV2, Glint360K, WebFace); images stay byte for byte.
 
@@ -53,8 +54,12 @@ def recordio(
     """
     from pipelines.sources.insightface import import_recordio
 
-    options = _options(shard_mib, shuffle, max_bad, processes)
-    with resumable(), ProgressDisplay().counting("converting") as progress:
+    with (
+        resumable(),
+        choose_workers(processes, address=address) as workers,
+        ProgressDisplay().counting("converting") as progress,
+    ):
+        options = ImportOptions(round(shard_mib * MIB), shuffle, workers, max_bad)
         # Looking through the records is the smaller part of the work.
         made = import_recordio(
             *(rec, out, idx, options),
@@ -88,6 +93,7 @@ def folder(
     shuffle: Shuffle = DEFAULT_OPTIONS.shuffle,
     max_bad: MaxBad = DEFAULT_OPTIONS.max_bad,
     processes: Processes = 0,
+    address: AddressOption = "",
 ) -> None:
     """Convert a folder of images; they stay byte for byte, and bad ones are left out.
 
@@ -111,10 +117,13 @@ def folder(
     _refuse_both(*([n for n, v in held.items() if v] + ["--no-classes"] * no_classes))
     if heldout_images == 1:
         raise UserError("--heldout-images 1: a class needs two, one to find and one to look up")
-    options = _options(shard_mib, shuffle, max_bad, processes)
     split = HeldoutSplit(heldout_classes, heldout_images)
-    how = (lst or None, options)
-    with resumable(), ProgressDisplay().counting("writing tars") as written:
+    with (
+        resumable(),
+        choose_workers(processes, address=address) as workers,
+        ProgressDisplay().counting("writing tars") as written,
+    ):
+        how = (lst or None, ImportOptions(round(shard_mib * MIB), shuffle, workers, max_bad))
         if any(split):
             sets = import_split_folder(root, out, split, *how, written, table or None)
         else:
@@ -126,10 +135,6 @@ def _refuse_both(*names: str) -> None:
     """Refuse options of which one excludes the other."""
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)} exclude each other; leave one of them out")
-
-
-def _options(shard_mib: float, shuffle: bool, max_bad: float, processes: int) -> ImportOptions:
-    return ImportOptions(round(shard_mib * MIB), shuffle, processes or available_cores(), max_bad)
 
 
 @contextmanager

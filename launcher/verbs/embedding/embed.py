@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from launcher.tasks.choose import choose_workers
+from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import resumable
@@ -43,6 +43,7 @@ def embed(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that fill a folder; 0: one per core, or per GPU.")
     ] = 0,
+    address: AddressOption = "",
     gpu: GpuOption = None,
 ) -> None:
     """Embed every image below a folder, or every sample of a set of shards.
@@ -60,7 +61,8 @@ def embed(
     """
     images = images.rstrip("/")
     if os.path.splitext(out.rstrip("/"))[1]:
-        for option, is_given in (("--workers", workers), ("--dtype", dtype != "float32")):
+        given = {"--workers": workers, "--address": address, "--dtype": dtype != "float32"}
+        for option, is_given in given.items():
             if is_given:
                 raise UserError(f"{option} is for a folder: let --out {out} have no suffix")
         _embed_file(run, images, out, flip, normalize, gpu)
@@ -73,7 +75,7 @@ def embed(
     options = FolderOptions(flip, normalize, dtype, gpu)
     with (
         resumable(),
-        choose_workers(workers, gpu) as chosen,
+        choose_workers(workers, gpu, address) as chosen,
         ProgressDisplay().counting(f"embedding {images}") as progress,
     ):
         made = write_folder(run, images, out.rstrip("/"), options, chosen, progress)

@@ -39,7 +39,7 @@ from pipelines.sources.glyphs.fonts import FontFile, find_fonts
 from pipelines.sources.glyphs.plan import Glyph, GlyphPlan, plan_classes, split_fonts
 from pipelines.sources.glyphs.typeface import Typeface, UnusableFontError, open_faces
 from pipelines.storage.staging import Journal, require_absent_or_resumable
-from pipelines.storage.worker_pool import Progress, map_unordered, no_progress
+from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
 TRAIN: Final = "train"
 HELDOUT: Final = "heldout"
@@ -50,7 +50,9 @@ _SHARDS: Final = 256  # tars of a set so large that they hold more than that
 log = logging.getLogger(__name__)
 
 
-def ensure_glyphs(data: DataConfig, progress: Progress = no_progress, processes: int = 1) -> bool:
+def ensure_glyphs(
+    data: DataConfig, progress: Progress = no_progress, workers: Workers = HERE
+) -> bool:
     """Make the glyph data set of `data.glyphs` if its shards are missing.
 
     Returns:
@@ -72,7 +74,7 @@ def ensure_glyphs(data: DataConfig, progress: Progress = no_progress, processes:
             f"data.shards={shards}: with data.glyphs it must be a folder named {TRAIN!r}; the "
             f"held-out set is written beside it as {HELDOUT!r}"
         )
-    write_glyphs(settings.fonts, root or ".", settings, progress, processes)
+    write_glyphs(settings.fonts, root or ".", settings, progress, workers)
     return True
 
 
@@ -81,7 +83,7 @@ def write_glyphs(
     out: str,
     settings: GlyphsConfig,
     progress: Progress = no_progress,
-    processes: int = 1,
+    workers: Workers = HERE,
 ) -> None:
     """Render the fonts of a folder into `out/train` and `out/heldout`.
 
@@ -94,7 +96,7 @@ def write_glyphs(
         out: folder for the two data sets; neither may exist.
         settings: see `GlyphsConfig`; its `fonts` is not used.
         progress: called with the pictures drawn and the number in all; two passes over them.
-        processes: how many draw at the same time.
+        workers: who draws.
 
     Raises:
         UserError: no fonts, a target that exists, or too few classes for the settings.
@@ -105,7 +107,7 @@ def write_glyphs(
     typefaces = open_typefaces(files)
     known, unseen = split_fonts(list(typefaces.values()), settings)
     faces = [typefaces[name] for name in (*known, *unseen)]
-    drawing = _GlyphDrawing(files, faces, settings.image_size, processes, progress)
+    drawing = _GlyphDrawing(files, faces, settings.image_size, workers, progress)
     digests = [[file.name, file.digest] for file in files]
     journal = Journal(f"{out}/{_JOURNAL}", [digests, settings.image_size])
     plan = plan_classes(drawing.survey(journal), known, unseen, settings)
@@ -187,14 +189,14 @@ class _GlyphSamples:
 
 
 class _GlyphDrawing:
-    """Draws with all processes: first every character of every typeface, then the samples."""
+    """Draws with all workers: first every character of every typeface, then the samples."""
 
     def __init__(
         self,
         files: Sequence[FontFile],
         typefaces: Sequence[Typeface],
         side: int,
-        processes: int,
+        workers: Workers,
         progress: Progress,
     ) -> None:
         paths = {file.name: file.path for file in files}
@@ -205,7 +207,7 @@ class _GlyphDrawing:
             self._faces[typeface.name] = FontFace(
                 paths[name], side, int(number or 0), typeface.capital
             )
-        self._processes, self._progress = processes, progress
+        self._workers, self._progress = workers, progress
         self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
 
     def set_remaining(self, pictures: int) -> None:
@@ -219,19 +221,23 @@ class _GlyphDrawing:
     def survey(self, journal: Journal) -> dict[Glyph, bytes]:
         """Fingerprint of every picture that is not blank."""
         names = list(self._faces)
-        results = {n: kept for n in range(len(names)) if (kept := journal.get(n)) is not None}
-        self._count(sum(len(self._codes[names[n]]) for n in results))
-        todo = (
-            (n, SurveyTask(self._faces[name], self._codes[name]))
-            for n, name in enumerate(names)
-            if n not in results
+        tasks = LazyTasks(
+            len(names), lambda n: SurveyTask(self._faces[names[n]], self._codes[names[n]])
         )
-        for number, result in map_unordered(survey_typeface, todo, self._processes):
-            results[number] = result
+
+        def finished(number: int) -> dict[str, Any] | None:
+            kept: dict[str, Any] | None = journal.get(number)
+            if kept is not None:
+                self._count(len(self._codes[names[number]]))
+            return kept
+
+        def record(number: int, result: dict[str, Any]) -> None:
             journal.record(number, result)
             if result["broken"]:
                 log.warning("%s: FreeType cannot draw %d glyphs", names[number], result["broken"])
             self._count(len(self._codes[names[number]]))
+
+        results = run_tasks(survey_typeface, tasks, self._workers, finished, record)
         return {
             Glyph(code, name): fingerprint
             for number, name in enumerate(names)
@@ -249,7 +255,7 @@ class _GlyphDrawing:
         def progress(done: int, _: int) -> None:
             self._count(before + int(bounds[done]) - self._done)
 
-        writer.write_all(draw_samples, tars, self._processes, progress)
+        writer.write_all(draw_samples, tars, self._workers, progress)
 
     def _tar(self, rows: _GlyphSamples, chosen: Ints) -> DrawTask:
         """The task for a process that draws some samples."""

@@ -11,6 +11,7 @@ import webdataset
 from mhe_dist.errors import UserError
 from pipelines.shards.index import Fault, ShardIndex, index_exists
 from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.storage.worker_pool import Processes
 from tests.shard_sets import some_samples, write_set
 
 
@@ -138,7 +139,9 @@ def test_processes_write_what_one_would(tmp_path: Path) -> None:
         ShardWriter(str(tmp_path / "two"), "part") as two,
         ShardWriter(str(tmp_path / "one"), "part") as one,
     ):
-        faults = two.write_all(samples_of, range(5), 2, lambda *counts: seen.append(counts))
+        faults = two.write_all(
+            samples_of, range(5), Processes(2), lambda *counts: seen.append(counts)
+        )
         assert faults == one.write_all(samples_of, range(5))
         assert two.finish(15).digest == one.finish(15).digest
     assert seen == [(number, 5) for number in range(6)]

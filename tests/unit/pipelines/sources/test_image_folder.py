@@ -376,7 +376,7 @@ def test_a_missing_folder_is_a_mistake(tmp_path: Path) -> None:
 def test_a_full_disk_says_what_is_missing_and_that_it_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
-    out, options = tmp_path / "out", ImportOptions(shard_bytes=1, processes=1, max_bad=1)
+    out, options = tmp_path / "out", ImportOptions(shard_bytes=1, max_bad=1)
     whole = import_folder(str(root), str(tmp_path / "whole"), options=options)
     assert len(whole.index.shards) > 1
     write, written = writer._write_tar, []
@@ -408,4 +408,4 @@ def test_other_trouble_of_a_disk_stays_what_it_is(
 
     monkeypatch.setattr(writer, "_write_tar", fail)
     with pytest.raises(OSError, match="input/output error"):
-        import_folder(str(root), str(tmp_path / "out"), options=ImportOptions(processes=1))
+        import_folder(str(root), str(tmp_path / "out"), options=ImportOptions())

@@ -14,6 +14,7 @@ from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.sources.convert import ImportOptions
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
+from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import Item, content, items, jpeg, layout, save
 
 
@@ -64,9 +65,8 @@ def test_shards_are_shuffled_and_of_equal_size(tmp_path: Path) -> None:
     for shard in index.shards:
         assert shard.labels is not None
         assert len(set(shard.labels.tolist())) > 5
-    import_recordio(
-        rec, str(tmp_path / "again"), options=ImportOptions(shard_bytes=50_000, processes=2)
-    )
+    two = ImportOptions(shard_bytes=50_000, workers=Processes(2))
+    import_recordio(rec, str(tmp_path / "again"), options=two)
     assert ShardIndex.load(str(tmp_path / "again")).digest == index.digest
     import_recordio(rec, str(tmp_path / "sorted"), options=ImportOptions(shuffle=False))
     labels = ShardIndex.load(str(tmp_path / "sorted")).shards[0].labels

@@ -20,6 +20,7 @@ from pipelines.sources.image_folder import import_folder
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
+from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import content, items, jpeg, layout, save
 
 SMALL = ImportOptions(shard_bytes=50_000)
@@ -56,7 +57,7 @@ def test_records_from_and_to_a_store(s3: str, tmp_path: Path) -> None:
         import_recordio(f"{s3}/in/train.rec", out, options=SMALL, writing=stop)
     assert not index_exists(out)
     seen: list[int] = []
-    two = SMALL._replace(processes=2)
+    two = SMALL._replace(workers=Processes(2))
     made = import_recordio(
         f"{s3}/in/train.rec", out, options=two, writing=lambda done, _: seen.append(done)
     )

@@ -21,6 +21,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.sources import webdataset, webdataset_tar
 from pipelines.sources.webdataset import index_shards
 from pipelines.sources.webdataset_tar import SampleLayout
+from pipelines.storage.worker_pool import Processes
 from tests.loading import loader_of
 from tests.recordio_files import jpeg
 
@@ -321,7 +322,7 @@ def test_an_interrupted_index_goes_on(tmp_path: Path) -> None:
 def test_processes_find_what_one_would(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", *(tar(*pair(f"k{n}", n, f"c{n}")) for n in range(3)))
     one = index_shards([folder], str(tmp_path / "one")).index
-    two = index_shards([folder], str(tmp_path / "two"), processes=2).index
+    two = index_shards([folder], str(tmp_path / "two"), workers=Processes(2)).index
     assert one.digest == two.digest
     assert _labels(str(tmp_path / "one")) == {"k0": 0, "k1": 1, "k2": 2}
 
