@@ -167,23 +167,17 @@ class HeadConfig(ConfigSection):
     mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
     mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
 
-    @property
-    def _routed(self) -> bool:
-        return self.kind == "mhs" and self.mhs.exchange == "route"
-
     def refuse_several_labels(self, per_sample: int) -> list[str]:
         """Say that this head learns one label per sample, if a sample may have `per_sample`."""
         one_label = {
             "mhp": "head.kind=mhp",
             **({} if self.mhc.multi_label else {"mhc": "head.kind=mhc without mhc.multi_label"}),
-            **({"mhs": "head.mhs.exchange=route"} if self._routed else {}),
         }
         if per_sample < 2 or self.kind not in one_label:
             return []
         return [
             f"data.labels_per_sample={per_sample}: {one_label[self.kind]} learns one class per "
-            "image; full, partial_fc, mhs with head.mhs.exchange=gather, and mhc with "
-            "head.mhc.multi_label=true learn several"
+            "image; full, partial_fc, mhs, and mhc with head.mhc.multi_label=true learn several"
         ]
 
     def validate_combinations(self, workers: int) -> list[str]:
@@ -191,12 +185,8 @@ class HeadConfig(ConfigSection):
         wrong = []
         if self.kind != "mhp" and self.groups < workers:
             wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")
-        if self._routed and self.objective == "multi_label":
-            wrong.append(
-                "head.objective=multi_label needs head.mhs.exchange=gather, or head.kind=full or "
-                "partial_fc: with route a sample meets one head and the extra ones of its group"
-            )
-        if self._routed and self.mhs.negatives == "batch":
+        routed = self.kind == "mhs" and self.mhs.exchange == "route"
+        if routed and self.mhs.negatives == "batch":
             wrong.append(
                 "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
                 "meets only its own head and the extra ones"

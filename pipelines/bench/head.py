@@ -54,6 +54,7 @@ class HeadCase:
         batch: samples per rank.
         width: D.
         length, extra_heads: L and m of `mhs`.
+        labels: of a sample.
         steps: at most this many.
         seconds: no further step is begun after this long.
     """
@@ -67,6 +68,7 @@ class HeadCase:
     width: int = 128
     length: int = 1000
     extra_heads: int = 8
+    labels: int = 1
     steps: int = 10
     seconds: float = 30.0
 
@@ -80,6 +82,11 @@ class HeadCase:
         values["groups"] = self.world_size
         config = HeadConfig.model_validate(values)
         return HeadSpec(config, self.classes, self.width, 0, self.world_size, folder=folder)
+
+    def draw_labels(self, rng: torch.Generator) -> Tensor:
+        """Labels of a step, `[W, B]`, or `[W, B, K]` for several."""
+        lists = (self.labels,) if self.labels > 1 else ()
+        return torch.randint(0, self.classes, (self.world_size, self.batch, *lists), generator=rng)
 
     @property
     def bank_bytes(self) -> int:
@@ -148,7 +155,7 @@ def _measure_rank(topology: Topology, case: HeadCase, folder: str) -> dict[str, 
     first, again, sent, seen = [], [], [], 0.0
     begin = time.perf_counter()
     for step in range(case.steps):
-        labels = torch.randint(0, case.classes, (topology.world_size, case.batch), generator=rng)
+        labels = case.draw_labels(rng)
         x = torch.randn(topology.world_size, case.batch, case.width, generator=rng)[topology.rank]
         first.append(_time_step(head, step, labels, x, topology)[0])
         with TrafficCounter() as traffic:
@@ -179,9 +186,7 @@ def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> lis
     begin = time.perf_counter()
     for step in range(cases[0].steps):
         for case, head, taken in zip(cases, heads, seconds, strict=True):
-            labels = torch.randint(
-                0, case.classes, (topology.world_size, case.batch), generator=rng
-            )
+            labels = case.draw_labels(rng)
             x = torch.randn(case.batch, case.width, generator=rng)
             _time_step(head, step, labels, x, topology)
             taken.extend(

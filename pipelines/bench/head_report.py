@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
@@ -47,10 +47,14 @@ class TimesInTurn:
     Attributes:
         mhs: number of classes -> seconds of a routed step.
         bare: seconds of a routed `step` on one rank, and of its `bare` products.
+        one_label: as `mhs`, with one label per sample where that has several.
+        labels: how many a sample has.
     """
 
     mhs: dict[int, float]
     bare: dict[str, float] | None
+    one_label: dict[int, float] = field(default_factory=dict)
+    labels: int = 1
 
 
 def measurements_table(results: Sequence[HeadMeasurement]) -> Table:
@@ -107,6 +111,9 @@ def time_ratios(results: Sequence[HeadMeasurement], in_turn: TimesInTurn) -> lis
         found.append(
             (over, f"{in_turn.mhs[most_classes] / in_turn.mhs[fewer_classes]:.2f} x the time")
         )
+    for classes, seconds in sorted(in_turn.one_label.items()):
+        over = f"mhs route, {in_turn.labels} labels over one, {short_count(classes)} classes"
+        found.append((over, f"{in_turn.mhs[classes] / seconds:.2f} x the time"))
     sizes = sorted(classes for kind, classes in figures if kind == "mhs")
     if sizes:
         largest = figures["mhs", sizes[-1]]

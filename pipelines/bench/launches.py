@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,9 +92,10 @@ class StepCost:
     ledger: Ledger = field(repr=False, compare=False)
 
 
-def _case(head: dict[str, Any]) -> LaunchCase:
+def _case(head: dict[str, Any], labels: int = 0) -> LaunchCase:
     on_device = head.get("bank", {}).get("memory", "device") == "device"
-    return LaunchCase(head) if on_device else LaunchCase(head, width=HOST_WIDTH)
+    case = LaunchCase(head, labels=labels)
+    return case if on_device else replace(case, width=HOST_WIDTH)
 
 
 def _cases() -> dict[str, LaunchCase]:
@@ -119,6 +120,13 @@ def _cases() -> dict[str, LaunchCase]:
         "full multi_label": LaunchCase(HEADS["full"] | {"objective": "multi_label"}, labels=3),
         "partial_fc several labels": LaunchCase(HEADS["partial_fc"], labels=3),
         "gather several labels": LaunchCase(gather | own_plus, labels=3),
+        "route several labels": LaunchCase(route, labels=3),
+        "route multi_label": LaunchCase(route | {"objective": "multi_label"}, labels=3),
+        "route several labels correction": LaunchCase(
+            route | {"mhs": MHS | {"correction": True}}, labels=3
+        ),
+        "route several labels host": _case(route | BANKS["host"], labels=3),
+        "route 8 labels": LaunchCase(route, labels=8),
         **{
             f"{name} padding": LaunchCase(HEADS[name], classes=1_999_999, rank=7)
             for name in ("route", "gather", "full", "mhc")

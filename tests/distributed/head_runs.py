@@ -151,7 +151,8 @@ def run(topology: Topology, job: Job) -> dict[str, Tensor]:
     with ExitStack() as patches:
         if job.cramped:
             patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
-            for module in ("gathered.scores", "multilevel.exchange", "routed.softmax"):
+            routed = ("routed.softmax", "routed.several_labels")
+            for module in ("gathered.scores", "multilevel.exchange", *routed):
                 patches.enter_context(mock.patch(f"mhe_dist.heads.{module}.LOGITS_BYTES", 2000))
         return _run(topology, job)
 
@@ -330,7 +331,7 @@ def softmax_of(head: RowHead, step: int, own: Tensor) -> tuple[Tensor, list[int]
         drawn[:, head.draw(step)] = True
     else:
         for row, groups in zip(drawn, layout.group_of(own).tolist(), strict=True):
-            for group in groups:
+            for group in set(groups) - {-1}:
                 row[head.draw(step, group)] = True
     certain = present.expand_as(is_own) if config.mhs.negatives == "batch" else is_own
     seen = certain | drawn

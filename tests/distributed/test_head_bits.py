@@ -1,4 +1,4 @@
-"""The rows that a routed head learns are the same bits on any number of ranks.
+"""The rows that a routed head learns, and what it says to the network, are the same on any ranks.
 
 A few steps of training amplify the last bit of a gradient until it is seen in the losses, so that
 "the same run on another number of workers" means little without this. It holds where a row of a
@@ -29,30 +29,43 @@ CONFIGS = {
     "arcface": {"margin": {"kind": "arcface", "m": 0.5}},
     "no margin": {"margin": {"kind": "none"}},
 }
+LABELS = 5
+SEVERAL = {
+    "softmax": {"mhs": {"length": 64, "extra_heads": 6}},
+    "multi_label": {"objective": "multi_label", "mhs": {"length": 64, "extra_heads": 6}},
+    "many pairs per head": {"mhs": {"length": 1000, "extra_heads": 1, "correction": True}},
+    "own alone": {"margin": {"kind": "arcface"}, "mhs": {"negatives": "own"}},
+}
+CONFIGS |= {f"several labels, {name}": changes for name, changes in SEVERAL.items()}
 
 
-def _steps(topology: Topology, changes: dict) -> dict[str, Tensor]:
-    """The head's state after some steps."""
+def _steps(topology: Topology, case: str) -> dict[str, Tensor]:
+    """The head's state after some steps, and the gradients of the embeddings."""
     rng = torch.Generator().manual_seed(1)
     shape = (STEPS, MICRO_BATCHES, BATCH)
-    labels = torch.randint(0, CLASSES, shape, generator=rng)
+    lists = (LABELS,) if case.startswith("several") else ()
+    labels = torch.randint(-len(lists), CLASSES, (*shape, *lists), generator=rng)
     embeddings = torch.randn(*shape, WIDTH, generator=rng)
-    config = HeadConfig.model_validate({"groups": 6} | changes)
+    config = HeadConfig.model_validate({"groups": 6} | CONFIGS[case])
+    gradients = []
     head = build_head(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), topology)
     for step in range(STEPS):
         head.plan(step, labels[step])
         for i in topology.share(MICRO_BATCHES):
             x = embeddings[step, i].clone().requires_grad_()
             head(x, labels[step, i]).loss.backward()
+            assert x.grad is not None
+            gradients.append(x.grad)
         head.step(0.1)
-    return {name: tensor for name, tensor in head.state().tensors.items() if head.loads(name)}
+    state = {name: tensor for name, tensor in head.state().tensors.items() if head.loads(name)}
+    return state | {"gradients": torch.stack(gradients).unflatten(0, (STEPS, -1))}
 
 
 States = dict[str, dict[str, Tensor]]
 
 
 def _states(topology: Topology, cases: list[str]) -> States:
-    return {case: _steps(topology, CONFIGS[case]) for case in cases}
+    return {case: _steps(topology, case) for case in cases}
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +92,5 @@ def test_rows_are_the_same_bits(case: str, alone: States, spread: list[States]) 
     for field in fields:
         found = gathered_state([rank[case] for rank in spread], field)
         assert torch.equal(found, gathered_state([alone[case]], field)), field
+    gradients = torch.cat([rank[case]["gradients"] for rank in spread], 1)
+    assert torch.equal(gradients, alone[case]["gradients"])

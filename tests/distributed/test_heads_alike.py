@@ -60,7 +60,7 @@ def test_with_all_classes_selected_every_head_is_full(
 
 
 @pytest.mark.parametrize("margin", MARGINS)
-@pytest.mark.parametrize("head", ["full", "partial_fc", "gather", "gather_own_plus"])
+@pytest.mark.parametrize("head", HEADS)
 def test_a_list_of_one_label_is_a_label(head: str, margin: str) -> None:
     job = Job(head_config(head, margin), "bad", on_lists=True)
     one, listed = (run(Topology(), each) for each in (replace(job, on_lists=False), job))
@@ -69,19 +69,22 @@ def test_a_list_of_one_label_is_a_label(head: str, margin: str) -> None:
         same(listed[name], one[name])
 
 
-@pytest.mark.parametrize("head", ["route", "mhp", "mhc"])
+@pytest.mark.parametrize("head", ["mhp", "mhc"])
 def test_heads_that_learn_one_label_refuse_lists(head: str) -> None:
-    config = {"kind": head} if head != "route" else {"kind": "mhs"}
-    built = build_head(HeadSpec(HeadConfig.model_validate(config), 46, 5, 0, 1), Topology())
+    config = HeadConfig.model_validate({"kind": head})
+    built = build_head(HeadSpec(config, 46, 5, 0, 1), Topology())
     with pytest.raises(ValueError, match=r"labels \(1, 2, 3\): this head takes one per sample"):
         built.plan(0, torch.zeros(1, 2, 3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("labels", ["random", "many"])
 @pytest.mark.parametrize("margin", ["cosface", "adaface", "none"])
 @pytest.mark.parametrize("head", HEADS)
-def test_four_micro_batches_are_one_of_four_times_the_size(head: str, margin: str) -> None:
+def test_four_micro_batches_are_one_of_four_times_the_size(
+    head: str, margin: str, labels: str
+) -> None:
     config = head_config(head, margin)
-    four, one = (run(Topology(), Job(config, micro_batches=n)) for n in (4, 1))
+    four, one = (run(Topology(), Job(config, labels, micro_batches=n)) for n in (4, 1))
     four["grads"], one["grads"] = (
         r["grads"].transpose(0, 1).reshape(STEPS, -1, WIDTH) for r in (four, one)
     )

@@ -44,7 +44,6 @@ ONLY = {  # what a variant is about; elsewhere it is all heads
     "all extra": ("route", "gather", "gather_own_plus"),
     "one per class": ("partial_fc",),
 }
-SEVERAL = ("full", "partial_fc", "gather", "gather_own_plus")  # take several labels
 MORE_THAN_ALL = 50  # of 46 classes
 
 
@@ -69,7 +68,7 @@ def _exact() -> dict[str, list[Job]]:
 def _several() -> dict[str, list[Job]]:
     """Any number of labels for a sample, by the heads and objectives that take them."""
     found = {}
-    for head, objective in product(SEVERAL, ("softmax", "multi_label")):
+    for head, objective in product(HEADS, ("softmax", "multi_label")):
         config = partial(head_config, head, objective=objective)
         jobs = [
             Job(config(), "many"),
@@ -83,15 +82,18 @@ def _several() -> dict[str, list[Job]]:
         if objective == "multi_label":
             jobs.append(Job(config(), "short"))
         found[f"{head}-{objective}"] = jobs
-    found["full-margins"] = [Job(head_config("full", margin), "many") for margin in MARGINS]
-    found["full-banks"] = [
-        Job(head_config("full", bank={"memory": memory}), "many") for memory in ("host", "file")
-    ]
-    found["gather_own_plus-correction"] = [
-        Job(head_config("gather_own_plus", mhs=changes), "many", num_classes=90)
-        for changes in ({"correction": True}, {"correction": True, "extra_heads": 50})
-    ]
-    found["gather-own"] = [Job(head_config("gather", mhs={"negatives": "own"}), "many")]
+    for head in ("full", "route"):
+        found[f"{head}-margins"] = [Job(head_config(head, margin), "many") for margin in MARGINS]
+        found[f"{head}-banks"] = [
+            Job(head_config(head, bank={"memory": memory}), "many") for memory in ("host", "file")
+        ]
+    for head in ("gather_own_plus", "route"):
+        found[f"{head}-correction"] = [
+            Job(head_config(head, mhs=changes), "many", num_classes=90)
+            for changes in ({"correction": True}, {"correction": True, "extra_heads": 50})
+        ]
+    for head in ("gather", "route"):
+        found[f"{head}-own"] = [Job(head_config(head, mhs={"negatives": "own"}), "many")]
     return {f"several labels-{name}": jobs for name, jobs in found.items()}
 
 

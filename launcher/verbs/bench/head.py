@@ -46,6 +46,9 @@ def head(
     world_size: Annotated[int, typer.Option(min=1, help="Ranks; on a GPU each needs one.")] = 2,
     length: Annotated[int, typer.Option(min=1, help="mhs: L, classes of a head.")] = 1000,
     extra_heads: Annotated[int, typer.Option(min=0, help="mhs: m, extra heads per rank.")] = 8,
+    labels: Annotated[
+        int, typer.Option(min=1, help="Labels of a sample; several are compared with one, in turn.")
+    ] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a case at most.")] = 50,
     seconds: Annotated[
         float, typer.Option(min=0, help="No step of a case is begun after this long.")
@@ -57,12 +60,14 @@ def head(
 
     256 samples per rank, embeddings of 128, SGD with momentum. Every step is run twice on the same
     labels. The second run counts; the additional time of the first run is the first touch of its
-    rows. Then the numbers of classes take turns, step by step, for the ratios of mhs. A case that
-    does not fit into the memory that is free now is left out and named.
+    rows. Then the numbers of classes take turns, step by step, for the ratios of mhs; with
+    --labels, so do samples with several labels and with one. A case that does not fit into the
+    memory that is free now is left out and named.
 
     Example: mhe bench head --kinds partial_fc,mhs --classes 1_000_000,8_000_000
     """
-    sizes = {"world_size": world_size, "length": length, "extra_heads": extra_heads}
+    sizes: dict[str, Any] = {"world_size": world_size, "length": length}
+    sizes |= {"extra_heads": extra_heads, "labels": labels}
     bounds = {"steps": steps, "seconds": seconds}
     cases = _cases(kinds, classes, {"memory": memory.value, "dtype": dtype.value} | sizes | bounds)
     _show_measurements(*_measure_cases(cases, gpu), Path(out))
@@ -93,9 +98,10 @@ def _measure_cases(cases: list[HeadCase], gpu: bool) -> tuple[list[HeadMeasureme
         raise UserError("--classes: no case fits into the memory that is free")
     plain = not gpu and (cases[0].memory, cases[0].dtype) == ("device", "float32")
     with console.out.status("mhs, in turn over the classes"):
-        mhs = _measure_in_turn(cases, gpu)
+        mhs, one_label = _measure_in_turn(cases, gpu)
     with console.out.status("the bare products"):
-        return results, TimesInTurn(mhs, _measure_bare_products(cases) if plain else None)
+        bare = _measure_bare_products(cases) if plain else None
+    return results, TimesInTurn(mhs, bare, one_label, cases[0].labels)
 
 
 def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, folder: Path) -> None:
@@ -151,18 +157,26 @@ def _fits_in_memory(case: HeadCase) -> bool:
     return False
 
 
-def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> dict[int, float]:
-    """Classes -> seconds of a routed step, of the largest case and those that fit beside it."""
+def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> tuple[dict[int, float], dict[int, float]]:
+    """Classes -> seconds of a routed step, of the largest case and those that fit beside it.
+
+    And the same with one label per sample, if the cases have several.
+    """
+    from dataclasses import replace
+
     from pipelines.bench.head import fit_in_memory, measure_in_turn
 
     chosen: list[HeadCase] = []
     for case in sorted(cases, key=lambda case: -case.classes):
-        if case.kind == "mhs" and fit_in_memory([*chosen, case]):
-            chosen.append(case)
+        alike = [case] if case.labels == 1 else [case, replace(case, labels=1)]
+        if case.kind == "mhs" and fit_in_memory([*chosen, *alike]):
+            chosen += alike
     if len(chosen) < 2:
-        return {}
-    seconds = measure_in_turn(chosen, gpu)
-    return {case.classes: taken for case, taken in zip(chosen, seconds, strict=True)}
+        return {}, {}
+    taken = list(zip(chosen, measure_in_turn(chosen, gpu), strict=True))
+    labels = cases[0].labels
+    mhs = {case.classes: seconds for case, seconds in taken if case.labels == labels}
+    return mhs, {case.classes: seconds for case, seconds in taken if case.labels < labels}
 
 
 def _measure_bare_products(cases: list[HeadCase]) -> dict[str, float] | None:
@@ -176,4 +190,8 @@ def _measure_bare_products(cases: list[HeadCase]) -> dict[str, float] | None:
         for case in cases
         if case.kind == "mhs" and case.classes > case.batch * case.length and fit_in_memory([case])
     ]
-    return measure_bare_products(replace(fitting[0], world_size=1, steps=10)) if fitting else None
+    return (
+        measure_bare_products(replace(fitting[0], world_size=1, steps=10, labels=1))
+        if fitting
+        else None
+    )

@@ -32,6 +32,11 @@ class GroupPart:
     inside: Tensor
     column: Tensor
 
+    @property
+    def size(self) -> int:
+        """Number of the samples."""
+        return int(self.samples.stop - self.samples.start)
+
 
 @dataclass(frozen=True)
 class Dispatch:
@@ -56,6 +61,16 @@ class Dispatch:
     slots: Tensor
     groups: list[GroupPart]
     own: Tensor
+
+    @property
+    def own_heads(self) -> Tensor:
+        """The own head of each of the samples `own`."""
+        return self.heads[self.own]
+
+    @property
+    def own_numbers(self) -> Tensor:
+        """The canonical number of each of them."""
+        return self.sample_numbers[self.own]
 
 
 def plan_dispatch(
@@ -83,7 +98,7 @@ def plan_dispatch(
     send = torch.bincount(owner[rank] + 1, minlength=world_size + 1)
     arriving = owner == rank
     head, slot, group = heads[arriving], slots[arriving], groups[arriving]
-    column = _columns(head, slot, group, extra, layout.length)
+    column = columns_among_extra(head, slot, group, extra, layout.length)
     order = torch.argsort(group, stable=True)
     column, group = column[order], group[order]
     return Dispatch(
@@ -99,7 +114,7 @@ def plan_dispatch(
     )
 
 
-def _columns(
+def columns_among_extra(
     head: Tensor, slot: Tensor, group: Tensor, extra: dict[int, Tensor], length: int
 ) -> Tensor:
     """Column of each sample's class among its group's extra rows, -1 if it is not there."""

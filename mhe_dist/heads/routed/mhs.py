@@ -1,5 +1,8 @@
 """Multi-Head Sampling by `route`: each embedding travels to the rank that owns its head.
 
+With several labels per sample it travels once to each rank that owns one of their heads (see
+`several_labels.py`); the sample's negatives are those of these heads and of their groups.
+
 Cost of a step: `B * (1 + m) * L * D` multiply-adds and the traffic of the touched rows; nothing is
 proportional to C or to W. The loss and its gradient are formed in closed form while a chunk of
 rows is in cache, so that a step reads each touched row once in the forward pass and reads and
@@ -18,28 +21,36 @@ from mhe_dist import seeds
 from mhe_dist.bank.row_optim import Dense, LowRank
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.heads.base import HeadOutput, check_labels
+from mhe_dist.distributed.transfer import to_device
+from mhe_dist.heads.base import HeadOutput, sample_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
+from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
+from mhe_dist.heads.routed.label_dispatch import LabelDispatch, plan_label_dispatch
+from mhe_dist.heads.routed.several_labels import RoutedLabels, join_labels
 from mhe_dist.heads.routed.softmax import ExtraGradient, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 
 
 class MhsRoute(RowHead):
-    """Own head and m extra heads of its group for every sample; see `RowHead` for the arguments."""
+    """Own head and m extra heads of its group for every sample, or those of each of its labels.
+
+    See `RowHead` for the arguments.
+    """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
         super().__init__(spec, topology, config.length, spec.repartition_steps)
         self.extra_heads = config.extra_heads if config.negatives != "own" else 0
-        self._dispatches: list[Dispatch] = []
+        self._objective = OBJECTIVES[spec.config.objective]
+        self._dispatches: list[Dispatch] | list[LabelDispatch] = []
         self._chunks: list[list[Chunk]] = []
         self._extra: dict[int, Tensor] = {}
         self._own: list[GradientFactors] = []
         self._sums: dict[int, ExtraGradient] = {}
-        self._next, self._samples = 0, 0
+        self._next, self._samples, self._one_label = 0, 0, True
 
     def draw(self, step: int, group: int) -> Tensor:
         """The extra heads of a group in a step, ascending global numbers, int64 on the host."""
@@ -50,27 +61,50 @@ class MhsRoute(RowHead):
         return torch.from_numpy(drawn) + heads.start
 
     def plan(self, step: int, labels: Tensor) -> None:
-        """Draw the extra heads and find out to which rank each sample goes; see `Head`."""
-        if labels.dim() > 2:
-            raise ValueError(f"labels {tuple(labels.shape)}: this head takes one per sample")
+        """Draw the extra heads and find out to which ranks each sample goes; see `Head`."""
         self.begin(step)
         self._next, self.accumulation_steps = 0, len(labels) // self.topology.world_size
-        labels = check_labels(labels, self.spec.num_classes, self.spec.config.on_bad_label)
-        self._samples = int((labels >= 0).sum())
+        config = self.spec.config
+        self._one_label = labels.dim() == 2 and config.objective == "softmax"
+        labels, kept = sample_labels(labels, self.spec.num_classes, config)
+        self._samples = int(kept.sum())
         heads, slots = self.layout.locate(labels)
-        present = set(self.layout.group_of(heads).unique().tolist())
-        self._extra = {group: self.draw(step, group) for group in self.groups if group in present}
-        shape, rank = (self.topology.world_size, self.accumulation_steps, -1), self.topology.rank
-        heads, slots = heads.view(shape), slots.view(shape)
-        numbers = torch.arange(labels.numel()).view(shape)
-        self._dispatches = [
-            plan_dispatch(self.layout, heads[:, i], slots[:, i], numbers[:, i], self._extra, rank)
-            for i in range(self.accumulation_steps)
-        ]
-        own = [dispatch.heads[dispatch.own] for dispatch in self._dispatches]
-        self._chunks = [chunks_by_head(heads, self.bank.units_per_chunk) for heads in own]
+        present = self.layout.group_of(heads).unique().tolist()
+        self._extra = {g: self.draw(step, g) for g in present if g in self.groups}
+        if self._one_label:
+            self._dispatches = self._plan_samples(heads.squeeze(-1), slots.squeeze(-1))
+        else:
+            self._dispatches = self._plan_labels(heads, slots, [g for g in present if g >= 0])
+        own = [dispatch.own_heads for dispatch in self._dispatches]
+        self._chunks = [self._chunks_of(heads) for heads in own]
         self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
+
+    def _by_micro_batch(self, heads: Tensor, slots: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`[n, B, ...]` as `[W, B, ...]` for each micro-batch of a rank, and samples' numbers."""
+        numbers = torch.arange(heads.shape[0] * heads.shape[1]).view(heads.shape[:2])
+        shape = (self.topology.world_size, self.accumulation_steps)
+        heads, slots, numbers = (table.unflatten(0, shape) for table in (heads, slots, numbers))
+        steps = range(self.accumulation_steps)
+        return [(heads[:, i], slots[:, i], numbers[:, i]) for i in steps]
+
+    def _plan_samples(self, heads: Tensor, slots: Tensor) -> list[Dispatch]:
+        """Plan micro-batches of samples with one label; tables `[n, B]`."""
+        return [
+            plan_dispatch(self.layout, *tables, self._extra, self.topology.rank)
+            for tables in self._by_micro_batch(heads, slots)
+        ]
+
+    def _plan_labels(self, heads: Tensor, slots: Tensor, present: list[int]) -> list[LabelDispatch]:
+        """Plan micro-batches of samples with several labels; tables `[n, B, K]`."""
+        # What a sample sees of other ranks' groups counts in the share that it sees.
+        drawn = None
+        if self.spec.config.mhs.correction:
+            drawn = {group: self.draw(self.step_number, group) for group in present}
+        return [
+            plan_label_dispatch(self.layout, *tables, self._extra, drawn, self.topology.rank)
+            for tables in self._by_micro_batch(heads, slots)
+        ]
 
     def units_of_step(self, step: int, labels: Tensor) -> Tensor:
         """Own heads, and the extra ones of this rank's groups; see `RowHead`."""
@@ -82,26 +116,30 @@ class MhsRoute(RowHead):
         """Loss of the next planned micro-batch; see `Head`."""
         dispatch, chunks = self._dispatches[self._next], self._chunks[self._next]
         self._next += 1
-        features, norms = self.unpack(self._exchange(embeddings, dispatch))
         weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
-        score = partial(self._score, norms, dispatch, chunks)
-        loss, accuracy = FusedLoss.apply(features, score, weight)
+        payload = self.payload(embeddings)
+        if isinstance(dispatch, LabelDispatch):
+            score_labels = partial(self._score_labels, dispatch, chunks)
+            loss, accuracy = FusedLoss.apply(payload, score_labels, weight)
+        else:
+            features, norms = self.unpack(self._exchange(payload, dispatch))
+            score = partial(self._score, norms, dispatch, chunks)
+            loss, accuracy = FusedLoss.apply(features, score, weight)
         seen = torch.full_like(accuracy, self._classes_seen(dispatch) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
-    def _exchange(self, embeddings: Tensor, dispatch: Dispatch) -> Tensor:
+    def _exchange(self, payload: Tensor, dispatch: Dispatch) -> Tensor:
         """Payload of the samples whose heads are here, in the sorted order of `dispatch`."""
         device = self.topology.device
-        payload = self.payload(embeddings)[dispatch.send_order.to(device, non_blocking=True)]
-        arrived = all_to_all(payload, dispatch.send, dispatch.receive, self.topology)
+        sent = payload[dispatch.send_order.to(device, non_blocking=True)]
+        arrived = all_to_all(sent, dispatch.send, dispatch.receive, self.topology)
         return arrived[dispatch.order.to(device, non_blocking=True)]
 
-    def _classes_seen(self, dispatch: Dispatch) -> int:
+    def _classes_seen(self, dispatch: Dispatch | LabelDispatch) -> int:
         """Sum over the samples of a dispatch of the classes in their softmax."""
-        own = int(self.classes_in(dispatch.heads[dispatch.own]).sum())
+        own = int(self.classes_in(dispatch.own_heads).sum())
         extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
-        sizes = {part.group: part.samples.stop - part.samples.start for part in dispatch.groups}
-        return own + sum(extra[group] * size for group, size in sizes.items())
+        return own + sum(extra[part.group] * part.size for part in dispatch.groups)
 
     @with_chosen_products
     def _score(
@@ -128,6 +166,37 @@ class MhsRoute(RowHead):
             self._own.append(scores.own)
         return FusedOutput(scores.losses.sum(), scores.gradient, scores.correct.sum())
 
+    @with_chosen_products
+    def _score_labels(
+        self, dispatch: LabelDispatch, chunks: list[Chunk], payload: Tensor, with_grad: bool
+    ) -> FusedOutput:
+        """Score the labels that arrive, and join what the owners of this rank's labels find.
+
+        Args:
+            dispatch, chunks: as planned.
+            payload: of this rank's samples `[b, width]`; see `payload`.
+            with_grad: whether to keep the rows' gradient.
+        """
+        topology, device = self.topology, self.topology.device
+        samples, index = (to_device(v, device) for v in (dispatch.samples, dispatch.labels))
+        there, back = dispatch.labels_send, dispatch.labels_receive
+        arrived = all_to_all(payload[samples], dispatch.send, dispatch.receive, topology)
+        features, norms = self.unpack(arrived)
+        labels = RoutedLabels(
+            self.class_rows, features, norms, dispatch, chunks, self._extra, with_grad
+        )
+        sums = all_to_all(labels.sums(), back, there, topology)
+        joined = join_labels(sums, dispatch, index, self._objective)
+        gradient = torch.zeros_like(payload)
+        if with_grad:
+            answer = all_to_all(joined.answer, there, back, topology)
+            found = labels.gradients(answer, self._sums, 1 / max(1, self._samples))
+            self._own.append(found.own)
+            parts = all_to_all(found.features, dispatch.receive, dispatch.send, topology)
+            total = torch.zeros(len(payload), self.width, dtype=parts.dtype, device=device)
+            gradient[:, : self.width] = total.index_add_(0, samples, parts)
+        return FusedOutput(joined.losses.sum(), gradient, joined.correct.sum())
+
     @torch.no_grad()
     @with_chosen_products
     def step(self, lr: float) -> None:
@@ -153,10 +222,14 @@ class MhsRoute(RowHead):
         """The own heads of the step, each once, with its samples in their canonical order."""
         if self.accumulation_steps == 1:
             return self._chunks[0]
-        heads = torch.cat([d.heads[d.own] for d in self._dispatches])
-        order = torch.cat([d.sample_numbers[d.own] for d in self._dispatches]).argsort()
-        chunks = chunks_by_head(heads[order], self.bank.units_per_chunk)
+        heads = torch.cat([dispatch.own_heads for dispatch in self._dispatches])
+        order = torch.cat([dispatch.own_numbers for dispatch in self._dispatches]).argsort()
+        chunks = self._chunks_of(heads[order])
         return [replace(chunk, index=order[chunk.index]) for chunk in chunks]
+
+    def _chunks_of(self, heads: Tensor) -> list[Chunk]:
+        """Samples, or pairs, grouped by their own heads."""
+        return chunks_by_head(heads, self.bank.units_per_chunk, by_power=not self._one_label)
 
     def _gradient(self, own: GradientFactors, chunk: Chunk) -> LowRank:
         """Gradient of the rows of a chunk's heads."""

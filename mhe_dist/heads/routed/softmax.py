@@ -172,7 +172,7 @@ def _score_own(
         logits = _logits(class_rows.margin, cosine, padding)
         logits.scatter_(-1, slot, phi.unsqueeze(-1) * scale)
         log_sum = log_add_exp(logits.logsumexp(-1), samples.log_sum[index])
-        highest = _hide_padding(cosine.scatter_(-1, slot, float("-inf")), padding).amax(-1)
+        highest = hide_padding(cosine.scatter_(-1, slot, float("-inf")), padding).amax(-1)
         cosine.scatter_(-1, slot, target.unsqueeze(-1))
         p = logits.sub_(log_sum.unsqueeze(-1)).exp_()
         at_target = (p.gather(-1, slot) - 1) * slope.unsqueeze(-1)
@@ -282,7 +282,7 @@ class _ExtraPart:
         """The exponentials of some samples, and the highest logit `[n]` of the other classes."""
         class_rows, scale = self.class_rows, self.scale
         features = self.samples.features[where] * scale
-        logits = _hide_padding(product(features, self.rows.T), self.padding, in_place=True)
+        logits = hide_padding(product(features, self.rows.T), self.padding, in_place=True)
         scaled = logits[inside, column]
         hide(logits, (inside, column))
         highest = logits.amax(-1)
@@ -317,10 +317,10 @@ def _logits(margin: Margin, cosine: Tensor, padding: Tensor | None) -> Tensor:
     logits = cosine * margin.scale
     if threshold := margin.filter:
         logits.masked_fill_(~keep_negatives(cosine, threshold), float("-inf"))
-    return _hide_padding(logits, padding, in_place=True)
+    return hide_padding(logits, padding, in_place=True)
 
 
-def _hide_padding(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
+def hide_padding(values: Tensor, padding: Tensor | None, in_place: bool = False) -> Tensor:
     """`values` `[..., L]` with -inf at padding slots `[L]` or `[T, L]` (of `[T, c, L]`)."""
     if padding is None:
         return values

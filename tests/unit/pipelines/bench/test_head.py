@@ -53,11 +53,12 @@ def test_a_routed_embedding_travels_there_and_back(results: list[HeadMeasurement
 
 @pytest.mark.slow
 def test_report(results: list[HeadMeasurement], tmp_path: Path) -> None:
-    in_turn = TimesInTurn({64: 2.0, 512: 3.0}, {"step": 2.0, "bare": 1.0})
+    in_turn = TimesInTurn({64: 2.0, 512: 3.0}, {"step": 2.0, "bare": 1.0}, {64: 1.6}, 8)
     assert measurements_table(results).row_count == len(results)
     ratios = dict(time_ratios(results, in_turn))
     assert ratios["mhs route on one rank over its bare products"] == "2.00 x the time"
     assert ratios["mhs route, 512 over 64 classes"] == "1.50 x the time"
+    assert ratios["mhs route, 8 labels over one, 64 classes"] == "1.25 x the time"
     plot_measurements(results, tmp_path / "head.png")
     save_measurements(results, in_turn, tmp_path / "head.json")
     assert (tmp_path / "head.png").stat().st_size > 10_000
@@ -66,8 +67,9 @@ def test_report(results: list[HeadMeasurement], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_cases_take_turns_in_the_same_processes() -> None:
-    seconds = measure_in_turn([HeadCase("mhs", classes, **SMALL) for classes in (512, 64)])
-    assert len(seconds) == 2
+    cases = [HeadCase("mhs", 512, labels=labels, **SMALL) for labels in (3, 1)]
+    seconds = measure_in_turn([*cases, HeadCase("mhs", 64, **SMALL)])
+    assert len(seconds) == 3
     assert min(seconds) > 0
 
 
