@@ -35,16 +35,24 @@ def check_data(config: Config) -> Iterable[Mistake]:
     made = set()
     if glyphs and train.rpartition("/")[2] == TRAIN:
         made = {train, train.removesuffix(TRAIN) + HELDOUT}
-    classified = config.evaluate.classification.rstrip("/")
-    sets = {"data.shards": train, "evaluate.shards": heldout}
-    for key, url in (sets | {"evaluate.classification": classified}).items():
+    sets = {
+        "data.shards": train,
+        "evaluate.shards": heldout,
+        "evaluate.classification": config.evaluate.classification.rstrip("/"),
+        "evaluate.labels": config.evaluate.labels.rstrip("/"),
+    }
+    for key, url in sets.items():
         if url and url not in made and (problem := _index_problem(url)):
             cure = _cure_for_sources(key, url) or _cure(key, glyphs)
             yield key, f"{problem}; {cure}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
     mixed = ((f"data.mix.{n}.labels", item.labels) for n, item in enumerate(config.data.mix))
-    for key, url in (("data.labels", config.data.labels), *mixed):
+    label_sets = {
+        "data.labels": config.data.labels,
+        "evaluate.label_set": config.evaluate.label_set,
+    }
+    for key, url in (*label_sets.items(), *mixed):
         if url and (problem := _labels_problem(url)):
             yield key, f"{problem}; give a folder that `mhe data labels` made"
     if (source := config.model.init_from) and not url_exists(source):

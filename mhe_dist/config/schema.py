@@ -209,6 +209,14 @@ class EvaluateConfig(ConfigSection):
         description="Shards with other images of the training classes, by the same ids: how many "
         "of them the head gives their own class, of all classes, at each evaluation.",
     )
+    labels: PathText = Field(
+        "",
+        description="Shards with other images of the training classes, several to an image: how "
+        "well the head ranks the classes that label_set gives them, at each evaluation.",
+    )
+    label_set: PathText = Field(
+        "", description="Label set of the shards that `labels` names, by the training's class ids."
+    )
 
 
 class CheckpointConfig(ConfigSection):
@@ -313,6 +321,12 @@ def validate_combinations(config: Config) -> list[str]:
         wrong.append(
             f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
             "disk of each host"
+        )
+    if bool(config.evaluate.labels) != bool(config.evaluate.label_set):
+        wrong.append(
+            f"evaluate.labels={config.evaluate.labels!r} names shards and evaluate.label_set="
+            f"{config.evaluate.label_set!r} the label set that gives them their classes: give both "
+            "or neither"
         )
     wrong += config.head.refuse_several_labels(data.labels_per_sample)
     wrong += config.head.validate_combinations(max(config.group_sizes(), default=scale.workers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -145,10 +145,28 @@ def _shares(right: npt.NDArray[np.bool_]) -> dict[str, float]:
     return shares | {"samples": float(len(right))}
 
 
-def count_training_images(data: DataConfig, seed: int) -> Ints | None:
-    """As `count_images`, of the training set; None, too, where it is not there any more."""
+class TrainingLabels(NamedTuple):
+    """How often a training set shows each class.
+
+    Attributes:
+        counts: images of each class, int64 `[C]`.
+        images: images of an epoch.
+    """
+
+    counts: Ints
+    images: int
+
+    @staticmethod
+    def of(index: ShardIndex) -> TrainingLabels | None:
+        """Those of a training set; None if it is not labelled."""
+        counts = count_images(index)
+        return None if counts is None else TrainingLabels(counts, index.samples)
+
+
+def read_training_labels(data: DataConfig, seed: int) -> TrainingLabels | None:
+    """Those of the training set of a run; None, too, where it is not there any more."""
     try:
-        return count_images(open_training_index(data, seed))
+        return TrainingLabels.of(open_training_index(data, seed))
     except (UserError, RunError, OSError):
         return None
 

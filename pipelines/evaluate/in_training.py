@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
-
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
@@ -16,11 +13,12 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
 from pipelines.embedding.embeddings import Embed, raise_together
 from pipelines.evaluate.classification import (
-    count_images,
+    TrainingLabels,
     evaluate_classification,
     refuse_other_classes,
 )
 from pipelines.evaluate.heldout import Evaluation, evaluate_heldout, refuse_unusable_set
+from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 from pipelines.shards.index import ShardIndex
 
@@ -38,18 +36,23 @@ class TrainedHead:
     index: ShardIndex
 
     @cached_property
-    def training_counts(self) -> npt.NDArray[np.int64] | None:
-        """Images of each class, counted once; see `classification.count_images`."""
-        return count_images(self.index)
+    def training_labels(self) -> TrainingLabels | None:
+        """Images of each class, counted once; None: the index does not tell them."""
+        return TrainingLabels.of(self.index)
 
 
 def has_evaluation(settings: EvaluateConfig) -> bool:
     """Whether the config asks for an evaluation."""
-    return bool(settings.shards or settings.verification or settings.classification)
+    wanted = (settings.shards, settings.verification, settings.classification, settings.labels)
+    return any(wanted)
 
 
 def refuse_unusable_sets(
-    settings: EvaluateConfig, data: DataConfig, seed: int, topology: Topology
+    settings: EvaluateConfig,
+    data: DataConfig,
+    seed: int,
+    topology: Topology,
+    num_classes: int,
 ) -> None:
     """Say before a run what would make its evaluations fail; all ranks must call.
 
@@ -58,6 +61,7 @@ def refuse_unusable_sets(
     Args:
         settings, seed, topology: see `evaluate_in_training`.
         data: of the run.
+        num_classes: C of the run.
 
     Raises:
         UserError, RunError: a set cannot be used; on all ranks.
@@ -68,6 +72,9 @@ def refuse_unusable_sets(
             refuse_unusable_set(settings, seed)
         if settings.classification and topology.is_first:
             refuse_other_classes(ShardIndex.load(settings.classification), data)
+        if settings.labels and topology.is_first:
+            index = ShardIndex.load(settings.labels)
+            open_evaluated_labels(settings.label_set, index, data, num_classes)
         for each in read_bin_sets(settings.verification):
             for number in range(topology.rank, each.images.count, topology.world_size):
                 each.images.read(number, number + 1, data.image_size)
@@ -79,7 +86,7 @@ def refuse_unusable_sets(
 def evaluate_in_training(
     embed: Embed,
     settings: EvaluateConfig,
-    image_size: int,
+    data: DataConfig,
     seed: int,
     topology: Topology,
     head: TrainedHead | None = None,
@@ -88,17 +95,18 @@ def evaluate_in_training(
     """Evaluate on everything that the config names; all ranks must call, and all get the metrics.
 
     In addition to the metrics of `evaluate_heldout` there are `lfw/accuracy` and so on for each
-    `.bin` set, and `classification/top1` and so on (`evaluate_classification`). All ranks embed.
-    Rank 0 computes the figures alone while the others wait; this takes milliseconds, because the
-    bootstrap is left out (`mhe evaluate verification` computes it).
+    `.bin` set, `classification/top1` and so on (`evaluate_classification`), and `labels/p@1` and so
+    on (`evaluate_labels`). All ranks embed. Rank 0 computes the figures alone while the others
+    wait; this takes milliseconds, because the bootstrap is left out (`mhe evaluate verification`
+    computes it).
 
     Args:
         embed: see `embeddings.Embed`.
         settings: `evaluate` of the config.
-        image_size: of the images in pixels.
+        data: of the run.
         seed: of the drawn pairs of the held-out shards.
         topology: the ranks.
-        head: of the run; needed for `settings.classification` alone.
+        head: of the run; needed for `settings.classification` and `settings.labels` alone.
         with_pictures: see `evaluate_heldout`.
 
     Raises:
@@ -106,19 +114,42 @@ def evaluate_in_training(
     """
     evaluation = Evaluation({}, {})
     if settings.shards:
-        evaluation = evaluate_heldout(embed, settings, image_size, seed, topology, with_pictures)
+        evaluation = evaluate_heldout(
+            embed, settings, data.image_size, seed, topology, with_pictures
+        )
     metrics = dict(evaluation.metrics)
     if settings.verification:
         sets = read_bin_sets(settings.verification)
-        results = verify_pair_sets(embed, sets, topology, image_size, with_intervals=False)
+        results = verify_pair_sets(embed, sets, topology, data.image_size, with_intervals=False)
         found = {name: value for each in results for name, value in each.named_metrics().items()}
         metrics |= broadcast_from_first(found, topology)
-    if settings.classification and head is not None:
-        index = ShardIndex.load(settings.classification)
-        counts = head.training_counts if topology.is_first else None
-        classes = head.index.num_classes
-        figures = evaluate_classification(
-            embed, head.head, index, classes, topology, image_size, counts
-        )
-        metrics |= {f"classification/{name}": value for name, value in figures.items()}
+    if head is not None:
+        metrics |= _evaluate_head(embed, settings, data, topology, head)
     return evaluation._replace(metrics=metrics)
+
+
+def _evaluate_head(
+    embed: Embed,
+    settings: EvaluateConfig,
+    data: DataConfig,
+    topology: Topology,
+    trained: TrainedHead,
+) -> dict[str, float]:
+    """What the head says of other images of its classes; see `evaluate_in_training`."""
+    head, classes, size = trained.head, trained.index.num_classes, data.image_size
+    metrics: dict[str, float] = {}
+    if not (settings.classification or settings.labels):
+        return metrics
+    # The first rank computes the figures.
+    training = trained.training_labels if topology.is_first else None
+    if settings.classification:
+        index = ShardIndex.load(settings.classification)
+        counts = None if training is None else training.counts
+        figures = evaluate_classification(embed, head, index, classes, topology, size, counts)
+        metrics |= {f"classification/{name}": value for name, value in figures.items()}
+    if settings.labels:
+        index = ShardIndex.load(settings.labels)
+        labels = open_evaluated_labels(settings.label_set, index, data, classes)
+        figures = evaluate_labels(embed, head, index, labels, topology, size, training)
+        metrics |= {f"labels/{name}": value for name, value in figures.items()}
+    return metrics

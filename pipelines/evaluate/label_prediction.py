@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from torch import Tensor
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
 from pipelines.data.mixture.class_list import names_of
-from pipelines.data.mixture.index import open_training_index
 from pipelines.data.mixture.label_choice import distinct_labels
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images
-from pipelines.evaluate.classification import SHOTS, count_images
+from pipelines.evaluate.classification import SHOTS, TrainingLabels
 from pipelines.evaluate.metrics.label_ranking import (
     KS,
     Ints,
@@ -26,28 +23,6 @@ from pipelines.evaluate.metrics.label_ranking import (
 )
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet
-
-
-class TrainingLabels(NamedTuple):
-    """How often a training set shows each class.
-
-    Attributes:
-        counts: images of each class, int64 `[C]`.
-        images: images of an epoch.
-    """
-
-    counts: Ints
-    images: int
-
-
-def read_training_labels(data: DataConfig, seed: int) -> TrainingLabels | None:
-    """Those of the training set of a run; None where it is not there any more, or not labelled."""
-    try:
-        index = open_training_index(data, seed)
-        counts = count_images(index)
-        return None if counts is None else TrainingLabels(counts, index.samples)
-    except (UserError, RunError, OSError):
-        return None
 
 
 def open_evaluated_labels(

@@ -129,8 +129,8 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     Raises:
         UserError: the backbone cannot train, or an evaluation could not work.
     """
-    refuse_unusable_sets(config.evaluate, config.data, config.run.seed, Topology())
-    index = open_training_index(config.data, config.run.seed)
+    seed, index = config.run.seed, open_training_index(config.data, config.run.seed)
+    refuse_unusable_sets(config.evaluate, config.data, seed, Topology(), index.num_classes)
     device = rank_device(config.scale.gpu)
     resumes = newest_checkpoint(config.run.path) is not None
     first = without_first_weights(config) if resumes else config

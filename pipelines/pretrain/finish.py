@@ -143,7 +143,10 @@ def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -
         f"**{config.model.name}**, head `{config.head.kind}`, {steps:,} steps over epochs of "
         f"{samples:,} images"
     ]
-    first = ("rank1", "chance", "accuracy", "classification/top1", "classification/top5")
+    first = (
+        *("rank1", "chance", "accuracy", "classification/top1", "classification/top5"),
+        *("labels/p@1", "labels/p@5", "labels/psp@5"),
+    )
     rows = [
         (name, f"{100 * evaluation.metrics[name]:.2f} %")
         for name in (*first, *sorted(evaluation.metrics))

@@ -175,7 +175,7 @@ class Run:
             evaluation = evaluate_in_training(
                 self._embed,
                 config.evaluate,
-                config.data.image_size,
+                config.data,
                 config.run.seed,
                 self.topology,
                 self.trained_head,
@@ -188,7 +188,13 @@ class Run:
         """What would make an evaluation fail hours later is said now."""
         config = self.config
         if has_evaluation(config.evaluate):
-            refuse_unusable_sets(config.evaluate, config.data, config.run.seed, self.topology)
+            refuse_unusable_sets(
+                config.evaluate,
+                config.data,
+                config.run.seed,
+                self.topology,
+                self.index.num_classes,
+            )
 
     def save(self, faults: BadSampleTally) -> None:
         """Checkpoint what a resumed run needs; written while training goes on.

@@ -18,7 +18,7 @@ from PIL import Image
 
 from launcher import cli
 from mhe_dist.backbone.export import ExportOptions
-from mhe_dist.config.schema import Config
+from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads import row_head
@@ -33,16 +33,13 @@ from mhe_dist.tracking.jsonl import read_records
 from pipelines.embedding.embed import embed_source
 from pipelines.embedding.embeddings import embed_set
 from pipelines.evaluate.classification import (
-    count_training_images,
+    TrainingLabels,
     evaluate_classification,
+    read_training_labels,
     refuse_other_classes,
 )
 from pipelines.evaluate.in_training import refuse_unusable_sets
-from pipelines.evaluate.label_prediction import (
-    evaluate_labels,
-    open_evaluated_labels,
-    read_training_labels,
-)
+from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
 from pipelines.runs.trained import load_trained_backbone
@@ -88,6 +85,12 @@ def head_of(run: str) -> Head:
         return head
 
 
+def training_labels(config: Config) -> TrainingLabels:
+    found = read_training_labels(config.data, config.run.seed)
+    assert found is not None
+    return found
+
+
 def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
     """The figures of a run's newest checkpoint."""
     backbone = load_trained_backbone(run)
@@ -99,7 +102,7 @@ def classify(topology: Topology, run: str, shards: str) -> dict[str, float]:
             tiny.CLASSES,
             topology,
             tiny.SIDE,
-            count_training_images(backbone.config.data, 3),
+            training_labels(backbone.config).counts,
             exhaustive=True,
         )
 
@@ -247,6 +250,9 @@ def test_label_sets_that_cannot_be_evaluated_are_refused(shards: str, tmp_path: 
     index, data = ShardIndex.load(shards), tiny.config(tmp_path, shards).data
     empty = [[] for _ in range(index.samples)]
     url = write_labels(str(tmp_path / "empty"), index, empty, tiny.CLASSES).folder
+    settings = EvaluateConfig(labels=shards, label_set=url)
+    with pytest.raises(UserError, match="gives no image a class"):
+        refuse_unusable_sets(settings, data, 0, Topology(), tiny.CLASSES)
     with pytest.raises(UserError, match="gives no image a class"):
         open_evaluated_labels(url, index, data, tiny.CLASSES)
     with pytest.raises(UserError, match="it has 30 classes, the run 29"):
@@ -325,15 +331,21 @@ def test_a_run_records_the_figures_and_learns_the_same(
     trained: Callable[[str], Config], shards: str, tmp_path: Path
 ) -> None:
     run = trained("mhs")
-    evaluate = {"classification": shards, "every_steps": 12}
+    index = ShardIndex.load(shards)
+    lists = [[n % tiny.CLASSES, 3] for n in range(index.samples)]
+    url = write_labels(str(tmp_path / "labels"), index, lists, tiny.CLASSES).folder
+    evaluate = {"classification": shards, "labels": shards, "label_set": url, "every_steps": 12}
     watched = tiny.config(tmp_path, shards, evaluate=evaluate)
     summary = run_pretraining(watched)
     found = classify(Topology(), run.run.path, shards) | {"unknown": 0.0}
     during = {f"classification/{name}": value for name, value in found.items()}
+    ranked = rank_labels(Topology(), run.run.path, shards, url)
+    during |= {f"labels/{name}": value for name, value in ranked.items()}
     assert summary["heldout"] == during
     records = read_records(f"{watched.run.path}/metrics.jsonl")
-    steps = [record["step"] for record in records if "heldout/classification/top1" in record]
-    assert steps == [11, 23]  # counted from 0
+    for name in ("classification/top1", "labels/p@1"):
+        steps = [record["step"] for record in records if f"heldout/{name}" in record]
+        assert steps == [11, 23]  # counted from 0
     assert not tiny.differing(run, watched)
 
 
@@ -345,7 +357,7 @@ def test_other_class_ids_are_refused_before_a_run(tmp_path: Path, shards: str) -
         Path(folder, "classes.tsv").write_text("class\tsamples\tname\n" + rows)
     config = tiny.config(tmp_path, str(tmp_path / "train"), evaluate={"classification": other})
     with pytest.raises(UserError, match=r"class 0 is 'a'.*it is 'x'"):
-        refuse_unusable_sets(config.evaluate, config.data, 0, Topology())
+        refuse_unusable_sets(config.evaluate, config.data, 0, Topology(), tiny.CLASSES)
 
 
 def test_images_of_other_classes_are_named_or_refused(
@@ -384,13 +396,14 @@ def test_class_ids_that_mean_something_else_are_refused(tmp_path: Path, shards: 
 
 def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:
     data = tiny.config(tmp_path, shards).data
-    counts = count_training_images(data, 3)
-    assert counts is not None and counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
+    found = read_training_labels(data, 3)
+    assert found is not None and found.images == tiny.CLASSES * tiny.IMAGES
+    assert found.counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
     chosen = data.model_copy(update={"images_per_class": 2})  # a mixture: others in each epoch
-    counts = count_training_images(chosen, 3)
-    assert counts is not None and counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
+    found = read_training_labels(chosen, 3)
+    assert found is not None and found.counts.tolist() == [tiny.IMAGES] * tiny.CLASSES
     gone = data.model_copy(update={"shards": str(tmp_path / "gone")})
-    assert count_training_images(gone, 3) is None
+    assert read_training_labels(gone, 3) is None
 
 
 def images_of(shards: str) -> np.ndarray:

@@ -168,9 +168,9 @@ def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> tuple[dict[int, float]
 
     chosen: list[HeadCase] = []
     for case in sorted(cases, key=lambda case: -case.classes):
-        alike = [case] if case.labels == 1 else [case, replace(case, labels=1)]
-        if case.kind == "mhs" and fit_in_memory([*chosen, *alike]):
-            chosen += alike
+        compared = [case] if case.labels == 1 else [case, replace(case, labels=1)]
+        if case.kind == "mhs" and fit_in_memory([*chosen, *compared]):
+            chosen += compared
     if len(chosen) < 2:
         return {}, {}
     taken = list(zip(chosen, measure_in_turn(chosen, gpu), strict=True))

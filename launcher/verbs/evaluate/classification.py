@@ -9,15 +9,13 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import (
+    EvaluatedHead,
     GpuOption,
     MlflowOption,
     RunName,
-    classes_of,
-    join_ranks,
     save_results,
-    spinner,
 )
-from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
+from pipelines.runs.trained import TrainedBackbone
 
 
 def classification(
@@ -42,37 +40,26 @@ def classification(
 
     Example: mhe evaluate classification photos --shards data/photos/heldout
     """
-    from pipelines.evaluate.classification import (
-        count_training_images,
-        evaluate_classification,
-        refuse_other_classes,
-    )
-    from pipelines.runs.warm_start import find_checkpoint, trained_head
-    from pipelines.shards.index import ShardIndex
+    from pipelines.evaluate.classification import evaluate_classification, refuse_other_classes
 
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    config, num_classes = backbone.config, classes_of(backbone)
-    index = ShardIndex.load(shards)
-    refuse_other_classes(index, config.data)
-    # The first rank computes the figures.
-    counts = count_training_images(config.data, config.run.seed) if topology.is_first else None
-    with (
-        spinner(topology, f"predicting the classes of {index.samples:,} images of {shards}"),
-        trained_head(find_checkpoint(backbone.checkpoint), topology) as head,
-    ):
+    opened = EvaluatedHead.open(run, shards, gpu)
+    backbone, topology, data = opened.backbone, opened.topology, opened.backbone.config.data
+    refuse_other_classes(opened.index, data)
+    training = opened.training_labels()
+    counts = None if training is None else training.counts
+    with opened.predicting() as head:
         figures = evaluate_classification(
             backbone.embed,
             head,
-            index,
-            num_classes,
+            opened.index,
+            opened.classes,
             topology,
-            config.data.image_size,
+            data.image_size,
             counts,
             exhaustive,
         )
     if topology.is_first:
-        results = {"shards": shards, "classes": num_classes, **figures}
+        results = {"shards": shards, "classes": opened.classes, **figures}
         _show(backbone, results, counts is not None)
         save_results(backbone, "classification", results, {}, "", figures if mlflow else {})
         console.list_next([("export it", ["mhe", "export", run])])

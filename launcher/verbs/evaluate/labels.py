@@ -9,15 +9,12 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import (
+    EvaluatedHead,
     GpuOption,
     MlflowOption,
     RunName,
-    classes_of,
-    join_ranks,
     save_results,
-    spinner,
 )
-from pipelines.runs.trained import load_trained_backbone
 
 
 def labels(
@@ -33,37 +30,25 @@ def labels(
 
     Example: mhe evaluate labels tags --shards data/heldout --labels data/heldout_tags
     """
-    from pipelines.evaluate.label_prediction import (
-        evaluate_labels,
-        open_evaluated_labels,
-        read_training_labels,
-    )
-    from pipelines.runs.warm_start import find_checkpoint, trained_head
-    from pipelines.shards.index import ShardIndex
+    from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
 
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    config, num_classes = backbone.config, classes_of(backbone)
-    index = ShardIndex.load(shards)
-    found = open_evaluated_labels(labels, index, config.data, num_classes)
-    # The first rank computes the figures.
-    training = read_training_labels(config.data, config.run.seed) if topology.is_first else None
-    with (
-        spinner(topology, f"predicting the classes of {index.samples:,} images of {shards}"),
-        trained_head(find_checkpoint(backbone.checkpoint), topology) as head,
-    ):
+    opened = EvaluatedHead.open(run, shards, gpu)
+    backbone, topology, data = opened.backbone, opened.topology, opened.backbone.config.data
+    found = open_evaluated_labels(labels, opened.index, data, opened.classes)
+    training = opened.training_labels()
+    with opened.predicting() as head:
         figures = evaluate_labels(
-            backbone.embed, head, index, found, topology, config.data.image_size, training
+            backbone.embed, head, opened.index, found, topology, data.image_size, training
         )
     if topology.is_first:
-        title = f"{backbone.checkpoint} on {labels}, {num_classes:,} classes"
+        title = f"{backbone.checkpoint} on {labels}, {opened.classes:,} classes"
         console.show_table(title, _table(figures))
         if training is None:
             console.say(
                 "No PSP and no figures by training images of a class: the training set "
-                f"{config.data.shards} and its labels cannot be read here."
+                f"{data.shards} and its labels cannot be read here."
             )
-        results = {"shards": shards, "labels": labels, "classes": num_classes, **figures}
+        results = {"shards": shards, "labels": labels, "classes": opened.classes, **figures}
         logged = {name.replace("@", ""): value for name, value in figures.items()}
         save_results(backbone, "labels", results, {}, "", logged if mlflow else {})
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +13,15 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs.trained import TrainedBackbone, read_trained_config
+from pipelines.runs.trained import TrainedBackbone, load_trained_backbone, read_trained_config
 
 if TYPE_CHECKING:
     from mhe_dist.distributed.topology import Topology
+    from mhe_dist.heads.base import Head
     from mhe_dist.tracking.base import Metrics
+    from pipelines.evaluate.classification import TrainingLabels
     from pipelines.report.evaluation import Curves
+    from pipelines.shards.index import ShardIndex
 
 RunName = Annotated[
     str,
@@ -64,6 +69,54 @@ def classes_of(backbone: TrainedBackbone) -> int:
     if count is None:
         raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     return int(count)
+
+
+@dataclass(frozen=True)
+class EvaluatedHead:
+    """A run whose head is evaluated on other images of its classes.
+
+    Attributes:
+        backbone: of the run's checkpoint.
+        classes: C of the run.
+        index: of the images.
+        topology: the ranks.
+    """
+
+    backbone: TrainedBackbone
+    classes: int
+    index: ShardIndex
+    topology: Topology
+
+    @staticmethod
+    def open(run: str, shards: str, gpu: bool | None) -> EvaluatedHead:
+        """Join the ranks, and load the backbone and the index of the images; see `join_ranks`."""
+        from pipelines.shards.index import ShardIndex
+
+        topology = join_ranks(run, gpu)
+        backbone = load_trained_backbone(run, topology.device)
+        return EvaluatedHead(backbone, classes_of(backbone), ShardIndex.load(shards), topology)
+
+    def training_labels(self) -> TrainingLabels | None:
+        """How often the run met each class; None where it cannot be read, and beside rank 0.
+
+        The first rank computes the figures.
+        """
+        from pipelines.evaluate.classification import read_training_labels
+
+        if not self.topology.is_first:
+            return None
+        config = self.backbone.config
+        return read_training_labels(config.data, config.run.seed)
+
+    @contextmanager
+    def predicting(self) -> Iterator[Head]:
+        """The head, and a spinner while it is used."""
+        from pipelines.runs.warm_start import find_checkpoint, trained_head
+
+        what = f"predicting the classes of {self.index.samples:,} images of {self.index.folder}"
+        checkpoint = find_checkpoint(self.backbone.checkpoint)
+        with spinner(self.topology, what), trained_head(checkpoint, self.topology) as head:
+            yield head
 
 
 def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:

@@ -117,22 +117,21 @@ class MhsRoute(RowHead):
         dispatch, chunks = self._dispatches[self._next], self._chunks[self._next]
         self._next += 1
         weight = self.topology.world_size * self.accumulation_steps / max(1, self._samples)
-        payload = self.payload(embeddings)
         if isinstance(dispatch, LabelDispatch):
             score_labels = partial(self._score_labels, dispatch, chunks)
-            loss, accuracy = FusedLoss.apply(payload, score_labels, weight)
+            loss, accuracy = FusedLoss.apply(self.payload(embeddings), score_labels, weight)
         else:
-            features, norms = self.unpack(self._exchange(payload, dispatch))
+            features, norms = self.unpack(self._exchange(embeddings, dispatch))
             score = partial(self._score, norms, dispatch, chunks)
             loss, accuracy = FusedLoss.apply(features, score, weight)
         seen = torch.full_like(accuracy, self._classes_seen(dispatch) * weight)
         return HeadOutput(loss, {"accuracy": accuracy, "classes_seen": seen})
 
-    def _exchange(self, payload: Tensor, dispatch: Dispatch) -> Tensor:
+    def _exchange(self, embeddings: Tensor, dispatch: Dispatch) -> Tensor:
         """Payload of the samples whose heads are here, in the sorted order of `dispatch`."""
         device = self.topology.device
-        sent = payload[dispatch.send_order.to(device, non_blocking=True)]
-        arrived = all_to_all(sent, dispatch.send, dispatch.receive, self.topology)
+        payload = self.payload(embeddings)[dispatch.send_order.to(device, non_blocking=True)]
+        arrived = all_to_all(payload, dispatch.send, dispatch.receive, self.topology)
         return arrived[dispatch.order.to(device, non_blocking=True)]
 
     def _classes_seen(self, dispatch: Dispatch | LabelDispatch) -> int:

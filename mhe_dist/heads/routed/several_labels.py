@@ -271,14 +271,14 @@ class RoutedLabels:
     ) -> None:
         """Store the labels of some own heads, and hide them among the logits."""
         table = self._labels[chunk.index]
-        unit, place, each = (table >= 0).nonzero(as_tuple=True)
-        labels = table[unit, place, each]
-        there = (unit, place, self.dispatch.slots[labels], labels)
-        unit, place, slot, label = (to_device(part, self.device) for part in there)
-        hide(logits, (unit, place, slot))
+        unit, member, each = (table >= 0).nonzero(as_tuple=True)
+        labels = table[unit, member, each]
+        there = (unit, member, self.dispatch.slots[labels], labels)
+        unit, member, slot, label = (to_device(part, self.device) for part in there)
+        hide(logits, (unit, member, slot))
         own_inverse = inverse.squeeze(1)[unit, slot]
         self.inverse[label] = own_inverse
-        self._store(label, cosine[unit, place, slot], rows[unit, slot] * own_inverse.unsqueeze(1))
+        self._store(label, cosine[unit, member, slot], rows[unit, slot] * own_inverse.unsqueeze(1))
 
     def _store(self, label: Tensor, cosine: Tensor, unit_rows: Tensor) -> None:
         """Store cosines and normalised rows of some labels."""

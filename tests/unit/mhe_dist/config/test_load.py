@@ -230,6 +230,11 @@ def test_heads_that_learn_one_label_refuse_several_by_name(
     ]
 
 
+def test_labels_are_evaluated_with_their_shards() -> None:
+    (wrong,) = mistakes(None, "evaluate.labels=shards")
+    assert "evaluate.label_set='' the label set that gives them their classes: give both" in wrong
+
+
 def test_objectives_of_heads_that_have_none() -> None:
     (wrong,) = mistakes(None, "head.objective=softmax", "head.kind=mhp")
     assert "belongs to head.kind=full or partial_fc or mhs, but head.kind is mhp" in wrong

@@ -38,7 +38,7 @@ def write_set(folder: Path, labels: list[int], meta: dict[str, Any] | None = Non
 
 def refuse(**settings: Any) -> None:
     data = DataConfig(shards="unused", image_size=16)
-    refuse_unusable_sets(EvaluateConfig.model_validate(settings), data, 0, Topology())
+    refuse_unusable_sets(EvaluateConfig.model_validate(settings), data, 0, Topology(), 30)
 
 
 TWELVE_PAIRS = [number // 2 for number in range(24)]

@@ -83,8 +83,8 @@ def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     assert found.to_dict()["pairs"] == 40
     config = tiny.config(tmp_path, "unused", evaluate={"verification": [str(tmp_path / "lfw.bin")]})
     assert has_evaluation(config.evaluate)
-    image_size, seed = config.data.image_size, config.run.seed
-    evaluation = evaluate_in_training(embed, config.evaluate, image_size, seed, Topology())
+    seed = config.run.seed
+    evaluation = evaluate_in_training(embed, config.evaluate, config.data, seed, Topology())
     during = evaluation.metrics
     assert during == {f"lfw/{key}": value for key, value in found.metrics.items()}
 
