@@ -16,6 +16,7 @@ from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.evaluate.classification import SHOTS, TrainingLabels
 from pipelines.evaluate.metrics.label_ranking import (
     KS,
+    Floats,
     Ints,
     find_labels,
     propensities,
@@ -69,7 +70,9 @@ def evaluate_labels(
 
     Those of `rank_figures`, over the images that have a label (`samples`); with `training` also
     PSP, and for each of `SHOTS` with labels `few_shot/recall@k`: the share of these labels, over
-    all images together, that are among the k best classes; `few_shot/labels` counts them.
+    all images together, that are among the k best classes; `few_shot/labels` counts them. And
+    `frequent/p@k` and so on, what the most frequent classes of the training reach if they are taken
+    for the best of every image.
 
     Memory is that of `evaluate_classification`: scores are computed in chunks of the classes.
 
@@ -94,7 +97,17 @@ def evaluate_labels(
         figures["samples"] = float(labels.labelled)
         if training is not None:
             figures |= _shot_recalls(predicted, lists, training.counts)
+            figures |= _frequent_figures(lists, training.counts, weights)
     return broadcast_from_first(figures, topology)
+
+
+def _frequent_figures(lists: LabelLists, counts: Ints, weights: Floats | None) -> dict[str, float]:
+    """What a guess that looks at no image reaches; see `evaluate_labels`."""
+    guess = np.full(max(KS), -1, np.int64)
+    frequent = np.argsort(-counts, kind="stable")[: max(KS)]
+    guess[: len(frequent)] = frequent
+    found = rank_figures(np.tile(guess, (len(lists.ends), 1)), lists, weights)
+    return {f"frequent/{name}": value for name, value in found.items()}
 
 
 def _shot_recalls(predicted: Ints, lists: LabelLists, counts: Ints) -> dict[str, float]:

@@ -236,6 +236,9 @@ def test_several_labels_are_ranked_over_all_classes_whatever_the_number_of_ranks
     # All classes have as many training images, so their propensities are one number.
     possible = sum(min(5, len(each)) for _, each in pairs)
     assert found["psp@5"] == pytest.approx(np.sum(hits) / possible, abs=1e-12)
+    # All classes are as frequent, so the first five stand for the most frequent ones.
+    guessed = np.mean([len(each & set(range(5))) / 5 for _, each in pairs])
+    assert found["frequent/p@5"] == pytest.approx(guessed, abs=1e-12)
     assert found["few_shot/labels"] == sum(len(each) for _, each in pairs)
     share = np.sum(hits) / found["few_shot/labels"]
     assert found["few_shot/recall@5"] == pytest.approx(share, abs=1e-12)

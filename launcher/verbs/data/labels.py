@@ -87,6 +87,51 @@ def from_table(
     )
 
 
+@app.command("from-classes")
+def from_classes(
+    tables: Annotated[
+        list[str], typer.Argument(metavar="TABLE...", help="CSV, TSV or Parquet files, or URLs.")
+    ],
+    shards: Annotated[str, typer.Option(help="Folder or URL of the data set.")],
+    out: Annotated[str, typer.Option(help="Folder or URL for the label set; it must not exist.")],
+    name: Annotated[
+        str, typer.Option(help="Column of the data set's classes, by name as in classes.tsv.")
+    ] = "name",
+    label: Annotated[
+        str, typer.Option(help="Column of what they are given: texts, or lists of them.")
+    ] = "class",
+    separator: Annotated[
+        str, typer.Option(help="What stands between the classes of a text, if it has several.")
+    ] = "",
+    like: Annotated[
+        str, typer.Option(help="Label set whose classes these are: of the training set, say.")
+    ] = "",
+) -> None:
+    """Make a label set from a table that gives the classes of a data set other classes.
+
+    Each sample has the classes that the table gives to its own: parts of it, attributes, a kind. A
+    class that no row names has none. With --like the ids are those of another label set, and what
+    is not in it is dropped.
+
+    Example: mhe data labels from-classes parts.tsv --separator ' ' --shards data/han/train --out
+    data/han/train-parts
+    """
+    from pipelines.sources.label_table.by_class import import_class_labels
+    from pipelines.sources.label_table.rows import TableLayout
+
+    layout = TableLayout(key=name, label=label, separator=separator)
+    made = import_class_labels(tables, ShardIndex.load(shards), out, layout, like)
+    console.say(_describe(made.labels))
+    for count, what in (
+        (made.unknown, "rows name no class of the data set"),
+        (made.missing, "classes are named by no row, and their samples are left out"),
+        (made.dropped, f"classes of the table are not in {escape(like)}, and are dropped"),
+    ):
+        if count:
+            console.say(f"[yellow]{count:,}[/] {what}")
+    console.list_next([("look at it", ["mhe", "data", "labels", "show", out])])
+
+
 @app.command()
 def show(
     url: Annotated[str, typer.Argument(metavar="URL", help="Folder or URL of a label set.")],

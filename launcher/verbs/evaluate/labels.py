@@ -59,6 +59,7 @@ def _table(figures: dict[str, Any]) -> Table:
 
     rows = {"p": "precision (P)", "recall": "recall", "ndcg": "nDCG", "psp": "PSP"}
     rows |= {f"{name}/recall": f"recall of {name.replace('_', '-')} labels" for name in SHOTS}
+    rows |= {"frequent/p": "P of the most frequent classes", "frequent/psp": "PSP of these"}
     table = Table(f"{figures['samples']:,.0f} images", *(f"at {k}" for k in KS))
     for key, name in rows.items():
         if f"{key}@1" in figures:
