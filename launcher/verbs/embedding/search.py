@@ -31,12 +31,17 @@ def search(
     out: Annotated[
         str, typer.Option(help="Folder for page, sheet and table; those of before are replaced.")
     ] = "search",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare every pair, however long it takes.")
+    ] = False,
     gpu: GpuOption = None,
 ) -> None:
     """Look images up among others: the nearest of each, in a table, a contact sheet and a page.
 
-    Every pair is compared. The page holds its pictures and needs no network. A gallery that is
-    searched often is embedded once, with mhe embed, by the same run.
+    Every pair is compared, if that is quick; else faiss searches approximately, and the recall is
+    measured and said; --exact compares every pair all the same. The page holds its pictures and
+    needs no network. A gallery that is searched often is embedded once, with mhe embed, by the same
+    run.
 
     Example: mhe search quickstart --gallery photos/known --query photos/new
     """
@@ -61,10 +66,13 @@ def search(
         return
     for path in [*known.skipped, *queries.skipped][:SHOWN]:
         console.say(f"[yellow]left out:[/] {escape(path)}")
-    found = find(known, queries, top)
+    with spinner(topology, f"searching {len(known.rows):,} images for {len(queries.rows):,}"):
+        found = find(known, queries, top, exact)
     title = f"{backbone.config.run.name}: {query} in {gallery}"
     files = write_search(out.rstrip("/"), title, known, queries, found)
     _show(known, queries, found)
+    if found.recall is not None:
+        console.say(f"The search was {found.describe()}. --exact compares every pair.")
     console.say("Written: " + ", ".join(escape(file) for file in files))
     console.list_next([("see it", ["python", "-m", "webbrowser", files[0]])])
 

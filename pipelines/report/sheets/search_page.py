@@ -63,7 +63,7 @@ def results_table(gallery: EmbeddedImages, queries: EmbeddedImages, found: Searc
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["query", "query_class", "rank", "score", "entry", "class"])
-    for query, (numbers, scores) in enumerate(zip(*found, strict=True)):
+    for query, (numbers, scores) in enumerate(zip(found.numbers, found.scores, strict=True)):
         for rank, (number, score) in enumerate(zip(numbers, scores, strict=True), 1):
             own = [queries.keys[query], queries.classes[query], rank, f"{score:.6f}"]
             rows.writerow([*own, gallery.keys[number], gallery.classes[number]])
@@ -145,4 +145,5 @@ def _page(
         more=len(queries.keys) - shown,
         gallery=f"{len(gallery.keys):,} of {gallery.source or 'a file'}",
         queries=f"{len(queries.keys):,} of {queries.source}",
+        search=found.describe(),
     )

@@ -18,6 +18,7 @@ from launcher import cli
 from pipelines.data.decode import decode_image
 from pipelines.embedding.embed import read_embeddings
 from pipelines.embedding.folder import EmbeddingsFolder
+from pipelines.evaluate import approximate, search
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
@@ -235,6 +236,20 @@ def test_a_query_does_not_find_itself(
     rows = list(csv.DictReader((tmp_path / "found" / "results.csv").read_text().splitlines()))
     assert len(rows) == 24 * 23
     assert not [row for row in rows if row["query"] == row["entry"]]
+
+
+def test_an_approximate_search_says_so(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "is_worth_it", lambda *_: True)
+    monkeypatch.setattr(approximate, "RECALL", 0.0)
+    words = ["search", run, "--gallery", str(photos), "--query", str(photos), "--top", "2"]
+    words += ["--out", str(tmp_path / "found")]
+    shown = " ".join(said(words, capsys).split())
+    assert "The search was approximate: it found" in shown and "measured on 24 of" in shown
+    assert "approximate: it found" in (tmp_path / "found" / "index.html").read_text()
+    assert "search was approximate" not in said([*words, "--exact"], capsys)
+    assert "exact: every pair was compared" in (tmp_path / "found" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(
