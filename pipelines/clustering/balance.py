@@ -70,11 +70,11 @@ def plan_splits(counts: Ints, bound: float) -> list[tuple[int, Ints]]:
     heap = [(-float(counts[each]), int(each)) for each in largest]
     heapq.heapify(heap)
     given: dict[int, list[int]] = {}
-    for position, place in enumerate(places.tolist()):
+    for position, freed in enumerate(places.tolist()):
         if not heap or (position >= len(empty) and -heap[0][0] <= bound):
             break
         _, chosen = heapq.heappop(heap)
-        given.setdefault(chosen, []).append(place)
+        given.setdefault(chosen, []).append(freed)
         parts = len(given[chosen]) + 1
         if counts[chosen] > parts:
             heapq.heappush(heap, (-float(counts[chosen]) / parts, chosen))

@@ -23,7 +23,7 @@ from pipelines.clustering.quality import (
     measure_recall,
 )
 from pipelines.clustering.rows import Ints, UnitRows
-from pipelines.clustering.selection import Selection, drop_images
+from pipelines.clustering.selection import KeptLabels, drop_images
 from pipelines.clustering.settings import ClusterSettings
 from pipelines.clustering.state import ClusterState, Watch
 from pipelines.shards.index import ShardIndex
@@ -60,12 +60,12 @@ class Clustering(NamedTuple):
 
     Attributes:
         counts: int64 `[C]`, images that each class is the nearest of.
-        similarities: float64 `[C]`, mean cosine of these to the centre.
+        figures: by name, JSON-able.
         shown: classes to look at, by what they were chosen for.
     """
 
     counts: Ints
-    similarities: Floats
+    figures: dict[str, Any]
     shown: dict[str, list[ShownClass]]
 
 
@@ -133,6 +133,12 @@ class ClusterJob:
         if kind is not None:
             self._staging.abort()
 
+    @property
+    def begins(self) -> bool:
+        """Whether nothing is done yet."""
+        journal = self._staging.journal
+        return journal is not None and not len(journal)
+
     def run(
         self, watch: Watch, workers: int = 1, read_labels: ReadLabels | None = None
     ) -> Clustering | None:
@@ -153,7 +159,7 @@ class ClusterJob:
         train_centres(rows, self.settings, state)
         labels = balance_classes(rows, self.settings, state)
         dropped = drop_images(rows, labels, self.settings, state)
-        selection = Selection(labels, dropped, self.settings)
+        selection = KeptLabels(labels, dropped, self.settings)
         nearest = self._open_nearest(state)
         state.once("kept", lambda: selection.write_nearest(nearest))
         members = sort_members(state, "members", nearest.classes, selection.num_classes)
@@ -167,7 +173,7 @@ class ClusterJob:
             what: [_show(number, members, nearest, similarities) for number in numbers]
             for what, numbers in chosen.items()
         }
-        return Clustering(members.counts, similarities, shown)
+        return Clustering(members.counts, figures, shown)
 
     def publish(self) -> LabelSet:
         """Remove what is not the label set's, and give it its name."""
@@ -203,7 +209,7 @@ class ClusterJob:
 
     def _write(
         self,
-        selection: Selection,
+        selection: KeptLabels,
         members: Members,
         similarities: Floats,
         figures: dict[str, Any],
@@ -230,7 +236,7 @@ class ClusterJob:
 
 
 def _figures(
-    selection: Selection, members: Members, similarities: Floats, agreement: Agreement | None
+    selection: KeptLabels, members: Members, similarities: Floats, agreement: Agreement | None
 ) -> dict[str, Any]:
     """What the report and the label set say, by name."""
     counts, sizes = members.counts, selection.sizes

@@ -11,7 +11,7 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_GATHERED: Final = 8192  # scattered rows whose pages are in memory together
+_GATHERED: Final = 512  # scattered rows whose pages, and those around them, are mapped together
 
 
 class UnitRows:

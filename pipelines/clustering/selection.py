@@ -35,7 +35,7 @@ class SelectedPart(NamedTuple):
     similarities: npt.NDArray[np.uint16]
 
 
-class Selection:
+class KeptLabels:
     """The classes that images keep, numbered without those that are given up.
 
     A class that is no image's nearest is given up: it is empty, or its centre is that of another.

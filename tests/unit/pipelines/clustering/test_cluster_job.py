@@ -56,21 +56,21 @@ def cluster(
     kill_at: int = -1,
     rows: Any = ROWS,
 ) -> tuple[LabelSet | None, Clustering | None, int]:
-    """Label set, what was made, and how often it told of progress; killed at that time."""
-    told = 0
+    """Label set, what was made, and how often it calls of progress; killed at that time."""
+    calls = 0
 
     def watch(stage: str, done: int, total: int) -> None:
-        nonlocal told
-        if told == kill_at:
+        nonlocal calls
+        if calls == kill_at:
             raise Killed
-        told += 1
+        calls += 1
 
     try:
         with ClusterJob(str(target), INDEX, rows, {"rows": "1"}, settings) as job:
             made = job.run(watch, workers, lambda numbers: TRUTH[numbers])
-            return job.publish(), made, told
+            return job.publish(), made, calls
     except Killed:
-        return None, None, told
+        return None, None, calls
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -116,9 +116,9 @@ def test_the_classes_depend_on_nothing_but_the_recipe(tmp_path: Path, small_part
 
 
 def test_killed_at_any_point_it_ends_with_the_same_bytes(tmp_path: Path, small_parts: None) -> None:
-    _, _, told = cluster(tmp_path / "whole")
+    _, _, calls = cluster(tmp_path / "whole")
     expected = content(tmp_path / "whole")
-    assert told > 30
+    assert calls > 30
     # Each attempt gets a few pieces further; a piece that was done and not recorded is done twice.
     attempts, finished = 0, None
     while finished is None:

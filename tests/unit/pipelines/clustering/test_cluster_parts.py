@@ -19,7 +19,7 @@ from pipelines.clustering.kmeans import find_nearest, spherical_kmeans
 from pipelines.clustering.members import Members, sort_members
 from pipelines.clustering.quality import choose_classes, mean_similarities, measure_agreement
 from pipelines.clustering.rows import UnitRows
-from pipelines.clustering.selection import Selection, find_duplicates, near_enough
+from pipelines.clustering.selection import KeptLabels, find_duplicates, near_enough
 from pipelines.clustering.settings import SAMPLE_BYTES, ClusterSettings, sample_size
 from pipelines.clustering.state import ClusterState
 from pipelines.shards.similarities import decode_similarities, encode_similarities
@@ -215,7 +215,7 @@ def test_no_class_is_larger_than_the_bound_and_none_is_empty(
     labels.classes[labels.classes == 6] = NO_CLASS  # an empty class
     dropped[[1, 2]] = 1, 2
     settings = ClusterSettings(12, 3, further_within=0, max_size=1.2)
-    selection = Selection(labels, dropped, settings)
+    selection = KeptLabels(labels, dropped, settings)
 
     used = {int(labels.classes[n, 0]) for n in range(300) if not dropped[n]} - {NO_CLASS}
     assert len(used) == 10
