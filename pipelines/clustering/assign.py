@@ -73,10 +73,10 @@ class ClassSearch:
             if len(here):
                 row, probe = np.divmod(here, probes)
                 cosines[row, probe], classes[row, probe] = self._find_in(cell, rows[row], count)
-        cosines, classes = cosines.reshape(len(rows), -1), classes.reshape(len(rows), -1)
-        best = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
-        chosen = np.take_along_axis(classes, best, 1).astype(np.int64)
-        return np.take_along_axis(cosines, best, 1), chosen
+        flat, candidates = cosines.reshape(len(rows), -1), classes.reshape(len(rows), -1)
+        best = np.argsort(-flat, axis=1, kind="stable")[:, :count]
+        chosen = np.take_along_axis(candidates, best, 1).astype(np.int64)
+        return np.take_along_axis(flat, best, 1), chosen
 
     def _find_in(self, cell: int, rows: Rows, count: int) -> tuple[Rows, Ints]:
         """The nearest classes of a cell; `NO_CLASS` where it has fewer."""

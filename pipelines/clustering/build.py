@@ -45,13 +45,13 @@ class ShownClass(NamedTuple):
     Attributes:
         number: its class id.
         images: some of its images, from the one most similar to its centre to the least.
-        count: images that it is the nearest class of.
+        size: images that it is the nearest class of.
         similarity: their mean cosine to the centre.
     """
 
     number: int
     images: Ints
-    count: int
+    size: int
     similarity: float
 
 

@@ -6,6 +6,8 @@ different pieces at the same time, and the classes do not depend on their number
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -42,8 +44,8 @@ def spherical_kmeans(points: Rows, centres: int, seed: int) -> Rows:
         max_points_per_centroid=len(points),  # what is given was drawn already
     )
     trained.train(points)
-    found: Rows = trained.centroids
-    return found
+    found: Any = trained.centroids
+    return np.asarray(found)
 
 
 def find_nearest(rows: Rows, centres: Rows, count: int) -> tuple[Rows, Positions]:

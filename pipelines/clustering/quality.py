@@ -85,7 +85,7 @@ def _n_log_n(counts: Ints) -> float:
 def _labelled_groups(members: Members, read_labels: ReadLabels) -> Iterator[tuple[Ints, Ints]]:
     """Class and label of images that have both, some whole classes together."""
     group = members.starts // _IMAGES
-    begins = np.flatnonzero(np.diff(group, prepend=-1))
+    begins = np.flatnonzero(np.diff(group, prepend=-1)).tolist()
     for first, stop in zip(begins, [*begins[1:], len(members.counts)], strict=True):
         owner = np.repeat(np.arange(first, stop), members.counts[first:stop])
         labels = read_labels(members.between(first, stop))

@@ -65,7 +65,7 @@ class ClusterState:
             self._arrays.pop(name, None)
             Path(f"{self.folder}/{name}").unlink(missing_ok=True)
 
-    def save_small(self, name: str, **arrays: npt.NDArray[Any]) -> None:
+    def save_small(self, name: str, **arrays: Any) -> None:
         """Write arrays that fit in memory; they appear whole, or not at all."""
         path = f"{self.folder}/{name}.npz"
         with open(f"{path}.part", "wb") as file:

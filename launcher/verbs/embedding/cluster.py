@@ -114,24 +114,44 @@ def cluster(
 
     Example: mhe cluster data/photos --model quickstart --classes 1000 --out data/photos-classes
     """
-    from pipelines.clustering.build import ClusterJob
     from pipelines.clustering.settings import ClusterSettings
 
-    shards, out = shards.rstrip("/"), out.rstrip("/")
-    require_absent(out)
     settings = ClusterSettings(
         *(classes, labels_per_image, further_within, max_size, rounds),
         *(drop_duplicates, drop_outliers, center, seed),
     )
+    shards, out = shards.rstrip("/"), out.rstrip("/")
+    embeddings = embeddings.rstrip("/")
+    with resumable():
+        made = make_label_set(shards, model, out, settings, embeddings, workers, gpu)
+    show_next(shards, made, embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
+
+
+def make_label_set(
+    shards: str,
+    model: str,
+    out: str,
+    settings: ClusterSettings,
+    embeddings: str = "",
+    workers: int = 0,
+    gpu: bool | None = None,
+) -> LabelSet:
+    """Embed and cluster, and say what was made; the arguments are those of `cluster`.
+
+    Raises:
+        UserError: it cannot be done, or there is something at `out`.
+    """
+    from pipelines.clustering.build import ClusterJob
+
+    require_absent(out)
     index = ShardIndex.load(shards)
     settings.validate(index.samples)
-    with resumable():
-        folder = embed_shards(shards, model, embeddings, out, workers, gpu)
-        with ClusterJob(out, index, folder.rows, embedded_by(folder), settings) as job:
-            made = make_classes(job, workers or available_cores(), read_labels(index))
+    folder = embed_shards(shards, model, embeddings, out, workers, gpu)
+    with ClusterJob(out, index, folder.rows, embedded_by(folder), settings) as job:
+        made = make_classes(job, workers or available_cores(), read_labels(index))
     console.say(describe(made))
     console.show_table(f"{made.num_classes:,} classes of {made.samples:,} images", figures(made))
-    show_next(shards, made, folder)
+    return made
 
 
 def embed_shards(
@@ -141,7 +161,7 @@ def embed_shards(
     from pipelines.embedding.folder import EmbeddingsFolder
     from pipelines.embedding.write_folder import FolderOptions, write_folder
 
-    target = embeddings.rstrip("/") or f"{out}{EMBEDDINGS_SUFFIX}"
+    target = embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
     if not model:
         if not embeddings:
             raise UserError(
@@ -322,7 +342,7 @@ def figures(made: LabelSet) -> Table:
     return table
 
 
-def show_next(shards: str, made: LabelSet, folder: EmbeddingsFolder) -> None:
+def show_next(shards: str, made: LabelSet, embeddings: str) -> None:
     """What to type next, and what can be deleted."""
     train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={made.folder}"]
     if made.max_labels > 1:
@@ -332,6 +352,6 @@ def show_next(shards: str, made: LabelSet, folder: EmbeddingsFolder) -> None:
             ("train on it", train),
             ("look at it", ["mhe", "data", "labels", "show", made.folder]),
             ("see its classes", ["python", "-m", "webbrowser", f"{made.folder}/report/random.png"]),
-            ("once it is right", ["rm", "-r", folder.path]),
+            ("once it is right", ["rm", "-r", embeddings]),
         ]
     )

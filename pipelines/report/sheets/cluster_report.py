@@ -33,7 +33,7 @@ class Shown(Protocol):
         """Some of its images, the most similar one to its centre first."""
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Images that it is the nearest class of."""
 
     @property
@@ -76,7 +76,8 @@ def _draw_sizes(counts: npt.NDArray[np.int64]) -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     largest = int(counts.max(initial=1))
-    axes.hist(counts, bins=np.linspace(0.5, largest + 0.5, min(_BINS, largest) + 1))
+    bins = np.linspace(0.5, largest + 0.5, min(_BINS, largest) + 1).tolist()
+    axes.hist(counts, bins=bins)
     axes.axvline(float(counts.mean()) if len(counts) else 0.0, color="black", linewidth=1)
     axes.set_xlabel("images that the class is the nearest of (line: the average)")
     axes.set_ylabel("classes")
@@ -93,7 +94,7 @@ def _sheet(pictures: Pictures, classes: Sequence[Shown]) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), letters()
     for row, each in enumerate(classes):
         top = row * step + _MARGIN
-        lines = (f"class {each.number}", f"{each.count:,} images", f"cosine {each.similarity:.3f}")
+        lines = (f"class {each.number}", f"{each.size:,} images", f"cosine {each.similarity:.3f}")
         for line, text in enumerate(lines):
             pen.text((_MARGIN, top + 15 * line), text, font=font, fill=INK)
         for column, number in enumerate(each.images.tolist()):
