@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.tasks.choose import choose_workers
+from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, format_duration
 from launcher.verbs.data.convert import resumable
@@ -99,6 +99,7 @@ def cluster(
         int, typer.Option(min=0, help="Embed and search at the same time; 0: one per core or GPU.")
     ] = 0,
     gpu: GpuOption = None,
+    address: AddressOption = "",
 ) -> None:
     """Make classes of images that have none: embed, cluster, give each image its nearest classes.
 
@@ -121,10 +122,19 @@ def cluster(
         *(drop_duplicates, drop_outliers, center, seed),
     )
     shards, out = shards.rstrip("/"), out.rstrip("/")
-    embeddings = embeddings.rstrip("/")
+    how = EmbeddingOptions(embeddings.rstrip("/"), workers, gpu, address)
     with resumable():
-        made = make_label_set(shards, model, out, settings, embeddings, workers, gpu)
-    show_next(shards, made, embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
+        made = make_label_set(shards, model, out, settings, how)
+    show_next(shards, made, how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
+
+
+class EmbeddingOptions(NamedTuple):
+    """Where embeddings lie and who makes them, as the options of `cluster` say."""
+
+    embeddings: str = ""
+    workers: int = 0
+    gpu: bool | None = None
+    address: str = ""
 
 
 def make_label_set(
@@ -132,9 +142,7 @@ def make_label_set(
     model: str,
     out: str,
     settings: ClusterSettings,
-    embeddings: str = "",
-    workers: int = 0,
-    gpu: bool | None = None,
+    how: EmbeddingOptions = EmbeddingOptions(),  # noqa: B008, it cannot be changed
 ) -> LabelSet:
     """Embed and cluster, and say what was made; the arguments are those of `cluster`.
 
@@ -146,33 +154,32 @@ def make_label_set(
     require_absent(out)
     index = ShardIndex.load(shards)
     settings.validate(index.samples)
-    folder = embed_shards(shards, model, embeddings, out, workers, gpu)
+    folder = embed_shards(shards, model, out, how)
+    threads = min(how.workers or available_cores(), available_cores())
     with ClusterJob(out, index, folder.rows, embedded_by(folder), settings) as job:
-        made = make_classes(job, workers or available_cores(), read_labels(index))
+        made = make_classes(job, threads, read_labels(index))
     console.say(describe(made))
     console.show_table(f"{made.num_classes:,} classes of {made.samples:,} images", figures(made))
     return made
 
 
-def embed_shards(
-    shards: str, model: str, embeddings: str, out: str, workers: int, gpu: bool | None
-) -> EmbeddingsFolder:
+def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> EmbeddingsFolder:
     """The embeddings of the shards: those that are there, or made now; see `cluster`."""
     from pipelines.embedding.folder import EmbeddingsFolder
     from pipelines.embedding.write_folder import FolderOptions, write_folder
 
-    target = embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
+    target = how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
     if not model:
-        if not embeddings:
+        if not how.embeddings:
             raise UserError(
                 "--model is missing: name the run, or the YAML file, whose backbone embeds the "
                 "images; or --embeddings FOLDER, which mhe embed made"
             )
         return EmbeddingsFolder.open(target)
     run = find_model(model, f"{out}{MODEL_SUFFIX}", shards)
-    gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
+    gpu = read_trained_config(run).scale.gpu if how.gpu is None else how.gpu
     with (
-        choose_workers(workers, gpu) as chosen,
+        choose_workers(how.workers, gpu, how.address) as chosen,
         ProgressDisplay().counting(f"embedding {shards}") as progress,
     ):
         return write_folder(run, shards, target, FolderOptions(gpu=gpu), chosen, progress)

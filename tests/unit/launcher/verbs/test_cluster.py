@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def made(data: Path) -> Path:
     """A label set by the untrained backbone; this process embeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "choose_workers", lambda count, gpu: nullcontext(HERE))
+        patch.setattr(cluster, "choose_workers", lambda *_: nullcontext(HERE))
         assert cli.run(command(data, data / "first", "--model", f"{data}/small.yaml")) == 0
     return data / "first"
 
