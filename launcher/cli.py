@@ -66,11 +66,6 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "launcher.verbs.embedding.embed:embed",
         "Embed every image below a folder, or every sample of a set of shards.",
     ),
-    "cluster": (
-        "launcher.verbs.embedding.cluster:cluster",
-        "Make classes of images that have none: embed, cluster, give each image its nearest "
-        "classes.",
-    ),
     "search": (
         "launcher.verbs.embedding.search:search",
         "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",
@@ -84,8 +79,12 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "Write one HTML page about a run, or one that compares several.",
     ),
     "reproduce": (
-        "launcher.verbs.reproduce:reproduce",
+        "launcher.verbs.studies.reproduce:reproduce",
         "Train every variant of a comparison, and write a page with tables and plots.",
+    ),
+    "sweep": (
+        "launcher.verbs.studies.sweep:sweep",
+        "Try settings: train a config with many of them, and compare the runs.",
     ),
     "sync": (
         "launcher.verbs.results:sync",

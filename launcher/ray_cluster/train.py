@@ -61,7 +61,7 @@ def train_on_cluster(address: str, config: Config, handle: Callable[[Event], Non
 
 def _train(config: Config, handle: Callable[[Event], None], is_alone: bool) -> None:
     stop_requested = threading.Event()
-    task: _TrainTask | None = None
+    task: TrainTask | None = None
 
     def _stop() -> None:
         stop_requested.set()
@@ -70,7 +70,7 @@ def _train(config: Config, handle: Callable[[Event], None], is_alone: bool) -> N
             raise Preempted(f"told to stop while its workers started; {_RESUMABLE}")
 
     with signals_deferred(_stop, GRACE_S) as check_signals:
-        task = _TrainTask(config, is_alone)
+        task = TrainTask(config, is_alone)
 
         def _has_ended() -> bool:
             check_signals()
@@ -79,7 +79,7 @@ def _train(config: Config, handle: Callable[[Event], None], is_alone: bool) -> N
         task.watch(_has_ended, handle, stop_requested.is_set)
 
 
-class _TrainTask:
+class TrainTask:
     """Ray Train at work, seen from the driver.
 
     Args:

@@ -94,7 +94,7 @@ def refuse_locked(path: str, waiting: Callable[[str], None]) -> None:
     file = Path(absolute_path(path)) / LOCK_FILE
     deadline = time.monotonic() + WAIT_S
     announced = False
-    while is_local(path) and _is_locked(file):
+    while is_locked(path):
         if time.monotonic() > deadline:
             raise refusal(path, _read_holder(file))
         if not announced:
@@ -103,8 +103,11 @@ def refuse_locked(path: str, waiting: Callable[[str], None]) -> None:
         time.sleep(POLL_S)
 
 
-def _is_locked(file: Path) -> bool:
-    """Whether a process has a lock of the kernel on a file."""
+def is_locked(path: str) -> bool:
+    """Whether a process trains the run at a path; not known, so False, of one in a store."""
+    if not is_local(path):
+        return False
+    file = Path(absolute_path(path)) / LOCK_FILE
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

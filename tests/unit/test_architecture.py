@@ -38,7 +38,6 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     "pipelines": {
         "storage": set(),
         "shards": {"storage"},
-        "clustering": {"shards", "storage"},
         "data": {"shards", "storage"},
         "runs": {"data", "shards", "storage"},
         "loader": {"data", "shards", "storage"},
@@ -72,12 +71,13 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "kubernetes": {"ray_cluster"},
         "preflight": {"terminal", "ray_cluster"},
         "reproduce": set(),
+        "sweep": {"events", "signals", "ray_cluster"},
         "execute": {"events", "ray_cluster", "preflight"},
         "api": {"signals", "terminal", "ray_cluster", "preflight", "execute"},
         "job": {"events", "signals", "terminal", "ray_cluster", "preflight", "execute"},
         "verbs": {
             *("events", "signals", "terminal", "ray_cluster", "tasks"),
-            *("kubernetes", "preflight", "reproduce", "execute"),
+            *("kubernetes", "preflight", "reproduce", "sweep", "execute"),
         },
         "cli": {"terminal", "verbs"},
     },

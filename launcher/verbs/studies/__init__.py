@@ -1,0 +1,1 @@
+"""Verbs that train many runs and compare them."""
