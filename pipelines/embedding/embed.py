@@ -18,7 +18,7 @@ from pipelines.embedding.embeddings import (
     ShardImages,
     block_embedder,
     map_images,
-    normalize_embeddings,
+    normalize_in_place,
 )
 from pipelines.embedding.image_files import list_images
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
@@ -95,7 +95,8 @@ def map_source(
     keys = [files.paths[number] for number in np.flatnonzero(good).tolist()]
     skipped = [files.paths[number] for number in np.flatnonzero(~good).tolist()]
     classes = [key.partition("/")[0] if "/" in key else "" for key in keys]
-    return EmbeddedImages(source, rows[good], keys, classes, None, skipped)
+    kept = rows if good.all() else rows[good]  # without a copy, where all are good
+    return EmbeddedImages(source, kept, keys, classes, None, skipped)
 
 
 def _map_shards(
@@ -152,7 +153,7 @@ def write_embeddings(
     if found is None:
         return None
     if normalize:
-        found = found._replace(rows=normalize_embeddings(found.rows).astype(np.float32))
+        normalize_in_place(found.rows)
     with atomic_write(out) as stream:
         (_write_parquet if out.endswith(".parquet") else _write_npz)(found, stream)
     count, dim = found.rows.shape

@@ -25,6 +25,7 @@ from pipelines.embedding.image_files import folder_labels, list_images
 from pipelines.shards.index import ShardIndex, index_exists
 
 BLOCK: Final = 128  # images per call of `embed`
+_NORMALIZED: Final = 1 << 13  # rows that are in float64 at a time
 
 log = logging.getLogger(__name__)
 
@@ -270,6 +271,12 @@ def normalize_embeddings(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.
         rows[broken] = 0.0
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.where(norms > 0, norms, 1.0)
+
+
+def normalize_in_place(rows: npt.NDArray[np.float32]) -> None:
+    """Scale each row to length 1, see `normalize_embeddings`, without another copy of them."""
+    for start in range(0, len(rows), _NORMALIZED):
+        rows[start : start + _NORMALIZED] = normalize_embeddings(rows[start : start + _NORMALIZED])
 
 
 def _read_block(images: Images, start: int, pixels: Tensor) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing import get_context, parent_process
@@ -26,6 +26,9 @@ R = TypeVar("R")
 
 Progress = Callable[[int, int], None]
 """Called as `progress(done, total)` while something long is made."""
+
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 def no_progress(done: int, total: int) -> None:
@@ -147,6 +150,16 @@ def map_unordered(
         for number, task in tasks:
             yield number, function(task)
         return
+    with _one_thread_each():
+        yield from _map_in_pool(function, tasks, processes, environments)
+
+
+def _map_in_pool(
+    function: Callable[[T], R],
+    tasks: Iterable[tuple[int, T]],
+    processes: int,
+    environments: Sequence[Mapping[str, str]],
+) -> Generator[tuple[int, R]]:
     # Not forked: threads of this process (fsspec's, BLAS's) may hold locks at that moment.
     context = get_context("spawn")
     variables = context.SimpleQueue()
@@ -167,6 +180,24 @@ def map_unordered(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Let new processes compute on one thread: they are as many as the cores.
+
+    Their libraries read these variables when they are loaded, those of this process have done so.
+    """
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _finished(waiting: dict[Future[R], int]) -> Iterator[tuple[int, R]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import (
     GpuOption,
@@ -16,7 +18,12 @@ from launcher.verbs.evaluate.shared import (
     save_results,
     spinner,
 )
-from pipelines.runs.trained import load_trained_backbone
+from mhe_dist.errors import UserError
+from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
+
+if TYPE_CHECKING:
+    from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.evaluate.own_images import OwnImagesResult
 
 Source = Annotated[
     str, typer.Option(help="Folder of shards, or one with a folder of images for each class.")
@@ -26,10 +33,18 @@ FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 def identification(
     run: RunName,
-    images: Source,
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Shards, a folder with a folder of images for each class, or one of embeddings."
+        ),
+    ],
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Also TAR at FAR over all pairs of images.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that compare all pairs; 0: one per core.")
+    ] = 1,
     flip: Annotated[
         bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
     ] = None,
@@ -38,25 +53,30 @@ def identification(
 ) -> None:
     """Own images, 1:N: one of each class is enrolled, and the others are looked up among those.
 
-    The first image of each class is enrolled, unless the shards name others.
+    The first image of each class is enrolled, unless the shards name others. Of very many images,
+    name the folder that mhe embed RUN --out FOLDER has filled, whose rows are mapped.
 
     Example: mhe evaluate identification quickstart --images photos --all-pairs
+
+    Example: mhe evaluate identification quickstart --images rows --all-pairs --workers 0
     """
-    from pipelines.evaluate.own_images import identify_own_images
+    from pipelines.embedding.folder import MANIFEST
+    from pipelines.evaluate.own_images import identify_embeddings, identify_own_images
 
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology.device)
-    if flip is None:
-        flip = backbone.config.evaluate.flip
-    with spinner(topology, f"embedding {images}"):
-        result = identify_own_images(
-            backbone.embed,
-            images,
-            topology,
-            backbone.config.data.image_size,
-            flip,
-            all_pairs_fars=FARS if all_pairs else (),
-        )
+    fars, side = FARS if all_pairs else (), backbone.config.data.image_size
+    is_embedded = Path(images, MANIFEST).exists()
+    if is_embedded and not topology.is_first:
+        return
+    what = "comparing" if is_embedded else "embedding"
+    result: OwnImagesResult | None
+    with choose_workers(workers) as chosen, spinner(topology, f"{what} {images}"):
+        if is_embedded:
+            result = identify_embeddings(_open_embeddings(backbone, images, flip), fars, chosen)
+        else:
+            flip = backbone.config.evaluate.flip if flip is None else flip
+            result = identify_own_images(backbone.embed, images, topology, side, flip, fars, chosen)
     if result is None:
         return
     table = Table("figure", "value")
@@ -75,6 +95,27 @@ def identification(
         title=f"ROC, {images}",
         metrics=result.metrics if mlflow else {},
     )
+
+
+def _open_embeddings(backbone: TrainedBackbone, path: str, flip: bool | None) -> EmbeddingsFolder:
+    """The embeddings of a folder.
+
+    Raises:
+        UserError: they are of another model, or with other flipping than is asked for.
+    """
+    from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.embedding.write_folder import digest_model
+
+    folder = EmbeddingsFolder.open(path)
+    recipe, digest = folder.recipe, digest_model(backbone.model)
+    if recipe.model_digest != digest:
+        raise UserError(
+            f"{path}: holds embeddings of {recipe.checkpoint} ({recipe.model_digest}), not of "
+            f"{backbone.checkpoint} ({digest}): name that checkpoint as RUN, or embed again"
+        )
+    if flip is not None and flip != recipe.flip:
+        raise UserError(f"{path}: was embedded with flip {recipe.flip}: leave --flip out")
+    return folder
 
 
 def probe(

@@ -1,22 +1,40 @@
 """TAR at FAR over all pairs of a set, in memory that does not grow with their number.
 
-The pairs of two classes are scored in tiles, and only their highest scores are kept, which give
-the thresholds. Then the pairs of one class above the thresholds are counted, class by class.
+Of the pairs of two classes only the highest scores are kept, which give the thresholds. They are
+found in tiles of float32 products, which are not trusted: a pair that may be among them by its
+float32 score is scored again in float64. How many are needed is known, so a random sample of
+pairs tells a score that they surely exceed. So few pairs are scored twice, and the figures are
+those of float64, bit for bit. Then the pairs of one class above the thresholds are counted, class
+by class. Bands of rows are tasks for any number of processes, which map the rows.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from pipelines.embedding.embeddings import normalize_embeddings
 from pipelines.evaluate.metrics.roc import Floats, Ints, TopScores, round_scores
+from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
 KEPT: Final = 1 << 24  # scores: 128 MB, for moments twice that
-_TILE: Final = 2048  # rows and columns of scores in memory
+_BAND: Final = 1024  # rows of a task
+_TILE: Final = 2048  # rows that they are compared with at a time
+_CHUNK: Final = 1 << 14  # rows, or pairs, in float64 at a time
+_SAMPLED: Final = 1 << 19  # pairs; of fewer than 64 times as many none are sampled
+_SPREAD: Final = 6.0  # standard deviations of the number of sampled scores above a threshold
+
+_DENSE: Final = 1 / 32  # share of a tile above which one product is cheaper than single pairs
+
+Rows = npt.NDArray[Any]
 
 
 class AllPairs(NamedTuple):
@@ -34,17 +52,40 @@ class AllPairs(NamedTuple):
     skipped_fars: list[float]
 
 
-def compare_all_pairs(rows: Floats, labels: Ints, fars: Sequence[float]) -> AllPairs:
+class BandTask(NamedTuple):
+    """The pairs of some rows with all rows that follow.
+
+    Attributes:
+        folder: of the rows, see `_RowFiles`.
+        first: the first of the rows.
+        bound: scores that are not above it are not needed.
+    """
+
+    folder: str
+    first: int
+    bound: float
+
+
+def compare_all_pairs(
+    embeddings: Rows,
+    labels: Ints,
+    fars: Sequence[float],
+    workers: Workers = HERE,
+    progress: Progress = no_progress,
+) -> AllPairs:
     """Compare every sample with every other one by the cosine.
 
     Args:
-        rows: float64 `[N, D]`, of length 1.
-        labels: `[N]`.
+        embeddings: float `[N, D]`, of any length; a mapped file stays mapped.
+        labels: integers `[N]`.
         fars: at which TAR is computed.
+        workers: who compares, on this machine.
+        progress: called with the finished bands of rows and their number.
 
     Raises:
         UserError: all samples are of one class, or each of its own.
     """
+    labels = np.asarray(labels, np.int64)
     sizes = np.unique(labels, return_counts=True)[1].astype(np.int64)
     genuine = int((sizes * (sizes - 1) // 2).sum())
     impostors = len(labels) * (len(labels) - 1) // 2 - genuine
@@ -52,38 +93,191 @@ def compare_all_pairs(rows: Floats, labels: Ints, fars: Sequence[float]) -> AllP
         raise UserError(f"all pairs: {genuine} pairs of one class and {impostors} of two classes")
     allowed = {far: math.floor(far * impostors + 1e-9) for far in fars}
     held = {far: count for far, count in allowed.items() if count < min(KEPT, impostors)}
-    highest = TopScores(max(held.values(), default=0) + 1)
-    for scores, different in _tiles(rows, labels):
-        highest.add(scores[different & (scores > highest.lower_bound)])
-    impostor_scores = highest.descending()
-    limits = np.array([impostor_scores[count] for count in held.values()])
-    shares = _count_above(rows, labels, limits) / genuine
+    count = max(held.values(), default=0) + 1
+    with tempfile.TemporaryDirectory(prefix="mhe-pairs-") as folder:
+        _RowFiles.write(folder, embeddings, labels)
+        highest = _highest_scores(folder, impostors, count, workers, progress)
+        limits = np.array([highest[kept] for kept in held.values()])
+        shares = _count_above(_RowFiles(folder), limits) / genuine
     tar = dict(zip(held, shares.tolist(), strict=True))
     return AllPairs(genuine, impostors, tar, [far for far in fars if far not in held])
 
 
-def _tiles(rows: Floats, labels: Ints) -> Iterator[tuple[Floats, np.ndarray]]:
-    """Yield scores, and which of them are of pairs of two classes; each pair once."""
-    for first in range(0, len(rows), _TILE):
-        left, mine = rows[first : first + _TILE], labels[first : first + _TILE]
-        for second in range(first, len(rows), _TILE):
-            right, theirs = rows[second : second + _TILE], labels[second : second + _TILE]
-            different = mine[:, None] != theirs[None, :]
-            yield (
-                round_scores(left @ right.T),
-                np.triu(different, 1) if first == second else different,
-            )
+class _RowFiles:
+    """Files of rows that all processes map.
+
+    Attributes:
+        rows: float `[N, D]` as they are; a row that is not finite is zero.
+        unit: float32 `[N, D]`, of length 1.
+        norms: float64 `[N]`, lengths; 1 of a row of zeros.
+        labels: int64 `[N]`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.rows, self.unit, self.norms, self.labels = (
+            np.load(Path(folder) / f"{name}.npy", mmap_mode="r")
+            for name in ("rows", "unit", "norms", "labels")
+        )
+
+    @staticmethod
+    def write(folder: str, embeddings: Rows, labels: Ints) -> None:
+        """Write the files into a folder, in flat memory."""
+        np.save(Path(folder) / "labels.npy", labels)
+        shape, count = embeddings.shape, len(embeddings)
+        rows = _new_file(folder, "rows", embeddings.dtype, shape)
+        unit = _new_file(folder, "unit", np.float32, shape)
+        norms = _new_file(folder, "norms", np.float64, (count,))
+        for start in range(0, count, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            values = np.asarray(embeddings[part])
+            unit[part] = scaled = normalize_embeddings(values)
+            usable = np.isfinite(values).all(axis=1)
+            rows[part] = np.where(usable[:, None], values, 0)
+            lengths = np.linalg.norm(rows[part].astype(np.float64), axis=1)
+            norms[part] = np.where(scaled.any(axis=1), lengths, 1.0)
+
+    def score(self, first: Ints, second: Ints) -> Floats:
+        """The rounded cosines of pairs, in float64."""
+        scores = np.empty(len(first))
+        for start in range(0, len(first), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            one, other = first[part], second[part]
+            left, right = (self.rows[each].astype(np.float64) for each in (one, other))
+            scores[part] = np.einsum("nd,nd->n", left, right)
+            scores[part] /= self.norms[one] * self.norms[other]
+        return round_scores(scores)
+
+    def scaled(self, which: Ints | slice) -> Floats:
+        """Rows of length 1."""
+        return self.rows[which].astype(np.float64) / self.norms[which][:, None]
 
 
-def _count_above(rows: Floats, labels: Ints, limits: Floats) -> Ints:
+def _new_file(folder: str, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Rows:
+    return np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", dtype, shape)
+
+
+_open_rows = lru_cache(maxsize=1)(_RowFiles)
+
+
+def _highest_scores(
+    folder: str, impostors: int, count: int, workers: Workers, progress: Progress
+) -> Floats:
+    """The `count` highest scores of two classes, in descending order."""
+    spread = _SPREAD
+    while True:
+        bound = _lower_bound(folder, impostors, count, spread)
+        found = _scores_above(folder, bound, count, workers, progress)
+        if len(found) >= count or bound == -math.inf:
+            return found
+        spread *= 4  # the sample was not like the rest
+
+
+def _scores_above(
+    folder: str, bound: float, count: int, workers: Workers, progress: Progress
+) -> Floats:
+    """The `count` highest scores of two classes, if so many are above a bound."""
+    highest = TopScores(count)
+
+    def task(number: int) -> BandTask:
+        # What is known when a task begins spares work; it changes nothing in the result.
+        return BandTask(folder, number * _BAND, max(bound, highest.lower_bound))
+
+    def record(number: int, scores: list[Floats]) -> None:
+        highest.add(scores.pop())  # and forget them there
+
+    bands = math.ceil(len(_open_rows(folder).labels) / _BAND)
+    run_tasks(score_band, LazyTasks(bands, task), workers, record=record, progress=progress)
+    return highest.descending()
+
+
+def _lower_bound(folder: str, impostors: int, count: int, spread: float) -> float:
+    """A score that at least `count` impostors exceed, but for a very small probability.
+
+    Of n scores of a random sample, `p * n` are expected above the score that a share p of all
+    exceeds. The score at a rank of `spread` standard deviations more is lower, all but surely.
+    """
+    if impostors < 64 * _SAMPLED:
+        return -math.inf
+    files = _open_rows(folder)
+    first, second = np.random.default_rng(0).integers(0, len(files.labels), (2, _SAMPLED))
+    different = files.labels[first] != files.labels[second]
+    first, second = first[different], second[different]
+    expected = len(first) * count / impostors
+    rank = math.ceil(expected + spread * math.sqrt(expected) + spread**2)
+    if rank >= len(first):
+        return -math.inf
+    scores = files.score(first, second)
+    return float(np.partition(scores, len(scores) - rank)[len(scores) - rank])
+
+
+def score_band(task: BandTask) -> list[Floats]:
+    """The scores of two classes above the bound, of a band of rows with itself and all that follow.
+
+    Returns:
+        One array, in a list that the receiver empties.
+    """
+    files, found = _open_rows(task.folder), [np.empty(0)]
+    # |computed - exact| of a float32 product of rows of length 1, rounded to float32 themselves.
+    error = (files.unit.shape[1] + 4) * 2.0**-24
+    limit = np.nextafter(np.float32(task.bound - error), np.float32(-np.inf))
+    for begin, above in _tiles(files.unit, task.first, limit):
+        scores, first, second = _exact_scores(files, task.first, begin, above)
+        wanted = (scores > task.bound) & (files.labels[first] != files.labels[second])
+        found.append(scores[wanted & (first < second)])
+    return [np.concatenate(found)]
+
+
+def _tiles(
+    unit: Rows, start: int, limit: np.float32
+) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
+    """Yield where a tile begins, and which float32 scores of a band with it are above a limit."""
+    left = np.array(unit[start : start + _BAND])
+    scores = np.empty((len(left), _TILE), np.float32)
+    above = np.empty(scores.shape, np.bool_)
+    for begin in range(start, len(unit), _TILE):
+        right = unit[begin : begin + _TILE]
+        if len(right) < _TILE:
+            scores = np.empty((len(left), len(right)), np.float32)
+            above = np.empty(scores.shape, np.bool_)
+        np.matmul(left, right.T, out=scores)
+        np.greater(scores, limit, out=above)
+        yield begin, above
+
+
+def _exact_scores(
+    files: _RowFiles, start: int, begin: int, above: npt.NDArray[np.bool_]
+) -> tuple[Floats, Ints, Ints]:
+    """The scores of the pairs that are marked, and the numbers of their rows."""
+    rows, columns = _positions(above)
+    first, second = rows + start, columns + begin
+    if len(first) > above.size * _DENSE:
+        left, right = (files.scaled(slice(n, n + k)) for n, k in ((start, _BAND), (begin, _TILE)))
+        return round_scores(left @ right.T)[rows, columns], first, second
+    return files.score(first, second), first, second
+
+
+def _positions(above: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Rows and columns of what is true, of which there is little: eight are looked at together."""
+    flat = above.reshape(-1)
+    whole = len(flat) // 8 * 8
+    words = np.flatnonzero(flat[:whole].view(np.uint64))
+    near = (words[:, None] * 8 + np.arange(8)).reshape(-1)
+    places = np.concatenate([near[flat[near]], whole + np.flatnonzero(flat[whole:])])
+    rows, columns = np.divmod(places.astype(np.int64), above.shape[1])
+    return rows, columns
+
+
+def _count_above(files: _RowFiles, limits: Floats) -> Ints:
     """Number of pairs of one class whose score is above each limit, `[limits]`."""
-    counts = np.zeros(len(limits), np.int64)
+    counts, labels = np.zeros(len(limits), np.int64), np.array(files.labels)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=labels.min() - 1))
     for mine in np.split(order, starts[1:]):
+        if len(mine) < 2:
+            continue
+        rows = files.scaled(mine)
         for first in range(0, len(mine), _TILE):
-            part = rows[mine[first : first + _TILE]]
-            scores = round_scores(part @ rows[mine[first:]].T)
+            scores = round_scores(rows[first : first + _TILE] @ rows[first:].T)
             pairs = scores[np.triu(np.ones(scores.shape, bool), 1)]
             counts += (pairs[:, None] > limits).sum(axis=0)
     return counts

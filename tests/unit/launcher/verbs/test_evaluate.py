@@ -172,6 +172,14 @@ def test_embeddings_in_a_folder(
     np.testing.assert_allclose(
         np.load(f"{out}.npz")["embeddings"], folder.rows, rtol=1e-4, atol=1e-5
     )
+    words_of = ["evaluate", "identification", run, "--all-pairs", "--images"]
+    figures = []
+    for source in (shards, str(out)):
+        said([*words_of, source], capsys)
+        saved = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
+        figures.append({name: value for name, value in saved.items() if name != "images"})
+    assert figures[0] == figures[1] and "all/tar@far=1e-3" in figures[0]
+    assert "was embedded with flip False" in said([*words_of, str(out), "--flip"], capsys, 2)
     assert "holds embeddings with normalize False, not True" in said(
         [*words, "--normalize"], capsys, 2
     )

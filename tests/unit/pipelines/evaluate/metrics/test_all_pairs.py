@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mhe_dist.errors import UserError
+from pipelines.embedding.embeddings import normalize_embeddings
 from pipelines.evaluate.metrics import all_pairs, roc
 from pipelines.evaluate.metrics.all_pairs import compare_all_pairs
+from pipelines.storage.worker_pool import Processes
 
 FARS = (0.0, 1e-3, 1e-2, 0.2, 1.0)
 
@@ -27,6 +30,7 @@ def case() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("tile", [2048, 16, 1])
 def test_all_pairs_equal_a_plain_loop(case, tile: int, monkeypatch) -> None:
     monkeypatch.setattr(all_pairs, "_TILE", tile)
+    monkeypatch.setattr(all_pairs, "_BAND", min(tile, 40))
     monkeypatch.setattr(roc, "_SPARE", 10)
     rows, labels = case
     same, values = [], []
@@ -59,3 +63,91 @@ def test_memory_is_bounded_and_what_does_not_fit_is_named(case, monkeypatch) -> 
         compare_all_pairs(case[0], np.arange(90), FARS)
     with pytest.raises(UserError, match="and 0 of two classes"):
         compare_all_pairs(case[0], np.zeros(90, int), FARS)
+
+
+@pytest.fixture(scope="module")
+def many() -> tuple[np.ndarray, np.ndarray]:
+    """3,000 rows of any length in 300 classes; a tie, a row of zeros and one that is not finite."""
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 300, 3000)
+    rows = rng.standard_normal((300, 16))[labels] + 1.2 * rng.standard_normal((3000, 16))
+    rows = (5 * rows).astype(np.float32)
+    rows[7], rows[11], rows[13] = rows[1500], 0, np.nan
+    return rows, labels
+
+
+def exact(rows: np.ndarray, labels: np.ndarray, fars: tuple[float, ...]) -> dict[float, float]:
+    """TAR from all scores in float64, none left out."""
+    unit = normalize_embeddings(rows)
+    first, second = np.triu_indices(len(rows), 1)
+    scores = np.round((unit @ unit.T)[first, second], 12)
+    same = labels[first] == labels[second]
+    impostors = -np.sort(-scores[~same])
+    return {far: np.mean(scores[same] > impostors[int(far * len(impostors))]) for far in fars}
+
+
+@pytest.mark.parametrize("sampled", [1 << 10, 1 << 14])
+@pytest.mark.parametrize("dense", [0.0, 1.0])
+def test_float32_only_chooses_what_float64_decides(
+    many: tuple[np.ndarray, np.ndarray], sampled: int, dense: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether few pairs of a tile are scored again or all of it; and none is missed."""
+    monkeypatch.setattr(all_pairs, "_SAMPLED", sampled)
+    monkeypatch.setattr(all_pairs, "_DENSE", dense)
+    monkeypatch.setattr(all_pairs, "_BAND", 500)
+    monkeypatch.setattr(all_pairs, "_TILE", 999)
+    fars = (1e-6, 1e-5, 1e-4, 1e-3)
+    found = all_pairs.compare_all_pairs(*many, fars)
+    assert found.tar == exact(*many, fars)
+    # A float32 score that decided by itself would differ somewhere: each pair near the limit does.
+    unit = normalize_embeddings(many[0])
+    assert not np.array_equal(unit.astype(np.float32) @ unit.T.astype(np.float32), unit @ unit.T)
+
+
+def test_a_sample_that_misleads_is_noticed(
+    many: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_pairs, "_SAMPLED", 1 << 10)
+    bounds: list[float] = []
+    bound = all_pairs._lower_bound
+
+    def too_high(folder: str, impostors: int, count: int, spread: float) -> float:
+        bounds.append(0.999 if len(bounds) < 2 else bound(folder, impostors, count, spread))
+        return bounds[-1]
+
+    monkeypatch.setattr(all_pairs, "_lower_bound", too_high)
+    assert compare_all_pairs(*many, (1e-3,)).tar == exact(*many, (1e-3,))
+    assert len(bounds) == 3
+
+
+def test_few_pairs_are_scored_twice(
+    many: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_pairs, "_SAMPLED", 1 << 14)
+    scored: list[int] = []
+    score = all_pairs._RowFiles.score
+
+    def counted(files: all_pairs._RowFiles, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        scored.append(len(first))
+        return score(files, first, second)
+
+    monkeypatch.setattr(all_pairs._RowFiles, "score", counted)
+    found = compare_all_pairs(*many, (1e-4,))
+    assert 448 < sum(scored[1:]) < 0.01 * found.impostors
+
+
+def test_rows_that_are_mapped_in_half_precision(
+    many: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    half = many[0].astype(np.float16)
+    np.save(tmp_path / "rows.npy", half)
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    assert compare_all_pairs(mapped, many[1], (1e-3,)).tar == exact(half, many[1], (1e-3,))
+
+
+@pytest.mark.slow
+def test_processes_find_the_same(many: tuple[np.ndarray, np.ndarray]) -> None:
+    seen: list[tuple[int, int]] = []
+    two = compare_all_pairs(*many, (1e-4,), Processes(2), lambda *done: seen.append(done))
+    assert two == compare_all_pairs(*many, (1e-4,))
+    assert seen[-1] == (3, 3)
