@@ -103,9 +103,11 @@ def create_callback() -> Any:
         def on_trial_result(
             self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
         ) -> None:
+            """Hand on a result."""
             current_driver().take(trial.trial_id, trial.config, result)
 
         def on_step_end(self, iteration: int, trials: Any, **_: Any) -> None:
+            """See whether the sweep was asked to stop."""
             training = (trial.trial_id for trial in trials if trial.status == "RUNNING")
             current_driver().check(training)
 

@@ -100,11 +100,11 @@ def to_tune(space: Space) -> dict[str, Any]:
     """The space as Ray Tune takes it."""
     from ray import tune
 
-    def domain(values: Sequence[Any] | dict[str, list[Any]]) -> Any:
+    def _domain(values: Sequence[Any] | dict[str, list[Any]]) -> Any:
         if isinstance(values, list):
             return tune.grid_search(values)
         assert isinstance(values, dict)
         ((kind, (lowest, highest)),) = values.items()
         return getattr(tune, kind)(lowest, highest + kind.endswith("randint"))
 
-    return {key: domain(values) for key, values in space.items()}
+    return {key: _domain(values) for key, values in space.items()}

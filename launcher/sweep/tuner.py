@@ -177,6 +177,7 @@ def create_scheduler(settings: SweepSettings, first_look: int) -> Any:
 
     class Halving(ASHAScheduler):
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            """Take a trial in, with what it has reached before."""
             super().on_trial_add(tune_controller, trial)
             run = f"{settings.out}/{settings.trial_name(trial.trial_id)}"
             for result in past_results(run):

@@ -118,7 +118,7 @@ def _train(plan: SweepPlan, base: Config) -> list[TrialResult]:
     trials = count_trials(plan.space, plan.samples)
     display = ProgressDisplay()
 
-    def report(trial_id: str, drawn: dict[str, Any], figures: dict[str, Any]) -> None:
+    def _report(trial_id: str, drawn: dict[str, Any], figures: dict[str, Any]) -> None:
         run = escape(plan.settings.trial_name(trial_id))
         if figures[COMPLETE]:
             console.say(f"{run}  complete")
@@ -135,7 +135,7 @@ def _train(plan: SweepPlan, base: Config) -> list[TrialResult]:
             execute.make_data(base, display)
             check_selection(base)
             console.say(f"{trials:,} trials, {plan.parallel} at a time; Ray starts in about 10 s")
-            return run_sweep(plan, base, report)
+            return run_sweep(plan, base, _report)
     except Interrupted as stop:
         console.say(
             "[yellow]Stopped.[/] The runs that were under way are saved. The same command goes "
