@@ -12,7 +12,7 @@ COPY launcher launcher
 COPY mhe_dist mhe_dist
 COPY pipelines pipelines
 # boto3 and psycopg2 are the MLflow server's, for its store and its database.
-RUN /opt/mhe/bin/pip install -c constraints.txt '.[s3,gcs,k8s]' boto3 psycopg2-binary==2.9.13
+RUN /opt/mhe/bin/pip install -c constraints.txt '.[s3,gcs,k8s,tensorboard]' boto3 psycopg2-binary==2.9.13
 
 
 FROM python:3.11.13-slim-bookworm

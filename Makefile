@@ -71,17 +71,24 @@ constraints: $(INSTALLED) $(DOCS_INSTALLED)  ## Write constraints.txt from what 
 clean:  ## Remove the environment and caches; data and runs stay
 	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# What a command prints goes to a file; where it fails, the end of that is shown and the file named.
+LOG := $(VENV)/install.log
+logged = @$(1) >$(LOG) 2>&1 || { tail -n 20 $(LOG); \
+  echo "This failed: $(LOG) has all of it."; exit 1; }
+
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)."; \
+	  $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
 	  echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 with its venv module" \
 	  "(Debian, Ubuntu: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	@echo "Installing the pinned dependencies in $(VENV): a few minutes, 7 GB."
-	$(BIN)/python -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[$(EXTRAS)]'
+	$(call logged,$(BIN)/python -m pip install --disable-pip-version-check \
+	  -c constraints.txt -e '.[$(EXTRAS)]')
 	@touch $@
 
 # Twenty small packages that no test needs.
 $(DOCS_INSTALLED): $(INSTALLED)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
-	  -c constraints.txt -e '.[docs]'
+	@echo "Installing what the documentation site needs."
+	$(call logged,$(BIN)/python -m pip install --disable-pip-version-check \
+	  -c constraints.txt -e '.[docs]')
 	@touch $@

@@ -47,8 +47,7 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "logs": (
         "launcher.verbs.jobs:logs",
-        "Show what a job did, and with -f what it does. Its workers' own logs are in the run's "
-        "folder.",
+        "Show what a run did, and with -f what it does; its workers' own logs are in its folder.",
     ),
     "stop": (
         "launcher.verbs.jobs:stop",

@@ -28,13 +28,14 @@ class Watcher(Protocol):
         """An event of the run."""
 
 
-def run(config: Config, watcher: Watcher, address: str = "") -> None:
+def run(config: Config, watcher: Watcher, address: str = "", dashboard: bool = False) -> None:
     """Make the data set if it is to be made, keep the settings, train to the end.
 
     Args:
         config: of the run.
         watcher: follows the run.
         address: Ray cluster to train on; empty: one of this machine, for this run alone.
+        dashboard: whether the Ray of this machine has its dashboard, whose link is told.
 
     Raises:
         UserError: another process trains this run.
@@ -50,7 +51,7 @@ def run(config: Config, watcher: Watcher, address: str = "") -> None:
         train_on_cluster(address, config, watcher.handle)
     else:
         watcher.waiting(f"starting Ray and {workers} workers: about 20 s")
-        train_locally(config, watcher.handle)
+        train_locally(config, watcher.handle, dashboard)
 
 
 def make_data(config: Config, watcher: Watcher) -> None:

@@ -63,10 +63,13 @@ def _connect(address: str, environment: dict[str, Any] | None) -> None:
 
 
 @contextmanager
-def local_cluster(config: Config) -> Iterator[None]:
+def local_cluster(config: Config, dashboard: bool = False) -> Iterator[str]:
     """Run Ray on this machine's loopback for the length of a `with` block.
 
     When the block ends, Ray's own log files are moved to `logs/ray/<session>` of the run.
+
+    Yields:
+        The link of the dashboard; empty without one.
 
     Raises:
         UserError: this machine has fewer GPUs than the run needs, or this process is connected to
@@ -83,13 +86,13 @@ def local_cluster(config: Config) -> Iterator[None]:
             folder = tempfile.mkdtemp(prefix="mhe-", dir=_temporary_folder())
             cpus = config.scale.workers * config.scale.cpus_per_worker
             try:
-                ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder)
+                link = ray_internals.start_local_ray(cpus, OBJECT_STORE_BYTES, folder, dashboard)
             except Interrupted:
                 raise
             except Exception as error:
                 raise RunError(_start_failure(config, error)) from error
         _check_gpus(config, ray.cluster_resources())
-        yield
+        yield link
     finally:
         with signals_ignored():
             ray_internals.end_local_ray()

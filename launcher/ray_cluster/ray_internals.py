@@ -30,14 +30,17 @@ _NOISY_LOGGERS = (  # they report each upload and each lost connection
 )
 
 
-def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
+def start_local_ray(
+    cpus: int, object_store_bytes: int, folder: str, dashboard: bool = False
+) -> str:
     """Start Ray on the loopback interface of this machine, with all its files in `folder`.
 
     Its processes hold SIGTERM back, as every process inherits that from its parent: whoever tells
     all processes of a job to stop does not end those that its save needs. `end_local_ray` ends
     them; they end with this process, too, by the signal that Ray asks the kernel for.
 
-    What would scale the cluster or collect its processes' output for this one is left out.
+    What would scale the cluster or collect its processes' output for this one is left out, and the
+    dashboard, unless it is asked for: then its link is returned, else an empty text.
 
     Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`, and
     `RayParams`, which it makes; no process of Ray sets its signal mask anew.
@@ -50,10 +53,11 @@ def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
     module.RayParams = partial(all_services, no_monitor=True, include_log_monitor=False)
     try:
         with _sigterm_kept():
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=cpus,
-                include_dashboard=False,
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=object_store_bytes,
@@ -62,6 +66,7 @@ def start_local_ray(cpus: int, object_store_bytes: int, folder: str) -> None:
             )
     finally:
         module.RayParams = all_services
+    return f"http://{context.dashboard_url}" if dashboard else ""
 
 
 def connect(address: str, namespace: str, environment: dict[str, Any] | None = None) -> None:

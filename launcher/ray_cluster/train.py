@@ -29,7 +29,7 @@ _RESUMABLE = "it goes on from its last checkpoint, if there is one"
 GRACE_S = 120.0  # that a run has for its checkpoint once it is asked to stop
 
 
-def train_locally(config: Config, handle: Callable[[Event], None]) -> None:
+def train_locally(config: Config, handle: Callable[[Event], None], dashboard: bool = False) -> None:
     """Run a config on a Ray cluster of this machine, and return when it has ended.
 
     Whatever ends it, an exception that a signal raises too, no process of the cluster stays behind.
@@ -37,13 +37,16 @@ def train_locally(config: Config, handle: Callable[[Event], None]) -> None:
     Args:
         config: what to run.
         handle: called with each event of `pipelines.pretrain.main`, in order.
+        dashboard: whether Ray's dashboard is started; its link is the first event.
 
     Raises:
         UserError: the run needs what this machine lacks, or a worker found a mistake.
         RunError: the run failed more often than `scale.max_failures`.
         Preempted: SIGTERM came, and the run saved itself within `GRACE_S`.
     """
-    with local_cluster(config):
+    with local_cluster(config, dashboard) as link:
+        if link:
+            handle({"event": "dashboard", "link": link})
         _train(config, handle, is_alone=True)
 
 

@@ -78,6 +78,7 @@ class ProgressDisplay:
         """Draw one event (the kinds are those of `pipelines.pretrain.main`)."""
         self._stop_waiting()
         draw = {
+            "dashboard": lambda event: self._say(f"Ray's dashboard: {event['link']}"),
             "start": self._start,
             "lock_taken_over": self._lock_taken_over,
             "settings_changed": self._settings_changed,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,13 +38,23 @@ from launcher.terminal.commands import command_line
 from launcher.terminal.event_log import parse_event, split_lines
 from launcher.terminal.progress import format_duration
 from launcher.terminal.replay import replay_log
+from launcher.terminal.run_log import RUN_LOG, RunLogReader
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
+from mhe_dist.errors import UserError
 from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.factory import mlflow_uri
-from pipelines.runs.folder import is_local, newest_checkpoint, url_exists
+from pipelines.runs.folder import (
+    find_run,
+    is_local,
+    logs_folder,
+    newest_checkpoint,
+    read_run_config,
+    url_exists,
+)
 
 STOP_NOW_S = 30.0
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}
@@ -140,15 +152,46 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on until the job is over; exit as it does.")
     ] = False,
 ) -> None:
-    """Show what a job did, and with -f what it does. Its workers' own logs are in the run's folder.
+    """Show what a run did, and with -f what it does; its workers' own logs are in its folder.
+
+    A run of this machine (mhe train) is shown from its folder: the last time that it was started.
+    Any other is looked up among the jobs of the cluster; with --address always.
 
     Example: mhe logs quickstart -f
     """
+    if not address and not os.environ.get(ADDRESS_VARIABLE) and (log := _local_log(job_id)):
+        _show_local(log, follow)
+        return
     cluster = Cluster(address)
     job = cluster.find(job_id)
     if follow:
         _follow(cluster, job.id)
     replay_log(cluster.read_output(job.id).splitlines())
+
+
+def _local_log(run: str) -> Path | None:
+    """Where a run of this machine wrote down what it did; None: there is no such run."""
+    try:
+        path = find_run(run)
+    except UserError:
+        return None
+    log = logs_folder(stored_config(read_run_config(path) or {})) / RUN_LOG
+    if is_local(path):  # also where the folder was moved since
+        log = Path(path, "logs", RUN_LOG)
+    return log if log.exists() else None
+
+
+def _show_local(log: Path, follow: bool) -> None:
+    reader = RunLogReader(log)
+    try:
+        with interruptible():
+            replay_log(reader.lines(follow))
+    except Interrupted as stop_:
+        console.say("[yellow]The run goes on.[/]")
+        raise typer.Exit(stop_.exit_code) from None
+    console.say(f"Logs of its workers: {escape(str(log.parent))}")
+    if follow:
+        raise typer.Exit(reader.exit_code or 0)
 
 
 def stop(

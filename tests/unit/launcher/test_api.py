@@ -53,7 +53,7 @@ def test_the_summary_is_returned_and_a_complete_run_is_left_alone(
 ) -> None:
     trained: list[tuple[str, int, float]] = []
 
-    def train(config: Any, handle: Callable[[dict[str, Any]], None]) -> None:
+    def train(config: Any, handle: Callable[[dict[str, Any]], None], *_: bool) -> None:
         trained.append((config.run.name, config.train.max_steps, config.optim.lr))
         summary = {"steps": config.train.max_steps}
         Path(config.run.path, "summary.json").write_text(json.dumps(summary))

@@ -226,7 +226,7 @@ def test_a_complete_run_with_other_settings_is_refused(settings: Config, capsys:
 def test_the_settings_of_a_run_are_kept_before_it_starts(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train(config: Config, handle: Callable[[dict[str, object]], None]) -> None:
+    def train(config: Config, handle: Callable[[dict[str, object]], None], *_: bool) -> None:
         assert read_run_config(config.run.path) == config_to_dict(config)
         handle({"event": "end", "summary": SUMMARY})
 
@@ -235,10 +235,30 @@ def test_the_settings_of_a_run_are_kept_before_it_starts(
     assert cli.run(["train", "a.yaml", "optim.lr=0.7"]) == 0
 
 
+def test_a_local_run_can_be_followed_by_its_name(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def train(config: Config, handle: Callable[[dict[str, object]], None], asked: bool) -> None:
+        assert asked
+        handle({"event": "dashboard", "link": "http://127.0.0.1:8265"})
+        handle({"event": "warning", "step": 7, "message": "the loss is 0"})
+        handle({"event": "end", "summary": SUMMARY})
+
+    monkeypatch.setattr(execute, "train_locally", train)
+    monkeypatch.setattr(console, "capture_logs", nullcontext)
+    assert cli.run(["train", "a.yaml", "--dashboard"]) == 0
+    assert "Ray's dashboard: http://127.0.0.1:8265" in capsys.readouterr().out
+    for options in ([], ["-f"]):
+        assert cli.run(["logs", "a", *options]) == 0
+        shown = capsys.readouterr().out
+        assert "step 7  warning: the loss is 0" in shown and "exit code 0" in shown
+        assert "Logs of its workers: runs/a/logs" in shown
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def train(config: Config, handle: object) -> None:
+    def train(config: Config, handle: object, *_: bool) -> None:
         folder = Path(config.run.path, "checkpoints", "step_00000040")
         folder.mkdir(parents=True)
         (folder / "manifest.json").touch()
@@ -251,3 +271,4 @@ def test_an_interrupted_run_says_how_to_go_on(
     said = capsys.readouterr().out
     assert "goes on from runs/a/checkpoints/step_00000040" in said
     assert "mhe train a.yaml" in said
+    assert not Path("runs/a/logs/run.log").exists()  # nothing happened in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_ray_that_does_not_start_says_what_to_do(
 ) -> None:
     folders = []
 
-    def start(cpus: int, object_store_bytes: int, folder: str) -> None:
+    def start(cpus: int, object_store_bytes: int, folder: str, dashboard: bool) -> str:
         folders.append(Path(folder))
         raise error
 
@@ -53,6 +54,25 @@ def test_ray_that_does_not_start_says_what_to_do(
         assert part in str(failed.value)
     assert "the same command goes on" in str(failed.value)
     assert folders and not folders[0].exists()
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_the_dashboard_is_started_on_loopback_and_only_when_it_is_asked_for(
+    dashboard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    given: dict[str, Any] = {}
+
+    def init(**arguments: Any) -> Any:
+        given.update(arguments)
+        return SimpleNamespace(dashboard_url="127.0.0.1:8266")
+
+    monkeypatch.setattr(ray, "init", init)
+    link = ray_internals.start_local_ray(1, 100, str(tmp_path), dashboard)
+    assert link == ("http://127.0.0.1:8266" if dashboard else "")
+    assert given["include_dashboard"] is dashboard
+    assert given["dashboard_host"] == given["_node_ip_address"] == "127.0.0.1"
 
 
 def test_a_cluster_that_answers_and_is_of_no_use_says_what_to_do(

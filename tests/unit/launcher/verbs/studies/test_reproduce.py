@@ -85,7 +85,9 @@ class Trainer:
         self.trained: list[str] = []
         self.stop_after = 99
 
-    def __call__(self, config: Config, handle: Callable[[dict[str, object]], None]) -> None:
+    def __call__(
+        self, config: Config, handle: Callable[[dict[str, object]], None], *_: bool
+    ) -> None:
         if len(self.trained) == self.stop_after:
             raise Interrupted(2)
         self.trained.append(config.run.name)
