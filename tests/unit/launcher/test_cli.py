@@ -238,8 +238,8 @@ def test_the_settings_of_a_run_are_kept_before_it_starts(
 def test_a_local_run_can_be_followed_by_its_name(
     settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    def train(config: Config, handle: Callable[[dict[str, object]], None], asked: bool) -> None:
-        assert asked
+    def train(config: Config, handle: Callable[[dict[str, object]], None], dashboard: bool) -> None:
+        assert dashboard
         handle({"event": "dashboard", "link": "http://127.0.0.1:8265"})
         handle({"event": "warning", "step": 7, "message": "the loss is 0"})
         handle({"event": "end", "summary": SUMMARY})
