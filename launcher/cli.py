@@ -65,6 +65,11 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "launcher.verbs.embedding.embed:embed",
         "Embed every image below a folder, or every sample of a set of shards.",
     ),
+    "cluster": (
+        "launcher.verbs.embedding.cluster:cluster",
+        "Make classes of images that have none: embed, cluster, give each image its nearest "
+        "classes.",
+    ),
     "search": (
         "launcher.verbs.embedding.search:search",
         "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",

@@ -14,12 +14,24 @@ from pipelines.report.comparison import Claim
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+UNTRAINED = "untrained"  # the backbone that the study's config begins with
+
+
 class Variant(NamedTuple):
-    """A variant of a study: its name, its title in tables, and its overrides of the config."""
+    """A variant of a study.
+
+    Attributes:
+        name: of the variant.
+        title: in tables.
+        overrides: of the config.
+        clustered_by: the variant whose backbone embeds the images to make this one's labels, or
+            `UNTRAINED`; empty: the labels are those of the data.
+    """
 
     name: str
     title: str
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    clustered_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,8 @@ class Study:
             none: the figures of all probes.
         minutes: training time of a run; 0: the config decides.
         claim: a claim that the page checks.
+        classes: how many are made for variants whose labels are clustered.
+        labels_per_image: of these classes, at most.
     """
 
     name: str
@@ -48,6 +62,8 @@ class Study:
     typefaces: tuple[tuple[str, str], ...] = ()
     minutes: float = 0.0
     claim: Claim | None = None
+    classes: int = 0
+    labels_per_image: int = 1
 
     @property
     def file(self) -> str:
@@ -85,6 +101,18 @@ class PlannedRun(NamedTuple):
     def overrides(self) -> list[str]:
         """Its overrides of the study's config."""
         return [*self.variant.overrides, f"run.seed={self.seed}", f"run.name={self.name}"]
+
+    @property
+    def embedded_by(self) -> str:
+        """Name of the run whose backbone makes its labels; empty: they are those of the data."""
+        if not self.variant.clustered_by:
+            return ""
+        return f"{self.study.name}-{self.variant.clustered_by}-seed{self.seed}"
+
+    @property
+    def labels(self) -> str:
+        """Name of its label set; empty: the labels are those of the data."""
+        return f"{self.name}-labels" if self.variant.clustered_by else ""
 
 
 def plan_runs(study: Study, variants: Sequence[Variant], seeds: int) -> Iterator[PlannedRun]:
@@ -283,4 +311,31 @@ PAPER = Study(
     seeds=3,
 )
 
-STUDIES = {study.name: study for study in (SMALL, HEADS, HEADS_ONCE, FULL, PAPER)}
+UNLABELLED = Study(
+    name="unlabelled",
+    title="400 characters without their labels",
+    text=(
+        "Nobody tells which images show the same character. The images are embedded, clustered "
+        "into 400 classes, and a network is trained on these; its embeddings are clustered again, "
+        "and another network is trained from the beginning. *random weights* is where it starts: "
+        "20 steps with a learning rate of 1e-9 give BatchNorm its statistics and leave the weights "
+        "as they were drawn. *labels* is the same network with the true labels. Probes are 500 "
+        "characters that no run saw."
+    ),
+    config="unlabelled.yaml",
+    variants=(
+        Variant(
+            "start",
+            "random weights",
+            ("optim.lr=1e-9", "train.max_steps=20"),
+            clustered_by=UNTRAINED,
+        ),
+        Variant("round1", "clustered once", clustered_by="start"),
+        Variant("round2", "clustered twice", clustered_by="round1"),
+        Variant("labels", "true labels"),
+    ),
+    classes=400,
+    labels_per_image=4,
+)
+
+STUDIES = {study.name: study for study in (SMALL, HEADS, HEADS_ONCE, FULL, PAPER, UNLABELLED)}

@@ -1,8 +1,9 @@
 """Label sets: for each sample of a data set none, one or several classes, beside its tars.
 
 A label set is a folder (any fsspec URL) with `labels.json`, two columns (`columns.py`) that hold a
-list of class ids for each sample, and `classes.tsv`, the classes' names and sizes. It belongs to
-one data set, whose digest it records. `labels.json` is written last: a folder without one is no
+list of class ids for each sample, and `classes.tsv`, the classes' names and sizes. A third column
+may say how similar a sample is to each of its classes. It belongs to one data set, whose digest it
+records. `labels.json` is written last: a folder without one is no
 label set.
 """
 
@@ -33,6 +34,7 @@ LABELS_FILE: Final = "labels.json"
 FORMAT: Final = "mhe-labels-1"
 ENDS: Final = "ends"
 CLASS_IDS: Final = "class_ids"
+SIMILARITIES: Final = "similarities"
 NO_LABEL: Final = -1  # where a single label stands for a sample that has none
 _OWNER: Final = "label set"
 
@@ -72,6 +74,8 @@ class LabelSet:
         ends: column `[samples]`: where each sample's list ends in `class_ids`.
         class_ids: column of all lists, one after the other.
         meta: what it was made from, and how.
+        similarities: column beside `class_ids`, as `similarities.py` writes cosines; None: the
+            maker had none.
     """
 
     folder: str
@@ -82,6 +86,7 @@ class LabelSet:
     ends: Column
     class_ids: Column
     meta: dict[str, Any] = field(default_factory=dict)
+    similarities: Column | None = None
 
     @property
     def samples(self) -> int:
@@ -98,7 +103,8 @@ class LabelSet:
     @property
     def columns(self) -> list[Column]:
         """Its columns."""
-        return [self.ends, self.class_ids]
+        found = [self.ends, self.class_ids]
+        return found if self.similarities is None else [*found, self.similarities]
 
     def map_columns(self) -> None:
         """Open the columns now; those of a store are fetched first.
@@ -212,10 +218,15 @@ class LabelSet:
 
     @classmethod
     def _parse(cls, folder: str, content: dict[str, Any], cache_dir: str) -> LabelSet:
-        ends, class_ids = (
-            Column(folder, ColumnEntry(**content["columns"][name]), cache_dir, _OWNER)
-            for name in (ENDS, CLASS_IDS)
-        )
+        columns = {
+            name: Column(folder, ColumnEntry(**content["columns"][name]), cache_dir, _OWNER)
+            for name in (ENDS, CLASS_IDS, SIMILARITIES)
+            if name in (ENDS, CLASS_IDS) or name in content["columns"]
+        }
+        ends, class_ids = columns[ENDS], columns[CLASS_IDS]
+        similarities = columns.get(SIMILARITIES)
+        if similarities is not None and similarities.entry.length != class_ids.entry.length:
+            raise ValueError(f"{similarities.entry.length} similarities")
         num_classes, labelled, max_labels = counts = [
             int(content[name]) for name in ("num_classes", "labelled", "max_labels")
         ]
@@ -226,7 +237,8 @@ class LabelSet:
         ):
             raise ValueError(f"no counts of a label set: {counts}")
         digest, meta = content["index_digest"], dict(content["meta"])
-        return cls(folder, num_classes, digest, labelled, max_labels, ends, class_ids, meta)
+        sizes = num_classes, digest, labelled, max_labels
+        return cls(folder, *sizes, ends, class_ids, meta, similarities)
 
 
 def label_set_exists(url: str) -> bool:
@@ -245,6 +257,10 @@ class _Totals(NamedTuple):
     per_class: Ints
 
 
+Similarities = Callable[[], Iterable[npt.NDArray[np.uint16]]]
+"""Called once: for the items of all lists, part by part, cosines as `similarities.py` has them."""
+
+
 def write_label_set(
     target: str,
     index: ShardIndex,
@@ -258,52 +274,76 @@ def write_label_set(
 
     Args:
         target: path or URL of its folder, which must not exist.
+        index, num_classes, chunks, names, meta, tables: see `write_label_files`.
+
+    Raises:
+        UserError: there is something at `target` already.
+        ValueError: see `write_label_files`.
+    """
+    staging = Staging(target)
+    try:
+        write_label_files(staging.folder, index, num_classes, chunks, names, meta, tables)
+        staging.publish()
+    except BaseException:
+        staging.abort()
+        raise
+    return LabelSet.load(target)
+
+
+def write_label_files(
+    folder: str,
+    index: ShardIndex,
+    num_classes: int,
+    chunks: Callable[[], Iterable[LabelLists]],
+    names: Iterable[str] | None = None,
+    meta: dict[str, Any] | None = None,
+    tables: Mapping[str, Table] | None = None,
+    similarities: Similarities | None = None,
+) -> None:
+    """Write the files of a label set into a folder that its maker gives its name later.
+
+    Args:
+        folder: path or URL.
         index: the data set.
         num_classes: C.
         chunks: called three times; each time the lists of all samples, in order, part by part.
         names: of the C classes, in order; None: their numbers.
         meta: JSON-able, what it was made from.
         tables: further files beside it, by name.
+        similarities: of the samples to their classes; None: not known.
 
     Raises:
-        UserError: there is something at `target` already.
         ValueError: the lists are not those of so many samples, or a class id is not in `[0, C)`.
     """
     totals = _count(chunks(), num_classes)
     if totals.samples != index.samples:
-        raise ValueError(f"{target}: {totals.samples} lists for {index.samples} samples")
-    staging = Staging(target)
-    try:
-        columns = _write_columns(staging.folder, chunks, totals, num_classes)
-        rows = (
-            (str(number), str(count), name)
-            for number, (count, name) in enumerate(
-                zip(totals.per_class.tolist(), names or map(str, range(num_classes)), strict=True)
-            )
+        raise ValueError(f"{folder}: {totals.samples} lists for {index.samples} samples")
+    columns = _write_columns(folder, chunks, totals, num_classes)
+    if similarities is not None:
+        url = f"{folder}/{SIMILARITIES}.npy"
+        columns[SIMILARITIES] = write_column(url, "uint16", totals.items, similarities())
+    rows = (
+        (str(number), str(count), name)
+        for number, (count, name) in enumerate(
+            zip(totals.per_class.tolist(), names or map(str, range(num_classes)), strict=True)
         )
-        classes: Table = (["class", "samples", "name"], rows)
-        for name, table in {CLASSES_FILE: classes, **(tables or {})}.items():
-            write_table(f"{staging.folder}/{name}", table)
-        about = {
-            "format": FORMAT,
-            "num_classes": num_classes,
-            "samples": totals.samples,
-            "labelled": totals.labelled,
-            "max_labels": totals.max_labels,
-            "index_digest": index.digest,
-            "meta": {"index": index.folder} | (meta or {}),
-            "columns": {name: asdict(entry) for name, entry in columns.items()},
-        }
-        with atomic_write(f"{staging.folder}/{LABELS_FILE}") as stream:
-            stream.write(
-                json.dumps(about, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
-                + b"\n"
-            )
-        staging.publish()
-    except BaseException:
-        staging.abort()
-        raise
-    return LabelSet.load(target)
+    )
+    classes: Table = (["class", "samples", "name"], rows)
+    for name, table in {CLASSES_FILE: classes, **(tables or {})}.items():
+        write_table(f"{folder}/{name}", table)
+    about = {
+        "format": FORMAT,
+        "num_classes": num_classes,
+        "samples": totals.samples,
+        "labelled": totals.labelled,
+        "max_labels": totals.max_labels,
+        "index_digest": index.digest,
+        "meta": {"index": index.folder} | (meta or {}),
+        "columns": {name: asdict(entry) for name, entry in columns.items()},
+    }
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    with atomic_write(f"{folder}/{LABELS_FILE}") as stream:
+        stream.write(text.encode(errors="backslashreplace") + b"\n")
 
 
 def _count(chunks: Iterable[LabelLists], num_classes: int) -> _Totals:

@@ -38,6 +38,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
     "pipelines": {
         "storage": set(),
         "shards": {"storage"},
+        "clustering": {"shards", "storage"},
         "data": {"shards", "storage"},
         "runs": {"data", "shards", "storage"},
         "loader": {"data", "shards", "storage"},

@@ -13,17 +13,20 @@ from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.predict import CostPrediction
 from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
-from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
+from launcher.reproduce.studies import STUDIES, UNTRAINED, PlannedRun, plan_runs
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
 from launcher.verbs.config import Overrides
 from launcher.verbs.data import convert
+from launcher.verbs.embedding.cluster import make_label_set
 from launcher.verbs.train import train_to_end
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from pipelines.clustering.settings import ClusterSettings
 from pipelines.runs.folder import read_run_config, read_summary
 from pipelines.runs.resume import refuse_changed_config
+from pipelines.shards.label_set import label_set_exists
 
 TIME_SHARE = 0.9  # of the available minutes; the rest is for what a trial does not predict
 
@@ -53,7 +56,8 @@ def reproduce(
     small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
     five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
-    paper100: the paper's heads at 100 classes. Each run is an ordinary run of
+    paper100: the paper's heads at 100 classes. unlabelled: 400 characters without their labels,
+    clustered twice, beside the same with labels. Each run is an ordinary run of
     `mhe train` with a name of its own in the output folder. After an interruption the same command
     continues and keeps complete runs. The page is written after every run. A section of an existing
     page that holds more complete runs than the folder stays as it is. The repository's own page is
@@ -70,6 +74,8 @@ def reproduce(
     written = write_study_page(target, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
+        if plan.labels and read_summary(config.run.path) is None:
+            _make_labels(plan, config, out)
         _train(config, plan.study.minutes)
         written = write_study_page(target, out, chosen, count)
     places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
@@ -97,13 +103,34 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
     Raises:
         UserError: an override is wrong, or the run was begun with other settings.
     """
-    words = [*plan.overrides, *overrides, f"run.dir={out}"]
-    config = load_config(plan.study.file, words, [check_data, check_backbone])
+    words, checks = [*plan.overrides, *overrides, f"run.dir={out}"], [check_data, check_backbone]
+    if plan.labels:
+        labels = f"{out}/{plan.labels}"
+        words += [f"data.labels={labels}", f"data.labels_per_sample={plan.study.labels_per_image}"]
+        if not label_set_exists(labels):
+            checks = [check_backbone]  # the labels are made when it is their turn
+    config = load_config(plan.study.file, words, checks)
     before = read_run_config(config.run.path)
     if plan.study.minutes and before and not config.train.max_steps:
         config.train.max_steps = before["train"]["max_steps"]  # what a trial found
     refuse_changed_config(config)
     return config
+
+
+def _make_labels(plan: PlannedRun, config: Config, out: str) -> None:
+    """Cluster the embeddings of the data, unless the label set is there."""
+    target = f"{out}/{plan.labels}"
+    if label_set_exists(target):
+        return
+    with convert.resumable(), ProgressDisplay() as display:
+        execute.make_data(config, display)
+        if plan.variant.clustered_by == UNTRAINED:
+            from pipelines.runs.untrained import write_untrained_run
+
+            run = config.run.model_copy(update={"name": plan.embedded_by})
+            write_untrained_run(config.model_copy(update={"run": run}))
+        settings = ClusterSettings(plan.study.classes, plan.study.labels_per_image, seed=plan.seed)
+        make_label_set(config.data.shards, f"{out}/{plan.embedded_by}", target, settings)
 
 
 def _train(config: Config, minutes: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from launcher import cli, execute
 from launcher.preflight.predict import CostPrediction
 from launcher.reproduce import studies
-from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, plan_runs
+from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, UNLABELLED, plan_runs
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs.studies import reproduce
@@ -24,6 +24,7 @@ from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
+from pipelines.clustering.settings import ClusterSettings
 from pipelines.runs.folder import read_run_config
 
 Captured = pytest.CaptureFixture[str]
@@ -53,6 +54,8 @@ def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> N
     assert [config.run.seed for config in configs] == sorted([0, 1] * len(study.variants))
     assert set(dict(study.typefaces)) == set(configs[0].evaluate.typefaces)
     assert study.config in {path.name for path in studies.CONFIGS.glob("*.yaml")}
+    if study.classes:
+        return  # of the label sets of `unlabelled`: see the test of its order
     shared = [{**config_to_dict(config), "head": 0, "run": 0} for config in configs]
     assert all(values == shared[0] for values in shared), "only head and seed may differ"
 
@@ -138,6 +141,44 @@ def test_complete_runs_are_kept_and_the_others_trained(trainer: Trainer, capsys:
     assert "| MHP {78;77} | 1 |" in page
     assert "MHP {78;77}: seed 1;" in page
     assert Path("runs/reproduce/results-small.png").exists()
+
+
+def test_without_labels_each_round_clusters_what_the_one_before_embeds(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, untrained = [], []
+
+    def make_label_set(shards: str, model: str, out: str, settings: ClusterSettings) -> None:
+        made.append((shards, model.rpartition("/")[2], out.rpartition("/")[2], settings))
+        Path(out).mkdir(parents=True)
+        Path(out, "labels.json").write_text("{}")
+
+    monkeypatch.setattr(reproduce, "make_label_set", make_label_set)
+    monkeypatch.setattr(
+        "pipelines.runs.untrained.write_untrained_run",
+        lambda config: untrained.append((config.run.path, config.run.seed, config.data.labels)),
+    )
+    monkeypatch.setattr(reproduce, "check_data", lambda config: ())
+    monkeypatch.setattr(execute, "check_selection", lambda config: None)
+    trainer.stop_after = 2
+    assert mhe("unlabelled") == 130
+    trainer.stop_after = 9
+    assert mhe("unlabelled") == 0
+    names = ["start", "round1", "round2", "labels"]
+    assert trainer.trained == [f"unlabelled-{name}-seed0" for name in names]
+    assert [entry[1:3] for entry in made] == [
+        (f"unlabelled-{by}-seed0", f"unlabelled-{name}-seed0-labels")
+        for by, name in zip(["untrained", *names], names[:3], strict=False)
+    ]
+    settings = ClusterSettings(UNLABELLED.classes, UNLABELLED.labels_per_image, seed=0)
+    assert all(entry[0] == "shards" and entry[3] == settings for entry in made)
+    assert [entry[:2] for entry in untrained] == [("runs/reproduce/unlabelled-untrained-seed0", 0)]
+    runs = [read_run_config(f"runs/reproduce/unlabelled-{name}-seed0") for name in names]
+    assert [run and run["data"]["labels"] for run in runs] == [
+        *(f"runs/reproduce/unlabelled-{name}-seed0-labels" for name in names[:3]),
+        "",
+    ]
+    assert [run and run["data"]["labels_per_sample"] for run in runs] == [4, 4, 4, 0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,364 @@
+"""`mhe cluster`: classes for images that have none, as a label set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.terminal import console
+from launcher.terminal.progress import ProgressDisplay, format_duration
+from launcher.verbs.data.convert import resumable
+from launcher.verbs.evaluate.shared import GpuOption
+from mhe_dist.config.load import load_config
+from mhe_dist.config.shipped import find_config
+from mhe_dist.errors import UserError
+from pipelines.runs.folder import find_run, newest_checkpoint
+from pipelines.runs.trained import read_trained_config
+from pipelines.shards.index import UNLABELLED, ShardIndex
+from pipelines.storage.urls import require_absent
+from pipelines.storage.worker_pool import available_cores
+
+if TYPE_CHECKING:
+    from pipelines.clustering.build import ClusterJob
+    from pipelines.clustering.quality import ReadLabels
+    from pipelines.clustering.settings import ClusterSettings
+    from pipelines.clustering.state import Watch
+    from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.shards.label_set import LabelSet
+
+MIB, GIB = 2.0**20, 2.0**30
+MODEL_SUFFIX, EMBEDDINGS_SUFFIX = "-model", "-embeddings"  # of folders beside the label set
+IN_THE_BACKGROUND = 0.9  # share of the free memory that a clustering may be predicted to take
+
+
+def cluster(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of the data set.")],
+    classes: Annotated[int, typer.Option(min=1, help="How many classes to make.")],
+    out: Annotated[
+        str, typer.Option(help="Folder for the label set, on this machine; it must not exist.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A run, or a step_* checkpoint; or a YAML file or its name: the backbone that it "
+            "begins with."
+        ),
+    ] = "",
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
+        ),
+    ] = "",
+    labels_per_image: Annotated[
+        int, typer.Option(min=1, max=64, help="Classes of an image, at most.")
+    ] = 8,
+    further_within: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="A further class is given if its distance (1 - cosine) is at most so many times "
+            "that of the nearest; 0: always.",
+        ),
+    ] = 1.5,
+    max_size: Annotated[
+        float,
+        typer.Option(
+            min=0, help="No class gets more than so many times the average of images; 0: any."
+        ),
+    ] = 5.0,
+    rounds: Annotated[
+        int, typer.Option(min=0, help="How often large classes are split, at most.")
+    ] = 2,
+    drop_duplicates: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Of images of a class whose cosine is at least this, one is kept; 0: all.",
+        ),
+    ] = 0.0,
+    drop_outliers: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.9, help="Share of the images, those farthest from any class, without one."
+        ),
+    ] = 0.0,
+    center: Annotated[
+        bool, typer.Option(help="Subtract the mean of the embeddings from each of them.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same label set.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Embed and search at the same time; 0: one per core or GPU.")
+    ] = 0,
+    gpu: GpuOption = None,
+    address: AddressOption = "",
+) -> None:
+    """Make classes of images that have none: embed, cluster, give each image its nearest classes.
+
+    A class is a centre of spherical k-means. Above 2,048 classes, images are first dealt to cells,
+    and each cell gets its share of the classes. Large classes are split, empty ones are given up.
+    The label set holds the classes of each image, the nearest first, and how similar it is to
+    them; figures and contact sheets are in report/ of it.
+
+    Killed at any point, the same command goes on, and ends with the same bytes; they depend on the
+    seed and the embeddings, not on the number of cores. Memory: below 1.1 GiB and 0.7 GiB for each
+    worker up to a million classes, however many images there are; clustering uses no GPU. Time,
+    memory and disk are predicted before the clustering begins, from rates that are measured then.
+
+    Example: mhe cluster data/photos --model quickstart --classes 1000 --out data/photos-classes
+    """
+    from pipelines.clustering.settings import ClusterSettings
+
+    settings = ClusterSettings(
+        *(classes, labels_per_image, further_within, max_size, rounds),
+        *(drop_duplicates, drop_outliers, center, seed),
+    )
+    shards, out = shards.rstrip("/"), out.rstrip("/")
+    how = EmbeddingOptions(embeddings.rstrip("/"), workers, gpu, address)
+    with resumable():
+        made = make_label_set(shards, model, out, settings, how)
+    show_next(shards, made, how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
+
+
+class EmbeddingOptions(NamedTuple):
+    """Where embeddings lie and who makes them, as the options of `cluster` say."""
+
+    embeddings: str = ""
+    workers: int = 0
+    gpu: bool | None = None
+    address: str = ""
+
+
+def make_label_set(
+    shards: str,
+    model: str,
+    out: str,
+    settings: ClusterSettings,
+    how: EmbeddingOptions = EmbeddingOptions(),  # noqa: B008, it cannot be changed
+) -> LabelSet:
+    """Embed and cluster, and say what was made; the arguments are those of `cluster`.
+
+    Raises:
+        UserError: it cannot be done, or there is something at `out`.
+    """
+    from pipelines.clustering.build import ClusterJob
+
+    require_absent(out)
+    index = ShardIndex.load(shards)
+    settings.validate(index.samples)
+    folder = embed_shards(shards, model, out, how)
+    threads = min(how.workers or available_cores(), available_cores())
+    with ClusterJob(out, index, folder.rows, embedded_by(folder), settings) as job:
+        made = make_classes(job, threads, read_labels(index))
+    console.say(describe(made))
+    console.show_table(f"{made.num_classes:,} classes of {made.samples:,} images", figures(made))
+    return made
+
+
+def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> EmbeddingsFolder:
+    """The embeddings of the shards: those that are there, or made now; see `cluster`."""
+    from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.embedding.write_folder import FolderOptions, write_folder
+
+    target = how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
+    if not model:
+        if not how.embeddings:
+            raise UserError(
+                "--model is missing: name the run, or the YAML file, whose backbone embeds the "
+                "images; or --embeddings FOLDER, which mhe embed made"
+            )
+        return EmbeddingsFolder.open(target)
+    run = find_model(model, f"{out}{MODEL_SUFFIX}", shards)
+    gpu = read_trained_config(run).scale.gpu if how.gpu is None else how.gpu
+    with (
+        choose_workers(how.workers, gpu, how.address) as chosen,
+        ProgressDisplay().counting(f"embedding {shards}") as progress,
+    ):
+        return write_folder(run, shards, target, FolderOptions(gpu=gpu), chosen, progress)
+
+
+def find_model(model: str, folder: str, shards: str) -> str:
+    """The run that `--model` names; of a YAML file, a run in `folder` that no step was made of.
+
+    Raises:
+        UserError: it is neither.
+    """
+    from pipelines.runs.untrained import write_untrained_run
+
+    file = find_config(model)
+    try:
+        path = find_run(model)
+        if "/step_" in model or newest_checkpoint(path) or not file.is_file():
+            return model
+    except UserError as error:
+        if not file.is_file():
+            raise UserError(
+                f"--model {model}: no such run, and no such YAML file; name the folder of a run, "
+                "such as runs/quickstart, its name, or a configuration"
+            ) from error
+    parent, _, name = folder.rpartition("/")
+    words = [f"run.dir={parent or '.'}", f"run.name={name}", f"data.shards={shards}"]
+    return write_untrained_run(load_config(model, words))
+
+
+def embedded_by(folder: EmbeddingsFolder) -> dict[str, Any]:
+    """What tells embeddings from others, wherever they lie: JSON-able."""
+    parts = json.dumps([part.checksum for part in folder.parts])
+    recipe = folder.recipe
+    return {
+        "rows": "sha256:" + hashlib.sha256(parts.encode()).hexdigest(),
+        "model": recipe.model_digest,
+        "step": recipe.step,
+        "dtype": recipe.dtype,
+        "dim": recipe.dim,
+    }
+
+
+def read_labels(index: ShardIndex) -> ReadLabels | None:
+    """Reads the labels that the data set has; None: it has none, or its tars alone know them."""
+    import numpy as np
+
+    if index.meta.get(UNLABELLED) or index.labels_of(np.zeros(1, np.int64)) is None:
+        return None
+
+    def read(numbers: Any) -> Any:
+        found = index.labels_of(numbers)
+        assert found is not None, "it was asked before"
+        return found
+
+    return read
+
+
+def make_classes(job: ClusterJob, workers: int, labels: ReadLabels | None) -> LabelSet:
+    """Predict what it takes, make the classes, write the report, give the label set its name.
+
+    Raises:
+        UserError: there is no room.
+    """
+    from pipelines.report.sheets.cluster_report import write_cluster_report
+
+    if job.begins:
+        _predict(job, workers)
+    with ProgressDisplay().counting("clustering") as progress:
+        made = job.run(_watch_stages(job.settings, progress), workers, labels)
+    if made is not None:
+        found = made.figures, made.counts, made.shown
+        write_cluster_report(f"{job.folder}/report", job.index, *found)
+    return job.publish()
+
+
+def _predict(job: ClusterJob, workers: int) -> None:
+    from pipelines.clustering.estimate import estimate_work, measure_rates
+
+    rows, settings = job.rows, job.settings
+    found = estimate_work(rows.count, rows.dim, settings, workers, measure_rates(rows, workers))
+    table = Table(show_header=False, box=None)
+    for name, seconds in found.stages:
+        table.add_row(name, format_duration(seconds))
+    table.add_row("[bold]together, at most about[/]", format_duration(found.seconds))
+    table.add_row("memory", f"{found.memory / GIB:.1f} GiB")
+    table.add_row(
+        "disk", f"{found.disk / MIB:,.0f} MiB until the end, {found.kept / MIB:,.0f} kept"
+    )
+    console.show_table(
+        f"{settings.classes:,} classes of {rows.count:,} embeddings of {rows.dim}, as measured now",
+        table,
+    )
+    free = shutil.disk_usage(job.folder).free
+    if found.disk + found.kept > free:
+        raise UserError(
+            f"--out {job.target}: {(found.disk + found.kept) / MIB:,.0f} MiB are needed there "
+            f"until the end, and {free / MIB:,.0f} are free; make room, or name another folder"
+        )
+    memory = _free_memory()
+    if memory and found.memory > IN_THE_BACKGROUND * memory:
+        raise UserError(
+            f"about {found.memory / GIB:.1f} GiB of memory are needed and {memory / GIB:.1f} are "
+            "free; take fewer --workers, or close other programs"
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that this machine has free for programs; 0: it does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def _watch_stages(settings: ClusterSettings, progress: Any) -> Watch:
+    """Shows pieces of work as a share of the whole; stages count alike."""
+    stages: list[str] = []
+    expected = 12 + 3 * settings.rounds
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages.append(stage)
+        progress(round(100 * (len(stages) - 1 + done / total)), 100 * max(expected, len(stages)))
+
+    return watch
+
+
+def describe(made: LabelSet) -> str:
+    """A new label set in a line of markup."""
+    return (
+        f"[bold]{escape(made.folder)}[/]: {made.labelled:,} of {made.samples:,} images have "
+        f"classes, of {made.num_classes:,}, up to {made.max_labels} each"
+    )
+
+
+def figures(made: LabelSet) -> Table:
+    """What a label set that was clustered says of itself."""
+    found = made.meta["figures"]
+    table = Table(show_header=False, box=None)
+
+    def add(what: str, value: str) -> None:
+        table.add_row(what, value)
+
+    labelled = max(1, found["labelled"])
+    add("classes of an image, on average", f"{found['labels'] / labelled:.2f}")
+    add(
+        "images of a class",
+        f"{found['smallest']:,} to {found['largest']:,}, median {found['median']:,.0f}",
+    )
+    add("mean cosine to the nearest centre", f"{found['similarity']:.3f}")
+    for key, what in (
+        ("duplicates", "left out: near-duplicates"),
+        ("outliers", "left out: outliers"),
+        ("broken", "left out: no finite embedding"),
+        ("full", "left out: their classes are full"),
+        ("bounded", "classes that were cut to the bound"),
+    ):
+        if found[key]:
+            add(what, f"{found[key]:,}")
+    if "purity" in found:
+        add(f"purity against the {found['true_classes']:,} labels", f"{found['purity']:.1%}")
+        add("NMI with them", f"{found['nmi']:.3f}")
+    if found["recall"] < 1:
+        add("nearest class found (512 images)", f"{found['recall']:.1%}")
+    return table
+
+
+def show_next(shards: str, made: LabelSet, embeddings: str) -> None:
+    """What to type next, and what can be deleted."""
+    train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={made.folder}"]
+    if made.max_labels > 1:
+        train.append(f"data.labels_per_sample={made.max_labels}")
+    console.list_next(
+        [
+            ("train on it", train),
+            ("look at it", ["mhe", "data", "labels", "show", made.folder]),
+            ("see its classes", ["python", "-m", "webbrowser", f"{made.folder}/report/random.png"]),
+            ("once it is right", ["rm", "-r", embeddings]),
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Clustering: how the embeddings of a data set become classes of its images, without labels."""

@@ -1,0 +1,134 @@
+"""`mhe cluster`: from shards without labels to a label set, its report, what to type next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launcher import cli
+from launcher.verbs.embedding import cluster
+from mhe_dist.config.write import save_config
+from pipelines.data.mixture.index import open_training_index
+from pipelines.embedding.folder import EmbeddingsFolder
+from pipelines.runs.trained import load_trained_backbone
+from pipelines.shards.label_set import LabelSet
+from pipelines.storage.worker_pool import HERE
+from tests import tiny
+
+Captured = pytest.CaptureFixture[str]
+IMAGES = tiny.CLASSES * tiny.IMAGES
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, and a YAML file of a run that nobody trained."""
+    folder = tmp_path_factory.mktemp("data")
+    shards = tiny.write_shards(folder / "shards")
+    save_config(tiny.config(folder, shards), f"{folder}/small.yaml")
+    return folder
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    words = ["cluster", f"{data}/shards", "--out", str(out), "--workers", "1"]
+    return [*words, "--classes", "30", *more]
+
+
+def said(words: list[str], capsys: Captured, code: int = 0) -> str:
+    assert cli.run(words) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.err if code else captured.out).split())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def made(data: Path) -> Path:
+    """A label set by the untrained backbone; this process embeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "choose_workers", lambda *_: nullcontext(HERE))
+        assert cli.run(command(data, data / "first", "--model", f"{data}/small.yaml")) == 0
+    return data / "first"
+
+
+def test_a_yaml_file_embeds_with_the_backbone_that_it_begins_with(data: Path, made: Path) -> None:
+    backbone = load_trained_backbone(f"{data}/first-model")
+    assert backbone.step == 0
+    rows = EmbeddingsFolder.open(f"{made}-embeddings").rows
+    assert rows.shape == (IMAGES, 32)
+    labels = LabelSet.load(str(made))
+    assert labels.samples == IMAGES and labels.labelled == IMAGES
+    assert labels.meta["settings"]["classes"] == 30
+    assert labels.meta["embeddings"]["dim"] == 32
+    assert labels.meta["figures"]["true_classes"] == tiny.CLASSES
+    assert labels.meta["figures"]["purity"] > 3 / tiny.CLASSES  # the weights are random
+
+
+def test_the_report_shows_sizes_and_classes(made: Path) -> None:
+    report = made / "report"
+    names = {path.name for path in report.iterdir()}
+    sheets = {f"{name}.png" for name in ("random", "largest", "loosest")}
+    assert names == {"figures.json", "sizes.png", *sheets}
+    figures = json.loads((report / "figures.json").read_text())
+    assert figures == LabelSet.load(str(made)).meta["figures"]
+    for name in sheets:
+        pixels = np.asarray(Image.open(report / name).convert("RGB"))
+        assert pixels.shape[0] > 10 * 112
+        assert pixels.std(axis=2).mean() > 10  # images: blanks, frames and letters are grey
+
+
+def test_it_says_what_it_takes_what_it_made_and_what_comes_next(
+    data: Path, made: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "again"
+    text = said(command(data, out, "--embeddings", f"{made}-embeddings"), capsys)
+    assert "together, at most about" in text and "GiB" in text and "MiB until the end" in text
+    assert f"{IMAGES} of {IMAGES} images have classes, of " in text
+    assert "purity against the 30 labels" in text
+    assert f"mhe train CONFIG data.shards={data}/shards data.labels={out}" in text
+    assert content(out) == content(made)
+    shown = said(["data", "labels", "show", str(out)], capsys)
+    assert "made_by: mhe cluster" in shown
+
+
+def test_a_label_set_that_was_clustered_can_be_trained_on(made: Path) -> None:
+    labels = LabelSet.load(str(made))
+    config = tiny.config(
+        made.parent,
+        f"{made.parent}/shards",
+        data={"labels": str(made), "labels_per_sample": labels.max_labels},
+        head={"mhs": {"length": 4, "exchange": "gather"}},
+    )
+    index = open_training_index(config.data, config.run.seed)
+    assert index.num_classes == labels.num_classes and index.samples == IMAGES
+    assert index.label_shape == (labels.max_labels,)
+
+
+def test_mistakes_say_what_to_type(
+    data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    assert "--model is missing" in said(command(data, out), capsys, 2)
+    assert "--model nothing: no such run, and no such YAML file" in said(
+        command(data, out, "--model", "nothing"), capsys, 2
+    )
+    many = [*command(data, out, "--model", f"{data}/small.yaml"), "--classes", "9999"]
+    assert "--classes 9999: there are 360 images" in said(many, capsys, 2)
+    monkeypatch.setattr(cluster, "_free_memory", lambda: 1 << 20)
+    words = command(data, out, "--embeddings", f"{data}/first-embeddings")
+    assert "GiB of memory are needed and 0.0 are free" in said(words, capsys, 2)
+    monkeypatch.undo()
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "make room, or name another folder" in said(words, capsys, 2)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    assert "already exists" in said(command(data, data / "first", "--model", "x"), capsys, 2)
