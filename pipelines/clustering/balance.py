@@ -18,7 +18,7 @@ _TINY: Final = 0.25  # of the average: a class up to which may be dissolved for 
 
 
 def balance_classes(rows: UnitRows, settings: ClusterSettings, state: ClusterState) -> Labels:
-    """Label all images, and make their classes more alike in size, in a few rounds.
+    """Label all images, and make their classes more equal in size, in a few rounds.
 
     A class is as large as there are images that it is the nearest of. In each round the centres of
     empty classes, then those of tiny ones while a class is above the bound, are given up, and

@@ -20,9 +20,10 @@ from pipelines.clustering.settings import (
     sample_size,
 )
 
-BASE_BYTES: Final = 400 << 20  # the interpreter, NumPy, faiss
+BASE_BYTES: Final = 200 << 20  # the interpreter, NumPy, faiss, the search itself
 _TRIAL_ROWS, _TRIAL_CENTRES = 4096, 1024
-_CHUNKS_HELD: Final = 4.0  # rows of a part, as they are in the file, what a search makes of them
+_MAPPED_BYTES: Final = 64 << 20  # pages of the embeddings around the rows that are read
+_CLASS_BYTES: Final = 100  # of the tables of all classes, for each
 
 
 class Rates(NamedTuple):
@@ -132,8 +133,8 @@ def _sizes(samples: int, dim: int, settings: ClusterSettings, workers: int) -> t
     chunk = min(4 * dim * samples, CHUNK_BYTES)
     rows = max(1024, CHUNK_BYTES // (4 * dim))
     found = min(rows, samples) * PROBES * labels * 40
-    each = max(2 * sample, int(_CHUNKS_HELD * chunk) + found) + 2 * centre_rows
-    memory = BASE_BYTES + workers * each + 64 * classes
+    each = max(sample + _MAPPED_BYTES, 2 * chunk + found) + 2 * centre_rows
+    memory = BASE_BYTES + workers * each + _CLASS_BYTES * classes
     disk = samples * (6 * labels + 4 + 4 + 1) + 4 * dim * classes
     kept = samples * (4 + 6 * labels) + 40 * classes
     return memory, disk, kept

@@ -109,8 +109,8 @@ def cluster(
     them; figures and contact sheets are in report/ of it.
 
     Killed at any point, the same command goes on, and ends with the same bytes; they depend on the
-    seed and the embeddings, not on the number of cores. Memory: below 1.1 GiB and 0.7 GiB for each
-    worker up to a million classes, however many images there are; clustering uses no GPU. Time,
+    seed and the embeddings, not on the number of cores. Memory: up to 0.3 GiB, and 0.4 GiB for
+    each worker, for a million classes, however many images there are. Clustering uses no GPU. Time,
     memory and disk are predicted before the clustering begins, from rates that are measured then.
 
     Example: mhe cluster data/photos --model quickstart --classes 1000 --out data/photos-classes
@@ -297,7 +297,7 @@ def _free_memory() -> int:
 
 
 def _watch_stages(settings: ClusterSettings, progress: Any) -> Watch:
-    """Shows pieces of work as a share of the whole; stages count alike."""
+    """Shows pieces of work as a share of the whole; each stage counts the same."""
     stages: list[str] = []
     expected = 12 + 3 * settings.rounds
 

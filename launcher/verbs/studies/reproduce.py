@@ -74,9 +74,7 @@ def reproduce(
     written = write_study_page(target, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
-        if plan.labels and read_summary(config.run.path) is None:
-            _make_labels(plan, config, out)
-        _train(config, plan.study.minutes)
+        _train(plan, config, out)
         written = write_study_page(target, out, chosen, count)
     places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
     console.list_rows("Where it is", places)
@@ -133,10 +131,12 @@ def _make_labels(plan: PlannedRun, config: Config, out: str) -> None:
         make_label_set(config.data.shards, f"{out}/{plan.embedded_by}", target, settings)
 
 
-def _train(config: Config, minutes: float) -> None:
+def _train(plan: PlannedRun, config: Config, out: str) -> None:
     """Train a run to its end, unless it is complete."""
-    summary = read_summary(config.run.path)
+    summary, minutes = read_summary(config.run.path), plan.study.minutes
     if summary is None:
+        if plan.labels:
+            _make_labels(plan, config, out)
         if minutes and not config.train.max_steps:
             config.train.max_steps = _steps_in(minutes, config)
         summary = train_to_end(config)

@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.label_set import LabelSet, label_set_exists, write_label_set
+from pipelines.shards.label_set import (
+    LabelSet,
+    label_set_exists,
+    write_label_files,
+    write_label_set,
+)
 from pipelines.shards.shard import Shard
 from tests.label_sets import as_lists, write_labels
 from tests.shard_sets import write_set
@@ -186,3 +191,27 @@ def test_a_remote_column_that_was_changed_is_refused(tmp_path: Path, labels: Lab
         found = LabelSet.load(url, f"{tmp_path}/cache")
         with pytest.raises(UserError, match="checksum is not that of the label set"):
             found.map_columns()
+
+
+def test_similarities_are_a_column_beside_the_lists(tmp_path: Path, index: ShardIndex) -> None:
+    plain = write_labels(f"{tmp_path}/plain", index, LISTS, 4)
+    values = np.arange(9, dtype=np.uint16) * 1000
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    lists = as_lists(LISTS)
+    write_label_files(
+        str(folder), index, 4, lambda: [lists], similarities=lambda: [values[:4], values[4:]]
+    )
+    found = LabelSet.load(str(folder))
+    assert found.similarities is not None and plain.similarities is None
+    np.testing.assert_array_equal(found.similarities.values, values)
+    assert [column.entry.file for column in found.columns][2:] == ["similarities.npy"]
+    assert found.digest == plain.digest  # they decide nothing of a training
+    np.save(folder / "similarities.npy", values[1:])
+    with pytest.raises(UserError, match=r"similarities\.npy: .* make the label set again"):
+        LabelSet.load(str(folder))
+    about = json.loads((folder / "labels.json").read_text())
+    about["columns"]["similarities"] |= {"length": 8, "bytes": 144}
+    (folder / "labels.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"labels\.json: damaged .*8 similarities"):
+        LabelSet.load(str(folder))
