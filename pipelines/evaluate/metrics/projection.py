@@ -60,7 +60,8 @@ def _project(rows: Floats, seed: int) -> tuple[Floats, str]:
         umap = import_module("umap").UMAP
     except (ImportError, AttributeError):  # also another library of that name
         return _principal_components(rows)
-    model = umap(n_neighbors=min(_NEIGHBOURS, len(rows) - 1), metric="cosine", random_state=seed)
+    count = min(_NEIGHBOURS, len(rows) - 1)
+    model = umap(n_neighbors=count, metric="cosine", random_state=seed, n_jobs=1)
     return np.asarray(model.fit_transform(rows)), "UMAP, by the cosine"
 
 

@@ -119,7 +119,12 @@ def test_the_map_is_the_plane_of_most_variance(monkeypatch: pytest.MonkeyPatch) 
 def test_umap_makes_the_map_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fake:
         def __init__(self, **settings: Any) -> None:
-            assert settings == {"n_neighbors": 15, "metric": "cosine", "random_state": 1}
+            assert settings == {
+                "n_neighbors": 15,
+                "metric": "cosine",
+                "random_state": 1,
+                "n_jobs": 1,
+            }
 
         def fit_transform(self, rows: Any) -> Any:
             return rows[:, :2]
