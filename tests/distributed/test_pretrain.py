@@ -112,9 +112,10 @@ def test_a_resumed_run_is_the_same_run(
     ("head", "world_sizes"),
     [
         ({"kind": "full", "objective": "multi_label"}, (1, 2)),
+        ({"kind": "mhs", "objective": "multi_label"}, (1, 2)),
         ({"kind": "mhc", "mhc": {"multi_label": True}, "margin": {"kind": "none"}}, (1,)),
     ],
-    ids=["full", "mhc"],
+    ids=["full", "mhs", "mhc"],
 )
 def test_several_labels_per_image_are_learnt(
     run_distributed, shards: str, tmp_path: Path, head: dict, world_sizes: tuple[int, ...]

@@ -14,6 +14,7 @@ from pipelines.shards.label_set import LabelSet
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.label_table.by_class import import_class_labels
 from pipelines.sources.label_table.rows import TableLayout
+from tools import components
 
 LAYOUT = TableLayout(key="name", label="parts", separator=" ")
 
@@ -63,6 +64,14 @@ def test_a_table_of_other_classes_and_a_set_without_names_are_refused(tmp_path: 
     (tmp_path / "set" / "classes.tsv").unlink()
     with pytest.raises(UserError, match="its classes have no names"):
         import_class_labels([str(table)], index, str(tmp_path / "labels"), LAYOUT)
+
+
+def test_components_of_classes_that_look_the_same_are_joined(tmp_path: Path) -> None:
+    rows = "0\t9\tU+6797\n1\t9\tU+0041 U+6728\n2\t9\tU+0042\n"
+    (tmp_path / "classes.tsv").write_text("class\tsamples\tname\n" + rows)
+    parts = {"林": ["木", "木"], "木": ["一", "丨"]}.get
+    found = list(components.rows([str(tmp_path), str(tmp_path)], parts))
+    assert found == [("U+6797", "木"), ("U+0041 U+6728", "一 丨")]
 
 
 def test_the_verb_says_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
