@@ -17,6 +17,7 @@ from pipelines.clustering.settings import (
     PROBES,
     SAMPLE_BYTES,
     ClusterSettings,
+    chunk_rows,
     sample_size,
 )
 
@@ -130,9 +131,8 @@ def _sizes(samples: int, dim: int, settings: ClusterSettings, workers: int) -> t
     per_cell = round(classes / settings.cells)
     centre_rows = 4 * dim * (per_cell if settings.cells > 1 else classes)
     sample = min(4 * dim * samples, SAMPLE_BYTES)
-    chunk = min(4 * dim * samples, CHUNK_BYTES)
-    rows = max(1024, CHUNK_BYTES // (4 * dim))
-    found = min(rows, samples) * PROBES * labels * 40
+    rows = min(chunk_rows(dim), samples)
+    chunk, found = 4 * dim * rows, rows * PROBES * labels * 40
     each = max(sample + _MAPPED_BYTES, 2 * chunk + found) + 2 * centre_rows
     memory = BASE_BYTES + workers * each + _CLASS_BYTES * classes
     disk = samples * (6 * labels + 4 + 4 + 1) + 4 * dim * classes

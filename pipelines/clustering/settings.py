@@ -13,7 +13,8 @@ PROBES: Final = 8  # cells that an image's classes are looked for in
 ITERATIONS: Final = 20  # of each k-means
 POINTS: Final = 256  # images for each centre that a k-means learns from, at most
 SAMPLE_BYTES: Final = 1 << 28  # of the float32 rows that a k-means learns from, at most
-CHUNK_BYTES: Final = 1 << 26  # of the float32 rows that are in memory together
+CHUNK_BYTES: Final = 1 << 26  # of the float32 rows that are in memory together, at most
+CHUNK_ROWS: Final = 1 << 15  # images that are labelled together, at most: what a kill costs
 CELL_BOUND: Final = 4.0  # a cell with more than so many times the average is split
 
 
@@ -90,4 +91,4 @@ def sample_size(centres: int, dim: int, available: int) -> int:
 
 def chunk_rows(dim: int) -> int:
     """Images whose embeddings are in memory together."""
-    return max(1024, CHUNK_BYTES // (4 * dim))
+    return min(CHUNK_ROWS, max(1024, CHUNK_BYTES // (4 * dim)))

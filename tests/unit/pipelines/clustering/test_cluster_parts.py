@@ -20,7 +20,12 @@ from pipelines.clustering.members import Members, sort_members
 from pipelines.clustering.quality import choose_classes, mean_similarities, measure_agreement
 from pipelines.clustering.rows import UnitRows
 from pipelines.clustering.selection import KeptLabels, find_duplicates, near_enough
-from pipelines.clustering.settings import SAMPLE_BYTES, ClusterSettings, sample_size
+from pipelines.clustering.settings import (
+    SAMPLE_BYTES,
+    ClusterSettings,
+    chunk_rows,
+    sample_size,
+)
 from pipelines.clustering.state import ClusterState
 from pipelines.shards.similarities import decode_similarities, encode_similarities
 from pipelines.storage.staging import Journal
@@ -84,6 +89,10 @@ def test_a_kmeans_learns_from_a_bounded_sample() -> None:
     assert sample_size(10, 64, 1000) == 1000
     assert sample_size(10, 64, 10**6) == 2560
     assert sample_size(2000, 2048, 10**9) * 4 * 2048 == SAMPLE_BYTES
+
+
+def test_images_are_read_in_bounded_parts() -> None:
+    assert [chunk_rows(dim) for dim in (64, 512, 1024, 10**6)] == [32768, 32768, 16384, 1024]
 
 
 def test_kmeans_is_spherical_and_the_same_each_time() -> None:
