@@ -113,8 +113,7 @@ def from_classes(
     class that no row names has none. With --like the ids are those of another label set, and what
     is not in it is dropped.
 
-    Example: mhe data labels from-classes parts.tsv --separator ' ' --shards data/han/train --out
-    data/han/train-parts
+    Example: mhe data labels from-classes parts.tsv --separator ' ' --shards data/han --out parts
     """
     from pipelines.sources.label_table.by_class import import_class_labels
     from pipelines.sources.label_table.rows import TableLayout
