@@ -165,7 +165,8 @@ def _map_in_pool(
     variables = context.SimpleQueue()
     for each in islice(cycle(environments or [{}]), processes):
         variables.put(dict(each))
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(variables,))
+    ending, end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(variables, ending))
     waiting: dict[Future[R], int] = {}
     try:
         for number, task in tasks:
@@ -178,8 +179,13 @@ def _map_in_pool(
         raise RunError(
             "a process was killed while it worked, perhaps for want of memory: try fewer processes"
         ) from error
+    except BaseException:
+        end.close()  # nobody wants what is at work: a part may take minutes
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        end.close()
+        ending.close()
 
 
 @contextmanager
@@ -206,15 +212,16 @@ def _finished(waiting: dict[Future[R], int]) -> Iterator[tuple[int, R]]:
         yield waiting.pop(future), future.result()
 
 
-def _begin(environments: Any) -> None:
-    """Take the next environment, leave Ctrl-C to the parent, and do not outlive it."""
+def _begin(environments: Any, ending: Any) -> None:
+    """Take the next environment, leave Ctrl-C to the parent, and do not outlive its interest."""
     os.environ.update(environments.get())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(ending,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(ending: Any) -> None:
+    """End this process when the parent has closed its end of a pipe, or has ended itself."""
     parent = parent_process()
     if parent is not None:
-        wait_for([parent.sentinel])
+        wait_for([parent.sentinel, ending])
         os._exit(1)

@@ -281,6 +281,6 @@ def test_any_number_of_processes_writes_the_same_bytes(
     run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", BLOCK)  # as in new processes
-    for count in (1, 3):
+    for count in (1, 2):
         write_folder(run, shards, str(tmp_path / str(count)), OPTIONS, Processes(count))
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
