@@ -277,6 +277,7 @@ def test_part_bounds_follow_whole_shards() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_any_number_of_processes_writes_the_same_bytes(
     run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
