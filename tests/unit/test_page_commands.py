@@ -29,6 +29,7 @@ CONFIGS = sorted(ROOT.glob("configs/*.yaml"))
 INLINE = re.compile(r"`mhe ([^`]*)`")
 # "Command:  mhe train NAME", "(data first: mhe data recordio ...)"; two spaces begin a remark.
 HEADER = re.compile(r"^#.*?\bmhe (.+?)(?:\)|, |\s{2,}|$)", re.MULTILINE)
+CONTINUED = re.compile(r" \\\n#\s+")  # a command of a header that goes on in the next line
 SETTING = re.compile(r"[a-z_]+(?:\.\w+)+=")
 STARTERS = {"mhe", "torchrun", "srun"}  # what a line may begin with that has mhe in it
 KEYS = {key.path for key in all_keys()}
@@ -66,7 +67,7 @@ def block_commands() -> list[Any]:
     found += [
         (path, shlex.split(match[1]))
         for path in CONFIGS
-        for match in HEADER.finditer(path.read_text())
+        for match in HEADER.finditer(CONTINUED.sub(" ", path.read_text()))
     ]
     named = {" ".join(words): (path, words) for path, words in found}  # each once
     return [pytest.param(words, id=f"{path.name}:{name}") for name, (path, words) in named.items()]
