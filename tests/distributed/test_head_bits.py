@@ -29,6 +29,7 @@ CONFIGS = {
     "arcface": {"margin": {"kind": "arcface", "m": 0.5}},
     "no margin": {"margin": {"kind": "none"}},
 }
+RANKS = [pytest.param(2, marks=pytest.mark.long), 3, 6]  # one more by `-m long`
 LABELS = 5
 SEVERAL = {
     "softmax": {"mhs": {"length": 64, "extra_heads": 6}},
@@ -73,7 +74,7 @@ def alone(selected: list[str]) -> States:
     return _states(Topology(), selected)
 
 
-@pytest.fixture(scope="module", params=[2, 3, 6], ids=lambda size: f"W={size}")
+@pytest.fixture(scope="module", params=RANKS, ids=lambda size: f"W={size}")
 def spread(request: pytest.FixtureRequest, selected: list[str]) -> list[States]:
     return run_ranks(_states, request.param, selected)
 

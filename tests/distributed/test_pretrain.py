@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_same_run(
 @pytest.mark.parametrize(
     ("head", "world_sizes"),
     [
-        ({"kind": "full", "objective": "multi_label"}, (1, 2)),
+        ({"kind": "full", "objective": "multi_label"}, (1,)),
         ({"kind": "mhs", "objective": "multi_label"}, (1, 2)),
         ({"kind": "mhc", "mhc": {"multi_label": True}, "margin": {"kind": "none"}}, (1,)),
     ],
