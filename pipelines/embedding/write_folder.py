@@ -232,7 +232,7 @@ def _write_parts(
             known[kept[0]] = EmbeddingsPart(*kept)
     empty = replace(folder, parts=[])
 
-    def task(number: int) -> PartTask:
+    def _task(number: int) -> PartTask:
         begin, end = bounds[number : number + 2]
         first, stop = int(starts[begin]), int(starts[end])
         part, before = EmbeddingsPart(first, stop - first, ""), known.get(first)
@@ -240,7 +240,7 @@ def _write_parts(
             part = before
         return PartTask(empty, index.cut(begin, end), part, gpu)
 
-    tasks = LazyTasks(len(bounds) - 1, task)
+    tasks = LazyTasks(len(bounds) - 1, _task)
     parts = run_tasks(make_part, tasks, workers, record=journal.record, progress=progress)
     return replace(folder, parts=parts)
 
@@ -348,7 +348,7 @@ def _embedder(recipe: EmbeddingsRecipe, gpu: bool) -> Callable[[Tensor], Tensor]
     backbone = _load(recipe.checkpoint, recipe.model_digest, gpu)
     embed = block_embedder(backbone.embed, recipe.flip)
 
-    def alone(pixels: Tensor) -> Tensor:
+    def _on_one_thread(pixels: Tensor) -> Tensor:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -356,7 +356,7 @@ def _embedder(recipe: EmbeddingsRecipe, gpu: bool) -> Callable[[Tensor], Tensor]
         finally:
             torch.set_num_threads(threads)
 
-    return embed if gpu else alone
+    return embed if gpu else _on_one_thread
 
 
 @lru_cache(maxsize=1)

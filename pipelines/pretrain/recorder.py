@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.tracking.base import Tracker
+from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.metrics import MetricsAccumulator, memory
 from mhe_dist.train.stopwatch import Stopwatch
 from pipelines.data.bad_samples import BadSampleTally
+from pipelines.shards.index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
@@ -143,3 +145,29 @@ class Recorder:
 
     def _add_phase(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+
+def tracked_datasets(config: Config, index: ShardIndex, samples: int) -> Iterator[TrackedDataset]:
+    """What a run trains on and is evaluated on.
+
+    Args:
+        config: of the run.
+        index: of what it trains on.
+        samples: of an epoch.
+    """
+    source = config.data.shards
+    yield TrackedDataset(
+        *(_name_of(source), "training", index.digest),
+        *(source, samples, index.num_classes),
+    )
+    if heldout := config.evaluate.shards:
+        held = ShardIndex.load(heldout)
+        yield TrackedDataset(
+            *(_name_of(heldout), "evaluation", held.digest),
+            *(heldout, held.samples, held.num_classes),
+        )
+
+
+def _name_of(shards: str) -> str:
+    """The last two parts of a path, which tell sets apart."""
+    return "/".join([part for part in shards.split("/") if part.strip(".")][-2:]) or "data"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
-from mhe_dist.tracking.base import TrackedDataset, Tracker
+from mhe_dist.tracking.base import Tracker
 from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.train import schedule
@@ -39,7 +39,7 @@ from pipelines.evaluate.in_training import (
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
-from pipelines.pretrain.recorder import EventHandler, Recorder
+from pipelines.pretrain.recorder import EventHandler, Recorder, tracked_datasets
 from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
 from pipelines.runs.first_model import make_tried_model, without_first_weights
 from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
@@ -360,28 +360,9 @@ class Run:
         }
         tracker.start(self.config.model_dump(mode="json"), tags, self.progress.step)
         if self.topology.is_first:
-            for dataset in self._datasets():
+            for dataset in tracked_datasets(self.config, self.index, self.samples):
                 tracker.dataset(dataset)
         return tracker
-
-    def _datasets(self) -> Iterator[TrackedDataset]:
-        """What the run trains on and is evaluated on."""
-        index, source = self.index, self.config.data.shards
-        yield TrackedDataset(
-            *(_name_of(source), "training", index.digest),
-            *(source, self.samples, index.num_classes),
-        )
-        if heldout := self.config.evaluate.shards:
-            held = ShardIndex.load(heldout)
-            yield TrackedDataset(
-                *(_name_of(heldout), "evaluation", held.digest),
-                *(heldout, held.samples, held.num_classes),
-            )
-
-
-def _name_of(shards: str) -> str:
-    """The last two parts of a path, which tell sets apart."""
-    return "/".join([part for part in shards.split("/") if part.strip(".")][-2:]) or "data"
 
 
 def _make_head(config: Config, index: ShardIndex, topology: Topology, precision: str) -> Head:

@@ -96,7 +96,7 @@ def _scan(index: ShardIndex, workers: Workers, progress: Progress) -> Sequence[S
         for number in range(len(index.shards))
     ]
 
-    def compare(number: int, result: dict[str, Any]) -> None:
+    def _compare(number: int, result: dict[str, Any]) -> None:
         shard = index.shards[number]
         for name in ("bytes", "checksum", "samples"):
             if result[name] != getattr(shard, name):
@@ -106,7 +106,7 @@ def _scan(index: ShardIndex, workers: Workers, progress: Progress) -> Sequence[S
                     "the tars anew"
                 )
 
-    results = run_tasks(scan_tar, tasks, workers, record=compare, progress=progress)
+    results = run_tasks(scan_tar, tasks, workers, record=_compare, progress=progress)
     ordered = [(task.url, result) for task, result in zip(tasks, results, strict=True)]
     shards, _, _ = number_labels(ordered, index.folder, num_classes)
     if index.shards[0].has_labels:

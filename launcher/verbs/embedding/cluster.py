@@ -37,67 +37,75 @@ MIB, GIB = 2.0**20, 2.0**30
 MODEL_SUFFIX, EMBEDDINGS_SUFFIX = "-model", "-embeddings"  # of folders beside the label set
 IN_THE_BACKGROUND = 0.9  # share of the free memory that a clustering may be predicted to take
 
+Classes = Annotated[int, typer.Option(min=1, help="How many classes to make.")]
+LabelsPerImage = Annotated[int, typer.Option(min=1, max=64, help="Classes of an image, at most.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A run, or a step_* checkpoint; or a YAML file or its name: the backbone that it "
+        "begins with."
+    ),
+]
+Embeddings = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
+    ),
+]
+FurtherWithin = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="A further class is given if its distance (1 - cosine) is at most so many times "
+        "that of the nearest; 0: always.",
+    ),
+]
+MaxSize = Annotated[
+    float,
+    typer.Option(
+        min=0, help="No class gets more than so many times the average of images; 0: any."
+    ),
+]
+Rounds = Annotated[int, typer.Option(min=0, help="How often large classes are split, at most.")]
+DropDuplicates = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Of images of a class whose cosine is at least this, one is kept; 0: all.",
+    ),
+]
+DropOutliers = Annotated[
+    float,
+    typer.Option(
+        min=0, max=0.9, help="Share of the images, those farthest from any class, without one."
+    ),
+]
+Center = Annotated[
+    bool, typer.Option(help="Subtract the mean of the embeddings from each of them.")
+]
+WorkerCount = Annotated[
+    int, typer.Option(min=0, help="Embed and search at the same time; 0: one per core or GPU.")
+]
+
 
 def cluster(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of the data set.")],
-    classes: Annotated[int, typer.Option(min=1, help="How many classes to make.")],
+    classes: Classes,
     out: Annotated[
         str, typer.Option(help="Folder for the label set, on this machine; it must not exist.")
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            help="A run, or a step_* checkpoint; or a YAML file or its name: the backbone that it "
-            "begins with."
-        ),
-    ] = "",
-    embeddings: Annotated[
-        str,
-        typer.Option(
-            help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
-        ),
-    ] = "",
-    labels_per_image: Annotated[
-        int, typer.Option(min=1, max=64, help="Classes of an image, at most.")
-    ] = 8,
-    further_within: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="A further class is given if its distance (1 - cosine) is at most so many times "
-            "that of the nearest; 0: always.",
-        ),
-    ] = 1.5,
-    max_size: Annotated[
-        float,
-        typer.Option(
-            min=0, help="No class gets more than so many times the average of images; 0: any."
-        ),
-    ] = 5.0,
-    rounds: Annotated[
-        int, typer.Option(min=0, help="How often large classes are split, at most.")
-    ] = 2,
-    drop_duplicates: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Of images of a class whose cosine is at least this, one is kept; 0: all.",
-        ),
-    ] = 0.0,
-    drop_outliers: Annotated[
-        float,
-        typer.Option(
-            min=0, max=0.9, help="Share of the images, those farthest from any class, without one."
-        ),
-    ] = 0.0,
-    center: Annotated[
-        bool, typer.Option(help="Subtract the mean of the embeddings from each of them.")
-    ] = True,
+    model: Model = "",
+    embeddings: Embeddings = "",
+    labels_per_image: LabelsPerImage = 8,
+    further_within: FurtherWithin = 1.5,
+    max_size: MaxSize = 5.0,
+    rounds: Rounds = 2,
+    drop_duplicates: DropDuplicates = 0.0,
+    drop_outliers: DropOutliers = 0.0,
+    center: Center = True,
     seed: Annotated[int, typer.Option(help="The same seed gives the same label set.")] = 0,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Embed and search at the same time; 0: one per core or GPU.")
-    ] = 0,
+    workers: WorkerCount = 0,
     gpu: GpuOption = None,
     address: AddressOption = "",
 ) -> None:

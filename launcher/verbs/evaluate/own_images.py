@@ -79,14 +79,7 @@ def identification(
             result = identify_own_images(backbone.embed, images, topology, side, flip, fars, chosen)
     if result is None:
         return
-    table = Table("figure", "value")
-    for name, value in result.metrics.items():
-        share = name not in ("gallery", "probes", "genuine", "impostors")
-        table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
-    for far in result.skipped_fars:
-        table.add_row(f"all pairs {far:g}", "would take too much memory")
-    table.add_row("protocol of rank1, tar", result.protocol)
-    console.show_table(f"{backbone.checkpoint} on {images}", table)
+    console.show_table(f"{backbone.checkpoint} on {images}", _as_table(result))
     save_results(
         backbone,
         name="identification",
@@ -95,6 +88,17 @@ def identification(
         title=f"ROC, {images}",
         metrics=result.metrics if mlflow else {},
     )
+
+
+def _as_table(result: OwnImagesResult) -> Table:
+    table = Table("figure", "value")
+    for name, value in result.metrics.items():
+        share = name not in ("gallery", "probes", "genuine", "impostors")
+        table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
+    for far in result.skipped_fars:
+        table.add_row(f"all pairs {far:g}", "would take too much memory")
+    table.add_row("protocol of rank1, tar", result.protocol)
+    return table
 
 
 def _open_embeddings(backbone: TrainedBackbone, path: str, flip: bool | None) -> EmbeddingsFolder:

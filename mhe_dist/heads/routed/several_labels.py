@@ -108,6 +108,7 @@ class _Sums:
 
     @staticmethod
     def of(meetings: Meetings, features: Tensor) -> _Sums:
+        """Nothing is known yet."""
         count = len(meetings.units)
         lowest = features.new_full((count + 1,), float("-inf"))
         return _Sums(

@@ -1,4 +1,4 @@
-"""Numbers as pages write them: percentages alike in text, tables and charts."""
+"""Numbers as pages write them: percentages the same way in text, tables and charts."""
 
 from __future__ import annotations
 

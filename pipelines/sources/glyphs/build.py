@@ -225,19 +225,19 @@ class _GlyphDrawing:
             len(names), lambda n: SurveyTask(self._faces[names[n]], self._codes[names[n]])
         )
 
-        def finished(number: int) -> dict[str, Any] | None:
+        def _finished(number: int) -> dict[str, Any] | None:
             kept: dict[str, Any] | None = journal.get(number)
             if kept is not None:
                 self._count(len(self._codes[names[number]]))
             return kept
 
-        def record(number: int, result: dict[str, Any]) -> None:
+        def _record(number: int, result: dict[str, Any]) -> None:
             journal.record(number, result)
             if result["broken"]:
                 log.warning("%s: FreeType cannot draw %d glyphs", names[number], result["broken"])
             self._count(len(self._codes[names[number]]))
 
-        results = run_tasks(survey_typeface, tasks, self._workers, finished, record)
+        results = run_tasks(survey_typeface, tasks, self._workers, _finished, _record)
         return {
             Glyph(code, name): fingerprint
             for number, name in enumerate(names)
