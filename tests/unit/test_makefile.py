@@ -28,7 +28,7 @@ def make(folder: Path, pip_exit: int) -> subprocess.CompletedProcess[str]:
     python.write_text(PYTHON)
     python.chmod(0o755)
     variables = {**os.environ, "PIP_EXIT": str(pip_exit)}
-    command = ["make", "install", f"PYTHON={python}"]
+    command = ["make", "--no-print-directory", "install", f"PYTHON={python}"]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, check=False
     )

@@ -69,7 +69,7 @@ def embed(
         return
     from pipelines.embedding.write_folder import FolderOptions, write_folder
 
-    if "RANK" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a folder is filled by --workers N: type mhe embed without torchrun")
     gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
     options = FolderOptions(flip, normalize, dtype, gpu)

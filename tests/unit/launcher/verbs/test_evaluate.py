@@ -185,7 +185,7 @@ def test_embeddings_in_a_folder(
     )
     assert "--workers is for a folder" in said([*words, "--out", "a.npz"], capsys, 2)
     assert "let --out end with .npz" in said([*words, "--images", str(photos)], capsys, 2)
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert "type mhe embed without torchrun" in said(words, capsys, 2)
 
 
