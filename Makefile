@@ -24,10 +24,8 @@ train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation
 # file's tests stay together, since they share what they prepare. The long ones come first, by name.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-# Ray gives a node 30 s to start, whatever else the machine does: the nodes of a cluster come alone.
 test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
-	$(PYTEST) -m 'not long and not cluster'
-	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
+	$(PYTEST)
 
 quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; two and a half minutes
 	$(PYTEST) -q -m 'not slow and not long' tests/unit \
@@ -37,7 +35,7 @@ quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of eac
 chaos: $(INSTALLED)  ## Many random faults; the seed is printed, MHE_CHAOS_SEED=... repeats it
 	MHE_CHAOS_FAULTS=$${MHE_CHAOS_FAULTS:-28} $(BIN)/python -m pytest -s -m chaos
 
-cluster: $(INSTALLED)  ## Test jobs on a Ray cluster of two raylets alone, as make test does
+cluster: $(INSTALLED)  ## Test jobs and tasks on a Ray cluster of two raylets alone
 	$(BIN)/python -m pytest -m cluster tests/e2e/test_cluster.py
 
 gpu: $(INSTALLED)  ## What only a GPU can show, on one GPU: at most eight minutes; table and runs/gpu/gpu.json

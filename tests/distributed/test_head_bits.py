@@ -29,7 +29,7 @@ CONFIGS = {
     "arcface": {"margin": {"kind": "arcface", "m": 0.5}},
     "no margin": {"margin": {"kind": "none"}},
 }
-RANKS = [pytest.param(2, marks=pytest.mark.long), 3, 6]  # one more by `-m long`
+RANKS = [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(6, marks=pytest.mark.long)]
 LABELS = 5
 SEVERAL = {
     "softmax": {"mhs": {"length": 64, "extra_heads": 6}},
