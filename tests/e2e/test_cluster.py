@@ -26,7 +26,7 @@ from tests.terminal import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
-STEPS = 300  # commands take seconds on a busy machine: the run must outlast some of them
+STEPS = 700  # commands take seconds on a busy machine: the run must outlast some of them
 MHE = "from launcher.cli import main; main()"
 
 
