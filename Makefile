@@ -12,7 +12,7 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick chaos cluster gpu zoo check format docs install constraints clean
+.PHONY: help train test quick long chaos cluster gpu zoo check format docs install constraints clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -24,8 +24,11 @@ train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation
 # file's tests stay together, since they share what they prepare. The long ones come first, by name.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-test: $(INSTALLED)  ## Environment if it is missing, then the whole test suite
+test: $(INSTALLED)  ## Environment if it is missing, then the test suite without what takes longest
 	$(PYTEST)
+
+long: $(INSTALLED)  ## The tests that make test leaves out, but for faults: an hour or so
+	$(PYTEST) -m 'long and not chaos'
 
 quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; two and a half minutes
 	$(PYTEST) -q -m 'not slow and not long' tests/unit \

@@ -29,7 +29,7 @@ from tests.rank_processes import environment, free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
-FAULTS = int(os.environ.get("MHE_CHAOS_FAULTS", "6"))
+FAULTS = int(os.environ.get("MHE_CHAOS_FAULTS", "4"))
 SEED = int(os.environ.get("MHE_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 RANKS, STEPS_PER_FAULT, SAVE_EVERY, TIMEOUT_S = 2, 8, 4, 4.0
 DISK_BYTES = 250_000  # less than a checkpoint's largest file, more than anything else

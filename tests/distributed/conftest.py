@@ -6,6 +6,9 @@ from collections.abc import Hashable
 
 import pytest
 
+# Uneven parts are the harder case; two ranks are tried by `make long`.
+RANKS = [1, pytest.param(2, marks=pytest.mark.long), 3]
+
 
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> list[Hashable]:

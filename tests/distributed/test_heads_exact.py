@@ -11,6 +11,7 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
+from tests.distributed.conftest import RANKS
 from tests.distributed.head_runs import (
     HEADS,
     MARGINS,
@@ -113,7 +114,7 @@ PREDICTIONS = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
+@pytest.fixture(scope="module", params=RANKS, ids=lambda size: f"W={size}")
 def found(
     request: pytest.FixtureRequest, selected: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Found:

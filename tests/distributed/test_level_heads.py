@@ -13,6 +13,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.heads.base import LabelError
 from mhe_dist.heads.registry import build_head
 from tests.conftest import run_ranks
+from tests.distributed.conftest import RANKS
 from tests.distributed.head_runs import Found, Job, run, run_all, run_cases
 from tests.distributed.level_jobs import CASES, level_config
 from tests.distributed.level_runs import check_levels
@@ -20,7 +21,7 @@ from tests.distributed.level_runs import check_levels
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")
+@pytest.fixture(scope="module", params=RANKS, ids=lambda size: f"W={size}")
 def found(request: pytest.FixtureRequest, selected: list[str]) -> Found:
     """What each rank found for the jobs of the selected cases."""
     return run_cases(request.param, {name: CASES[name] for name in selected})

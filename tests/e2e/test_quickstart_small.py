@@ -89,6 +89,7 @@ def test_interrupted_continued_complete(config: Path, capsys: pytest.CaptureFixt
     assert f"step: {STEPS}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_mistake_that_a_worker_finds_ends_the_run_at_once(config: Path) -> None:
     process = mhe("train", str(config), "model.name=resnet10x", "run.name=wrong")
     output, _ = process.communicate(timeout=250)

@@ -40,6 +40,7 @@ else:
 """
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_two_runs_in_one_process(tmp_path: Path) -> None:
     config = tiny.config(

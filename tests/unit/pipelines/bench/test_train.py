@@ -18,7 +18,7 @@ CASE = TrainCase(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_loops_train_and_the_parts_are_those_of_ours() -> None:
     times = measure_training(CASE)
     assert len(times.mhe) == len(times.bare) == 2
