@@ -55,7 +55,7 @@ def interruptible() -> Iterator[None]:
         if last[signum] - before >= REPEAT_S:
             raise Interrupted(signum)
 
-    with _handling(interrupt):
+    with signals_handled_by(interrupt):
         yield
 
 
@@ -93,7 +93,7 @@ def signals_deferred(
             signum, _ = received[-1] if deadline else received[0]
             raise Interrupted(signum, unsaved=bool(deadline))
 
-    with _handling(receive):
+    with signals_handled_by(receive):
         yield check
     check()
 
@@ -101,12 +101,14 @@ def signals_deferred(
 @contextmanager
 def signals_ignored() -> Iterator[None]:
     """Ignore those signals inside the block, which cleans up and must come to its end."""
-    with _handling(signal.SIG_IGN):
+    with signals_handled_by(signal.SIG_IGN):
         yield
 
 
 @contextmanager
-def _handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+def signals_handled_by(
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
+) -> Iterator[None]:
     """Set a handler for all of `SIGNALS` inside the block; off the main thread, none."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from launcher.ray_cluster.mailbox import mailbox_name
 from launcher.ray_cluster.train import GRACE_S
-from launcher.signals import SIGNALS
+from launcher.signals import signals_handled_by
 from launcher.sweep.trial_run import SweepSettings
 from pipelines.runs.folder import absolute_path
 from pipelines.runs.lock import is_locked
@@ -81,14 +81,12 @@ def driving(driver: SweepDriver) -> Iterator[None]:
         driver.signals.append(signum)
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
     _drivers.append(driver)
     try:
-        yield
+        with signals_handled_by(receive):
+            yield
     finally:
         _drivers.remove(driver)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def create_callback() -> Any:

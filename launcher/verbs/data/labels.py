@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # classes, and faults, that the terminal names
 
+Tables = Annotated[
+    list[str], typer.Argument(metavar="TABLE...", help="CSV, TSV or Parquet files, or URLs.")
+]
+Shards = Annotated[str, typer.Option(help="Folder or URL of the data set.")]
+NewLabelSet = Annotated[
+    str, typer.Option(help="Folder or URL for the label set; it must not exist.")
+]
+Separator = Annotated[
+    str, typer.Option(help="What stands between the classes of a text, if it has several.")
+]
+
 app = typer.Typer(
     no_args_is_help=True, help="Give the samples of a data set other classes, beside its tars."
 )
@@ -32,11 +43,9 @@ def labels() -> None:
 
 @app.command("from-table")
 def from_table(
-    tables: Annotated[
-        list[str], typer.Argument(metavar="TABLE...", help="CSV, TSV or Parquet files, or URLs.")
-    ],
-    shards: Annotated[str, typer.Option(help="Folder or URL of the data set.")],
-    out: Annotated[str, typer.Option(help="Folder or URL for the label set; it must not exist.")],
+    tables: Tables,
+    shards: Shards,
+    out: NewLabelSet,
     key: Annotated[str, typer.Option(help="Column of the samples' keys, as in the tars.")] = "key",
     label: Annotated[
         str, typer.Option(help="Column of the classes: numbers, texts, or lists of them.")
@@ -47,9 +56,7 @@ def from_table(
     shard: Annotated[
         str, typer.Option(help="Column of tars, as in index.json, if keys are not unique.")
     ] = "",
-    separator: Annotated[
-        str, typer.Option(help="What stands between the classes of a text, if it has several.")
-    ] = "",
+    separator: Separator = "",
     num_classes: Annotated[
         int, typer.Option(min=0, help="Classes are numbers below this, and stay; 0: find out.")
     ] = 0,
@@ -78,7 +85,7 @@ def from_table(
     index = ShardIndex.load(shards)
     with resumable(), ProgressDisplay().counting("reading keys") as progress:
         made = import_labels(tables, index, out, options, progress)
-    _say_made(made)
+    _say_import(made)
     train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={out}"]
     if made.labels.max_labels > 1:
         train.append(f"data.labels_per_sample={made.labels.max_labels}")
@@ -89,20 +96,16 @@ def from_table(
 
 @app.command("from-classes")
 def from_classes(
-    tables: Annotated[
-        list[str], typer.Argument(metavar="TABLE...", help="CSV, TSV or Parquet files, or URLs.")
-    ],
-    shards: Annotated[str, typer.Option(help="Folder or URL of the data set.")],
-    out: Annotated[str, typer.Option(help="Folder or URL for the label set; it must not exist.")],
+    tables: Tables,
+    shards: Shards,
+    out: NewLabelSet,
     name: Annotated[
         str, typer.Option(help="Column of the data set's classes, by name as in classes.tsv.")
     ] = "name",
     label: Annotated[
         str, typer.Option(help="Column of what they are given: texts, or lists of them.")
     ] = "class",
-    separator: Annotated[
-        str, typer.Option(help="What stands between the classes of a text, if it has several.")
-    ] = "",
+    separator: Separator = "",
     like: Annotated[
         str, typer.Option(help="Label set whose classes these are: of the training set, say.")
     ] = "",
@@ -120,14 +123,12 @@ def from_classes(
 
     layout = TableLayout(key=name, label=label, separator=separator)
     made = import_class_labels(tables, ShardIndex.load(shards), out, layout, like)
-    console.say(_describe(made.labels))
-    for count, what in (
+    _say_made(
+        made.labels,
         (made.unknown, "rows name no class of the data set"),
         (made.missing, "classes are named by no row, and their samples are left out"),
         (made.dropped, f"classes of the table are not in {escape(like)}, and are dropped"),
-    ):
-        if count:
-            console.say(f"[yellow]{count:,}[/] {what}")
+    )
     console.list_next([("look at it", ["mhe", "data", "labels", "show", out])])
 
 
@@ -206,17 +207,23 @@ def _describe(found: LabelSet) -> str:
     )
 
 
-def _say_made(made: LabelImport) -> None:
-    """What is in a new label set, and which rows and samples are not."""
-    console.say(_describe(made.labels))
-    for count, what in (
+def _say_made(made: LabelSet, *left_out: tuple[int, str]) -> None:
+    """A new label set, and how much of what is not in it, where there is any."""
+    console.say(_describe(made))
+    for count, what in left_out:
+        if count:
+            console.say(f"[yellow]{count:,}[/] {what}")
+
+
+def _say_import(made: LabelImport) -> None:
+    """What is in a label set of a table, and which rows and samples are not."""
+    _say_made(
+        made.labels,
         (made.unknown, "rows name no sample of the data set"),
         (made.missing, "samples are named by no row, and are left out"),
         (made.emptied, "samples have rows without a class, and are left out"),
         (made.repeated, "times a sample was given a class again"),
-    ):
-        if count:
-            console.say(f"[yellow]{count:,}[/] {what}")
+    )
     for fault in made.named[:SHOWN]:
         console.say(f"  {escape(fault.location)}: {escape(fault.reason)}")
     if len(made.named) > SHOWN:
