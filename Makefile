@@ -30,7 +30,7 @@ test: $(INSTALLED)  ## Environment if it is missing, then the test suite without
 long: $(INSTALLED)  ## The tests that make test leaves out, but for faults: an hour or so
 	$(PYTEST) -m 'long and not chaos'
 
-quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; two and a half minutes
+quick: $(INSTALLED)  ## After each change: unit tests, one exactness case of each head; three minutes
 	$(PYTEST) -q -m 'not slow and not long' tests/unit \
 	  tests/distributed/test_heads_exact.py tests/distributed/test_level_heads.py \
 	  -k 'unit or (test_equals_one_plain_process and cosface and not labels)'
