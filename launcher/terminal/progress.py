@@ -22,6 +22,7 @@ from rich.status import Status
 
 from launcher.events import Event
 from launcher.terminal import console
+from pipelines.report.charts.numbers import format_share
 
 PLAIN_EVERY_S = 20.0
 
@@ -261,16 +262,17 @@ def accuracy_rows(heldout: dict[str, Any]) -> list[tuple[str, str]]:
     """The held-out figures that matter as `(name, value)`, chance beside rank-1."""
     rows = []
     if "rank1" in heldout:
-        rows.append(("rank-1", f"{heldout['rank1']:.1%} (chance {heldout['chance']:.1%})"))
-        rows.append(("verification", f"{heldout['accuracy']:.1%}"))
-    rows += [(k.upper(), f"{v:.1%}") for k, v in heldout.items() if k.startswith("tar@")]
+        chance = format_share(heldout["chance"])
+        rows.append(("rank-1", f"{format_share(heldout['rank1'])} (chance {chance})"))
+        rows.append(("verification", format_share(heldout["accuracy"])))
+    rows += [(k.upper(), format_share(v)) for k, v in heldout.items() if k.startswith("tar@")]
     for key, value in heldout.items():
         if key.endswith("/rank1"):
             name = key.removesuffix("/rank1")
-            rows.append((f"{name}: rank-1", f"{value:.1%}"))
-            rows.append((f"{name}: TAR@FAR=1E-4", f"{heldout[f'{name}/tar@far=1e-4']:.1%}"))
+            rows.append((f"{name}: rank-1", format_share(value)))
+            rows.append((f"{name}: TAR@FAR=1E-4", format_share(heldout[f"{name}/tar@far=1e-4"])))
     for k in (1, 5):
         if (key := f"classification/top{k}") in heldout:
-            rows.append((f"top-{k} of the training classes", f"{heldout[key]:.1%}"))
+            rows.append((f"top-{k} of the training classes", format_share(heldout[key])))
     sets = [key for key in heldout if key.endswith("/accuracy")]
-    return rows + [(key.removesuffix("/accuracy"), f"{heldout[key]:.2%}") for key in sets]
+    return rows + [(key.removesuffix("/accuracy"), format_share(heldout[key])) for key in sets]

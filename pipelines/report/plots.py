@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
+from pipelines.report.charts.numbers import format_share
 from pipelines.report.sheets.contact_sheet import draw_neighbours
 from pipelines.shards.index import index_exists
 
@@ -143,11 +144,11 @@ def plot_heldout(axes: Axes, records: Records) -> None:
     for key, name in HELDOUT:
         steps, values = series(records, f"heldout/{key}")
         if len(steps):
-            label = f"{name}  {values[-1]:.1%}"
+            label = f"{name}  {format_share(values[-1])}"
             axes.plot(steps, values, marker="o", markersize=4, label=label, clip_on=False)
     chance = series(records, "heldout/chance")[1]
     if len(chance):
-        label = f"chance (rank-1)  {chance[-1]:.1%}"
+        label = f"chance (rank-1)  {format_share(chance[-1])}"
         axes.axhline(chance[-1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=label)
     percent_axis(axes)
     axes.set(title="Unseen classes", xlabel="step")
@@ -162,7 +163,7 @@ def plot_roc(axes: Axes, details: Arrays) -> None:
         if details["far"][0] <= target:
             tar = float(np.interp(target, details["far"], details["tar"]))
             axes.plot(target, tar, marker="o", markersize=4, color=BLUE)
-            text = f"{tar:.1%} at {target:.0e}".replace("e-0", "e-")
+            text = f"{format_share(tar)} at {target:.0e}".replace("e-0", "e-")
             axes.annotate(text, (target, tar), (7, -11), textcoords="offset points", fontsize=8.5)
     axes.set_xscale("log")
     axes.set(title="ROC, all gallery-probe pairs", xlabel="false accept rate")

@@ -19,6 +19,7 @@ from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import find_config
 from mhe_dist.errors import UserError
+from pipelines.report.charts.numbers import format_share
 from pipelines.runs.folder import find_run, newest_checkpoint
 from pipelines.runs.trained import read_trained_config
 from pipelines.shards.index import UNLABELLED, ShardIndex
@@ -350,10 +351,10 @@ def figures(made: LabelSet) -> Table:
         if found[key]:
             add(what, f"{found[key]:,}")
     if "purity" in found:
-        add(f"purity against the {found['true_classes']:,} labels", f"{found['purity']:.1%}")
+        add(f"purity against the {found['true_classes']:,} labels", format_share(found["purity"]))
         add("NMI with them", f"{found['nmi']:.3f}")
     if found["recall"] < 1:
-        add("nearest class found (512 images)", f"{found['recall']:.1%}")
+        add("nearest class found (512 images)", format_share(found["recall"]))
     return table
 
 

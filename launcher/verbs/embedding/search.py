@@ -11,6 +11,7 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
 from mhe_dist.errors import UserError
+from pipelines.report.charts.numbers import format_share
 
 if TYPE_CHECKING:
     from pipelines.embedding.embed import EmbeddedImages
@@ -95,5 +96,5 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
         if own and own in known
     ]
     if labelled:
-        share = sum(labelled) / len(labelled)
-        console.say(f"{share:.1%} of {len(labelled):,} queries found their own class first.")
+        share = format_share(sum(labelled) / len(labelled))
+        console.say(f"{share} of {len(labelled):,} queries found their own class first.")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from mhe_dist.seeds import generator, sample_without_replacement
 from pipelines.data.sequential import read_in_order
+from pipelines.report.charts.numbers import format_share
 from pipelines.shards.index import ShardIndex
 
 Ints = npt.NDArray[np.int64]
@@ -48,7 +49,7 @@ def draw_neighbours(details: dict[str, Any], shards: str, image_size: int) -> Fi
     ):
         rows = [_probe_row(index, details, int(number), image_size) for number in chosen]
         _show_rows(axes, np.concatenate(rows), title)
-    rank1 = f"rank-1 {right[:, 0].mean():.1%} of {len(right)} probes"
+    rank1 = f"rank-1 {format_share(right[:, 0].mean())} of {len(right)} probes"
     title = f"Nearest neighbours of unseen classes: {rank1}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure

@@ -210,7 +210,7 @@ def test_a_complete_run_is_shown_and_left_alone(
     monkeypatch.delattr(execute, "train_locally")
     assert cli.run(["train", "a.yaml", "scale.workers=2"]) == 0
     shown = capsys.readouterr().out
-    for part in ("is complete", "1.250", "85.0% (chance 0.2%)", "812 images/s", "1 min 05 s"):
+    for part in ("is complete", "1.250", "85.00% (chance 0.20%)", "812 images/s", "1 min 05 s"):
         assert part in shown
     for part in ("runs/a/export/timm", "runs/a/logs", "mlflow ui", "mhe evaluate runs/a"):
         assert part in shown

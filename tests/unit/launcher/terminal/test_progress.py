@@ -96,7 +96,8 @@ def test_evaluations_checkpoints_and_failures_have_their_lines(clock: Clock) -> 
         (0, {"event": "failed", "rank": 1, "message": "lost\nand long"}),
     )
     assert lines == [
-        "step 200  held-out: rank-1 85.0% (chance 0.2%), verification 97.0%, TAR@FAR=1E-3 50.0%",
+        "step 200  held-out: rank-1 85.00% (chance 0.20%), verification 97.00%, "
+        "TAR@FAR=1E-3 50.00%",
         "step 200  checkpoint runs/[a]",
         "exported onnx to b.onnx; largest difference from the trained model 1.0e-06",
         "Worker 1 failed: lost",
@@ -153,6 +154,6 @@ def test_accuracies_leave_out_sizes() -> None:
 def test_accuracies_name_the_typefaces() -> None:
     brush = {"brush/rank1": 0.6, "brush/tar@far=1e-3": 0.5, "brush/tar@far=1e-4": 0.4}
     assert accuracy_rows(HELDOUT | brush)[3:] == [
-        ("brush: rank-1", "60.0%"),
-        ("brush: TAR@FAR=1E-4", "40.0%"),
+        ("brush: rank-1", "60.00%"),
+        ("brush: TAR@FAR=1E-4", "40.00%"),
     ]

@@ -61,7 +61,7 @@ def test_a_run_alone_means_its_heldout_shards(run: str, capsys: Captured) -> Non
     assert short == said(["evaluate", "heldout", run], capsys)
     named = said(["evaluate", f"{run}/checkpoints/step_00000024"], capsys)
     assert named.split("rank-1")[1].split("Next")[0] == short.split("rank-1")[1].split("Next")[0]
-    for part in ("rank-1", "(chance 12.5%)", "TAR@FAR=1E-3", "probes", "88"):
+    for part in ("rank-1", "(chance 12.50%)", "TAR@FAR=1E-3", "probes", "88"):
         assert part in short
     assert "protocol of rank-1, TAR" in short
     saved = json.loads(Path(run, "evaluation", "heldout.json").read_text())["results"]
