@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 import yaml
 
 from launcher import cli
@@ -41,6 +42,15 @@ def test_the_build_is_strict_and_prints_its_warnings() -> None:
     assert command == "mkdocs build --strict"
     assert set(SITE["validation"]["links"].values()) == {"warn"}
     assert SITE["validation"]["links"].keys() >= {"not_found", "anchors"}
+
+
+def test_ci_builds_the_site_and_installs_what_is_pinned() -> None:
+    assert "make docs" in (ROOT / ".ci" / "run").read_text().splitlines()
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = (ROOT / "constraints.txt").read_text()
+    for requirement in needed["optional-dependencies"]["docs"]:
+        name = re.split(r"[\[<>=]", requirement)[0]
+        assert re.search(rf"^{name}==", pinned, re.MULTILINE), name
 
 
 def test_every_section_of_the_readme_is_on_one_page() -> None:
