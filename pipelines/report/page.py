@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -86,13 +87,25 @@ def write_page(
         tiles: the most important figures, as (name, value).
         sections: in their order.
     """
-    template = jinja2.Environment(
+    values = {"name": name, "subtitle": subtitle, "tiles": tiles, "sections": sections}
+    render_page("page.html.j2", out, values)
+
+
+def render_page(template: str, out: str, values: Mapping[str, Any]) -> None:
+    """Write a page from a template of this folder; an existing file is replaced.
+
+    Args:
+        template: its path below this folder.
+        out: path or URL of the page.
+        values: what it shows, by name.
+    """
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-    ).get_template("page.html.j2")
-    page = template.render(name=name, subtitle=subtitle, tiles=tiles, sections=sections)
+    )
+    page = environment.get_template(template).render(**values)
     with atomic_write(out) as stream:
         stream.write(page.encode(errors="backslashreplace"))  # names need not be UTF-8
 

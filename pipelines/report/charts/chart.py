@@ -79,6 +79,29 @@ class BarChart:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """Counts of a number over its range, on a logarithmic vertical axis.
+
+    Attributes:
+        title: above it.
+        x: what the number is.
+        unit: what is counted, plural.
+        edges: `[n + 1]`, ascending, of the ranges.
+        counts: int64 `[n]`.
+        threshold: a line over the number; the bars beyond it have another colour. None: no line.
+        note: below it.
+    """
+
+    title: str
+    x: str
+    unit: str
+    edges: Values
+    counts: npt.NDArray[np.int64]
+    threshold: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class PointMap:
     """Points in the plane, in groups.
 

@@ -1,11 +1,19 @@
-"""Draws the bars of a histogram, and groups of points on a map."""
+"""Draws bars of counts, histograms of a number, and groups of points on a map."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipelines.report.charts.chart import BarChart, DrawnChart, PointMap
-from pipelines.report.charts.frame import HEIGHT, WIDTH, Scale, draw_stop, draw_svg, make_frame
+from pipelines.report.charts.chart import BarChart, DrawnChart, Histogram, PointMap
+from pipelines.report.charts.frame import (
+    HEIGHT,
+    WIDTH,
+    ChartFrame,
+    Scale,
+    draw_stop,
+    draw_svg,
+    make_frame,
+)
 
 _SHAPES = 3
 _COLOURS = 5
@@ -36,6 +44,49 @@ def draw_bars(chart: BarChart) -> DrawnChart:
     )
     description = f"{chart.title}, {chart.unit} by {chart.x}: {said}"
     return DrawnChart(chart.title, draw_svg(description, "".join(parts)), [], chart.note)
+
+
+def draw_histogram(chart: Histogram) -> DrawnChart:
+    """Draw counts of a number, and the threshold that is set on it."""
+    edges, limit = np.asarray(chart.edges, np.float64), chart.threshold
+    ends = [float(edges[0]), float(edges[-1]), *([] if limit is None else [limit])]
+    highest = 3.5 * max(2, int(chart.counts.max(initial=0)))  # with room for the threshold's name
+    frame = make_frame((min(ends), max(ends)), (0.6, highest), chart.x, is_histogram=True)
+    parts = [frame.markup]
+    for left, right, count in zip(edges[:-1], edges[1:], chart.counts.tolist(), strict=True):
+        if not count:
+            continue
+        start, stop = float(frame.x(left)), float(frame.x(right))
+        top, ground = float(frame.y(count)), frame.y.start
+        colour = 1 if limit is not None and left >= limit else 0
+        width = max(0.8, stop - start - 0.6)
+        bar = (
+            f'<rect class="bar c{colour}" x="{start:.1f}" y="{top:.1f}" width="{width:.1f}" '
+            f'height="{ground - top:.1f}"/>'
+        )
+        hit = (
+            f'<rect class="hit" x="{start:.1f}" y="{frame.y.stop}" width="{stop - start:.1f}" '
+            f'height="{ground - frame.y.stop}"/>'
+        )
+        lines = [f"{left:.4g} to {right:.4g}", f"{count:,} {chart.unit}"]
+        parts.append(draw_stop(hit, (start + stop) / 2, lines, always=bar))
+    if limit is not None:
+        parts.append(_draw_threshold(frame, limit))
+    total = int(chart.counts.sum())
+    said = f"{chart.title}: {total:,} {chart.unit} by {chart.x}"
+    said += "" if limit is None else f", threshold {limit:.4g}"
+    return DrawnChart(chart.title, draw_svg(said, "".join(parts)), [], chart.note)
+
+
+def _draw_threshold(frame: ChartFrame, limit: float) -> str:
+    """A dashed line over the number, and what it is, on the side where there is more room."""
+    at = float(frame.x(limit))
+    side, shift = ("end", -5) if at > WIDTH / 2 else ("start", 5)
+    return (
+        f'<path class="threshold" d="M{at:.1f} {frame.y.start}V{frame.y.stop}"/>'
+        f'<text class="over" x="{at + shift:.1f}" y="{frame.y.stop + 10}" text-anchor="{side}">'
+        f"threshold {limit:.3g}</text>"
+    )
 
 
 def draw_points(chart: PointMap) -> DrawnChart:

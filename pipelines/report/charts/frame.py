@@ -69,6 +69,7 @@ def make_frame(
     is_share: bool = False,
     is_log: bool = False,
     names: Sequence[str] = (),
+    is_histogram: bool = False,
 ) -> ChartFrame:
     """Lay out the grid of a chart.
 
@@ -78,8 +79,10 @@ def make_frame(
         is_share: whether the vertical axis is in percent.
         is_log: whether the horizontal axis is logarithmic.
         names: instead of numbers at 0, 1, ... of the horizontal axis.
+        is_histogram: whether the vertical axis is of counts, logarithmic, and the horizontal one of
+            any numbers, not of whole ones.
     """
-    rows = Scale(*y, HEIGHT - _BOTTOM, _TOP)
+    rows = Scale(*y, HEIGHT - _BOTTOM, _TOP, is_histogram)
     ticks = rows.ticks(5)
     texts = [f"{tick:.0%}" if is_share else format_tick(tick) for tick in ticks]
     left = 12 + _LETTER * max(map(len, texts), default=0)
@@ -89,7 +92,7 @@ def make_frame(
         f'<text x="{left - 6:.1f}" y="{at + 4:.1f}" text-anchor="end">{escape(text)}</text>'
         for at, text in zip(rows(ticks), texts, strict=True)
     ]
-    parts += list(_column_ticks(columns, names))
+    parts += list(_column_ticks(columns, names, not is_histogram))
     middle = (left + WIDTH - _RIGHT) / 2
     parts.append(
         f'<text x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(label)}</text>'
@@ -98,8 +101,8 @@ def make_frame(
     return ChartFrame(columns, rows, "".join(parts))
 
 
-def _column_ticks(scale: Scale, names: Sequence[str]) -> Iterator[str]:
-    ticks = list(map(float, range(len(names)))) if names else scale.ticks(5, is_whole=True)
+def _column_ticks(scale: Scale, names: Sequence[str], is_whole: bool) -> Iterator[str]:
+    ticks = list(map(float, range(len(names)))) if names else scale.ticks(5, is_whole)
     texts = list(names) or [(format_power if scale.is_log else format_tick)(t) for t in ticks]
     for at, text in zip(scale(ticks), texts, strict=True):
         yield (

@@ -41,20 +41,27 @@ class Pictures:
 
     def read(self, number: int) -> Pixels:
         """Uint8 `[side, side, 3]`; grey where the image cannot be had."""
-        try:
-            pixels = decode_image(self._bytes(number), self._side)
-        except (OSError, ValueError, ImageDecodeError, BadSampleError):
-            return np.full((self._side, self._side, 3), 229, np.uint8)
-        return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+        return self.read_named(number)[1]
 
-    def _bytes(self, number: int) -> bytes:
+    def read_named(self, number: int) -> tuple[str, Pixels]:
+        """Name of an image and its pixels, see `read`; no name where it cannot be had."""
+        try:
+            name, data = self._encoded(number)
+            pixels = decode_image(data, self._side)
+        except (OSError, ValueError, ImageDecodeError, BadSampleError):
+            return "", np.full((self._side, self._side, 3), 229, np.uint8)
+        return name, pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+
+    def _encoded(self, number: int) -> tuple[str, bytes]:
         if self._index is None:
             filesystem, root = resolve_url(self._source)
-            return bytes(filesystem.cat_file(f"{root}/{self._keys[number]}"))
+            key = self._keys[number]
+            return key, bytes(filesystem.cat_file(f"{root}/{key}"))
         shard, position = self._index.locate(number)
         (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
         entry = self._index.entry(shard, position)
-        return extract_sample(raw, len(raw), self._index.num_classes, entry).data
+        sample = extract_sample(raw, len(raw), self._index.num_classes, entry)
+        return sample.key, sample.data
 
 
 def as_data_url(pixels: Pixels, quality: int = 85) -> str:

@@ -19,7 +19,7 @@ import simplejpeg
 from mhe_dist.errors import RunError
 from pipelines.shards.packing import pack_labels, unpack_labels
 from pipelines.shards.writer import Sample
-from pipelines.sources.glyphs.typeface import GlyphPen
+from pipelines.sources.glyphs.typeface import GlyphPen, Picture
 
 _QUALITY: Final = 95
 _DIGEST: Final = 16
@@ -96,13 +96,17 @@ def unpack_fingerprints(result: dict[str, Any]) -> Iterator[tuple[int, bytes]]:
         yield code, prints[number * _DIGEST : (number + 1) * _DIGEST]
 
 
+def encode_picture(picture: Picture) -> bytes:
+    """The JPEG of a picture, uint8 `[side, side]`."""
+    return bytes(simplejpeg.encode_jpeg(picture[:, :, None], quality=_QUALITY, colorspace="GRAY"))
+
+
 def draw_samples(task: DrawTask) -> Iterator[Sample]:
     """White ink on black, as grey JPEG: black is also what augmentation fills with."""
     for row in task.rows:
         picture = _open_pen(task.faces[row.font]).draw(row.code)
         if picture is None:
             raise RunError(f"{row.key}: drew ink the first time and nothing the second time")
-        image = simplejpeg.encode_jpeg(picture[:, :, None], quality=_QUALITY, colorspace="GRAY")
         about = {"codepoint": row.code, "font": row.font, "role": row.role}
         label, text = str(row.label).encode(), json.dumps(about).encode()
-        yield Sample(row.key, {"jpg": image, "cls": label, "json": text})
+        yield Sample(row.key, {"jpg": encode_picture(picture), "cls": label, "json": text})

@@ -69,7 +69,7 @@ def split_fonts(
     Raises:
         UserError: nothing can be held out, or nothing is left to train on.
     """
-    fonts = [font for font in fonts if not _matches(font.name, _NOT_CHARACTERS)]
+    fonts = [font for font in fonts if shows_characters(font.name)]
     unseen = [font for font in fonts if _matches(font.name, settings.heldout_fonts)]
     if not unseen:
         unseen = _smallest_family(fonts, settings)
@@ -83,6 +83,11 @@ def split_fonts(
     # Among equals the shorter name, which is the plain style.
     known.sort(key=lambda font: (-len(font.codes), len(font.name), font.name))
     return [font.name for font in known], [font.name for font in unseen]
+
+
+def shows_characters(font: str) -> bool:
+    """Whether a typeface, by its name, shows the characters that its table of them names."""
+    return not _matches(font, _NOT_CHARACTERS)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -1,0 +1,1 @@
+"""Faults that are planted into a clean data set, and how many of them an audit finds."""
