@@ -157,8 +157,7 @@ class CardMaker:
         where = row["neighbour_set"] or ""
         yield PictureGroup(row["class_name"], "", [self._picture(row["sample"])], "subject")
         other = self._picture(row["neighbour_sample"], where, row["neighbour_key"])
-        name = row["neighbour_name"] or row["neighbour_key"]
-        yield PictureGroup(f"{where}: {name}" if where else name, "", [other])
+        yield PictureGroup(where or row["neighbour_name"], "", [other])
 
     def _identity_leak(self, row: Row) -> Iterator[PictureGroup]:
         yield self._class(row["class"], row["class_name"], _OF_PAIR, "Trained on: ")

@@ -169,7 +169,10 @@ def _kind(name: str, table: pa.Table, figures: Mapping[str, Any], limit: int) ->
 
 
 class ClassMembers:
-    """Some images of each of some classes, to show what the class is; doubted ones come last."""
+    """Some images of each of some classes, to show what the class is.
+
+    Doubted images are shown only of a class that has no others.
+    """
 
     def __init__(
         self,
@@ -211,9 +214,9 @@ class ClassMembers:
 
     def of(self, number: int, count: int, without: Sequence[int] = ()) -> list[int]:
         """Up to so many images of a class, evenly over those that are known."""
-        rows = [row for row in self._rows.get(number, []) if row not in without]
-        if len(rows) < count:
-            later = (row for row in self._doubted.get(number, []) if row not in without)
-            return [*rows, *later][:count]
-        places = np.linspace(0, len(rows) - 1, count).round().astype(int)
-        return [rows[place] for place in places.tolist()]
+        for known in (self._rows, self._doubted):
+            rows = [row for row in known.get(number, []) if row not in without]
+            if rows:
+                places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+                return [rows[place] for place in places.tolist()]
+        return []

@@ -12,12 +12,13 @@ import pytest
 from pipelines.report.charts.chart import (
     BarChart,
     DrawnChart,
+    Histogram,
     Line,
     LineChart,
     PointMap,
     thin_envelope,
 )
-from pipelines.report.charts.counts import draw_bars, draw_points
+from pipelines.report.charts.counts import draw_bars, draw_histogram, draw_points
 from pipelines.report.charts.frame import WIDTH, Scale
 from pipelines.report.charts.lines import draw_lines
 from pipelines.report.charts.numbers import format_figure, format_power, format_tick
@@ -188,3 +189,32 @@ def test_short_numbers() -> None:
         "20k",
         "2.5M",
     ]
+
+
+def test_a_histogram_has_a_threshold_a_logarithmic_axis_and_numbers_that_are_not_whole() -> None:
+    counts = np.array([1000, 10, 0, 1])
+    drawn = draw_histogram(Histogram("All", "margin", "images", np.arange(5) / 4, counts, 0.5))
+    assert said(drawn) == [
+        "0 to 0.25: 1,000 images",
+        "0.25 to 0.5: 10 images",
+        "0.75 to 1: 1 images",
+    ]
+    bars = [
+        e for e in ElementTree.fromstring(drawn.svg).iter("rect") if "bar" in e.get("class", "")
+    ]
+    assert [bar.get("class") for bar in bars] == ["bar c0", "bar c0", "bar c1"]
+    tall, middle, low = (float(bar.attrib["height"]) for bar in bars)
+    # Two powers of ten, and one.
+    assert (tall - middle) / (middle - low) == pytest.approx(2, abs=0.05)
+    texts = ["".join(e.itertext()) for e in ElementTree.fromstring(drawn.svg).iter("text")]
+    assert {"threshold 0.5", "1,000", "10", "0.6"} <= set(texts)
+
+
+def test_a_threshold_beyond_all_counts_is_drawn_and_none_is_left_out() -> None:
+    counts = np.array([3, 2])
+    drawn = draw_histogram(Histogram("All", "margin", "images", np.arange(3.0), counts, 5.0))
+    line = next(
+        e for e in ElementTree.fromstring(drawn.svg).iter("path") if e.get("class") == "threshold"
+    )
+    assert 0 < float(re.findall(r"M([\d.]+)", line.attrib["d"])[0]) <= WIDTH
+    assert "threshold" not in draw_histogram(Histogram("All", "x", "i", np.arange(3.0), counts)).svg
