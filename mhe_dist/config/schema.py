@@ -118,6 +118,12 @@ class TrainConfig(ConfigSection):
         "else float32, whose rounding does not depend on the number of ranks; fp16 is not offered.",
     )
     log_every: PositiveInt = Field(10, description="Steps between two records of the metrics.")
+    audit_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between two records of the share of images whose class is doubted: "
+        "without margin, another class compared in the step is nearer; 0: none.",
+    )
 
     @property
     def micro_batches(self) -> int:

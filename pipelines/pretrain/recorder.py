@@ -32,6 +32,41 @@ def ignore_event(event: Event) -> None:
     """The event handler of a run that nobody watches."""
 
 
+class DoubtWindow:
+    """The share of images whose class is doubted, over `every` steps or more.
+
+    An image's class is doubted if another class that it is compared with has a higher cosine,
+    without margin; the heads count the others as `accuracy`, negatives that `head.margin.filter`
+    leaves out included. So nothing is computed, communicated or waited for here.
+    """
+
+    def __init__(self, every: int) -> None:
+        """Args: every: steps; 0: there is nothing to record."""
+        self._every = every
+        self._doubted, self._steps = 0.0, 0
+
+    def add(self, steps: list[int], accuracy: float) -> dict[str, float]:
+        """Add a window of consecutive steps.
+
+        Args:
+            steps: their numbers, from 0.
+            accuracy: the mean over them.
+
+        Returns:
+            What is recorded with the last of them: `doubted`, or nothing if no multiple of `every`
+            steps is complete.
+        """
+        if not self._every:
+            return {}
+        self._doubted += (1 - accuracy) * len(steps)
+        self._steps += len(steps)
+        if (steps[-1] + 1) // self._every == steps[0] // self._every:
+            return {}
+        share = self._doubted / self._steps
+        self._doubted, self._steps = 0.0, 0
+        return {"doubted": share}
+
+
 class Recorder:
     """Collects what happened until the window is full; all ranks must record the same steps.
 
@@ -40,15 +75,22 @@ class Recorder:
         tracker: where records go; it keeps nothing on ranks other than the first.
         on_event: called on the first rank with each event.
         head_time: the loop's stopwatch.
+        audit_every: steps between two records of the share of doubted labels; 0: none.
     """
 
     def __init__(
-        self, topology: Topology, tracker: Tracker, on_event: EventHandler, head_time: Stopwatch
+        self,
+        topology: Topology,
+        tracker: Tracker,
+        on_event: EventHandler,
+        head_time: Stopwatch,
+        audit_every: int = 0,
     ) -> None:
         self._topology, self._tracker, self._head_time = topology, tracker, head_time
         self._on_event = on_event
         self._window = MetricsAccumulator(topology)
         self._step_values: dict[int, dict[str, float]] = {}
+        self._doubt = DoubtWindow(audit_every)
         self._begin = time.perf_counter()
         self._images = 0
         self.phases: dict[str, float] = {}
@@ -85,6 +127,9 @@ class Recorder:
         wait = window.metrics.pop("_wait", 0.0)
         rates = {"images_per_s": self._images / seconds, "data_wait": wait * steps / seconds}
         records = window.records()
+        if "accuracy" in window.metrics:
+            doubted = self._doubt.add([step for step, _ in records], window.metrics["accuracy"])
+            records[-1][1].update(doubted)
         for step, record in records:
             record.update(self._step_values[step])
             if step == records[-1][0]:

@@ -118,7 +118,9 @@ class Run:
             self.restart = read_restart(record, self.progress.step, self.restart.began)
         self.bad_samples = BadSamples(topology, config.run.path, bad_samples)
         self.tracker = self._open_tracker(run_id)
-        self.recorder = Recorder(topology, self.tracker, on_event, self.loop.head_time)
+        self.recorder = Recorder(
+            topology, self.tracker, on_event, self.loop.head_time, config.train.audit_every
+        )
         self.guard = Guard(config.guard, config.optim.clip_norm)
         self.checkpointer = Checkpointer(config.checkpoint, self.store, self.recorder)
 

@@ -131,7 +131,11 @@ def _curve_sections(runs: Sequence[RecordedRun]) -> Iterator[PageSection]:
     positions, unit = _positions(runs)
     recorded = [(run.label, run.records) for run in runs]
     panels = {
-        "Training": [("loss", "Training loss"), ("accuracy", "Training accuracy, classes seen")],
+        "Training": [
+            ("loss", "Training loss"),
+            ("accuracy", "Training accuracy, classes seen"),
+            ("doubted", "Doubted labels"),
+        ],
         "Unseen classes": [(f"heldout/{key}", name) for key, name in HELDOUT],
         "Speed": [("images_per_s", "Images per second")],
     }

@@ -57,7 +57,10 @@ CHANGE_RULES = (
         ("scale.*", "head.bank.memory", "head.bank.path"), "yes", "workers, and where rows are kept"
     ),
     ChangeRule(
-        ("train.log_every", "evaluate.*", "checkpoint.*", "tracking.*", "export.*", "resume.*"),
+        (
+            *("train.log_every", "train.audit_every", "evaluate.*"),
+            *("checkpoint.*", "tracking.*", "export.*", "resume.*"),
+        ),
         "yes",
         "what is recorded, evaluated and kept, and when",
     ),

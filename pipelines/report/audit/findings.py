@@ -217,6 +217,6 @@ class ClassMembers:
         for known in (self._rows, self._doubted):
             rows = [row for row in known.get(number, []) if row not in without]
             if rows:
-                places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-                return [rows[place] for place in places.tolist()]
+                positions = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+                return [rows[position] for position in positions.tolist()]
         return []

@@ -19,7 +19,7 @@ Curves = Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 
 
 def training_charts(records: Records) -> Iterator[LineChart]:
-    """Loss, accuracy among the classes seen, learning rate; those that the records have."""
+    """Loss, accuracy among the classes seen, doubted labels, learning rate; if recorded."""
     steps, loss = series(records, "loss")
     if len(steps):
         mean = running_mean(loss, max(1, round(SMOOTH * len(loss))))
@@ -29,6 +29,7 @@ def training_charts(records: Records) -> Iterator[LineChart]:
         ]
         yield LineChart("Training loss", "step", lines)
     yield from _single(records, "accuracy", "Training accuracy, classes seen", 0, is_share=True)
+    yield from _doubted(records)
     yield from _single(records, "lr", "Learning rate", _LAST_COLOUR)
 
 
@@ -90,7 +91,18 @@ def compared_chart(
         dash = number // _COLOURS % _DASHES
         x = positions(number, steps)
         lines.append(Line(label, x, values, number % _COLOURS, dash, is_marked=is_heldout))
-    return LineChart(title, unit, lines, is_share=is_heldout or key == "accuracy")
+    return LineChart(title, unit, lines, is_share=is_heldout or key in ("accuracy", "doubted"))
+
+
+def _doubted(records: Records) -> Iterator[LineChart]:
+    """The share of images whose class is doubted (`train.audit_every`)."""
+    steps, values = series(records, "doubted")
+    if len(steps):
+        line = Line("images", steps, values, 1, is_marked=True)
+        note = (
+            "Another class compared in the step is nearer, without margin: not learned, or wrong."
+        )
+        yield LineChart("Doubted labels", "step", [line], is_share=True, note=note)
 
 
 def _single(

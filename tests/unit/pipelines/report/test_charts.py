@@ -191,6 +191,14 @@ def test_short_numbers() -> None:
     ]
 
 
+def test_doubted_labels_have_a_chart_in_percent_where_they_are_recorded() -> None:
+    records = [{"step": step, "loss": 1.0, "accuracy": 0.5} for step in range(4)]
+    assert "Doubted labels" not in [chart.title for chart in training_charts(records)]
+    records[3]["doubted"] = 0.125
+    chart = next(c for c in training_charts(records) if c.title == "Doubted labels")
+    assert chart.is_share and said(draw_lines(chart)) == ["step 3: images 12.50%"]
+
+
 def test_a_histogram_has_a_threshold_a_logarithmic_axis_and_numbers_that_are_not_whole() -> None:
     counts = np.array([1000, 10, 0, 1])
     drawn = draw_histogram(Histogram("All", "margin", "images", np.arange(5) / 4, counts, 0.5))

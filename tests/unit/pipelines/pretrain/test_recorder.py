@@ -1,0 +1,57 @@
+"""The share of doubted labels: over how many steps, and when it is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.tracking.base import NullTracker
+from mhe_dist.train.loop import StepInfo
+from mhe_dist.train.stopwatch import Stopwatch
+from pipelines.pretrain.recorder import DoubtWindow, Recorder, ignore_event
+
+
+class Notes(NullTracker):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.logged: dict[int, dict[str, Any]] = {}
+
+    def log(self, step: int, metrics: Any) -> None:
+        self.logged.setdefault(step, {}).update(metrics)
+
+
+def record(accuracies: list[float], log_every: int, audit_every: int) -> dict[int, dict[str, Any]]:
+    topology, notes = Topology(), Notes()
+    recorder = Recorder(topology, notes, ignore_event, Stopwatch(topology.device), audit_every)
+    for step, accuracy in enumerate(accuracies):
+        metrics = {"loss": torch.tensor(1.0), "accuracy": torch.tensor(accuracy)}
+        recorder.add_step(StepInfo(step, 0.1, metrics, "0" * 12, 8, 0.0))
+        if (step + 1) % log_every == 0 or step + 1 == len(accuracies):
+            recorder.flush()
+    return notes.logged
+
+
+def test_doubted_is_the_mean_share_over_the_steps_since_the_last_record() -> None:
+    logged = record([0.0, 0.5, 1.0, 0.5, 0.75, 0.25], log_every=1, audit_every=3)
+    doubted = {step: values["doubted"] for step, values in logged.items() if "doubted" in values}
+    assert doubted == {2: pytest.approx(0.5), 5: pytest.approx(0.5)}
+
+
+def test_it_waits_for_the_end_of_a_window_of_the_log() -> None:
+    logged = record([0.0] * 4 + [1.0] * 4 + [0.5], log_every=4, audit_every=3)
+    doubted = {step: values["doubted"] for step, values in logged.items() if "doubted" in values}
+    assert doubted == {3: 1.0, 7: 0.0, 8: 0.5}
+
+
+def test_a_resumed_run_records_at_the_same_steps() -> None:
+    window = DoubtWindow(10)
+    assert window.add([7, 8], 0.5) == {}
+    assert window.add([9, 10], 0.0) == {"doubted": 0.75}
+
+
+def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
+    assert "doubted" not in record([0.5], log_every=1, audit_every=0)[0]
