@@ -39,6 +39,7 @@ def test_any_data_on_any_machine_is_a_valid_run(
     assert validate_combinations(config) == []
     assert config.scale.workers == machine.workers and config.scale.gpu == machine.gpu
     assert config.train.micro_batches == machine.workers
+    assert config.scale.zero_stage == (1 if machine.gpu else 0)
     assert not images or config.train.global_batch <= max(images, machine.workers)
     assert config.head.groups % machine.workers == 0
     heads_per_group = -(-classes // config.head.mhs.length) // config.head.groups

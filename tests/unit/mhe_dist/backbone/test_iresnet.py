@@ -131,6 +131,11 @@ def test_widths_and_strides_of_small_pictures() -> None:
         build_backbone(config(name="iresnet10", kwargs=kwargs), 20)
     with pytest.raises(UserError, match=r"widths=\[4, 8\].* give four each"):
         build_backbone(config(name="iresnet10", kwargs={"widths": [4, 8]}), 32)
+    kwargs |= {"strides": [2, 2, 1, 1], "stem_stride": 2}
+    net = build_backbone(config(name="iresnet10", kwargs=kwargs), 24).net.eval()
+    assert net.forward_features(torch.randn(2, 3, 24, 24)).shape == (2, 16, 3, 3)
+    with pytest.raises(UserError, match="img_size=20 is not a multiple of 8"):
+        build_backbone(config(name="iresnet10", kwargs=kwargs), 20)
 
 
 @pytest.mark.slow
