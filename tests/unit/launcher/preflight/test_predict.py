@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launcher import cli
-from launcher.preflight import survey
+from launcher.preflight import survey, trial_process
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import (
     GIB,
@@ -23,7 +26,7 @@ from launcher.preflight.trial_process import measure_trial
 from launcher.ray_cluster.code_package import with_absolute_paths
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from pipelines.pretrain.dry_run import dry_run
 from tests import tiny
 
@@ -203,9 +206,30 @@ def test_a_mistake_that_a_trial_finds_is_told_as_one(monkeypatch: pytest.MonkeyP
     """Exit code 2 of `launcher.job` is a mistake; its last line words it."""
     said = "a warning of some library\nerror: model.name=x cannot train on images of 3 x 9 x 9\n"
     done = subprocess.CompletedProcess([], 2, "", said)
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(trial_process, "_run", lambda *_: done)
     with pytest.raises(UserError, match=r"^model\.name=x cannot train on images of 3 x 9 x 9$"):
         measure_trial(tiny.config(Path("runs"), "train"), 1)
+
+
+def test_a_trial_that_takes_too_long_ends_with_its_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker"
+
+    def out_of_time(process: subprocess.Popen[str], timeout: float) -> None:
+        while not worker.exists() or not worker.read_text().strip():
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", out_of_time)
+    script = f"sleep 60 & echo $! > {worker}; wait"
+    with pytest.raises(RunError, match=r"did not end within .* --no-trial"):
+        trial_process._run(["sh", "-c", script], dict(os.environ))
+    number = int(worker.read_text())
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(number) and psutil.Process(number).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_trial_refuses_what_cannot_train(tmp_path: Path) -> None:
