@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.config.head import MarginConfig
+from mhe_dist.kernels.dispatch import use_kernels
 
 _EDGE: Final = 1e-6  # beyond |cosine| = 1 - _EDGE, phi goes on along its tangent
 _ADAFACE_EDGE: Final = 1e-3  # AdaFace keeps the angle with its margin inside [edge, pi - edge]
@@ -161,12 +162,16 @@ def _angular(cosine: Tensor, m1: float, m2: float, m3: float) -> tuple[Tensor, T
     `cos(theta) - m2 * sin(m2)`; with m1, pi minus that angle takes the place of m2. The step down
     is never less than what keeps phi monotone.
     """
+    rest = math.pi - (math.pi - m2) / m1
+    drop = max(rest * math.sin(rest), 1 - math.cos(rest))
+    if m1 == 1 and cosine.dtype == torch.float32 and use_kernels(cosine):
+        from mhe_dist.kernels.angular_margin import angular_margin
+
+        return angular_margin(cosine.contiguous(), m2, m3, drop, _EDGE)
     inner, sine = _inside(cosine)
     angle = m1 * inner.acos() + m2
     slope = m1 * angle.sin() / sine
     phi = angle.cos() + slope * (cosine - inner)
-    rest = math.pi - (math.pi - m2) / m1
-    drop = max(rest * math.sin(rest), 1 - math.cos(rest))
     turned = angle > math.pi
     phi = torch.where(turned, cosine - drop, phi) - m3
     return phi, torch.where(turned, 1, slope)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 SWITCH = "MHE_KERNELS"  # the environment variable that turns kernels off
 MAX_WIDTH = 1024  # of rows: a program holds whole ones
+MAX_LENGTH = 4096  # of heads: a program holds a sample's logits over one
 # Types of the tensors that kernels compute on. Other subclasses of Tensor stand for something else.
 # A device that computes nothing adds its own, and takes the place of `launch`.
 KERNEL_TENSORS: set[type] = {Tensor}

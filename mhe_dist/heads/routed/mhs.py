@@ -24,14 +24,15 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.base import HeadOutput, sample_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
-from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
+from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors, chunks_by_head
 from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
 from mhe_dist.heads.routed.label_dispatch import LabelDispatch, plan_label_dispatch
 from mhe_dist.heads.routed.several_labels import RoutedLabels, join_labels
-from mhe_dist.heads.routed.softmax import ExtraGradient, routed_softmax
+from mhe_dist.heads.routed.softmax import ExtraGradient, RoutedSoftmax, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
+from mhe_dist.kernels.dispatch import MAX_LENGTH, use_kernels
 
 
 class MhsRoute(RowHead):
@@ -140,6 +141,17 @@ class MhsRoute(RowHead):
         extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
         return own + sum(extra[part.group] * part.size for part in dispatch.groups)
 
+    def _softmax_of(self, features: Tensor, dispatch: Dispatch) -> RoutedSoftmax:
+        """What scores a dispatch: kernels where they may, if its logits fit in memory at once."""
+        length = self.layout.length
+        logits = sum(len(self._extra[part.group]) * part.size for part in dispatch.groups) * length
+        fit = length <= MAX_LENGTH and logits * features.element_size() <= LOGITS_BYTES
+        if not (fit and features.dtype == torch.float32 and use_kernels(features)):
+            return routed_softmax
+        from mhe_dist.heads.routed.kernel_softmax import kernel_softmax
+
+        return kernel_softmax
+
     @with_chosen_products
     def _score(
         self,
@@ -150,7 +162,8 @@ class MhsRoute(RowHead):
         with_grad: bool,
     ) -> FusedOutput:
         """Score a dispatch, and keep the rows' gradient if `with_grad`."""
-        scores = routed_softmax(
+        softmax = self._softmax_of(features, dispatch)
+        scores = softmax(
             self.class_rows,
             features,
             norms,

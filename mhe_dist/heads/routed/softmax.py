@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,9 +45,11 @@ class ExtraGradient:
         """The gradient `[m * L, D]`, or None if no sample was scored against the rows."""
         if not self._factors:
             return self._early
-        numbers = torch.cat([numbers for numbers, _, _ in self._factors])
-        weights = torch.cat([weights for _, weights, _ in self._factors])
-        features = torch.cat([features for _, _, features in self._factors])
+        # A tensor alone would be copied by `cat`.
+        numbers, weights, features = (
+            parts[0] if len(parts) == 1 else torch.cat(parts)
+            for parts in zip(*self._factors, strict=True)
+        )
         if (numbers[1:] < numbers[:-1]).any():
             order = numbers.argsort().to(weights.device, non_blocking=True)
             weights, features = weights[order], features[order]
@@ -105,6 +107,24 @@ class _Samples:
     def norms_of(self, index: Tensor) -> Tensor | None:
         """Norms of some samples, where norms are needed."""
         return None if self.norms is None else self.norms[index]
+
+
+class RoutedSoftmax(Protocol):
+    """`routed_softmax`, or what computes the same by kernels."""
+
+    def __call__(
+        self,
+        class_rows: ClassRows,
+        features: Tensor,
+        norms: Tensor | None,
+        dispatch: Dispatch,
+        chunks: list[Chunk],
+        extra: dict[int, Tensor],
+        sums: dict[int, ExtraGradient] | None,
+        share: float,
+        correction: bool,
+    ) -> RoutedScores:
+        """See `routed_softmax`."""
 
 
 def routed_softmax(

@@ -32,6 +32,15 @@ FREE: Final = {
     aten._local_scalar_dense.default,
     torch.ops.prim.device.default,
 }
+# Those that take nothing of their first argument but its shape and type.
+FILLING: Final = {
+    aten.new_full.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+}
 # Those that read as many elements as they return.
 GATHERING: Final = {aten.index.Tensor, aten.index_select.default, aten.gather.default}
 # Those that write some elements of their first argument -> positions of the index and the values.
@@ -63,7 +72,8 @@ def op_cost(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     launches = 1
     if "_foreach_" in str(func):
         launches = -(-max(len(made), len(given)) // FOREACH_TENSORS)
-    read, written = _traffic(func, args, given, made)
+    out_argument = kwargs.get("out")  # written, not read
+    read, written = _traffic(func, args, [t for t in given if t is not out_argument], made)
     return OpCost(launches, read, written, _flops(func, args, out))
 
 
@@ -85,6 +95,8 @@ def _traffic(
 ) -> tuple[int, int]:
     """Bytes read and written on the device."""
     read, written = sum(map(device_bytes, given)), sum(map(device_bytes, made))
+    if func in FILLING:
+        return 0, written
     if func in GATHERING:
         return read - device_bytes(args[0]) + written, written
     if func in SCATTERING:

@@ -18,6 +18,11 @@ from torch import Tensor
 from mhe_dist.bank.bank import Bank, round_stochastically
 from mhe_dist.bank.initial_rows import noise_rows
 from mhe_dist.bank.row_optim import Dense, RowSGD
+from mhe_dist.config.head import HeadConfig, MarginConfig
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.margins import Margin
+from mhe_dist.heads.registry import build_head
+from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.kernels.dispatch import SWITCH
 from pipelines.bench.gpu.agreement import relative
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings, seconds_of
@@ -35,6 +40,8 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
         "row update": _row_update,
         "rounding": _rounding,
         "first rows": _first_rows,
+        "angular margin": _angular_margin,
+        "routed softmax": _routed_softmax,
     }
     for name, measure_kernel in kernels.items():
         with found.attempt(name):
@@ -150,6 +157,46 @@ def _first_rows(settings: GpuSettings, found: GpuFindings) -> None:
         _speed(settings, found, "first rows", by_kernel, by_definition, kernel.nbytes)
 
 
+def _angular_margin(settings: GpuSettings, found: GpuFindings) -> None:
+    margin = Margin(MarginConfig(kind="arcface"))
+    cosine = torch.linspace(-0.99, 0.99, 128, device=settings.torch_device)
+    with eager():
+        expected = torch.stack(margin.target(cosine))
+    with kernels_in("mhe_dist.heads.margins"):
+        error = relative(torch.stack(margin.target(cosine)), expected)
+    found.check("angular margin equals its definition", error <= CLOSE, f"differs by {error:.1e}")
+
+
+def _routed_softmax(settings: GpuSettings, found: GpuFindings) -> None:
+    """A micro-batch over own and extra heads of eight groups, forward and backward, no update."""
+    classes, width, batch, length = (600, 16, 16, 5) if settings.small else (2**18, 512, 128, 128)
+    mhs = {"length": length, "extra_heads": 64}
+    config = HeadConfig.model_validate({"kind": "mhs", "groups": 8, "mhs": mhs})
+    topology = Topology(device=settings.torch_device)
+    head = build_head(HeadSpec(config, classes, width, 0, 1), topology)
+    random = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, classes, (1, batch), generator=random)
+    embeddings = torch.randn(batch, width, generator=random).to(settings.torch_device)
+    embeddings.requires_grad_()
+
+    def gradient() -> Tensor:
+        head.plan(0, labels)
+        return torch.autograd.grad(head(embeddings, labels[0]).loss, embeddings)[0]
+
+    def by_kernels() -> Tensor:
+        with kernels_in("mhe_dist.heads.routed.mhs"):
+            return gradient()
+
+    def by_definition() -> Tensor:
+        with eager():
+            return gradient()
+
+    error = relative(by_kernels(), by_definition())
+    found.check("routed softmax equals its definition", error <= CLOSE, f"differs by {error:.1e}")
+    rows = classes * width * 4
+    _speed(settings, found, "routed softmax", by_kernels, by_definition, 4 * rows)
+
+
 def _speed(
     settings: GpuSettings,
     found: GpuFindings,
@@ -171,4 +218,11 @@ def _speed(
 def eager() -> Iterator[None]:
     """Kernels are switched off inside."""
     with mock.patch.dict(os.environ, {SWITCH: "0"}):
+        yield
+
+
+@contextmanager
+def kernels_in(module: str) -> Iterator[None]:
+    """A module uses kernels inside, on a CPU too."""
+    with mock.patch(f"{module}.use_kernels", lambda *_: True):
         yield

@@ -38,3 +38,8 @@ def test_a_step_stays_within_its_budget(name: str, capsys: pytest.CaptureFixture
 def test_the_budget_allows_no_wait(name: str) -> None:
     """None but that of the cascade, which must know its candidates before the second level."""
     assert BUDGET[name]["syncs"] == (1 if CASES[name].head["kind"] == "mhc" else 0)
+
+
+def test_groups_are_launched_together() -> None:
+    assert BUDGET["route"]["launches"] <= 120
+    assert BUDGET["route 64 groups"]["launches"] <= 1.3 * BUDGET["route"]["launches"]

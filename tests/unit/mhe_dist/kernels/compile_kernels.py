@@ -14,7 +14,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhe_dist import noise
-from mhe_dist.kernels import first_rows, row_read, row_update
+from mhe_dist.kernels import (
+    angular_margin,
+    extra_softmax,
+    first_rows,
+    own_softmax,
+    row_read,
+    row_update,
+)
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
 CARDS = {86: 99 << 10, 90: 227 << 10}
@@ -50,6 +57,27 @@ def first_rows_cases() -> Iterator[Case]:
     yield first_rows._first_rows_kernel, types, flags | tables
 
 
+def margin_cases() -> Iterator[Case]:
+    types = dict.fromkeys(("cosines", "phis", "slopes"), "*fp32") | {"count": "i32"}
+    types |= dict.fromkeys(("cos_m", "sin_m", "m3", "drop", "limit"), "fp32")
+    yield angular_margin._angular_kernel, types, {"block": 256}
+
+
+def softmax_cases() -> Iterator[Case]:
+    scalars = dict.fromkeys(("count", "widest", "rows", "stride"), "i32")
+    scalars |= dict.fromkeys(("scale", "threshold", "share"), "fp32") | {"places": "*i64"}
+    extra = {"length": 128, "block": 2048, "filtered": True, "corrected": True}
+    own = {"length": 600, "block": 1024, "filtered": True}
+    for kernel, flags in (
+        (extra_softmax._extra_statistics_kernel, extra),
+        (extra_softmax._extra_weights_kernel, extra),
+        (own_softmax._own_statistics_kernel, own),
+        (own_softmax._own_weights_kernel, own),
+    ):
+        pointers = dict.fromkeys(set(kernel.arg_names) - set(flags), "*fp32")
+        yield kernel, pointers | scalars, flags
+
+
 def compiled(case: Case, capability: int) -> Any:
     kernel, types, constants = case
     names = kernel.arg_names
@@ -63,7 +91,8 @@ def compiled(case: Case, capability: int) -> Any:
 
 
 def main() -> None:
-    for case in (*row_update_cases(), *row_read_cases(), *first_rows_cases()):
+    rows = (*row_update_cases(), *row_read_cases(), *first_rows_cases())
+    for case in (*rows, *margin_cases(), *softmax_cases()):
         for capability, limit in CARDS.items():
             shared = compiled(case, capability).metadata.shared
             print(f"{case[0].__name__} sm_{capability}: {shared} bytes of shared memory")

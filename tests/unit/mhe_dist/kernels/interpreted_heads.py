@@ -23,8 +23,8 @@ def test_equals_float64(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(agreement, size, value)
     config = head_config(name, "cosface", "device", "float32", "sgd")
     plain = run_head(config, CPU, torch.float64, tmp_path)
-    for room in ("bank", "initial_rows"):
-        monkeypatch.setattr(f"mhe_dist.bank.{room}.use_kernels", lambda *_: True)
+    for module in ("bank.bank", "bank.initial_rows", "heads.routed.mhs", "heads.margins"):
+        monkeypatch.setattr(f"mhe_dist.{module}.use_kernels", lambda *_: True)
     found = run_head(config, CPU, torch.float32, tmp_path)
     errors = {"loss": relative(found.losses, plain.losses)}
     errors["gradient"] = relative(found.gradients, plain.gradients)
