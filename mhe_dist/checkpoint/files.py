@@ -20,6 +20,7 @@ from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWr
 
 MANIFEST = "manifest.json"
 RUN = "run.json"
+SCORES = "scores.json"
 FORMAT = 1
 _CHUNK = 1 << 22
 
@@ -121,6 +122,10 @@ class CheckpointFolder:
         files = {name: asdict(entry) for name, entry in sorted(entries.items())}
         self._put(MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1).encode())
         return sum(entry.bytes for entry in entries.values())
+
+    def write_scores(self, scores: dict[str, float]) -> None:
+        """Write figures that came later than the manifest."""
+        self._put(SCORES, json.dumps(scores, indent=1).encode())
 
     def _put(self, name: str, data: bytes) -> None:
         """Write a small file as a whole or not at all; object stores do that by themselves."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from mhe_dist.checkpoint.files import RUN, CheckpointFolder
+from mhe_dist.checkpoint.files import RUN, SCORES, CheckpointFolder
 from mhe_dist.errors import RunError
 
 
@@ -32,6 +32,19 @@ class Checkpoint:
     def run(self) -> dict[str, Any]:
         """What was given to `save` as `run`."""
         return CheckpointFolder(self.path).read_json(RUN)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Figures of the evaluation of this model; empty: it was not evaluated.
+
+        They are in `run`, or in a file of their own when a resumed run evaluated.
+        """
+        if scores := self.run.get("scores"):
+            return scores
+        try:
+            return CheckpointFolder(self.path).read_json(SCORES)
+        except (OSError, ValueError):
+            return {}
 
     def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Name -> (shape, dtype) of every tensor."""

@@ -4,6 +4,7 @@
                   .metadata          their names, shapes and places
                   run.json           what the caller wants to know at a resume
                   manifest.json      sizes and checksums; written last, makes it a checkpoint
+                  scores.json        figures of an evaluation that ended after that, if any
 
 A tensor lies on one rank as a whole, under a name that does not depend on the number of ranks.
 """
@@ -237,12 +238,24 @@ class CheckpointStore:
             raise RunError(result[1])
         return result[0]
 
+    def add_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Keep figures of a complete checkpoint's model that were not known when it was saved.
+
+        All ranks may call; rank 0 writes. A store that cannot be written is a warning in the log.
+        """
+        if not self._topology.is_first:
+            return
+        try:
+            CheckpointFolder(self._path(step)).write_scores(scores)
+        except OSError as failure:
+            logger.warning("the scores of step %d cannot be stored: %s", step, failure)
+
     def _delete_old(self) -> None:
         paths = {step: self._path(step) for step in self._steps()}
         history = {step: self._is_complete(path) for step, path in paths.items()}
         scores = {}
         for step in [s for s, complete in history.items() if complete and self._policy.best]:
-            score = self._policy.score(Checkpoint(paths[step], step).run.get("scores", {}))
+            score = self._policy.score(Checkpoint(paths[step], step).scores)
             if score is not None:
                 scores[step] = score
         for step in steps_to_delete(history, self._policy, scores):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import broadcast_from_first
-from mhe_dist.errors import Preempted, RunError, UserError, first_line
+from mhe_dist.errors import Preempted
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
@@ -38,7 +37,7 @@ def finish_run(run: Run) -> dict[str, Any]:
     """
     run.check_lock()
     run.recorder.flush()
-    evaluation = _evaluate(run)
+    evaluation = run.try_to_evaluate(with_pictures=True) or Evaluation({}, {})
     tensors = run.engine.state()
     exports: dict[str, dict[str, Any]] | None = {}
     if run.topology.is_first:
@@ -59,22 +58,6 @@ def finish_run(run: Run) -> dict[str, Any]:
             json.dump(summary, file, indent=2)
         run.recorder.emit("end", summary=summary)
     return summary
-
-
-def _evaluate(run: Run) -> Evaluation:
-    """The last evaluation. One that fails is a warning: what was trained is exported all the same.
-
-    It fails on all ranks, so that all go on (`pipelines.embedding.embeddings.raise_together`).
-    """
-    try:
-        return run.evaluate(with_pictures=True)
-    except (UserError, RunError, OSError) as error:
-        run.recorder.warn(
-            run.progress.step,
-            f"the last evaluation failed: {first_line(error)}; mend that, then: "
-            f"mhe evaluate {shlex.quote(run.config.run.path)}",
-        )
-        return Evaluation({}, {})
 
 
 def _export(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.engine.settings import resolve_head_matmul
-from mhe_dist.errors import Preempted, UserError
+from mhe_dist.errors import Preempted, RunError, UserError, first_line
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
@@ -150,7 +151,7 @@ class Run:
                 "tell it from",
             )
         if self._evaluation_due(self.progress.step) and self._resumes_unscored():
-            self.evaluate()
+            self._evaluate_again()
         batches = self.open_loader(self.progress.step, self.total_steps)
         skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
@@ -185,6 +186,29 @@ class Run:
             )
         self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
         return evaluation
+
+    def try_to_evaluate(self, with_pictures: bool = False) -> Evaluation | None:
+        """Like `evaluate`, but one that fails is a warning; None stands for it.
+
+        What is trained is worth more. It fails on all ranks, so that all go on
+        (`pipelines.embedding.embeddings.raise_together`).
+        """
+        try:
+            return self.evaluate(with_pictures)
+        except (UserError, RunError, OSError) as error:
+            step, path = self.progress.step, shlex.quote(self.config.run.path)
+            self.recorder.warn(
+                step,
+                f"the evaluation after step {step} failed: {first_line(error)}; mend that, then: "
+                f"mhe evaluate {path}",
+            )
+            return None
+
+    def _evaluate_again(self) -> None:
+        """What the process before did not end; its checkpoint gets the figures."""
+        if self.try_to_evaluate() is not None:
+            step = self.progress.step
+            self.store.add_scores(step, self.recorder.scores(step))
 
     def _refuse_unusable_sets(self) -> None:
         """What would make an evaluation fail hours later is said now."""
@@ -256,8 +280,7 @@ class Run:
         evaluated = False
         if self._evaluation_due(done) and not stopping:
             try:
-                self.evaluate()
-                evaluated = True
+                evaluated = self.try_to_evaluate() is not None
             except Preempted:  # told to stop meanwhile; the resumed run evaluates
                 stopping = True
         if self.checkpointer.due(done, evaluated) or info.requested or stopping or last:
@@ -340,7 +363,7 @@ class Run:
                 f"train.max_steps give {self.total_steps} now: give at least as many"
             )
         self._load(checkpoint)
-        scored = bool(found.get("scores"))
+        scored = bool(checkpoint.scores)
         progress = RunProgress(found["step"], found["images"], checkpoint.path, scored)
         return progress, found["run_id"], found.get("bad_samples")
 

@@ -389,3 +389,16 @@ def test_the_best_one_is_known_by_its_score(tmp_path: Path) -> None:
         store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": rank1}})
     store.wait()
     assert folders(tmp_path) == ["step_00000020", "step_00000030", "step_00000050"]
+
+
+def test_a_score_may_come_after_the_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), ALONE, RetentionPolicy(1, best="rank1"))
+    store.save(10, {"weight": torch.ones(3)}, {}, {"scores": {}})
+    store.wait()
+    store.add_scores(10, {"rank1": 0.9})
+    newest = store.newest()
+    assert newest is not None and newest.scores == {"rank1": 0.9}
+    for step in (20, 30):
+        store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": 0.5}})
+    store.wait()
+    assert folders(tmp_path) == ["step_00000010", "step_00000030"]

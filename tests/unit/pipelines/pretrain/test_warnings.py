@@ -1,4 +1,4 @@
-"""What a run warns of and lives with, up to a last evaluation that fails."""
+"""What a run warns of and lives with, evaluations that fail among it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mhe_dist.errors import RunError
+from mhe_dist.checkpoint.reader import Checkpoint
+from mhe_dist.errors import Preempted, RunError
 from mhe_dist.tracking.base import NullTracker
 from pipelines.pretrain import run as run_module
 from pipelines.pretrain.main import run_pretraining
@@ -32,16 +33,42 @@ def test_a_finished_training_is_exported_whatever_else_fails(
         tiny.write_shards(tmp_path / "one", classes=1),
         head={"kind": "full", "groups": 1},
         train={"max_steps": 2, "global_batch": 8, "micro_batch": 8},
-        evaluate={"verification": [tiny.write_bin(tmp_path / "lfw.bin")]},
+        evaluate={"verification": [tiny.write_bin(tmp_path / "lfw.bin")], "every_steps": 1},
         export={"formats": ["timm"]},
     )
     events: list[dict[str, Any]] = []
     summary = run_pretraining(config, events.append)
     said = summary["warnings"]
     assert [event["message"] for event in events if event["event"] == "warning"] == said
-    expected = ["there is one class only", "loss of step 0 is exactly 0", "was deleted"]
-    expected.append("the last evaluation failed: lfw.bin: image 3 cannot be decoded; mend that, ")
+    failed = "the evaluation after step {} failed: lfw.bin: image 3 cannot be decoded; mend that, "
+    expected = ["there is one class only", failed.format(1), "loss of step 0 is exactly 0"]
+    expected += ["was deleted", failed.format(2)]
     for part, message in zip(expected, said, strict=True):
         assert part in message
     assert Path(summary["exports"]["timm"]["path"], "model.safetensors").exists()
     assert summary["heldout"] == {}
+
+
+@pytest.mark.slow
+def test_an_evaluation_done_again_gives_its_checkpoint_the_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told_to_stop(*_: Any) -> None:
+        raise Preempted("told to stop while it evaluated")
+
+    config = tiny.config(
+        tmp_path,
+        tiny.write_shards(tmp_path / "two", classes=2),
+        head={"kind": "full", "groups": 1},
+        train={"max_steps": 2, "global_batch": 8, "micro_batch": 8},
+        evaluate={"verification": [tiny.write_bin(tmp_path / "lfw.bin")], "every_steps": 1},
+        export={"formats": []},
+    )
+    with monkeypatch.context() as patches:
+        patches.setattr(run_module, "evaluate_in_training", told_to_stop)
+        with pytest.raises(Preempted):
+            run_pretraining(config)
+    checkpoint = Checkpoint(f"{config.run.path}/checkpoints/step_00000001", 1)
+    assert checkpoint.scores == {}
+    run_pretraining(config)
+    assert checkpoint.scores["lfw/accuracy"] > 0
