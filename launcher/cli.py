@@ -70,6 +70,10 @@ VERBS = {  # name: where it is, and the first sentence of its help
         "Make classes of images that have none: embed, cluster, give each image its nearest "
         "classes.",
     ),
+    "audit": (
+        "launcher.verbs.embedding.audit:audit",
+        "Find wrong labels with a trained backbone, and write a label set without them.",
+    ),
     "search": (
         "launcher.verbs.embedding.search:search",
         "Look images up among others: the nearest of each, in a table, a contact sheet and a page.",

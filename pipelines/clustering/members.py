@@ -37,6 +37,35 @@ class Members:
         count = int(self.counts[first:stop].sum())
         return self._numbers[start : start + count].astype(np.int64)
 
+    def some_between(self, first: int, stop: int, limit: int) -> Ints:
+        """The images of the classes `[first, stop)`, class after class, evenly drawn of large ones.
+
+        Args:
+            first, stop: the classes.
+            limit: images of a class.
+        """
+        images, counts = self.between(first, stop), self.counts[first:stop]
+        if counts.max(initial=0) <= limit:
+            return images
+        sizes = np.repeat(counts, counts)
+        position = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+        kept = np.minimum(sizes, limit)
+        return images[(position + 1) * kept // sizes > position * kept // sizes]
+
+    def some(self, classes: Ints, limit: int) -> Ints:
+        """int64 `[n, limit]`: images of some classes, evenly drawn; -1 where one has no more.
+
+        Args:
+            classes: int64 `[n]`.
+            limit: images of a class.
+        """
+        counts = self.counts[classes][:, None]
+        position = np.arange(limit)
+        chosen = np.where(counts > limit, position * counts // limit, position)
+        there = chosen < counts
+        at = np.where(there, self.starts[classes][:, None] + chosen, 0)
+        return np.where(there, self._numbers[at].astype(np.int64), -1)
+
 
 def count_classes(classes: npt.NDArray[Any], num_classes: int) -> Ints:
     """int64 `[C]`: images of each class; -1 is none.

@@ -44,6 +44,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "loader": {"data", "shards", "storage"},
         "sources": {"data", "shards", "storage"},
         "embedding": {"sources", "runs", "data", "shards", "storage"},
+        "audit": {"clustering", "embedding", "sources", "data", "shards", "storage"},
         "evaluate": {"embedding", "sources", "data", "shards", "storage"},
         "report": {"evaluate", "embedding", "data", "shards", "storage"},
         "serving": {"data", "shards", "storage"},

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.tasks.choose import AddressOption
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, format_duration
 from launcher.verbs.data.convert import resumable
+from launcher.verbs.embedding.shared import (
+    EMBEDDINGS_SUFFIX,
+    EmbeddingOptions,
+    embed_shards,
+    embedded_by,
+)
 from launcher.verbs.evaluate.shared import GpuOption
-from mhe_dist.config.load import load_config
-from mhe_dist.config.shipped import find_config
 from mhe_dist.errors import UserError
 from pipelines.report.charts.numbers import format_share
-from pipelines.runs.folder import find_run, newest_checkpoint
-from pipelines.runs.trained import read_trained_config
 from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.storage.urls import require_absent
 from pipelines.storage.worker_pool import available_cores
@@ -31,11 +31,9 @@ if TYPE_CHECKING:
     from pipelines.clustering.quality import ReadLabels
     from pipelines.clustering.settings import ClusterSettings
     from pipelines.clustering.state import Watch
-    from pipelines.embedding.folder import EmbeddingsFolder
     from pipelines.shards.label_set import LabelSet
 
 MIB, GIB = 2.0**20, 2.0**30
-MODEL_SUFFIX, EMBEDDINGS_SUFFIX = "-model", "-embeddings"  # of folders beside the label set
 IN_THE_BACKGROUND = 0.9  # share of the free memory that a clustering may be predicted to take
 
 Classes = Annotated[int, typer.Option(min=1, help="How many classes to make.")]
@@ -137,15 +135,6 @@ def cluster(
     show_next(shards, made, how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
 
 
-class EmbeddingOptions(NamedTuple):
-    """Where embeddings lie and who makes them, as the options of `cluster` say."""
-
-    embeddings: str = ""
-    workers: int = 0
-    gpu: bool | None = None
-    address: str = ""
-
-
 def make_label_set(
     shards: str,
     model: str,
@@ -170,65 +159,6 @@ def make_label_set(
     console.say(describe(made))
     console.show_table(f"{made.num_classes:,} classes of {made.samples:,} images", figures(made))
     return made
-
-
-def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> EmbeddingsFolder:
-    """The embeddings of the shards: those that are there, or made now; see `cluster`."""
-    from pipelines.embedding.folder import EmbeddingsFolder
-    from pipelines.embedding.write_folder import FolderOptions, write_folder
-
-    target = how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
-    if not model:
-        if not how.embeddings:
-            raise UserError(
-                "--model is missing: name the run, or the YAML file, whose backbone embeds the "
-                "images; or --embeddings FOLDER, which mhe embed made"
-            )
-        return EmbeddingsFolder.open(target)
-    run = find_model(model, f"{out}{MODEL_SUFFIX}", shards)
-    gpu = read_trained_config(run).scale.gpu if how.gpu is None else how.gpu
-    with (
-        choose_workers(how.workers, gpu, how.address) as chosen,
-        ProgressDisplay().counting(f"embedding {shards}") as progress,
-    ):
-        return write_folder(run, shards, target, FolderOptions(gpu=gpu), chosen, progress)
-
-
-def find_model(model: str, folder: str, shards: str) -> str:
-    """The run that `--model` names; of a YAML file, a run in `folder` that no step was made of.
-
-    Raises:
-        UserError: it is neither.
-    """
-    from pipelines.runs.untrained import write_untrained_run
-
-    file = find_config(model)
-    try:
-        path = find_run(model)
-        if "/step_" in model or newest_checkpoint(path) or not file.is_file():
-            return model
-    except UserError as error:
-        if not file.is_file():
-            raise UserError(
-                f"--model {model}: no such run, and no such YAML file; name the folder of a run, "
-                "such as runs/quickstart, its name, or a configuration"
-            ) from error
-    parent, _, name = folder.rpartition("/")
-    words = [f"run.dir={parent or '.'}", f"run.name={name}", f"data.shards={shards}"]
-    return write_untrained_run(load_config(model, words))
-
-
-def embedded_by(folder: EmbeddingsFolder) -> dict[str, Any]:
-    """What tells embeddings from others, wherever they lie: JSON-able."""
-    parts = json.dumps([part.checksum for part in folder.parts])
-    recipe = folder.recipe
-    return {
-        "rows": "sha256:" + hashlib.sha256(parts.encode()).hexdigest(),
-        "model": recipe.model_digest,
-        "step": recipe.step,
-        "dtype": recipe.dtype,
-        "dim": recipe.dim,
-    }
 
 
 def read_labels(index: ShardIndex) -> ReadLabels | None:

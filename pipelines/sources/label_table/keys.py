@@ -54,18 +54,24 @@ def read_keys(index: ShardIndex, shard: int, start: int, stop: int) -> list[str]
         UserError: the tar is missing, or is not the one of the index.
         RunError: it cannot be read.
     """
+    return read_some_keys(index, shard, np.arange(start, stop))
+
+
+def read_some_keys(index: ShardIndex, shard: int, positions: npt.NDArray[np.int64]) -> list[str]:
+    """The keys of samples of a shard by their positions in it, ascending; see `read_keys`."""
     keys: list[str] = []
     with RangeReader(index.url(shard)) as reader:
-        for first in range(start, stop, _PER_READ):
-            last = min(first + _PER_READ, stop)
-            bounds = index.shards[shard].bounds(first, last)
-            begins = bounds[:-1]
+        for first in range(0, len(positions), _PER_READ):
+            chosen = positions[first : first + _PER_READ]
+            bounds = index.shards[shard].bounds(int(chosen[0]), int(chosen[-1]) + 1)
+            begins = bounds[chosen - chosen[0]]
             headers = reader.read_many(begins.tolist(), (begins + _HEADER).tolist())
-            for position, header in enumerate(headers):
+            for position, header in zip(chosen.tolist(), headers, strict=True):
                 key = _key(header)
                 if key is None:
-                    raw = reader.read(int(bounds[position]), int(bounds[position + 1]))
-                    key = _parsed_key(raw, index.sample_name(shard, first + position))
+                    at = position - int(chosen[0])
+                    raw = reader.read(int(bounds[at]), int(bounds[at + 1]))
+                    key = _parsed_key(raw, index.sample_name(shard, position))
                 keys.append(key)
     return keys
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from launcher import cli
-from launcher.verbs.embedding import cluster
+from launcher.verbs.embedding import cluster, shared
 from mhe_dist.config.write import save_config
 from pipelines.data.mixture.index import open_training_index
 from pipelines.embedding.folder import EmbeddingsFolder
@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def made(data: Path) -> Path:
     """A label set by the untrained backbone; this process embeds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "choose_workers", lambda *_: nullcontext(HERE))
+        patch.setattr(shared, "choose_workers", lambda *_: nullcontext(HERE))
         assert cli.run(command(data, data / "first", "--model", f"{data}/small.yaml")) == 0
     return data / "first"
 

@@ -1,0 +1,374 @@
+"""`mhe audit`: wrong labels of a data set, found, shown, and cured by a label set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.tasks.choose import AddressOption
+from launcher.terminal import console
+from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.data.convert import resumable
+from launcher.verbs.embedding.shared import (
+    MODEL_SUFFIX,
+    EmbeddingOptions,
+    embed_shards,
+    embedded_by,
+    find_model,
+)
+from launcher.verbs.evaluate.shared import GpuOption
+from mhe_dist.errors import UserError
+from pipelines.runs.trained import read_trained_config
+from pipelines.shards.index import UNLABELLED, ShardIndex
+from pipelines.shards.label_set import LabelSet
+from pipelines.storage.urls import atomic_write
+from pipelines.storage.worker_pool import available_cores
+
+if TYPE_CHECKING:
+    from pipelines.audit.findings import Findings
+    from pipelines.audit.job import AuditJob
+    from pipelines.audit.settings import AuditSettings
+
+FIGURES_FILE, LABELS_FOLDER = "figures.json", "labels"
+MADE_OF = "made_of"  # key of the figures: what they are of
+STAGES = 24  # of an audit, about; each counts the same in the progress
+
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run, or a step_* checkpoint; or a YAML file or its name: the backbone that it "
+        "begins with.",
+    ),
+]
+Shards = Annotated[
+    str, typer.Option(help="Folder or URL of the data set; left out: what the run trained on.")
+]
+Labels = Annotated[
+    str, typer.Option(help="Label set that is examined; left out: the run's, or the tars' labels.")
+]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(help="Shards that the run is evaluated on, looked for in the data set; repeat."),
+]
+FalseRate = Annotated[
+    float,
+    typer.Option(help="Share of the findings of a kind that may be false, at most; as estimated."),
+]
+Apply = Annotated[
+    str, typer.Option(help="What the label set does of merge, split, relabel and drop; by comma.")
+]
+Decisions = Annotated[
+    str,
+    typer.Option(help="CSV like decisions.csv with `reject` (or `accept`) in its last column."),
+]
+Embeddings = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
+    ),
+]
+WorkerCount = Annotated[
+    int, typer.Option(min=0, help="Embed and compare at the same time; 0: one per core or GPU.")
+]
+
+
+def audit(
+    run: Run,
+    shards: Shards = "",
+    labels: Labels = "",
+    against: Against = None,
+    out: Annotated[str, typer.Option(help="Folder for what is found, on this machine.")] = "audit",
+    false_rate: FalseRate = 0.01,
+    apply: Apply = "merge,split,relabel,drop",
+    decisions: Decisions = "",
+    embeddings: Embeddings = "",
+    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    workers: WorkerCount = 0,
+    gpu: GpuOption = None,
+    address: AddressOption = "",
+) -> None:
+    """Find wrong labels with a trained backbone, and write a label set without them.
+
+    Looks for classes that are one and classes that are two, for images of another class or of none,
+    for repeated pictures, and for pictures and identities of evaluation sets among the training
+    images. Thresholds come from the data: faults are made of it to see what they look like, and
+    at most a share --false-rate of what is found is false, as estimated.
+
+    OUT/findings.parquet holds every finding, OUT/figures.json thresholds and histograms,
+    OUT/labels the label set to train with. To decide by hand, write `reject` behind rows of
+    OUT/decisions.csv and give it back with --decisions: the label set is made anew, the rest stays.
+    No tar is ever changed.
+
+    Killed at any point, the same command goes on, and finds the same; findings do not depend on the
+    number of cores.
+
+    Example: mhe audit quickstart --against data/heldout --out audit
+
+    Example: mhe train quickstart run.name=again data.labels=audit/labels
+    """
+    from pipelines.audit.cure import parse_actions
+    from pipelines.audit.settings import AuditSettings
+
+    actions, settings, out = parse_actions(apply), AuditSettings(false_rate, seed), out.rstrip("/")
+    settings.validate()
+    how = EmbeddingOptions(embeddings.rstrip("/"), workers, gpu, address)
+    with resumable():
+        task = open_task(run, shards, labels, against or [], out, settings)
+        if Path(f"{out}/{FIGURES_FILE}").is_file():
+            console.say(f"[bold]{escape(out)}[/] is complete: its findings are used.")
+        else:
+            find_faults(task, how)
+        show_audit(task, cure(task, actions, decisions))
+
+
+@dataclass(frozen=True)
+class AuditTask:
+    """What is audited.
+
+    Attributes:
+        run: whose backbone embeds.
+        index: the data set.
+        labels: label set that is examined; None: the index's labels.
+        against: evaluation sets.
+        out: folder of the audit.
+        settings: what is asked for.
+    """
+
+    run: str
+    index: ShardIndex
+    labels: LabelSet | None
+    against: Sequence[str]
+    out: str
+    settings: AuditSettings
+
+    @property
+    def num_classes(self) -> int:
+        """C: classes of the labels."""
+        return self.index.num_classes if self.labels is None else self.labels.num_classes
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What tells this audit from others, without its embeddings: JSON-able."""
+        return {
+            "data": self.index.digest,
+            "labels": self.labels.digest if self.labels else "",
+            "against": [ShardIndex.load(url).digest for url in self.against],
+            "settings": self.settings.as_dict(),
+        }
+
+    def read_labels(self, start: int, stop: int) -> Any:
+        """int64 `[stop - start]`: classes of images; -1: none."""
+        if self.labels is not None:
+            return self.labels.single_labels(start, stop)
+        return self.index.labels_of(np.arange(start, stop))
+
+    def class_names(self, wanted: Any) -> dict[int, str]:
+        """Names of some classes; those without one are left out."""
+        from pipelines.data.mixture.class_list import names_of
+
+        return names_of(self.labels.folder if self.labels else self.index.folder, wanted)
+
+
+def open_task(
+    run: str,
+    shards: str,
+    labels: str,
+    against: Sequence[str],
+    out: str,
+    settings: AuditSettings,
+) -> AuditTask:
+    """Open what the options name; what is left out is what the run trained on.
+
+    Raises:
+        UserError: something is not there, or its labels cannot be examined.
+    """
+    run = find_model(run, f"{out}{MODEL_SUFFIX}", shards, option="")
+    if not shards:
+        data = read_trained_config(run).data
+        if data.mix or data.classes or data.images_per_class:
+            raise UserError(
+                f"{run}: was trained on a mixture or a choice of classes; name one data set with "
+                "--shards, and its label set, if it has one, with --labels"
+            )
+        shards, labels = data.shards, labels or data.labels
+    index = ShardIndex.load(shards.rstrip("/"))
+    found = LabelSet.load(labels) if labels else None
+    if found is not None:
+        found.require_index(index)
+        if found.max_labels > 1:
+            raise UserError(
+                f"{labels}: gives images up to {found.max_labels} classes, and an audit examines "
+                "one of each; give a label set with one class an image (--labels)"
+            )
+    elif index.meta.get(UNLABELLED) or index.labels_of(np.zeros(1, np.int64)) is None:
+        raise UserError(
+            f"{index.folder}: its index holds no labels; make one that does (mhe data index), or "
+            "name a label set with --labels"
+        )
+    return AuditTask(run, index, found, [url.rstrip("/") for url in against], out, settings)
+
+
+def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
+    """Embed, compare, and write the findings; `task.out` appears when they are complete.
+
+    Raises:
+        UserError: it cannot be done.
+    """
+    from pipelines.audit.evaluation_sets import EvaluationSet
+    from pipelines.audit.findings import write_findings
+    from pipelines.audit.job import AuditJob
+    from pipelines.audit.record import list_figures, list_findings
+    from pipelines.clustering.rows import UnitRows
+
+    folder = embed_shards(task.index.folder, task.run, task.out, how)
+    alone = how._replace(embeddings="")
+    embedded = [
+        embed_shards(url, task.run, f"{task.out}-against{number}", alone)
+        for number, url in enumerate(task.against)
+    ]
+    sets = [
+        EvaluationSet(url, each.index, UnitRows(each.rows), _known_labels(each.index))
+        for url, each in zip(task.against, embedded, strict=True)
+    ]
+    recipe = task.made_of | {"embeddings": [embedded_by(each) for each in (folder, *embedded)]}
+    side = folder.recipe.image_size
+    threads = min(how.workers or available_cores(), available_cores())
+    with AuditJob(
+        *(task.out, task.index, folder.rows, task.read_labels, task.num_classes),
+        *(sets, recipe, task.settings, side),
+    ) as job:
+        result = _watched(job, threads)
+        findings = list_findings(result, _names(task, sets))
+        figures = list_figures(result, findings, task.settings.false_rate)
+        figures[MADE_OF] = task.made_of
+        write_findings(job.folder, findings)
+        with atomic_write(f"{job.folder}/{FIGURES_FILE}") as stream:
+            stream.write(json.dumps(figures, indent=1).encode() + b"\n")
+        job.publish()
+
+
+def _known_labels(index: ShardIndex) -> Any:
+    """int32 `[M]`: identities of an evaluation set; None: its index holds none."""
+    if index.meta.get(UNLABELLED):
+        return None
+    found = index.labels_of(np.arange(index.samples))
+    return None if found is None else found.astype(np.int32)
+
+
+def _names(task: AuditTask, sets: Sequence[Any]) -> Any:
+    from pipelines.audit.record import SampleNames
+    from pipelines.data.mixture.class_list import names_of
+
+    def named(index: ShardIndex) -> Any:
+        return lambda wanted: names_of(index.folder, wanted)
+
+    others = {each.name: (each.index, named(each.index)) for each in sets}
+    return SampleNames(task.index, task.class_names, others)
+
+
+def _watched(job: AuditJob, threads: int) -> Any:
+    stages: list[str] = []
+    with ProgressDisplay().counting("auditing") as progress:
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages.append(stage)
+            whole = 100 * max(STAGES, len(stages))
+            progress(round(100 * (len(stages) - 1 + done / max(1, total))), whole)
+
+        return job.run(watch, threads)
+
+
+class CuredAudit(NamedTuple):
+    """A complete audit, and the label set that was made of it.
+
+    Attributes:
+        findings: all of them.
+        figures: the content of figures.json.
+        labels: the label set.
+    """
+
+    findings: Findings
+    figures: dict[str, Any]
+    labels: LabelSet
+
+
+def cure(task: AuditTask, actions: Sequence[str], decisions: str) -> CuredAudit:
+    """Make the label set of a complete audit; one of before is replaced.
+
+    Raises:
+        UserError: the audit is of other data or settings, or the decisions are not about it.
+    """
+    from pipelines.audit.cure import cure_labels, write_cure
+    from pipelines.audit.findings import read_decisions, read_findings
+
+    findings = read_findings(task.out)
+    figures = json.loads(Path(f"{task.out}/{FIGURES_FILE}").read_text())
+    _require_same(task, figures.get(MADE_OF, {}))
+    decided = read_decisions(decisions, findings) if decisions else None
+    names = task.class_names(range(task.num_classes))
+    labels = task.read_labels(0, task.index.samples)
+    cured = cure_labels(labels, task.num_classes, findings, actions, decided)
+    about: dict[str, Any] = {"audit": task.made_of, "actions": list(actions)}
+    if decisions:
+        about["decisions"] = decisions
+    made = write_cure(
+        f"{task.out}/{LABELS_FOLDER}",
+        task.index,
+        cured,
+        [names.get(number, str(number)) for number in range(task.num_classes)],
+        about,
+    )
+    return CuredAudit(findings, figures, made)
+
+
+def _require_same(task: AuditTask, before: dict[str, Any]) -> None:
+    words = {
+        "data": f"the data set {task.index.folder}",
+        "labels": "the labels",
+        "against": "the sets of --against",
+        "settings": "--false-rate or --seed",
+    }
+    for key, value in task.made_of.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"--out {task.out}: is an audit of something else: {words[key]} differ; type what "
+                "made it, delete it, or choose another --out"
+            )
+
+
+def show_audit(task: AuditTask, made: CuredAudit) -> None:
+    """What was found, and what to type next."""
+    table = Table("", "found", "examined", "expected to be false", "threshold", box=None)
+    for kind, found in made.figures["kinds"].items():
+        threshold = "none" if found["threshold"] is None else f"{found['threshold']:.3f}"
+        count, examined = f"{found['count']:,}", f"{found['examined']:,} {found['unit']}"
+        table.add_row(
+            kind.replace("_", " "), count, examined, f"{found['expected_false']:.1f}", threshold
+        )
+    totals = made.figures["totals"]
+    console.show_table(f"{totals['images']:,} images of {totals['classes']:,} classes", table)
+    console.say(
+        f"doubted: {totals['images_doubted']:,} images, {totals['classes_doubted']:,} classes"
+    )
+    labels = made.labels
+    console.say(
+        f"[bold]{escape(labels.folder)}[/]: {labels.labelled:,} of {labels.samples:,} images in "
+        f"{labels.num_classes:,} classes"
+    )
+    train = ["mhe", "train", "CONFIG", f"data.shards={task.index.folder}"]
+    console.list_next(
+        [
+            ("train without them", [*train, f"data.labels={labels.folder}"]),
+            ("what changed", ["mhe", "data", "labels", "show", labels.folder]),
+        ]
+    )

@@ -1,0 +1,95 @@
+"""Shared by the verbs that embed a data set and go on with its embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from launcher.tasks.choose import choose_workers
+from launcher.terminal.progress import ProgressDisplay
+from mhe_dist.config.load import load_config
+from mhe_dist.config.shipped import find_config
+from mhe_dist.errors import UserError
+from pipelines.runs.folder import find_run, newest_checkpoint
+from pipelines.runs.trained import read_trained_config
+
+if TYPE_CHECKING:
+    from pipelines.embedding.folder import EmbeddingsFolder
+
+MODEL_SUFFIX, EMBEDDINGS_SUFFIX = "-model", "-embeddings"  # of folders beside what is made
+
+
+class EmbeddingOptions(NamedTuple):
+    """Where embeddings lie and who makes them, as the options of these verbs say."""
+
+    embeddings: str = ""
+    workers: int = 0
+    gpu: bool | None = None
+    address: str = ""
+
+
+def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> EmbeddingsFolder:
+    """The embeddings of the shards: those that are there, or made now."""
+    from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.embedding.write_folder import FolderOptions, write_folder
+
+    target = how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}"
+    if not model:
+        if not how.embeddings:
+            raise UserError(
+                "--model is missing: name the run, or the YAML file, whose backbone embeds the "
+                "images; or --embeddings FOLDER, which mhe embed made"
+            )
+        return EmbeddingsFolder.open(target)
+    run = find_model(model, f"{out}{MODEL_SUFFIX}", shards)
+    gpu = read_trained_config(run).scale.gpu if how.gpu is None else how.gpu
+    with (
+        choose_workers(how.workers, gpu, how.address) as chosen,
+        ProgressDisplay().counting(f"embedding {shards}") as progress,
+    ):
+        return write_folder(run, shards, target, FolderOptions(gpu=gpu), chosen, progress)
+
+
+def find_model(model: str, folder: str, shards: str, option: str = "--model ") -> str:
+    """The run that is named; of a YAML file, a run in `folder` that no step was made of.
+
+    Args:
+        model: run, `step_*` checkpoint or YAML file.
+        folder: of a run that is made.
+        shards: of its config; empty: those that the YAML file names.
+        option: how messages name what was given.
+
+    Raises:
+        UserError: it is neither.
+    """
+    from pipelines.runs.untrained import write_untrained_run
+
+    file = find_config(model)
+    try:
+        path = find_run(model)
+        if "/step_" in model or newest_checkpoint(path) or not file.is_file():
+            return model
+    except UserError as error:
+        if not file.is_file():
+            raise UserError(
+                f"{option}{model}: no such run, and no such YAML file; name the folder of a run, "
+                "such as runs/quickstart, its name, or a configuration"
+            ) from error
+    parent, _, name = folder.rpartition("/")
+    words = [f"run.dir={parent or '.'}", f"run.name={name}"]
+    words += [f"data.shards={shards}"] if shards else []
+    return write_untrained_run(load_config(model, words))
+
+
+def embedded_by(folder: EmbeddingsFolder) -> dict[str, Any]:
+    """What tells embeddings from others, wherever they lie: JSON-able."""
+    parts = json.dumps([part.checksum for part in folder.parts])
+    recipe = folder.recipe
+    return {
+        "rows": "sha256:" + hashlib.sha256(parts.encode()).hexdigest(),
+        "model": recipe.model_digest,
+        "step": recipe.step,
+        "dtype": recipe.dtype,
+        "dim": recipe.dim,
+    }

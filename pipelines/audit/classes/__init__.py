@@ -1,0 +1,1 @@
+"""Statistics of classes: their centres, which are one, and which are two."""

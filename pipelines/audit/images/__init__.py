@@ -1,0 +1,1 @@
+"""Statistics of images: how near classes are, strays, and copies."""

@@ -1,0 +1,120 @@
+"""`mhe audit`: from shards and a backbone to findings and a label set; what decisions change."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher import cli
+from launcher.verbs.embedding import shared
+from mhe_dist.config.write import save_config
+from pipelines.audit.findings import read_findings
+from pipelines.embedding.folder import EmbeddingsFolder
+from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelLists, LabelSet, write_label_set
+from pipelines.storage.worker_pool import HERE
+from tests import tiny
+
+Captured = pytest.CaptureFixture[str]
+WRONG = 12  # images of another class
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a label set that puts some images into other classes, and a YAML file."""
+    folder = tmp_path_factory.mktemp("data")
+    index = ShardIndex.load(tiny.write_shards(folder / "shards"))
+    save_config(tiny.config(folder, index.folder), f"{folder}/small.yaml")
+    labels = index.labels_of(np.arange(index.samples))
+    assert labels is not None
+    labels[:WRONG] = (labels[:WRONG] + 7) % tiny.CLASSES
+    write_label_set(
+        f"{folder}/labels",
+        index,
+        tiny.CLASSES,
+        lambda: [LabelLists(np.arange(1, len(labels) + 1), labels)],
+        [f"name {number}" for number in range(tiny.CLASSES)],
+    )
+    return folder
+
+
+def command(data: Path, out: str, *more: str) -> list[str]:
+    words = ["audit", f"{data}/small.yaml", "--labels", f"{data}/labels", "--out", f"{data}/{out}"]
+    return [*words, "--workers", "1", *more]
+
+
+def said(words: list[str], capsys: Captured, code: int = 0) -> str:
+    assert cli.run(words) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.err if code else captured.out).split())
+
+
+@pytest.fixture(scope="module")
+def made(data: Path) -> Path:
+    """An audit by the untrained backbone; this process embeds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "choose_workers", lambda *_: nullcontext(HERE))
+        assert cli.run(command(data, "audit", "--against", f"{data}/shards")) == 0
+    return data / "audit"
+
+
+def test_findings_and_a_label_set_are_written(data: Path, made: Path) -> None:
+    index = ShardIndex.load(f"{data}/shards")
+    findings, labels = read_findings(str(made)), LabelSet.load(str(made / "labels"))
+    labels.require_index(index)
+    figures = json.loads((made / "figures.json").read_text())
+    assert figures["totals"]["images"] == index.samples and figures["false_rate"] == 0.01
+    copied = findings.of(findings["kind"] == "leak")
+    assert len(copied) == index.samples  # the data set was compared with itself
+    assert set(copied["neighbour_set"]) == {f"{data}/shards"}
+    assert all(name.startswith("name ") for name in copied["class_name"])
+    assert labels.labelled == 0 and labels.meta["applied"]["drop"] == len(copied)
+    assert EmbeddingsFolder.open(f"{made}-embeddings").recipe.samples == index.samples
+    assert not list(data.glob(".audit*"))
+
+
+def test_decisions_change_the_label_set_alone(
+    data: Path, made: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(shared, "choose_workers")  # nothing is embedded again
+    before = (made / "findings.parquet").read_bytes()
+    decisions = data / "decisions.csv"
+    text = (made / "decisions.csv").read_text().replace("\nleak,", "\nleak,", 1)
+    lines = [line + "reject" if line.startswith("leak,") else line for line in text.split("\n")]
+    decisions.write_text("\n".join(lines))
+    more = "--against", f"{data}/shards", "--decisions", str(decisions)
+    output = said(command(data, "audit", *more, "--apply", "relabel,drop"), capsys)
+    assert f"{made} is complete: its findings are used" in output
+    labels = LabelSet.load(str(made / "labels"))
+    dropped = labels.meta["applied"]["drop"]
+    assert labels.labelled == labels.samples - dropped and dropped < 10
+    assert labels.meta["decisions"] == str(decisions)
+    assert (made / "findings.parquet").read_bytes() == before
+    assert f"data.labels={made}/labels" in output
+    assert not list(made.glob(".labels*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--out", "OUT/audit"], "is an audit of something else: the sets of --against differ"),
+        (["--apply", "fix"], "--apply fix: 'fix' is no action"),
+        (["--false-rate", "0.7"], "--false-rate 0.7: this is the share of the findings"),
+        (["--labels", "OUT/nowhere"], "no label set here"),
+        (["--decisions", "OUT/none.csv", "--against", "OUT/shards"], "none.csv: cannot be read"),
+    ],
+)
+def test_mistakes_are_named(
+    data: Path, made: Path, capsys: Captured, more: list[str], words: str
+) -> None:
+    more = [word.replace("OUT", str(data)) for word in more]
+    assert words in said([*command(data, "audit"), *more], capsys, 2)
+
+
+def test_a_run_or_a_yaml_file_is_asked_for(data: Path, capsys: Captured) -> None:
+    words = ["audit", "nothing", "--out", f"{data}/other"]
+    assert "error: nothing: no such run, and no such YAML file" in said(words, capsys, 2)
