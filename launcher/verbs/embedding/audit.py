@@ -103,9 +103,10 @@ def audit(
     images. Thresholds come from the data: faults are made of it to see what they look like, and
     at most a share --false-rate of what is found is false, as estimated.
 
-    OUT/findings.parquet holds every finding, OUT/figures.json thresholds and histograms,
-    OUT/labels the label set to train with. To decide by hand, write `reject` behind rows of
-    OUT/decisions.csv and give it back with --decisions: the label set is made anew, the rest stays.
+    OUT/audit.html shows the most certain findings in pictures. OUT/findings.parquet holds all of
+    them, OUT/figures.json thresholds and histograms, OUT/labels the label set to train with. To
+    decide by hand, write `reject` behind rows of OUT/decisions.csv and give it back with
+    --decisions: the label set is made anew, the rest stays.
     No tar is ever changed.
 
     Killed at any point, the same command goes on, and finds the same; findings do not depend on the
@@ -228,6 +229,7 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
     from pipelines.audit.job import AuditJob
     from pipelines.audit.record import list_figures, list_findings
     from pipelines.clustering.rows import UnitRows
+    from pipelines.report.audit.page import write_audit_page
 
     folder = embed_shards(task.index.folder, task.run, task.out, how)
     alone = how._replace(embeddings="")
@@ -253,6 +255,7 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
         write_findings(job.folder, findings)
         with atomic_write(f"{job.folder}/{FIGURES_FILE}") as stream:
             stream.write(json.dumps(figures, indent=1).encode() + b"\n")
+        write_audit_page(job.folder, task.index, task.labels, {url: url for url in task.against})
         job.publish()
 
 
@@ -366,8 +369,12 @@ def show_audit(task: AuditTask, made: CuredAudit) -> None:
         f"{labels.num_classes:,} classes"
     )
     train = ["mhe", "train", "CONFIG", f"data.shards={task.index.folder}"]
+    from pipelines.report.audit.page import PAGE_FILE
+
+    page = str(Path(f"{task.out}/{PAGE_FILE}").absolute())
     console.list_next(
         [
+            ("see it", ["python", "-m", "webbrowser", page]),
             ("train without them", [*train, f"data.labels={labels.folder}"]),
             ("what changed", ["mhe", "data", "labels", "show", labels.folder]),
         ]

@@ -74,6 +74,7 @@ def test_findings_and_a_label_set_are_written(data: Path, made: Path) -> None:
     assert all(name.startswith("name ") for name in copied["class_name"])
     assert labels.labelled == 0 and labels.meta["applied"]["drop"] == len(copied)
     assert EmbeddingsFolder.open(f"{made}-embeddings").recipe.samples == index.samples
+    assert "name 7" in (made / "audit.html").read_text()
     assert not list(data.glob(".audit*"))
 
 
