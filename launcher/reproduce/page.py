@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from pipelines.runs.folder import (
     read_run_config,
     read_summary,
 )
+
+SCORE_FILE = "score.json"  # in the folder of an audit
 
 if TYPE_CHECKING:
     from pipelines.report.comparison_markdown import WrittenPage
@@ -41,9 +44,26 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
                 results=results,
                 typefaces=each.typefaces,
                 claim=each.claim,
+                more=_describe_faults(each, folder, results),
             )
             sections.append(section)
     return write_comparison_page(sections, page, read_if_exists(page) or "")
+
+
+def _describe_faults(study: Study, folder: str, results: list[VariantResult]) -> list[str]:
+    """What is said of planted faults, if the study has some."""
+    if study.faults is None:
+        return []
+    from pipelines.report.planted_faults import AuditScores, describe_audits, describe_recovery
+
+    audits = []
+    for variant in study.variants:
+        plans = plan_runs(study, [variant], study.seeds)
+        texts = [read_if_exists(f"{folder}/{p.audit}/{SCORE_FILE}") for p in plans if p.audit]
+        scores = [json.loads(text) for text in texts if text]
+        if scores:
+            audits.append(AuditScores(variant.title, scores))
+    return [*describe_recovery(results, study.typefaces), "", *describe_audits(audits)]
 
 
 def compare_variants(study: Study, folder: str, seeds: int) -> Iterator[VariantResult]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mhe_dist.errors import UserError
 from pipelines.report.comparison import Claim
+from pipelines.sources.planted.faults import FaultRates
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -26,12 +27,17 @@ class Variant(NamedTuple):
         overrides: of the config.
         clustered_by: the variant whose backbone embeds the images to make this one's labels, or
             `UNTRAINED`; empty: the labels are those of the data.
+        is_dirty: whether it trains on data that faults were planted into.
+        audited_by: of a dirty one: the variant whose backbone finds the faults that this one trains
+            without; empty: it trains with all of them.
     """
 
     name: str
     title: str
     overrides: tuple[str, ...] = ()
     clustered_by: str = ""
+    is_dirty: bool = False
+    audited_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Study:
         claim: a claim that the page checks.
         classes: how many are made for variants whose labels are clustered.
         labels_per_image: of these classes, at most.
+        faults: what is planted for dirty variants; None: nothing.
+        false_rate: of the audits.
     """
 
     name: str
@@ -64,6 +72,8 @@ class Study:
     claim: Claim | None = None
     classes: int = 0
     labels_per_image: int = 1
+    faults: FaultRates | None = None
+    false_rate: float = 0.01
 
     @property
     def file(self) -> str:
@@ -104,15 +114,32 @@ class PlannedRun(NamedTuple):
 
     @property
     def embedded_by(self) -> str:
-        """Name of the run whose backbone makes its labels; empty: they are those of the data."""
-        if not self.variant.clustered_by:
-            return ""
-        return f"{self.study.name}-{self.variant.clustered_by}-seed{self.seed}"
+        """Name of the run whose backbone makes its labels; empty: they are made without one."""
+        by = self.variant.clustered_by or self.variant.audited_by
+        return f"{self.study.name}-{by}-seed{self.seed}" if by else ""
+
+    @property
+    def planted(self) -> str:
+        """Name of the folder of its dirty data; empty: it trains on clean data."""
+        return f"{self.study.name}-planted-seed{self.seed}" if self.variant.is_dirty else ""
+
+    @property
+    def audit(self) -> str:
+        """Name of the folder of the audit that its labels are from, or that it is the judge of.
+
+        Empty: there is none.
+        """
+        is_judge = self.study.faults is not None and not self.variant.is_dirty
+        return f"{self.name}-audit" if self.variant.audited_by or is_judge else ""
 
     @property
     def labels(self) -> str:
         """Name of its label set; empty: the labels are those of the data."""
-        return f"{self.name}-labels" if self.variant.clustered_by else ""
+        if self.variant.clustered_by:
+            return f"{self.name}-labels"
+        if self.variant.audited_by:
+            return f"{self.audit}/labels"
+        return f"{self.planted}/labels" if self.planted else ""
 
 
 def plan_runs(study: Study, variants: Sequence[Variant], seeds: int) -> Iterator[PlannedRun]:
@@ -338,4 +365,31 @@ UNLABELLED = Study(
     labels_per_image=4,
 )
 
-STUDIES = {study.name: study for study in (SMALL, HEADS, HEADS_ONCE, FULL, PAPER, UNLABELLED)}
+NOISE = Study(
+    name="noise",
+    title="6,000 classes with wrong labels",
+    text=(
+        "The data of `mhe reproduce small`, and faults planted into it: 5 % of the classes are "
+        "split in two, 5 % merged pairwise, 10 % of the images have another class, drawn at "
+        "random, 2 % more images show none of the characters, and 1 % of the held-out images are "
+        "copied into the training set. *filter* leaves negatives out whose cosine exceeds 0.4. "
+        "*audited once* trains from the beginning on the labels that `mhe audit` makes of the "
+        "dirty ones with the backbone that was trained on them; *audited twice* on those that it "
+        "makes of the dirty ones with the backbone of *audited once*."
+    ),
+    config="glyphs_noise.yaml",
+    variants=(
+        Variant("clean", "clean"),
+        Variant("dirty", "dirty", is_dirty=True),
+        Variant("filter", "dirty, filter 0.4", ("head.margin.filter=0.4",), is_dirty=True),
+        Variant("audited1", "audited once", is_dirty=True, audited_by="dirty"),
+        Variant("audited2", "audited twice", is_dirty=True, audited_by="audited1"),
+    ),
+    seeds=3,
+    typefaces=SMALL.typefaces,
+    faults=FaultRates(),
+)
+
+STUDIES = {
+    study.name: study for study in (SMALL, HEADS, HEADS_ONCE, FULL, PAPER, UNLABELLED, NOISE)
+}

@@ -46,6 +46,7 @@ class ComparisonSection:
         results: a row each.
         typefaces: (name in the metrics, title on the page); none: all probes together.
         claim: to be checked.
+        more: lines below the figures.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ComparisonSection:
     results: Sequence[VariantResult]
     typefaces: Sequence[tuple[str, str]] = ()
     claim: Claim | None = None
+    more: Sequence[str] = ()
 
     @property
     def columns(self) -> Sequence[tuple[str, str]]:
@@ -136,6 +138,9 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
         yield f"\n![{section.title}]({picture})\n"
     if section.claim and complete:
         yield from (f"- {sentence}" for sentence in section.claim.verdict(section.results))
+        yield ""
+    if section.more:
+        yield from section.more
         yield ""
     missing = [each.unfinished for each in section.results if each.missing]
     if missing:

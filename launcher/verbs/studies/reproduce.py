@@ -13,17 +13,16 @@ from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.predict import CostPrediction
 from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
-from launcher.reproduce.studies import STUDIES, UNTRAINED, PlannedRun, plan_runs
+from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
 from launcher.verbs.config import Overrides
 from launcher.verbs.data import convert
-from launcher.verbs.embedding.cluster import make_label_set
+from launcher.verbs.studies.run_labels import audit_clean_data, make_labels
 from launcher.verbs.train import train_to_end
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from pipelines.clustering.settings import ClusterSettings
 from pipelines.runs.folder import read_run_config, read_summary
 from pipelines.runs.resume import refuse_changed_config
 from pipelines.shards.label_set import label_set_exists
@@ -57,7 +56,8 @@ def reproduce(
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
     five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
     paper100: the paper's heads at 100 classes. unlabelled: 400 characters without their labels,
-    clustered twice, beside the same with labels. Each run is an ordinary run of
+    clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and
+    audited. Each run is an ordinary run of
     `mhe train` with a name of its own in the output folder. After an interruption the same command
     continues and keeps complete runs. The page is written after every run. A section of an existing
     page that holds more complete runs than the folder stays as it is. The repository's own page is
@@ -74,7 +74,7 @@ def reproduce(
     written = write_study_page(target, out, chosen, count)
     for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
-        _train(plan, config, out)
+        _train(plan, config, overrides or [], out)
         written = write_study_page(target, out, chosen, count)
     places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
     console.list_rows("Where it is", places)
@@ -102,9 +102,13 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
         UserError: an override is wrong, or the run was begun with other settings.
     """
     words, checks = [*plan.overrides, *overrides, f"run.dir={out}"], [check_data, check_backbone]
+    if plan.planted:
+        words.append(f"data.shards={out}/{plan.planted}/train")
+    if plan.variant.clustered_by:
+        words.append(f"data.labels_per_sample={plan.study.labels_per_image}")
     if plan.labels:
         labels = f"{out}/{plan.labels}"
-        words += [f"data.labels={labels}", f"data.labels_per_sample={plan.study.labels_per_image}"]
+        words.append(f"data.labels={labels}")
         if not label_set_exists(labels):
             checks = [check_backbone]  # the labels are made when it is their turn
     config = load_config(plan.study.file, words, checks)
@@ -115,31 +119,18 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
     return config
 
 
-def _make_labels(plan: PlannedRun, config: Config, out: str) -> None:
-    """Cluster the embeddings of the data, unless the label set is there."""
-    target = f"{out}/{plan.labels}"
-    if label_set_exists(target):
-        return
-    with convert.resumable(), ProgressDisplay() as display:
-        execute.make_data(config, display)
-        if plan.variant.clustered_by == UNTRAINED:
-            from pipelines.runs.untrained import write_untrained_run
-
-            run = config.run.model_copy(update={"name": plan.embedded_by})
-            write_untrained_run(config.model_copy(update={"run": run}))
-        settings = ClusterSettings(plan.study.classes, plan.study.labels_per_image, seed=plan.seed)
-        make_label_set(config.data.shards, f"{out}/{plan.embedded_by}", target, settings)
-
-
-def _train(plan: PlannedRun, config: Config, out: str) -> None:
+def _train(plan: PlannedRun, config: Config, overrides: list[str], out: str) -> None:
     """Train a run to its end, unless it is complete."""
     summary, minutes = read_summary(config.run.path), plan.study.minutes
     if summary is None:
         if plan.labels:
-            _make_labels(plan, config, out)
+            clean = load_config(plan.study.file, [*plan.overrides, *overrides, f"run.dir={out}"])
+            make_labels(plan, config, clean, out)
         if minutes and not config.train.max_steps:
             config.train.max_steps = _steps_in(minutes, config)
         summary = train_to_end(config)
+    if plan.audit and not plan.planted:
+        audit_clean_data(plan, config, out)
     figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(summary["heldout"]))
     console.say(f"complete: {figures}")
 

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet as pq
 
 from launcher import cli, execute
 from launcher.preflight.predict import CostPrediction
@@ -17,7 +19,7 @@ from launcher.reproduce import studies
 from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, UNLABELLED, plan_runs
 from launcher.signals import Interrupted
 from launcher.terminal import console
-from launcher.verbs.studies import reproduce
+from launcher.verbs.studies import reproduce, run_labels
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
@@ -153,7 +155,7 @@ def test_without_labels_each_round_clusters_what_the_one_before_embeds(
         Path(out).mkdir(parents=True)
         Path(out, "labels.json").write_text("{}")
 
-    monkeypatch.setattr(reproduce, "make_label_set", make_label_set)
+    monkeypatch.setattr(run_labels, "make_label_set", make_label_set)
     monkeypatch.setattr(
         "pipelines.runs.untrained.write_untrained_run",
         lambda config: untrained.append((config.run.path, config.run.seed, config.data.labels)),
@@ -179,6 +181,66 @@ def test_without_labels_each_round_clusters_what_the_one_before_embeds(
         "",
     ]
     assert [run and run["data"]["labels_per_sample"] for run in runs] == [4, 4, 4, 0]
+
+
+def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted, audited = [], []
+
+    def write_labels(folder: str) -> None:
+        Path(folder).mkdir(parents=True)
+        Path(folder, "labels.json").write_text("{}")
+
+    def plant(plan: studies.PlannedRun, clean: Config, out: str) -> None:
+        if not Path(out, plan.planted).exists():
+            planted.append((plan.planted, clean.data.shards, clean.data.labels))
+            write_labels(f"{out}/{plan.planted}/labels")
+            plan_table = {"kind": ["relabelled", "relabelled"], "sample": [3, 4]}
+            plan_table |= {name: [-1, -1] for name in ("planted_class", "second_planted_class")}
+            pq.write_table(pa.table(plan_table), f"{out}/{plan.planted}/plan.parquet")
+
+    def audit(
+        plan: studies.PlannedRun, by: str, shards: str, labels: str, clean: Config, out: str
+    ) -> None:
+        audited.append((plan.audit, by, shards, labels, clean.evaluate.shards))
+        write_labels(f"{out}/{plan.audit}/labels")
+        found = {"kind": ["wrong_label"], "sample": [3], "class": [0], "neighbour_class": [1]}
+        pq.write_table(pa.table(found), f"{out}/{plan.audit}/findings.parquet")
+        totals = {"images": 100, "classes": 10, "images_doubted": 1, "classes_doubted": 0}
+        figures = {"false_rate": 0.01, "totals": totals}
+        Path(out, plan.audit, "figures.json").write_text(json.dumps(figures))
+
+    monkeypatch.setattr(run_labels, "_plant", plant)
+    monkeypatch.setattr(run_labels, "_audit", audit)
+    monkeypatch.setattr(reproduce, "check_data", lambda config: ())
+    monkeypatch.setattr(execute, "check_selection", lambda config: None)
+    trainer.stop_after = 4
+    assert mhe("noise", "--seeds", "1") == 130
+    trainer.stop_after = 9
+    assert mhe("noise", "--seeds", "1") == 0
+    names = ["clean", "dirty", "filter", "audited1", "audited2"]
+    assert trainer.trained == [f"noise-{name}-seed0" for name in names]
+    out = "runs/reproduce"
+    dirty = (f"{out}/noise-planted-seed0/train", f"{out}/noise-planted-seed0/labels", "shards")
+    assert planted == [("noise-planted-seed0", "shards", "")]
+    assert audited == [
+        ("noise-clean-seed0-audit", "noise-clean-seed0", "shards", "", "shards"),
+        ("noise-audited1-seed0-audit", "noise-dirty-seed0", *dirty),
+        ("noise-audited2-seed0-audit", "noise-audited1-seed0", *dirty),
+    ]
+    runs = [read_run_config(f"{out}/{name}") for name in trainer.trained]
+    assert [(run["data"]["shards"], run["data"]["labels"]) for run in runs if run] == [
+        ("shards", ""),
+        dirty[:2],
+        dirty[:2],
+        (dirty[0], f"{out}/noise-audited1-seed0-audit/labels"),
+        (dirty[0], f"{out}/noise-audited2-seed0-audit/labels"),
+    ]
+    page = Path(out, "results.md").read_text()
+    assert "| audited once | relabelled images | 2 | 1 | 100.0 | 50.0 |" in page
+    assert "1.0 % of the images and 0.0 % of the classes are accused" in page
+    assert "the faults cost 0.00 points of rank-1" in page
 
 
 @pytest.mark.slow
