@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 
 from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.base import Metrics
-from mhe_dist.tracking.mlflow import MESSAGE_LENGTH, QUIET_ENVIRONMENT, metric_name
+from mhe_dist.tracking.mlflow import MESSAGE_LENGTH, metric_name, quiet_mlflow
 from mhe_dist.tracking.mlflow_client import METRICS_PER_CALL
 
 
@@ -29,8 +28,7 @@ def append_to_mlflow_run(
     Raises:
         RunError: MLflow cannot be reached, or refuses.
     """
-    for name, value in QUIET_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    quiet_mlflow()
     import sqlalchemy.exc
     from mlflow.entities import Metric
     from mlflow.exceptions import MlflowException

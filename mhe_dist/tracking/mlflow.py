@@ -52,6 +52,13 @@ _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0  # between two attempts
 MESSAGE_LENGTH = 300
 _QUEUE_LIMIT = 100_000  # records
 
+
+def quiet_mlflow() -> None:
+    """Set what MLflow reads when it is imported: no telemetry, no bars; what is set stays."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 Entry = MetricRecord | ArtifactEntry | ModelEntry | DatasetEntry | NoteEntry | EndEntry
 
 
@@ -84,8 +91,7 @@ class MlflowTracker:
                 f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
                 "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"
             )
-        for name, value in QUIET_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        quiet_mlflow()
         self._spool = spool
         run_id = (spool.run_id if spool else None) or run_id
         self._store = MlflowStore(

@@ -28,7 +28,7 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head, TopK
 from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_of
-from pipelines.serving.mlflow_model import write_mlflow_model
+from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
 from pipelines.storage.urls import atomic_write
 
@@ -165,8 +165,6 @@ def _write_mlflow(
     options: ExportOptions,
 ) -> tuple[str, float]:
     """The model that takes images and names classes; compared with the pixels as it gets them."""
-    import mlflow.pyfunc
-
     path, options = f"{folder}/{MLFLOW_FOLDER}", options._replace(pixels=False)
     names = f"{folder}/{NAMES_FILE}" if classifier.names else None
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -174,7 +172,7 @@ def _write_mlflow(
         file, _ = _write_file("onnx", trained, classifier, scratch, images, options)
         write_mlflow_model(file, path, pixels[0], 0, names)
     write_model_card(path, trained, {MLFLOW_FOLDER: "."})
-    model = mlflow.pyfunc.load_model(path)
+    model = load_mlflow_model(path)
 
     def run(inputs: Tensor) -> list[Tensor]:
         # `inputs` are a batch of one or all; the model normalises what is uint8 by itself.

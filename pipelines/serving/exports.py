@@ -18,7 +18,7 @@ from mhe_dist.backbone.export import (
     export_timm,
     write_export,
 )
-from pipelines.serving.mlflow_model import write_mlflow_model
+from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
 
 ExportFormat = Literal["timm", "onnx", "torch-export", "mlflow", "hub-folder"]
@@ -69,15 +69,13 @@ def _write_mlflow(
     trained: TrainedModel, folder: str, images: Tensor, options: ExportOptions
 ) -> tuple[str, float]:
     """The model that takes images; compared with the pixels as it gets them."""
-    import mlflow.pyfunc
-
     path, config = f"{folder}/mlflow", trained.config
     example = images[0].permute(1, 2, 0).contiguous().numpy()
     with TemporaryDirectory() as scratch:
         file = f"{scratch}/backbone.onnx"
         export_onnx(trained.model, config, file, images, options, trained.origin())
         write_mlflow_model(file, path, example, config.model.embedding_dim)
-    loaded = mlflow.pyfunc.load_model(path)
+    loaded = load_mlflow_model(path)
 
     def predict(inputs: Tensor) -> Tensor:
         # `images` are a batch of one or all; the model normalises what is uint8 by itself.

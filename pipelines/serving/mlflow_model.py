@@ -9,13 +9,14 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from mhe_dist.config.data import MAX_PIXELS
+from mhe_dist.tracking.mlflow import quiet_mlflow
 from pipelines.data import decode
 
 _SCRIPT: Final = "image_model.py"
@@ -44,6 +45,7 @@ def write_mlflow_model(
     Returns:
         `folder`.
     """
+    quiet_mlflow()
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema, TensorSpec
@@ -70,6 +72,14 @@ def write_mlflow_model(
             pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDS],
         )
     return folder
+
+
+def load_mlflow_model(folder: str) -> Any:
+    """The model in a folder, as `mlflow.pyfunc.load_model` gives it."""
+    quiet_mlflow()
+    import mlflow.pyfunc
+
+    return mlflow.pyfunc.load_model(folder)
 
 
 def standalone_script() -> str:

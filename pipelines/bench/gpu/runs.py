@@ -1,4 +1,4 @@
-"""The quickstart's network on small pictures: every ZeRO stage and precision, compiled, killed."""
+"""A small ResNet on small pictures: every ZeRO stage and precision, compiled, killed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ SMALL: Final = (
     *("model.kwargs.channels=[8,16,16,32]", "model.embedding_dim=32", "train.max_steps=12"),
 )
 LARGE: Final = ("train.max_steps=60",)
+NETWORK: Final = (
+    *("model.name=resnet10t", "model.kwargs={channels: [32, 64, 128, 256]}"),
+    "model.neck=batchnorm",
+)
 
 
 def measure(settings: GpuSettings, found: GpuFindings) -> None:
@@ -58,8 +62,9 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
 def _config(
     settings: GpuSettings, shards: str, name: str, precision: str, stage: int, *more: str
 ) -> Config:
-    """The quickstart, on our pictures, alone and without MLflow."""
+    """The quickstart, on our pictures with that network, alone and without MLflow."""
     overrides = (
+        *NETWORK,
         *(f"run.dir={settings.folder}", f"run.name={name.replace(' ', '-')}"),
         *(f"data.shards={shards}", "data.glyphs=null", "data.loader_workers=0"),
         *("scale.workers=1", f"scale.gpu={settings.on_gpu}", f"scale.zero_stage={stage}"),

@@ -32,6 +32,7 @@ from mhe_dist.backbone.export import ExportOptions
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.schema import Config
+from mhe_dist.tracking.mlflow import QUIET_ENVIRONMENT
 from pipelines.data.decode import decode_image
 from pipelines.runs.trained import TrainedBackbone
 from pipelines.serving import exports
@@ -87,7 +88,10 @@ def exported(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exports, "export_onnx", copy)
         folder = str(tmp_path_factory.mktemp("export"))
+        for name in QUIET_ENVIRONMENT:
+            patch.delenv(name, raising=False)
         path, difference = write_format("mlflow", trained, folder, IMAGES)
+        assert QUIET_ENVIRONMENT.items() <= os.environ.items(), "no telemetry, no bars"
     assert difference < 1e-4, "its own normalisation is that of the training"
     yield path, TrainedBackbone(trained.config, "", "", 7, None, trained.model)
 
