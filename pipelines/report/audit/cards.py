@@ -6,7 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from pipelines.report.audit.findings import MIXED, AuditFindings, ClassMembers, Kind, Row
+from pipelines.report.audit.findings import (
+    MIXED,
+    AuditFindings,
+    ClassMembers,
+    Kind,
+    Row,
+    short_name,
+)
 from pipelines.report.sheets.pictures import Pictures, as_data_url
 
 _BESIDE: Final = 4  # images of a class beside a stray one
@@ -157,11 +164,11 @@ class CardMaker:
         where = row["neighbour_set"] or ""
         yield PictureGroup(row["class_name"], "", [self._picture(row["sample"])], "subject")
         other = self._picture(row["neighbour_sample"], where, row["neighbour_key"])
-        yield PictureGroup(where or row["neighbour_name"], "", [other])
+        yield PictureGroup(short_name(where) or row["neighbour_name"], "", [other])
 
     def _identity_leak(self, row: Row) -> Iterator[PictureGroup]:
         yield self._class(row["class"], row["class_name"], _OF_PAIR, "Trained on: ")
-        where = row["neighbour_set"] or "evaluation set"
+        where = short_name(row["neighbour_set"]) or "evaluation set"
         pictures = [self._picture(row["neighbour_sample"], row["neighbour_set"] or "")]
         shown = pictures if row["neighbour_sample"] >= 0 else []
         yield PictureGroup(f"{where}: {row['neighbour_key'] or row['neighbour_name']}", "", shown)
@@ -174,8 +181,7 @@ def _certainty(row: Row) -> str:
 def _note(kind: Kind, rows: Sequence[Row]) -> str:
     """What the pictures do not say."""
     row = rows[0]
-    statistic = kind.figures.get("statistic") or "score"
-    said = f"{statistic} {row['score']:.3g}"
+    said = f"score {row['score']:.3g}"
     if kind.name == "duplicate_classes" and row["group"] >= 0:
         said += f"; component {row['group']}"
     return said

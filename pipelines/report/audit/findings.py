@@ -24,6 +24,7 @@ Row = dict[str, Any]
 FINDINGS_FILE: Final = "findings.parquet"
 FIGURES_FILE: Final = "figures.json"
 MIXED: Final = "mixed_class"
+NO_ACTION: Final = "none"
 _PER_CHUNK: Final = 1 << 20  # labels that are looked at together
 
 
@@ -112,6 +113,12 @@ class Kind(NamedTuple):
         """Findings that are not shown."""
         return self.total - len(self.shown)
 
+    @property
+    def changes_labels(self) -> bool:
+        """Whether findings of this kind are applied to the label set."""
+        actions = {row["action"] for rows in self.shown for row in rows}
+        return not actions or actions != {NO_ACTION}
+
 
 @dataclass(frozen=True)
 class AuditFindings:
@@ -128,6 +135,11 @@ class AuditFindings:
     kinds: list[Kind]
     figures: Mapping[str, Any]
     doubted: Ints
+
+
+def short_name(url: str) -> str:
+    """The end of a path or URL, which tells data sets apart."""
+    return "/".join(url.rstrip("/").split("/")[-2:])
 
 
 def read_findings(folder: str, limit: int) -> AuditFindings:

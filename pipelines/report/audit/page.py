@@ -10,7 +10,13 @@ from typing import Any, Final
 import numpy as np
 
 from pipelines.report.audit.cards import CardMaker, FindingCard
-from pipelines.report.audit.findings import AuditFindings, ClassMembers, Kind, read_findings
+from pipelines.report.audit.findings import (
+    AuditFindings,
+    ClassMembers,
+    Kind,
+    read_findings,
+    short_name,
+)
 from pipelines.report.charts.chart import DrawnChart, Histogram
 from pipelines.report.charts.counts import draw_histogram
 from pipelines.report.charts.numbers import format_share
@@ -51,7 +57,7 @@ def write_audit_page(
     sections = [_section(kind, list(maker.cards(kind)), findings) for kind in findings.kinds]
     rows = [card.rows for section in sections for card in section["cards"]]
     values = {
-        "name": f"Audit of {_last_part(index.folder if labels is None else labels.folder)}",
+        "name": f"Audit of {short_name(index.folder if labels is None else labels.folder)}",
         "subtitle": _subtitle(findings, index, labels),
         "tiles": list(_tiles(findings)),
         "sections": sections,
@@ -67,11 +73,6 @@ def _shown_classes(findings: AuditFindings) -> Iterator[int]:
     for kind in findings.kinds:
         for rows in kind.shown:
             yield from (rows[0][name] for name in ("class", "neighbour_class"))
-
-
-def _last_part(url: str) -> str:
-    """The end of a path that tells data sets apart."""
-    return "/".join(url.rstrip("/").split("/")[-2:])
 
 
 def _subtitle(findings: AuditFindings, index: ShardIndex, labels: LabelSet | None) -> str:
@@ -113,11 +114,12 @@ def _chart(kind: Kind) -> DrawnChart | None:
         return None
     chart = Histogram(
         title="All that was examined",
-        x=kind.figures.get("statistic") or "score",
+        x="score",
         unit=kind.figures.get("unit") or kind.text.more,
         edges=np.array(found["edges"], np.float64),
         counts=np.array(found["counts"], np.int64),
         threshold=kind.figures.get("threshold"),
+        note=f"Score: {statistic}" if (statistic := kind.figures.get("statistic")) else "",
     )
     return draw_histogram(chart)
 
@@ -137,4 +139,7 @@ def _facts(kind: Kind, findings: AuditFindings) -> Iterator[tuple[str, str]]:
         yield "of them false, as estimated", f"{expected:,.1f}"
     if (recall := figures.get("recall")) is not None:
         yield "neighbours that the search finds", format_share(recall)
-    yield "if accepted", kind.text.accept
+    if kind.changes_labels:
+        yield "if accepted", kind.text.accept
+    else:
+        yield "label set", "not changed by these"

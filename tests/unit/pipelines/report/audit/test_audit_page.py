@@ -41,7 +41,7 @@ def finding(kind: str, **values: Any) -> dict[str, Any]:
     empty: dict[str, Any] = {
         name: "" if pa.types.is_string(each) else -1 for name, each in SCHEMA.items()
     }
-    row = empty | {"kind": kind, "score": 0.5, "probability": 0.975} | values
+    row = empty | {"kind": kind, "score": 0.5, "probability": 0.975, "action": "none"} | values
     if row["class"] >= 0:
         row["class_name"] = f"name{row['class']}"
     if row["neighbour_class"] >= 0:
@@ -188,7 +188,13 @@ def test_the_threshold_is_drawn_into_the_histogram(page: str) -> None:
     assert chart and "threshold 0.25" in chart.group()
     assert re.findall(r'class="bar (c\d)"', chart.group()) == ["c0", "c0", "c1"]
     assert "0.25 to 0.5: 3 images" in chart.group()
-    assert "99.50%" in page and "0.2" in page
+    assert "99.50%" in page and "0.2" in page and "Score: margin" in page
+
+
+def test_a_kind_that_changes_no_label_says_so(page: str) -> None:
+    sections = re.findall(r"<section.*?</section>", page, re.DOTALL)
+    changed = {s.split('"')[1]: "not changed by these" not in s for s in sections}
+    assert changed == dict.fromkeys(KINDS, True) | {"wrong_label": False, "leak": False}
 
 
 def test_what_is_downloaded_has_the_columns_of_the_table_and_all_rows_of_a_decision(
