@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
@@ -16,7 +17,7 @@ from pyarrow import parquet as pq
 from launcher import cli, execute
 from launcher.preflight.predict import CostPrediction
 from launcher.reproduce import studies
-from launcher.reproduce.studies import FULL, PAPER, SMALL, STUDIES, UNLABELLED, plan_runs
+from launcher.reproduce.studies import FULL, NOISE, PAPER, SMALL, STUDIES, UNLABELLED, plan_runs
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs.studies import reproduce, run_labels
@@ -183,6 +184,7 @@ def test_without_labels_each_round_clusters_what_the_one_before_embeds(
     assert [run and run["data"]["labels_per_sample"] for run in runs] == [4, 4, 4, 0]
 
 
+@pytest.mark.slow
 def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +243,40 @@ def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
     assert "| audited once | relabelled images | 2 | 1 | 100.0 | 50.0 |" in page
     assert "1.0 % of the images and 0.0 % of the classes are accused" in page
     assert "the faults cost 0.00 points of rank-1" in page
+
+
+def test_faults_are_planted_into_the_clean_data_with_the_seed_of_the_run(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    class Index(NamedTuple):
+        """In place of a data set."""
+
+        folder: str
+        samples: int = 1000
+
+    def plant(train: Index, heldout: Index, *words: object) -> None:
+        calls.append(("planted", *words))
+        Path(f"{words[1]}/labels").mkdir(parents=True)
+        Path(f"{words[1]}/labels/labels.json").write_text("{}")
+
+    monkeypatch.setattr(execute, "make_data", lambda config, display: calls.append("made"))
+    monkeypatch.setattr("pipelines.shards.index.ShardIndex.load", Index)
+    monkeypatch.setattr(
+        "pipelines.sources.planted.unseen_glyphs.draw_unseen_glyphs",
+        lambda sets, *words: calls.append(("drawn", *(s.folder for s in sets), *words)) or ["x"],
+    )
+    monkeypatch.setattr("pipelines.sources.planted.dirty_set.plant_faults", plant)
+    dirty = next(p for p in plan_runs(NOISE, NOISE.variants, 4) if p.planted and p.seed == 3)
+    for _ in range(2):  # the second time nothing is left to do
+        run_labels.make_labels(dirty, config_of(dirty), config_of(dirty), "out")
+    assert NOISE.faults is not None
+    assert calls == [
+        "made",
+        ("drawn", "data/han_small/train", "data/han_small/heldout", "fonts", 32, 20, 3),
+        ("planted", ["x"], "out/noise-planted-seed3", 3, NOISE.faults),
+    ]
 
 
 @pytest.mark.slow
