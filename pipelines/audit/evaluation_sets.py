@@ -9,10 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.audit.classes.centres import ClassCentres, Floats, find_centres, relatedness
-from pipelines.audit.classes.pairs import are_mixed, gather_some, some_used
+from pipelines.audit.classes.pairs import (
+    DuplicateClasses,
+    gather_some,
+    measure_mixing,
+    pair_features,
+    some_used,
+)
 from pipelines.audit.images.neighbours import BUCKETS, Bucketed, fill_buckets, find_neighbours
 from pipelines.audit.images.repeats import CANDIDATE_COSINE, PicturePairs, compare_pairs
-from pipelines.audit.separation import Separation
 from pipelines.audit.settings import CANDIDATES, AuditSettings
 from pipelines.clustering.assign import ClassSearch
 from pipelines.clustering.members import Members, sort_members
@@ -22,7 +27,6 @@ from pipelines.clustering.state import ClusterState
 from pipelines.shards.index import ShardIndex
 
 _PART: Final = 1 << 12  # classes that are compared together
-_MISSED: Final = 0.05  # share of identities that are missed, if nothing else is known
 _TESTED: Final = 128  # pairs of classes whose images are in memory together
 
 
@@ -73,7 +77,7 @@ class SharedIdentities(NamedTuple):
         classes: int64 `[P]`, training classes.
         identities: int64 `[P]`, classes of the set.
         samples: int64 `[P]`, an image of each identity.
-        related: float64 `[P]`, see `relatedness`.
+        score: float64 `[P]`, see `DuplicateRule.score`.
         by_design: how many are shared, where it is so many that the set is one of these classes by
             its design; they are not listed then.
     """
@@ -81,7 +85,7 @@ class SharedIdentities(NamedTuple):
     classes: Ints
     identities: Ints
     samples: Ints
-    related: Floats
+    score: Floats
     by_design: int = 0
 
 
@@ -113,49 +117,41 @@ def find_copied(
     return compare_pairs((training.index, images[near]), (other.index, near), side, name, state)
 
 
-def identity_threshold(separation: Separation, related: Floats, halves: Floats) -> float:
-    """From where on an identity is a training class, by relatedness.
+def identity_threshold(duplicates: DuplicateClasses) -> float:
+    """From where on an identity is a training class, by the score of the rule for classes.
 
-    The threshold of classes that are one. If there are none in the training set, it is above all
-    pairs of its classes, and 95 % of the halves of a class are as related.
-
-    Args:
-        separation: how classes that are one were told.
-        related: float64 `[C]`, of each class to the one most related.
-        halves: float64 `[C]`, of two halves of each class.
+    The threshold of classes that are one. If there are none in the training set, what is above all
+    pairs of its classes, and is likelier for one class than for two.
     """
-    if np.isfinite(separation.threshold):
-        return separation.threshold
-    known = [np.nanmax(related, initial=-np.inf)]
-    if not np.isnan(halves).all():
-        known.append(np.nanquantile(halves, _MISSED))
-    return float(np.nextafter(max(known), np.inf))
+    if np.isfinite(duplicates.rule.separation.threshold):
+        return duplicates.rule.separation.threshold
+    return float(np.nextafter(np.max(duplicates.observed, initial=0.0), np.inf))
 
 
 def find_shared_identities(
     training: TrainingSide,
     other: EvaluationSet,
-    threshold: float,
+    duplicates: DuplicateClasses,
     settings: AuditSettings,
     name: str,
     state: ClusterState,
 ) -> SharedIdentities:
-    """Classes of a set that are as near to a training class as two halves of a class are.
+    """Classes of a set that are a training class, by the rule for two training classes.
 
-    Their images must be mixed with those of that class, too. If more than half of all classes are
-    shared, the set is one of the training's classes, as for classification.
+    If more than half of all classes are shared, the set is one of the training's classes, as for
+    classification.
 
     Args:
         training: classes that are looked for.
         other: its classes are looked up.
-        threshold: of `relatedness`.
+        duplicates: with the rule.
         settings: for the seed.
         name: of the stages.
         state: gets the files.
     """
     no_pairs = np.empty(0, np.int64)
     none = SharedIdentities(no_pairs, no_pairs, no_pairs, np.empty(0))
-    if other.labels is None or not len(other.labels) or not np.isfinite(threshold):
+    if other.labels is None or not len(other.labels):
         return none
     count = int(np.max(other.labels)) + 1
     members = sort_members(state, f"{name}_members", other.labels, count)
@@ -168,16 +164,18 @@ def find_shared_identities(
         found[here], related[here] = _relate_part(training, centres, here)
 
     state.run(f"{name}_related", -(-count // _PART), _relate)
-    identities, position = np.nonzero(np.asarray(related) >= threshold)
+    identities, position = np.nonzero(np.asarray(related) >= duplicates.rule.least)
     classes = np.asarray(found)[identities, position].astype(np.int64)
-    mixed = _are_mixed(training, other, (members, centres), (classes, identities))
-    classes, identities = training.parents[classes[mixed]], identities[mixed]
+    mixing = _measure_mixing(training, other, (members, centres), (classes, identities))
+    known = np.asarray(related)[identities, position]
+    scores = duplicates.rule.score(pair_features(known, mixing))
+    shared = scores >= identity_threshold(duplicates)
+    classes, identities = training.parents[classes[shared]], identities[shared]
     distinct, filled = len(np.unique(identities)), int((members.counts > 0).sum())
     if 2 * distinct > filled:
         return none._replace(by_design=distinct)
     samples = members.some(identities, 1)[:, 0]
-    scores = np.asarray(related)[identities, position[mixed]]
-    return SharedIdentities(classes, identities, samples, scores)
+    return SharedIdentities(classes, identities, samples, scores[shared])
 
 
 def _relate_part(training: TrainingSide, centres: ClassCentres, here: slice) -> tuple[Ints, Floats]:
@@ -202,20 +200,20 @@ def _relate_part(training: TrainingSide, centres: ClassCentres, here: slice) -> 
     return classes, related
 
 
-def _are_mixed(
+def _measure_mixing(
     training: TrainingSide,
     other: EvaluationSet,
     theirs: tuple[Members, ClassCentres],
     pairs: tuple[Ints, Ints],
-) -> npt.NDArray[np.bool_]:
-    """bool `[P]`: whether images of a training class and of a class of a set are mixed."""
-    mixed = np.zeros(len(pairs[0]), bool)
+) -> Floats:
+    """float64 `[P]`: how mixed images of a training class and of a class of a set are."""
+    mixing = np.zeros(len(pairs[0]))
     members, centres = theirs
-    for start in range(0, len(mixed), _TESTED):
+    for start in range(0, len(mixing), _TESTED):
         here = slice(start, start + _TESTED)
         first = some_used(training.members, training.centres.used, pairs[0][here])
         second = some_used(members, centres.used, pairs[1][here])
-        mixed[here] = are_mixed(
+        mixing[here] = measure_mixing(
             gather_some(training.buckets.rows, first), gather_some(other.rows, second)
         )
-    return mixed
+    return mixing

@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.audit.classes.centres import find_centres, halves_relatedness, typical_within
+from pipelines.audit.classes.centres import Floats, find_centres, halves_relatedness, typical_within
 from pipelines.audit.classes.mixed import MixedStatistics, cut_all, take_parts
 from pipelines.audit.classes.pairs import (
     DuplicateClasses,
     compare_classes,
     find_duplicates,
-    nearest_relatedness,
+    learn_duplicates,
 )
 from pipelines.audit.evaluation_sets import (
     EvaluationSet,
@@ -26,7 +26,6 @@ from pipelines.audit.evaluation_sets import (
     TrainingSide,
     find_copied,
     find_shared_identities,
-    identity_threshold,
 )
 from pipelines.audit.images.neighbours import (
     fill_buckets,
@@ -35,7 +34,6 @@ from pipelines.audit.images.neighbours import (
     nearest_classes,
 )
 from pipelines.audit.images.repeats import (
-    CopyThreshold,
     PicturePairs,
     compare_pairs,
     learn_copies,
@@ -55,7 +53,8 @@ from pipelines.storage.staging import Staging
 from pipelines.storage.urls import is_local, resolve_url
 
 _STATE: Final = "state"  # folder in the unfinished audit; removed at the end
-_CUT_RATE: Final = 0.1  # share of the classes that may be cut wrongly at first: it does no harm
+# Of the first cut, see `separate`: a class that is cut in vain does no harm.
+_CUT_BOUNDS: Final = (0.1, 1.0, 0.2)
 _PART: Final = 1 << 20  # images whose labels are read together
 
 ReadClasses = Callable[[int, int], npt.NDArray[Any]]
@@ -86,9 +85,10 @@ class AuditResult(NamedTuple):
         duplicates, strays, mixed, mixed_separation: of each kind its findings and threshold.
         scores: of all images.
         repeats: pairs of pictures of the training set that may be the same.
-        copies: from where on they are.
+        copies: float64, how alike worse copies of pictures are to them.
         shared: for each evaluation set.
         class_recall, image_recall: share of the nearest classes and images that were found.
+        false_rate: that was asked for.
         seconds: since the command began, without earlier attempts.
     """
 
@@ -101,10 +101,11 @@ class AuditResult(NamedTuple):
     mixed_separation: Separation
     scores: ImageScores
     repeats: PicturePairs
-    copies: CopyThreshold
+    copies: Floats
     shared: list[SharedWithSet]
     class_recall: float
     image_recall: float
+    false_rate: float
     seconds: float
 
 
@@ -195,7 +196,7 @@ class AuditJob:
         rows, labels = self._prepare_rows(state), self._write_labels(state)
         whole = sort_members(state, "whole_members", labels, self._classes)
         first_cut = cut_all(rows, whole, None, settings, state, "first_cut")
-        first_separation = separate(first_cut.apart, [first_cut.joined], _CUT_RATE)
+        first_separation = separate(first_cut.apart, [first_cut.joined], *_CUT_BOUNDS)
         parted, parents = take_parts(labels, first_cut, first_separation.threshold, state)
         members = sort_members(state, "members", parted, len(parents))
         centres = find_centres(rows, members, settings, state)
@@ -203,12 +204,11 @@ class AuditJob:
         search = index_classes(centres, settings, state)
         scores = score_images(rows, parted, centres, search, settings, state)
         pairs = compare_classes(centres, search, self._classes, typical, state)
-        related = nearest_relatedness(pairs, self._classes)
         halves = halves_relatedness(centres, typical)[: self._classes]
-        separation = separate(related, [halves], settings.false_rate)
-        duplicates = find_duplicates(
-            *(pairs, related, parents, separation, rows, members, centres.used)
+        rule, near, likeness = learn_duplicates(
+            *(pairs, halves, rows, members, centres, settings, state)
         )
+        duplicates = find_duplicates(pairs, near, likeness, parents, rule)
         strays = find_strays(
             *(rows, scores, parted, members, centres.used),
             *(duplicates.ids, settings, state),
@@ -222,11 +222,10 @@ class AuditJob:
         index, side = self.index, self._side
         one, other = ((index, numbers) for numbers in candidates)
         repeats = compare_pairs(one, other, side, "repeated", state)
-        copies = learn_copies(index, scores.others[:, 0], members, side, settings, state)
-        same_from = identity_threshold(separation, related, halves)
+        copies = learn_copies(index, side, settings, state)
         training = TrainingSide(index, buckets, members, parents, centres, search, typical)
         shared = [
-            self._compare_set(training, each, same_from, f"set{number}", state)
+            self._compare_set(training, each, duplicates, f"set{number}", state)
             for number, each in enumerate(self._sets)
         ]
         recalls = self._measure(rows, search, centres.sums.shape, cosines, state)
@@ -234,7 +233,7 @@ class AuditJob:
         return AuditResult(
             *(labels, parted, parents, duplicates, strays, mixed, cut, scores, repeats, copies),
             *(shared,),
-            *(*recalls, spent),
+            *(*recalls, settings.false_rate, spent),
         )
 
     def publish(self) -> str:
@@ -269,14 +268,14 @@ class AuditJob:
         self,
         training: TrainingSide,
         other: EvaluationSet,
-        threshold: float,
+        duplicates: DuplicateClasses,
         name: str,
         state: ClusterState,
     ) -> SharedWithSet:
         centred = replace(other, rows=other.rows.centered(self._mean))
         copies = find_copied(training, centred, self._side, name, state)
         identities = find_shared_identities(
-            training, centred, threshold, self.settings, name, state
+            training, centred, duplicates, self.settings, name, state
         )
         return SharedWithSet(centred, copies, identities)
 

@@ -26,6 +26,7 @@ from pipelines.audit.findings import (
     join_findings,
     make_findings,
 )
+from pipelines.audit.images.repeats import tell_copies
 from pipelines.audit.images.strays import FOREIGN as IS_FOREIGN
 from pipelines.audit.images.strays import WRONG_LABEL as IS_WRONG
 from pipelines.audit.images.strays import read_nearness
@@ -38,10 +39,10 @@ from pipelines.sources.label_table.keys import read_some_keys
 _BINS: Final = 80  # of a histogram
 _PART: Final = 1 << 18  # images that are looked at together
 STATISTICS: Final = {
-    DUPLICATE: ("pairs", "relatedness of each class to the most related other one (1: the same)"),
+    DUPLICATE: ("pairs", "how much likelier two classes are one than two (logarithm)"),
     MIXED: ("classes", "how much more alike images of a part are than those of both parts"),
     WRONG_LABEL: ("images", "cosine to the nearest other class minus that to its own"),
-    FOREIGN: ("images", "distance (1 - cosine) to the nearest class of all, of doubted images"),
+    FOREIGN: ("images", "how much likelier a doubted image is of no class than of the nearest"),
     REPEATED: ("images", "how alike two pictures are (1: equal)"),
     LEAK: ("images", "how alike a picture and one of an evaluation set are (1: equal)"),
 }
@@ -87,7 +88,7 @@ def _duplicates(result: AuditResult) -> Findings:
         len(found.first),
         class_=found.first,
         neighbour_class=found.second,
-        score=found.related,
+        score=found.score,
         probability=found.probability,
         group=found.groups,
         action=np.where(found.groups >= 0, MERGE, NO_ACTION),
@@ -117,6 +118,7 @@ def _strays(result: AuditResult) -> list[Findings]:
     for number, kind, action in ((IS_WRONG, WRONG_LABEL, RELABEL), (IS_FOREIGN, FOREIGN, DROP)):
         images = np.flatnonzero(np.asarray(result.strays.kind) == number)
         near = read_nearness(result.scores, result.parted, result.duplicates.ids, images)
+        belongs = result.strays.belonging.score(near, result.strays.figures)
         found.append(
             make_findings(
                 kind,
@@ -124,7 +126,7 @@ def _strays(result: AuditResult) -> list[Findings]:
                 sample=images,
                 class_=np.asarray(result.labels)[images],
                 neighbour_class=result.parents[near.neighbour],
-                score=near.doubt if kind == WRONG_LABEL else 1 - near.best,
+                score=near.doubt if kind == WRONG_LABEL else -belongs,
                 probability=np.asarray(result.strays.probability)[images],
                 action=action,
             )
@@ -134,7 +136,8 @@ def _strays(result: AuditResult) -> list[Findings]:
 
 def _repeats(result: AuditResult) -> Findings:
     pairs = result.repeats
-    kept = np.flatnonzero(pairs.likeness >= result.copies.likeness)
+    told_apart = tell_copies(pairs.likeness, result.copies, result.false_rate)
+    kept = np.flatnonzero(told_apart.are_copies)
     labels, likeness = np.asarray(result.labels), pairs.likeness[kept]
     return make_findings(
         REPEATED,
@@ -144,13 +147,17 @@ def _repeats(result: AuditResult) -> Findings:
         neighbour_class=labels[pairs.neighbours[kept]],
         neighbour_sample=pairs.neighbours[kept],
         score=likeness,
-        probability=result.copies.probability(likeness),
+        probability=told_apart.probability[kept],
     )
 
 
 def _leaks(result: AuditResult, shared: SharedWithSet) -> Findings:
     pairs, labels = shared.copies, np.asarray(result.labels)
-    kept = np.flatnonzero(pairs.likeness >= result.copies.likeness)
+    told_apart = tell_copies(pairs.likeness, result.copies, result.false_rate)
+    kept = np.flatnonzero(told_apart.are_copies)
+    order = np.lexsort((pairs.neighbours[kept], -pairs.likeness[kept], pairs.images[kept]))
+    kept = kept[order]  # of each training image the copy that is most like it
+    kept = kept[np.flatnonzero(np.diff(pairs.images[kept], prepend=-1))]
     likeness = pairs.likeness[kept]
     pictures = make_findings(
         LEAK,
@@ -160,11 +167,11 @@ def _leaks(result: AuditResult, shared: SharedWithSet) -> Findings:
         neighbour_sample=pairs.neighbours[kept],
         neighbour_set=shared.other.name,
         score=likeness,
-        probability=result.copies.probability(likeness),
+        probability=told_apart.probability[kept],
         action=DROP,
     )
     found = shared.identities
-    separation = result.duplicates.separation
+    separation = result.duplicates.rule.separation
     identities = make_findings(
         LEAK,
         len(found.classes),
@@ -172,8 +179,8 @@ def _leaks(result: AuditResult, shared: SharedWithSet) -> Findings:
         neighbour_key=[str(number) for number in found.identities.tolist()],
         neighbour_sample=found.samples,
         neighbour_set=shared.other.name,
-        score=found.related,
-        probability=separation.probability(found.related)[0]
+        score=found.score,
+        probability=separation.probability(found.score)[0]
         if np.isfinite(separation.threshold)
         else 1.0,
     )
@@ -220,16 +227,16 @@ def keys_of(index: ShardIndex, numbers: Ints) -> npt.NDArray[Any]:
     return keys[places]
 
 
-def list_figures(result: AuditResult, findings: Findings, false_rate: float) -> dict[str, Any]:
+def list_figures(result: AuditResult, findings: Findings) -> dict[str, Any]:
     """The content of `figures.json`."""
     labels = np.asarray(result.labels)
     kinds: dict[str, Any] = {}
     observed = _observed(result)
     examined_by = {
-        DUPLICATE: (result.duplicates.separation, result.class_recall),
+        DUPLICATE: (result.duplicates.rule.separation, result.class_recall),
         MIXED: (result.mixed_separation, None),
         WRONG_LABEL: (result.strays.separation, result.class_recall),
-        FOREIGN: (result.strays.parting, result.class_recall),
+        FOREIGN: (result.strays.belonging.parting, result.class_recall),
         REPEATED: (None, result.image_recall),
         LEAK: (None, None),
     }
@@ -239,7 +246,11 @@ def list_figures(result: AuditResult, findings: Findings, false_rate: float) -> 
         separation, recall = examined_by[kind]
         kinds[kind] = {
             "count": len(chosen) if kind != MIXED else len(np.unique(chosen["class"])),
-            "threshold": _threshold(kind, separation, result.copies.likeness),
+            "threshold": (
+                tell_copies(observed[kind], result.copies, result.false_rate).threshold
+                if separation is None
+                else _threshold(kind, separation)
+            ),
             "expected_false": float((1 - chosen["probability"].astype(np.float64)).sum()),
             "examined": int((~np.isnan(observed[kind])).sum()),
             "unit": unit,
@@ -253,7 +264,7 @@ def list_figures(result: AuditResult, findings: Findings, false_rate: float) -> 
     mixed = findings.of(findings["kind"] == MIXED)
     doubted = [pairs["class"], pairs["neighbour_class"], mixed["class"]]
     return {
-        "false_rate": false_rate,
+        "false_rate": result.false_rate,
         "totals": {
             "images": int((labels >= 0).sum()),
             "classes": int((np.bincount(labels[labels >= 0]) > 0).sum()),
@@ -270,12 +281,10 @@ def list_figures(result: AuditResult, findings: Findings, false_rate: float) -> 
     }
 
 
-def _threshold(kind: str, separation: Separation | None, likeness: float) -> float | None:
-    if separation is None:
-        return likeness
+def _threshold(kind: str, separation: Separation) -> float | None:
     value = separation.threshold
     if kind == FOREIGN:
-        value = 1 - value
+        value = -value
     if kind == WRONG_LABEL:
         value = max(value, 0.0)
     return float(value) if np.isfinite(value) else None
@@ -290,7 +299,7 @@ def _observed(result: AuditResult) -> dict[str, npt.NDArray[Any]]:
         DUPLICATE: result.duplicates.observed,
         MIXED: np.asarray(result.mixed.apart),
         WRONG_LABEL: near.doubt,
-        FOREIGN: (1 - near.best)[doubted],
+        FOREIGN: -result.strays.belonging.score(near, result.strays.figures)[doubted],
         REPEATED: result.repeats.likeness,
         LEAK: np.concatenate([np.empty(0), *shared]),
     }

@@ -29,7 +29,8 @@ _NEWTON_ROUNDS: Final = 2  # in each of them
 _HALVED: Final = 12  # times that a step is made shorter, at most
 _TAIL: Final = 0.1  # share of what is right that is above the tail's beginning
 _EVIDENCE: Final = 3.0  # logarithm of the likelihood ratio from which a long tail is believed
-_LEAST: Final = 0.5  # chance below which nothing is accused
+FALSE_FINDINGS: Final = 0.05  # share of the accused that may be right
+LEAST_CHANCE: Final = 0.5  # of a fault, below which nothing is accused
 
 
 class Separation(NamedTuple):
@@ -64,13 +65,17 @@ def separate(
     observed: npt.NDArray[np.floating],
     faults: Sequence[npt.NDArray[np.floating]],
     false_rate: float,
+    false_findings: float = FALSE_FINDINGS,
+    least: float = LEAST_CHANCE,
 ) -> Separation:
     """Estimate how many are faults, and where they are told from the others.
 
     Args:
         observed: `[n]` statistics of all that is examined; NaN: it could not be.
         faults: for each kind of fault its statistics among faults that were made, `[m]` each.
-        false_rate: share of the accused that may be right.
+        false_rate: share of what is right that may be accused.
+        false_findings: share of the accused that may be right.
+        least: chance of a fault below which nothing is accused.
     """
     seen = np.sort(observed[~np.isnan(observed)].astype(np.float64))
     made = [np.sort(each[~np.isnan(each)].astype(np.float64)) for each in faults]
@@ -87,7 +92,8 @@ def separate(
     shares, chances = _fit(counts, shapes)
     fault = np.maximum.accumulate(np.minimum(chances.sum(axis=0), 1.0))
     chances *= fault / np.maximum(chances.sum(axis=0), 1e-300)
-    first, false = _first_accused(counts, fault, false_rate)
+    allowed = (false_rate * len(seen), false_findings, least)
+    first, false = _first_accused(counts, fault, *allowed)
     threshold = float(edges[first]) if first < bins else np.inf
     shares *= counts.sum() / len(seen)
     return Separation(edges, chances, threshold, false, shares, len(seen))
@@ -201,15 +207,23 @@ def _tail_shares(tail: Floats, powers: Floats) -> Floats:
     return shares / shares.sum()
 
 
-def _first_accused(counts: Floats, fault: Floats, false_rate: float) -> tuple[int, float]:
+def _first_accused(
+    counts: Floats, fault: Floats, allowed_false: float, false_findings: float, least: float
+) -> tuple[int, float]:
     """The first bin that is accused, and how many of the accused are right.
 
-    As many bins as may be, from the last one down, so that of those in them at most a share
-    `false_rate` is right.
+    As many bins as may be, from the last one down.
+
+    Args:
+        counts: float64 `[B]`, of what is examined.
+        fault: float64 `[B]`, the chance of a fault.
+        allowed_false: how many that are right may be accused.
+        false_findings, least: see `separate`.
     """
     false = np.cumsum((counts * (1 - fault))[::-1])[::-1]
     accused = np.cumsum(counts[::-1])[::-1]
-    allowed = (false <= false_rate * accused) & (fault >= _LEAST) & (accused > 0)
+    allowed = (false <= np.minimum(allowed_false, false_findings * accused)) & (accused > 0)
+    allowed &= fault >= least
     if not allowed.any():
         return len(counts), 0.0
     first = int(np.argmax(allowed))
@@ -220,6 +234,7 @@ def part_in_two(
     observed: npt.NDArray[np.floating],
     high: npt.NDArray[np.floating],
     low: npt.NDArray[np.floating],
+    error: float,
 ) -> Separation:
     """Tell two kinds apart whose distributions are both known.
 
@@ -227,10 +242,11 @@ def part_in_two(
         observed: `[n]` statistics of a mixture of both.
         high: `[m]` statistics of the kind that has the larger ones.
         low: `[m]` of the other.
+        error: share of what is taken for the kind `high` that may be of the other.
 
     Returns:
-        The chance of the kind `high`, which grows with the statistic; `threshold` is where it comes
-        to a half, `expected_false` how many of the mixture are expected on the wrong side.
+        The chance of the kind `high`, which grows with the statistic. What is above `threshold` is
+        taken for it; `expected_false` of these are expected to be of the other.
     """
     seen, *made = (each[~np.isnan(each)].astype(np.float64) for each in (observed, high, low))
     if not (len(made[0]) and len(made[1])):
@@ -247,8 +263,10 @@ def part_in_two(
         if abs(share - before) < 1e-7:
             break
     chance = np.maximum.accumulate(chance)
-    first = int(np.argmax(chance >= 0.5)) if chance[-1] >= 0.5 else _BINS
-    false = (counts * np.minimum(chance, 1 - chance)).sum()
-    return Separation(
-        edges, chance[None], float(edges[first]), float(false), np.array([share]), len(seen)
-    )
+    false = np.cumsum((counts * (1 - chance))[::-1])[::-1]
+    taken = np.cumsum(counts[::-1])[::-1]
+    allowed = (false <= error * taken) & (chance >= LEAST_CHANCE)
+    first = int(np.argmax(allowed)) if allowed.any() else _BINS
+    threshold = float(edges[first]) if allowed.any() else np.inf
+    expected = float(false[first]) if allowed.any() else 0.0
+    return Separation(edges, chance[None], threshold, expected, np.array([share]), len(seen))

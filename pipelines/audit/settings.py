@@ -19,7 +19,7 @@ class AuditSettings:
     """What is asked for.
 
     Attributes:
-        false_rate: of the findings of a kind, the share that may be false.
+        false_rate: of the images, or classes, that are right, the share that may be accused.
         seed: of every draw.
     """
 
@@ -38,6 +38,6 @@ class AuditSettings:
         """
         if not 0 < self.false_rate < 0.5:
             raise UserError(
-                f"--false-rate {self.false_rate}: this is the share of the findings that may be "
-                "false; give more than 0 and less than 0.5, such as 0.01"
+                f"--false-rate {self.false_rate}: this is the share of what is right that may be "
+                "accused; give more than 0 and less than 0.5, such as 0.01"
             )

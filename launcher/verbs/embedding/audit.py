@@ -61,7 +61,7 @@ Against = Annotated[
 ]
 FalseRate = Annotated[
     float,
-    typer.Option(help="Share of the findings of a kind that may be false, at most; as estimated."),
+    typer.Option(help="Share of the right images, or classes, that may be accused; as estimated."),
 ]
 Apply = Annotated[
     str, typer.Option(help="What the label set does of merge, split, relabel and drop; by comma.")
@@ -101,7 +101,7 @@ def audit(
     Looks for classes that are one and classes that are two, for images of another class or of none,
     for repeated pictures, and for pictures and identities of evaluation sets among the training
     images. Thresholds come from the data: faults are made of it to see what they look like, and
-    at most a share --false-rate of what is found is false, as estimated.
+    at most a share --false-rate of what is right is accused, as estimated.
 
     OUT/audit.html shows the most certain findings in pictures. OUT/findings.parquet holds all of
     them, OUT/figures.json thresholds and histograms, OUT/labels the label set to train with. To
@@ -250,7 +250,7 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
     ) as job:
         result = _watched(job, threads)
         findings = list_findings(result, _names(task, sets))
-        figures = list_figures(result, findings, task.settings.false_rate)
+        figures = list_figures(result, findings)
         figures[MADE_OF] = task.made_of
         write_findings(job.folder, findings)
         with atomic_write(f"{job.folder}/{FIGURES_FILE}") as stream:

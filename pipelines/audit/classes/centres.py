@@ -50,10 +50,13 @@ class Segments(NamedTuple):
         """Sums `[k, ...]` over the rows of each class of values `[m, ...]`."""
         return np.add.reduceat(values, self.starts, axis=0)
 
-    def median(self, values: Floats) -> Floats:
-        """float64 `[k]`: the upper median of each class; NaN counts as the lowest."""
+    def quantile(self, values: Floats, parts: int = 2) -> Floats:
+        """float64 `[k]`: the value of each class that 1 / parts of the others are below.
+
+        NaN counts as the lowest.
+        """
         order = np.lexsort((np.nan_to_num(values, nan=-np.inf), self.owner))
-        return values[order[self.starts + self.counts // 2]]
+        return values[order[self.starts + self.counts // parts]]
 
 
 class ClassCentres(NamedTuple):
@@ -150,7 +153,7 @@ def keep_alike(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
         sums = segments.sum(part * kept[:, None])
         near = leave_one_out(part, sums[segments.owner], kept, segments.sum(kept)[segments.owner])
         near[~usable] = np.nan
-        middle = segments.median(near)[segments.owner]
+        middle = segments.quantile(near)[segments.owner]
         kept = usable & (few | (near >= _ALIKE * middle))
     return kept
 

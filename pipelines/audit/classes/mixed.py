@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.seeds import generator
-from pipelines.audit.classes.centres import Floats, Segments, group_classes, segments_of
+from pipelines.audit.classes.centres import Floats, Segments, group_classes, keep_alike, segments_of
 from pipelines.audit.settings import AuditSettings
 from pipelines.clustering.members import Members
 from pipelines.clustering.rows import Ints, Rows, UnitRows
@@ -72,9 +72,25 @@ def cut_classes(part: Rows, segments: Segments, kept: npt.NDArray[np.bool_]) -> 
     inside = segments.sum(second.astype(np.int64))
     swap = 2 * inside > counts
     second = np.where(swap[owner], kept & ~second, second)
-    inside = np.where(swap, counts - inside, inside)
-    one = segments.sum(part * second[:, None]).astype(np.float64)
-    return Cut(second, _apart(sums.astype(np.float64) - one, one, counts - inside, inside))
+    return Cut(second, _apart_of_parts(part, segments, kept, second))
+
+
+def _apart_of_parts(
+    part: Rows, segments: Segments, kept: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]
+) -> Floats:
+    """See `Cut`; strays count in no part."""
+    side = 2 * segments.owner + second
+    order = np.flatnonzero(kept)[np.argsort(side[kept], kind="stable")]
+    filled, starts = np.unique(side[order], return_index=True)
+    rows = part[order]
+    parts = Segments(filled, starts, order)
+    near = keep_alike(rows, parts) if len(order) else np.empty(0, bool)
+    sums = np.zeros((2 * len(segments.classes), part.shape[1]))
+    sizes = np.zeros(len(sums), np.int64)
+    if len(order):
+        sums[filled] = parts.sum(rows * near[:, None])
+        sizes[filled] = parts.sum(near.astype(np.int64))
+    return _apart(sums[::2], sums[1::2], sizes[::2], sizes[1::2])
 
 
 def _unit(rows: Rows) -> Rows:

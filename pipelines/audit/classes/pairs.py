@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.audit.classes.centres import ClassCentres, Floats, relatedness
+from pipelines.audit.discriminant import Discriminant, learn_discriminant
 from pipelines.audit.images.scores import find_others
-from pipelines.audit.separation import Separation
-from pipelines.audit.settings import CANDIDATES, SHOWN_TO_TEST
+from pipelines.audit.separation import Separation, separate
+from pipelines.audit.settings import CANDIDATES, SHOWN_TO_TEST, AuditSettings
 from pipelines.clustering.assign import ClassSearch
 from pipelines.clustering.members import Members
 from pipelines.clustering.rows import Ints, Rows, UnitRows
@@ -18,7 +19,14 @@ from pipelines.clustering.state import ClusterState
 
 _PART: Final = 1 << 12  # classes that are compared together
 _TESTED: Final = 128  # pairs of classes whose images are in memory together
-_MIXED: Final = 0.5  # images find one of the other class so often, of what chance gives
+_MISSED: Final = 0.05  # share of classes that are one and are not looked at
+_EXAMINED: Final = (
+    20_000  # pairs of a class and the one nearest to it, about, that are learned from
+)
+# Share of the pairs found that may be false, as estimated: more than there are, because training
+# drives classes apart that are one, and not the halves of a class that are compared with them.
+_FALSE_PAIRS: Final = 0.2
+_HALVES: Final = 2000  # classes whose halves are looked at, about
 
 
 class CandidatePairs(NamedTuple):
@@ -84,44 +92,106 @@ def relate(centres: ClassCentres, first: Ints, second: Ints, typical: float) -> 
     return found
 
 
-def nearest_relatedness(pairs: CandidatePairs, classes: int) -> Floats:
-    """float64 `[C]`: the relatedness of each class to the one most related; NaN: there is none."""
-    best = np.full(classes, -np.inf)
-    for side in (pairs.first, pairs.second):
-        np.maximum.at(best, side, pairs.related)
-    return np.where(np.isfinite(best), best, np.nan)
+class DuplicateRule(NamedTuple):
+    """How two classes that are one are told.
+
+    Attributes:
+        least: relatedness below which no pair is looked at; nine of ten halves of a class have it.
+        discriminant: of `pair_features`; None: there are hardly any classes, relatedness counts.
+        separation: of its score.
+    """
+
+    least: float
+    discriminant: Discriminant | None
+    separation: Separation
+
+    def score(self, features: Floats) -> Floats:
+        """float64 `[n]` of pairs of classes by their features `[n, 2]`."""
+        return _score(self.discriminant, features)
 
 
-def confirm_pairs(
-    pairs: CandidatePairs,
-    chosen: Ints,
-    rows: UnitRows,
-    members: Members,
-    used: npt.NDArray[Any],
-) -> npt.NDArray[np.bool_]:
-    """bool `[n]`: of chosen pairs, whether images of one class are mixed with those of the other.
+def _score(discriminant: Discriminant | None, features: Floats) -> Floats:
+    return features[:, 0] if discriminant is None else discriminant.score(features)
 
-    Each image finds its nearest one among those of both classes. In one class that was cut in two
-    it is as often of the other part as chance has it (Schilling 1986, Henze 1988); in two classes
-    that are merely similar it is of the same one. Half of what chance gives is asked for, less the
-    standard deviation that chance has.
+
+def pair_features(related: Floats, mixing: Floats) -> Floats:
+    """float64 `[n, 2]`: what tells two classes that are one from two that are alike.
+
+    Their sizes are no feature: halves, which are learned from, are smaller than classes.
 
     Args:
-        pairs: the candidates.
-        chosen: int64 `[n]`, which of them.
-        rows: of all images.
-        members: images of each class.
-        used: uint8 `[N]`, whether an image is one that its centre is made of.
+        related: float64 `[n]`, see `relatedness`.
+        mixing: float64 `[n]`, see `measure_mixing`.
     """
-    confirmed = np.zeros(len(chosen), bool)
-    for start in range(0, len(chosen), _TESTED):
-        here = chosen[start : start + _TESTED]
-        first, second = (
-            gather_some(rows, some_used(members, used, side[here]))
-            for side in (pairs.first, pairs.second)
-        )
-        confirmed[start : start + _TESTED] = are_mixed(first, second)
-    return confirmed
+    return np.stack([related, mixing], axis=1)
+
+
+def learn_duplicates(
+    pairs: CandidatePairs,
+    halves: Floats,
+    rows: UnitRows,
+    members: Members,
+    centres: ClassCentres,
+    settings: AuditSettings,
+    state: ClusterState,
+) -> tuple[DuplicateRule, Ints, Floats]:
+    """Learn how two classes that are one differ from others: from halves of classes.
+
+    Args:
+        pairs: candidates.
+        halves: float64 `[C]`, the relatedness of two halves of each class.
+        rows: of all images.
+        members, centres: of all classes.
+        settings: the false rate.
+        state: gets the files.
+
+    Returns:
+        The rule; which pairs are looked at, int64 `[Q]`; and their scores.
+    """
+    known = halves[~np.isnan(halves)]
+    least = float(np.quantile(known, _MISSED)) if len(known) else np.inf
+    drawn = _nearest_pairs(pairs, len(halves))
+    near = np.union1d(np.flatnonzero(pairs.related >= least), drawn)
+    mixing = state.array("pair_mixing", (max(1, len(near)),), "float64")
+
+    def _measure(piece: int) -> None:
+        here = slice(piece * _TESTED, min((piece + 1) * _TESTED, len(near)))
+        images = [some_used(members, centres.used, side[near[here]]) for side in pairs[:2]]
+        mixing[here] = measure_mixing(*(gather_some(rows, each) for each in images))
+
+    state.run("pair_mixing", -(-len(near) // _TESTED), _measure)
+    cut = np.flatnonzero(halves >= least)
+    cut = cut[:: max(1, len(cut) // _HALVES)]
+    made_mixing = state.array("half_mixing", (max(1, len(cut)),), "float64")
+
+    def _measure_halves(piece: int) -> None:
+        here = slice(piece * _TESTED, min((piece + 1) * _TESTED, len(cut)))
+        images = members.some(cut[here], 2 * SHOWN_TO_TEST)
+        images[np.asarray(centres.used)[images] == 0] = -1
+        parts = images[:, ::2], images[:, 1::2]
+        made_mixing[here] = measure_mixing(*(gather_some(rows, each) for each in parts))
+
+    state.run("half_mixing", -(-len(cut) // _TESTED), _measure_halves)
+    seen = pair_features(pairs.related[near], np.asarray(mixing)[: len(near)])
+    made = pair_features(halves[cut], np.asarray(made_mixing)[: len(cut)])
+    at = np.searchsorted(near, drawn)
+    discriminant = learn_discriminant(made, seen[at])
+    scores = _score(discriminant, seen)
+    made_scores = _score(discriminant, made)
+    bounds = settings.false_rate, _FALSE_PAIRS
+    separation = separate(scores[at], [made_scores], *bounds)
+    scores[pairs.related[near] < least] = -np.inf
+    return DuplicateRule(least, discriminant, separation), near, scores
+
+
+def _nearest_pairs(pairs: CandidatePairs, classes: int) -> Ints:
+    """int64: pairs of a class and the one most related to it, of some classes, evenly drawn."""
+    best = np.full(classes, -np.inf)
+    for side in pairs[:2]:
+        np.maximum.at(best, side, pairs.related)
+    is_best = (pairs.related == best[pairs.first]) | (pairs.related == best[pairs.second])
+    found = np.flatnonzero(is_best)
+    return found[:: max(1, len(found) // _EXAMINED)]
 
 
 def some_used(members: Members, used: npt.NDArray[Any], classes: Ints) -> Ints:
@@ -139,21 +209,29 @@ def gather_some(rows: UnitRows, images: Ints) -> Rows:
     return vectors
 
 
-def are_mixed(first: Rows, second: Rows) -> npt.NDArray[np.bool_]:
-    """bool `[n]`: whether images of two classes are mixed; see `confirm_pairs`."""
-    crossing, expected, variance = count_crossings(first, second)
-    mixed: npt.NDArray[np.bool_] = crossing >= _MIXED * expected - np.sqrt(variance)
-    return mixed & (crossing > 0)
+def measure_mixing(first: Rows, second: Rows) -> Floats:
+    """float64 `[n]`: how often images' nearest one is of the other class, of what chance gives.
+
+    Each image looks for its nearest one among those of both classes. In one class that was cut in
+    two it is as often of the other part as chance has it, 1; in two classes that are merely alike
+    it is of the same one, 0 (Schilling 1986, Henze 1988).
+
+    Args:
+        first, second: float32 `[n, K, D]`, images of both classes; rows of zeros: no more.
+    """
+    crossing, expected = count_crossings(first, second)
+    found: Floats = crossing / np.maximum(expected, 1e-12)
+    return found
 
 
-def count_crossings(first: Rows, second: Rows) -> tuple[Floats, Floats, Floats]:
+def count_crossings(first: Rows, second: Rows) -> tuple[Floats, Floats]:
     """float64 `[n]` each: how many images' nearest one is of the other class, and by chance.
 
     Args:
         first, second: float32 `[n, K, D]`, images of both classes; rows of zeros: no more.
 
     Returns:
-        How many are; how many are expected if classes were drawn; about their variance then.
+        How many are, and how many are expected if the classes were drawn.
     """
     vectors = np.concatenate([first, second], axis=1)
     there = np.asarray(vectors.any(axis=2))
@@ -166,8 +244,7 @@ def count_crossings(first: Rows, second: Rows) -> tuple[Floats, Floats, Floats]:
     sizes = np.stack([(there & ~is_second).sum(axis=1), (there & is_second).sum(axis=1)], 1)
     other = np.where(is_second, sizes[:, :1], sizes[:, 1:])
     chance = np.where(there, other / np.maximum(sizes.sum(axis=1) - 1, 1)[:, None], 0.0)
-    variance = (chance * (1 - chance)).sum(axis=1)
-    return crosses.sum(axis=1).astype(np.float64), chance.sum(axis=1), variance
+    return crosses.sum(axis=1).astype(np.float64), chance.sum(axis=1)
 
 
 def group_pairs(first: Ints, second: Ints) -> Ints:
@@ -217,50 +294,41 @@ class DuplicateClasses(NamedTuple):
 
     Attributes:
         first, second: int64 `[P]`, the most certain first.
-        related: float64 `[P]`, see `relatedness`.
+        score: float64 `[P]`, of the rule.
         probability: float64 `[P]`.
         groups: int64 `[P]`, see `group_pairs`.
         ids: int64 `[C + parts]`, the class that each class or part is merged into.
-        separation: how they were told.
-        observed: float64 `[C]`, of each class the statistic that was examined.
+        rule: how they were told.
+        observed: float64, scores of all pairs that were looked at.
     """
 
     first: Ints
     second: Ints
-    related: Floats
+    score: Floats
     probability: Floats
     groups: Ints
     ids: Ints
-    separation: Separation
+    rule: DuplicateRule
     observed: Floats
 
 
 def find_duplicates(
-    pairs: CandidatePairs,
-    observed: Floats,
-    parents: Ints,
-    separation: Separation,
-    rows: UnitRows,
-    members: Members,
-    used: npt.NDArray[Any],
+    pairs: CandidatePairs, near: Ints, scores: Floats, parents: Ints, rule: DuplicateRule
 ) -> DuplicateClasses:
-    """The pairs above the threshold that their images confirm.
+    """The pairs above the threshold.
 
     Args:
         pairs: candidates.
-        observed: float64 `[C]`, see `nearest_relatedness`.
+        near: int64 `[Q]`, which of them were looked at.
+        scores: float64 `[Q]`, of these.
         parents: int64 `[C + parts]`, the class that each class is, or is a part of.
-        separation: of the relatedness.
-        rows: of all images.
-        members: images of each class and part.
-        used: uint8 `[N]`, whether an image is one that its class's centre is made of.
+        rule: with the threshold.
     """
-    chosen = np.flatnonzero(pairs.related >= separation.threshold)
-    chosen = chosen[confirm_pairs(pairs, chosen, rows, members, used)]
-    order = np.lexsort((pairs.second[chosen], pairs.first[chosen], -pairs.related[chosen]))
-    chosen = chosen[order]
-    first, second, related = pairs.first[chosen], pairs.second[chosen], pairs.related[chosen]
+    found = np.flatnonzero(scores >= rule.separation.threshold)
+    first, second, score = pairs.first[near[found]], pairs.second[near[found]], scores[found]
+    order = np.lexsort((second, first, -score))
+    first, second, score = first[order], second[order], score[order]
     groups = group_pairs(first, second)
     ids = merged_ids(first, second, groups, len(parents))[parents]
-    chance = separation.probability(related)[0]
-    return DuplicateClasses(first, second, related, chance, groups, ids, separation, observed)
+    chance = rule.separation.probability(score)[0]
+    return DuplicateClasses(first, second, score, chance, groups, ids, rule, scores)

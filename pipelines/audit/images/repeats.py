@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from mhe_dist.seeds import generator, sample_without_replacement
 from pipelines.audit.classes.centres import Floats
-from pipelines.audit.images.pictures import compare_copies, compare_pictures
+from pipelines.audit.images.pictures import EQUAL, compare_copies, compare_pictures
+from pipelines.audit.separation import separate
 from pipelines.audit.settings import AuditSettings
-from pipelines.clustering.members import Members
 from pipelines.clustering.rows import Ints
 from pipelines.clustering.state import ClusterState
 from pipelines.shards.index import ShardIndex
@@ -19,25 +19,20 @@ from pipelines.shards.index import ShardIndex
 CANDIDATE_COSINE: Final = 0.9  # of embeddings, from which pixels are compared
 _PART: Final = 1 << 10  # pairs of pictures that are compared in a piece of work
 _DRAWN: Final = 512  # pictures that are copied to see how alike copies are
-_MISSED: Final = 0.05  # share of worse copies that are missed, at most
 
 
-class CopyThreshold(NamedTuple):
-    """From where on two pictures are copies.
+class ToldCopies(NamedTuple):
+    """Which pairs of pictures are copies.
 
     Attributes:
-        likeness: see `compare_pixels`. Nearly all worse copies are as alike, and hardly any two
-            pictures of classes that are next to one another.
-        made: float64 `[n]`, how alike worse copies are.
+        are_copies: bool `[P]`.
+        probability: float64 `[P]`; 1 of pictures whose pixels are all equal.
+        threshold: likeness from which they are; 1: only equal ones are.
     """
 
-    likeness: float
-    made: Floats
-
-    def probability(self, likeness: Floats) -> Floats:
-        """float64 `[n]`: 1 for equal pictures; else the share of copies that are no more alike."""
-        share = np.searchsorted(self.made, likeness, side="right") / max(1, len(self.made))
-        return np.where(likeness >= 1, 1.0, np.clip(share, 0, 1))
+    are_copies: npt.NDArray[np.bool_]
+    probability: Floats
+    threshold: float
 
 
 class PicturePairs(NamedTuple):
@@ -55,43 +50,42 @@ class PicturePairs(NamedTuple):
 
 
 def learn_copies(
-    index: ShardIndex,
-    others: npt.NDArray[Any],
-    members: Members,
-    side: int,
-    settings: AuditSettings,
-    state: ClusterState,
-) -> CopyThreshold:
-    """See how alike worse copies of some pictures are, and pictures of the classes next to theirs.
+    index: ShardIndex, side: int, settings: AuditSettings, state: ClusterState
+) -> Floats:
+    """float64 `[m]`: how alike worse copies of some pictures are to them.
 
     Args:
         index: the data set.
-        others: int32 `[N]`, the class next to each image's own; -1: none.
-        members: images of each class.
         side: width and height at which pictures are compared, in pixels.
-        settings: the false rate, and the seed.
+        settings: for the seed.
         state: gets the figures.
     """
 
     def _learn() -> None:
         rng = generator(settings.seed, "audit/copies")
         drawn = sample_without_replacement(index.samples, min(_DRAWN, index.samples), rng)
-        made = compare_copies(index, drawn, side)
-        drawn = drawn[np.asarray(others)[drawn] >= 0]
-        beside = members.some(np.asarray(others)[drawn].astype(np.int64), 1)[:, 0]
-        there = beside >= 0
-        different = compare_pictures((index, drawn[there]), (index, beside[there]), side)
-        state.save_small("copies", made=made, different=different)
+        state.save_small("copies", made=compare_copies(index, drawn, side))
 
     state.once("copies", _learn)
-    found = state.load_small("copies")
-    made, different = (
-        np.sort(found[name][~np.isnan(found[name])]) for name in ("made", "different")
-    )
-    likeness = [float(np.quantile(made, _MISSED))] if len(made) else [1.0]
-    if len(different):
-        likeness.append(float(np.quantile(different, 1 - settings.false_rate)))
-    return CopyThreshold(max(likeness), made)
+    return state.load_small("copies")["made"]
+
+
+def tell_copies(likeness: Floats, made: Floats, false_rate: float) -> ToldCopies:
+    """Tell pairs of pictures that are copies from those that are merely alike.
+
+    Equal pictures are copies. Of the others those are that stand out as worse copies would; where
+    different pictures are as alike as copies, such as glyphs of similar fonts, none does.
+
+    Args:
+        likeness: float64 `[P]`, of pairs; NaN: it is not known.
+        made: float64 `[m]`, see `learn_copies`.
+        false_rate: share of the pairs that may be taken for copies wrongly.
+    """
+    equal = likeness >= EQUAL
+    separation = separate(np.where(equal, np.nan, likeness), [made], false_rate)
+    probability = np.where(equal, 1.0, separation.probability(likeness)[0])
+    threshold = min(separation.threshold, EQUAL)
+    return ToldCopies(likeness >= threshold, probability, threshold)
 
 
 def repeated_pairs(neighbours: npt.NDArray[Any], cosines: npt.NDArray[Any]) -> tuple[Ints, Ints]:
