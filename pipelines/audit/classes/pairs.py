@@ -23,9 +23,7 @@ _MISSED: Final = 0.05  # share of classes that are one and are not looked at
 _EXAMINED: Final = (
     20_000  # pairs of a class and the one nearest to it, about, that are learned from
 )
-# Share of the pairs found that may be false, as estimated: more than there are, because training
-# drives classes apart that are one, and not the halves of a class that are compared with them.
-_FALSE_PAIRS: Final = 0.2
+_FALSE_PAIRS: Final = 0.1  # share of the pairs found that may be false: classes that look the same
 _HALVES: Final = 2000  # classes whose halves are looked at, about
 
 

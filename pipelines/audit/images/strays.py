@@ -231,7 +231,7 @@ def _learn_belonging(known: Nearness, figures: npt.NDArray[Any], threshold: floa
     """Learn from images that are not doubted, with their class and with it taken away."""
     right = known.doubt < 0
     own = belonging_features(known.own, known.others[:, 0], known.own_class, figures)
-    away = belonging_features(*known.others.T, known.neighbour, figures)
+    away = belonging_features(known.others[:, 0], known.others[:, 1], known.neighbour, figures)
     discriminant = learn_discriminant(own[right], away[right])
     scores = score_belonging(discriminant, known, figures)[known.doubt >= threshold]
     if discriminant is None:
@@ -247,7 +247,7 @@ def score_belonging(
     """float64 `[n]`: see `Belonging.score`."""
     if discriminant is None:
         return near.others[:, 0]
-    features = belonging_features(*near.others.T, near.neighbour, figures)
+    features = belonging_features(near.others[:, 0], near.others[:, 1], near.neighbour, figures)
     features[:, 1] = np.nan_to_num(features[:, 1])  # no second class was found
     return discriminant.score(features)
 
