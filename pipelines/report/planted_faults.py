@@ -55,7 +55,7 @@ def describe_audits(audits: Sequence[AuditScores]) -> Iterator[str]:
             )
             yield (
                 f"On the clean data, at a false rate of {rate:g}, {images} % of the images and "
-                f"{classes} % of the classes are accused.\n"
+                f"{classes} % of the classes are accused."
             )
 
 
@@ -82,7 +82,11 @@ def describe_recovery(
 
 def _recovered(each: VariantResult, typeface: str, best: float, worst: float) -> str:
     gained = each.spread(RANK1, typeface).mean - worst
-    return f"{gained / (best - worst):.0%}" if best > worst else f"{100 * gained:+.2f} points"
+    points = f"{100 * gained:+.2f} points"
+    if best <= worst:
+        return points
+    share = f"{gained / (best - worst):.0%}" if gained > 0 else "nothing"
+    return f"{share} ({points})"
 
 
 def _spread(shares: Sequence[float]) -> str:

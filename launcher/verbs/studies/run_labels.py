@@ -31,11 +31,9 @@ def make_labels(plan: PlannedRun, config: Config, clean: Config, out: str) -> No
     """
     if plan.planted:
         _plant(plan, clean, out)
-    if label_set_exists(f"{out}/{plan.labels}"):
-        return
-    if plan.variant.clustered_by:
+    if plan.variant.clustered_by and not label_set_exists(f"{out}/{plan.labels}"):
         _cluster(plan, config, out)
-    else:
+    if plan.variant.audited_by and not _is_scored(plan, out):
         _audit_planted(plan, clean, out)
 
 
@@ -91,9 +89,14 @@ def audit_clean_data(plan: PlannedRun, config: Config, out: str) -> None:
 
     Nothing happens if that is done.
     """
-    if not Path(f"{out}/{plan.audit}/{SCORE_FILE}").exists():
+    if not _is_scored(plan, out):
         _audit(plan, plan.name, config.data.shards, "", config, out)
         _write_score(plan, out, {})
+
+
+def _is_scored(plan: PlannedRun, out: str) -> bool:
+    """Whether the audit is done to its end."""
+    return Path(f"{out}/{plan.audit}/{SCORE_FILE}").exists()
 
 
 def _audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, out: str) -> None:

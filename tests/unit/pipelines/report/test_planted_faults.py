@@ -46,7 +46,7 @@ def test_what_is_back_is_a_share_of_what_the_faults_cost() -> None:
     (line,) = describe_recovery(results, [("easy", "Easy")])
     assert (
         line
-        == "- Easy: the faults cost 10.00 points of rank-1; of these are back: the audited1 75%"
+        == "- Easy: the faults cost 10.00 points of rank-1; of these are back: the audited1 75% (+7.50 points)"
     )
 
 
@@ -55,3 +55,9 @@ def test_nothing_is_said_of_what_is_back_where_the_faults_cost_nothing_or_are_no
     (line,) = describe_recovery(results, [("easy", "Easy")])
     assert line.endswith("the audited1 +1.00 points")
     assert list(describe_recovery(results[1:], [("easy", "Easy")])) == []
+
+
+def test_a_variant_that_is_worse_than_the_dirty_one_gave_nothing_back() -> None:
+    results = [result("clean", 0.9), result("dirty", 0.8), result("filter", 0.78)]
+    (line,) = describe_recovery(results, [("easy", "Easy")])
+    assert line.endswith("the filter nothing (-2.00 points)")
