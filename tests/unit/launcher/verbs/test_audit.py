@@ -105,7 +105,7 @@ def test_decisions_change_the_label_set_alone(
     [
         (["--out", "OUT/audit"], "is an audit of something else: the sets of --against differ"),
         (["--apply", "fix"], "--apply fix: 'fix' is no action"),
-        (["--false-rate", "0.7"], "--false-rate 0.7: this is the share of the findings"),
+        (["--false-rate", "0.7"], "--false-rate 0.7: this is the share of what is right"),
         (["--labels", "OUT/nowhere"], "no label set here"),
         (["--decisions", "OUT/none.csv", "--against", "OUT/shards"], "none.csv: cannot be read"),
     ],
