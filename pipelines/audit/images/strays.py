@@ -22,7 +22,7 @@ RIGHT, WRONG_LABEL, FOREIGN = 0, 1, 2  # of an image
 
 _PART: Final = 1 << 18  # images that are looked at together
 _FITTED: Final = 1 << 21  # images that thresholds are found on, at most
-_STRANGERS: Final = 0.035  # share of those relabelled that may be of no class; others are dropped
+_STRANGERS: Final = 0.03  # share of those relabelled that may be of no class; others are dropped
 _TESTED: Final = 256  # images that are compared with images of two classes together
 _NEAREST: Final = 3  # images of a class that are nearest to it and count
 
