@@ -25,7 +25,7 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral"]
 FEW_IMAGES = [
     *("data.glyphs.fonts=fonts", "data.glyphs.min_fonts=3", "data.glyphs.max_classes=400"),
     "data.glyphs.heldout_classes=20",
-    *("data.streams=8", "model.kwargs.widths=[8,8,16,16]", "model.embedding_dim=16"),
+    *("data.streams=8", "model.kwargs.channels=[8,16,16,32]", "model.embedding_dim=16"),
 ]
 FEW_STEPS = [
     *("train.max_steps=4", "train.log_every=1", "scale.workers=1", "evaluate.pairs=20"),
