@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
+import pipelines
 from launcher import cli
 from launcher.ray_cluster.code_package import PACKAGES, with_absolute_paths
 from launcher.ray_cluster.dashboard import ADDRESS_VARIABLE, resolve_address
@@ -48,8 +49,8 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     names = [SCHEMA, *(f"{name}.yaml" for name in shipped_configs())]
     configs = {f"mhe_dist/configs/{name}" for name in names}
     data = {name for name in sent.files if not name.endswith(".py")}
-    templates = {f"pipelines/report/{name}.html.j2" for name in ("page", "sheets/search")}
-    templates = {name for name in data if name.endswith(".j2")}  # of the pages, wherever they lie
+    root = Path(pipelines.__path__[0])
+    templates = {str(path.relative_to(root.parent)) for path in root.rglob("*.j2")}
     assert "pipelines/report/page.html.j2" in templates
     assert data == configs | templates | {"run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
