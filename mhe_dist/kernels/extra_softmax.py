@@ -123,6 +123,13 @@ def _extra_constants(table: ExtraTable, negatives: Negatives) -> dict[str, int |
     }
 
 
+@triton.jit
+def _offset(pointer, column, own, length: tl.constexpr):
+    """What is added to logits of heads other than the target's."""
+    elsewhere = (own < 0) | (column // length != own // length)
+    return tl.where(elsewhere, tl.load(pointer), 0.0)
+
+
 @triton.jit(do_not_specialize=["count", "widest"])
 def _extra_statistics_kernel(
     logits,
@@ -155,8 +162,7 @@ def _extra_statistics_kernel(
         highest = tl.maximum(highest, z)
         z = negative_logits(z, scale, threshold, filtered)
         if corrected:
-            elsewhere = (own < 0) | (column // length != own // length)
-            z += tl.where(elsewhere, tl.load(offsets + sample), 0.0)
+            z += _offset(offsets + sample, column, own, length)
         higher = tl.maximum(peak, z)
         total = total * tl.exp(peak - finite(higher)) + tl.exp(z - finite(higher))
         peak = higher
@@ -195,8 +201,7 @@ def _extra_weights_kernel(
     z = tl.load(logits + first + column, mask=column < classes, other=float("-inf"))
     z = negative_logits(z, scale, threshold, filtered)
     if corrected:
-        elsewhere = (own < 0) | (column // length != own // length)
-        z += tl.where(elsewhere, tl.load(offsets + sample), 0.0)
+        z += _offset(offsets + sample, column, own, length)
     at_target = (tl.exp(tl.load(with_margins + sample) - log_sum) - 1) * tl.load(slopes + sample)
     p = tl.where(column == own, at_target, tl.exp(z - log_sum))
     tl.store(logits + first + column, p, mask=column < stored)

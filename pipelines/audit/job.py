@@ -46,11 +46,10 @@ from pipelines.audit.settings import FORMAT, AuditSettings
 from pipelines.clustering.hierarchy import find_mean
 from pipelines.clustering.members import sort_members
 from pipelines.clustering.quality import measure_recall as measure_class_recall
-from pipelines.clustering.rows import Ints, UnitRows
+from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows, refuse_remote_target
 from pipelines.clustering.state import ClusterState, Watch
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.staging import Staging
-from pipelines.storage.urls import is_local, resolve_url
 
 _STATE: Final = "state"  # folder in the unfinished audit; removed at the end
 # Of the first cut, see `separate`: a class that is cut in vain does no harm.
@@ -85,7 +84,7 @@ class AuditResult(NamedTuple):
         duplicates, strays, mixed, mixed_separation: of each kind its findings and threshold.
         scores: of all images.
         repeats: pairs of pictures of the training set that may be the same.
-        copies: float64, how alike worse copies of pictures are to them.
+        copies: float64, how similar worse copies of pictures are to them.
         shared: for each evaluation set.
         class_recall, image_recall: share of the nearest classes and images that were found.
         false_rate: that was asked for.
@@ -151,17 +150,9 @@ class AuditJob:
             UserError: the target exists or is not on this machine, something else is being made
                 there, or there is nothing to examine.
         """
-        if not is_local(resolve_url(target)[0]):
-            raise UserError(
-                f"--out {target}: an audit is made in files of this machine; name a folder here, "
-                "and copy it when it is finished"
-            )
+        refuse_remote_target(target, "an audit is")
         settings.validate()
-        if len(rows) != index.samples:
-            raise UserError(
-                f"{len(rows):,} embeddings for the {index.samples:,} images of {index.folder}: "
-                "they are of another data set"
-            )
+        refuse_other_rows(index, rows)
         if num_classes < 2:
             raise UserError(f"{index.folder}: an audit compares classes, and there are not two")
         self.index, self.settings, self.target = index, settings, target

@@ -40,11 +40,11 @@ _BINS: Final = 80  # of a histogram
 _PART: Final = 1 << 18  # images that are looked at together
 STATISTICS: Final = {
     DUPLICATE: ("pairs", "how much likelier two classes are one than two (logarithm)"),
-    MIXED: ("classes", "how much more alike images of a part are than those of both parts"),
+    MIXED: ("classes", "how much more similar images of a part are than those of both parts"),
     WRONG_LABEL: ("images", "cosine to the nearest other class minus that to its own"),
     FOREIGN: ("images", "how much likelier a doubted image is of no class than of the nearest"),
-    REPEATED: ("images", "how alike two pictures are (1: equal)"),
-    LEAK: ("images", "how alike a picture and one of an evaluation set are (1: equal)"),
+    REPEATED: ("images", "how similar two pictures are (1: equal)"),
+    LEAK: ("images", "how similar a picture and one of an evaluation set are (1: equal)"),
 }
 
 Names = Callable[[set[int]], Mapping[int, str]]

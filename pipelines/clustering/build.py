@@ -8,7 +8,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mhe_dist.errors import UserError
 from pipelines.clustering.assign import Labels, open_search
 from pipelines.clustering.balance import balance_classes, last_layout
 from pipelines.clustering.hierarchy import find_mean, train_centres
@@ -22,14 +21,13 @@ from pipelines.clustering.quality import (
     measure_agreement,
     measure_recall,
 )
-from pipelines.clustering.rows import Ints, UnitRows
+from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows, refuse_remote_target
 from pipelines.clustering.selection import KeptLabels, drop_images
 from pipelines.clustering.settings import ClusterSettings
 from pipelines.clustering.state import ClusterState, Watch
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet, write_label_files
 from pipelines.storage.staging import Staging
-from pipelines.storage.urls import is_local, resolve_url
 
 _STATE: Final = "state"  # folder in the unfinished label set; removed at the end
 CLUSTERS_FILE: Final = "clusters.tsv"
@@ -104,16 +102,8 @@ class ClusterJob:
             UserError: the target exists or is not on this machine, something else is being made
                 there, or so many classes cannot be made.
         """
-        if not is_local(resolve_url(target)[0]):
-            raise UserError(
-                f"--out {target}: classes are made in files of this machine; name a folder here, "
-                "and copy it when it is finished"
-            )
-        if len(rows) != index.samples:
-            raise UserError(
-                f"{len(rows):,} embeddings for the {index.samples:,} images of {index.folder}: "
-                "they are of another data set"
-            )
+        refuse_remote_target(target, "classes are")
+        refuse_other_rows(index, rows)
         settings.validate(index.samples)
         self.index, self.settings, self.rows = index, settings, UnitRows(rows)
         self.target, self._embedded_by = target, embedded_by

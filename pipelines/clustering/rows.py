@@ -8,6 +8,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from mhe_dist.errors import UserError
+from pipelines.shards.index import ShardIndex
+from pipelines.storage.urls import is_local, resolve_url
+
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -86,3 +90,26 @@ def release_pages(array: npt.NDArray[Any]) -> None:
         owner = owner.obj
     if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         owner.madvise(mmap.MADV_DONTNEED)
+
+
+def refuse_remote_target(target: str, made: str) -> None:
+    """Raise a UserError if a folder is not on this machine.
+
+    Args:
+        target: what `--out` names.
+        made: what is made there, in words.
+    """
+    if not is_local(resolve_url(target)[0]):
+        raise UserError(
+            f"--out {target}: {made} made in files of this machine; name a folder here, "
+            "and copy it when it is finished"
+        )
+
+
+def refuse_other_rows(index: ShardIndex, rows: npt.NDArray[Any]) -> None:
+    """Raise a UserError if there is not one embedding for each image."""
+    if len(rows) != index.samples:
+        raise UserError(
+            f"{len(rows):,} embeddings for the {index.samples:,} images of {index.folder}: "
+            "they are of another data set"
+        )

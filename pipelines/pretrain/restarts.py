@@ -1,6 +1,6 @@
-"""What a run lost when it was interrupted: restarts, repeated steps, and the time between.
+"""How far a run is, and what it lost when it was interrupted: restarts, repeated steps, time.
 
-All of it is read from `metrics.jsonl` before the restarted run cuts that file back to its
+What it lost is read from `metrics.jsonl` before the restarted run cuts that file back to its
 checkpoint, and goes into the record of the same run.
 """
 
@@ -19,6 +19,23 @@ from pipelines.pretrain.recorder import Recorder
 
 RESTARTS, LOST_STEPS = "restarts", "restart_lost_steps"
 SECONDS, OWN_SECONDS = "restart_seconds", "restart_own_seconds"
+
+
+@dataclass
+class RunProgress:
+    """How far a run is.
+
+    Attributes:
+        step: completed steps.
+        images: of earlier processes.
+        resumed_from: checkpoint that this process took up.
+        scored: whether the model of that was evaluated.
+    """
+
+    step: int = 0
+    images: int = 0
+    resumed_from: str | None = None
+    scored: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -41,7 +40,7 @@ from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder, tracked_datasets
-from pipelines.pretrain.restarts import Restart, read_restart, read_skipped_steps
+from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
 from pipelines.runs.first_model import make_tried_model, without_first_weights
 from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
 from pipelines.runs.warm_start import (
@@ -52,23 +51,6 @@ from pipelines.runs.warm_start import (
     refuse_other_num_classes,
 )
 from pipelines.shards.index import ShardIndex
-
-
-@dataclass
-class RunProgress:
-    """How far a run is.
-
-    Attributes:
-        step: completed steps.
-        images: of earlier processes.
-        resumed_from: checkpoint that this process took up.
-        scored: whether the model of that was evaluated.
-    """
-
-    step: int = 0
-    images: int = 0
-    resumed_from: str | None = None
-    scored: bool = False
 
 
 class Run:

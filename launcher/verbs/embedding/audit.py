@@ -282,13 +282,13 @@ def _watched(job: AuditJob, threads: int) -> Any:
     stages: list[str] = []
     with ProgressDisplay().counting("auditing") as progress:
 
-        def watch(stage: str, done: int, total: int) -> None:
+        def _watch(stage: str, done: int, total: int) -> None:
             if stage not in stages:
                 stages.append(stage)
             whole = 100 * max(STAGES, len(stages))
             progress(round(100 * (len(stages) - 1 + done / max(1, total))), whole)
 
-        return job.run(watch, threads)
+        return job.run(_watch, threads)
 
 
 class CuredAudit(NamedTuple):

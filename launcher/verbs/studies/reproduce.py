@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -26,6 +26,9 @@ from mhe_dist.errors import UserError
 from pipelines.runs.folder import read_run_config, read_summary
 from pipelines.runs.resume import refuse_changed_config
 from pipelines.shards.label_set import label_set_exists
+
+if TYPE_CHECKING:
+    from pipelines.report.comparison_markdown import WrittenPage
 
 TIME_SHARE = 0.9  # of the available minutes; the rest is for what a trial does not predict
 
@@ -57,11 +60,11 @@ def reproduce(
     five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
     paper100: the paper's heads at 100 classes. unlabelled: 400 characters without their labels,
     clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and
-    audited. Each run is an ordinary run of
-    `mhe train` with a name of its own in the output folder. After an interruption the same command
-    continues and keeps complete runs. The page is written after every run. A section of an existing
-    page that holds more complete runs than the folder stays as it is. The repository's own page is
-    written only if it is named: --page docs/results.md.
+    audited. Each run is an ordinary run of `mhe train` with a name of its own in the output folder.
+    After an interruption the same command continues and keeps complete runs. The page is written
+    after every run. A section of an existing page that holds more complete runs than the folder
+    stays as it is. The repository's own page is written only if it is named: --page
+    docs/results.md.
 
     Example: mhe reproduce small --only full,mhs_own_plus --seeds 1
     """
@@ -76,14 +79,7 @@ def reproduce(
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(plan, config, overrides or [], out)
         written = write_study_page(target, out, chosen, count)
-    places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
-    console.list_rows("Where it is", places)
-    for title in written.kept:
-        console.say(
-            f"[yellow]{escape(target)} keeps its section[/] {escape(title)!r}: it holds more "
-            f"complete runs than {escape(out)}. To replace it, delete that section, or name "
-            "another page: --page FILE"
-        )
+    _list_places(written, target, out)
     missing = [row for row in compare_variants(chosen, out, count) if row.missing]
     for row in missing:
         console.say(f"[yellow]Not complete:[/] {escape(row.unfinished)}")
@@ -93,6 +89,18 @@ def reproduce(
     complete = [each.name for each in plans if read_summary(f"{out}/{each.name}")]
     steps += [("a run on a page", ["mhe", "report", f"{out}/{name}"]) for name in complete[:1]]
     console.list_next(steps)
+
+
+def _list_places(written: WrittenPage, target: str, out: str) -> None:
+    """Say where the page is, and which of its sections stayed as they were."""
+    places = [("page and pictures", ", ".join(written.files)), ("runs", out)]
+    console.list_rows("Where it is", places)
+    for title in written.kept:
+        console.say(
+            f"[yellow]{escape(target)} keeps its section[/] {escape(title)!r}: it holds more "
+            f"complete runs than {escape(out)}. To replace it, delete that section, or name "
+            "another page: --page FILE"
+        )
 
 
 def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:

@@ -15,8 +15,7 @@ from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.batch_invariant import LEAST_ROWS, product
 from mhe_dist.heads.class_rows import ClassRows
 from mhe_dist.heads.grouping import Chunk, GradientFactors
-from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart
-from mhe_dist.heads.routed.softmax import ExtraGradient, RoutedScores
+from mhe_dist.heads.routed.softmax import RoutedBatch, RoutedScores
 from mhe_dist.kernels.extra_softmax import ExtraTable, extra_statistics, extra_weights
 from mhe_dist.kernels.negatives import Negatives
 from mhe_dist.kernels.own_softmax import (
@@ -28,50 +27,33 @@ from mhe_dist.kernels.own_softmax import (
 )
 
 
-def kernel_softmax(
-    class_rows: ClassRows,
-    features: Tensor,
-    norms: Tensor | None,
-    dispatch: Dispatch,
-    chunks: list[Chunk],
-    extra: dict[int, Tensor],
-    sums: dict[int, ExtraGradient] | None,
-    share: float,
-    correction: bool,
-) -> RoutedScores:
+def kernel_softmax(batch: RoutedBatch) -> RoutedScores:
     """Score one micro-batch of all ranks on the rank that owns the heads; see `routed_softmax`."""
-    logits = _ExtraLogits(class_rows, features, norms, dispatch, extra, correction)
+    features = batch.features
+    logits = _ExtraLogits(batch)
     samples = logits.normalise()
     gradient = torch.zeros_like(features)
-    own = _OwnHeads(class_rows, features, norms, dispatch, samples, gradient, share)
-    for chunk in chunks:
+    own = _OwnHeads(batch, samples, gradient)
+    for chunk in batch.chunks:
         own.score(chunk)
-    weights = logits.finish(samples, gradient)
-    if sums is not None:
-        scaled = features * (class_rows.margin.scale * share)
-        for part, block in weights:
-            numbers = dispatch.sample_numbers[part.samples]
-            sums[part.group].add(numbers, block, scaled[part.samples])
+    logits.finish(samples, gradient)
+    if batch.sums is not None:
+        scaled = features * (batch.class_rows.margin.scale * batch.share)
+        for part, weights in zip(batch.parts, logits.blocks, strict=True):
+            numbers = batch.dispatch.sample_numbers[part.samples]
+            batch.sums[part.group].add(numbers, weights, scaled[part.samples])
     correct = (samples.target > samples.highest).to(features.dtype)
-    return RoutedScores(samples.losses, gradient, correct, own.factors(dispatch))
+    return RoutedScores(samples.losses, gradient, correct, own.factors())
 
 
 class _ExtraLogits:
     """The samples of all groups against their groups' extra heads, in two passes."""
 
-    def __init__(
-        self,
-        class_rows: ClassRows,
-        features: Tensor,
-        norms: Tensor | None,
-        dispatch: Dispatch,
-        extra: dict[int, Tensor],
-        correction: bool,
-    ) -> None:
-        self.class_rows, self.features, self.norms = class_rows, features, norms
-        self.negatives = negatives_of(class_rows)
-        self.parts = [part for part in dispatch.groups if part.size and len(extra[part.group])]
-        self.heads = [extra[part.group] for part in self.parts]
+    def __init__(self, batch: RoutedBatch) -> None:
+        class_rows, features = batch.class_rows, batch.features
+        self.class_rows, self.features, self.norms = class_rows, features, batch.norms
+        self.negatives, self.parts = negatives_of(class_rows), batch.parts
+        self.heads = [batch.extra[part.group] for part in self.parts]
         widths = [len(heads) * class_rows.layout.length for heads in self.heads]
         sizes = [part.size * width for part, width in zip(self.parts, widths, strict=True)]
         self.buffer = features.new_empty(sum(sizes))
@@ -80,7 +62,7 @@ class _ExtraLogits:
             for block, width in zip(self.buffer.split(sizes), widths, strict=True)
         ]
         self.rows = self._read(widths)
-        self.table = self._table(len(features), correction)
+        self.table = self._table(len(features), batch.correction)
         self.with_margin = self.slope = torch.empty_like(features[:, 0])
 
     def _read(self, widths: list[int]) -> tuple[Tensor, ...]:
@@ -132,8 +114,8 @@ class _ExtraLogits:
         log_sum = torch.where(table.places[3] < 0, found.log_sum, inside)
         return SampleSums(found.target, found.highest, log_sum, log_sum - self.with_margin)
 
-    def finish(self, samples: SampleSums, gradient: Tensor) -> list[tuple[GroupPart, Tensor]]:
-        """Second pass: add to the samples' gradient; return the rows' weights `[n, m * L]`."""
+    def finish(self, samples: SampleSums, gradient: Tensor) -> None:
+        """Second pass: add to the samples' gradient; `blocks` are the rows' weights then."""
         extra_weights(
             self.buffer,
             self.table,
@@ -148,27 +130,17 @@ class _ExtraLogits:
                 gradient[part.samples].add_(product(block, rows), alpha=scale)
             else:
                 gradient[part.samples].addmm_(block, rows, alpha=scale)
-        return list(zip(self.parts, self.blocks, strict=True))
 
 
 class _OwnHeads:
     """Samples against their own heads, chunk by chunk, each row read once."""
 
-    def __init__(
-        self,
-        class_rows: ClassRows,
-        features: Tensor,
-        norms: Tensor | None,
-        dispatch: Dispatch,
-        samples: SampleSums,
-        gradient: Tensor,
-        share: float,
-    ) -> None:
-        self.class_rows, self.features, self.norms = class_rows, features, norms
-        self.own, self.slots = dispatch.own, dispatch.slots
-        self.samples, self.gradient, self.share = samples, gradient, share
-        self.negatives = negatives_of(class_rows)
-        self.weights = features.new_empty(len(dispatch.own), class_rows.layout.length)
+    def __init__(self, batch: RoutedBatch, samples: SampleSums, gradient: Tensor) -> None:
+        self.batch, self.samples, self.gradient = batch, samples, gradient
+        self.class_rows, self.features = batch.class_rows, batch.features
+        self.negatives = negatives_of(self.class_rows)
+        length = self.class_rows.layout.length
+        self.weights = self.features.new_empty(len(batch.dispatch.own), length)
         self.radial = torch.empty_like(self.weights)
 
     def score(self, chunk: Chunk) -> None:
@@ -179,15 +151,14 @@ class _OwnHeads:
         products = product(self.features[index], rows.transpose(1, 2))
         own = OwnProducts(products, inverse, places)
         target, log_sum = own_statistics(own, self.samples, self.negatives)
-        phi, slope = self.class_rows.target(
-            target, None if self.norms is None else self.norms[places[0]]
-        )
+        norms = None if self.batch.norms is None else self.batch.norms[places[0]]
+        phi, slope = self.class_rows.target(target, norms)
         weights = torch.empty_like(products, memory_format=torch.contiguous_format)
         own_weights(
             own,
             self.samples,
             self.negatives,
-            self.share,
+            self.batch.share,
             log_sum,
             phi * self.negatives.scale,
             slope,
@@ -197,16 +168,17 @@ class _OwnHeads:
 
     def _places(self, chunk: Chunk) -> Tensor:
         """Sample, slot, position among the factors, and the head's classes; see `OwnProducts`."""
-        layout, position = self.class_rows.layout, chunk.index.view(-1)
-        sample = self.own[position]
+        layout, dispatch = self.class_rows.layout, self.batch.dispatch
+        position = chunk.index.view(-1)
+        sample = dispatch.own[position]
         classes = (layout.num_classes - chunk.heads * layout.length).clamp(max=layout.length)
         classes = classes.repeat_interleave(chunk.index.shape[1])
-        table = torch.stack([sample, self.slots[sample], position, classes])
+        table = torch.stack([sample, dispatch.slots[sample], position, classes])
         return to_device(table, self.features.device)
 
-    def factors(self, dispatch: Dispatch) -> GradientFactors:
+    def factors(self) -> GradientFactors:
         """The gradient of the rows of own heads."""
-        own = to_device(dispatch.own, self.features.device)
+        own = to_device(self.batch.dispatch.own, self.features.device)
         return GradientFactors(self.features[own], self.weights, self.radial)
 
 

@@ -11,6 +11,7 @@ writes it once in the update; no gradient of the size of the rows is kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +31,12 @@ from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
 from mhe_dist.heads.routed.label_dispatch import LabelDispatch, plan_label_dispatch
 from mhe_dist.heads.routed.several_labels import RoutedLabels, join_labels
-from mhe_dist.heads.routed.softmax import ExtraGradient, RoutedSoftmax, routed_softmax
+from mhe_dist.heads.routed.softmax import (
+    ExtraGradient,
+    RoutedBatch,
+    RoutedScores,
+    routed_softmax,
+)
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.kernels.dispatch import MAX_LENGTH, use_kernels
 
@@ -141,10 +147,10 @@ class MhsRoute(RowHead):
         extra = {group: int(self.classes_in(heads).sum()) for group, heads in self._extra.items()}
         return own + sum(extra[part.group] * part.size for part in dispatch.groups)
 
-    def _softmax_of(self, features: Tensor, dispatch: Dispatch) -> RoutedSoftmax:
-        """What scores a dispatch: kernels where they may, if its logits fit in memory at once."""
-        length = self.layout.length
-        logits = sum(len(self._extra[part.group]) * part.size for part in dispatch.groups) * length
+    def _softmax_of(self, batch: RoutedBatch) -> Callable[[RoutedBatch], RoutedScores]:
+        """What scores a batch: kernels where they may, if its logits fit in memory at once."""
+        length, features = self.layout.length, batch.features
+        logits = sum(len(batch.extra[part.group]) * part.size for part in batch.parts) * length
         fit = length <= MAX_LENGTH and logits * features.element_size() <= LOGITS_BYTES
         if not (fit and features.dtype == torch.float32 and use_kernels(features)):
             return routed_softmax
@@ -162,8 +168,7 @@ class MhsRoute(RowHead):
         with_grad: bool,
     ) -> FusedOutput:
         """Score a dispatch, and keep the rows' gradient if `with_grad`."""
-        softmax = self._softmax_of(features, dispatch)
-        scores = softmax(
+        batch = RoutedBatch(
             self.class_rows,
             features,
             norms,
@@ -174,6 +179,7 @@ class MhsRoute(RowHead):
             share=1 / max(1, self._samples),
             correction=self.spec.config.mhs.correction,
         )
+        scores = self._softmax_of(batch)(batch)
         if with_grad:
             self._own.append(scores.own)
         return FusedOutput(scores.losses.sum(), scores.gradient, scores.correct.sum())

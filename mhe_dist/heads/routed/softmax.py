@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,38 @@ class ExtraGradient:
             weights, features = weights[order], features[order]
         summed = weights.T @ features
         return summed if self._early is None else self._early.add_(summed)
+
+
+@dataclass(frozen=True)
+class RoutedBatch:
+    """One micro-batch of all ranks, as the rank that owns the heads scores it.
+
+    Attributes:
+        class_rows: the rows of this rank.
+        features: `[n, D]` in the sorted order of `dispatch`.
+        norms: of the embeddings `[n]`, for margins that depend on them.
+        dispatch: which samples are here.
+        chunks: the own heads among them; `index` counts in `dispatch.own`.
+        extra: extra heads of each group.
+        sums: where the gradient of the extra rows is added, by group; None: it is not wanted.
+        share: scale of the rows' gradient, `1 / N`.
+        correction: whether `log(1 / q)` is added to sampled negatives.
+    """
+
+    class_rows: ClassRows
+    features: Tensor
+    norms: Tensor | None
+    dispatch: Dispatch
+    chunks: list[Chunk]
+    extra: dict[int, Tensor]
+    sums: dict[int, ExtraGradient] | None
+    share: float
+    correction: bool
+
+    @property
+    def parts(self) -> list[GroupPart]:
+        """The groups that have samples here and extra heads."""
+        return [part for part in self.dispatch.groups if part.size and len(self.extra[part.group])]
 
 
 class RoutedScores(NamedTuple):
@@ -104,82 +136,40 @@ class _Samples:
             lowest.clone(),
         )
 
+    def correct(self) -> Tensor:
+        """`[n]`, see `RoutedScores`."""
+        return (self.target > self.highest).to(self.features.dtype)
+
     def norms_of(self, index: Tensor) -> Tensor | None:
         """Norms of some samples, where norms are needed."""
         return None if self.norms is None else self.norms[index]
 
 
-class RoutedSoftmax(Protocol):
-    """`routed_softmax`, or what computes the same by kernels."""
-
-    def __call__(
-        self,
-        class_rows: ClassRows,
-        features: Tensor,
-        norms: Tensor | None,
-        dispatch: Dispatch,
-        chunks: list[Chunk],
-        extra: dict[int, Tensor],
-        sums: dict[int, ExtraGradient] | None,
-        share: float,
-        correction: bool,
-    ) -> RoutedScores:
-        """See `routed_softmax`."""
-
-
-def routed_softmax(
-    class_rows: ClassRows,
-    features: Tensor,
-    norms: Tensor | None,
-    dispatch: Dispatch,
-    chunks: list[Chunk],
-    extra: dict[int, Tensor],
-    sums: dict[int, ExtraGradient] | None,
-    share: float,
-    correction: bool,
-) -> RoutedScores:
-    """Score one micro-batch of all ranks on the rank that owns the heads.
-
-    Args:
-        class_rows: the rows of this rank.
-        features: `[n, D]` in the sorted order of `dispatch`.
-        norms: of the embeddings `[n]`, for margins that depend on them.
-        dispatch: which samples are here.
-        chunks: the own heads among them; `index` counts in `dispatch.own`.
-        extra: extra heads of each group.
-        sums: where the gradient of the extra rows is added, by group; None: it is not wanted.
-        share: scale of the rows' gradient, `1 / N`.
-        correction: whether `log(1 / q)` is added to sampled negatives.
-    """
-    samples = _Samples.of(features, norms)
+def routed_softmax(batch: RoutedBatch) -> RoutedScores:
+    """Score one micro-batch of all ranks on the rank that owns the heads."""
+    samples, dispatch = _Samples.of(batch.features, batch.norms), batch.dispatch
     parts = [
-        _ExtraPart(class_rows, samples, part, extra[part.group], correction)
-        for part in dispatch.groups
-        if len(extra[part.group]) and part.samples.stop > part.samples.start
+        _ExtraPart(batch.class_rows, samples, part, batch.extra[part.group], batch.correction)
+        for part in batch.parts
     ]
     for part in parts:
         part.normalise()
-    own = _score_own(class_rows, samples, dispatch, chunks, share)
+    own = _score_own(batch, samples)
     for part in parts:
-        part.finish(None if sums is None else sums[part.group], dispatch.sample_numbers, share)
-    correct = (samples.target > samples.highest).to(features.dtype)
-    return RoutedScores(samples.losses, samples.gradient, correct, own)
+        gradient = None if batch.sums is None else batch.sums[part.group]
+        part.finish(gradient, dispatch.sample_numbers, batch.share)
+    return RoutedScores(samples.losses, samples.gradient, samples.correct(), own)
 
 
-def _score_own(
-    class_rows: ClassRows,
-    samples: _Samples,
-    dispatch: Dispatch,
-    chunks: list[Chunk],
-    share: float,
-) -> GradientFactors:
+def _score_own(batch: RoutedBatch, samples: _Samples) -> GradientFactors:
     """Samples against their own heads, chunk by chunk, each row read once."""
+    class_rows, dispatch = batch.class_rows, batch.dispatch
     device, scale = samples.features.device, class_rows.margin.scale
     own = dispatch.own.to(device, non_blocking=True)
     slots = dispatch.slots.to(device, non_blocking=True)
     weights = samples.features.new_empty(len(dispatch.own), class_rows.layout.length)
     radial = torch.empty_like(weights)
-    for chunk in chunks:
+    for chunk in batch.chunks:
         position = chunk.index.to(device, non_blocking=True)
         index = own[position]
         rows, inverse = class_rows.read(chunk.heads)
@@ -201,7 +191,7 @@ def _score_own(
         samples.log_sum[index], samples.target[index] = log_sum, target
         samples.highest[index] = torch.maximum(samples.highest[index], highest)
         samples.gradient[index] = product(weight, rows)
-        weights[position] = weight.mul_(share)
+        weights[position] = weight.mul_(batch.share)
         radial[position] = cosine.mul_(weight).mul_(inverse).neg_()
     return GradientFactors(samples.features[own], weights, radial)
 

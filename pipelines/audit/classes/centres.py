@@ -1,4 +1,4 @@
-"""Centres of classes that strays have no part in, and how alike the images of a class are."""
+"""Centres of classes that strays have no part in, and how similar the images of a class are."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from pipelines.clustering.state import ClusterState
 Floats = npt.NDArray[np.float64]
 
 _ROUNDS: Final = 2  # how often strays are left out, and the centre is found anew
-_ALIKE: Final = 0.5  # an image this share of the median of its class near its centre is part of it
+_SIMILAR: Final = (
+    0.5  # an image this share of the median of its class near its centre is part of it
+)
 _PRIOR_PAIRS: Final = 3.0  # pairs of images that the mean of all classes counts in a class
 
 
@@ -125,7 +127,7 @@ def find_centres(
         if not len(segments.classes):
             return
         part = rows.gather(segments.images)
-        kept = keep_alike(part, segments)
+        kept = keep_similar(part, segments)
         kept_rows = part * kept[:, None]
         half = alternate(segments, kept, settings.seed)
         sums, first = segments.sum(kept_rows), segments.sum(kept_rows * half[:, None])
@@ -141,7 +143,7 @@ def find_centres(
     return found
 
 
-def keep_alike(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
+def keep_similar(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
     """bool `[m]`: rows that are near enough to the centre of the others of their class.
 
     Of one or two images all are kept. An image without direction is not.
@@ -154,7 +156,7 @@ def keep_alike(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
         near = leave_one_out(part, sums[segments.owner], kept, segments.sum(kept)[segments.owner])
         near[~usable] = np.nan
         middle = segments.quantile(near)[segments.owner]
-        kept = usable & (few | (near >= _ALIKE * middle))
+        kept = usable & (few | (near >= _SIMILAR * middle))
     return kept
 
 

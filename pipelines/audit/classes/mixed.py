@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.seeds import generator
-from pipelines.audit.classes.centres import Floats, Segments, group_classes, keep_alike, segments_of
+from pipelines.audit.classes.centres import (
+    Floats,
+    Segments,
+    group_classes,
+    keep_similar,
+    segments_of,
+)
 from pipelines.audit.settings import AuditSettings
 from pipelines.clustering.members import Members
 from pipelines.clustering.rows import Ints, Rows, UnitRows
@@ -28,7 +34,7 @@ class Cut(NamedTuple):
 
     Attributes:
         second: bool `[m]`, rows of the smaller part.
-        apart: float64 `[k]`, how much more alike two images of the looser part are than two of
+        apart: float64 `[k]`, how much more similar two images of the looser part are than two of
             different parts, by their mean cosine; NaN: a part would have less than two images.
     """
 
@@ -84,7 +90,7 @@ def _apart_of_parts(
     filled, starts = np.unique(side[order], return_index=True)
     rows = part[order]
     parts = Segments(filled, starts, order)
-    near = keep_alike(rows, parts) if len(order) else np.empty(0, bool)
+    near = keep_similar(rows, parts) if len(order) else np.empty(0, bool)
     sums = np.zeros((2 * len(segments.classes), part.shape[1]))
     sizes = np.zeros(len(sums), np.int64)
     if len(order):

@@ -113,7 +113,7 @@ def _score(discriminant: Discriminant | None, features: Floats) -> Floats:
 
 
 def pair_features(related: Floats, mixing: Floats) -> Floats:
-    """float64 `[n, 2]`: what tells two classes that are one from two that are alike.
+    """float64 `[n, 2]`: what tells two classes that are one from two that are similar.
 
     Their sizes are no feature: halves, which are learned from, are smaller than classes.
 
@@ -211,7 +211,7 @@ def measure_mixing(first: Rows, second: Rows) -> Floats:
     """float64 `[n]`: how often images' nearest one is of the other class, of what chance gives.
 
     Each image looks for its nearest one among those of both classes. In one class that was cut in
-    two it is as often of the other part as chance has it, 1; in two classes that are merely alike
+    two it is as often of the other part as chance has it, 1; in two classes that are merely similar
     it is of the same one, 0 (Schilling 1986, Henze 1988).
 
     Args:

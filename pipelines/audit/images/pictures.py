@@ -1,4 +1,4 @@
-"""How alike two pictures are, by their pixels, and a picture and a worse copy of itself."""
+"""How similar two pictures are, by their pixels, and a picture and a worse copy of itself."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compare_pixels(one: Pixels, other: Pixels) -> float:
 def compare_pictures(
     one: tuple[ShardIndex, Ints], other: tuple[ShardIndex, Ints], side: int
 ) -> Floats:
-    """float64 `[n]`: how alike pairs of pictures are; NaN where one cannot be read."""
+    """float64 `[n]`: how similar pairs of pictures are; NaN where one cannot be read."""
     found = np.full(len(one[1]), np.nan)
     for position, (first, second) in enumerate(
         zip(one[1].tolist(), other[1].tolist(), strict=True)
@@ -65,7 +65,7 @@ def compare_pictures(
 
 
 def compare_copies(index: ShardIndex, numbers: Ints, side: int) -> Floats:
-    """float64 `[n]`: how alike pictures are to worse copies of themselves; NaN: it is not known."""
+    """float64 `[n]`: how similar pictures are to worse copies of themselves; NaN: not known."""
     pictures = (read_picture(index, number, side) for number in numbers.tolist())
     return np.array(
         [np.nan if each is None else compare_pixels(each, worse_copy(each)) for each in pictures]

@@ -18,7 +18,7 @@ from pipelines.shards.index import ShardIndex
 
 CANDIDATE_COSINE: Final = 0.9  # of embeddings, from which pixels are compared
 _PART: Final = 1 << 10  # pairs of pictures that are compared in a piece of work
-_DRAWN: Final = 512  # pictures that are copied to see how alike copies are
+_DRAWN: Final = 512  # pictures that are copied to see how similar copies are
 
 
 class ToldCopies(NamedTuple):
@@ -52,7 +52,7 @@ class PicturePairs(NamedTuple):
 def learn_copies(
     index: ShardIndex, side: int, settings: AuditSettings, state: ClusterState
 ) -> Floats:
-    """float64 `[m]`: how alike worse copies of some pictures are to them.
+    """float64 `[m]`: how similar worse copies of some pictures are to them.
 
     Args:
         index: the data set.
@@ -71,10 +71,10 @@ def learn_copies(
 
 
 def tell_copies(likeness: Floats, made: Floats, false_rate: float) -> ToldCopies:
-    """Tell pairs of pictures that are copies from those that are merely alike.
+    """Tell pairs of pictures that are copies from those that are merely similar.
 
     Equal pictures are copies. Of the others those are that stand out as worse copies would; where
-    different pictures are as alike as copies, such as glyphs of similar fonts, none does.
+    different pictures are as similar as copies, such as glyphs of similar fonts, none does.
 
     Args:
         likeness: float64 `[P]`, of pairs; NaN: it is not known.

@@ -96,7 +96,8 @@ class _Pens:
         self._capital = {face.name: face.capital for face in faces}
         self._opened: dict[str, GlyphPen] = {}
 
-    def of(self, font: str) -> GlyphPen:
+    def pen(self, font: str) -> GlyphPen:
+        """The pen of a typeface."""
         if font not in self._opened:
             name, _, number = font.partition("#")
             path = Path(self._files[name].path)
@@ -109,7 +110,7 @@ def _draw(glyphs: list[Glyph], pens: _Pens) -> Iterator[ForeignImage]:
     made: list[tuple[Glyph, bytes]] = []
     for glyph in glyphs:
         try:
-            picture = pens.of(glyph.font).draw(glyph.code)
+            picture = pens.pen(glyph.font).draw(glyph.code)
         except OSError:
             continue  # FreeType cannot draw it
         if picture is not None:

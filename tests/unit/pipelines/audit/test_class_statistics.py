@@ -11,7 +11,7 @@ from pipelines.audit.classes.centres import (
     Segments,
     alternate,
     group_classes,
-    keep_alike,
+    keep_similar,
     leave_one_out,
     relatedness,
     within_cosine,
@@ -55,10 +55,10 @@ def test_an_image_has_no_part_in_the_centre_that_it_is_compared_with() -> None:
 def test_strays_have_no_part_in_the_centre() -> None:
     rng = np.random.default_rng(1)
     rows = np.concatenate([around(rng, 9), around(rng, 1), around(rng, 7), around(rng, 2)])
-    kept = keep_alike(rows, segments_of([10, 7, 2]))
+    kept = keep_similar(rows, segments_of([10, 7, 2]))
     assert np.flatnonzero(~kept).tolist() == [9]
     rows[3] = 0
-    assert np.flatnonzero(~keep_alike(rows, segments_of([10, 7, 2]))).tolist() == [3, 9]
+    assert np.flatnonzero(~keep_similar(rows, segments_of([10, 7, 2]))).tolist() == [3, 9]
 
 
 def test_mean_cosines_come_from_sums_alone() -> None:
