@@ -70,7 +70,7 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
     """What to do next: words of a command, or a link."""
     path, exports = config.run.path, summary["exports"]
     if summary["mlflow"]:
-        yield "see the curves", _curves(summary["mlflow"])
+        yield from _curves(summary["mlflow"])
     if config.tracking.tensorboard:
         yield "see them in TensorBoard", ["tensorboard", "--logdir", config.run.dir]
     if "timm" in exports:
@@ -84,9 +84,12 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
         yield "other fonts as data", ["mhe", "data", "glyphs", "--fonts", "DIR", "--out", "DIR"]
 
 
-def _curves(mlflow: dict[str, Any]) -> str | list[str]:
-    """The page of a run on a server, or the command that serves the pages of a local store."""
-    uri, run = str(mlflow["uri"]).rstrip("/"), mlflow["run_id"]
+def _curves(mlflow: dict[str, Any]) -> Iterator[tuple[str, str | list[str]]]:
+    """The page of a run on a server; of a local store the command that serves it, then the page."""
+    uri, page = str(mlflow["uri"]).rstrip("/"), mlflow.get("page")  # a run of before has none
     if uri.startswith(("http://", "https://")):
-        return f"{uri}/#/runs/{run}" if run else uri
-    return ["mlflow", "ui", "--backend-store-uri", mlflow["uri"]]
+        yield "see the curves", f"{uri}/{page}" if page else uri
+        return
+    yield "serve the curves", ["mlflow", "ui", "--backend-store-uri", mlflow["uri"]]
+    if page:
+        yield "then see them", f"http://127.0.0.1:5000/{page}"

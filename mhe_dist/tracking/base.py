@@ -42,6 +42,11 @@ class Tracker(Protocol):
         ...
 
     @property
+    def page(self) -> str:
+        """Where the server of the record shows the run, below its own address; or empty."""
+        ...
+
+    @property
     def problem(self) -> str:
         """Why values do not arrive and will not by themselves; empty while all is well."""
         ...
@@ -91,6 +96,7 @@ class NullTracker:
     """Keeps nothing: for all ranks but the first, and for tests."""
 
     run_id: str | None = None
+    page = ""
     problem = ""
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
@@ -127,6 +133,11 @@ class CombinedTrackers:
         """The first run id that one of the trackers has."""
         ids = (tracker.run_id for tracker in self._trackers)
         return next((run_id for run_id in ids if run_id), None)
+
+    @property
+    def page(self) -> str:
+        """The first page that one of the trackers has."""
+        return next((tracker.page for tracker in self._trackers if tracker.page), "")
 
     @property
     def problem(self) -> str:

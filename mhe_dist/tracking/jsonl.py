@@ -32,6 +32,7 @@ class JsonlTracker:
     """
 
     run_id: str | None = None
+    page = ""
     problem = ""
 
     def __init__(self, path: str) -> None:

@@ -116,6 +116,14 @@ class MlflowTracker:
         return self._store.run_id
 
     @property
+    def page(self) -> str:
+        """The run in the view for training; MLflow's pages begin in that for language models."""
+        run, experiment = self.run_id, self._store.experiment_id
+        if run is None or experiment is None:
+            return ""
+        return f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+
+    @property
     def problem(self) -> str:
         """What MLflow refused first, or what was still to be sent when the tracker was closed."""
         return self._problem

@@ -77,6 +77,7 @@ class MlflowStore:
     ):
         self.uri = uri
         self.run_id = run_id
+        self.experiment_id: str | None = None  # known once the run was opened
         self._experiment = experiment
         self._run_name = run_name
         self._artifacts = artifacts
@@ -101,7 +102,8 @@ class MlflowStore:
         self._client = MlflowClient(self.uri)
         logged = self._params_of_resumed()
         if logged is None:
-            run = self._client.create_run(self._experiment_id(), run_name=self._run_name)
+            self.experiment_id = self._find_experiment()
+            run = self._client.create_run(self.experiment_id, run_name=self._run_name)
             self.run_id, logged = run.info.run_id, {}
         else:
             self._client.update_run(self.run_id, status="RUNNING")
@@ -185,7 +187,7 @@ class MlflowStore:
     def _log_metrics(self, metrics: list[Any]) -> None:
         self._client.log_batch(self.run_id, metrics=metrics)
 
-    def _experiment_id(self) -> str:
+    def _find_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
         existing = self._client.get_experiment_by_name(self._experiment)
@@ -214,6 +216,7 @@ class MlflowStore:
                 raise
         else:
             if run.info.lifecycle_stage == "active":
+                self.experiment_id = run.info.experiment_id
                 return dict(run.data.params)
         logger.warning("MLflow has no run %s: a new one begins", self.run_id)
         self.run_id = None
@@ -253,7 +256,7 @@ class MlflowStore:
     def _create_child(self) -> str:
         """A run below this one, for what this process does of it."""
         run = self._client.create_run(
-            self._client.get_run(self.run_id).info.experiment_id,
+            self.experiment_id,
             run_name=f"{self._run_name} from step {self.step}",
             tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
         )

@@ -25,6 +25,7 @@ class TensorBoardTracker:
     """
 
     run_id: str | None = None
+    page = ""
 
     def __init__(self, folder: str) -> None:
         """Args: folder: for the event files; it is made when it is missing.

@@ -168,7 +168,14 @@ def _summary(
         "checkpoints": f"{config.run.path}/checkpoints",
         "failed_checkpoints": run.checkpointer.failures,
         "warnings": recorder.warnings,
-        "mlflow": {"uri": scrub(mlflow_uri(config)), "run_id": run.tracker.run_id}
-        if config.tracking.mlflow
-        else None,
+        "mlflow": _where_in_mlflow(run) if config.tracking.mlflow else None,
+    }
+
+
+def _where_in_mlflow(run: Run) -> dict[str, str | None]:
+    tracker = run.tracker
+    return {
+        "uri": scrub(mlflow_uri(run.config)),
+        "run_id": tracker.run_id,
+        "page": tracker.page,
     }

@@ -20,7 +20,8 @@ from mhe_dist.config.schema import Config
 
 Captured = pytest.CaptureFixture[str]
 EXPORTS = {"timm": {"path": "runs/a b/export/timm"}}
-HTTP = {"uri": "http://mlflow:5000/", "run_id": "abc"}
+PAGE = "#/experiments/1/runs/abc?workflowType=machine_learning"
+HTTP = {"uri": "http://mlflow:5000/", "run_id": "abc", "page": PAGE}
 
 
 @pytest.fixture
@@ -77,11 +78,12 @@ def test_next_fits_the_run() -> None:
 
 
 def test_a_tracking_server_is_linked_and_a_local_store_is_served() -> None:
-    assert steps(run(), HTTP, {})["see the curves"] == "http://mlflow:5000/#/runs/abc"
-    assert steps(run(), HTTP | {"run_id": None}, {})["see the curves"] == "http://mlflow:5000"
-    local = {"uri": "sqlite:////a b/mlflow.db", "run_id": "abc"}
-    command = steps(run(), local, {})["see the curves"]
-    assert command == ["mlflow", "ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
+    assert steps(run(), HTTP, {})["see the curves"] == f"http://mlflow:5000/{PAGE}"
+    assert steps(run(), HTTP | {"page": ""}, {})["see the curves"] == "http://mlflow:5000"
+    local = steps(run(), HTTP | {"uri": "sqlite:////a b/mlflow.db"}, {})
+    served = ["mlflow", "ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
+    assert local["serve the curves"] == served
+    assert local["then see them"] == f"http://127.0.0.1:5000/{PAGE}"
 
 
 @pytest.mark.parametrize("export", ["timm", "onnx", "torch-export"])
