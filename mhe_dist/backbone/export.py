@@ -23,6 +23,7 @@ from mhe_dist.backbone.model import (
     without_pretrained,
 )
 from mhe_dist.backbone.normalization import Normalization, normalize_images
+from mhe_dist.backbone.shared_tensors import write_shared_apart
 from mhe_dist.backbone.traced import write_onnx, write_program
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
@@ -127,6 +128,7 @@ def export_timm(model: Backbone, config: Config, folder: str, images: Tensor) ->
         # timm replaces this layer when asked for another number of classes, or for none.
         "classifier": model.net.pretrained_cfg["classifier"],  # type: ignore[index]
     }
+    write_shared_apart(net)
     save_for_hf(
         net,
         folder,
@@ -305,8 +307,16 @@ def _scales(embeddings: Tensor, path: str) -> Tensor:
     """What a difference of each element is measured by `[D]`: its largest value in `[N, D]`.
 
     An element that is next to nothing everywhere is measured by a hundredth of the largest one.
+
+    Raises:
+        RunError: there is nothing to compare: an embedding is not finite, or all are 0.
     """
     scales = embeddings.abs().amax(0)
+    if not scales.isfinite().all():
+        raise RunError(
+            f"{path}: the trained model's own embeddings are not finite; its first steps were too "
+            "large (optim.lr, optim.clip_norm, optim.warmup_steps)"
+        )
     if not scales.any():
         raise RunError(f"{path}: the trained model gives every image the embedding 0")
     return scales.clamp_min(scales.max().item() / 100)

@@ -18,6 +18,7 @@ from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.backbone.ema import backbone_weights
 from mhe_dist.backbone.hub import prompt_hub
 from mhe_dist.backbone.normalization import SYMMETRIC, Normalization, normalization_of
+from mhe_dist.backbone.shared_tensors import with_shared_names
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError, first_line
 
@@ -183,7 +184,7 @@ def restore_backbone(config: ModelConfig, image_size: int, tensors: dict[str, Te
     with torch.random.fork_rng(devices=[]):
         model = build_backbone(config, image_size)
     try:
-        model.load_state_dict(backbone_weights(tensors))
+        model.load_state_dict(with_shared_names(model, backbone_weights(tensors)))
     except RuntimeError as error:
         raise UserError(f"model.name={config.name} does not fit the weights: {error}") from error
     return model.eval()

@@ -17,6 +17,7 @@ from mhe_dist.backbone.normalization import (
     normalization_of,
     recorded_normalization,
 )
+from mhe_dist.backbone.shared_tensors import with_shared_names
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.stored import stored_config
@@ -134,7 +135,7 @@ def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> N
     """
     fresh = module.state_dict()
     absent = {n: t for n, t in fresh.items() if n.endswith(_COUNTER) and n not in tensors}
-    tensors = tensors | absent
+    tensors = with_shared_names(module, tensors | absent)
     refuse_mismatch(
         tensor_shapes(fresh),
         tensor_shapes(tensors),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,7 @@ def write_onnx(
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.tmp"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _plain_attention(network):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
@@ -98,6 +99,24 @@ def write_program(
     torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(dict(about))})
     os.replace(temporary, path)
     return torch.export.load(path).module()
+
+
+@contextmanager
+def _plain_attention(network: nn.Module) -> Iterator[None]:
+    """Within, timm's attention layers are products and a softmax.
+
+    The exporter of torch 2.14 cannot take PyTorch's own attention with a mask apart (BEiT).
+    """
+    fused: list[Any] = [
+        module for module in network.modules() if getattr(module, "fused_attn", False) is True
+    ]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def _any_number() -> Any:

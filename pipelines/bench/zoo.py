@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mhe_dist.backbone.model import Backbone, build_backbone, restore_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.device import prepare_rank
 from mhe_dist.distributed.topology import Topology, connect
+from mhe_dist.engine.first_pass import refuse_untrainable
 from mhe_dist.errors import UserError, first_line
 from pipelines.bench.zoo_models import FAMILIES
 
@@ -37,11 +40,12 @@ Row = dict[str, Any]
 
 _TITLE = "# Families of timm\n"
 _ABOUT = f"""\
-"Trains" means: {STEPS} steps of {BATCH} images have finite losses and gradients, and the timm
-folder and the ONNX file equal the trained model, element by element. The gradient is the norm of
-the first step's, before any clipping; above 1,000 a run advises `optim.clip_norm`. A neck is a
-BatchNorm that is folded into the last layer; there is none where that is not one linear layer. The
-last columns are the largest differences of the exports' embeddings, and the seconds of the trial.
+"Trains" means: {STEPS} steps of {BATCH} images, with `optim.clip_norm=5`, have finite losses and
+gradients, and the timm folder and the ONNX file equal the trained model, element by element. The
+gradient is the norm of the first step's, before it is clipped; above 1,000 a run advises to clip.
+A neck is a BatchNorm that is folded into the last layer; there is none where that is not one linear
+layer. The last columns are the largest differences of the exports' embeddings, and the seconds of
+the trial.
 """
 _HEADER = """\
 | family | model | side | million weights | neck | result | gradient | timm | ONNX | seconds |
@@ -100,11 +104,21 @@ def try_apart(family: str) -> Row:
 def try_model(model: str, side: int) -> Row:
     """Try one model in this process, with a neck if it can have one."""
     for neck in ("batchnorm", "none"):
+        config = _config(model, side, neck)
+        images = torch.randint(0, 256, (BATCH, 3, side, side)).byte()
+        torch.manual_seed(0)
         try:
-            return _train_and_export(_config(model, side, neck)) | {"neck": neck}
+            backbone = build_backbone(config.model, side)
+            refuse_untrainable(backbone, config, images)
         except UserError as error:
             if neck == "none" or "model.neck=none" not in str(error):
                 return {"status": "refused", "message": first_line(error)[:300], "neck": neck}
+            continue
+        try:
+            return _train_and_export(backbone, config, images) | {"neck": neck}
+        except Exception as error:  # of whatever library: that is what is tried
+            message = f"{type(error).__name__}: {first_line(error)}"
+            return {"status": "fails", "message": message[:300], "neck": neck}
     raise AssertionError("the loop returns")
 
 
@@ -114,23 +128,16 @@ def _config(model: str, side: int, neck: str) -> Config:
             "data": {"shards": "unused", "image_size": side, "streams": BATCH},
             "model": {"name": model, "embedding_dim": WIDTH, "neck": neck},
             "train": {"global_batch": BATCH, "micro_batch": BATCH, "precision": "float32"},
-            "optim": {"lr": 0.01},
+            "optim": {"lr": 0.01, "clip_norm": 5.0},
         }
     )
 
 
-def _train_and_export(config: Config) -> Row:
+def _train_and_export(model: Backbone, config: Config, images: Tensor) -> Row:
     from mhe_dist.backbone.export import export_onnx, export_timm
-    from mhe_dist.backbone.model import build_backbone, restore_backbone
     from mhe_dist.engine.engine import Engine
-    from mhe_dist.engine.first_pass import refuse_untrainable
     from mhe_dist.heads.standalone import create_head
 
-    torch.manual_seed(0)
-    side = config.data.image_size
-    model = build_backbone(config.model, side)
-    images = torch.randint(0, 256, (BATCH, 3, side, side)).byte()
-    refuse_untrainable(model, config, images)
     row: Row = {"parameters": sum(p.numel() for p in model.parameters())}
     engine = Engine(model, config.optim, config.train, Topology(), zero_stage=0)
     head = create_head("full", num_classes=CLASSES, dim=WIDTH)
@@ -145,7 +152,7 @@ def _train_and_export(config: Config) -> Row:
     row |= {"losses": losses, "grad_norm": norms[0]}
     if not all(map(math.isfinite, losses + norms)) or not norms[0] > 0:
         return row | {"status": "fails", "message": f"losses {losses}, gradients {norms}"}
-    trained = restore_backbone(config.model, side, engine.state())
+    trained = restore_backbone(config.model, config.data.image_size, engine.state())
     with tempfile.TemporaryDirectory() as folder:
         row["timm"] = export_timm(trained, config, f"{folder}/timm", images)
         row["onnx"] = export_onnx(trained, config, f"{folder}/backbone.onnx", images)

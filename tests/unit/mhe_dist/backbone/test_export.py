@@ -98,6 +98,10 @@ def test_the_folder_is_a_start_for_other_classifiers(trained, tmp_path: Path) ->
     [
         ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
         ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}),
+        # An attention with a mask, which torch's exporter cannot take apart.
+        ("beit_base_patch16_224", {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}),
+        # Blocks that share a layer.
+        ("coat_lite_tiny", {"embed_dims": [16, 16, 16, 16], "serial_depths": [1, 2, 1, 1]}),
     ],
 )
 def test_other_families_of_models(name: str, kwargs: dict, tmp_path: Path) -> None:
@@ -150,6 +154,13 @@ def test_a_difference_is_measured_by_its_element(scale: float) -> None:
     error = 1e-3
     with pytest.raises(RunError, match=r"an element by 5\.0\de-03 of its own scale \(1e-03 is"):
         export._compare(trained, exported, [images, images[:1]], SYMMETRIC, "file", 1e-3)
+
+
+def test_a_model_that_diverged_is_not_exported(trained, tmp_path: Path) -> None:
+    model, config, images = trained
+    nn.init.constant_(model.neck.weight, float("nan"))
+    with pytest.raises(RunError, match=r"own embeddings are not finite.*optim\.clip_norm"):
+        export_timm(model, config, str(tmp_path / "timm"), images)
 
 
 def test_a_model_that_says_nothing_is_not_exported(trained, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mhe_dist.backbone.model import (
     fold_neck,
     restore_backbone,
 )
+from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
 
@@ -162,3 +163,24 @@ def test_compiling_for_a_gpu_needs_a_c_compiler_and_headers(
     monkeypatch.setenv("CC", "other-cc")
     with pytest.raises(UserError, match="there is no other-cc"):
         compile_in_place(nn.Linear(2, 2), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("load", ["checkpoint", "file"])
+def test_a_layer_in_several_places_is_one_tensor_of_a_checkpoint(load: str, tmp_path: Path) -> None:
+    """CoaT's blocks share their position encoding; `named_parameters` names it once."""
+    kwargs = {"embed_dims": [16] * 4, "serial_depths": [1, 2, 1, 1]}
+    small = config(name="coat_lite_tiny", kwargs=kwargs, neck="none")
+    model = build_backbone(small, 32)
+    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    tensors |= dict(model.named_buffers())
+    assert len(tensors) < len(model.state_dict())
+    if load == "file":
+        names = {n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")}
+        torch.save(names, tmp_path / "weights.pth")
+        restored = build_backbone(small, 32)
+        load_pretrained(restored, str(tmp_path / "weights.pth"))
+    else:
+        named = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        restored = restore_backbone(small, 32, named)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(restored.eval()(images), model.eval()(images))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import timm
 
-from mhe_dist.config.schema import Config
+from mhe_dist.backbone.model import Backbone
+from mhe_dist.config.schema import ModelConfig
 from mhe_dist.errors import UserError
 from pipelines.bench import zoo
 from pipelines.bench.zoo_models import FAMILIES
@@ -70,11 +71,21 @@ def test_a_model_is_tried_without_a_neck_where_it_can_have_none(
     refusals = [UserError("model.neck=batchnorm: use model.neck=none"), UserError("too\nsmall")]
     seen: list[str] = []
 
-    def train(config: Config) -> dict[str, Any]:
-        seen.append(config.model.neck)
+    def build(config: ModelConfig, side: int) -> Backbone:
+        seen.append(config.neck)
         raise refusals[len(seen) - 1]
 
-    monkeypatch.setattr(zoo, "_train_and_export", train)
+    monkeypatch.setattr(zoo, "build_backbone", build)
     row = zoo.try_model("levit_128s", 64)
     assert row == {"status": "refused", "message": "too", "neck": "none"}
     assert seen == ["batchnorm", "none"]
+
+
+def test_what_is_refused_after_training_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def restore(*given: object) -> Backbone:
+        raise UserError("does not fit the weights")
+
+    monkeypatch.setattr(zoo, "restore_backbone", restore)
+    row = zoo.try_model("resnet10t", 32)
+    assert row["status"] == "fails"
+    assert row["message"] == "UserError: does not fit the weights"
