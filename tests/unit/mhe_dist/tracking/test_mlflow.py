@@ -70,8 +70,8 @@ def test_a_run_with_params_tags_metrics_and_artifacts(store, tmp_path):
     assert run.data.metrics == {"loss": 0.2, "tar_at_far_1e-3": 0.5}
     history = client(store).get_metric_history(mlflow.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(s, 1.0 / (s + 1)) for s in range(5)]
-    place = f"#/experiments/{run.info.experiment_id}/runs/{mlflow.run_id}"
-    assert mlflow.page == f"{place}?workflowType=machine_learning"
+    wanted = f"#/experiments/{run.info.experiment_id}/runs/{mlflow.run_id}"
+    assert mlflow.page == f"{wanted}?workflowType=machine_learning"
     (plot,) = client(store).list_artifacts(mlflow.run_id, "plots")
     assert plot.path == "plots/plot.txt"
     assert [f.path for f in client(store).list_artifacts(mlflow.run_id)] == ["curves", "plots"]
