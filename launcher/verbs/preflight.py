@@ -52,3 +52,6 @@ def preflight(
     elif trial:
         console.say("No prediction: the data set is made when the run begins.")
     console.say("Nothing stands in the way.")
+    words = [config, *(overrides or [])]
+    train = ["mhe", "submit", *words, "--address", address] if address else ["mhe", "train", *words]
+    console.list_next([("train", train)])

@@ -29,6 +29,8 @@ class Permutations:
         num_classes, length, groups: of the layout.
         seed: of the run.
         every: steps after which the permutation changes; 0: never.
+        steps: of the run, whose last permutation holds for `every` steps at least, so that no class
+            ends among neighbours that it has hardly seen; 0: without an end.
     """
 
     num_classes: int
@@ -36,10 +38,14 @@ class Permutations:
     groups: int
     seed: int
     every: int
+    steps: int = 0
 
     def number(self, step: int) -> int:
         """Number of the permutation at a step."""
-        return step // self.every if self.every else 0
+        if not self.every:
+            return 0
+        last = max(0, self.steps // self.every - 1) if self.steps else step
+        return min(step // self.every, last)
 
     def layout(self, number: int) -> LabelLayout:
         """Where each class lives under a permutation."""

@@ -92,7 +92,9 @@ class MhsConfig(ConfigSection):
     )
     correction: bool = Field(False, description="Add log(1/q) to sampled negatives' logits.")
     repartition_every: int = Field(
-        0, ge=0, description="Epochs after which classes move to other heads; 0: never."
+        0,
+        ge=0,
+        description="Epochs after which classes move to other heads, but near the end; 0: never.",
     )
 
 

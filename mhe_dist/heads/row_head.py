@@ -40,6 +40,7 @@ class HeadSpec:
         dtype: type in which the head computes (float64 in proofs).
         folder: where `file` memory puts the rows.
         epoch_steps: steps of an epoch.
+        steps: of the run; 0: without an end.
         tf32: whether a GPU computes the products of a training step in TF32; None: as the process
             is set.
     """
@@ -52,6 +53,7 @@ class HeadSpec:
     dtype: torch.dtype = torch.float32
     folder: str | Path | None = None
     epoch_steps: float = 0.0
+    steps: int = 0
     tf32: bool | None = None
 
     @property
@@ -123,7 +125,9 @@ class RowHead(Head):
     def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
         self.spec, self.topology = spec, topology
         groups = spec.config.groups
-        self.permutations = Permutations(spec.num_classes, length, groups, spec.seed, every)
+        self.permutations = Permutations(
+            spec.num_classes, length, groups, spec.seed, every, spec.steps
+        )
         self.permutation, self.layout = 0, self.permutations.layout(0)
         self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = build_row_optimizer(spec.config.optim)

@@ -382,6 +382,7 @@ def _make_head(config: Config, index: ShardIndex, topology: Topology, precision:
         config.train.micro_batches,
         folder=folder,
         epoch_steps=samples_per_epoch(index) / config.train.global_batch,
+        steps=schedule.total_steps(config, samples_per_epoch(index)),
         tf32=resolve_head_matmul(config.head.matmul, precision, topology.device),
     )
     return build_head(spec, topology)

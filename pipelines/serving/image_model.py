@@ -52,8 +52,8 @@ class ImageModel(PythonModel):
         self._mean = np.array(json.loads(about["mean"]), np.float32).reshape(shape)
         self._std = np.array(json.loads(about["std"]), np.float32).reshape(shape)
 
-    # MLflow would take type hints of the input for a schema, beside the one that is given.
-    def predict(self, context, model_input, params=None) -> Any:
+    # MLflow warns of an input without a hint, and would take most hints for a schema of their own.
+    def predict(self, context, model_input: pd.DataFrame, params=None) -> Any:
         """Float32 `[N, D]`, in the order of the images; with a head a table with a row for each.
 
         The table has the columns `classes`, `names` and `scores`, lists of which the best class is

@@ -96,6 +96,15 @@ def test_moving_alone_changes_no_bit(
             assert not new[~trained].any(), field
 
 
+@pytest.mark.parametrize(
+    ("steps", "numbers"),
+    [(0, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]), (10, [0, 0, 0, 1, 1, 1, 2, 2, 2, 2]), (2, [0, 0])],
+)
+def test_the_last_permutation_holds_for_a_whole_period(steps: int, numbers: list[int]) -> None:
+    permutations = Permutations(CLASSES, 4, 3, 3, 3, steps)
+    assert [permutations.number(step) for step in range(len(numbers))] == numbers
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_a_resumed_run_goes_on_with_its_permutation(head: str) -> None:
     whole = run(Topology(), job(head, "sgd", 2, (0, STEPS)))

@@ -80,11 +80,11 @@ def search(
 
 def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> None:
     table = Table("query", "nearest", "score", "second", "score", box=None)
-    for row, key in enumerate(queries.keys[:SHOWN]):
-        cells = [escape(key)]
+    for row in range(min(SHOWN, len(queries.keys))):
+        cells = [escape(_name(queries, row))]
         pairs = zip(found.numbers[row, :2].tolist(), found.scores[row, :2], strict=True)
         for number, score in pairs:
-            cells += [escape(gallery.keys[number]), f"{score:.3f}"]
+            cells += [escape(_name(gallery, number)), f"{score:.3f}"]
         table.add_row(*cells)
     console.out.print(table)
     if len(queries.keys) > SHOWN:
@@ -98,3 +98,9 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
     if labelled:
         share = format_share(sum(labelled) / len(labelled))
         console.say(f"{share} of {len(labelled):,} queries found their own class first.")
+
+
+def _name(images: EmbeddedImages, number: int) -> str:
+    """What an image shows, if its source says so, and which one it is."""
+    name, key = images.classes[number], images.keys[number]
+    return f"{name} ({key})" if name else key

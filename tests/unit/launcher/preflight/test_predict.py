@@ -196,7 +196,8 @@ def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
     monkeypatch.setattr(survey, "measure_trial", measure)
     assert cli.run(["preflight", "a.yaml"]) == 0
     said = capsys.readouterr().out
-    for part in ("memory: activations", "memory of a worker at its peak", "time of an epoch"):
+    expected = ("memory of a worker at its peak", "time of an epoch", "mhe train a.yaml")
+    for part in ("memory: activations", *expected):
         assert part in said
     (found,) = measured
     assert found is not None and found["samples"] == 8 * tiny.IMAGES

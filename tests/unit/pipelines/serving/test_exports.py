@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def exported(
         folder = str(tmp_path_factory.mktemp("export"))
         for name in QUIET_ENVIRONMENT:
             patch.delenv(name, raising=False)
-        path, difference = write_format("mlflow", trained, folder, IMAGES)
+        with warnings.catch_warnings(record=True) as said:
+            path, difference = write_format("mlflow", trained, folder, IMAGES)
+        assert not [each for each in said if issubclass(each.category, UserWarning)]
         assert QUIET_ENVIRONMENT.items() <= os.environ.items(), "no telemetry, no bars"
     assert difference < 1e-4, "its own normalisation is that of the training"
     yield path, TrainedBackbone(trained.config, "", "", 7, None, trained.model)
