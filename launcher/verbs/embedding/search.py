@@ -103,4 +103,4 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
 def _name(images: EmbeddedImages, number: int) -> str:
     """What an image shows, if its source says so, and which one it is."""
     name, key = images.classes[number], images.keys[number]
-    return f"{name} ({key})" if name else key
+    return f"{name} ({key})" if name and not key.startswith(f"{name}/") else key

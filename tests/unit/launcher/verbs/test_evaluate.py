@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -231,7 +232,8 @@ def test_a_search(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> N
     said([*words, str(tmp_path / "g.npz")], capsys)
     assert (out / "index.html").read_text().split("<p>")[1] == page.split("<p>")[1]
     # And in shards, whose images are looked up in the tars.
-    said([*words, str(Path(run).parent / "heldout")], capsys)
+    shown = said([*words, str(Path(run).parent / "heldout")], capsys)
+    assert re.search(r"x\.jpg +\S+ \(\d+\)", shown), "its class, and its key"
     assert (out / "index.html").read_text().count("data:image/jpeg;base64,") == 2 + 6
 
 
