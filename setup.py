@@ -9,8 +9,7 @@ setup(
     ],
     package_dir={"mhe_dist.configs": "configs"},
     package_data={
+        "": ["*.j2", "*.css", "*.js"],  # of the pages, in whichever room
         "mhe_dist.configs": ["*.yaml", "schema.json"],
-        "pipelines.report": ["*.j2"],
-        "pipelines.report.sheets": ["*.j2"],
     },
 )

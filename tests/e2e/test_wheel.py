@@ -107,16 +107,21 @@ def run(program: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_wheel_holds_configs_schema_and_template(wheel: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_packages_and_the_configs(wheel: Path) -> None:
+    """Templates, styles and scripts of pages too, in whichever room."""
     names = {*zipfile.ZipFile(wheel).namelist()}
-    for file in (ROOT / "configs").iterdir():
-        assert f"mhe_dist/configs/{file.name}" in names
-    assert "pipelines/report/page.html.j2" in names
-    assert {"launcher/cli.py", "mhe_dist/config/load.py", "pipelines/pretrain/main.py"} < names
-    tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {
-        *("launcher", "mhe_dist", "pipelines")
+    configs = {f"mhe_dist/configs/{file.name}" for file in (ROOT / "configs").iterdir()}
+    packages = ("launcher", "mhe_dist", "pipelines")
+    files = {
+        str(file.relative_to(ROOT))
+        for package in packages
+        for file in (ROOT / package).rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
     }
+    assert len(configs) > 5 and len(files) > 300
+    assert configs | files <= names, sorted((configs | files) - names)
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {*packages}
 
 
 def test_help_and_configs_need_no_checkout(environment: Path, empty: Path) -> None:

@@ -120,6 +120,7 @@ def verify(
         good = good and report.is_good
     if not good:
         raise typer.Exit(1)
+    console.list_next([("a first config", ["mhe", "init", data[0]])])
 
 
 def _names(data: list[str]) -> list[str]:
@@ -177,3 +178,5 @@ def show(
     save_figure(draw_sample_sheet(found, classes, images, seed), out)
     console.say(describe(found))
     console.say(f"Contact sheet: {escape(out)}")
+    see = ["python", "-m", "webbrowser", out]
+    console.list_next([("see it", see), ("check it", ["mhe", "data", "verify", data])])
