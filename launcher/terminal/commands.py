@@ -49,10 +49,13 @@ def locate_program(name: str) -> str:
     found = shutil.which(name)
     if not program.exists() or (found and os.path.samefile(Path(found).parent, PROGRAM_FOLDER)):
         return name
-    try:
-        return str(program.relative_to(Path.cwd()))
-    except ValueError:
-        return str(program)
+    return as_typed(str(program))
+
+
+def as_typed(path: str) -> str:
+    """A path below the working directory relative to it; any other path or URL as it is."""
+    here = f"{Path.cwd()}{os.sep}"
+    return path.removeprefix(here) or path
 
 
 def loading_code(export: str, path: str, model: str = "") -> str:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from launcher.signals import Interrupted, interruptible
 from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
-from launcher.terminal.commands import invoked_command
+from launcher.terminal.commands import as_typed, invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
@@ -161,16 +161,16 @@ def tell(*sets: ImportResult, can_train: bool = True) -> None:
     for made in sets:
         console.say(describe(made.index))
         for note in made.notes:
-            console.say(f"{escape(made.index.folder)}: {escape(note)}")
+            console.say(f"{escape(as_typed(made.index.folder))}: {escape(note)}")
         for warning in made.warnings:
             console.say(f"[yellow]warning:[/] {escape(warning)}")
         if made.faults:
-            listing = f"{made.index.folder}/skipped.tsv"
+            listing = f"{as_typed(made.index.folder)}/skipped.tsv"
             count = f"{len(made.faults):,} bad samples"
             console.say(f"[yellow]{count} left out[/], see {escape(listing)}")
-    folder = sets[-1].index.folder
+    *heldout, folder = [as_typed(made.index.folder) for made in sets]
     train = ["mhe", "train", "CONFIG", f"data.shards={folder}"]
-    train += [f"evaluate.shards={made.index.folder}" for made in sets[:-1]]
+    train += [f"evaluate.shards={each}" for each in heldout]
     embed = ["mhe", "embed", "RUN", "--images", folder, "--out", "embeddings.npz"]
     console.list_next(
         [
@@ -185,6 +185,6 @@ def describe(index: ShardIndex) -> str:
     """A data set in a line of markup."""
     size = sum(shard.bytes for shard in index.shards) / MIB
     return (
-        f"[bold]{escape(index.folder)}[/]: {index.samples:,} images of {index.num_classes:,} "
-        f"classes, {len(index.shards):,} tars, {size:,.1f} MiB"
+        f"[bold]{escape(as_typed(index.folder))}[/]: {index.samples:,} images of "
+        f"{index.num_classes:,} classes, {len(index.shards):,} tars, {size:,.1f} MiB"
     )

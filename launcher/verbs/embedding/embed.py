@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
+from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import resumable
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
@@ -84,8 +85,8 @@ def embed(
 
 def _tell_folder(made: EmbeddingsFolder) -> None:
     rows, dim = made.rows.shape
-    console.say(f"{escape(made.path)}: {rows:,} embeddings of {dim}, {made.recipe.dtype}")
-    load = f'import numpy; numpy.load({json.dumps(made.rows_path)}, mmap_mode="r")'
+    console.say(f"{escape(as_typed(made.path))}: {rows:,} embeddings of {dim}, {made.recipe.dtype}")
+    load = f'import numpy; numpy.load({json.dumps(as_typed(made.rows_path))}, mmap_mode="r")'
     console.list_next([("use them", ["python", "-c", load])])
 
 

@@ -10,6 +10,7 @@ import pytest
 from launcher import cli
 from launcher.terminal import commands, console
 from launcher.terminal.commands import (
+    as_typed,
     command_line,
     invoked_command,
     loading_code,
@@ -110,3 +111,12 @@ def test_the_hint_of_config_keeps_the_overrides(capsys: Captured) -> None:
     words = shlex.join(["quickstart", "optim.lr=0.25", "run.name='a'"])
     assert f"train {words}\n" in said
     assert f"config {words} --yaml\n" in said
+
+
+def test_a_path_below_the_working_directory_is_shown_as_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert as_typed(f"{tmp_path}/data/train") == "data/train"
+    for path in (str(tmp_path), "s3://bucket/data", f"{tmp_path}2/data", "data"):
+        assert as_typed(path) == path

@@ -74,7 +74,7 @@ def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
     assert run(*words, "made", "--heldout-classes", "1") == 0
     said = capsys.readouterr().out
     assert "made/heldout: 2 images of 1 classes" in said
-    assert "/made/train evaluate.shards=" in said.replace("\n", " ")
+    assert "data.shards=made/train evaluate.shards=made/heldout" in said.replace("\n", " ")
     assert run(*words, "all", "--no-classes") == 0
     said = capsys.readouterr().out
     assert "mhe embed RUN --images " in said and "mhe train" not in said
