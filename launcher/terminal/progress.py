@@ -270,7 +270,8 @@ def accuracy_rows(heldout: dict[str, Any]) -> list[tuple[str, str]]:
         if key.endswith("/rank1"):
             name = key.removesuffix("/rank1")
             rows.append((f"{name}: rank-1", format_share(value)))
-            rows.append((f"{name}: TAR@FAR=1E-4", format_share(heldout[f"{name}/tar@far=1e-4"])))
+            if (smallest := f"{name}/tar@far=1e-4") in heldout:
+                rows.append((f"{name}: TAR@FAR=1E-4", format_share(heldout[smallest])))
     for k in (1, 5):
         if (key := f"classification/top{k}") in heldout:
             rows.append((f"top-{k} of the training classes", format_share(heldout[key])))

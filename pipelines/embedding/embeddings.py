@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -57,6 +58,29 @@ class Images(Protocol):
     def read(self, start: int, stop: int, image_size: int) -> Tensor:
         """The images `[start, stop)`, uint8 `[n, 3, image_size, image_size]`."""
 
+    def part(self, start: int, stop: int) -> Images:
+        """The images `[start, stop)` alone, for a process that need not know the others."""
+
+    def findings(self) -> Any:
+        """What reading has told of all images, for `add_findings` in another process."""
+
+    def add_findings(self, start: int, findings: Any) -> None:
+        """Take in what another process was told of the part that begins with image `start`."""
+
+
+class SpreadEmbed(ABC):
+    """An `Embed` that can also hand a whole set to other processes; rank 0 alone has one."""
+
+    @abstractmethod
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """See `Embed`."""
+
+    @abstractmethod
+    def embed_images(
+        self, images: Images, image_size: int, flip: bool, block: int
+    ) -> npt.NDArray[np.float32]:
+        """See `embed_images`; every block holds the images that it holds there."""
+
 
 def embed_images(
     embed: Embed,
@@ -69,7 +93,7 @@ def embed_images(
     """Embed every image once; all ranks must call; see `map_images`.
 
     Args:
-        embed: called with blocks of images.
+        embed: called with blocks of images, here or, if it is a `SpreadEmbed`, elsewhere.
         images, topology, image_size, block: see `map_images`.
         flip: add the embedding of the mirrored image (docs/formats.md section 2: the raw sum).
 
@@ -79,6 +103,8 @@ def embed_images(
     Raises:
         UserError, RunError: some rank could not read an image; on all ranks.
     """
+    if isinstance(embed, SpreadEmbed):
+        return embed.embed_images(images, image_size, flip, block)
     return map_images(block_embedder(embed, flip), images, topology, image_size, block)
 
 
@@ -182,18 +208,43 @@ def embed_set(
 
 
 class ShardImages:
-    """The images of a shard set in the order of its index, and labels and keys of those read."""
+    """The images of a shard set in the order of its index, and labels and keys of those read.
 
-    def __init__(self, index: ShardIndex) -> None:
-        self.index, self.count = index, index.samples
-        self.labels = torch.zeros(index.samples, dtype=torch.int64)
+    Args:
+        index: of the shards.
+        first, count: the images, by their numbers in the index; left out: all.
+    """
+
+    def __init__(self, index: ShardIndex, first: int = 0, count: int | None = None) -> None:
+        self.index, self._first = index, first
+        self.count = index.samples if count is None else count
+        self.labels = torch.zeros(self.count, dtype=torch.int64)
         self.keys: dict[int, str] = {}
 
     def read(self, start: int, stop: int, image_size: int) -> Tensor:
         """See `Images.read`; also stores labels and keys."""
-        images, self.labels[start:stop], keys = read_in_order(self.index, start, stop, image_size)
+        images, self.labels[start:stop], keys = read_in_order(
+            self.index, self._first + start, self._first + stop, image_size
+        )
         self.keys.update(enumerate(keys, start))
         return images
+
+    def part(self, start: int, stop: int) -> ShardImages:
+        """See `Images.part`; it has the shards that it needs, and no others."""
+        begin, _ = self.index.locate(self._first + start)
+        end, _ = self.index.locate(self._first + stop - 1)
+        skipped = self._first + start - int(self.index.starts[begin])
+        return ShardImages(self.index.cut(begin, end + 1), skipped, stop - start)
+
+    def findings(self) -> Any:
+        """Labels, and keys in the order of the images."""
+        return self.labels.numpy(), [self.keys[number] for number in range(self.count)]
+
+    def add_findings(self, start: int, findings: Any) -> None:
+        """See `Images.add_findings`."""
+        labels, keys = findings
+        self.labels[start : start + len(labels)] = torch.from_numpy(labels)
+        self.keys.update(enumerate(keys, start))
 
     def join_labels(self, topology: Topology) -> npt.NDArray[np.int64]:
         """On rank 0 the labels of all images; each rank knows those that it read. All must call."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,18 @@ class ImageFiles:
             RunError: one of them cannot be read, and bad ones are not skipped.
         """
         return stack_images(self._image, start, stop, image_size)
+
+    def part(self, start: int, stop: int) -> ImageFiles:
+        """See `embeddings.Images.part`."""
+        return ImageFiles(self.root, self.paths[start:stop], self.skip_bad)
+
+    def findings(self) -> Any:
+        """Which could not be decoded: `bad`."""
+        return self.bad.numpy()
+
+    def add_findings(self, start: int, findings: Any) -> None:
+        """See `embeddings.Images.add_findings`."""
+        self.bad[start : start + len(findings)] = torch.from_numpy(findings)
 
     def _image(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
         path = self.paths[number]

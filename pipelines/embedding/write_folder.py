@@ -267,7 +267,7 @@ def make_part(task: PartTask) -> EmbeddingsPart:
     if part.checksum and folder.checksum(part.first, part.rows) == part.checksum:
         return part
     recipe = folder.recipe
-    embed = _embedder(recipe, task.gpu)
+    embed = load_embedder(recipe.checkpoint, recipe.model_digest, recipe.flip, task.gpu)
     with _PartWriter(folder, part.first) as writer:
         for rows in _blocks(task.shards, embed, recipe):
             writer.write(rows)
@@ -343,10 +343,15 @@ def _blocks(
         yield stored
 
 
-def _embedder(recipe: EmbeddingsRecipe, gpu: bool) -> Callable[[Tensor], Tensor]:
-    """The function of a block of images; on a CPU by one thread, whose bits no setting changes."""
-    backbone = _load(recipe.checkpoint, recipe.model_digest, gpu)
-    embed = block_embedder(backbone.embed, recipe.flip)
+def load_embedder(
+    checkpoint: str, model_digest: str, flip: bool, gpu: bool
+) -> Callable[[Tensor], Tensor]:
+    """The function of a block of images; on a CPU by one thread, whose bits no setting changes.
+
+    Raises:
+        RunError: the checkpoint has other weights than those of `model_digest`.
+    """
+    embed = block_embedder(_load(checkpoint, model_digest, gpu).embed, flip)
 
     def _on_one_thread(pixels: Tensor) -> Tensor:
         threads = torch.get_num_threads()

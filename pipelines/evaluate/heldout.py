@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +32,7 @@ from pipelines.evaluate.metrics.projection import map_embeddings
 from pipelines.evaluate.metrics.roc import FARS, tar_name
 from pipelines.evaluate.metrics.verification import FOLDS, ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
+from pipelines.storage.worker_pool import HERE, Workers
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +68,18 @@ def evaluate_heldout(
     seed: int,
     topology: Topology,
     with_pictures: bool = False,
+    workers: Workers = HERE,
+    folder: str = "",
 ) -> Evaluation:
     """Evaluate on the shards `settings.shards`; all ranks must call, and all get the metrics.
 
     The metrics are `rank1`, `rank5` (share of probes whose class is among the k best of the
     gallery), `chance` (of rank1), `accuracy` and `accuracy_std` (ten folds of drawn pairs),
     `tar@far=1e-2` and so on (all pairs of gallery and probe, at the lowest threshold whose FAR does
-    not exceed the target), and the sizes `probes`, `gallery`, `pairs`, `impostors`. For each name
-    in `settings.typefaces` there are `name/rank1`, `name/tar@far=1e-2` and so on, and
-    `name/probes`: the figures of the probes in its typefaces against the whole gallery.
+    not exceed the target; of very many pairs without the large FARs), and the sizes `probes`,
+    `gallery`, `pairs`, `impostors`. For each name in `settings.typefaces` there are `name/rank1`,
+    `name/tar@far=1e-2` and so on, and `name/probes`: the figures of the probes in its typefaces
+    against the whole gallery.
 
     Args:
         embed: see `embeddings.Embed`.
@@ -84,6 +89,7 @@ def evaluate_heldout(
         topology: the ranks.
         with_pictures: also find what a report shows of the set: hard cases and a map. An evaluation
             in mid-training needs neither.
+        workers, folder: who compares, see `identification.identify`.
 
     Raises:
         UserError: there is no such set, or it is too small to evaluate on.
@@ -94,7 +100,10 @@ def evaluate_heldout(
     failure: Exception | None = None
     if embedded is not None:
         try:
-            result = _evaluate_embedded(embedded, settings, seed, index, with_pictures)
+            identify_rows = partial(identify, workers=workers, folder=folder)
+            result = _evaluate_embedded(
+                embedded, settings, seed, index, identify_rows, with_pictures
+            )
         except UserError as error:
             failure = UserError(f"{settings.shards}: {error}")
         except Exception as error:  # the other ranks would wait for the metrics
@@ -142,20 +151,21 @@ def _evaluate_embedded(
     settings: EvaluateConfig,
     seed: int,
     index: ShardIndex,
+    identify_rows: Callable[..., Identification],
     with_pictures: bool,
 ) -> Evaluation:
     rows, labels = normalize_embeddings(embedded.embeddings), embedded.labels
     pairs = draw_pairs(labels, settings.pairs, seed)
     folds = ten_fold_accuracy(squared_distances(rows, pairs), pairs.same)
     gallery, probes = np.flatnonzero(embedded.gallery), np.flatnonzero(~embedded.gallery)
-    result = identify(rows[gallery], labels[gallery], rows[probes], labels[probes])
+    result = identify_rows(rows[gallery], labels[gallery], rows[probes], labels[probes])
     metrics = _identification_metrics(result)
     metrics |= {"chance": result.chance(1), "accuracy": folds.mean, "accuracy_std": folds.std}
     sizes = {"probes": probes, "gallery": gallery, "pairs": pairs.same}
     metrics |= {name: float(len(numbers)) for name, numbers in sizes.items()}
     metrics["impostors"] = float(result.roc.impostors)
     for name, chosen in _probes_by_typeface(settings.typefaces, index, probes):
-        part = identify(rows[gallery], labels[gallery], rows[chosen], labels[chosen])
+        part = identify_rows(rows[gallery], labels[gallery], rows[chosen], labels[chosen])
         metrics |= {f"{name}/{key}": value for key, value in _identification_metrics(part).items()}
         metrics[f"{name}/probes"] = float(len(chosen))
     far, tar = result.roc.curve(0.1)
@@ -168,7 +178,7 @@ def _evaluate_embedded(
 
 def _identification_metrics(result: Identification) -> dict[str, float]:
     ranks = {f"rank{k}": result.rank(k) for k in RANKS}
-    return ranks | {tar_name(far): result.roc.tar(far) for far in FARS}
+    return ranks | {tar_name(far): result.roc.tar(far) for far in FARS if result.roc.holds(far)}
 
 
 def _probes_by_typeface(

@@ -14,6 +14,7 @@ from pipelines.evaluate.metrics.identification import identify
 from pipelines.evaluate.metrics.roc import Floats, Ints, Roc, RocCollector, tar_name
 from pipelines.evaluate.metrics.templates import pool_templates, template_scores
 from pipelines.evaluate.sets.ijb_files import IjbSet
+from pipelines.storage.worker_pool import HERE, Workers
 
 FARS: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RANKS: Final = (1, 5, 10)
@@ -62,12 +63,22 @@ class IjbResult:
 
 
 def evaluate_ijb(
-    embed: Embed, ijb: IjbSet, topology: Topology, image_size: int
+    embed: Embed,
+    ijb: IjbSet,
+    topology: Topology,
+    image_size: int,
+    workers: Workers = HERE,
+    folder: str = "",
 ) -> IjbResult | None:
     """Embed all faces and their mirror images, pool to templates, compare; all ranks must call.
 
     Memory of rank 0: the embeddings (float32) and a fifth of the impostors' scores; the pairs are
     read and scored piece by piece.
+
+    Args:
+        embed, topology, image_size: see `embeddings.embed_images`.
+        ijb: the set.
+        workers, folder: who identifies, see `identification.identify`.
 
     Returns:
         The result on rank 0, None elsewhere.
@@ -76,10 +87,12 @@ def evaluate_ijb(
     if rows is None:
         return None
     ids, pooled = pool_templates(rows, ijb.scores, ijb.templates, ijb.media)
-    return evaluate_templates(ijb, ids, pooled)
+    return evaluate_templates(ijb, ids, pooled, workers, folder)
 
 
-def evaluate_templates(ijb: IjbSet, ids: Ints, rows: Floats) -> IjbResult:
+def evaluate_templates(
+    ijb: IjbSet, ids: Ints, rows: Floats, workers: Workers = HERE, folder: str = ""
+) -> IjbResult:
     """Compute the figures from the rows of all templates (`templates.pool_templates`).
 
     Raises:
@@ -92,8 +105,10 @@ def evaluate_templates(ijb: IjbSet, ids: Ints, rows: Floats) -> IjbResult:
         probes, subjects = ijb.probes()
         probe_rows = rows[_row_numbers(ids, probes)]
         results = [
-            identify(rows[_row_numbers(ids, templates)], names, probe_rows, subjects, 1, 0.0)
-            for templates, names in ijb.galleries()
+            identify(gallery, names, probe_rows, subjects, 1, 0.0, workers, folder)
+            for gallery, names in (
+                (rows[_row_numbers(ids, templates)], names) for templates, names in ijb.galleries()
+            )
         ]
         rank = {k: float(np.mean([each.rank(k) for each in results])) for k in RANKS}
         tpir = {f: float(np.mean([each.tpir(f) for each in results])) for f in FPIRS}

@@ -1,7 +1,8 @@
 """`mhe evaluate ...`: what a trained backbone can do, by the protocols of the field.
 
 Each verb works on one machine as it stands, and on many processes under
-`torchrun --nproc-per-node N --no-python mhe evaluate ...`: the results are the same.
+`torchrun --nproc-per-node N --no-python mhe evaluate ...`: the results are the same. Those whose
+work is embedding and comparing also take workers of this machine or of a Ray cluster.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from launcher.tasks.choose import AddressOption
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.evaluate.classification import classification
 from launcher.verbs.evaluate.labels import labels
 from launcher.verbs.evaluate.own_images import identification, probe
 from launcher.verbs.evaluate.shared import (
+    EvaluatedBackbone,
     FlipOption,
     GpuOption,
     MlflowOption,
     RunName,
-    join_ranks,
+    WorkersOption,
     save_results,
     spinner,
 )
 from mhe_dist.errors import UserError
-from pipelines.runs.trained import load_trained_backbone
 
 if TYPE_CHECKING:
     from pipelines.evaluate.ijb import IjbResult
@@ -63,6 +65,8 @@ def heldout(
         bool | None, typer.Option(help="Add the embedding of the mirrored image.")
     ] = None,
     gpu: GpuOption = None,
+    workers: WorkersOption = 1,
+    address: AddressOption = "",
 ) -> None:
     """Held-out classes of a shard set, 1:1 and 1:N.
 
@@ -71,21 +75,23 @@ def heldout(
     from pipelines.evaluate.heldout import evaluate_heldout
     from pipelines.report.evaluation import save_details
 
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    config = backbone.config
-    settings = config.evaluate
-    if shards:
-        settings.shards = shards
-        settings.typefaces = {}  # they are those of the run's own set
-    if flip is not None:
-        settings.flip = flip
-    if not settings.shards:
-        raise UserError("evaluate.shards of the run is empty: name the held-out set with --shards")
-    with spinner(topology, f"evaluating {backbone.checkpoint}"):
-        metrics, details, protocol = evaluate_heldout(
-            backbone.embed, settings, config.data.image_size, config.run.seed, topology, True
-        )
+    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+        backbone, topology = opened.backbone, opened.topology
+        settings, seed = backbone.config.evaluate, backbone.config.run.seed
+        if shards:
+            settings.shards = shards
+            settings.typefaces = {}  # they are those of the run's own set
+        if flip is not None:
+            settings.flip = flip
+        if not settings.shards:
+            raise UserError(
+                "evaluate.shards of the run is empty: name the held-out set with --shards"
+            )
+        with spinner(topology, f"evaluating {backbone.checkpoint}"):
+            metrics, details, protocol = evaluate_heldout(
+                *(opened.embed, settings, opened.image_size, seed, topology, True),
+                *(opened.workers, opened.folder),
+            )
     if not topology.is_first:
         return
     table = Table(show_header=False)
@@ -115,6 +121,8 @@ def verification(
     images: Annotated[str, typer.Option(help="Folder of the images of --pairs.")] = ".",
     flip: FlipOption = True,
     gpu: GpuOption = None,
+    workers: WorkersOption = 1,
+    address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
     """Pairs of images, 1:1: ten-fold accuracy and TAR at FAR, with 95 % bootstrap intervals.
@@ -131,12 +139,11 @@ def verification(
     pair_sets = read_bin_sets(paths)
     if pairs:
         pair_sets.append(read_table_set(pairs, images))
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    with spinner(topology, f"embedding {sum(each.images.count for each in pair_sets):,} images"):
-        results = verify_pair_sets(
-            backbone.embed, pair_sets, topology, backbone.config.data.image_size, flip
-        )
+    what = f"embedding {sum(each.images.count for each in pair_sets):,} images"
+    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+        backbone, topology = opened.backbone, opened.topology
+        with spinner(topology, what):
+            results = verify_pair_sets(opened.embed, pair_sets, topology, opened.image_size, flip)
     if not topology.is_first:
         return
     console.show_table(backbone.checkpoint, _pair_sets_table(results))
@@ -156,6 +163,8 @@ def ijb(
     run: RunName,
     root: Annotated[str, typer.Option(help="Folder that holds loose_crop/ and meta/.")],
     gpu: GpuOption = None,
+    workers: WorkersOption = 1,
+    address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
     """IJB-B or IJB-C: templates 1:1 at FAR 1e-6 to 1e-1, and 1:N by rank and TPIR at FPIR.
@@ -166,10 +175,13 @@ def ijb(
     from pipelines.evaluate.sets.ijb_files import load_ijb
 
     ijb_set = load_ijb(root)
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    with spinner(topology, f"embedding {ijb_set.count:,} faces of {root}"):
-        result = evaluate_ijb(backbone.embed, ijb_set, topology, backbone.config.data.image_size)
+    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+        backbone, topology = opened.backbone, opened.topology
+        with spinner(topology, f"embedding {ijb_set.count:,} faces of {root}"):
+            result = evaluate_ijb(
+                *(opened.embed, ijb_set, topology, opened.image_size),
+                *(opened.workers, opened.folder),
+            )
     if result is None:
         return
     console.show_table(f"{backbone.checkpoint} on {root}", _ijb_table(result))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from launcher.tasks.choose import choose_workers
+from launcher.tasks.choose import AddressOption
 from launcher.terminal import console
+from launcher.verbs.data.convert import resumable
 from launcher.verbs.evaluate.shared import (
+    EvaluatedBackbone,
     GpuOption,
     MlflowOption,
     RunName,
-    join_ranks,
+    WorkersOption,
     save_results,
     spinner,
 )
 from mhe_dist.errors import UserError
-from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
+from pipelines.runs.trained import TrainedBackbone
 
 if TYPE_CHECKING:
     from pipelines.embedding.folder import EmbeddingsFolder
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 Source = Annotated[
     str, typer.Option(help="Folder of shards, or one with a folder of images for each class.")
 ]
+COMPARED = ".compared"  # of a folder of embeddings: what is shared and finished of a comparison
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
@@ -42,9 +47,8 @@ def identification(
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Also TAR at FAR over all pairs of images.")
     ] = False,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that compare all pairs; 0: one per core.")
-    ] = 1,
+    workers: WorkersOption = 1,
+    address: AddressOption = "",
     flip: Annotated[
         bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
     ] = None,
@@ -54,29 +58,44 @@ def identification(
     """Own images, 1:N: one of each class is enrolled, and the others are looked up among those.
 
     The first image of each class is enrolled, unless the shards name others. Of very many images,
-    name the folder that mhe embed RUN --out FOLDER has filled, whose rows are mapped.
+    name the folder that mhe embed RUN --out FOLDER has filled: its rows are mapped, and the same
+    command goes on where it was interrupted.
 
     Example: mhe evaluate identification quickstart --images photos --all-pairs
 
     Example: mhe evaluate identification quickstart --images rows --all-pairs --workers 0
     """
     from pipelines.embedding.folder import MANIFEST
-    from pipelines.evaluate.own_images import identify_embeddings, identify_own_images
+    from pipelines.evaluate.own_images import (
+        comparison_folder,
+        identify_embeddings,
+        identify_own_images,
+    )
 
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    fars, side = FARS if all_pairs else (), backbone.config.data.image_size
+    fars = FARS if all_pairs else ()
     is_embedded = Path(images, MANIFEST).exists()
-    if is_embedded and not topology.is_first:
-        return
+    has_room = is_embedded and os.access(images, os.W_OK)
+    folder = str(Path(images).absolute() / COMPARED) if has_room else ""
     what = "comparing" if is_embedded else "embedding"
     result: OwnImagesResult | None
-    with choose_workers(workers) as chosen, spinner(topology, f"{what} {images}"):
-        if is_embedded:
-            result = identify_embeddings(_open_embeddings(backbone, images, flip), fars, chosen)
-        else:
+    with (
+        resumable() if is_embedded else nullcontext(),
+        EvaluatedBackbone.open(run, gpu, workers, address, folder) as opened,
+        spinner(opened.topology, f"{what} {images}"),
+    ):
+        backbone, topology = opened.backbone, opened.topology
+        compare = (fars, opened.workers, opened.folder)
+        if not is_embedded:
             flip = backbone.config.evaluate.flip if flip is None else flip
-            result = identify_own_images(backbone.embed, images, topology, side, flip, fars, chosen)
+            result = identify_own_images(
+                *(opened.embed, images, topology, opened.image_size, flip), *compare
+            )
+        elif topology.is_first:
+            embedded = _open_embeddings(backbone, images, flip)
+            with comparison_folder(folder) if folder else nullcontext():
+                result = identify_embeddings(embedded, *compare)
+        else:
+            result = None
     if result is None:
         return
     console.show_table(f"{backbone.checkpoint} on {images}", _as_table(result))
@@ -95,8 +114,8 @@ def _as_table(result: OwnImagesResult) -> Table:
     for name, value in result.metrics.items():
         share = name not in ("gallery", "probes", "genuine", "impostors")
         table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
-    for far in result.skipped_fars:
-        table.add_row(f"all pairs {far:g}", "would take too much memory")
+    for name in result.skipped:
+        table.add_row(name, "would take too much memory")
     table.add_row("protocol of rank1, tar", result.protocol)
     return table
 
@@ -130,6 +149,8 @@ def probe(
     ] = "",
     k: Annotated[int, typer.Option(min=1, help="Neighbours of the k-NN.")] = 20,
     gpu: GpuOption = None,
+    workers: WorkersOption = 1,
+    address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
     """Is the backbone good for another task? k-NN and a linear classifier on its embeddings.
@@ -138,12 +159,10 @@ def probe(
     """
     from pipelines.evaluate.probe import probe_images
 
-    topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device)
-    with spinner(topology, f"embedding {images}"):
-        result = probe_images(
-            backbone.embed, images, test, topology, backbone.config.data.image_size, k
-        )
+    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+        backbone, topology = opened.backbone, opened.topology
+        with spinner(topology, f"embedding {images}"):
+            result = probe_images(opened.embed, images, test, topology, opened.image_size, k)
     if result is None:
         return
     table = Table("classifier", "accuracy")

@@ -1,27 +1,33 @@
-"""Shared by the verbs of `mhe evaluate`: they join the ranks, and save their results."""
+"""Shared by the verbs of `mhe evaluate`: they join ranks or choose workers, and save results."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from mhe_dist.errors import RunError, UserError
+from pipelines.runs.folder import is_local
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone, read_trained_config
 
 if TYPE_CHECKING:
     from mhe_dist.distributed.topology import Topology
     from mhe_dist.heads.base import Head
     from mhe_dist.tracking.base import Metrics
+    from pipelines.embedding.embeddings import Embed
     from pipelines.evaluate.classification import TrainingLabels
     from pipelines.report.evaluation import Curves
     from pipelines.shards.index import ShardIndex
+    from pipelines.storage.worker_pool import Workers
 
 RunName = Annotated[
     str,
@@ -31,6 +37,12 @@ RunName = Annotated[
 ]
 FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
 GpuOption = Annotated[bool | None, typer.Option(help="Compute on a GPU; left out: as the run did.")]
+WorkersOption = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Embed and compare at the same time; 0: one per core, or per GPU. 1: here."
+    ),
+]
 MlflowOption = Annotated[
     bool, typer.Option("--mlflow/--no-mlflow", help="Add the figures to the run.")
 ]
@@ -57,6 +69,89 @@ def join_ranks(run: str, gpu: bool | None) -> Topology:
         return Topology(device=rank_device(gpu))
     prepare_rank(gpu)
     return connect(device=rank_device(gpu))
+
+
+@dataclass(frozen=True)
+class EvaluatedBackbone:
+    """A backbone that is evaluated, and who does the work.
+
+    Attributes:
+        backbone: of the run's checkpoint.
+        topology: the ranks.
+        embed: embeds images, here or by the workers.
+        workers: who compares.
+        folder: which all of them reach, for what they share; empty: they are this process.
+    """
+
+    backbone: TrainedBackbone
+    topology: Topology
+    embed: Embed
+    workers: Workers
+    folder: str
+
+    @property
+    def image_size(self) -> int:
+        """Of the images in pixels."""
+        return self.backbone.config.data.image_size
+
+    @staticmethod
+    @contextmanager
+    def open(
+        run: str, gpu: bool | None, workers: int = 1, address: str = "", folder: str = ""
+    ) -> Iterator[EvaluatedBackbone]:
+        """Join the ranks, or choose workers, for the length of a `with` block.
+
+        Args:
+            run, gpu: see `join_ranks`.
+            workers, address: see `choose_workers`; one worker without an address is this process.
+            folder: for what the workers share; left out: a temporary one of this machine, or of
+                the run where they are on other nodes.
+
+        Raises:
+            UserError: torchrun has started this process, and workers are asked for, too.
+        """
+        from pipelines.storage.worker_pool import HERE
+
+        if workers == 1 and not address:
+            topology = join_ranks(run, gpu)
+            backbone = load_trained_backbone(run, topology.device)
+            yield EvaluatedBackbone(backbone, topology, backbone.embed, HERE, folder)
+            return
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "--workers and --address start workers: type the command alone, not under torchrun"
+            )
+        from pipelines.embedding.worker_embed import WorkerEmbed
+
+        gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
+        topology = join_ranks(run, False)
+        backbone = load_trained_backbone(run, topology.device)
+        with (
+            choose_workers(workers, gpu, address) as chosen,
+            _shared_folder(folder, backbone, address) as shared,
+        ):
+            embed = WorkerEmbed(backbone, chosen, gpu)
+            yield EvaluatedBackbone(backbone, topology, embed, chosen, shared)
+
+
+@contextmanager
+def _shared_folder(folder: str, backbone: TrainedBackbone, address: str) -> Iterator[str]:
+    """A folder that the workers reach; one that is not named is removed at the end.
+
+    Raises:
+        UserError: the workers are on other nodes, and the run is in a store.
+    """
+    if folder:
+        yield folder
+        return
+    if address and not is_local(backbone.path):
+        raise UserError(
+            f"{backbone.path}: is in a store, and the nodes of --address need a folder for what "
+            "they compare: name a run in a folder that all nodes mount"
+        )
+    parent = Path(backbone.path).absolute() if address else None
+    with tempfile.TemporaryDirectory(prefix=".compared-", dir=parent) as made:
+        yield made
 
 
 def classes_of(backbone: TrainedBackbone) -> int:

@@ -22,16 +22,20 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import normalize_embeddings
-from pipelines.evaluate.metrics.roc import Floats, Ints, TopScores, round_scores
+from pipelines.evaluate.metrics.roc import (
+    KEPT,
+    SPREAD,
+    Floats,
+    Ints,
+    TopScores,
+    round_scores,
+    sampled_bound,
+)
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
-KEPT: Final = 1 << 24  # scores: 128 MB, for moments twice that
 _BAND: Final = 1024  # rows of a task
 _TILE: Final = 2048  # rows that they are compared with at a time
 _CHUNK: Final = 1 << 14  # rows, or pairs, in float64 at a time
-_SAMPLED: Final = 1 << 19  # pairs; of fewer than 64 times as many none are sampled
-_SPREAD: Final = 6.0  # standard deviations of the number of sampled scores above a threshold
-
 _DENSE: Final = 1 / 32  # share of a tile above which one product is cheaper than single pairs
 
 Rows = npt.NDArray[Any]
@@ -72,6 +76,7 @@ def compare_all_pairs(
     fars: Sequence[float],
     workers: Workers = HERE,
     progress: Progress = no_progress,
+    folder: str = "",
 ) -> AllPairs:
     """Compare every sample with every other one by the cosine.
 
@@ -79,8 +84,9 @@ def compare_all_pairs(
         embeddings: float `[N, D]`, of any length; a mapped file stays mapped.
         labels: integers `[N]`.
         fars: at which TAR is computed.
-        workers: who compares, on this machine.
+        workers: who compares.
         progress: called with the finished bands of rows and their number.
+        folder: which all of them reach, for the rows; empty: one of this machine.
 
     Raises:
         UserError: all samples are of one class, or each of its own.
@@ -94,11 +100,11 @@ def compare_all_pairs(
     allowed = {far: math.floor(far * impostors + 1e-9) for far in fars}
     held = {far: count for far, count in allowed.items() if count < min(KEPT, impostors)}
     count = max(held.values(), default=0) + 1
-    with tempfile.TemporaryDirectory(prefix="mhe-pairs-") as folder:
-        _RowFiles.write(folder, embeddings, labels)
-        highest = _highest_scores(folder, impostors, count, workers, progress)
+    with tempfile.TemporaryDirectory(prefix="mhe-pairs-", dir=folder or None) as files:
+        _RowFiles.write(files, embeddings, labels)
+        highest = _highest_scores(files, impostors, count, workers, progress)
         limits = np.array([highest[kept] for kept in held.values()])
-        shares = _count_above(_RowFiles(folder), limits) / genuine
+        shares = _count_above(_RowFiles(files), limits) / genuine
     tar = dict(zip(held, shares.tolist(), strict=True))
     return AllPairs(genuine, impostors, tar, [far for far in fars if far not in held])
 
@@ -147,6 +153,12 @@ class _RowFiles:
             scores[part] /= self.norms[one] * self.norms[other]
         return round_scores(scores)
 
+    def draw(self, generator: np.random.Generator, count: int) -> Floats:
+        """The scores of so many random pairs, or of fewer: of those of two classes."""
+        first, second = generator.integers(0, len(self.labels), (2, count))
+        different = self.labels[first] != self.labels[second]
+        return self.score(first[different], second[different])
+
     def scaled(self, which: Ints | slice) -> Floats:
         """Rows of length 1."""
         return self.rows[which].astype(np.float64) / self.norms[which][:, None]
@@ -163,9 +175,9 @@ def _highest_scores(
     folder: str, impostors: int, count: int, workers: Workers, progress: Progress
 ) -> Floats:
     """The `count` highest scores of two classes, in descending order."""
-    spread = _SPREAD
+    spread = SPREAD
     while True:
-        bound = _lower_bound(folder, impostors, count, spread)
+        bound = sampled_bound(_open_rows(folder).draw, impostors, count, spread)
         found = _scores_above(folder, bound, count, workers, progress)
         if len(found) >= count or bound == -math.inf:
             return found
@@ -188,26 +200,6 @@ def _scores_above(
     bands = math.ceil(len(_open_rows(folder).labels) / _BAND)
     run_tasks(score_band, LazyTasks(bands, task), workers, record=record, progress=progress)
     return highest.descending()
-
-
-def _lower_bound(folder: str, impostors: int, count: int, spread: float) -> float:
-    """A score that at least `count` impostors exceed, but for a very small probability.
-
-    Of n scores of a random sample, `p * n` are expected above the score that a share p of all
-    exceeds. The score at a rank of `spread` standard deviations more is lower, all but surely.
-    """
-    if impostors < 64 * _SAMPLED:
-        return -math.inf
-    files = _open_rows(folder)
-    first, second = np.random.default_rng(0).integers(0, len(files.labels), (2, _SAMPLED))
-    different = files.labels[first] != files.labels[second]
-    first, second = first[different], second[different]
-    expected = len(first) * count / impostors
-    rank = math.ceil(expected + spread * math.sqrt(expected) + spread**2)
-    if rank >= len(first):
-        return -math.inf
-    scores = files.score(first, second)
-    return float(np.partition(scores, len(scores) - rank)[len(scores) - rank])
 
 
 def score_band(task: BandTask) -> list[Floats]:

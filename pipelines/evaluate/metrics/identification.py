@@ -1,20 +1,51 @@
 """Probes against a gallery: rank-k identification, and TAR at FAR over all their pairs.
 
-Scores are computed in chunks and never kept as a whole. They are rounded to 12 decimals, so that
-equal embeddings get equal scores wherever a matrix product puts them; ties count against the model.
+Scores are computed band by band (`gallery_search`) and never kept as a whole. They are rounded to
+12 decimals, so that equal embeddings get equal scores wherever a matrix product puts them; ties
+count against the model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from typing import Final, NamedTuple
+import tempfile
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.metrics.roc import Floats, Ints, Roc, RocCollector, round_scores
+from pipelines.embedding.embeddings import normalize_embeddings
+from pipelines.evaluate.metrics.gallery_search import (
+    BAND,
+    BandResult,
+    BandTask,
+    ComparedRows,
+    compare_band,
+)
+from pipelines.evaluate.metrics.roc import (
+    KEPT,
+    SPREAD,
+    Floats,
+    Ints,
+    Roc,
+    TopScores,
+    round_scores,
+    sampled_bound,
+)
+from pipelines.storage.worker_pool import HERE, LazyTasks, Workers, run_tasks
 
-_CHUNK: Final = 1 << 22  # scores in memory at a time: 32 MB
+_CHUNK: Final = 1 << 13  # rows, or pairs, that are made at a time
+
+
+class Rows(Protocol):
+    """float64 `[n, D]`: an array, or what makes parts of one when they are read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, which: Ints, /) -> Floats: ...
 
 
 class Identification(NamedTuple):
@@ -61,12 +92,14 @@ class Identification(NamedTuple):
 
 
 def identify(
-    gallery: Floats,
+    gallery: Rows,
     gallery_labels: Ints,
-    probes: Floats,
+    probes: Rows,
     probe_labels: Ints,
     nearest: int = 5,
     max_far: float = 0.1,
+    workers: Workers = HERE,
+    folder: str = "",
 ) -> Identification:
     """Compare every probe with every gallery entry by the cosine.
 
@@ -76,47 +109,161 @@ def identify(
         probes: `[P, D]`, rows of length 1.
         probe_labels: `[P]`.
         nearest: k, number of gallery entries to return for each probe.
-        max_far: largest FAR that will be requested; bounds how many impostor scores are kept.
+        max_far: largest FAR that will be requested; bounds how many impostor scores are kept,
+            as does `KEPT`.
+        workers: who compares; the result is the same, bit for bit.
+        folder: which all of them reach, for rows and finished parts, so that memory is flat and
+            the next call goes on with what this one has finished. Empty: all is in memory, for
+            this process alone.
 
     Raises:
         UserError: no gallery or no probes.
     """
     if not len(gallery) or not len(probes):
         raise UserError(f"identification: {len(gallery)} gallery entries, {len(probes)} probes")
-    order = np.argsort(gallery_labels, kind="stable")
-    gallery, names = gallery[order], gallery_labels[order]
-    classes, first = np.unique(names, return_index=True)
-    matches = np.searchsorted(names, probe_labels, "right") - np.searchsorted(names, probe_labels)
-    collector = RocCollector(len(probes) * len(names) - int(matches.sum()), max_far)
-    k = min(nearest, len(names))
-    ranks, best, top = [], [], []
-    chunk = max(1, _CHUNK // len(names))
-    for start in range(0, len(probes), chunk):
-        labels = probe_labels[start : start + chunk]
-        scores = round_scores(probes[start : start + chunk] @ gallery.T)
-        collector.add(scores, labels[:, None] == names[None, :])
-        ranks.append(_ranks(np.maximum.reduceat(scores, first, axis=1), classes, labels))
-        top.append(_top_columns(scores, k))
-        best.append(np.take_along_axis(scores, top[-1], axis=1))
+    order, probe_order = (
+        np.argsort(labels, kind="stable") for labels in (gallery_labels, probe_labels)
+    )
+    names, labels = gallery_labels[order], probe_labels[probe_order]
+    rows: ComparedRows | str
+    if folder:
+        rows = folder = _write_rows(folder, (gallery, order, names), (probes, probe_order, labels))
+        compared = ComparedRows.open(folder)
+    else:
+        rows = compared = ComparedRows(gallery[order], names, probes[probe_order], labels)
+    matches = np.searchsorted(names, labels, "right") - np.searchsorted(names, labels)
+    impostors = len(probes) * len(names) - int(matches.sum())
+    search = _Search(rows, compared, min(nearest, len(names)), folder, workers)
+    ranks, near, scores, genuine, highest = search.run(
+        impostors, min(impostors, math.floor(max_far * impostors) + 1, KEPT)
+    )
+    back = np.argsort(probe_order)
     return Identification(
-        np.concatenate(ranks),
-        len(classes),
-        collector.roc(),
-        order[np.concatenate(top)],
-        np.concatenate(best),
+        ranks[back],
+        len(np.unique(names)),
+        Roc(genuine, impostors, highest),
+        order[near[back]],
+        scores[back],
     )
 
 
-def _ranks(scores: Floats, classes: Ints, labels: Ints) -> Ints:
-    """Ranks of the probes' own classes, from the best score of each class, `[p, classes]`."""
-    column = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
-    own = scores[np.arange(len(labels)), column]
-    ranks = (scores >= own[:, None]).sum(axis=1)  # its own class is the 1
-    return np.where(classes[column] == labels, ranks, 0)
+class NormalizedRows:
+    """Rows of length 1, made of others when they are read; `Rows` for `identify`.
+
+    Args:
+        rows: float `[N, D]`, of any length; a mapped file stays mapped.
+        numbers: which of them, int64 `[n]`.
+    """
+
+    def __init__(self, rows: npt.NDArray[Any], numbers: Ints) -> None:
+        self._rows, self._numbers = rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, which: Ints) -> Floats:
+        return normalize_embeddings(np.asarray(self._rows[self._numbers[which]]))
 
 
-def _top_columns(scores: Floats, k: int) -> Ints:
-    """Columns of the k highest scores of each row, highest first; of equal scores the first one."""
-    chosen = np.sort(np.argpartition(-scores, k - 1, axis=1)[:, :k], axis=1)
-    order = np.argsort(-np.take_along_axis(scores, chosen, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(chosen, order, axis=1)
+def _write_rows(
+    folder: str, gallery: tuple[Rows, Ints, Ints], probes: tuple[Rows, Ints, Ints]
+) -> str:
+    """Write both sides into a folder that is named by what they are; its path."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(prefix=".rows-", dir=folder) as unnamed:
+        for side, classes, (rows, order, labels) in (
+            ("gallery", "names", gallery),
+            ("probes", "labels", probes),
+        ):
+            np.save(Path(unnamed) / f"{classes}.npy", labels)
+            digest.update(labels.tobytes())
+            shape = (len(order), rows[order[:1]].shape[1])
+            file = Path(unnamed) / f"{side}.npy"
+            mapped = np.lib.format.open_memmap(file, "w+", np.float64, shape)
+            for start in range(0, len(order), _CHUNK):
+                part = rows[order[start : start + _CHUNK]]
+                mapped[start : start + _CHUNK] = part
+                digest.update(part.tobytes())
+            mapped.flush()
+        named = Path(folder) / digest.hexdigest()[:16]
+        named.mkdir(exist_ok=True)
+        for file in Path(unnamed).iterdir():
+            file.replace(named / file.name)
+    return str(named)
+
+
+class _Search(NamedTuple):
+    """All bands of a comparison.
+
+    Attributes:
+        rows: as tasks are given them.
+        compared: the same, here.
+        nearest: k.
+        folder: for finished parts; empty: none are kept.
+        workers: who compares.
+    """
+
+    rows: ComparedRows | str
+    compared: ComparedRows
+    nearest: int
+    folder: str
+    workers: Workers
+
+    def run(self, impostors: int, count: int) -> tuple[Ints, Ints, Floats, Floats, Floats]:
+        """Ranks, nearest entries and their scores, genuine and the `count` highest impostors."""
+        spread = SPREAD
+        while True:
+            bound = sampled_bound(self._draw, impostors, count, spread)
+            found = self._above(bound, count)
+            if len(found[-1]) >= count or bound == -math.inf:
+                return found
+            spread *= 4  # the sample was not like the rest
+
+    def _draw(self, generator: np.random.Generator, count: int) -> Floats:
+        """The scores of so many random pairs, or of fewer: of those of two classes."""
+        rows = self.compared
+        first = np.sort(generator.integers(0, len(rows.labels), count))
+        second = generator.integers(0, len(rows.names), count)
+        different = rows.labels[first] != rows.names[second]
+        first, second, scores = first[different], second[different], []
+        for start in range(0, len(first), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            pairs = rows.probes[first[part]], rows.gallery[second[part]]
+            scores.append(round_scores(np.einsum("nd,nd->n", *pairs)))
+        return np.concatenate([np.empty(0), *scores])
+
+    def _above(self, bound: float, count: int) -> tuple[Ints, Ints, Floats, Floats, Floats]:
+        highest, parts = TopScores(count), dict[int, BandResult]()
+        suffix = hashlib.sha256(f"{bound!r} {count} {self.nearest}".encode()).hexdigest()[:8]
+
+        def _part(number: int) -> str:
+            return f"{self.folder}/{suffix}-{number:06d}.npz" if self.folder else ""
+
+        def _keep(number: int, result: BandResult) -> None:
+            highest.add(result.impostors)
+            parts[number] = result._replace(impostors=np.empty(0))
+
+        def _task(number: int) -> BandTask:
+            # What is known when a task begins spares work; it changes nothing in the result.
+            limit = max(bound, highest.lower_bound)
+            return BandTask(self.rows, number * BAND, self.nearest, limit, _part(number))
+
+        def _finished(number: int) -> list[BandResult] | None:
+            found = BandResult.read(_part(number)) if self.folder else None
+            if found is None:
+                return None
+            _keep(number, found)
+            return []
+
+        def _record(number: int, made: list[BandResult]) -> None:
+            result = made.pop() if made else BandResult.read(_part(number))
+            assert result is not None  # its worker has just written it
+            _keep(number, result)
+
+        bands = math.ceil(len(self.compared.labels) / BAND)
+        run_tasks(compare_band, LazyTasks(bands, _task), self.workers, _finished, _record)
+        ranks, near, scores, genuine, _ = (
+            np.concatenate(each)
+            for each in zip(*(parts[number] for number in range(bands)), strict=True)
+        )
+        return ranks, near, scores, genuine, highest.descending()

@@ -7,6 +7,7 @@ product puts them; ties count against the model.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -18,6 +19,10 @@ Bools = npt.NDArray[np.bool_]
 
 FARS: Final = (1e-2, 1e-3, 1e-4)
 """The FARs that a run reports."""
+
+KEPT: Final = 1 << 24  # impostors' scores: 128 MB, for moments twice that
+SPREAD: Final = 6.0  # standard deviations of the number of sampled scores above a threshold
+SAMPLED: Final = 1 << 19  # pairs; of fewer than 64 times as many none are sampled
 
 _DECIMALS: Final = 12
 _SPARE: Final = 1 << 20  # values that may accumulate before the highest are selected
@@ -36,6 +41,10 @@ class Roc(NamedTuple):
     impostors: int
     highest: Floats
 
+    def holds(self, far: float) -> bool:
+        """Whether enough impostor scores were kept for this FAR."""
+        return not len(self.highest) <= self._allowed(far) < self.impostors
+
     def tar(self, far: float) -> float:
         """Share of genuine pairs above the lowest threshold that accepts at most `far` impostors.
 
@@ -44,11 +53,9 @@ class Roc(NamedTuple):
         Raises:
             ValueError: too few impostor scores were kept for this FAR.
         """
-        # The tolerance is for products such as 0.29 * 100, which is below 29.
-        allowed = math.floor(far * self.impostors + 1e-9)
-        if len(self.highest) <= allowed < self.impostors:
+        if not self.holds(far):
             raise ValueError(f"FAR {far} is beyond what was kept")
-        return self._above(allowed)
+        return self._above(self._allowed(far))
 
     def nearest_tar(self, far: float) -> tuple[float, float]:
         """TAR at the point of the ROC whose FAR is nearest to `far`, and that point's FAR.
@@ -73,16 +80,23 @@ class Roc(NamedTuple):
         return self._above(best), best / self.impostors if self.impostors else 0.0
 
     def curve(self, highest_far: float, points: int = 200) -> tuple[Floats, Floats]:
-        """FAR and TAR, from one accepted impostor to a share `highest_far` of them.
+        """FAR and TAR, from one accepted impostor to a share `highest_far` of them, or those kept.
 
         Returns:
             Arrays over `points` FARs, evenly spaced on a logarithmic scale, and those of `FARS`
             that lie between them, so that the curve passes through the reported figures.
         """
+        if not self.holds(highest_far):
+            highest_far = (len(self.highest) - 1) / self.impostors
         lowest = 1 / max(self.impostors, 1 / highest_far)
         within = [far for far in FARS if lowest <= far <= highest_far]
         far = np.union1d(np.geomspace(lowest, highest_far, points), within)
         return far, np.array([self.tar(value) for value in far])
+
+    def _allowed(self, far: float) -> int:
+        """Impostors that may be accepted."""
+        # The tolerance is for products such as 0.29 * 100, which is below 29.
+        return math.floor(far * self.impostors + 1e-9)
 
     def _above(self, allowed: int) -> float:
         """TAR if that many impostors may be accepted."""
@@ -125,6 +139,33 @@ class TopScores:
             values = np.partition(values, surplus)[surplus:] if self._count else np.empty(0)
             self.lower_bound = float(values.min()) if len(values) else math.inf
         self._parts, self._size = [values], len(values)
+
+
+def sampled_bound(
+    draw: Callable[[np.random.Generator, int], Floats],
+    impostors: int,
+    count: int,
+    spread: float = SPREAD,
+) -> float:
+    """A score that at least `count` impostors exceed, but for a very small probability.
+
+    Of n scores of a random sample, `p * n` are expected above the score that a share p of all
+    exceeds. The score at a rank of `spread` standard deviations more is lower, all but surely.
+
+    Args:
+        draw: the scores of about so many random pairs, those of them that are of two classes.
+        impostors: all pairs of two classes; of few of them none are sampled: minus infinity.
+        count: scores that are wanted.
+        spread: see above.
+    """
+    if impostors < 64 * SAMPLED:
+        return -math.inf
+    scores = draw(np.random.default_rng(0), SAMPLED)
+    expected = len(scores) * count / impostors
+    rank = math.ceil(expected + spread * math.sqrt(expected) + spread**2)
+    if rank >= len(scores):
+        return -math.inf
+    return float(np.partition(scores, len(scores) - rank)[len(scores) - rank])
 
 
 class RocCollector:

@@ -62,6 +62,18 @@ class IjbSet:
         """
         return stack_images(self._face, start, stop, image_size)
 
+    def part(self, start: int, stop: int) -> IjbSet:
+        """See `embeddings.Images.part`: the images, without their place in the protocols."""
+        none, rows = np.empty(0, np.int64), slice(start, stop)
+        landmarks = self.landmarks[rows]
+        return IjbSet(self.root, self.name, self.names[rows], landmarks, np.empty(0), none, none)
+
+    def findings(self) -> None:
+        """Nothing: reading tells no more than the pixels."""
+
+    def add_findings(self, start: int, findings: None) -> None:
+        """See `findings`."""
+
     def _face(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
         path = self.root / "loose_crop" / self.names[number]
         try:

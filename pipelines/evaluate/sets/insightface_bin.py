@@ -34,11 +34,13 @@ class VerificationBin:
         url: where it was read from.
         images: 2P encoded images.
         same: bool `[P]`: of one class.
+        first: number of the first image in the file, of a part of it.
     """
 
     url: str
     images: Sequence[bytes]
     same: npt.NDArray[np.bool_]
+    first: int = 0
 
     @property
     def count(self) -> int:
@@ -53,11 +55,22 @@ class VerificationBin:
         """
         return stack_images(self._image, start, stop, image_size)
 
+    def part(self, start: int, stop: int) -> VerificationBin:
+        """See `embeddings.Images.part`: the images, without the pairs."""
+        return VerificationBin(self.url, self.images[start:stop], self.same[:0], self.first + start)
+
+    def findings(self) -> None:
+        """Nothing: reading tells no more than the pixels."""
+
+    def add_findings(self, start: int, findings: None) -> None:
+        """See `findings`."""
+
     def _image(self, number: int, image_size: int) -> npt.NDArray[np.uint8]:
         try:
             return decode_image(self.images[number], image_size)
         except ImageDecodeError as error:
-            raise RunError(f"{self.url}: image {number} cannot be decoded: {error}") from error
+            name = f"{self.url}: image {self.first + number}"
+            raise RunError(f"{name} cannot be decoded: {error}") from error
 
 
 def read_verification_bin(url: str) -> VerificationBin:

@@ -256,8 +256,8 @@ def test_rows_of_length_one_in_half_the_bytes(
     rows = normalize_embeddings(EmbeddingsFolder.open(str(whole)).rows)
     np.testing.assert_array_equal(folder.rows, rows.astype(np.float16))
     assert Path(folder.rows_path).stat().st_size == 128 + 360 * 32 * 2
-    embedder = module._embedder
-    monkeypatch.setattr(module, "_embedder", lambda *a: lambda x: embedder(*a)(x) * 1e6)
+    embedder = module.load_embedder
+    monkeypatch.setattr(module, "load_embedder", lambda *a: lambda x: embedder(*a)(x) * 1e6)
     with pytest.raises(RunError, match="beyond the range of float16; embed with --normalize"):
         write_folder(run, shards, str(tmp_path / "b"), FolderOptions(dtype="float16"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_float32_only_chooses_what_float64_decides(
     many: tuple[np.ndarray, np.ndarray], sampled: int, dense: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether few pairs of a tile are scored again or all of it; and none is missed."""
-    monkeypatch.setattr(all_pairs, "_SAMPLED", sampled)
+    monkeypatch.setattr(roc, "SAMPLED", sampled)
     monkeypatch.setattr(all_pairs, "_DENSE", dense)
     monkeypatch.setattr(all_pairs, "_BAND", 500)
     monkeypatch.setattr(all_pairs, "_TILE", 999)
@@ -107,15 +108,14 @@ def test_float32_only_chooses_what_float64_decides(
 def test_a_sample_that_misleads_is_noticed(
     many: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(all_pairs, "_SAMPLED", 1 << 10)
+    monkeypatch.setattr(roc, "SAMPLED", 1 << 10)
     bounds: list[float] = []
-    bound = all_pairs._lower_bound
 
-    def too_high(folder: str, impostors: int, count: int, spread: float) -> float:
-        bounds.append(0.999 if len(bounds) < 2 else bound(folder, impostors, count, spread))
+    def too_high(*given: Any) -> float:
+        bounds.append(0.999 if len(bounds) < 2 else roc.sampled_bound(*given))
         return bounds[-1]
 
-    monkeypatch.setattr(all_pairs, "_lower_bound", too_high)
+    monkeypatch.setattr(all_pairs, "sampled_bound", too_high)
     assert compare_all_pairs(*many, (1e-3,)).tar == exact(*many, (1e-3,))
     assert len(bounds) == 3
 
@@ -123,7 +123,7 @@ def test_a_sample_that_misleads_is_noticed(
 def test_few_pairs_are_scored_twice(
     many: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(all_pairs, "_SAMPLED", 1 << 14)
+    monkeypatch.setattr(roc, "SAMPLED", 1 << 14)
     scored: list[int] = []
     score = all_pairs._RowFiles.score
 

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 
 from mhe_dist.errors import UserError
-from pipelines.evaluate.metrics import identification
-from pipelines.evaluate.metrics.identification import Identification, identify
+from pipelines.embedding.embeddings import normalize_embeddings
+from pipelines.evaluate.metrics import gallery_search, identification, roc
+from pipelines.evaluate.metrics.identification import (
+    Identification,
+    NormalizedRows,
+    identify,
+)
 from pipelines.evaluate.metrics.roc import FARS, Roc
+from pipelines.storage.worker_pool import Processes
 
 EXACT = 1e-12
 
@@ -37,9 +43,12 @@ def case():
     return gallery, names, probes, labels
 
 
-@pytest.fixture(params=[1 << 22, 200, 1])
+@pytest.fixture(params=[(1024, 4096), (40, 16), (1, 1)])
 def found(request, case, monkeypatch):
-    monkeypatch.setattr(identification, "_CHUNK", request.param)
+    band, tile = request.param
+    monkeypatch.setattr(identification, "BAND", band)
+    monkeypatch.setattr(gallery_search, "BAND", band)
+    monkeypatch.setattr(gallery_search, "_TILE", tile)
     return identify(*case, max_far=0.5)
 
 
@@ -184,3 +193,84 @@ def test_memory_of_the_impostors_is_bounded(case):
 def test_nothing_to_compare_is_the_users_mistake(case):
     with pytest.raises(UserError, match="0 gallery entries, 150 probes"):
         identify(case[0][:0], case[1][:0], case[2], case[3])
+
+
+def alike(one, other):
+    """Whether two results are the same, bit for bit."""
+    for name in ("ranks", "nearest", "scores"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
+    np.testing.assert_array_equal(one.roc.highest, other.roc.highest)
+    np.testing.assert_array_equal(np.sort(one.roc.genuine), np.sort(other.roc.genuine))
+    return one.classes == other.classes and one.roc.impostors == other.roc.impostors
+
+
+@pytest.fixture(scope="module")
+def many():
+    """2,500 probes, three bands, of 700 classes, half of them enrolled."""
+    rng = np.random.default_rng(1)
+    centres, labels = rng.standard_normal((700, 16)), rng.integers(0, 700, 2500)
+    names = rng.permutation(np.repeat(np.arange(350), 3))
+    rows = [centres[each] + 0.7 * rng.standard_normal((len(each), 16)) for each in (names, labels)]
+    return unit(rows[0]), names, unit(rows[1]), labels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_workers_and_files_change_no_bit(many, count, tmp_path):
+    here = identify(*many)
+    assert alike(here, identify(*many, workers=Processes(count), folder=str(tmp_path)))
+
+
+def test_a_comparison_goes_on_where_it_was_broken_off(many, tmp_path, monkeypatch):
+    made, compare = [], gallery_search.compare_band
+
+    def broken_off(task):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(task.first)
+        return compare(task)
+
+    whole = identify(*many)
+    monkeypatch.setattr(identification, "compare_band", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        identify(*many, folder=str(tmp_path))
+    made[:0] = [-1]
+    assert alike(whole, identify(*many, folder=str(tmp_path)))
+    assert made == [-1, 0, 1024, 2048]
+    monkeypatch.undo()
+    other = (many[0], many[1], many[2][::-1].copy(), many[3])
+    assert alike(identify(*other), identify(*other, folder=str(tmp_path)))
+
+
+@pytest.mark.parametrize("misleading", [False, True])
+def test_of_many_pairs_only_the_highest_are_kept_and_none_is_missed(many, misleading, monkeypatch):
+    whole = identify(*many, max_far=1e-3)
+    monkeypatch.setattr(roc, "SAMPLED", 1 << 14)
+    bounds, bound = [], roc.sampled_bound
+
+    def noted(*given):
+        bounds.append(0.999 if misleading and not bounds else bound(*given))
+        return bounds[-1]
+
+    monkeypatch.setattr(identification, "sampled_bound", noted)
+    assert alike(whole, identify(*many, max_far=1e-3))
+    assert len(bounds) == 1 + misleading and bounds[-1] > 0
+    monkeypatch.setattr(identification, "KEPT", 50)
+    kept = identify(*many).roc
+    np.testing.assert_array_equal(kept.highest, whole.roc.highest[:50])
+    assert kept.holds(1e-5) and not kept.holds(1e-4)
+    far, tar = kept.curve(0.1)
+    assert far[-1] == 49 / kept.impostors and np.isfinite(tar).all()
+
+
+def test_rows_are_scaled_when_they_are_read(case, tmp_path):
+    gallery, names, probes, labels = case
+    rows = np.concatenate([3 * gallery, 5 * probes]).astype(np.float32)
+    unscaled = [
+        NormalizedRows(rows, np.arange(len(gallery))),
+        NormalizedRows(rows, len(gallery) + np.arange(len(probes))),
+    ]
+    scaled = normalize_embeddings(rows)
+    expected = identify(scaled[: len(gallery)], names, scaled[len(gallery) :], labels)
+    found = identify(unscaled[0], names, unscaled[1], labels, folder=str(tmp_path))
+    assert alike(expected, found)
