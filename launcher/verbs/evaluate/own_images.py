@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,36 +67,21 @@ def identification(
     Example: mhe evaluate identification quickstart --images rows --all-pairs --workers 0
     """
     from pipelines.embedding.folder import MANIFEST
-    from pipelines.evaluate.own_images import (
-        comparison_folder,
-        identify_embeddings,
-        identify_own_images,
-    )
 
-    fars = FARS if all_pairs else ()
     is_embedded = Path(images, MANIFEST).exists()
     has_room = is_embedded and os.access(images, os.W_OK)
     folder = str(Path(images).absolute() / COMPARED) if has_room else ""
     what = "comparing" if is_embedded else "embedding"
-    result: OwnImagesResult | None
     with (
         resumable() if is_embedded else nullcontext(),
         EvaluatedBackbone.open(run, gpu, workers, address, folder) as opened,
         spinner(opened.topology, f"{what} {images}"),
     ):
-        backbone, topology = opened.backbone, opened.topology
-        compare = (fars, opened.workers, opened.folder)
-        if not is_embedded:
-            flip = backbone.config.evaluate.flip if flip is None else flip
-            result = identify_own_images(
-                *(opened.embed, images, topology, opened.image_size, flip), *compare
-            )
-        elif topology.is_first:
-            embedded = _open_embeddings(backbone, images, flip)
-            with comparison_folder(folder) if folder else nullcontext():
-                result = identify_embeddings(embedded, *compare)
+        backbone, fars = opened.backbone, FARS if all_pairs else ()
+        if is_embedded:
+            result = _compare_embedded(opened, images, flip, fars)
         else:
-            result = None
+            result = _embed_and_compare(opened, images, flip, fars)
     if result is None:
         return
     console.show_table(f"{backbone.checkpoint} on {images}", _as_table(result))
@@ -107,6 +93,32 @@ def identification(
         title=f"ROC, {images}",
         metrics=result.metrics if mlflow else {},
     )
+
+
+def _embed_and_compare(
+    opened: EvaluatedBackbone, images: str, flip: bool | None, fars: Sequence[float]
+) -> OwnImagesResult | None:
+    from pipelines.evaluate.own_images import identify_own_images
+
+    flip = opened.backbone.config.evaluate.flip if flip is None else flip
+    return identify_own_images(
+        *(opened.embed, images, opened.topology, opened.image_size, flip),
+        *(fars, opened.workers, opened.folder),
+    )
+
+
+def _compare_embedded(
+    opened: EvaluatedBackbone, images: str, flip: bool | None, fars: Sequence[float]
+) -> OwnImagesResult | None:
+    from pipelines.evaluate.own_images import comparison_folder, identify_embeddings
+
+    if not opened.topology.is_first:
+        return None
+    embedded = _open_embeddings(opened.backbone, images, flip)
+    if not opened.folder:
+        return identify_embeddings(embedded, fars)
+    with comparison_folder(opened.folder):
+        return identify_embeddings(embedded, fars, opened.workers, opened.folder)
 
 
 def _as_table(result: OwnImagesResult) -> Table:

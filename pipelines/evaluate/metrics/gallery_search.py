@@ -47,7 +47,7 @@ class ComparedRows:
         )
 
 
-class BandTask(NamedTuple):
+class ProbesTask(NamedTuple):
     """The probes that begin with one.
 
     Attributes:
@@ -65,7 +65,7 @@ class BandTask(NamedTuple):
     part: str = ""
 
 
-class BandResult(NamedTuple):
+class ProbesResult(NamedTuple):
     """What was found of n probes.
 
     Attributes:
@@ -83,12 +83,12 @@ class BandResult(NamedTuple):
     impostors: Floats
 
     @staticmethod
-    def read(part: str) -> BandResult | None:
+    def read(part: str) -> ProbesResult | None:
         """The result of a part's file; None: there is none."""
         if not Path(part).exists():
             return None
         with np.load(part) as arrays:
-            return BandResult(*(arrays[name] for name in BandResult._fields))
+            return ProbesResult(*(arrays[name] for name in ProbesResult._fields))
 
     def write(self, part: str) -> None:
         """Write the file of a part, which is there as a whole or not at all."""
@@ -109,7 +109,7 @@ class _OwnClass(NamedTuple):
     scores: Floats
 
 
-def compare_band(task: BandTask) -> list[BandResult]:
+def compare_band(task: ProbesTask) -> list[ProbesResult]:
     """Compare a band of probes with every gallery entry.
 
     Returns:
@@ -123,7 +123,7 @@ def compare_band(task: BandTask) -> list[BandResult]:
     return [result]
 
 
-def _compare(rows: ComparedRows, band: slice, nearest: int, bound: float) -> BandResult:
+def _compare(rows: ComparedRows, band: slice, nearest: int, bound: float) -> ProbesResult:
     probes = np.array(rows.probes[band])
     known = list(_own_classes(rows, band, probes))
     own = np.full(len(probes), np.inf)  # that of a class without an entry, which nobody reaches
@@ -149,7 +149,7 @@ def _compare(rows: ComparedRows, band: slice, nearest: int, bound: float) -> Ban
         reaching.add(tile, names)
     ranks = np.where(np.isfinite(own), 1 + reaching.total(), 0)
     genuine = np.concatenate([np.empty(0), *(each.scores.ravel() for each in known)])
-    return BandResult(ranks, numbers, scores, genuine, np.concatenate(found))
+    return ProbesResult(ranks, numbers, scores, genuine, np.concatenate(found))
 
 
 def _own_classes(rows: ComparedRows, band: slice, probes: Floats) -> Iterator[_OwnClass]:

@@ -20,9 +20,9 @@ from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import normalize_embeddings
 from pipelines.evaluate.metrics.gallery_search import (
     BAND,
-    BandResult,
-    BandTask,
     ComparedRows,
+    ProbesResult,
+    ProbesTask,
     compare_band,
 )
 from pipelines.evaluate.metrics.roc import (
@@ -233,30 +233,30 @@ class _Search(NamedTuple):
         return np.concatenate([np.empty(0), *scores])
 
     def _above(self, bound: float, count: int) -> tuple[Ints, Ints, Floats, Floats, Floats]:
-        highest, parts = TopScores(count), dict[int, BandResult]()
+        highest, parts = TopScores(count), dict[int, ProbesResult]()
         suffix = hashlib.sha256(f"{bound!r} {count} {self.nearest}".encode()).hexdigest()[:8]
 
         def _part(number: int) -> str:
             return f"{self.folder}/{suffix}-{number:06d}.npz" if self.folder else ""
 
-        def _keep(number: int, result: BandResult) -> None:
+        def _keep(number: int, result: ProbesResult) -> None:
             highest.add(result.impostors)
             parts[number] = result._replace(impostors=np.empty(0))
 
-        def _task(number: int) -> BandTask:
+        def _task(number: int) -> ProbesTask:
             # What is known when a task begins spares work; it changes nothing in the result.
             limit = max(bound, highest.lower_bound)
-            return BandTask(self.rows, number * BAND, self.nearest, limit, _part(number))
+            return ProbesTask(self.rows, number * BAND, self.nearest, limit, _part(number))
 
-        def _finished(number: int) -> list[BandResult] | None:
-            found = BandResult.read(_part(number)) if self.folder else None
+        def _finished(number: int) -> list[ProbesResult] | None:
+            found = ProbesResult.read(_part(number)) if self.folder else None
             if found is None:
                 return None
             _keep(number, found)
             return []
 
-        def _record(number: int, made: list[BandResult]) -> None:
-            result = made.pop() if made else BandResult.read(_part(number))
+        def _record(number: int, made: list[ProbesResult]) -> None:
+            result = made.pop() if made else ProbesResult.read(_part(number))
             assert result is not None  # its worker has just written it
             _keep(number, result)
 

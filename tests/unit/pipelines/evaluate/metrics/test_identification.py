@@ -195,7 +195,7 @@ def test_nothing_to_compare_is_the_users_mistake(case):
         identify(case[0][:0], case[1][:0], case[2], case[3])
 
 
-def alike(one, other):
+def have_same_bits(one, other):
     """Whether two results are the same, bit for bit."""
     for name in ("ranks", "nearest", "scores"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
@@ -218,7 +218,7 @@ def many():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_workers_and_files_change_no_bit(many, count, tmp_path):
     here = identify(*many)
-    assert alike(here, identify(*many, workers=Processes(count), folder=str(tmp_path)))
+    assert have_same_bits(here, identify(*many, workers=Processes(count), folder=str(tmp_path)))
 
 
 def test_a_comparison_goes_on_where_it_was_broken_off(many, tmp_path, monkeypatch):
@@ -235,11 +235,11 @@ def test_a_comparison_goes_on_where_it_was_broken_off(many, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         identify(*many, folder=str(tmp_path))
     made[:0] = [-1]
-    assert alike(whole, identify(*many, folder=str(tmp_path)))
+    assert have_same_bits(whole, identify(*many, folder=str(tmp_path)))
     assert made == [-1, 0, 1024, 2048]
     monkeypatch.undo()
     other = (many[0], many[1], many[2][::-1].copy(), many[3])
-    assert alike(identify(*other), identify(*other, folder=str(tmp_path)))
+    assert have_same_bits(identify(*other), identify(*other, folder=str(tmp_path)))
 
 
 @pytest.mark.parametrize("misleading", [False, True])
@@ -253,7 +253,7 @@ def test_of_many_pairs_only_the_highest_are_kept_and_none_is_missed(many, mislea
         return bounds[-1]
 
     monkeypatch.setattr(identification, "sampled_bound", noted)
-    assert alike(whole, identify(*many, max_far=1e-3))
+    assert have_same_bits(whole, identify(*many, max_far=1e-3))
     assert len(bounds) == 1 + misleading and bounds[-1] > 0
     monkeypatch.setattr(identification, "KEPT", 50)
     kept = identify(*many).roc
@@ -273,4 +273,4 @@ def test_rows_are_scaled_when_they_are_read(case, tmp_path):
     scaled = normalize_embeddings(rows)
     expected = identify(scaled[: len(gallery)], names, scaled[len(gallery) :], labels)
     found = identify(unscaled[0], names, unscaled[1], labels, folder=str(tmp_path))
-    assert alike(expected, found)
+    assert have_same_bits(expected, found)
