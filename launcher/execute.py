@@ -58,8 +58,9 @@ def make_data(config: Config, watcher: Watcher) -> None:
     """Make the data set of a config if it is missing and to be made."""
     if config.data.glyphs is None:
         return
+    from mhe_dist.limits import available_cores
     from pipelines.sources.glyphs.build import ensure_glyphs
-    from pipelines.storage.worker_pool import Processes, available_cores
+    from pipelines.storage.worker_pool import Processes
 
     with watcher.counting("drawing the data set") as progress:
         ensure_glyphs(config.data, progress, Processes(available_cores()))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import psutil
 from fsspec.core import url_to_fs
 
 from launcher.preflight.checks import check_data
@@ -23,6 +22,7 @@ from launcher.preflight.machine import PACKAGES, list_gpus
 from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs.folder import absolute_path, is_local
@@ -45,9 +45,9 @@ def probe_node(config: Config) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "cpus": psutil.cpu_count() or 1,
+        "cpus": available_cores(),
         "gpus": list_gpus(),
-        "memory": psutil.virtual_memory().available,
+        "memory": available_memory(),
         "disk": _free(config),
         "problems": _problems(config),
     }

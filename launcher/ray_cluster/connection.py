@@ -16,6 +16,7 @@ from launcher.ray_cluster.mailbox import NAMESPACE
 from launcher.signals import Interrupted, signals_deferred, signals_ignored
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.limits import available_cores, available_memory
 from pipelines.runs.folder import logs_folder
 
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
@@ -108,10 +109,8 @@ def _temporary_folder() -> str:
 
 def _start_failure(config: Config, error: Exception) -> str:
     """Why Ray may not have started here, and what to do; its own words are seldom the cause."""
-    import psutil
-
-    cores, load = psutil.cpu_count() or 1, os.getloadavg()[0]
-    memory = psutil.virtual_memory().available / 2**30
+    cores, load = available_cores(), os.getloadavg()[0]
+    memory = available_memory() / 2**30
     disk = shutil.disk_usage("/tmp").free / 2**30
     return (
         f"Ray did not start on this machine ({_first_line(error)}). Load {load:.1f} on {cores} "

@@ -12,7 +12,8 @@ import typer
 from launcher.tasks.ray_tasks import cluster_tasks
 from mhe_dist.distributed.device import choose_device
 from mhe_dist.errors import UserError
-from pipelines.storage.worker_pool import Processes, Workers, available_cores
+from mhe_dist.limits import available_cores
+from pipelines.storage.worker_pool import Processes, Workers
 
 AddressOption = Annotated[
     str,

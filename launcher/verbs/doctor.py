@@ -9,12 +9,12 @@ import socket
 from collections.abc import Iterator
 from importlib import metadata
 
-import psutil
 from rich.markup import escape
 from rich.table import Table
 
 from launcher.preflight.machine import PACKAGES, list_gpus
 from launcher.terminal import console
+from mhe_dist.limits import available_cores, available_memory
 
 GIB = 2**30
 Row = tuple[str, str, str]
@@ -42,8 +42,8 @@ def findings() -> Iterator[Row]:
     yield "python", platform.python_version(), ""
     for package in PACKAGES:
         yield _version(package)
-    yield "cores", str(os.cpu_count()), ""
-    yield _free("memory", psutil.virtual_memory().available, 4, "a run needs about 4 GiB")
+    yield "cores", str(available_cores()), ""
+    yield _free("memory", available_memory(), 4, "a run needs about 4 GiB")
     yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
     yield _shared_memory()
     yield "GPUs", "; ".join(list_gpus()) or "none: runs use the CPU (scale.gpu=false)", ""

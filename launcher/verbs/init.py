@@ -18,7 +18,7 @@ from launcher.preflight.own_data import OwnData, make_name, survey_data
 from launcher.terminal import console
 from mhe_dist.config.load import load_config
 from mhe_dist.errors import UserError
-from pipelines.storage.worker_pool import available_cores
+from mhe_dist.limits import available_cores
 
 MOST_WORKERS = 8  # of a machine without GPUs, unless told otherwise
 MOST_CPUS = 8  # of a worker with a GPU

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from mhe_dist.limits import available_cores
 from pipelines.data.order import ShardSpan
 from pipelines.data.sample import parse_members, read_span
 from pipelines.loader.loader import Loader
@@ -143,7 +144,7 @@ def measure_loaders(
         "side": side,
         "workers": workers,
         "repeats": repeats,
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "load": os.getloadavg()[0],
     }
     return LoaderComparison(timings, setting)

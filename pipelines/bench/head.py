@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.routed.mhs import MhsRoute
 from mhe_dist.heads.row_head import HeadSpec
+from mhe_dist.limits import available_memory
 from pipelines.bench.products import BareProducts
 from pipelines.bench.traffic import TrafficCounter
 
@@ -266,4 +266,4 @@ def _touch_all_rows(head: Any) -> None:
 
 def fit_in_memory(cases: Sequence[HeadCase]) -> bool:
     """Whether all cases together fit into the memory that is free now."""
-    return sum(case.needed_bytes for case in cases) < psutil.virtual_memory().available
+    return sum(case.needed_bytes for case in cases) < available_memory()

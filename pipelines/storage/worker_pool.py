@@ -35,11 +35,6 @@ def no_progress(done: int, total: int) -> None:
     """A progress callback that does nothing."""
 
 
-def available_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Workers(Protocol):
     """Where tasks run."""
 

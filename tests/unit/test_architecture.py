@@ -23,6 +23,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "seeds": set(),
         "redact": set(),
         "lazy": set(),
+        "limits": set(),
         "noise": {"seeds"},
         "distributed": {"errors"},
         "config": {"errors", "redact"},

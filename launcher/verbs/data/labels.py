@@ -11,9 +11,9 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import Processes, resumable
+from mhe_dist.limits import available_cores
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
-from pipelines.storage.worker_pool import available_cores
 
 if TYPE_CHECKING:
     from pipelines.sources.label_table.build import LabelImport

@@ -26,11 +26,11 @@ from launcher.verbs.embedding.shared import (
 )
 from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
+from mhe_dist.limits import available_cores
 from pipelines.runs.trained import read_trained_config
 from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import atomic_write
-from pipelines.storage.worker_pool import available_cores
 
 if TYPE_CHECKING:
     from pipelines.audit.findings import Findings

@@ -21,10 +21,10 @@ from launcher.verbs.embedding.shared import (
 )
 from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
+from mhe_dist.limits import available_cores
 from pipelines.report.charts.numbers import format_share
 from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.storage.urls import require_absent
-from pipelines.storage.worker_pool import available_cores
 
 if TYPE_CHECKING:
     from pipelines.clustering.build import ClusterJob

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +33,7 @@ from mhe_dist.heads.classifier import (
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.base import MixedRadix
 from mhe_dist.heads.row_head import features_of
+from mhe_dist.limits import available_memory
 
 KINDS: Final = ("full", "mhp", "mhc")  # mhs and partial_fc are written as full is
 FORMATS: Final = ("onnx", "onnx-fp16", "torch-export")
@@ -114,7 +114,7 @@ def measure_classifier(case: ClassifierCase, folder: str) -> list[ClassifierCost
 
 def fits_in_memory(case: ClassifierCase) -> bool:
     """Whether the memory that is free now suffices."""
-    return case.needed_bytes < psutil.virtual_memory().available
+    return case.needed_bytes < available_memory()
 
 
 def _measure(topology: Topology, case: ClassifierCase, folder: str) -> list[dict[str, Any]]:

@@ -14,7 +14,8 @@ from launcher.ray_cluster import ray_internals
 from launcher.tasks.choose import choose_workers
 from launcher.tasks.ray_tasks import RayTasks
 from mhe_dist.errors import RunError, UserError
-from pipelines.storage.worker_pool import LazyTasks, Processes, available_cores, run_tasks
+from mhe_dist.limits import available_cores
+from pipelines.storage.worker_pool import LazyTasks, Processes, run_tasks
 
 
 def test_processes_see_no_gpu_or_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
