@@ -5,6 +5,8 @@ EXTRAS ?= dev,s3,gcs,k8s,tensorboard
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_INSTALLED := $(OLDEST)/.installed
 DOCS_INSTALLED := $(VENV)/.docs-installed
 
 # Some machines forbid Python to keep bytecode: then each of the hundreds of processes that the tests
@@ -12,20 +14,24 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test quick long chaos cluster gpu zoo check format docs install constraints clean
+.PHONY: help train test test-oldest quick long chaos cluster gpu zoo check format docs install constraints clean
 
 help:  ## This list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 train: $(INSTALLED)  ## The main job: environment, data, pretraining, evaluation, export
 	@$(BIN)/mhe train configs/quickstart.yaml
 
 # Three processes, on machines with two cores or more: many tests wait for processes that start. A
 # file's tests stay together, since they share what they prepare. The long ones come first, by name.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 
 test: $(INSTALLED)  ## Environment if it is missing, then the test suite without what takes longest
 	$(PYTEST)
+
+test-oldest: $(OLDEST_INSTALLED)  ## Unit and distributed tests with the oldest versions that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) tests/unit tests/distributed
 
 long: $(INSTALLED)  ## The tests that make test leaves out, but for faults: an hour or so
 	$(PYTEST) -m 'long and not chaos'
@@ -70,21 +76,24 @@ constraints: $(INSTALLED) $(DOCS_INSTALLED)  ## Write constraints.txt from what 
 	@mv constraints.new constraints.txt
 
 clean:  ## Remove the environment and caches; data and runs stay
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # What a command prints goes to a file; where it fails, the end of that is shown and the file named.
-LOG := $(VENV)/install.log
+LOG = $(@D)/install.log
 logged = @$(1) >$(LOG) 2>&1 || { tail -n 20 $(LOG); \
   echo "This failed: $(LOG) has all of it."; exit 1; }
 
+$(OLDEST_INSTALLED): PYTHON = $(shell command -v python3.10 || echo python3)
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)."; \
-	  $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); \
+$(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+$(INSTALLED) $(OLDEST_INSTALLED):
+	@test -x $(@D)/bin/python || { echo "Making a virtual environment in $(@D)."; \
+	  $(PYTHON) -m venv $(@D); } || { rm -rf $(@D); \
 	  echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 with its venv module" \
 	  "(Debian, Ubuntu: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
-	@echo "Installing the pinned dependencies in $(VENV): a few minutes, 7 GB."
-	$(call logged,$(BIN)/python -m pip install --disable-pip-version-check \
-	  -c constraints.txt -e '.[$(EXTRAS)]')
+	@echo "Installing the pinned dependencies in $(@D): a few minutes, 7 GB."
+	$(call logged,$(@D)/bin/python -m pip install --disable-pip-version-check \
+	  -c $(filter constraints%,$^) -e '.[$(EXTRAS)]')
 	@touch $@
 
 # Twenty small packages that no test needs.

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,9 +107,20 @@ def sqlite_uri(file: Path) -> str:
 
     SQLAlchemy begins options at `?` and decodes `%20`, so both are written as codes. MLflow makes
     the folders of what it reads behind `sqlite:///` itself, and does not decode it; the longer
-    name of the same driver keeps it from that.
+    name of the same driver keeps it from that. SQLAlchemy before 2.1, which Python 3.10 has,
+    decodes nothing.
+
+    Raises:
+        UserError: the path has a `?`, and SQLAlchemy is too old for that.
     """
     path = str(file)
     if not re.search("[%?]", path):
         return f"sqlite:///{path}"
+    if metadata.version("sqlalchemy") < "2.1":
+        if "?" in path:
+            raise UserError(
+                f"{file}: SQLAlchemy before 2.1 cannot open a database with `?` in its path; name "
+                "another folder by run.dir, or use Python 3.11 or newer"
+            )
+        return f"sqlite+pysqlite:///{path}"
     return "sqlite+pysqlite:///" + path.replace("%", "%25").replace("?", "%3F")

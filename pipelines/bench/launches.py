@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +23,8 @@ from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.bench.fake_cuda.autograd import backward
 from pipelines.bench.fake_cuda.device import FakeCuda, fake_cuda
-from pipelines.bench.fake_cuda.ledger import Ledger
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
+from pipelines.bench.fake_cuda.step_cost import StepCost, cost_since
 from pipelines.bench.gpu.agreement import head_variants
 
 CUDA: Final = torch.device("cuda", 0)
@@ -69,27 +69,6 @@ class LaunchCase:
     micro_batches: int = 1
     touched: bool = True
     labels: int = 0
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """What one step asks of the device.
-
-    Attributes:
-        launches: kernels and copies.
-        syncs: times that the host waits for the device.
-        moved: bytes of device memory that are read and written.
-        flops: of matrix products.
-        peak: bytes beyond those that are there between two steps.
-        ledger: all of it, line by line.
-    """
-
-    launches: int
-    syncs: int
-    moved: int
-    flops: int
-    peak: int
-    ledger: Ledger = field(repr=False, compare=False)
 
 
 def _case(head: dict[str, Any], labels: int = 0) -> LaunchCase:
@@ -151,15 +130,7 @@ def count_step(case: LaunchCase) -> StepCost:
             gpu.clear()
             resident = gpu.allocated
             _run_step(case, head, step)
-        ledger = gpu.ledger
-        return StepCost(
-            len(ledger.of("kernel")),
-            len(ledger.of("sync")),
-            ledger.moved,
-            ledger.flops,
-            gpu.peak - resident,
-            ledger,
-        )
+        return cost_since(gpu, resident)
 
 
 @contextmanager

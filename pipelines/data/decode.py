@@ -116,7 +116,7 @@ def _turn_upright(pixels: Pixels, image: Image.Image) -> Pixels:
 def _by_pillow(data: bytes, max_pixels: int) -> Pixels:
     """Decode in full size; of an animation the first frame."""
     with Image.open(io.BytesIO(data)) as image:
-        _check_size(*image.size, max_pixels)
+        _check_size(image.width, image.height, max_pixels)
         if data.startswith(_PNG) and b"IEND" not in data:
             raise ValueError("the PNG was cut off: it has no end")
         image.load()

@@ -7,10 +7,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import mhe_dist
 import pipelines
+from tests.project_file import PROJECT
 from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]
@@ -21,8 +21,8 @@ CODE = sorted(
 CITATION = re.compile(r"docs/(?P<page>\w+)\.md(?:\s+section\s+(?P<section>\d+))?")
 # Pages that are not part of the repository.
 ELSEWHERE = re.compile(r"\b(?:DESIGN|FORMATS|FACTS|PAPER|HOUSE)(?:\.md\b|,? section \d)")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FILE = re.compile(r"`((?:configs|docs|launcher|mhe_dist|pipelines|tests|tools)/[\w./-]+)`")
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
@@ -62,9 +62,7 @@ def test_the_design_names_every_room(floor: str) -> None:
 
 
 def test_the_readme_tells_the_extras_apart() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
+    extras = PROJECT["optional-dependencies"]
     table = re.findall(r"^\| `(\w+)` \| ([\w-]+)", (ROOT / "README.md").read_text(), re.M)
     listed = {name: package for name, package in table if name in extras}
     assert listed.keys() == extras.keys()
@@ -74,18 +72,15 @@ def test_the_readme_tells_the_extras_apart() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_targets_that_a_page_names_are_in_the_makefile(page: Path) -> None:
-    named = set(re.findall(r"(?:^ {4}|`)make (\w+)", page.read_text(), re.M))
-    assert named <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"(?:^ {4}|`)make ([\w-]+)", page.read_text(), re.M))
+    assert named <= TARGETS
 
 
 def test_the_release_checklist_names_what_there_is() -> None:
     text = (ROOT / "docs" / "releasing.md").read_text()
-    targets = set(re.findall(r"`make (\w+)`", text))
-    assert targets and targets <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-    assert (
-        metadata.version("mhe")
-        == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    )
+    named = set(re.findall(r"`make ([\w-]+)`", text))
+    assert named and named <= TARGETS
+    assert metadata.version("mhe") == PROJECT["version"]
 
 
 def test_the_python_of_the_readme_uses_names_of_the_door() -> None:

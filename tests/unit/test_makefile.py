@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.project_file import PROJECT
 
 ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
@@ -20,15 +26,15 @@ exit $PIP_EXIT
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 
 
-def make(folder: Path, pip_exit: int) -> subprocess.CompletedProcess[str]:
+def make(folder: Path, pip_exit: int, target: str = "install") -> subprocess.CompletedProcess[str]:
     shutil.copy(ROOT / "Makefile", folder)
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         (folder / name).touch()
     python = folder / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
     variables = {**os.environ, "PIP_EXIT": str(pip_exit)}
-    command = ["make", "--no-print-directory", "install", f"PYTHON={python}"]
+    command = ["make", "--no-print-directory", target, f"PYTHON={python}"]
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, check=False
     )
@@ -48,3 +54,27 @@ def test_a_failure_shows_the_end_of_the_file_and_names_it(tmp_path: Path) -> Non
     assert "no such package" in failed.stdout
     assert ".venv/install.log has all of it" in failed.stdout
     assert not (tmp_path / ".venv" / ".installed").exists()
+
+
+def test_the_oldest_versions_have_an_environment_of_their_own(tmp_path: Path) -> None:
+    done = make(tmp_path, 0, "test-oldest")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / ".venv").exists()
+    log = (tmp_path / ".venv-oldest" / "install.log").read_text()
+    assert "-c constraints-oldest.txt -e .[dev,s3,gcs,k8s,tensorboard]" in log
+    assert "tests/unit tests/distributed" in done.stdout
+    subprocess.run(["make", "clean"], cwd=tmp_path, capture_output=True, check=True)
+    assert not (tmp_path / ".venv-oldest").exists()
+
+
+def test_every_lower_bound_is_a_version_that_was_tried() -> None:
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = PROJECT["optional-dependencies"]
+    installed = [extras[name] for name in ("dev", "s3", "gcs", "k8s", "tensorboard")]
+    requirements = [Requirement(r) for r in chain(PROJECT["dependencies"], *installed)]
+    tried = {r.name: Version(pins[canonicalize_name(r.name)]) for r in requirements}
+    bounds = {
+        r.name: Version(s.version) for r in requirements for s in r.specifier if s.operator == ">="
+    }
+    assert tried == bounds

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import yaml
 
 from launcher import cli
 from mhe_dist.config.describe import all_keys
+from tests.project_file import PROJECT
 from tools import site_pages
 from tools.site_verbs import verbs_page
 
@@ -46,9 +46,8 @@ def test_the_build_is_strict_and_prints_its_warnings() -> None:
 
 def test_ci_builds_the_site_and_installs_what_is_pinned() -> None:
     assert "make docs" in (ROOT / ".ci" / "run").read_text().splitlines()
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = (ROOT / "constraints.txt").read_text()
-    for requirement in needed["optional-dependencies"]["docs"]:
+    for requirement in PROJECT["optional-dependencies"]["docs"]:
         name = re.split(r"[\[<>=]", requirement)[0]
         assert re.search(rf"^{name}==", pinned, re.MULTILINE), name
 

@@ -1,13 +1,16 @@
 """Backward passes without autograd's engine, which asks a CUDA build's driver for its streams.
 
-The nodes of the graph are called from Python, in topological order. Of the hooks only those are
-called that wait for the gradient of a leaf.
+The nodes of the graph are called from Python, in the order that the engine takes. Of the hooks only
+those are called that wait for the gradient of a leaf. What a library asks the engine meanwhile is
+answered here, too: DeepSpeed's ask which leaves a pass will reach, and to be called at its end.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +20,55 @@ from torch.autograd.function import BackwardCFunction
 Root = tuple[Any, int, Tensor]  # a node, which of its outputs, the gradient that arrives there
 
 
-def backward(loss: Tensor) -> None:
+@dataclass
+class _BackwardPass:
+    """One that runs: the nodes that it will call, and what is to be called at its end."""
+
+    nodes: set[Any] = field(default_factory=set)
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+
+
+_RUNNING: list[_BackwardPass] = []
+
+
+@contextmanager
+def _running() -> Iterator[_BackwardPass]:
+    _RUNNING.append(_BackwardPass())
+    try:
+        yield _RUNNING[-1]
+    finally:
+        _RUNNING.pop()
+
+
+def graph_task_id() -> int:
+    """`torch._C._current_graph_task_id`: -1 while no backward pass runs."""
+    return len(_RUNNING) - 1
+
+
+def will_execute(node: Any) -> bool:
+    """`torch._C._will_engine_execute_node`."""
+    return node in _RUNNING[-1].nodes
+
+
+class ExecutionEngine:
+    """`torch.autograd.Variable._execution_engine`."""
+
+    @staticmethod
+    def queue_callback(callback: Callable[[], None]) -> None:
+        """Call at the end of the backward pass that runs."""
+        _RUNNING[-1].at_end.append(callback)
+
+
+def backward(loss: Tensor, **_kwargs: Any) -> None:
     """`loss.backward()`: every leaf gets its `grad`, and what waits for that is called."""
-    for leaf, gradient in _leaf_gradients([_root(loss, torch.ones_like(loss))]):
-        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        hooks: Any = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
-        for hook in list(hooks.values()):
-            hook(leaf)
+    with _running() as running:
+        for leaf, gradient in _leaf_gradients([_root(loss, torch.ones_like(loss))], running):
+            leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            hooks: Any = getattr(leaf, "_post_accumulate_grad_hooks", None) or {}
+            for hook in list(hooks.values()):
+                hook(leaf)
+        for callback in running.at_end:
+            callback()
 
 
 def grad(
@@ -31,7 +76,8 @@ def grad(
 ) -> tuple[Tensor, ...]:
     """`torch.autograd.grad` with respect to leaves."""
     roots = [_root(out, given) for out, given in zip(outputs, grad_outputs, strict=True)]
-    found = {id(leaf): gradient for leaf, gradient in _leaf_gradients(roots)}
+    with _running() as running:
+        found = {id(leaf): gradient for leaf, gradient in _leaf_gradients(roots, running)}
     return tuple(found[id(leaf)] for leaf in inputs)
 
 
@@ -39,15 +85,18 @@ def _root(output: Tensor, gradient: Tensor) -> Root:
     return output.grad_fn, output.output_nr, gradient
 
 
-def _leaf_gradients(roots: list[Root]) -> Iterator[tuple[Tensor, Tensor]]:
+def _leaf_gradients(roots: list[Root], running: _BackwardPass) -> Iterator[tuple[Tensor, Tensor]]:
     """Leaves, each with the sum of its gradients."""
     arriving: dict[Any, dict[int, Tensor]] = defaultdict(dict)
     for node, output, gradient in roots:
         _add(arriving[node], output, gradient)
     waiting = _count_edges(list(arriving))
+    running.nodes = set(waiting) | set(arriving)
     ready = [node for node in arriving if not waiting[node]]
     while ready:
-        node = ready.pop()
+        # As the engine chooses: leaves first, then what the forward pass made last.
+        node = max(ready, key=lambda waiting_node: waiting_node._sequence_nr())
+        ready.remove(node)
         given = arriving.pop(node, {})
         if hasattr(node, "variable"):
             yield node.variable, given[0]

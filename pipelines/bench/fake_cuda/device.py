@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Final
 from unittest import mock
 
@@ -236,8 +237,9 @@ def fake_cuda(answer: Answer | None = None) -> Iterator[FakeCuda]:
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "Event", _Event),
-        (torch.cuda, "Stream", _Stream),
-        (torch.cuda, "current_stream", lambda device=None: _Stream()),
+        (torch.cuda, "Stream", partial(_Stream, gpu.ledger)),
+        (torch.cuda, "current_stream", lambda device=None: _Stream(gpu.ledger)),
+        (torch.cuda, "default_stream", lambda device=None: _Stream(gpu.ledger)),
         (torch.cuda, "stream", lambda stream: nullcontext()),
         (torch.cuda, "synchronize", lambda device=None: gpu.ledger.add("sync", "synchronize")),
         (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
@@ -267,10 +269,13 @@ class _Event:
 
 
 class _Stream:
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __init__(self, ledger: Ledger, *args: Any, **kwargs: Any) -> None:
+        self._ledger = ledger
+
     def wait_stream(self, other: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        self._ledger.add("sync", "stream.synchronize")
 
 
 def _run_at_once(pool: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:

@@ -12,6 +12,8 @@ Kind = Literal["kernel", "sync", "staged"]
 HERE: Final = str(Path(__file__).parent)
 ROOT: Final = str(Path(__file__).parents[3])
 ROOMS: Final = tuple(f"{ROOT}/{name}/" for name in ("mhe_dist", "pipelines", "launcher", "tests"))
+LIBRARY: Final = "deepspeed"
+WRAPPERS: Final = {"cuda_accelerator", "nvtx"}  # its files that only hand a call on
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class DeviceEvent:
         read, written: bytes that a kernel moves in the device's memory.
         flops: of a matrix product or a convolution.
         detail: what makes the host wait.
+        library: the function of DeepSpeed that makes it wait; empty: one of this project does.
     """
 
     kind: Kind
@@ -35,6 +38,7 @@ class DeviceEvent:
     written: int = 0
     flops: int = 0
     detail: str = ""
+    library: str = ""
 
 
 class Ledger:
@@ -55,7 +59,10 @@ class Ledger:
     ) -> None:
         """Note an event of the line that runs now."""
         name = op.removeprefix("aten.").removesuffix(".default")
-        self.events.append(DeviceEvent(kind, name, _calling_line(), read, written, flops, detail))
+        library = _library_function() if kind == "sync" else ""
+        self.events.append(
+            DeviceEvent(kind, name, _calling_line(), read, written, flops, detail, library)
+        )
 
     def clear(self) -> None:
         """Forget all events."""
@@ -77,10 +84,10 @@ class Ledger:
 
     def waits(self) -> str:
         """A line of text for each line of code that makes the host wait."""
-        found = Counter((e.line, e.op, e.detail) for e in self.of("sync"))
+        found = Counter((e.line, e.library, e.op, e.detail) for e in self.of("sync"))
         return "\n".join(
-            f"{count:5d} x {line}: {op} {detail}"
-            for (line, op, detail), count in found.most_common()
+            f"{count:5d} x {line}: {library} {op} {detail}"
+            for (line, library, op, detail), count in found.most_common()
         )
 
     def heaviest(self, limit: int = 15) -> str:
@@ -99,7 +106,22 @@ def _calling_line() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(ROOMS) and not name.startswith(HERE):
+        if _is_ours(name):
             return f"{name.removeprefix(ROOT + '/')}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return "(autograd)"
+
+
+def _library_function() -> str:
+    """`stage3.step`: the module and function of DeepSpeed inside the innermost line of ours."""
+    frame = sys._getframe(2)
+    while frame is not None and not _is_ours(frame.f_code.co_filename):
+        path = Path(frame.f_code.co_filename)
+        if LIBRARY in path.parts and path.stem not in WRAPPERS:
+            return f"{path.stem}.{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith(ROOMS) and not filename.startswith(HERE)

@@ -33,21 +33,33 @@ def lone_rank(topology: Topology, ledger: Ledger) -> Iterator[None]:
             own = given.split(send)[topology.rank]
             arrived.copy_(own.repeat(topology.world_size, *[1] * (own.dim() - 1)))
 
-    def gather(arrived: Tensor, given: Tensor, group: Any) -> None:
+    def gather(
+        output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> _Done | None:
         """Every rank gives what this one gives."""
-        if given.device.type == "cuda":
-            _launch(ledger, "all_gather", given, arrived)
+        if input_tensor.device.type == "cuda":
+            _launch(ledger, "all_gather", input_tensor, output_tensor)
         else:
-            arrived.copy_(given.repeat(topology.world_size, *[1] * (given.dim() - 1)))
+            copies = [topology.world_size, *[1] * (input_tensor.dim() - 1)]
+            output_tensor.copy_(input_tensor.repeat(copies))
+        return _Done() if async_op else None
 
-    def scatter(arrived: Tensor, given: Tensor, group: Any) -> None:
-        _launch(ledger, "reduce_scatter", given, arrived)
+    def scatter(
+        output: Tensor, input: Tensor, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> _Done | None:
+        """This rank gets as much as its share has."""
+        _launch(ledger, "reduce_scatter", input, output)
+        return _Done() if async_op else None
 
-    def all_reduce(values: Tensor, op: Any, group: Any) -> None:
-        if values.device.type == "cuda":
-            _launch(ledger, "all_reduce", values, values)
+    def all_reduce(
+        tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False
+    ) -> _Done | None:
+        """On the host nothing is added up."""
+        if tensor.device.type == "cuda":
+            _launch(ledger, "all_reduce", tensor, tensor)
+        return _Done() if async_op else None
 
-    fakes: dict[str, Callable[..., None]] = {
+    fakes: dict[str, Callable[..., _Done | None]] = {
         "all_to_all_single": all_to_all,
         "all_reduce": all_reduce,
         **dict.fromkeys(GATHERS, gather),
@@ -57,6 +69,12 @@ def lone_rank(topology: Topology, ledger: Ledger) -> Iterator[None]:
         for name, fake in fakes.items():
             stack.enter_context(mock.patch.object(dist, name, fake, create=True))
         yield
+
+
+class _Done:
+    """Of a collective that was not waited for; to wait is the stream's affair, not the host's."""
+
+    def wait(self) -> None: ...
 
 
 def _launch(ledger: Ledger, name: str, given: Tensor, arrived: Tensor) -> None:

@@ -383,7 +383,8 @@ def test_mistakes_are_told_before_anything_is_trained(
     trainer: Trainer, capsys: Captured, words: list[str], message: str
 ) -> None:
     assert mhe(*words) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    # Without the frame: where a line in it ends is rich's affair.
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not trainer.trained
 
 
