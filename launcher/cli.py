@@ -132,6 +132,20 @@ def load_verb(name: str) -> Any:
     return typer.main.get_group(host).commands[name]
 
 
+SUBMITTED = ("embed", "cluster", "audit", "evaluate", "data")
+"""Verbs that `mhe submit` takes with their own words, instead of a config."""
+
+
+def load_submitting(verb: str) -> Any:
+    """The command that submits a verb; options that it does not know are the verb's."""
+    found = import_module("launcher.verbs.submit_command").submit_command
+    host = typer.Typer(rich_markup_mode="markdown", add_completion=False)
+    unknown = {"ignore_unknown_options": True, "allow_extra_args": True}
+    host.command(verb, context_settings=unknown)(found)
+    host.command("")(lambda: None)  # of one command, Typer makes no group
+    return typer.main.get_group(host).commands[verb]
+
+
 class DeferredCommand(TyperCommand):
     """A verb that `mhe --help` lists without importing it, and that is imported when it is called.
 
@@ -142,6 +156,10 @@ class DeferredCommand(TyperCommand):
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> Any:
         """The context of the command itself, which is called from there on."""
+        if self.name == "submit" and args and args[0] in SUBMITTED:
+            extra["obj"] = load_verb(args[0])
+            command = load_submitting(args[0])
+            return command.make_context(f"submit {args[0]}", args[1:], parent=parent, **extra)
         return load_verb(str(self.name)).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from launcher import execute
+from launcher import cli, execute
 from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import NodeReport, find_obstacles, workers_per_node
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted, interruptible
+from launcher.tasks.submitted import open_submitted
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     verb, *rest = arguments
     try:
         with interruptible():
-            VERBS[verb](*rest)
+            return VERBS[verb](*rest) or 0
     except Interrupted as stop:
         return stop.run_exit_code
     except Preempted as stop:
@@ -50,7 +51,6 @@ def main(arguments: list[str]) -> int:
         name = "" if type(error).__module__ == "mhe_dist.errors" else f"{type(error).__name__}: "
         sys.stderr.write(f"error: {name}{scrub(str(error))}\n")
         return 2 if isinstance(error, UserError) else 1
-    return 0
 
 
 def run(file: str) -> None:
@@ -138,8 +138,14 @@ def trial(file: str, workers: str) -> None:
     sys.stdout.write(json.dumps(measured) + "\n")
 
 
-VERBS: dict[str, Callable[..., None]] = {
+def command(file: str) -> int:
+    """Run another command of mhe with its tasks on this cluster; its exit code."""
+    return cli.run(open_submitted(file))
+
+
+VERBS: dict[str, Callable[..., int | None]] = {
     "run": run,
+    "command": command,
     "stop-now": stop_now,
     "probe": probe_nodes,
     "preflight": preflight,

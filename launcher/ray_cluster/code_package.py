@@ -35,6 +35,13 @@ class CodePackage:
     files: list[str]
     bytes: int
 
+    @staticmethod
+    def of(folder: Path) -> CodePackage:
+        """What lies in a folder."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = [str(path.relative_to(folder)) for path in files]
+        return CodePackage(folder, names, sum(path.stat().st_size for path in files))
+
 
 def build_package(config: Config, folder: Path) -> CodePackage:
     """Copy the code that runs here and the settings into an empty folder; see `copy_code`.
@@ -45,9 +52,7 @@ def build_package(config: Config, folder: Path) -> CodePackage:
     """
     copy_code(folder)
     (folder / SETTINGS_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [str(path.relative_to(folder)) for path in files]
-    return CodePackage(folder, names, sum(path.stat().st_size for path in files))
+    return CodePackage.of(folder)
 
 
 def copy_code(folder: Path) -> None:

@@ -227,7 +227,7 @@ class Cluster:
             self._client.stop_job(job.id)
             if now and job.path:
                 env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
-                command = [_python(self.address), "-m", "launcher.job", "stop-now", job.path]
+                command = [job_python(self.address), "-m", "launcher.job", "stop-now", job.path]
                 self._client.submit_job(
                     entrypoint=shlex.join(command),
                     submission_id=f"{job.id}-stop-{int(time.time())}",
@@ -261,7 +261,7 @@ def build_submission(
         folder: an empty folder, for what is sent.
         verb: what the job does (`launcher.job`); only one that runs is a job of the run.
     """
-    command = [_python(address), "-m", "launcher.job", verb, SETTINGS_FILE]
+    command = [job_python(address), "-m", "launcher.job", verb, SETTINGS_FILE]
     is_run = verb == "run"
     return Submission(
         id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
@@ -303,12 +303,13 @@ def resolve_variables(words: list[str]) -> dict[str, str]:
     return variables
 
 
+def stop_environment() -> dict[str, str]:
+    """The variable that gives a driver time between the signal that stops it and its end."""
+    return {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
+
+
 def _environment(config: Config) -> dict[str, str]:
-    variables = {
-        **DRIVER_ENVIRONMENT,
-        **worker_environment(config),
-        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
-    }
+    variables = {**DRIVER_ENVIRONMENT, **worker_environment(config), **stop_environment()}
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri and scrub(uri) == uri:
         variables["MLFLOW_TRACKING_URI"] = uri
@@ -317,7 +318,7 @@ def _environment(config: Config) -> dict[str, str]:
     return variables
 
 
-def _python(address: str) -> str:
+def job_python(address: str) -> str:
     """The interpreter of the job: ours on this machine, else what the nodes call python."""
     return sys.executable if is_loopback(address) else "python"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,14 +67,29 @@ class ProgressDisplay:
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for work that is not a run; it appears with the first `progress(done, total)`."""
+        """A bar for work that is not a run; it appears with the first `progress(done, total)`.
+
+        Where no bar can be drawn, a line says what is done, now and then.
+        """
         if not self._is_live:
-            yield announce_once(self._say, what)
+            yield self._say_now_and_then(what)
             return
         columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
         with _progress(self._console, *columns) as bar:
             task = bar.add_task("", visible=False)
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+    def _say_now_and_then(self, what: str) -> Callable[[int, int], None]:
+        next_line = -math.inf
+
+        def _progress(done: int, total: int) -> None:
+            nonlocal next_line
+            if self._clock() < next_line:
+                return
+            self._say(f"{what}: {done:,} of {total:,}" if math.isfinite(next_line) else what)
+            next_line = self._clock() + PLAIN_EVERY_S
+
+        return _progress
 
     def handle(self, event: Event) -> None:
         """Draw one event (the kinds are those of `pipelines.pretrain.main`)."""

@@ -94,6 +94,10 @@ def submit(
     say: at URLs, or on a file system that every node sees. The same run again goes on where it
     stopped; one that is being trained is refused.
 
+    Other long work is submitted by its own words, and needs no config: mhe submit embed RUN
+    --images SHARDS --out FOLDER runs mhe embed as a job, its tasks on all nodes; likewise evaluate,
+    cluster, audit and data.
+
     Example: mhe submit quickstart --address http://127.0.0.1:8265 --follow
     """
     settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
@@ -111,7 +115,7 @@ def submit(
     job_id = cluster.start(settings, variables)
     _announce(settings, job_id, cluster.address)
     if follow:
-        _follow(cluster, job_id)
+        follow_job(cluster, job_id)
 
 
 def list_jobs(address: Address = "") -> None:
@@ -165,7 +169,7 @@ def logs(
     cluster = Cluster(address)
     job = cluster.find(job_id)
     if follow:
-        _follow(cluster, job.id)
+        follow_job(cluster, job.id)
     replay_log(cluster.read_output(job.id).splitlines())
 
 
@@ -219,12 +223,13 @@ def stop(
         raise typer.Exit(1)
 
 
-def _show(config: Config, sent: Submission, address: str) -> None:
-    """All that a submission consists of."""
+def show_submission(sent: Submission, address: str, placement: Iterable[str] = ()) -> None:
+    """All that a submission consists of, but for what its files hold."""
     console.say(f"[bold]Job[/] {escape(sent.id)} on {escape(scrub(address))}")
     console.say(f"  {escape(sent.entrypoint)}")
-    console.say("\n[bold]Placement[/]")
-    for line in _placement(config):
+    if placement:
+        console.say("\n[bold]Placement[/]")
+    for line in placement:
         console.say(f"  {escape(line)}")
     console.say("\n[bold]Environment[/]")
     for name, value in sorted(sent.environment.items()):
@@ -235,6 +240,11 @@ def _show(config: Config, sent: Submission, address: str) -> None:
     )
     for name in files:
         console.say(f"  {escape(name)}")
+
+
+def _show(config: Config, sent: Submission, address: str) -> None:
+    """A run that would be submitted."""
+    show_submission(sent, address, _placement(config))
     console.say(f"\n[bold]{SETTINGS_FILE}[/]")
     shown = Config.model_validate(masked(config_to_dict(config)))
     console.say(escape(config_to_yaml(shown)))
@@ -247,7 +257,7 @@ def _placement(config: Config) -> Iterable[str]:
 
 
 def _announce(config: Config, job_id: str, address: str) -> None:
-    where = _address_option(address)
+    where = address_option(address)
     console.say(f"Job [bold]{escape(job_id)}[/] is submitted.")
     rows = [("dashboard", f"{address}/#/jobs/{job_id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
@@ -268,18 +278,18 @@ def _announce(config: Config, job_id: str, address: str) -> None:
     )
 
 
-def _address_option(address: str) -> list[str]:
+def address_option(address: str) -> list[str]:
     """The option that the next command needs to reach the same cluster."""
     return ["--address", address] if address != DEFAULT_ADDRESS else []
 
 
-def _follow(cluster: Cluster, job_id: str) -> None:
+def follow_job(cluster: Cluster, job_id: str) -> None:
     """Draw what a job does until it is over, then exit as it did."""
     try:
         with interruptible():
             summary = replay_log(split_lines(cluster.follow(job_id)))
     except Interrupted as stop_:
-        again = command_line(["mhe", "logs", job_id, "-f", *_address_option(cluster.address)])
+        again = command_line(["mhe", "logs", job_id, "-f", *address_option(cluster.address)])
         console.say(f"[yellow]The job goes on.[/] {escape(again)} watches it again.")
         raise typer.Exit(stop_.exit_code) from None
     job = cluster.find(job_id)

@@ -15,9 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher import cli
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
+from pipelines.embedding.folder import MANIFEST, ROWS_FILE
+from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.webdataset import index_shards
 from tests import tiny
@@ -28,6 +31,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
 STEPS = 700  # commands take seconds on a busy machine: the run must outlast some of them
 MHE = "from launcher.cli import main; main()"
+DRIVER = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the driver's address
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +115,34 @@ def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config:
     assert "data.shards=/nowhere" in output and "index.json" in output
 
 
+@pytest.mark.timeout(480)
+def test_a_submitted_command_and_tasks_of_an_evaluation_give_what_one_process_gives(
+    cluster: Raylets, tmp_path: Path
+) -> None:
+    terminal = Terminal(cluster)
+    shards = tiny.write_shards(tmp_path / "heldout", first=10_000)
+    run = tiny.trained_run(tmp_path / "runs", shards).run.path
+    there, here = str(tmp_path / "there"), str(tmp_path / "here")
+    words = ["embed", run, "--images", shards, "--workers", "2", "--out"]
+    code, output = terminal.mhe("submit", *words, there, "--follow")
+    assert code == 0, output
+    for part in ("embed-there-1", "embedding", f"{there}: 360 embeddings of 32", "Next"):
+        assert part in output
+    write_folder(run, shards, here, FolderOptions())
+    for name in (MANIFEST, ROWS_FILE):
+        assert Path(there, name).read_bytes() == Path(here, name).read_bytes()
+
+    code, output = terminal.mhe("submit", *words[:3], f"{shards}/none", "--out", there, "-f")
+    assert code == 2 and "a folder of embeddings follows the index of shards" in output
+
+    compare = ["evaluate", "identification", run, "--all-pairs", "--images", shards]
+    assert cli.run(compare) == 0
+    figures = Path(run, "evaluation", "identification.json").read_bytes()
+    code, output = terminal.mhe(*compare, "--address", cluster.gcs, **DRIVER)
+    assert code == 0, output
+    assert Path(run, "evaluation", "identification.json").read_bytes() == figures
+
+
 @pytest.mark.timeout(900)
 def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> None:
     terminal = Terminal(cluster)
@@ -177,12 +212,8 @@ def test_tasks_over_two_nodes_that_lose_one_give_what_one_process_gives(
     cluster.add()
     hard_linked_tars(tmp_path / "tars", 200)
     there, here = tmp_path / "there", tmp_path / "here"
-    variables = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the driver's address
-    }
     words = ["data", "index", str(tmp_path / "tars"), "--out", str(there), "--address", cluster.gcs]
-    indexing = Terminal(cluster).start(*words, **variables)
+    indexing = Terminal(cluster).start(*words, **DRIVER)
 
     def finished() -> int:
         return len(list((there / ".index.partial").glob("0*.json")))

@@ -77,12 +77,15 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "sweep": {"events", "signals", "ray_cluster"},
         "execute": {"events", "ray_cluster", "preflight"},
         "api": {"signals", "terminal", "ray_cluster", "preflight", "execute"},
-        "job": {"events", "signals", "terminal", "ray_cluster", "preflight", "execute"},
         "verbs": {
             *("events", "signals", "terminal", "ray_cluster", "tasks"),
             *("kubernetes", "preflight", "reproduce", "sweep", "execute"),
         },
         "cli": {"terminal", "verbs"},
+        "job": {
+            *("events", "signals", "terminal", "ray_cluster", "tasks", "preflight", "execute"),
+            "cli",
+        },
     },
 }
 ROOM_SIZE = 12  # modules in a folder

@@ -128,6 +128,15 @@ def test_counting_says_plainly_and_once_what_it_does(clock: Clock) -> None:
     assert file.getvalue() == "drawing\n"
 
 
+def test_counting_says_now_and_then_how_far_it_is(clock: Clock) -> None:
+    file = io.StringIO()
+    with ProgressDisplay(Console(file=file), clock).counting("embedding") as progress:
+        for done in range(1, 5):
+            progress(done * 500, 2000)
+            clock.now += 0.6 * PLAIN_EVERY_S
+    assert file.getvalue().splitlines() == ["embedding", "embedding: 1,500 of 2,000"]
+
+
 def test_counting_nothing_says_nothing(clock: Clock) -> None:
     file = io.StringIO()
     with ProgressDisplay(Console(file=file), clock).counting("drawing"):
