@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -114,11 +114,15 @@ def _map_shards(
     if rows is None:
         return None
     keys = {number: key for each in found for number, key in each.items()}
-    names = names_of(source, set(labels.tolist()))
-    classes = [names.get(label, str(label)) for label in labels.tolist()]
-    if images.index.meta.get(UNLABELLED):
-        classes = [""] * len(labels)
+    is_labelled = not images.index.meta.get(UNLABELLED)
+    classes = class_names(source, labels) if is_labelled else [""] * len(labels)
     return EmbeddedImages(source, rows, [keys[n] for n in range(len(labels))], classes, labels, [])
+
+
+def class_names(source: str, labels: npt.NDArray[np.int64]) -> list[str]:
+    """The name of the class of each sample of a set of shards; its number, where it has none."""
+    names = names_of(source, set(labels.tolist()))
+    return [names.get(label, str(label)) for label in labels.tolist()]
 
 
 def write_embeddings(
@@ -174,18 +178,25 @@ def _write_npz(found: EmbeddedImages, stream: Any) -> None:
 
 
 def _write_parquet(found: EmbeddedImages, stream: Any) -> None:
-    import pyarrow as pa
     from pyarrow import parquet
 
-    dim = found.rows.shape[1]
-    flat = pa.array(np.ascontiguousarray(found.rows).reshape(-1))
-    columns = {
-        _KEY: pa.array(found.keys, pa.string()),
-        _CLASS: pa.array([name or None for name in found.classes], pa.string()),
-        _VECTOR: pa.FixedSizeListArray.from_arrays(flat, dim),
-    }
-    table = pa.table(columns).replace_schema_metadata({"source": found.source})
+    table = as_parquet_table(found.source, found.keys, found.classes, found.rows)
     parquet.write_table(table, stream)
+
+
+def as_parquet_table(
+    source: str, keys: Sequence[str], classes: Sequence[str], rows: npt.NDArray[Any]
+) -> Any:
+    """The table that a Parquet file of embeddings holds; see `EmbeddedImages`."""
+    import pyarrow as pa
+
+    flat = pa.array(np.ascontiguousarray(rows).reshape(-1))
+    columns = {
+        _KEY: pa.array(keys, pa.string()),
+        _CLASS: pa.array([name or None for name in classes], pa.string()),
+        _VECTOR: pa.FixedSizeListArray.from_arrays(flat, rows.shape[1]),
+    }
+    return pa.table(columns).replace_schema_metadata({"source": source})
 
 
 def read_embeddings(path: str) -> EmbeddedImages:

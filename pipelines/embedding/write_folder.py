@@ -102,19 +102,32 @@ def write_folder(
             any worker starts.
         RunError: a sample cannot be used, or the disk is full.
     """
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype {options.dtype}: choose {' or '.join(DTYPES)}")
-    source, out = to_url(*resolve_url(source.rstrip("/"))), local_folder(out)
-    index = _load_shards(source)
-    backbone = load_trained_backbone(run)
-    recipe = _recipe(backbone, index, source, options)
+    out = local_folder(out)
+    index, recipe = plan_folder(run, source, options)
     with _claimed(out, recipe) as folder:
-        _require_room(folder)
+        file = Path(folder.rows_path)
+        written = file.stat().st_blocks * 512 if file.exists() else 0
+        require_room(out, recipe.file_bytes - written)
         read_in_order(index, 0, 1, recipe.image_size)  # as a worker would, on some other node
         _make_file(folder)
         _write_parts(folder, index, options.gpu, workers, progress).save()
         shutil.rmtree(Path(out) / JOURNAL)
     return EmbeddingsFolder.open(out)
+
+
+def plan_folder(
+    run: str, source: str, options: FolderOptions
+) -> tuple[ShardIndex, EmbeddingsRecipe]:
+    """What is embedded, and how; see `write_folder`.
+
+    Raises:
+        UserError: there are no shards, or an option has no such value.
+    """
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype {options.dtype}: choose {' or '.join(DTYPES)}")
+    source = to_url(*resolve_url(source.rstrip("/")))
+    index = _load_shards(source)
+    return index, _recipe(load_trained_backbone(run), index, source, options)
 
 
 def _load_shards(source: str) -> ShardIndex:
@@ -191,14 +204,12 @@ def _claimed(out: str, recipe: EmbeddingsRecipe) -> Iterator[EmbeddingsFolder]:
             os.close(lock)
 
 
-def _require_room(folder: EmbeddingsFolder) -> None:
-    """Raise UserError if the disk has no room for what is not written yet."""
-    file = Path(folder.rows_path)
-    written = file.stat().st_blocks * 512 if file.exists() else 0
-    missing, free = folder.recipe.file_bytes - written, shutil.disk_usage(folder.path).free
+def require_room(folder: str, missing: int) -> None:
+    """Raise UserError if the disk of a folder has no room for bytes that are not written yet."""
+    free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
-            f"--out {folder.path}: {_mib(missing)} are still to be written and {_mib(free)} are "
+            f"--out {folder}: {_mib(missing)} are still to be written and {_mib(free)} are "
             "free: make room there or choose another --out; --dtype float16 takes half"
         )
 
@@ -269,7 +280,7 @@ def make_part(task: PartTask) -> EmbeddingsPart:
     recipe = folder.recipe
     embed = load_embedder(recipe.checkpoint, recipe.model_digest, recipe.flip, task.gpu)
     with _PartWriter(folder, part.first) as writer:
-        for rows in _blocks(task.shards, embed, recipe):
+        for rows, _, _ in stored_blocks(task.shards, embed, recipe):
             writer.write(rows)
     return EmbeddingsPart(part.first, part.rows, writer.checksum)
 
@@ -321,15 +332,20 @@ class _PartWriter:
             ) from error
 
 
-def _blocks(
+def stored_blocks(
     shards: ShardIndex, embed: Callable[[Tensor], Tensor], recipe: EmbeddingsRecipe
-) -> Iterator[npt.NDArray[Any]]:
-    """The rows of some shards, a block at a time, as they are in the file."""
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int64], list[str]]]:
+    """The rows of some shards, a block at a time, as they are stored; with labels and keys.
+
+    Raises:
+        RunError: a sample cannot be used, or a number is too large for float16.
+    """
     side = recipe.image_size
     for start in range(0, shards.samples, BLOCK):
         stop = min(start + BLOCK, shards.samples)
         pixels = torch.zeros(BLOCK, 3, side, side, dtype=torch.uint8)
-        pixels[: stop - start] = read_in_order(shards, start, stop, side)[0]
+        images, labels, keys = read_in_order(shards, start, stop, side)
+        pixels[: stop - start] = images
         rows: npt.NDArray[Any] = embed(pixels).cpu().numpy()[: stop - start]
         if recipe.normalize:
             rows = normalize_embeddings(rows)
@@ -340,7 +356,7 @@ def _blocks(
                 f"{shards.folder}: an embedding has a number beyond the range of float16; embed "
                 "with --normalize, or with --dtype float32"
             )
-        yield stored
+        yield stored, labels.numpy(), keys
 
 
 def load_embedder(

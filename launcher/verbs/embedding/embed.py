@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,10 +23,18 @@ from pipelines.runs.trained import read_trained_config
 if TYPE_CHECKING:
     from pipelines.embedding.embed import EmbeddingsFile
     from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.embedding.write_parquet import ParquetFolder
 
 MAX_SHOWN = 20  # images that were left out and are named
 
 Images = Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")]
+
+
+class FolderFormat(StrEnum):
+    """What a folder of embeddings holds."""
+
+    NPY = "npy"
+    PARQUET = "parquet"
 
 
 def embed(
@@ -41,6 +51,10 @@ def embed(
     dtype: Annotated[
         str, typer.Option(help="Of the rows in a folder: float32 or float16.")
     ] = "float32",
+    format: Annotated[
+        FolderFormat,
+        typer.Option(help="Of a folder: npy, mapped; or parquet: files of key, class, vector."),
+    ] = FolderFormat.NPY,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that fill a folder; 0: one per core, or per GPU.")
     ] = 0,
@@ -54,7 +68,8 @@ def embed(
 
     A folder is for very many samples of shards: embeddings.npy, to be mapped, one row for each
     sample in the order of the index. Processes fill it part by part, in flat memory, and the same
-    command goes on where it was interrupted.
+    command goes on where it was interrupted. With --format parquet the parts are files of their
+    own, with the same rows; the folder may be a URL.
 
     Example: mhe embed quickstart --images photos --out photos.npz
 
@@ -62,13 +77,15 @@ def embed(
     """
     images = images.rstrip("/")
     if os.path.splitext(out.rstrip("/"))[1]:
-        given = {"--workers": workers, "--address": address, "--dtype": dtype != "float32"}
+        given: dict[str, object] = {"--workers": workers, "--address": address}
+        given |= {"--dtype": dtype != "float32", "--format": format != FolderFormat.NPY}
         for option, is_given in given.items():
             if is_given:
                 raise UserError(f"{option} is for a folder: let --out {out} have no suffix")
         _embed_file(run, images, out, flip, normalize, gpu)
         return
     from pipelines.embedding.write_folder import FolderOptions, write_folder
+    from pipelines.embedding.write_parquet import write_parquet_folder
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a folder is filled by --workers N: type mhe embed without torchrun")
@@ -79,8 +96,18 @@ def embed(
         choose_workers(workers, gpu, address) as chosen,
         ProgressDisplay().counting(f"embedding {images}") as progress,
     ):
-        made = write_folder(run, images, out.rstrip("/"), options, chosen, progress)
-    _tell_folder(made)
+        where = (run, images, out.rstrip("/"), options, chosen, progress)
+        if format == FolderFormat.PARQUET:
+            tell = partial(_tell_parquet, write_parquet_folder(*where))
+        else:
+            tell = partial(_tell_folder, write_folder(*where))
+    tell()
+
+
+def _tell_parquet(made: ParquetFolder) -> None:
+    console.say(f"{escape(made.path)}: {made.rows:,} embeddings of {made.dim}, {made.files} files")
+    load = f"import pandas; pandas.read_parquet({json.dumps(made.path)})"
+    console.list_next([("use them", ["python", "-c", load])])
 
 
 def _tell_folder(made: EmbeddingsFolder) -> None:

@@ -1,0 +1,113 @@
+"""Embeddings as Parquet files: the rows of `embeddings.npy`, whoever writes them and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+from launcher import cli
+from mhe_dist.errors import UserError
+from pipelines.embedding import write_folder as folder_module
+from pipelines.embedding import write_parquet as module
+from pipelines.embedding.write_folder import FolderOptions, write_folder
+from pipelines.embedding.write_parquet import write_parquet_folder
+from pipelines.storage.worker_pool import Processes
+from tests import tiny
+
+OPTIONS = FolderOptions()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> str:
+    return tiny.trained_run(tmp_path_factory.mktemp("runs"), shards).run.path
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A file for each of the four shards, of 100, 100, 100 and 60 samples, in groups of 64 rows."""
+    monkeypatch.setattr(folder_module, "PART_ROWS", 100)
+    monkeypatch.setattr(folder_module, "BLOCK", 32)
+    monkeypatch.setattr(module, "_GROUP", 2)
+    yield
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("options", [OPTIONS, FolderOptions(flip=True, dtype="float16")])
+def test_files_hold_the_rows_of_the_mapped_folder_with_key_and_class(
+    run: str, shards: str, tmp_path: Path, options: FolderOptions
+) -> None:
+    made = write_parquet_folder(run, shards, str(tmp_path / "out"), options)
+    assert made[1:] == (4, 360, 32)
+    mapped = write_folder(run, shards, str(tmp_path / "mapped"), options)
+    table = parquet.read_table(tmp_path / "out")
+    rows = np.stack(table.column("vector").to_numpy())
+    assert rows.dtype == mapped.rows.dtype
+    np.testing.assert_array_equal(rows, mapped.rows)
+    classes = [str(label) for label in mapped.labels.tolist()]
+    assert [name.split()[-1] for name in table.column("class").to_pylist()] == classes
+    assert len(set(table.column("key").to_pylist())) == 360
+    assert list(contents(tmp_path / "out")) == [f"part-{n:06d}.parquet" for n in range(4)]
+    assert parquet.ParquetFile(tmp_path / "out" / "part-000000.parquet").num_row_groups == 2
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_bytes(run: str, shards: str, tmp_path: Path) -> None:
+    """In parts and groups of their own size, which processes know by themselves."""
+    whole, other = tmp_path / "a", tmp_path / "b"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_module, "BLOCK", 128)
+        patch.setattr(module, "_GROUP", 64)
+        write_parquet_folder(run, shards, str(whole), OPTIONS)
+    write_parquet_folder(run, shards, str(other), OPTIONS, Processes(2))
+    assert contents(whole) == contents(other)
+
+
+def test_what_was_broken_off_goes_on_and_a_damaged_file_is_made_again(
+    run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    write_parquet_folder(run, shards, str(whole), OPTIONS)
+    made: list[str] = []
+    make: Callable[[Any], int] = module.make_file
+
+    def _break_off(task: Any) -> int:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(Path(task.path).name)
+        return make(task)
+
+    monkeypatch.setattr(module, "make_file", _break_off)
+    with pytest.raises(KeyboardInterrupt):
+        write_parquet_folder(run, shards, str(out), OPTIONS)
+    assert not out.exists()
+    with pytest.raises(UserError, match="other settings"):
+        write_parquet_folder(run, shards, str(out), FolderOptions(flip=True))
+    (cut,) = tmp_path.glob(".out*/part-000001.parquet")
+    cut.write_bytes(cut.read_bytes()[:-9])
+    made[:] = ["not counted"] * 3
+    write_parquet_folder(run, shards, str(out), OPTIONS)
+    assert made[3:] == [f"part-{n:06d}.parquet" for n in (1, 2, 3)]
+    assert contents(out) == contents(whole)
+
+
+def test_the_command_says_how_to_use_them(
+    run: str, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["embed", run, "--images", shards, "--format", "parquet", "--workers", "1", "--out"]
+    assert cli.run([*words, str(tmp_path / "rows")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rows: 360 embeddings of 32, 4 files" in said and "pandas.read_parquet" in said
+    assert cli.run([*words, str(tmp_path / "rows.npz")]) == 2
