@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +24,9 @@ from pipelines.runs.trained import read_trained_config
 if TYPE_CHECKING:
     from pipelines.embedding.embed import EmbeddingsFile
     from pipelines.embedding.folder import EmbeddingsFolder
+    from pipelines.embedding.write_folder import FolderOptions
     from pipelines.embedding.write_parquet import ParquetFolder
+    from pipelines.storage.worker_pool import Workers
 
 MAX_SHOWN = 20  # images that were left out and are named
 
@@ -84,29 +87,41 @@ def embed(
                 raise UserError(f"{option} is for a folder: let --out {out} have no suffix")
         _embed_file(run, images, out, flip, normalize, gpu)
         return
-    from pipelines.embedding.write_folder import FolderOptions, write_folder
-    from pipelines.embedding.write_parquet import write_parquet_folder
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a folder is filled by --workers N: type mhe embed without torchrun")
+    from pipelines.embedding.write_folder import FolderOptions
+
     gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
     options = FolderOptions(flip, normalize, dtype, gpu)
-    with (
-        resumable(),
-        choose_workers(workers, gpu, address) as chosen,
-        ProgressDisplay().counting(f"embedding {images}") as progress,
-    ):
-        where = (run, images, out.rstrip("/"), options, chosen, progress)
-        if format == FolderFormat.PARQUET:
-            tell = partial(_tell_parquet, write_parquet_folder(*where))
-        else:
-            tell = partial(_tell_folder, write_folder(*where))
+    with resumable(), choose_workers(workers, gpu, address) as chosen:
+        tell = _fill_folder(run, images, out.rstrip("/"), options, format, chosen)
     tell()
 
 
+def _fill_folder(
+    run: str,
+    images: str,
+    out: str,
+    options: FolderOptions,
+    format: FolderFormat,
+    workers: Workers,
+) -> Callable[[], None]:
+    """Fill a folder; what says so."""
+    from pipelines.embedding.write_folder import write_folder
+    from pipelines.embedding.write_parquet import write_parquet_folder
+
+    with ProgressDisplay().counting(f"embedding {images}") as progress:
+        where = (run, images, out, options, workers, progress)
+        if format == FolderFormat.PARQUET:
+            return partial(_tell_parquet, write_parquet_folder(*where))
+        return partial(_tell_folder, write_folder(*where))
+
+
 def _tell_parquet(made: ParquetFolder) -> None:
-    console.say(f"{escape(made.path)}: {made.rows:,} embeddings of {made.dim}, {made.files} files")
-    load = f"import pandas; pandas.read_parquet({json.dumps(made.path)})"
+    console.say(
+        f"{escape(as_typed(made.path))}: {made.rows:,} embeddings of {made.dim}, {made.files} files"
+    )
+    load = f"import pandas; pandas.read_parquet({json.dumps(as_typed(made.path))})"
     console.list_next([("use them", ["python", "-c", load])])
 
 
