@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -35,6 +36,7 @@ from pipelines.sources.convert import (
 from pipelines.sources.heldout_split import HeldoutSplit, hold_out
 from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
+from pipelines.sources.text_column import TextColumn
 from pipelines.storage.staging import require_absent_or_resumable
 from pipelines.storage.urls import is_local, protocol_names, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
@@ -42,6 +44,7 @@ from pipelines.storage.worker_pool import Progress, no_progress
 FILES_TABLE: Final = "files.tsv"
 _FILES_PER_REQUEST: Final = 64  # files that a store is asked for together
 _UNKNOWN_SIZE: Final = 1 << 16
+_MAX_SIZE: Final = (1 << 32) - 1  # a column of sizes has 4 bytes for each, one of classes too
 _SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
 _WHOLE_NUMBER: Final = re.compile(r"[0-9]+")
 
@@ -113,7 +116,7 @@ def import_split_folder(
         require_absent_or_resumable(target)
     found = _find_images(root.rstrip("/"), lst, table)
     found.about["split"] = split._asdict()
-    held = hold_out([file.path for file in found.files], found.names, found.classes, split)
+    held = hold_out(found.paths, found.names, found.classes, split)
     # Split by images, both sets keep all classes, so that their labels mean the same.
     train = found.choose(~held, keep_classes=not split.classes)
     heldout = found.choose(held, keep_classes=not split.classes)._replace(faults=[], warnings=[])
@@ -125,23 +128,27 @@ def import_split_folder(
 
 
 class _FoundImages(NamedTuple):
-    """Image files, the names of the classes, the class of each file, and what goes to the index."""
+    """Image files as columns, the names of the classes, and what goes to the index.
 
-    files: list[ImageFile]
+    Paths are below the root; sizes are uint32 `[N]` bytes, classes integers `[N]`.
+    """
+
+    paths: TextColumn
+    sizes: npt.NDArray[Any]
     names: list[str]
-    classes: Ints
+    classes: npt.NDArray[Any]
     faults: list[Fault]
     warnings: list[str]
     about: dict[str, Any]
 
     def choose(self, kept: npt.NDArray[np.bool_], keep_classes: bool) -> _FoundImages:
         """Some of the files; classes of which none is left keep their numbers, or lose them."""
-        files = [self.files[number] for number in np.flatnonzero(kept).tolist()]
+        paths, sizes = self.paths.choose(np.flatnonzero(kept)), self.sizes[kept]
         names, classes = self.names, self.classes[kept]
         if not keep_classes:
             left, classes = dense_classes(classes)
             names = [self.names[number] for number in left.tolist()]
-        return self._replace(files=files, names=names, classes=classes)
+        return self._replace(paths=paths, sizes=sizes, names=names, classes=classes)
 
 
 def _find_images(
@@ -151,27 +158,33 @@ def _find_images(
     warnings: list[str] = []
     about: dict[str, Any] = {"source": "folder", "from": root, "lst": lst}
     if lst is not None:
-        files = list(_named_files(root, read_list_file(lst), faults))
+        files = _named_files(root, read_list_file(lst), faults)
     elif table is not None:
-        files = list(_named_files(root, read_image_table(table), faults))
+        files = _named_files(root, read_image_table(table), faults)
         about["table"] = table
     else:
-        files = sorted(_by_folder(root, list_files(root), classless, warnings))
+        files = _by_folder(root, list_files(root), classless, warnings)
     if classless:
         about[UNLABELLED] = True
-    names, classes = _classes(files, may_be_numbers=bool(lst or table))
-    return _FoundImages(files, names, classes, faults, warnings, about)
+    paths, sizes, labels, numbers = TextColumn(), array("I"), array("i"), dict[str, int]()
+    for file in files:
+        paths.append(file.path)
+        sizes.append(min(file.size, _MAX_SIZE))
+        labels.append(numbers.setdefault(file.label, len(numbers)))
+    names, new_numbers = _sort_names(numbers, may_be_numbers=bool(lst or table))
+    classes = new_numbers[np.frombuffer(labels, np.int32)]
+    column = np.frombuffer(sizes, np.uint32)
+    return _FoundImages(paths, column, names, classes, faults, warnings, about)
 
 
 def _new_dataset(out: str, found: _FoundImages, options: ImportOptions) -> NewDataset[_FileTask]:
-    paths, root = [file.path for file in found.files], found.about["from"]
-    sizes = np.array([file.size for file in found.files], np.int64)
+    paths, root = found.paths, found.about["from"]
 
     def task(chosen: Ints) -> _FileTask:
         mine = [paths[number] for number in chosen.tolist()]
         return _FileTask(root, mine, chosen, found.classes[chosen])
 
-    samples = FoundSamples(found.names, found.classes, sizes, found.faults, found.warnings)
+    samples = FoundSamples(found.names, found.classes, found.sizes, found.faults, found.warnings)
     keys = ((sample_key(number), path) for number, path in enumerate(paths))
     tables = {FILES_TABLE: (["key", "path"], keys)}
     about = found.about | {"files": digest_texts(paths)}
@@ -183,17 +196,19 @@ def sample_key(number: int) -> str:
     return f"{number:09d}"
 
 
-def _classes(files: list[ImageFile], may_be_numbers: bool) -> tuple[list[str], Ints]:
-    """Names of the classes, sorted, as numbers if they are; and the class of each file."""
-    labels = {file.label for file in files}
+def _sort_names(
+    labels: dict[str, int], may_be_numbers: bool
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Names of the classes, sorted, as numbers if they are; and their new numbers by the old."""
     numeric = may_be_numbers and all(_WHOLE_NUMBER.fullmatch(label) for label in labels)
     names = sorted(labels, key=int) if numeric else sorted(labels)
-    number = {name: n for n, name in enumerate(names)}
-    return names, np.array([number[file.label] for file in files], np.int64)
+    numbers = np.empty(len(names), np.int32)
+    numbers[[labels[name] for name in names]] = np.arange(len(names))
+    return names, numbers
 
 
 def list_files(root: str) -> Iterator[tuple[str, int]]:
-    """Path below `root` and size of every file there; hidden ones are left out."""
+    """Path below `root` and size of every file there, by path; hidden ones are left out."""
     filesystem, path = resolve_url(root)
     if _is_web(filesystem):
         raise UserError(f"{root}: a web server does not list its folders; name the files by --lst")
@@ -202,26 +217,40 @@ def list_files(root: str) -> Iterator[tuple[str, int]]:
     if is_local(filesystem):
         yield from _list_local_files(path)
         return
-    for name, info in filesystem.find(path, detail=True).items():
+    for name, info in sorted(filesystem.find(path, detail=True).items()):
         inside = name[len(path) :].lstrip("/")
         if not any(part.startswith(".") for part in inside.split("/")):
             yield inside, int(info["size"] or 0)
 
 
 def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
-    """See `list_files`; links are followed, and each folder is entered once."""
+    """See `list_files`; links are followed, and each folder is entered once.
+
+    Held are the names of the folders on the way to a file, sorted as in whole paths.
+    """
     entered: set[tuple[int, int]] = set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        status = os.stat(folder)
+
+    def _walk(folder: str, below: str) -> Iterator[tuple[str, int]]:
+        try:
+            status, found = os.stat(folder), os.listdir(folder)
+        except OSError:  # as os.walk: what cannot be read is passed over
+            return
         if (status.st_dev, status.st_ino) in entered:
-            below.clear()
-            continue
+            return
         entered.add((status.st_dev, status.st_ino))
-        below[:] = sorted(name for name in below if not name.startswith("."))
+        shown = (name for name in found if not name.startswith("."))
+        names = sorted(
+            f"{name}/" if os.path.isdir(os.path.join(folder, name)) else name for name in shown
+        )
+        del found
         for name in names:
             path = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield os.path.relpath(path, root), os.path.getsize(path)
+            if name.endswith("/"):
+                yield from _walk(path.rstrip("/"), f"{below}{name}")
+            elif os.path.isfile(path):
+                yield f"{below}{name}", os.path.getsize(path)
+
+    yield from _walk(root, "")
 
 
 def _by_folder(

@@ -78,6 +78,7 @@ def import_recordio(
     with RangeReader(rec) as reader:
         records = _scan(reader, _index_of(rec) if use_index else None, scanning)
     distinct, classes = dense_classes(records.column("labels"))
+    records.labels = array("q")  # they have become classes
     keys, starts, stops = (records.column(name) for name in ("keys", "starts", "stops"))
     warnings = _warnings(records, distinct, _announced_classes(rec))
     names = [str(label) for label in distinct.tolist()]

@@ -254,13 +254,22 @@ def read_record_index(url: str) -> tuple[Ints, Ints]:
             )
         keys.append(int(fields[0]))
         offsets.append(int(fields[1]))
-    key, offset = np.array(keys, np.int64), np.array(offsets, np.int64)
+    key, offset = np.frombuffer(keys, np.int64), np.frombuffer(offsets, np.int64)
     for name, values in (("key", key), ("offset", offset)):
-        unique, counts = np.unique(values, return_counts=True)
-        if (counts > 1).any():
-            raise UserError(f"{url}: {name} {unique[counts > 1][0]} is there twice; {_ADVICE}")
+        if _rises(values):
+            continue
+        ordered = np.sort(values)
+        if (twice := np.flatnonzero(ordered[1:] == ordered[:-1])).size:
+            raise UserError(f"{url}: {name} {ordered[twice[0]]} is there twice; {_ADVICE}")
+    if _rises(offset):
+        return key, offset
     order = np.argsort(offset, kind="stable")
     return key[order], offset[order]
+
+
+def _rises(values: Ints) -> bool:
+    """Whether each value is above the one before it."""
+    return bool((values[1:] > values[:-1]).all())
 
 
 def _lines(url: str) -> Iterator[bytes]:

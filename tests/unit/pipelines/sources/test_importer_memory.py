@@ -1,0 +1,92 @@
+"""What importers keep of each item before they write: listings and indexes of 10^5 items."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipelines.sources import convert, image_folder, insightface, recordio
+from pipelines.sources.recordio import Frame, ImageRecord
+from pipelines.sources.text_column import TextColumn
+
+ITEMS = 100_000
+MOST = 64 + 6  # bytes of an item, and 0.6 MB that do not grow with their number
+PATH = "n{0:08d}/n{0:08d}_{1:05d}.JPEG"  # of 30 letters, as ImageNet's
+
+
+def peak(make: Callable[[], Any]) -> float:
+    """Bytes of an item at the peak."""
+    tracemalloc.start()
+    try:
+        kept = make()
+        assert kept is not None
+        return tracemalloc.get_traced_memory()[1] / ITEMS
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_listing_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _listed(root: str) -> Iterator[tuple[str, int]]:
+        for number in range(ITEMS):
+            yield PATH.format(number // 100, number % 100), 100_000 + number % 999
+
+    monkeypatch.setattr(image_folder, "list_files", _listed)
+    convert._order(10, True, "folder")  # imports torch
+
+    def _cut() -> Any:
+        found = image_folder._find_images("/photos", None, None)
+        new = image_folder._new_dataset("/out", found, image_folder.DEFAULT_OPTIONS)
+        return new, new.recipe(), new.cut()
+
+    assert peak(_cut) <= MOST
+
+
+def test_an_index_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader:
+        url, size = "train.rec", 1 << 50
+
+    def _frames(reader: Any, offsets: Any) -> Iterator[Frame]:
+        for at in offsets:
+            yield Frame(int(at), int(at) + 999, ((int(at) + 8, int(at) + 999),))
+
+    def _head(reader: Any, frame: Frame) -> tuple[ImageRecord, int]:
+        return ImageRecord([float(frame.start // 100_000)], b""), 900
+
+    lines = (b"%d\t%d" % (number, number * 1000) for number in range(ITEMS))
+    monkeypatch.setattr(recordio, "_lines", lambda url: lines)
+    monkeypatch.setattr(insightface, "read_indexed_frames", _frames)
+    monkeypatch.setattr(insightface, "read_payload_head", _head)
+
+    def _scan() -> Any:
+        reader: Any = Reader()
+        records = insightface._scan(
+            reader, recordio.read_record_index("train.idx"), lambda done, total: None
+        )
+        return records, insightface.dense_classes(records.column("labels"))
+
+    assert peak(_scan) <= MOST
+
+
+def test_texts_come_back_by_number() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["", "ä/ö\udcff", *("x" * int(size) + "é" for size in rng.integers(0, 300, 400))]
+    column = TextColumn(texts)
+    assert list(column) == texts and len(column) == len(texts)
+    assert column[-1] == texts[-1] and column[64] == texts[64]
+    chosen = rng.permutation(len(texts))[:100]
+    assert list(column.choose(chosen)) == [texts[number] for number in chosen]
+    with pytest.raises(IndexError):
+        column[len(texts)]
+
+
+def test_files_are_listed_in_the_order_of_their_whole_paths(tmp_path: Any) -> None:
+    """A folder `a` stands where its paths do: behind `a-b/1`, before `a0`."""
+    names = ["a/2.jpg", "a/10.jpg", "a-b/1.jpg", "a0.jpg", "a/b/c.jpg", "a.jpg", "b/x.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"12")
+    assert list(image_folder.list_files(str(tmp_path))) == [(name, 2) for name in sorted(names)]
