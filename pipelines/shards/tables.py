@@ -26,8 +26,9 @@ def class_table(names: Sequence[str], shards: Iterable[Shard]) -> Table:
     counts = np.zeros(len(names), np.int64)
     for shard in shards:
         labels = shard.labels
-        if labels is not None:
-            counts += np.bincount(labels, minlength=len(names))
+        if labels is not None:  # of a shard only its own classes are touched
+            classes, samples = np.unique(labels, return_counts=True)
+            counts[classes] += samples
     rows = ((str(n), str(counts[n]), name) for n, name in enumerate(names))
     return ["class", "samples", "name"], rows
 

@@ -63,13 +63,11 @@ def hold_out(
             f"--heldout-images {split.images}: the largest class has {max(counts, default=0):,} "
             "images, and one must be left to train on; hold out fewer"
         )
+    hashes = np.fromiter((_hash(path) for path in paths), "S32", len(paths))
+    by_class = np.lexsort((hashes, classes))  # of each class, by its hashes
+    place = np.arange(len(paths)) - np.repeat(np.cumsum(counts) - counts, counts)
     held = np.zeros(len(paths), bool)
-    taken = np.zeros(len(names), np.int64)
-    for number in sorted(range(len(paths)), key=lambda number: _hash(paths[number])):
-        label = classes[number]
-        if counts[label] > split.images and taken[label] < split.images:
-            taken[label] += 1
-            held[number] = True
+    held[by_class] = (place < split.images) & np.repeat(counts > split.images, counts)
     return held
 
 
