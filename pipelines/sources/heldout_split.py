@@ -65,9 +65,9 @@ def hold_out(
         )
     hashes = np.fromiter((_hash(path) for path in paths), "S32", len(paths))
     by_class = np.lexsort((hashes, classes))  # of each class, by its hashes
-    place = np.arange(len(paths)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rank = np.arange(len(paths)) - np.repeat(np.cumsum(counts) - counts, counts)
     held = np.zeros(len(paths), bool)
-    held[by_class] = (place < split.images) & np.repeat(counts > split.images, counts)
+    held[by_class] = (rank < split.images) & np.repeat(counts > split.images, counts)
     return held
 
 
