@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from enum import StrEnum
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,7 +33,7 @@ MAX_SHOWN = 20  # images that were left out and are named
 Images = Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")]
 
 
-class FolderFormat(StrEnum):
+class FolderFormat(str, Enum):
     """What a folder of embeddings holds."""
 
     NPY = "npy"
