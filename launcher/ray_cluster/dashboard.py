@@ -54,6 +54,13 @@ def create_client(address: str) -> Any:
         return JobSubmissionClient(address)
 
 
+def connection_error() -> type[Exception]:
+    """What a Jobs client may raise when the connection that it reads from breaks."""
+    from aiohttp import ClientError
+
+    return ClientError
+
+
 @contextmanager
 def translate_errors(address: str) -> Iterator[None]:
     """Ray's errors in our words."""
@@ -72,6 +79,8 @@ def translate_errors(address: str) -> Iterator[None]:
             ) from error
         if isinstance(error, ConnectionError):
             raise UserError(f"{address} is not a Ray dashboard: {text}") from error
+        if isinstance(error, OSError):  # what requests raises is one
+            raise RunError(f"{address} does not answer: {text}") from error
         if isinstance(error, RuntimeError):
             raise RunError(f"{address}: {text}") from error
         raise

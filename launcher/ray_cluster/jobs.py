@@ -8,14 +8,16 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher.ray_cluster.code_package import SETTINGS_FILE, CodePackage, build_package
 from launcher.ray_cluster.dashboard import (
+    connection_error,
     create_client,
     is_loopback,
     resolve_address,
@@ -28,8 +30,11 @@ from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import is_secret_name, scrub
 from mhe_dist.tracking.environment import COMMIT_VARIABLE, environment_tags
 
+Answer = TypeVar("Answer")
+
 READY_S = 20.0  # a cluster that has just started answers before it can take jobs
 POLL_S = 0.5
+PATIENCE_S = 120.0  # with a cluster that does not answer while a job is watched
 STOP_WAIT_S = round(GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
 
@@ -203,17 +208,21 @@ class Cluster:
             return str(self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What a job prints, in pieces, from the beginning until the job is over."""
+        """What a job prints, in pieces, from the beginning until the job is over.
+
+        Raises:
+            RunError: the cluster does not answer for `PATIENCE_S`.
+        """
         seen = 0
         while True:
             try:
                 for chunk in _read_stream(self._client.tail_job_logs(job_id), seen):
                     seen += len(chunk)
                     yield chunk
-            except (RuntimeError, OSError):
+            except (RuntimeError, OSError, connection_error()):
                 pass  # the connection went; whether the job did is asked next
-            if self.find(job_id).is_over:
-                yield self.read_output(job_id)[seen:]
+            if _once_it_answers(partial(self.find, job_id)).is_over:
+                yield _once_it_answers(partial(self.read_output, job_id))[seen:]
                 return
             time.sleep(POLL_S)
 
@@ -237,7 +246,8 @@ class Cluster:
     def wait(self, job_id: str, timeout_s: float) -> Job:
         """The job once it is over, or as it is after that time."""
         deadline = time.monotonic() + timeout_s
-        while not (job := self.find(job_id)).is_over and time.monotonic() < deadline:
+        request = partial(self.find, job_id)
+        while not (job := _once_it_answers(request)).is_over and time.monotonic() < deadline:
             time.sleep(POLL_S)
         return job
 
@@ -316,6 +326,22 @@ def _environment(config: Config) -> dict[str, str]:
     if commit := environment_tags().get("git_commit"):
         variables[COMMIT_VARIABLE] = commit
     return variables
+
+
+def _once_it_answers(request: Callable[[], Answer]) -> Answer:
+    """What the cluster answers; a network that fails for a while is waited for.
+
+    Raises:
+        RunError: it does not answer for `PATIENCE_S`.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return request()
+        except RunError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
 
 
 def job_python(address: str) -> str:

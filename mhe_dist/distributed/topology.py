@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mhe_dist.distributed.device import choose_device, default_device
+from mhe_dist.distributed.interface import choose_gloo_interface
 
 Group = dist.ProcessGroup | None
 CPU = torch.device("cpu")
@@ -79,6 +80,7 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
         if "RANK" not in os.environ:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        choose_gloo_interface()
         dist.init_process_group(backend, timeout=timeout)
     world = dist.group.WORLD
     host_group = world

@@ -25,14 +25,16 @@ class Chunk:
     padding: Tensor | None
 
 
-def chunks_by_head(heads: Tensor, max_heads: int, by_power: bool = False) -> list[Chunk]:
+def chunks_by_head(heads: Tensor, max_heads: int) -> list[Chunk]:
     """Group samples by head; heads with a similar number of samples share a chunk.
+
+    `c` is the least power of two that a head needs, so that it does not depend on the other heads
+    of a rank: sums over `c` samples are formed in another order for another c, and a run on another
+    number of ranks would round otherwise.
 
     Args:
         heads: head of each sample `[n]`.
         max_heads: heads in a chunk at most.
-        by_power: let `c` be the least power of two that a head needs, so that it does not depend on
-            the other heads. BLAS may sum the last rows of a product in another order for another c.
 
     Returns:
         Chunks that cover each head once; a chunk wastes less than half of its entries on padding.
@@ -43,11 +45,8 @@ def chunks_by_head(heads: Tensor, max_heads: int, by_power: bool = False) -> lis
     by_count = np.argsort(-counts, kind="stable")
     chunks, begin = [], 0
     while begin < len(unique):
-        largest = int(counts[by_count[begin]])
-        least = (largest + 1) // 2
-        if by_power:
-            largest = 1 << (largest - 1).bit_length()
-            least = largest // 2 + 1
+        largest = 1 << (int(counts[by_count[begin]]) - 1).bit_length()
+        least = largest // 2 + 1
         similar = np.searchsorted(-counts[by_count], -least, side="right")
         picked = by_count[begin : min(begin + max_heads, int(similar))]
         column = np.arange(largest)[None, :]

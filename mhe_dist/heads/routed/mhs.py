@@ -247,7 +247,7 @@ class MhsRoute(RowHead):
 
     def _chunks_of(self, heads: Tensor) -> list[Chunk]:
         """Samples, or pairs, grouped by their own heads."""
-        return chunks_by_head(heads, self.bank.units_per_chunk, by_power=not self._one_label)
+        return chunks_by_head(heads, self.bank.units_per_chunk)
 
     def _gradient(self, own: GradientFactors, chunk: Chunk) -> LowRank:
         """Gradient of the rows of a chunk's heads."""

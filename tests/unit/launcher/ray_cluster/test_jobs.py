@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
+from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobStatus
 
 import pipelines
 from launcher import cli
+from launcher.ray_cluster import jobs
 from launcher.ray_cluster.code_package import PACKAGES, with_absolute_paths
 from launcher.ray_cluster.dashboard import ADDRESS_VARIABLE, resolve_address
 from launcher.ray_cluster.jobs import Submission, _to_job, build_submission, resolve_variables
@@ -21,7 +25,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.shipped import SCHEMA, shipped_configs
 from mhe_dist.config.write import save_config
-from mhe_dist.errors import Preempted, UserError
+from mhe_dist.errors import Preempted, RunError, UserError
 from tests import tiny
 
 SECRET = "correct-horse-battery"
@@ -194,3 +198,35 @@ def test_events_come_back_from_a_log_that_holds_other_lines_too() -> None:
     assert [event and event["event"] for event in found] == [None, "metrics", "waiting", None]
     assert found[1] is not None and (found[1]["step"], found[1]["loss"]) == (3, 0.5)
     assert found[1]["time"] > 1e9
+
+
+class Unsteady:
+    """A Jobs client whose network fails: while it reads, and in the next `refused` requests."""
+
+    def __init__(self, refused: int) -> None:
+        self.refused, self.over = refused, False
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "one "
+        if self.refused:
+            raise ServerDisconnectedError
+        self.over = True
+        yield "two "
+
+    def list_jobs(self) -> list[Any]:
+        if self.refused:
+            self.refused -= 1
+            raise requests.exceptions.ConnectionError("no route to host")
+        return [detail(JobStatus.SUCCEEDED if self.over else JobStatus.RUNNING)]
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "one two three"
+
+
+def test_a_job_is_followed_over_a_network_that_fails_for_a_while(monkeypatch) -> None:
+    monkeypatch.setattr(jobs, "create_client", lambda address: Unsteady(3))
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    assert "".join(jobs.Cluster().follow("a-1")) == "one two three"
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.0)
+    with pytest.raises(RunError, match="does not answer: no route to host"):
+        list(jobs.Cluster().follow("a-1"))
