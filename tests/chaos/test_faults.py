@@ -34,7 +34,7 @@ SEED = int(os.environ.get("MHE_CHAOS_SEED", str(random.SystemRandom().randrange(
 RANKS, STEPS_PER_FAULT, SAVE_EVERY = 2, 8, 4
 # Of the ranks for each other; as much more as the load of a machine that others use takes.
 TIMEOUT_S = 4.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-DISK_BYTES = 250_000  # less than a checkpoint's largest file, more than anything else
+DISK_BYTES = 250_000  # less than a checkpoint's largest file; metrics of a hundred faults fit
 
 
 def train(rank: int, port: int, config: dict[str, Any], sender: Any, disk: int) -> None:
@@ -161,7 +161,11 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
         tmp_path,
         tiny.write_shards(tmp_path / "shards"),
         run={"name": "disturbed"},
-        train={"max_steps": STEPS_PER_FAULT * (FAULTS + 1), "epochs": 1000, "log_every": 2},
+        train={
+            "max_steps": STEPS_PER_FAULT * (FAULTS + 1),
+            "epochs": 1000,
+            "log_every": SAVE_EVERY,
+        },
         scale={"workers": RANKS, "timeout_s": TIMEOUT_S},
         checkpoint={"every_steps": SAVE_EVERY},
     )
