@@ -24,7 +24,7 @@ def choose_gloo_interface() -> None:
     Reads MASTER_ADDR, WORLD_SIZE and LOCAL_WORLD_SIZE, and sets GLOO_SOCKET_IFNAME. Where no
     interface is found, gloo looks for one by itself.
     """
-    if os.environ.get(VARIABLE):
+    if os.environ.get(VARIABLE) or "MASTER_ADDR" not in os.environ:
         return
     world = os.environ["WORLD_SIZE"]
     spans_hosts = os.environ.get("LOCAL_WORLD_SIZE", world) != world

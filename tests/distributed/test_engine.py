@@ -136,13 +136,15 @@ def reference(changes: dict[str, Any], steps: int) -> dict[str, Any]:
     return {"net": net, "norms": norms, "embed": embed.detach()}
 
 
-def assert_equals_reference(result: dict, expected: dict, steps: int) -> None:
+def assert_equals_reference(result: dict, expected: dict, steps: int, adam: bool) -> None:
+    """AdamW divides a gradient by its size, so that the rounding of a small one counts whole."""
+    atol = 5e-5 if adam else 5e-6
     for name, tensor in expected["net"].state_dict().items():
         ours = result["state"][f"model.{name}"]
         if name == "norm.num_batches_tracked":
             assert ours == steps, "statistics count steps, not micro-batches"
             continue
-        torch.testing.assert_close(ours.double(), tensor, rtol=2e-5, atol=5e-6, msg=name)
+        torch.testing.assert_close(ours.double(), tensor, rtol=2e-5, atol=atol, msg=name)
     for ours, norm in zip(result["norms"], expected["norms"], strict=True):
         torch.testing.assert_close(ours.double(), norm, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(result["embed"].double(), expected["embed"], rtol=2e-5, atol=1e-5)
@@ -178,7 +180,7 @@ def test_equals_plain_float64_training_on_one_and_two_ranks(run_distributed) -> 
     expected = {name: reference(case, 4) for name, case in CASES.items()}
     (alone,) = run_distributed(run_cases, 1)
     for (name, _), result in alone.items():
-        assert_equals_reference(result, expected[name], 4)
+        assert_equals_reference(result, expected[name], 4, name == "adamw")
     for results in run_distributed(run_cases, 2):
         for case, result in results.items():
             equal(result["state"], alone[case]["state"])
@@ -207,7 +209,7 @@ def run_compiled(topology: Topology, changes: dict[str, Any], steps: int) -> dic
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_network_equals_plain_training(run_distributed) -> None:
     (result,) = run_distributed(run_compiled, 1, CASES["sgd"], 4)
-    assert_equals_reference(result, reference(CASES["sgd"], 4), 4)
+    assert_equals_reference(result, reference(CASES["sgd"], 4), 4, adam=False)
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
