@@ -124,7 +124,7 @@ def test_neither_the_order_of_parts_nor_the_threads_of_the_caller_change_a_bit(
 def test_broken_off_anywhere_and_typed_again_it_is_the_same(
     run: str, shards: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    out, blocks = tmp_path / "out", module._blocks
+    out, blocks = tmp_path / "out", module.stored_blocks
     left = random.Random(seed).randrange(14)  # in the middle of a part, too
 
     def some_blocks(*args: Any) -> Iterator[Any]:
@@ -135,7 +135,7 @@ def test_broken_off_anywhere_and_typed_again_it_is_the_same(
                 raise Lost
             yield rows
 
-    monkeypatch.setattr(module, "_blocks", some_blocks)
+    monkeypatch.setattr(module, "stored_blocks", some_blocks)
     with pytest.raises(Lost):
         write_folder(run, shards, str(out), OPTIONS, Shuffled(seed))
     with pytest.raises(UserError, match=r"of 360 embeddings are missing: type the mhe embed"):
