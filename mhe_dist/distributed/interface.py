@@ -13,9 +13,8 @@ from ipaddress import ip_address
 import psutil
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
-_ANY_OTHER_HOST = (
-    "192.0.2.1"  # kept for documentation: nobody has it, the default route leads there
-)
+# Kept for documentation: nobody has it, and the default route leads there.
+_ANY_OTHER_HOST = "192.0.2.1"
 
 
 def choose_gloo_interface() -> None:

@@ -32,16 +32,6 @@ from tests import tiny
 OPTIONS = FolderOptions()
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> str:
-    return tiny.trained_run(tmp_path_factory.mktemp("runs"), shards).run.path
-
-
 @pytest.fixture(autouse=True)
 def small_parts() -> Iterator[None]:
     """A part ends with each of the four shards, of 100, 100, 100 and 60 samples: 14 blocks."""

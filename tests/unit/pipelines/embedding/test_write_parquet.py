@@ -17,19 +17,8 @@ from pipelines.embedding import write_parquet as module
 from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.embedding.write_parquet import write_parquet_folder
 from pipelines.storage.worker_pool import Processes
-from tests import tiny
 
 OPTIONS = FolderOptions()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.write_shards(tmp_path_factory.mktemp("data") / "shards")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, shards: str) -> str:
-    return tiny.trained_run(tmp_path_factory.mktemp("runs"), shards).run.path
 
 
 @pytest.fixture(autouse=True)
