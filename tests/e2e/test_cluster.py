@@ -193,11 +193,15 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     assert listed == [("both-2", "succeeded"), ("both-1", "stopped")]
 
 
+# Of a tar: 200 of them keep two nodes busy for longer than it takes to notice that one is lost.
+SAMPLES = 2000
+
+
 def hard_linked_tars(folder: Path, count: int) -> None:
-    """Tars of 100 samples of 10 classes: one, under many names."""
+    """Tars of `SAMPLES` samples of 10 classes: one, under many names."""
     with ShardWriter(str(folder.parent / "one"), "part") as writer:
-        members = ({"jpg": b"not decoded", "cls": str(n % 10).encode()} for n in range(100))
-        writer.write(Sample(f"{n:03d}", each) for n, each in enumerate(members))
+        members = ({"jpg": b"not decoded", "cls": str(n % 10).encode()} for n in range(SAMPLES))
+        writer.write(Sample(f"{n:04d}", each) for n, each in enumerate(members))
         writer.finish(10)
     folder.mkdir()
     for number in range(count):
@@ -228,7 +232,7 @@ def test_tasks_over_two_nodes_that_lose_one_give_what_one_process_gives(
     assert 10 <= lost_at < 200, "a node is lost in the middle"
     assert "127.0.0.1 is lost; others do again what it worked on" in output
     assert "state-dump" not in output
-    assert made.samples == 200 * 100
+    assert made.samples == 200 * SAMPLES
     files = [path.name for path in sorted(here.iterdir())]
     assert files == [path.name for path in sorted(there.iterdir())]
     for name in files:

@@ -23,16 +23,23 @@ NETWORK = "10.77.0"
 BEGUN_WITHIN_S = 180.0  # Ray starts in 5 s, on a busy machine in many more
 _NEW = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 
-# `$1`: its name; `$2`: a folder that it shares with others. The name is that of the loopback, as on
-# Debian and Ubuntu, and the address of Docker's bridge is the same on all hosts, as it is anywhere.
+# `$1`: its name; the others: folders below /tmp that it sees all the same. The name is that of the
+# loopback, as on Debian and Ubuntu, and the address of Docker's bridge is the same on all hosts, as
+# it is anywhere.
 _BEGIN = """
-hostname "$1"
-mount --bind "$2" /mnt
+name="$1"
+shift
+hostname "$name"
+mount --rbind /tmp /mnt
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /dev/shm
-mkdir -p /tmp/home "$2"
-mount --move /mnt "$2"
-printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$1" >/tmp/hosts
+mkdir /tmp/home
+for kept; do
+  mkdir -p "$kept"
+  mount --bind "/mnt${kept#/tmp}" "$kept"
+done
+umount --lazy /mnt
+printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$name" >/tmp/hosts
 mount --bind /tmp/hosts /etc/hosts
 ip link set lo up
 ip link add docker0 type bridge
@@ -87,8 +94,10 @@ class Host:
             "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200",
         }
+        # What is shared, and the programs, where the checkout is below /tmp.
+        kept = [path for path in (shared, ROOT, Path(sys.prefix)) if path.is_relative_to("/tmp")]
         self._unshare = subprocess.Popen(
-            ["unshare", *_NEW, "sh", "-euc", _BEGIN, "sh", name, str(shared)],
+            ["unshare", *_NEW, "sh", "-euc", _BEGIN, "sh", name, *map(str, kept)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
