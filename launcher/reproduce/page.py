@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from launcher.reproduce.studies import STUDIES, PlannedRun, Study, Variant, plan_runs
+from launcher.reproduce.plan import PlannedRun, Study, Variant, plan_runs
+from launcher.reproduce.studies import STUDIES
 from pipelines.report.comparison import Outcome, VariantResult
 from pipelines.runs.folder import (
     newest_checkpoint,
@@ -43,6 +44,7 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
                 command=f"mhe reproduce {each.name}",
                 results=results,
                 typefaces=each.typefaces,
+                measures=each.measures,
                 claim=each.claim,
                 more=_describe_faults(each, folder, results),
             )

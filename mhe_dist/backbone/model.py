@@ -108,7 +108,7 @@ def build_backbone(config: ModelConfig, image_size: int) -> Backbone:
             f"model.neck=batchnorm: {config.name} ends with a BatchNorm of its own; use "
             f"model.neck=none"
         )
-    layer = _classifier(net)
+    layer = embedding_layer(net)
     if not isinstance(layer, nn.Linear) or layer.bias is None:
         raise UserError(
             f"model.neck=batchnorm: the classifier of {config.name} is not one linear layer with "
@@ -200,7 +200,7 @@ def fold_neck(model: Backbone) -> nn.Module:
     neck = model.neck
     if not isinstance(neck, nn.BatchNorm1d):
         return net
-    layer = _classifier(net)
+    layer = embedding_layer(net)
     assert isinstance(layer, nn.Linear) and layer.bias is not None
     assert neck.running_mean is not None and neck.running_var is not None
     scale = neck.weight.double() / torch.sqrt(neck.running_var.double() + neck.eps)
@@ -236,7 +236,7 @@ def _refresh_embedding_layer(net: nn.Module) -> None:
     As a classifier it may begin there. But a head looks at the direction of an embedding: that of
     zero has no gradient, and that of a tiny one a huge one. The new rows have length 1.
     """
-    found = _classifier(net)
+    found = embedding_layer(net)
     parts = found if isinstance(found, tuple | list) else [found]
     for layer in (layer for part in parts if part is not None for layer in part.modules()):
         if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.is_meta:
@@ -245,6 +245,6 @@ def _refresh_embedding_layer(net: nn.Module) -> None:
                 nn.init.normal_(layer.weight, std=rows.shape[1] ** -0.5)
 
 
-def _classifier(net: nn.Module) -> Any:
-    """A layer, or several; None where the network knows no classifier."""
+def embedding_layer(net: nn.Module) -> Any:
+    """What timm calls the classifier: a layer, or several; None where the network knows none."""
     return net.get_classifier() if hasattr(net, "get_classifier") else None  # type: ignore[operator]

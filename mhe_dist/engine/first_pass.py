@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.model import Backbone, embedding_layer
 from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.schema import Config, ModelConfig
 from mhe_dist.engine.settings import resolve_precision, set_float_kernels
@@ -21,6 +22,10 @@ from mhe_dist.errors import UserError, first_line
 
 TRIAL_IMAGES = 2
 _OUTPUT_ARGUMENTS = ("features_only", "global_pool", "num_classes")  # of timm.create_model
+_NOT_FOLDABLE = (
+    "model.neck=batchnorm: {name} puts out something else than its classifier does, so that the "
+    "neck cannot be folded into that at the export; use model.neck=none"
+)
 
 
 def refuse_untrainable(model: Backbone, config: Config, images: Tensor) -> None:
@@ -42,8 +47,14 @@ def refuse_untrainable(model: Backbone, config: Config, images: Tensor) -> None:
     images = images[: min(TRIAL_IMAGES, config.train.micro_batch)].to(device)
     with _undone(model, device), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
         try:
-            found = model.train().net(model.arrange(normalize_images(images, model.normalization)))
+            with _watched(model.net) as (put_out, one_pixel):
+                images = model.arrange(normalize_images(images, model.normalization))
+                found = model.train().net(images)
             _refuse_other_shape(found, len(images), config.model)
+            if isinstance(model.neck, nn.BatchNorm1d) and not _is_last(found, put_out):
+                raise UserError(_NOT_FOLDABLE.format(name=config.model.name))
+            if one_pixel and precision == "bf16" and device.type == "cpu":
+                raise UserError(_too_small(one_pixel[0], config))
             embeddings = found.float()
             # Of a sum of squares BatchNorm would have no gradient.
             noise = torch.rand_like(embeddings)
@@ -71,6 +82,45 @@ def _undone(model: Backbone, device: torch.device) -> Iterator[None]:
                     buffer.copy_(before)
             for parameter in model.parameters():
                 parameter.grad = None
+
+
+@contextmanager
+def _watched(net: nn.Module) -> Iterator[tuple[list[Tensor], list[str]]]:
+    """What the embedding layer puts out, and the strided convolutions that see a single pixel."""
+    put_out: list[Tensor] = []
+    one_pixel: list[str] = []
+
+    def note_output(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        put_out.append(output)
+
+    def note_size(layer: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
+        if inputs[0].shape[2:] == (1, 1):
+            one_pixel.append(name)
+
+    hooks = []
+    if isinstance(last := embedding_layer(net), nn.Module):
+        hooks.append(last.register_forward_hook(note_output))
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d) and max(layer.stride) > 1 and max(layer.kernel_size) > 1:
+            hooks.append(layer.register_forward_pre_hook(partial(note_size, name=name)))
+    try:
+        yield put_out, one_pixel
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_last(found: Tensor, put_out: list[Tensor]) -> bool:
+    return bool(put_out) and torch.equal(found, put_out[-1])
+
+
+def _too_small(layer: str, config: Config) -> str:
+    """torch 2.14 on CPUs takes the gradient of such a layer from memory that nobody wrote."""
+    return (
+        f"data.image_size={config.data.image_size} is too small for {config.model.name} in bf16: "
+        f"its layer {layer} sees a single pixel, and CPUs compute a wrong gradient of it in bf16; "
+        "give larger images, or train.precision=float32"
+    )
 
 
 def _refuse_other_shape(found: Any, count: int, config: ModelConfig) -> None:

@@ -12,6 +12,26 @@ from pipelines.evaluate.metrics.roc import tar_name
 RANK1, TAR = "rank1", tar_name(1e-4)
 
 
+class Measure(NamedTuple):
+    """A held-out metric that a study compares.
+
+    Attributes:
+        metric: its name in the metrics, behind that of the group of probes.
+        title: in tables and pictures.
+        guess: the metric of a guess that looks at no image; empty: there is none.
+    """
+
+    metric: str
+    title: str
+    guess: str = ""
+
+
+RECOGNITION = (Measure(RANK1, "rank-1"), Measure(TAR, "TAR"))
+LABEL_RANKING = tuple(
+    Measure(name, name.upper(), f"frequent/{name}") for name in ("p@1", "p@5", "psp@5")
+)
+
+
 class Outcome(NamedTuple):
     """The results of a complete run.
 
@@ -111,6 +131,12 @@ class VariantResult:
     def spread(self, metric: str, typeface: str = "") -> Spread:
         """`values` as a spread over the seeds."""
         return Spread.of(self.values(metric, typeface))
+
+    def gains(self, measure: Measure, typeface: str) -> list[float]:
+        """What each seed is above the guess of a measure."""
+        reached = self.values(measure.metric, typeface)
+        guessed = self.values(measure.guess, typeface)
+        return [ours - guess for ours, guess in zip(reached, guessed, strict=True)]
 
     def mean(self, attribute: str) -> float:
         """Mean of an attribute of the outcomes."""

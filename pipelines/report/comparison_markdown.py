@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from pipelines.report.comparison import RANK1, TAR, Claim, Spread, VariantResult
+from pipelines.report.comparison import RECOGNITION, Claim, Measure, Spread, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.figures import save_figure
 from pipelines.storage.urls import atomic_write
@@ -23,6 +23,7 @@ complete runs than the section here.
 - TAR: share of the pairs of one class that score above the threshold which at most 1 in 10,000
   pairs of two classes exceed (FAR 1e-4); pairs of a probe and a gallery entry. Both figures are in
   percent: mean over the seeds (lowest to highest).
+- P@k and PSP@k, of several labels per image: docs/evaluation.md.
 - classes seen: number of classes in the softmax of a sample, mean over the run.
 - head, ms: time that a step spends in the head, median over the run. images/s: of all workers
   together, while training. memory: of the largest worker process, libraries included. minutes: of
@@ -45,6 +46,7 @@ class ComparisonSection:
         command: makes the comparison.
         results: a row each.
         typefaces: (name in the metrics, title on the page); none: all probes together.
+        measures: what is compared on each of them.
         claim: to be checked.
         more: lines below the figures.
     """
@@ -55,6 +57,7 @@ class ComparisonSection:
     command: str
     results: Sequence[VariantResult]
     typefaces: Sequence[tuple[str, str]] = ()
+    measures: Sequence[Measure] = RECOGNITION
     claim: Claim | None = None
     more: Sequence[str] = ()
 
@@ -102,7 +105,9 @@ def write_comparison_page(
         picture = ""
         if any(each.outcomes for each in section.results):
             picture = f"{stem}-{section.name}.png"
-            save_figure(draw_comparison(section.results, section.columns), picture)
+            save_figure(
+                draw_comparison(section.results, section.columns, section.measures), picture
+            )
             written.files.append(picture)
         blocks.append("\n".join(_section_lines(section, Path(picture).name)))
     with atomic_write(page) as stream:
@@ -130,12 +135,11 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
     yield f"{section.text}\n"
     complete = [each for each in section.results if each.outcomes]
     if complete:
-        first = complete[0]
-        probes = [(int(first.values("probes", name)[0]), title) for name, title in section.columns]
-        sizes = ", ".join(f"{count:,} ({title})" for count, title in probes)
-        yield f"Probes: {sizes}, against {int(first.values('gallery')[0]):,} enrolled.\n"
+        yield f"{_sizes(section, complete[0])}\n"
         yield from _table(section, complete)
         yield f"\n![{section.title}]({picture})\n"
+        if guesses := list(_guesses(section, complete)):
+            yield "\n".join([*guesses, ""])
     if section.claim and complete:
         yield from (f"- {sentence}" for sentence in section.claim.verdict(section.results))
         yield ""
@@ -147,9 +151,33 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
         yield f"Not complete: {'; '.join(missing)}.\n"
 
 
+def _sizes(section: ComparisonSection, first: VariantResult) -> str:
+    """How many images were evaluated."""
+    if section.measures != RECOGNITION:
+        counts = [(first.values("samples", name)[0], title) for name, title in section.columns]
+        return f"Images: {', '.join(f'{count:,.0f} ({title})' for count, title in counts)}."
+    counts = [(first.values("probes", name)[0], title) for name, title in section.columns]
+    sizes = ", ".join(f"{count:,.0f} ({title})" for count, title in counts)
+    return f"Probes: {sizes}, against {first.values('gallery')[0]:,.0f} enrolled."
+
+
+def _guesses(section: ComparisonSection, complete: Sequence[VariantResult]) -> Iterator[str]:
+    """How far each variant is above a guess that looks at no image, in its worst seed."""
+    for name, _ in section.columns:
+        for measure in (each for each in section.measures if each.guess):
+            gains = [
+                f"{each.title} {100 * min(each.gains(measure, name)):+.2f}" for each in complete
+            ]
+            reached = _percent(complete[0].spread(measure.guess, name))
+            yield (
+                f"- {measure.title}: the most frequent classes of the training reach {reached} "
+                f"for every image. Points above that, worst seed: {', '.join(gains)}."
+            )
+
+
 def _table(section: ComparisonSection, complete: Sequence[VariantResult]) -> Iterator[str]:
     """The table of figures, then the table of costs."""
-    cells = [f"{title}: {figure}" for _, title in section.columns for figure in ("rank-1", "TAR")]
+    cells = [f"{title}: {each.title}" for _, title in section.columns for each in section.measures]
     yield from _rows(
         ["head", "seeds", "classes seen", *cells], [_reached(section, each) for each in complete]
     )
@@ -167,9 +195,9 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _reached(section: ComparisonSection, each: VariantResult) -> list[str]:
     cells = [
-        _percent(each.spread(metric, name))
+        _percent(each.spread(measure.metric, name))
         for name, _ in section.columns
-        for metric in (RANK1, TAR)
+        for measure in section.measures
     ]
     return [each.title, str(len(each.outcomes)), f"{each.mean('classes_seen'):,.0f}", *cells]
 

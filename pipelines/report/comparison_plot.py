@@ -8,25 +8,30 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipelines.report.comparison import RANK1, TAR, VariantResult
+from pipelines.report.comparison import RECOGNITION, Measure, VariantResult
 from pipelines.report.figures import cut_note
 from pipelines.report.plots import BLUE, ORANGE, STYLE
 
 _COLOURS = (BLUE, ORANGE)
 
 
-def draw_comparison(results: Sequence[VariantResult], columns: Sequence[tuple[str, str]]) -> Figure:
-    """Draw a panel for rank-1 and one for TAR at FAR 1e-4, for each group of probes.
+def draw_comparison(
+    results: Sequence[VariantResult],
+    columns: Sequence[tuple[str, str]],
+    measures: Sequence[Measure] = RECOGNITION,
+) -> Figure:
+    """Draw a panel for each measure of each group of probes.
 
     Args:
         results: a line each, from the top; those without a complete run are left out.
         columns: (name of the typeface in the metrics or "", title).
+        measures: what is drawn of each.
     """
     shown = [each for each in results if each.outcomes]
     panels = [
-        (name, metric, f"{title}\n{label}", colour)
+        (name, each.metric, f"{title}\n{each.title}", colour)
         for (name, title), colour in zip(columns, _COLOURS, strict=False)
-        for metric, label in ((RANK1, "rank-1"), (TAR, "TAR@FAR=1e-4"))
+        for each in measures
     ]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.4 + 2.5 * len(panels), 1.3 + 0.36 * len(shown)))

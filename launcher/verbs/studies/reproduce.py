@@ -13,7 +13,8 @@ from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.predict import CostPrediction
 from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
-from launcher.reproduce.studies import STUDIES, PlannedRun, plan_runs
+from launcher.reproduce.plan import PlannedRun, plan_runs
+from launcher.reproduce.studies import STUDIES
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
 from launcher.verbs.config import Overrides
@@ -58,7 +59,8 @@ def reproduce(
     small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
     five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
-    paper100: the paper's heads at 100 classes. unlabelled: 400 characters without their labels,
+    paper100: the paper's heads at 100 classes. components: several labels per image, five
+    heads, three seeds each. unlabelled: 400 characters without their labels,
     clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and
     audited. Each run is an ordinary run of `mhe train` with a name of its own in the output folder.
     After an interruption the same command continues and keeps complete runs. The page is written

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher import execute
 from launcher.reproduce.page import SCORE_FILE
-from launcher.reproduce.studies import UNTRAINED, PlannedRun
+from launcher.reproduce.plan import UNTRAINED, PlannedRun
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import convert

@@ -50,6 +50,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"kwargs": {"checkpoint_path": "missing.pth"}},
         r"checkpoint_path=missing\.pth does not exist",
     ),
+    "more than its classifier": (
+        {"name": "volo_d1_224", "kwargs": {}},
+        r"model\.neck=batchnorm: volo_d1_224 puts out something else.*use model\.neck=none$",
+    ),
     "size": (
         {"name": "vit_tiny_patch16_224", "kwargs": {**VIT, "img_size": 48}, "neck": "none"},
         r"vit_tiny_patch16_224 .*cannot train on images of 3 x 32 x 32 \(data\.image_size=32\): "
@@ -70,6 +74,18 @@ def test_one_image_has_no_deviation(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.micro_batch=1: resnet10t .* give at least 2"):
         try_out(settings(tmp_path, train=one))
     try_out(settings(tmp_path, train=one, name="vit_tiny_patch16_224", kwargs=VIT, neck="none"))
+
+
+def test_a_layer_that_sees_one_pixel_is_refused_in_bf16_alone(tmp_path: Path) -> None:
+    """torch 2.14 on CPUs: its gradient comes from memory that nobody wrote."""
+    changes = {"data": {"image_size": 16}, "train": {"precision": "bf16"}}
+    config = tiny.config(tmp_path, "unused", **changes)
+    with pytest.raises(
+        UserError, match=r"image_size=16 is too small.*layer4\.0\.conv1 sees a single"
+    ):
+        try_out(config)
+    config.train.precision = "float32"
+    try_out(config)
 
 
 def test_weights_that_say_nothing_are_refused(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from pyarrow import parquet as pq
 
 from launcher import cli, execute
 from launcher.preflight.predict import CostPrediction
-from launcher.reproduce import studies
-from launcher.reproduce.studies import FULL, NOISE, PAPER, SMALL, STUDIES, UNLABELLED, plan_runs
+from launcher.reproduce.plan import CONFIGS, PlannedRun, Study, Variant, plan_runs
+from launcher.reproduce.studies import FULL, NOISE, PAPER, SMALL, STUDIES, UNLABELLED
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs.studies import reproduce, run_labels
@@ -45,18 +45,20 @@ SEEN = {  # of 6,000 classes, by 64 samples
 }
 
 
-def config_of(plan: studies.PlannedRun) -> Config:
+def config_of(plan: PlannedRun) -> Config:
     return load_config(plan.study.file, plan.overrides)
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_every_variant_is_a_valid_run_of_its_own_name(study: studies.Study) -> None:
+def test_every_variant_is_a_valid_run_of_its_own_name(study: Study) -> None:
     plans = list(plan_runs(study, study.variants, 2))
     configs = [config_of(plan) for plan in plans]
     assert len({config.run.path for config in configs}) == len(plans)
     assert [config.run.seed for config in configs] == sorted([0, 1] * len(study.variants))
-    assert set(dict(study.typefaces)) == set(configs[0].evaluate.typefaces)
-    assert study.config in {path.name for path in studies.CONFIGS.glob("*.yaml")}
+    evaluated = configs[0].evaluate
+    labels = ["labels"] if evaluated.labels else []
+    assert set(dict(study.typefaces)) == {*evaluated.typefaces, *labels}
+    assert study.config in {path.name for path in CONFIGS.glob("*.yaml")}
     if study.classes:
         return  # of the label sets of `unlabelled`: see the test of its order
     shared = [{**config_to_dict(config), "head": 0, "run": 0} for config in configs]
@@ -73,13 +75,13 @@ def classes_seen(config: Config, classes: int) -> float:
 
 
 @pytest.mark.parametrize("variant", SMALL.variants, ids=lambda variant: variant.name)
-def test_the_variants_see_what_they_say(variant: studies.Variant) -> None:
+def test_the_variants_see_what_they_say(variant: Variant) -> None:
     config = config_of(next(plan_runs(SMALL, [variant], 1)))
     assert classes_seen(config, 6000) == SEEN[variant.name]
 
 
 @pytest.mark.parametrize("variant", PAPER.variants, ids=lambda variant: variant.name)
-def test_the_papers_heads_fit_a_hundred_classes(variant: studies.Variant) -> None:
+def test_the_papers_heads_fit_a_hundred_classes(variant: Variant) -> None:
     config = config_of(next(plan_runs(PAPER, [variant], 1)))
     assert 14 <= classes_seen(config, 100) <= 100
 
@@ -194,7 +196,7 @@ def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
         Path(folder).mkdir(parents=True)
         Path(folder, "labels.json").write_text("{}")
 
-    def plant(plan: studies.PlannedRun, clean: Config, out: str) -> None:
+    def plant(plan: PlannedRun, clean: Config, out: str) -> None:
         if not Path(out, plan.planted).exists():
             planted.append((plan.planted, clean.data.shards, clean.data.labels))
             write_labels(f"{out}/{plan.planted}/labels")
@@ -202,9 +204,7 @@ def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
             plan_table |= {name: [-1, -1] for name in ("planted_class", "second_planted_class")}
             pq.write_table(pa.table(plan_table), f"{out}/{plan.planted}/plan.parquet")
 
-    def audit(
-        plan: studies.PlannedRun, by: str, shards: str, labels: str, clean: Config, out: str
-    ) -> None:
+    def audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, out: str) -> None:
         audited.append((plan.audit, by, shards, labels, clean.evaluate.shards))
         write_labels(f"{out}/{plan.audit}/labels")
         found = {"kind": ["wrong_label"], "sample": [3], "class": [0], "neighbour_class": [1]}
