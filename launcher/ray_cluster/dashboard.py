@@ -95,5 +95,6 @@ def _check_reachable(address: str) -> None:
     except OSError as error:
         raise UserError(
             f"no Ray cluster answers at {scrub(address)} ({error}). Name the dashboard of a "
-            f"running one with --address or {ADDRESS_VARIABLE}, or start one here: ray start --head"
+            f"running one with --address or {ADDRESS_VARIABLE}, or start one here: "
+            "ray start --head --disable-usage-stats"
         ) from error

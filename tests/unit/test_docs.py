@@ -54,6 +54,14 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     assert not missing
 
 
+def test_a_ray_that_a_page_starts_reports_nothing_to_its_makers() -> None:
+    """Nodes that join do not report: their head would."""
+    text = "\n".join(path.read_text().replace("\\\n", "") for path in PAGES)
+    starts = re.findall(r"ray start (?=.*--head).*|ray symmetric-run .*", text)
+    assert len(starts) >= 4  # README, docs/clusters.md
+    assert not [line for line in starts if "--disable-usage-stats" not in line]
+
+
 @pytest.mark.parametrize("floor", ["mhe_dist", "pipelines"])
 def test_the_design_names_every_room(floor: str) -> None:
     text = (ROOT / "docs" / "design.md").read_text()

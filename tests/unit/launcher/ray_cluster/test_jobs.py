@@ -152,7 +152,7 @@ def test_an_address_comes_from_the_option_the_environment_or_this_machine(monkey
 
 def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:
     assert cli.run(["jobs", "--address", "http://127.0.0.1:1"]) == 2
-    assert "ray start --head" in capsys.readouterr().err
+    assert "ray start --head --disable-usage-stats" in capsys.readouterr().err
 
 
 def detail(status: JobStatus, exit_code: int | None = None) -> Any:
