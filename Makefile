@@ -79,8 +79,14 @@ clean:  ## Remove the environment and caches; data and runs stay
 	rm -rf $(VENV) $(OLDEST) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # What a command prints goes to a file; where it fails, the end of that is shown and the file named.
+# In a terminal a mark turns meanwhile, as long as the shell lives that started it.
 LOG = $(@D)/install.log
-logged = @$(1) >$(LOG) 2>&1 || { tail -n 20 $(LOG); \
+spin = stop() { [ -z "$$mark" ] || { kill $$mark; printf '\r \r'; mark=; }; }; \
+  trap stop EXIT; trap 'exit 130' INT TERM; mark=; \
+  if [ -t 1 ]; then while kill -0 $$$$; do \
+    for each in '|' / - '\'; do printf '\r%s' "$$each"; sleep 0.2; done; \
+  done 2>/dev/null & mark=$$!; fi
+logged = @$(spin); $(1) >$(LOG) 2>&1 || { stop; tail -n 20 $(LOG); \
   echo "This failed: $(LOG) has all of it."; exit 1; }
 
 $(OLDEST_INSTALLED): PYTHON = $(shell command -v python3.10 || echo python3)

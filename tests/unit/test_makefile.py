@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
+import re
 import shutil
 import subprocess
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -20,13 +23,15 @@ PYTHON = """#!/bin/sh
 [ "$2" = venv ] && { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; }
 echo "pip was given $*"
 echo "no such package" >&2
+sleep ${PIP_SECONDS:-0}
 exit $PIP_EXIT
 """
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 
 
-def make(folder: Path, pip_exit: int, target: str = "install") -> subprocess.CompletedProcess[str]:
+def prepare(folder: Path, pip_exit: int, target: str) -> tuple[list[str], dict[str, str]]:
+    """The command, and its environment."""
     shutil.copy(ROOT / "Makefile", folder)
     for name in ("pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         (folder / name).touch()
@@ -34,10 +39,34 @@ def make(folder: Path, pip_exit: int, target: str = "install") -> subprocess.Com
     python.write_text(PYTHON)
     python.chmod(0o755)
     variables = {**os.environ, "PIP_EXIT": str(pip_exit)}
-    command = ["make", "--no-print-directory", target, f"PYTHON={python}"]
+    return ["make", "--no-print-directory", target, f"PYTHON={python}"], variables
+
+
+def make(folder: Path, pip_exit: int, target: str = "install") -> subprocess.CompletedProcess[str]:
+    command, variables = prepare(folder, pip_exit, target)
     return subprocess.run(
         command, cwd=folder, env=variables, capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("pip_exit", [0, 1])
+def test_in_a_terminal_a_mark_turns_while_pip_works_and_nothing_of_it_stays(
+    tmp_path: Path, pip_exit: int
+) -> None:
+    command, variables = prepare(tmp_path, pip_exit, "install")
+    ours, its = pty.openpty()
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=variables | {"PIP_SECONDS": "0.5"}, stdout=its, stderr=its
+    ) as process:
+        os.close(its)
+        said = b""
+        with suppress(OSError):  # the other end is closed: all has ended, the mark too
+            while piece := os.read(ours, 4096):
+                said += piece
+    os.close(ours)
+    assert process.returncode == (2 if pip_exit else 0), said
+    turning = rb"GB\.\r\n(?:\r[|/\\-])+\r \r"
+    assert re.search(turning + (b"pip was given" if pip_exit else b"$"), said), said
 
 
 def test_pip_prints_into_a_file(tmp_path: Path) -> None:
