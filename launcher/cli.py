@@ -221,13 +221,18 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             console.err.print_exception()
-        console.error(_message(error))
+        console.error(_message(error, arguments))
         if not debug and not isinstance(error, UserError):
             console.err.print("The same command with --debug shows where it happened.")
         return 2 if isinstance(error, UserError) else 1
     return 0
 
 
-def _message(error: Exception) -> str:
+def _message(error: Exception, words: list[str]) -> str:
+    if isinstance(error, OSError):
+        from pipelines.storage.full_disk import describe_full_disk
+
+        if described := describe_full_disk(error, words):
+            return described
     known = isinstance(error, UserError) or type(error).__module__ == "mhe_dist.errors"
     return str(error) if known else f"{type(error).__name__}: {error}"

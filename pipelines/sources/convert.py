@@ -206,7 +206,8 @@ def _write_tables(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fa
 
 def _finish(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fault]) -> ShardIndex:
     meta = new.about | {"class_names": CLASSES_FILE, "skipped": len(faults)}
-    return writer.finish(len(new.found.names), meta)
+    with _explain_full_disk(new, writer, len(writer.shards)):
+        return writer.finish(len(new.found.names), meta)
 
 
 def check_bad_fraction(

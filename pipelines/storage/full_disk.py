@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 
 from mhe_dist.errors import RunError
 from pipelines.storage.urls import is_local, resolve_url
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
 _MIB = 1 << 20
 
 
@@ -36,9 +38,7 @@ def explain_full_disk(target: str, folder: str, expected: int) -> Iterator[None]
 
 
 def _describe(target: str, folder: str, expected: int, error: OSError) -> str:
-    what = (
-        "the disk is full" if error.errno == errno.ENOSPC else "your quota of the disk is used up"
-    )
+    what = _FULL[error.errno or errno.ENOSPC]
     filesystem, path = resolve_url(folder)
     again = "Make room there; then the same command goes on, and finished tars are kept."
     if not is_local(filesystem):  # it collects each tar in a temporary file of this machine
@@ -50,6 +50,44 @@ def _describe(target: str, folder: str, expected: int, error: OSError) -> str:
         f"{target}: {what}. About {_mib(rest)} are still to be written and {_mib(free)} are free: "
         f"{_mib(max(missing, _MIB))} are missing. {again}"
     )
+
+
+def describe_full_disk(error: OSError, words: Sequence[str]) -> str:
+    """A full disk in words, where nothing is known of what was being written.
+
+    The system names the file only if it was being opened. Else each disk is named that the command
+    may have written to, with what is free there, the fullest first.
+
+    Args:
+        error: any error of the system.
+        words: of the command; paths among them, and values of its settings, name disks.
+
+    Returns:
+        The message; empty: it is another error.
+    """
+    if error.errno not in _FULL:
+        return ""
+    named = [word.rpartition("=")[2] for word in words]
+    disks: dict[int, tuple[int, str]] = {}
+    for path in [error.filename] if error.filename else [*named, os.curdir, gettempdir()]:
+        folder = _existing_folder(str(path))
+        device, size = _disk_of(folder)
+        disks.setdefault(device, (size, folder))
+    free = ", ".join(f"{_mib(size)} in {folder}" for size, folder in sorted(disks.values()))
+    said = f"{error.filename}: " if error.filename else ""
+    return f"{said}{_FULL[error.errno]}. Free: {free}. Make room; then type the command again."
+
+
+def _existing_folder(path: str) -> str:
+    """The folder itself, or the nearest one around the path that is there."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path) or os.curdir
+    return os.path.abspath(path)
+
+
+def _disk_of(folder: str) -> tuple[int, int]:
+    """Number of the disk, and bytes that are free on it."""
+    return os.stat(folder).st_dev, shutil.disk_usage(folder).free
 
 
 def _mib(size: int) -> str:

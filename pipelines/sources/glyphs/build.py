@@ -10,6 +10,7 @@ training never saw in a typeface that training never saw.
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from pipelines.sources.glyphs.draw import (
 from pipelines.sources.glyphs.fonts import FontFile, find_fonts
 from pipelines.sources.glyphs.plan import Glyph, GlyphPlan, plan_classes, split_fonts
 from pipelines.sources.glyphs.typeface import Typeface, UnusableFontError, open_faces
+from pipelines.storage.full_disk import explain_full_disk
 from pipelines.storage.staging import Journal, require_absent_or_resumable
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
@@ -131,11 +133,13 @@ def _write(
         ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
         ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
     ):
-        drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
+        with explain_full_disk(f"{out}/{HELDOUT}", heldout.folder, drawing.size(rows)):
+            drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
+            _write_classes(heldout, plan.heldout)
         order = stable_permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
-        drawing.write(train, shuffled, order)
-        _write_classes(heldout, plan.heldout)
-        _write_classes(train, plan.train)
+        with explain_full_disk(f"{out}/{TRAIN}", train.folder, drawing.size(shuffled)):
+            drawing.write(train, shuffled, order)
+            _write_classes(train, plan.train)
         # The training set last: its index is what `ensure_glyphs` looks for.
         heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES_FILE})
         train.finish(len(plan.train), about | {"class_names": CLASSES_FILE})
@@ -201,6 +205,7 @@ class _GlyphDrawing:
     ) -> None:
         paths = {file.name: file.path for file in files}
         self._codes = {typeface.name: typeface.codes for typeface in typefaces}
+        self._side = side
         self._faces = {}
         for typeface in typefaces:
             name, _, number = typeface.name.partition("#")
@@ -209,6 +214,10 @@ class _GlyphDrawing:
             )
         self._workers, self._progress = workers, progress
         self._done, self._total = 0, 2 * sum(map(len, self._codes.values()))
+
+    def size(self, rows: _GlyphSamples) -> int:
+        """Bytes of the tars of these samples, about: JPEG of a byte a pixel, two small members."""
+        return len(rows.glyphs) * (5 * tarfile.BLOCKSIZE + self._side**2)
 
     def set_remaining(self, pictures: int) -> None:
         """Set how many pictures are still to be drawn."""

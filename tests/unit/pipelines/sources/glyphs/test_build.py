@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,7 +18,8 @@ from fontTools.ttLib import TTCollection, TTFont
 
 from mhe_dist.config.data import GlyphsConfig
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
+from pipelines.shards import writer
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.glyphs.build import (
     ensure_glyphs,
@@ -406,3 +411,21 @@ def test_matplotlib_s_fonts_are_a_data_set_worth_training_on() -> None:
 
 def test_the_index_is_small(made: Path) -> None:
     assert len(json.dumps(ShardIndex.load(str(made / "train")).meta)) < 2000
+
+
+def test_a_full_disk_says_what_is_missing(
+    fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_write_tar", fail)
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        with pytest.raises(RunError) as failed:
+            write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
+    said = str(failed.value)
+    assert said.startswith(f"{tmp_path}/out/heldout: the disk is full. About 1 MiB are still")
+    assert "the same command goes on" in said and "1 MiB are missing" in said
+    write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
+    assert ShardIndex.load(str(tmp_path / "out" / "train")).samples
