@@ -97,6 +97,4 @@ def disconnect() -> None:
 
 def owner_of(groups: Tensor, total: int, world_size: int) -> Tensor:
     """Rank that owns each group, of `total`, under `topology.share`; -1 stays -1."""
-    bounds = torch.tensor([share(total, r, world_size).stop for r in range(world_size)])
-    owner = torch.searchsorted(bounds, groups, right=True)
-    return torch.where(groups < 0, -1, owner)
+    return ((groups + 1) * world_size - 1) // total

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from threading import Event, Thread
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -34,6 +35,9 @@ _MOST_BYTES: Final = 12  # per sample, of columns with room for more
 _OPENINGS: Final = 5
 STEP_SAMPLES, STEP_STREAMS, STEP_WINDOW = 65_536, 1024, 1024  # those of 1,024 ranks
 _STEPS: Final = 12
+_STEP_CLASSES, _WIDTH = 10**8, 128
+_WARM_UP: Final = 8  # steps: the first ones make pages and tables
+_IMAGES_PER_CLASS: Final = 5  # of the view that is drawn
 _SAMPLES_PER_READ: Final = 256
 _SMALLER: Final = 10**8  # samples; the bounds are given for this number
 _LARGER: Final = 10**9  # and for this one
@@ -81,8 +85,10 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
     write_synthetic_index(str(folder), samples)
     openings = [_in_new_process(folder, "open") for _ in range(_OPENINGS)]
     walked = _in_new_process(folder, "walk")
+    drawn = _in_new_process(folder, "draw")
     columns = sum(path.stat().st_size for path in folder.glob("*.npy"))
     scale = max(samples, _SMALLER) / _SMALLER
+    draws = 1 + max(0, samples - _SMALLER) / (_LARGER - _SMALLER) * (8 - 1)
     private = 32 + max(0, samples - _SMALLER) / (_LARGER - _SMALLER) * (128 - 32)
     return [
         IndexCost(INDEX_FILE, (folder / INDEX_FILE).stat().st_size / 1e6, 4 * scale, "MB"),
@@ -103,11 +109,18 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
             "MiB",
         ),
         IndexCost(
-            f"labels of a step of {STEP_SAMPLES:,} samples in {STEP_STREAMS:,} streams, CPU",
+            f"labels and plan of a step of {STEP_SAMPLES:,} samples, {STEP_STREAMS:,} ranks, CPU",
             _in_new_process(folder, "labels")["step_s"] * 1000,
             20,
             "ms",
         ),
+        IndexCost(
+            f"draw of {_IMAGES_PER_CLASS} images of each class, per epoch and node",
+            drawn["draw_s"],
+            15 * scale,
+            "s",
+        ),
+        IndexCost("private memory of that, at the peak", drawn["draw"] / MIB, 1000 * draws, "MiB"),
     ]
 
 
@@ -175,12 +188,14 @@ def measure_process(folder: str, what: str) -> dict[str, Any]:
 
     Args:
         folder: of the index.
-        what: `open` alone; `walk`, look up where every sample is; or `labels` of steps.
+        what: `open` alone; `walk`, look up where every sample is; `labels` of steps; or `draw` an
+            epoch of a view.
 
     Returns:
         `open_s`, CPU seconds until the index can be used; `rank` and `loader`, bytes of private
         memory that this process and one that is forked from it have more after a walk; `step_s`,
-        CPU seconds for the labels of a step (the median).
+        CPU seconds for the labels of a step and a rank's plan of it (the median); `draw_s`, seconds
+        of a draw, and `draw`, bytes of private memory that it has more meanwhile.
     """
     before = private_bytes()
     begin = time.process_time()
@@ -189,6 +204,8 @@ def measure_process(folder: str, what: str) -> dict[str, Any]:
     found: dict[str, Any] = {"open_s": time.process_time() - begin}
     if what == "labels":
         found["step_s"] = _step_seconds(index)
+    if what == "draw":
+        found["draw_s"], found["draw"] = _draw(folder)
     if what == "walk":
         found["loader"] = _walk_in_fork(index)
         walk(index)
@@ -197,20 +214,57 @@ def measure_process(folder: str, what: str) -> dict[str, Any]:
 
 
 def _step_seconds(index: ShardIndex) -> float:
-    """CPU seconds to look up the labels of a step, after the first one, which opens all windows."""
+    """CPU seconds for the labels of a step and their plan, after the first ones.
+
+    The plan is that of one rank of `STEP_STREAMS`, of routed MHS over 10^8 classes.
+    """
     # They import torch, whose memory is no matter of an index.
+    import torch
+
+    from mhe_dist.config.head import HeadConfig
+    from mhe_dist.distributed.topology import Topology
+    from mhe_dist.heads.registry import build_head
+    from mhe_dist.heads.row_head import HeadSpec
     from pipelines.data.order import SampleOrder
     from pipelines.data.step_labels import StepLabels
 
+    torch.set_num_threads(1)
     streams = min(STEP_STREAMS, index.samples)
     labels = StepLabels(index, SampleOrder(index.sizes, streams, STEP_WINDOW, 0), STEP_SAMPLES)
-    labels.of(0)
+    config = HeadConfig.model_validate({"kind": "mhs", "groups": STEP_STREAMS})
+    spec = HeadSpec(config, _STEP_CLASSES, _WIDTH, 0, STEP_STREAMS)
+    head = build_head(spec, Topology(0, STEP_STREAMS, torch.device("cpu")))
     seconds = []
-    for step in range(1, _STEPS + 1):
+    for step in range(_WARM_UP + _STEPS):
         begin = time.process_time()
-        labels.of(step)
+        found = torch.from_numpy(labels.of(step)) * (_STEP_CLASSES // index.num_classes)
+        head.plan(step, found.view(STEP_STREAMS, -1))
         seconds.append(time.process_time() - begin)
-    return median(seconds)
+    return median(seconds[_WARM_UP:])
+
+
+def _draw(folder: str) -> tuple[float, int]:
+    """Seconds of an epoch's draw, and private bytes that it has more at the peak."""
+    from mhe_dist.config.data import DataConfig
+    from pipelines.data.mixture.index import Mixture, open_training_index
+
+    settings = {"images_per_class": _IMAGES_PER_CLASS, "remote": {"cache_dir": f"{folder}/cache"}}
+    view = open_training_index(DataConfig.model_validate({"shards": folder} | settings), 0)
+    assert isinstance(view, Mixture)
+    before, most, done = private_bytes(), [0], Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            most.append(private_bytes())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    begin = time.monotonic()
+    view.draw(0)
+    seconds = time.monotonic() - begin
+    done.set()
+    watcher.join()
+    return seconds, max(most) - before
 
 
 def _walk_in_fork(index: ShardIndex) -> int:

@@ -76,12 +76,13 @@ class MhsRoute(RowHead):
         labels, kept = sample_labels(labels, self.spec.num_classes, config)
         self._samples = int(kept.sum())
         heads, slots = self.layout.locate(labels)
-        present = self.layout.group_of(heads).unique().tolist()
-        self._extra = {g: self.draw(step, g) for g in present if g in self.groups}
+        groups = self.layout.group_of(heads)
+        here = groups[(groups >= self.groups.start) & (groups < self.groups.stop)].unique()
+        self._extra = {g: self.draw(step, g) for g in here.tolist()}
         if self._one_label:
             self._dispatches = self._plan_samples(heads.squeeze(-1), slots.squeeze(-1))
         else:
-            self._dispatches = self._plan_labels(heads, slots, [g for g in present if g >= 0])
+            self._dispatches = self._plan_labels(heads, slots, groups)
         own = [dispatch.own_heads for dispatch in self._dispatches]
         self._chunks = [self._chunks_of(heads) for heads in own]
         self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
@@ -102,11 +103,12 @@ class MhsRoute(RowHead):
             for tables in self._by_micro_batch(heads, slots)
         ]
 
-    def _plan_labels(self, heads: Tensor, slots: Tensor, present: list[int]) -> list[LabelDispatch]:
+    def _plan_labels(self, heads: Tensor, slots: Tensor, groups: Tensor) -> list[LabelDispatch]:
         """Plan micro-batches of samples with several labels; tables `[n, B, K]`."""
         # What a sample sees of other ranks' groups counts in the share that it sees.
         drawn = None
         if self.spec.config.mhs.correction:
+            present = groups[groups >= 0].unique().tolist()
             drawn = {group: self.draw(self.step_number, group) for group in present}
         return [
             plan_label_dispatch(self.layout, *tables, self._extra, drawn, self.topology.rank)

@@ -19,7 +19,8 @@ from pipelines.shards.index import IndexEntry, ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet
 
 _HALF_WORD: Final = 32
-_POOL = 1 << 23  # images of whole classes that are drawn from together, about
+_POOL = 1 << 23  # images of whole classes that are drawn from together, about, at the least
+_MOST_POOLS: Final = 16  # so often all labels are read
 _PART: Final = 1 << 20  # labels of a label set that are read together
 
 
@@ -197,10 +198,11 @@ class MixedDataset:
     def _pools(self) -> Iterator[tuple[Ints, Ints]]:
         """Numbers of the images of the chosen classes, class by class, and how many each has.
 
-        A few classes at a time, about `_POOL` images, so that all labels are read several times.
+        A few classes at a time, about `_POOL` images or a sixteenth of all, so that all labels are
+        read several times.
         """
         classes, counts = self._class_counts
-        pools = (np.cumsum(counts) - counts) // _POOL
+        pools = (np.cumsum(counts) - counts) // max(_POOL, -(-int(counts.sum()) // _MOST_POOLS))
         for pool in np.unique(pools).tolist():
             here = pools == pool
             yield self._gather(classes[here], int(counts[here].sum())), counts[here]
@@ -224,7 +226,16 @@ class MixedDataset:
             numbers[start:stop], labels[start:stop] = found + first, part[found]
             start = stop
         assert start == images, "it is the number that was counted"
-        return numbers[np.argsort(labels, kind="stable")]
+        bits = self.index.samples.bit_length()
+        if (int(classes[-1]) - int(classes[0])) >> (63 - bits):  # tars may give any number
+            labels = np.searchsorted(classes, labels)
+        else:
+            labels -= classes[0]
+        labels <<= bits
+        labels |= numbers  # one word each, which sorts a good deal quicker than its place in a list
+        labels.sort()
+        labels &= (1 << bits) - 1
+        return labels
 
     @cached_property
     def _class_counts(self) -> tuple[Ints, Ints]:
@@ -312,11 +323,22 @@ def draw_at_most(counts: Sequence[int] | Ints, limit: int, rng: np.random.Genera
         rng: one number is drawn for each member.
 
     Returns:
-        int64, numbers of the drawn members; group by group, and in no order within one.
+        int64, numbers of the drawn members, ascending.
     """
     counts = np.asarray(counts, np.int64)
-    groups = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
-    noise = rng.bit_generator.random_raw(len(groups)) >> np.uint64(_HALF_WORD)
-    shuffled = np.argsort(groups << np.uint64(_HALF_WORD) | noise, kind="stable")
-    rank = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return shuffled[rank < limit]
+    kept = np.minimum(counts, limit)
+    if not kept.any():
+        return np.empty(0, np.int64)
+    ends = np.cumsum(counts)
+    keys = np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(_HALF_WORD), counts)
+    keys |= rng.bit_generator.random_raw(len(keys)) >> np.uint64(_HALF_WORD)
+    largest = np.sort(keys)[
+        ends - counts + kept - 1
+    ]  # of what is kept; sorting keys alone is quick
+    drawn = np.flatnonzero(keys <= np.repeat(largest, counts))
+    if len(drawn) == kept.sum():
+        return drawn
+    # The largest one stands twice in a group: the earlier member is kept.
+    shuffled = np.argsort(keys, kind="stable")
+    rank = np.arange(len(keys)) - np.repeat(ends - counts, counts)
+    return np.sort(shuffled[rank < limit])

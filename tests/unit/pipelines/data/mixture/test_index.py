@@ -355,6 +355,31 @@ def test_a_draw_favours_nobody() -> None:
     assert all(120 < counts[number] < 200 for number in range(5))
 
 
+class _Words:
+    """A source of given random words."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self.bit_generator, self.words = self, words
+
+    def random_raw(self, count: int) -> np.ndarray:
+        assert count == len(self.words)
+        return self.words
+
+
+@pytest.mark.parametrize("different", [1, 3, 1 << 32], ids=["all equal", "many equal", "distinct"])
+def test_the_drawn_are_those_with_the_least_words_and_the_earlier_of_equals(different: int) -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 9, 50)
+    words = rng.integers(0, different, counts.sum(), np.uint64) << np.uint64(32)
+    for limit in (0, 1, 4, 100):
+        expected, start = [], 0
+        for count in counts:
+            order = np.argsort(words[start : start + count], kind="stable")[:limit]
+            expected += sorted((start + order).tolist())
+            start += count
+        assert draw_at_most(counts, limit, _Words(words)).tolist() == expected  # type: ignore[arg-type]
+
+
 def test_the_digest_tells_choices_apart_and_not_where_they_lie(shards: str, tmp_path: Path) -> None:
     moved = save(tmp_path / "moved")
     ids, same = listed(shards, "class\n1\n2\n"), listed(moved, "name\nname 2\nname 1\n")
