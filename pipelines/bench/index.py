@@ -251,11 +251,11 @@ def _draw(folder: str) -> tuple[float, int]:
     settings = {"images_per_class": _IMAGES_PER_CLASS, "remote": {"cache_dir": f"{folder}/cache"}}
     view = open_training_index(DataConfig.model_validate({"shards": folder} | settings), 0)
     assert isinstance(view, Mixture)
-    before, most, done = private_bytes(), [0], Event()
+    before, seen, done = private_bytes(), [0], Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            most.append(private_bytes())
+            seen.append(private_bytes())
 
     watcher = Thread(target=watch)
     watcher.start()
@@ -264,7 +264,7 @@ def _draw(folder: str) -> tuple[float, int]:
     seconds = time.monotonic() - begin
     done.set()
     watcher.join()
-    return seconds, max(most) - before
+    return seconds, max(seen) - before
 
 
 def _walk_in_fork(index: ShardIndex) -> int:
