@@ -10,6 +10,7 @@ from launcher.verbs.bench.data import data
 from launcher.verbs.bench.head import head
 from launcher.verbs.bench.index import index
 from launcher.verbs.bench.launches import launches
+from launcher.verbs.bench.plan import plan
 from launcher.verbs.bench.train import train
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts beside what they are compared with.")
@@ -27,3 +28,4 @@ app.command("data")(data)
 app.command("train")(train)
 app.command("launches")(launches)
 app.command("index")(index)
+app.command("plan")(plan)

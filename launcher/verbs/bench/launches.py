@@ -36,7 +36,7 @@ def launches(
 
     Example: mhe bench launches --head route --lines
     """
-    from pipelines.bench.launches import CASES, HEADS, count_step
+    from pipelines.bench.counted.launches import CASES, HEADS, count_step
 
     if head and head not in HEADS:
         raise UserError(f"--head {head}: there is {', '.join(HEADS)}")

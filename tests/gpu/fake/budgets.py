@@ -10,9 +10,9 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipelines.bench.counted.launches import CASES, count_step
 from pipelines.bench.fake_cuda.engine_step import ENGINE_CASES, count_engine_step
 from pipelines.bench.fake_cuda.step_cost import StepCost
-from pipelines.bench.launches import CASES, count_step
 
 TABLE = Path(__file__).with_name("budget.csv")
 ENGINE_TABLE = Path(__file__).with_name("engine_budget.csv")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.bench.launches import CASES, HEADS, count_step
+from pipelines.bench.counted.launches import CASES, HEADS, count_step
 from tests.gpu.fake import budgets
 
 BUDGET = budgets.read()

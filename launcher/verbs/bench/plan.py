@@ -1,0 +1,44 @@
+"""`mhe bench plan`: what a run needs on a cluster that is not here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from launcher.terminal import console
+from launcher.verbs.config import ConfigFile, Overrides
+from mhe_dist.config.load import load_config
+
+
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    classes: Annotated[int, typer.Option(min=2, help="Classes of the data.")] = 1_000_000,
+    samples: Annotated[int, typer.Option(min=1, help="Images, in tars of 10,000.")] = 10_000_000,
+    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    write_rate: Annotated[
+        float, typer.Option(min=0.001, help="GB/s that a node writes into the checkpoints' store.")
+    ] = 1.0,
+) -> None:
+    """Count what a run would need on scale.workers GPUs: memory, traffic of a step, checkpoints.
+
+    Neither the GPUs nor the data need to be there: shapes decide. Each line says whether it was
+    counted, follows from a formula or was measured elsewhere. Times of steps are not predicted.
+
+    Example: mhe bench plan webface42m_r100 scale.workers=64 head.groups=64 train.global_batch=8192
+    --classes 10_000_000 --samples 100_000_000
+    """
+    from pipelines.bench.counted.run_costs import cost_of_run
+
+    with console.out.status("counting a step"):
+        found = cost_of_run(
+            load_config(config, overrides or []), classes, samples, per_node, write_rate
+        )
+    for title, lines in found.items():
+        table = Table(title, "", "how it was found", box=None, title_justify="left")
+        for line in lines:
+            table.add_row(line.name, line.figure, f"[dim]{line.source}[/]")
+        console.out.print(table)
+        console.out.print()

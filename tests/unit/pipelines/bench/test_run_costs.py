@@ -1,0 +1,77 @@
+"""What a run of many GPUs needs: shapes of a real head and checkpoint, and sums by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mhe_dist.backbone.model import build_backbone
+from mhe_dist.config.schema import Config
+from pipelines.bench.counted.run_costs import RunCost, cost_of_run
+from tests import tiny
+
+GB = 1e9
+WIDTH, GROUPS, LENGTH, CLASSES = 32, 8, 4, 4000
+
+
+def costs(folder: Path, workers: int, **head: object) -> dict[str, dict[str, RunCost]]:
+    config = tiny.config(
+        folder,
+        "unused",
+        scale={"workers": workers},
+        train={"global_batch": 64 * workers, "micro_batch": 64, "precision": "float32"},
+        head={"kind": "mhs", "groups": GROUPS, "mhs": {"length": LENGTH}, **head},
+    )
+    assert config.model.embedding_dim == WIDTH
+    tables = cost_of_run(config, CLASSES, 10**9, per_node=4, write_gb_s=0.5)
+    return {title: {line.name: line for line in lines} for title, lines in tables.items()}
+
+
+def size(line: RunCost) -> float:
+    figure, unit = line.figure.split()
+    return float(figure.replace(",", "")) * {"GB": GB, "MB": 1e6}[unit]
+
+
+def parameters(folder: Path) -> int:
+    config: Config = tiny.config(folder, "unused")
+    model = build_backbone(config.model, config.data.image_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_ring_sends_gradients_and_ranks_send_embeddings(tmp_path: Path) -> None:
+    step = costs(tmp_path, 8)["a step of a rank"]
+    gradient = parameters(tmp_path) * 8  # sums of float32 gradients are of float64
+    assert size(step["gradients sent, by a ring"]) == pytest.approx(1.75 * gradient, abs=5e3)
+    sent = 64 * (WIDTH + 1) * 4 + 64 * WIDTH * 4  # embeddings with norms, gradients back
+    assert size(step["head: all_to_all sends"]) == pytest.approx(sent, rel=0.3)
+    assert step["head: waits of the host"].figure == "0"
+    assert step["labels and requests: messages"].figure == "3 of 8 bytes"
+
+
+def test_a_rank_alone_sends_nothing(tmp_path: Path) -> None:
+    step = costs(tmp_path, 1)["a step of a rank"]
+    assert size(step["gradients sent, by a ring"]) == 0
+    assert "head: all_to_all sends" not in step
+
+
+def test_a_checkpoint_holds_rows_once_on_any_ranks(tmp_path: Path) -> None:
+    rows = CLASSES * WIDTH * 4 * 2  # with momentum
+    for workers in (1, 8):
+        saved = costs(tmp_path, workers)["a checkpoint"]
+        assert size(saved[f"rows and their state, in {GROUPS} groups"]) == pytest.approx(
+            rows, abs=5e3
+        )
+
+
+def test_rows_in_host_memory_are_a_nodes(tmp_path: Path) -> None:
+    found = costs(tmp_path, 8, bank={"memory": "host"})
+    assert "rows" not in found["a GPU holds"]
+    there = size(found["a node holds"]["rows and their state"])
+    assert there == pytest.approx(4 / 8 * CLASSES * WIDTH * 8, abs=5e3)
+
+
+def test_the_sum_is_that_of_the_lines(tmp_path: Path) -> None:
+    device = costs(tmp_path, 8)["a GPU holds"]
+    together = size(device.pop("together"))
+    assert together == pytest.approx(sum(map(size, device.values())), rel=0.02)
