@@ -12,6 +12,7 @@ from launcher.terminal import console
 from launcher.terminal.commands import loading_code
 from launcher.terminal.progress import accuracy_rows, format_duration
 from mhe_dist.config.schema import Config
+from mhe_dist.tracking.factory import count_waiting
 
 Row = tuple[str, str]
 
@@ -70,6 +71,8 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
     """What to do next: words of a command, or a link."""
     path, exports = config.run.path, summary["exports"]
     if summary["mlflow"]:
+        if count_waiting(config):
+            yield "send MLflow what it lacks, once it runs", ["mhe", "sync", path]
         yield from _curves(summary["mlflow"])
     if config.tracking.tensorboard:
         yield "see them in TensorBoard", ["tensorboard", "--logdir", config.run.dir]

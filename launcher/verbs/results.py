@@ -15,8 +15,8 @@ from launcher.terminal.commands import loading_code, serving_command
 from launcher.verbs.evaluate.shared import RunName
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
-from mhe_dist.tracking.factory import sync_mlflow
-from pipelines.runs.folder import find_run, read_heldout_figures, read_run_config
+from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
+from pipelines.runs.folder import config_at, find_run, read_heldout_figures, read_run_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,10 +244,14 @@ def report(
 def sync(run: RunName) -> None:
     """Send the metrics of a run to MLflow that did not reach it, because it was down at the end.
 
-    A run that is still going sends them by itself.
+    A run that is still going sends them by itself. Where runs were copied or moved together with
+    the database beside them, it finds their artifacts again afterwards.
 
     Example: mhe sync quickstart
     """
-    config = stored_config(read_run_config(find_run(run)) or {})
+    path = find_run(run)
+    config = config_at(stored_config(read_run_config(path) or {}), path)
+    if moved := follow_moved_artifacts(config):
+        console.say(f"MLflow now has the new place of the artifacts of {moved:,} runs.")
     sent = sync_mlflow(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 Status = Literal["finished", "failed", "killed"]
 
 
 Metrics = Mapping[str, float]
+
+PICTURE: Final = re.compile(r"!\[(?P<what>[^\]]*)\]\((?P<path>[^):]+)\)")
+"""A picture of a note that is one of the artifacts, in Markdown."""
 
 
 class TrackedDataset(NamedTuple):
@@ -84,7 +88,10 @@ class Tracker(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Put a text, in Markdown, at the head of the record; it replaces the one before."""
+        """Put a text, in Markdown, at the head of the record; it replaces the one before.
+
+        A picture in it, `![what](plots/a.png)`, is one of the artifacts.
+        """
         ...
 
     def close(self, status: Status = "finished") -> None:

@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.tracking.artifact_places import follow_artifacts
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.jsonl import JsonlTracker
 from mhe_dist.tracking.tensorboard import TensorBoardTracker
 
 if TYPE_CHECKING:
     from mhe_dist.tracking.mlflow import MlflowTracker
+    from mhe_dist.tracking.spool import Spool
 
 logger = logging.getLogger(__name__)
+
+_DATABASE, _ARTIFACTS = "mlflow.db", "mlartifacts"  # beside the runs
 
 
 def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> Tracker:
@@ -50,17 +54,42 @@ def open_tracker(config: Config, is_first: bool, run_id: str | None = None) -> T
 
 def _mlflow(config: Config, run_id: str | None) -> MlflowTracker:
     from mhe_dist.tracking.mlflow import MlflowTracker
-    from mhe_dist.tracking.spool import Spool
 
     remote = "://" in config.run.dir
+    follow_moved_artifacts(config)
     return MlflowTracker(
         uri=mlflow_uri(config),
         experiment=config.tracking.experiment,
         run_name=config.run.name,
         run_id=run_id,
-        artifacts="" if remote else f"{config.run.dir}/mlartifacts",
-        spool=None if remote else Spool(Path(config.run.path) / "mlflow"),
+        artifacts="" if remote else f"{config.run.dir}/{_ARTIFACTS}",
+        spool=_spool(config),
     )
+
+
+def _spool(config: Config) -> Spool | None:
+    """Where the metrics of a run wait; None of a run at a URL: nowhere."""
+    from mhe_dist.tracking.spool import Spool
+
+    return None if "://" in config.run.dir else Spool(Path(config.run.path) / "mlflow")
+
+
+def count_waiting(config: Config) -> int:
+    """Records of a run of this machine that MLflow lacks so far, and that `mhe sync` would send."""
+    spool = _spool(config) if Path(config.run.path).is_dir() else None
+    return 0 if spool is None else len(spool)
+
+
+def follow_moved_artifacts(config: Config) -> int:
+    """Let the database beside the runs find their artifacts after their folder was moved.
+
+    Returns:
+        Number of runs whose artifacts have another place now; 0 also where a server keeps them.
+    """
+    if config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "://" in config.run.dir:
+        return 0
+    folder = Path(config.run.dir)
+    return follow_artifacts(folder / _DATABASE, folder / _ARTIFACTS)
 
 
 def sync_mlflow(config: Config) -> int:
@@ -69,11 +98,9 @@ def sync_mlflow(config: Config) -> int:
     Raises:
         RunError: MLflow has not taken all of them.
     """
-    from mhe_dist.tracking.spool import Spool
-
-    spool = Spool(Path(config.run.path) / "mlflow")
-    waiting = len(spool)
-    if waiting:
+    spool = _spool(config)
+    waiting = 0 if spool is None else len(spool)
+    if spool is not None and waiting:
         tracker = _mlflow(config, None)
         tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
         tracker.close(patient=True)
@@ -99,7 +126,7 @@ def mlflow_uri(config: Config) -> str:
         )
     folder = Path(config.run.dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    return sqlite_uri(folder / "mlflow.db")
+    return sqlite_uri(folder / _DATABASE)
 
 
 def sqlite_uri(file: Path) -> str:

@@ -12,6 +12,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -190,10 +191,16 @@ class MlflowTracker:
             problem = (
                 f"{count} values did not reach MLflow at {scrub(self._store.uri)}"
                 f"{f' ({self._last_error})' if self._last_error else ''}; metrics.jsonl has them"
-                f"{', and `mhe sync` sends them later' if self._spool else ''}"
+                f"{self._how_to_send()}"
             )
             logger.warning("%s", problem)
             self._problem = self._problem or problem
+
+    def _how_to_send(self) -> str:
+        if self._spool is None:
+            return ""
+        command = shlex.join(["mhe", "sync", str(self._spool.folder.parent)])
+        return f", and `{command}` sends them later"
 
     def _put(self, entry: Entry) -> None:
         try:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from mhe_dist.redact import scrub
-from mhe_dist.tracking.base import Status, TrackedDataset
+from mhe_dist.tracking.base import PICTURE, Status, TrackedDataset
 from mhe_dist.tracking.spool import MetricRecord
 
 logger = logging.getLogger(__name__)
@@ -20,6 +22,7 @@ METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
 _DIGEST_LENGTH = 36  # of MLflow's data sets; the whole one is in the profile
 _NOTE = "mlflow.note.content"
+_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # not that of GenAI
 _CONSTANTS = frozenset({"chance", "gallery", "probes", "pairs", "impostors"})
 _COLUMNS = [  # of a sample
     {"type": "binary", "name": "image", "required": True},
@@ -132,7 +135,7 @@ class MlflowStore:
             elif isinstance(entry, DatasetEntry):
                 calls.append((partial(self._log_input, entry.dataset), 1))
             elif isinstance(entry, NoteEntry):
-                calls.append((partial(self._log_tags, {_NOTE: entry.text}), 1))
+                calls.append((partial(self._log_note, entry.text), 1))
             else:
                 calls.append((partial(self._end, entry.status), 1))
         return calls + self._metric_calls(records)
@@ -195,7 +198,9 @@ class MlflowStore:
             return existing.experiment_id
         location = Path(self._artifacts).absolute().as_uri() if self._artifacts else None
         try:
-            return self._client.create_experiment(self._experiment, artifact_location=location)
+            return self._client.create_experiment(
+                self._experiment, artifact_location=location, tags=_TRAINING_VIEW
+            )
         except MlflowException:
             # Another run may have made it meanwhile.
             existing = self._client.get_experiment_by_name(self._experiment)
@@ -235,6 +240,15 @@ class MlflowStore:
         entries = [RunTag(k[:NAME_LENGTH], v[:_TAG_LENGTH]) for k, v in tags.items()]
         for i in range(0, len(entries), _ENTRIES_PER_CALL):
             self._client.log_batch(self.run_id, tags=entries[i : i + _ENTRIES_PER_CALL])
+
+    def _log_note(self, text: str) -> None:
+        """Its pictures get the address under which MLflow's pages show an artifact."""
+
+        def picture(found: re.Match[str]) -> str:
+            query = urlencode({"path": found["path"], "run_uuid": self.run_id})
+            return f"![{found['what']}](get-artifact?{query})"
+
+        self._log_tags({_NOTE: PICTURE.sub(picture, text)})
 
     def _log_artifact(self, artifact: ArtifactEntry) -> None:
         # A folder goes there under its own name.

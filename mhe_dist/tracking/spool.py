@@ -28,12 +28,13 @@ class Spool:
     """One file of JSON lines, and the id of the run that they belong to beside it.
 
     Attributes:
+        folder: where it is, in the folder of the run.
         lock: held while a record is added and queued, so that `clear` knows what was queued.
     """
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: made when it is missing."""
-        self.lock = threading.RLock()
+        self.folder, self.lock = folder, threading.RLock()
         self._file, self._id = folder / "waiting.jsonl", folder / "run_id"
         self._failed = False
         folder.mkdir(parents=True, exist_ok=True)

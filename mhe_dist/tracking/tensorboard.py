@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mhe_dist.errors import UserError
 from mhe_dist.redact import flat, masked, scrub
-from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
+from mhe_dist.tracking.base import PICTURE, Metrics, Status, TrackedDataset
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,8 +79,8 @@ class TensorBoardTracker:
         self._write(lambda writer: writer.add_text(f"data/{dataset.context}", text))
 
     def note(self, text: str) -> None:
-        """The run's main figures, as a text."""
-        self._write(lambda writer: writer.add_text("note", scrub(text)))
+        """The run's main figures, as a text; TensorBoard shows no file of the run."""
+        self._write(lambda writer: writer.add_text("note", scrub(PICTURE.sub("", text)).strip()))
 
     def close(self, status: Status = "finished") -> None:
         """Write what waits."""

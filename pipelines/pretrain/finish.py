@@ -121,7 +121,7 @@ def _draw(run: Run, evaluation: Evaluation) -> None:
 
 
 def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -> str:
-    """The main figures of a run in Markdown, for the head of its record."""
+    """The main figures of a run and a picture in Markdown, for the head of its record."""
     lines = [
         f"**{config.model.name}**, head `{config.head.kind}`, {steps:,} steps over epochs of "
         f"{samples:,} images"
@@ -139,7 +139,8 @@ def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -
         table = [("held-out figure", "value"), ("---", "---"), *dict(rows).items()]
         lines += ["\n".join(f"| {name} | {value} |" for name, value in table)]
         lines += [f"Protocol: {evaluation.protocol}"] if evaluation.protocol else []
-    lines.append("Pictures: `plots/` of the artifacts; a page: `mhe report`.")
+    lines.append("![curves of the run](plots/note.png)")
+    lines.append("More pictures: `plots/` of the artifacts; a page: `mhe report`.")
     return "\n\n".join(lines)
 
 

@@ -55,6 +55,8 @@ HELDOUT: Final = (
     ("tar@far=1e-3", "TAR@FAR=1e-3"),
 )
 SMOOTH: Final = 0.02  # share of the steps in the running mean of the loss
+NOTE_PICTURE: Final = "note.png"
+_NOTE_DPI: Final = 72  # two panels in 660 pixels: MLflow shows a note's pictures unscaled
 
 Records = Sequence[dict[str, Any]]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -78,8 +80,10 @@ def draw_plots(folder: str, heldout_shards: str, image_size: int) -> list[Path]:
     plots.mkdir(parents=True, exist_ok=True)
     written = []
     with mpl.rc_context(STYLE):
-        for name, figure in _draw_figures(records, details).items():
-            written.append(_save(figure, plots / f"{name}.png"))
+        figures = _draw_figures(records, details)
+        written += [_save(figure, plots / f"{name}.png") for name, figure in figures.items()]
+        if noted := figures.get("heldout", figures.get("overview")):
+            written.append(_save(noted, plots / NOTE_PICTURE, _NOTE_DPI))
         if "nearest" in details and index_exists(heldout_shards):
             figure = draw_neighbours(details, heldout_shards, image_size)
             written.append(_save(figure, plots / "neighbours.png"))
@@ -153,7 +157,8 @@ def plot_heldout(axes: Axes, records: Records) -> None:
     percent_axis(axes)
     axes.set(title="Unseen classes", xlabel="step")
     axes.set_xlim(left=0)
-    axes.legend(loc="best")
+    # Below: no place among lines that may go anywhere is always free.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8.5)
 
 
 def plot_roc(axes: Axes, details: Arrays) -> None:
@@ -164,7 +169,12 @@ def plot_roc(axes: Axes, details: Arrays) -> None:
             tar = float(np.interp(target, details["far"], details["tar"]))
             axes.plot(target, tar, marker="o", markersize=4, color=BLUE)
             text = f"{format_share(tar)} at {target:.0e}".replace("e-0", "e-")
-            axes.annotate(text, (target, tar), (7, -11), textcoords="offset points", fontsize=8.5)
+            axes.annotate(
+                *(text, (target, tar), (-6, 3)),  # above the curve, where nothing is
+                textcoords="offset points",
+                horizontalalignment="right",
+                fontsize=8.5,
+            )
     axes.set_xscale("log")
     axes.set(title="ROC, all gallery-probe pairs", xlabel="false accept rate")
     axes.set_ylabel("true accept rate")
@@ -213,8 +223,8 @@ def _draw_row(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure).print_figure(path, metadata={"Software": None})
+def _save(figure: Figure, path: Path, dpi: float | None = None) -> Path:
+    FigureCanvasAgg(figure).print_figure(path, dpi=dpi, metadata={"Software": None})
     return path
 
 

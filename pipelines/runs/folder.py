@@ -86,6 +86,13 @@ def read_run_config(path: str) -> dict[str, Any] | None:
     return yaml.safe_load(text) if text else None
 
 
+def config_at(config: Config, path: str) -> Config:
+    """The config of a run that is at `path` by now, whatever folder it was trained in."""
+    folder, _, name = absolute_path(path).rpartition("/")
+    run = config.run.model_copy(update={"dir": folder or "/", "name": name})
+    return config.model_copy(update={"run": run})
+
+
 def newest_checkpoint(path: str) -> str | None:
     """Folder of a run's newest complete checkpoint, judged by its manifest alone, or None.
 

@@ -16,7 +16,7 @@ from rich.markup import escape
 from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs.folder import is_local
+from pipelines.runs.folder import config_at, is_local
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone, read_trained_config
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def save_results(
         title: of the plot.
         metrics: for MLflow; empty: nothing is logged.
     """
-    from mhe_dist.tracking.factory import mlflow_uri
+    from mhe_dist.tracking.factory import follow_moved_artifacts, mlflow_uri
     from pipelines.report.evaluation import log_evaluation, save_evaluation
 
     record = {"checkpoint": backbone.checkpoint, "step": backbone.step, "results": results}
@@ -247,7 +247,9 @@ def save_results(
         return
     named = {f"{name}/{key}": value for key, value in metrics.items()}
     try:
-        uri = mlflow_uri(backbone.config)
+        config = config_at(backbone.config, backbone.path)
+        follow_moved_artifacts(config)
+        uri = mlflow_uri(config)
         log_evaluation(uri, backbone.run_id, backbone.step, named, files)
     except RunError as error:
         console.say(f"[yellow]warning:[/] {escape(str(error))}; the files above have them")

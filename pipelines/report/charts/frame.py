@@ -16,6 +16,7 @@ from pipelines.report.charts.numbers import format_power, format_tick
 WIDTH, HEIGHT = 360, 240
 _TOP, _RIGHT, _BOTTOM = 10, 14, 40
 _LETTER: Final = 6.4  # width of a letter of 11 px, at most
+_GAP: Final = 4  # pixels between two names below an axis
 _LINE: Final = 15  # pixels
 _MAX_TIP_LINES: Final = 12
 _MAX_TIP_LETTERS: Final = 34
@@ -104,7 +105,11 @@ def make_frame(
 def _column_ticks(scale: Scale, names: Sequence[str], is_whole: bool) -> Iterator[str]:
     ticks = list(map(float, range(len(names)))) if names else scale.ticks(5, is_whole)
     texts = list(names) or [(format_power if scale.is_log else format_tick)(t) for t in ticks]
-    for at, text in zip(scale(ticks), texts, strict=True):
+    every = 1
+    if len(names) > 1:  # those that have room beside one another
+        between = float(scale(1) - scale(0))
+        every = math.ceil((_LETTER * max(map(len, names)) + _GAP) / between)
+    for at, text in zip(scale(ticks)[::every], texts[::every], strict=True):
         yield (
             f'<text x="{at:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">'
             f"{escape(text)}</text>"

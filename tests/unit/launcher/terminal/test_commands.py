@@ -18,6 +18,7 @@ from launcher.terminal.commands import (
 )
 from launcher.terminal.summary import next_steps
 from mhe_dist.config.schema import Config
+from mhe_dist.tracking.spool import MetricRecord, Spool
 
 Captured = pytest.CaptureFixture[str]
 EXPORTS = {"timm": {"path": "runs/a b/export/timm"}}
@@ -85,6 +86,16 @@ def test_a_tracking_server_is_linked_and_a_local_store_is_served() -> None:
     served = ["mlflow", "ui", "--backend-store-uri", "sqlite:////a b/mlflow.db"]
     assert local["serve the curves"] == served
     assert local["then see them"] == f"http://127.0.0.1:5000/{PAGE}"
+
+
+def test_what_mlflow_lacks_is_sent_by_a_command_that_pastes(tmp_path: Path) -> None:
+    config = run().model_copy(deep=True)
+    config.run.dir = str(tmp_path)
+    spool = Spool(tmp_path / "a" / "mlflow")
+    assert "mhe sync" not in str(steps(config, HTTP, {}))
+    spool.add(MetricRecord(0, 0, {"loss": 1.0}))
+    sent = steps(config, HTTP, {})["send MLflow what it lacks, once it runs"]
+    assert sent == ["mhe", "sync", f"{tmp_path}/a"]
 
 
 @pytest.mark.parametrize("export", ["timm", "onnx", "torch-export"])

@@ -186,6 +186,17 @@ def test_a_server_that_never_answers_ends_with_a_count(store, caplog, monkeypatc
     assert "no route to http://***@server" in mlflow.problem
 
 
+def test_what_waits_is_said_with_the_command_that_sends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow.MlflowStore", lambda *_: Outage(10**9))
+    spool = Spool(tmp_path / "my run" / "mlflow")
+    mlflow = MlflowTracker("http://server", "e", "n", spool=spool)
+    mlflow.start({}, {})
+    mlflow.log(0, {"loss": 0.0})
+    mlflow.close()
+    assert f"`mhe sync '{tmp_path}/my run'` sends them later" in mlflow.problem
+
+
 def test_sync_waits_for_a_slow_server_and_sends_more_than_a_run_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 1.5)  # all takes 1.8 s, each 0.15 s
     monkeypatch.setattr("mhe_dist.tracking.mlflow._QUEUE_LIMIT", 3)
@@ -240,7 +251,7 @@ def test_data_sets_a_note_and_constants_are_where_mlflow_shows_them(store, monke
         first.dataset(each)
     first.log(3, {"heldout/rank1": 0.5, "heldout/chance": 0.002, "heldout/gallery": 500.0})
     first.log(9, {"heldout/rank1": 0.7, "heldout/chance": 0.002, "heldout/gallery": 500.0})
-    first.note("| rank1 | 70 % |")
+    first.note("| rank1 | 70 % |\n\n![a plot](plots/a.png)\n![b](http://host/b.png)")
     first.close()
     again = tracker(store, first.run_id)  # a run that goes on, with another held-out set
     again.start({}, {}, step=10)
@@ -252,7 +263,12 @@ def test_data_sets_a_note_and_constants_are_where_mlflow_shows_them(store, monke
     assert run.data.metrics == {"heldout/rank1": 0.7}
     assert run.data.params == {"heldout/chance": "0.002", "heldout/gallery": "500"}
     assert run.data.tags["changed.heldout/gallery"] == "600"
-    assert run.data.tags["mlflow.note.content"] == "| rank1 | 70 % |"
+    assert run.data.tags["mlflow.note.content"] == (
+        f"| rank1 | 70 % |\n\n![a plot](get-artifact?path=plots%2Fa.png&run_uuid={first.run_id})\n"
+        "![b](http://host/b.png)"
+    )
+    experiment = client(store).get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     inputs = {each.tags[0].value: each.dataset for each in run.inputs.dataset_inputs}
     assert len(run.inputs.dataset_inputs) == 2
     assert inputs["training"].name == "a/train" and inputs["training"].digest == "xyz"

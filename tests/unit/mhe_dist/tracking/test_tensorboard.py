@@ -56,7 +56,7 @@ def test_settings_data_and_the_note_are_texts_without_secrets(
     uri = "http://me:secret@host"
     tracker.start({"run": {"name": "r"}, "tracking": {"uri": uri}}, {"tag": "abc123xyz"})
     tracker.dataset(TrackedDataset("faces", "training", "sha256:12", "data/faces", 1200, 30))
-    tracker.note("rank-1 **86 %**")
+    tracker.note("rank-1 **86 %**\n\n![overview](plots/overview.png)")
     tracker.close()
     found = read(tmp_path)
     config = texts(found, "config")

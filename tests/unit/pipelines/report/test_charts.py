@@ -124,6 +124,18 @@ def test_bars_say_their_counts() -> None:
     assert heights[1] == 0 and heights[0] / heights[2] == pytest.approx(3 / 1234, abs=1e-3)
 
 
+def test_names_below_bars_do_not_touch() -> None:
+    """What has no room is left out below the axis; the bar itself still says it."""
+    names = [f"{tenth}0%" for tenth in range(11)]
+    drawn = draw_bars(BarChart("By class", "found", "classes", names, np.ones(11, int)))
+    texts = [e for e in ElementTree.fromstring(drawn.svg).iter("text") if e.text in names]
+    left = [float(each.attrib["x"]) - 3.2 * len(str(each.text)) for each in texts]
+    right = [float(each.attrib["x"]) + 3.2 * len(str(each.text)) for each in texts]
+    assert [each.text for each in texts] == names[::2]
+    assert all(end < begin for end, begin in zip(right[:-1], left[1:], strict=True))
+    assert len(said(drawn)) == 11
+
+
 def test_a_group_of_a_map_says_its_name() -> None:
     groups = [(f"c{n}", np.full((n + 1, 2), float(n))) for n in range(12)]
     drawn = draw_points(PointMap("Map", groups))

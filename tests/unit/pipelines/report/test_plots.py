@@ -3,14 +3,24 @@
 import io
 import json
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from pipelines.report.comparison import Outcome, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.evaluation import draw_roc
-from pipelines.report.plots import _draw_figures, draw_plots, running_mean, series
+from pipelines.report.plots import (
+    STYLE,
+    _draw_figures,
+    draw_plots,
+    plot_heldout,
+    plot_roc,
+    running_mean,
+    series,
+)
 from pipelines.report.sheets import contact_sheet
 from pipelines.report.sheets.contact_sheet import PLAIN, RIGHT, WRONG
 from pipelines.shards.index import ShardIndex
@@ -61,11 +71,12 @@ def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
     records.append({"step": 199, "heldout/rank1": 0.8, "heldout/chance": 0.01})
     write_run(tmp_path / "run", records, details())
     written = draw_plots(str(tmp_path / "run"), shards, SIDE)
-    names = ["heldout", "neighbours", "overview", "throughput", "training"]
+    names = ["heldout", "neighbours", "note", "overview", "throughput", "training"]
     assert sorted(path.stem for path in written) == names
     for path in written:
         with Image.open(path) as picture:
-            assert min(picture.size) > 400
+            assert min(picture.size) > (200 if path.stem == "note" else 400)
+            assert path.stem != "note" or picture.width < 700  # no wider than MLflow shows it
             # Ink on white: neither blank nor filled.
             ink = (np.asarray(picture.convert("L")) < 250).mean()
             assert 0.005 < ink < 0.9
@@ -74,12 +85,33 @@ def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
 def test_a_run_without_evaluation_has_no_such_pictures(tmp_path):
     write_run(tmp_path / "run", [{"step": 0, "loss": float("nan"), "lr": 0.1}], {})
     written = draw_plots(str(tmp_path / "run"), "", SIDE)
-    assert sorted(path.stem for path in written) == ["overview", "training"]
+    assert sorted(path.stem for path in written) == ["note", "overview", "training"]
+
+
+def test_no_legend_or_figure_lies_on_a_curve():
+    """Curves of held-out figures may go anywhere, that of a ROC goes from below to the right."""
+    falls = [0.9, 0.1, 0.05, 0.02, 0.9]
+    rows = [(step, value) for step, value in enumerate(falls)]
+    records = [{"step": s, "heldout/rank1": v, "heldout/chance": 0.01} for s, v in rows]
+    far = np.logspace(-6, -1, 200)
+    details = {"far": far, "tar": np.clip(0.2 * (7 + np.log10(far)), 0, 1)}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 3.5))
+        heldout, roc = figure.subplots(1, 2)
+        plot_heldout(heldout, records)
+        plot_roc(roc, details)
+        figure.draw_without_rendering()
+        legend = heldout.get_legend().get_window_extent()
+        assert legend.y1 < heldout.xaxis.get_tightbbox().y0 + 1
+        assert heldout.get_position().height > 0.4
+        curve = roc.transData.transform(np.column_stack([details["far"], details["tar"]]))
+        for text in roc.texts:
+            box = text.get_window_extent()
+            assert not any(box.contains(*point) for point in curve)
+            assert box.x1 < roc.get_window_extent().x1
 
 
 def test_drawing_leaves_the_callers_style_alone(tmp_path):
-    import matplotlib as mpl
-
     before = dict(mpl.rcParams)
     write_run(tmp_path / "run", [{"step": 0, "loss": 1.0, "lr": 0.1}], {})
     draw_plots(str(tmp_path / "run"), "", SIDE)
