@@ -22,7 +22,6 @@ METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
 _DIGEST_LENGTH = 36  # of MLflow's data sets; the whole one is in the profile
 _NOTE = "mlflow.note.content"
-_TRAINING_VIEW = {"mlflow.experimentKind": "custom_model_development"}  # not that of GenAI
 _CONSTANTS = frozenset({"chance", "gallery", "probes", "pairs", "impostors"})
 _COLUMNS = [  # of a sample
     {"type": "binary", "name": "image", "required": True},
@@ -198,9 +197,7 @@ class MlflowStore:
             return existing.experiment_id
         location = Path(self._artifacts).absolute().as_uri() if self._artifacts else None
         try:
-            return self._client.create_experiment(
-                self._experiment, artifact_location=location, tags=_TRAINING_VIEW
-            )
+            return self._client.create_experiment(self._experiment, artifact_location=location)
         except MlflowException:
             # Another run may have made it meanwhile.
             existing = self._client.get_experiment_by_name(self._experiment)

@@ -143,7 +143,7 @@ def _page(
         title=title,
         rows=rows,
         more=len(queries.keys) - shown,
-        gallery=f"{len(gallery.keys):,} of {gallery.source or 'a file'}",
-        queries=f"{len(queries.keys):,} of {queries.source}",
+        gallery=len(gallery.keys),  # the title names what was typed, and no path of this machine
+        queries=len(queries.keys),
         search=found.describe(),
     )

@@ -49,5 +49,8 @@ def test_search(source: str, tmp_path: Path) -> None:
     page, _, table = write_search(
         str(tmp_path / "out"), "caf\udce9", known, queries, search(known, queries, 1)
     )
-    assert "caf\\udce9" in Path(page).read_text(encoding="utf-8")
+    text = Path(page).read_text(encoding="utf-8")
+    assert "caf\\udce9" in text
+    assert f"{len(KEYS)} queries among {len(KEYS)} images" in text
+    assert source not in text, "paths of this machine stay here"
     assert "caf\\udce9.png" in Path(table).read_text(encoding="utf-8")
