@@ -52,12 +52,12 @@ def _places(connection: sqlite3.Connection) -> list[str]:
     if not connection.execute(exists).fetchone():
         return []
     found = connection.execute("SELECT DISTINCT artifact_location FROM experiments")
-    return [place for (place,) in found if place and place.startswith("file:")]
+    return [url for (url,) in found if url and url.startswith("file:")]
 
 
-def _was_here(place: str, folder: Path) -> bool:
+def _was_here(url: str, folder: Path) -> bool:
     """Whether this is where the folder was: of its name, and gone, or with runs that are here."""
-    path = Path(unquote(urlsplit(place).path))
+    path = Path(unquote(urlsplit(url).path))
     if path.name != folder.name:
         return False
     return not path.is_dir() or any((path / run.name).is_dir() for run in folder.iterdir())
