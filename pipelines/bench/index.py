@@ -120,7 +120,7 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
             15 * scale,
             "s",
         ),
-        IndexCost("private memory of that, at the peak", drawn["draw"] / MIB, 1000 * draws, "MiB"),
+        IndexCost("private memory of that, at the peak", drawn["draw"] / 1e6, 1000 * draws, "MB"),
     ]
 
 

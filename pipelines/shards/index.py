@@ -149,9 +149,15 @@ class ShardIndex:
 
         None: they are in no column; the tars alone know them, or tables in memory.
         """
+        labels = self.label_column
+        return None if labels is None else labels[numbers].astype(np.int64)
+
+    @property
+    def label_column(self) -> npt.NDArray[np.integer] | None:
+        """The labels of all samples `[samples]`, mapped, as they are stored; None: see above."""
         first = self.shards[0] if self.shards else None
         column = first.columns.labels if isinstance(first, MappedShard) else None
-        return None if column is None else column.values[numbers].astype(np.int64)
+        return None if column is None else column.values
 
     @property
     def label_shape(self) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from mhe_dist.seeds import generator
 from pipelines.data.mixture.drawn import PassDraw
@@ -21,7 +23,7 @@ from pipelines.shards.label_set import LabelLists, LabelSet
 _HALF_WORD: Final = 32
 _POOL = 1 << 23  # images of whole classes that are drawn from together, about, at the least
 _MOST_POOLS: Final = 16  # so often all labels are read
-_PART: Final = 1 << 20  # labels of a label set that are read together
+_PART: Final = 1 << 20  # labels that are read together
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,15 @@ class MixedDataset:
         """
         if self.is_whole:
             return np.arange(self.index.samples)
-        drawn = [np.empty(0, np.int64)]
         if self.max_labels > 1:
-            return np.concatenate([*drawn, *self._labelled()])
+            return np.concatenate([np.empty(0, np.int64), *self._labelled()])
+        drawn, end = np.empty(self.pass_samples, np.int64), 0
         for numbers, counts in self._pools():
             chosen = draw_at_most(counts, self.per_class, rng) if self.per_class else slice(None)
-            drawn.append(numbers[chosen])
-        return np.concatenate(drawn)
+            found = numbers[chosen]
+            drawn[end : end + len(found)] = found
+            end += len(found)
+        return drawn
 
     def entry(self, shard: int, position: int) -> IndexEntry:
         """Label and image of a sample, see `ShardIndex.entry`; of several labels the first one.
@@ -202,10 +206,16 @@ class MixedDataset:
         read several times.
         """
         classes, counts = self._class_counts
-        pools = (np.cumsum(counts) - counts) // max(_POOL, -(-int(counts.sum()) // _MOST_POOLS))
-        for pool in np.unique(pools).tolist():
-            here = pools == pool
-            yield self._gather(classes[here], int(counts[here].sum())), counts[here]
+        ends = np.cumsum(counts)
+        images = int(ends[-1]) if len(ends) else 0
+        size = max(_POOL, -(-images // _MOST_POOLS))
+        # A class belongs to the pool in which its first image is.
+        cuts = np.searchsorted(ends - counts, np.arange(0, images + size, size))
+        del ends
+        for start, stop in itertools.pairwise(cuts.tolist()):
+            if stop > start:
+                here = counts[start:stop]
+                yield self._gather(classes[start:stop], int(here.sum())), here
 
     def _gather(self, classes: Ints, images: int) -> Ints:
         """Numbers of the images of some classes, which are sorted; class by class.
@@ -215,10 +225,10 @@ class MixedDataset:
             images: how many there are.
         """
         numbers, labels = np.empty(images, np.int64), np.empty(images, np.int64)
-        start = 0
+        start, lowest, highest = 0, int(classes[0]), int(classes[-1])
         for first, part in self._parts():
             # Between the first and the last one are labels of these classes, or of none chosen.
-            found = np.flatnonzero((part >= classes[0]) & (part <= classes[-1]))
+            found = np.flatnonzero((part >= lowest) & (part <= highest))
             if self.classes is not None:
                 near = part[found]
                 found = found[classes[np.searchsorted(classes, near)] == near]
@@ -247,7 +257,7 @@ class MixedDataset:
         for _, labels in self._parts():
             inside = (labels >= 0) & (labels < len(total))
             np.add.at(total, labels[inside], 1)
-            others.append(labels[~inside])
+            others.append(labels[~inside].astype(np.int64))
         outside, sizes = np.unique(np.concatenate(others), return_counts=True)
         if self.labels is not None:  # there, a label out of range stands for none
             outside, sizes = outside[:0], sizes[:0]
@@ -262,12 +272,17 @@ class MixedDataset:
             classes, counts = classes[chosen], counts[chosen]
         return classes, counts
 
-    def _parts(self) -> Iterator[tuple[int, Ints]]:
-        """The labels of all images, int64, part by part, each with the number of its first."""
+    def _parts(self) -> Iterator[tuple[int, npt.NDArray[np.integer]]]:
+        """The labels of all images as stored, part by part, each with the number of its first."""
         if self.labels is not None:
             for start in range(0, self.labels.samples, _PART):
                 stop = min(start + _PART, self.labels.samples)
                 yield start, self.labels.single_labels(start, stop)
+            return
+        column = self.index.label_column
+        if column is not None:
+            for start in range(0, len(column), _PART):
+                yield start, column[start : start + _PART]
             return
         for number, shard in enumerate(self.index.shards):
             labels = shard.labels
