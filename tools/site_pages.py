@@ -22,6 +22,7 @@ README_PAGES = {
 WHOLE_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 LINK = re.compile(r"(\]\()(?!https?://|#)([^)\s]+)")
 OUTWARD = re.compile(r"(\]\()\.\./([^)\s]+)")
+NAMED_BY_FILE = re.compile(r"\[(?:docs/)?[\w-]+\.md\](\(([\w-]+\.md)(?:#[^)\s]*)?\))")
 
 
 def sections(text: str) -> dict[str, str]:
@@ -56,8 +57,27 @@ def rewrite_links(text: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Pages of docs/ link to files beside that folder as GitHub needs it; lead to their pages."""
-    return OUTWARD.sub(lambda match: match[1] + link_target(match[2]), markdown)
+    """Pages of docs/ link to files beside that folder as GitHub needs it; lead to their pages.
+
+    Where the text of a link is a file's name, the reader of the site gets the page's title.
+    """
+    led = OUTWARD.sub(lambda match: match[1] + link_target(match[2]), markdown)
+    return name_by_title(led, {name: title for title, name in walk_nav(config["nav"])})
+
+
+def name_by_title(markdown: str, titles: dict[str, str]) -> str:
+    """`[data.md](data.md#shards)` as `[Data](data.md#shards)`; other links stay."""
+    return NAMED_BY_FILE.sub(lambda found: f"[{titles[found[2]]}]{found[1]}", markdown)
+
+
+def walk_nav(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Title and page of each entry of a navigation, sections flattened."""
+    pairs = [pair for entry in entries for pair in entry.items()]
+    return [
+        found
+        for title, inside in pairs
+        for found in (walk_nav(inside) if isinstance(inside, list) else [(title, inside)])
+    ]
 
 
 def readme_page(page: str) -> str:

@@ -21,19 +21,9 @@ SITE: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
 
 
 def test_every_page_has_its_place() -> None:
-    placed = [name for _, name in walk_nav(SITE["nav"])]
+    placed = [name for _, name in site_pages.walk_nav(SITE["nav"])]
     there = {path.name for path in ROOT.glob("docs/*.md")} | site_pages.pages().keys()
     assert sorted(placed) == sorted(there)
-
-
-def walk_nav(entries: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Title and page of each entry of a navigation, sections flattened."""
-    pairs = [pair for entry in entries for pair in entry.items()]
-    return [
-        found
-        for title, inside in pairs
-        for found in (walk_nav(inside) if isinstance(inside, list) else [(title, inside)])
-    ]
 
 
 def test_the_build_is_strict_and_prints_its_warnings() -> None:
@@ -77,6 +67,14 @@ def test_pages_of_the_root_link_to_pages_of_the_site() -> None:
 )
 def test_a_link_leads_to_the_page_that_holds_its_file(link: str, target: str) -> None:
     assert site_pages.link_target(link) == target
+
+
+def test_a_link_that_is_called_by_its_file_is_called_by_its_page() -> None:
+    config = {"nav": SITE["nav"]}
+    text = "[docs/data.md](data.md#glyphs), [faq.md](faq.md), [a set](data.md), ![x](head.png)"
+    assert site_pages.on_page_markdown(text, None, config, None) == (
+        "[Data](data.md#glyphs), [Questions](faq.md), [a set](data.md), ![x](head.png)"
+    )
 
 
 def test_a_link_to_no_section_of_the_readme_is_an_error() -> None:
