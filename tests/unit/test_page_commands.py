@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from PIL import Image
 from typer.core import TyperCommand
@@ -31,6 +33,7 @@ INLINE = re.compile(r"`mhe ([^`]*)`")
 HEADER = re.compile(r"^#.*?\bmhe (.+?)(?:\)|, |\s{2,}|$)", re.MULTILINE)
 CONTINUED = re.compile(r" \\\n#\s+")  # a command of a header that goes on in the next line
 SETTING = re.compile(r"[a-z_]+(?:\.\w+)+=")
+PROGRAMS = {"mlflow": "mlflow.cli", "ray": "ray.scripts.scripts"}  # and where their commands are
 STARTERS = {"mhe", "torchrun", "srun"}  # what a line may begin with that has mhe in it
 KEYS = {key.path for key in all_keys()}
 SECTIONS = "|".join(sorted(key.path for key in all_keys() if "." not in key.path))
@@ -128,6 +131,37 @@ def test_a_command_in_a_sentence_has_a_verb_and_options_that_there_are(words: li
     written = {word for word in words if word.startswith("--")}
     assert command is not root or not words or words[0].startswith("-"), "no such verb"
     assert written <= options | {"--help"}
+
+
+def program_commands() -> list[Any]:
+    """Every command of a block that mlflow or ray takes, up to what it hands on."""
+    found = []
+    for path in PAGES:
+        for line in path.read_text().replace("\\\n", "").splitlines():
+            starts = re.search(r"^ {4}(?:\S+=\S+ |srun )*(?:\S*/)?(mlflow|ray) (.*)", line)
+            if starts:
+                words = re.split(r" -- | &(?: |$)|\s#", starts[2])[0].split()
+                found.append(pytest.param(starts[1], words, id=f"{path.name}:{' '.join(words)}"))
+    return found
+
+
+@pytest.mark.slow  # both are large
+@pytest.mark.parametrize(("program", "words"), program_commands())
+def test_mlflow_and_ray_have_the_commands_and_options_of_a_page(
+    program: str, words: list[str]
+) -> None:
+    command: Any = import_module(PROGRAMS[program]).cli
+    options: set[str] = set()
+    for word in words:
+        if not isinstance(command, click.Group):
+            break
+        group, command = command, command.get_command(click.Context(command), word)
+        assert command, f"no such command: {word}"
+        if word == "symmetric-run":  # it takes what `ray start` takes, too
+            options |= {name for each in group.commands["start"].params for name in each.opts}
+    assert not isinstance(command, click.Group)
+    options |= {name for parameter in command.params for name in parameter.opts}
+    assert {word.partition("=")[0] for word in words if word.startswith("-")} <= options
 
 
 def test_what_is_no_command_is_found(parsed: list[Any]) -> None:
