@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,9 +93,11 @@ class MlflowStore:
         self._system: Any = None
 
     def describe(self, params: dict[str, str], tags: dict[str, str]) -> None:
-        """Remember what `open` will log; the commit also where MLflow's pages look for it."""
+        """Remember what `open` will log; commit and user also where MLflow's pages show them."""
         self._params = params
         self._tags = {"mlflow.source.name": "mhe", "mlflow.source.type": "LOCAL"} | tags
+        with suppress(KeyError, ImportError, OSError):  # a machine need not have such an account
+            self._tags["mlflow.user"] = getpass.getuser()
         if "git_commit" in tags:
             self._tags["mlflow.source.git.commit"] = tags["git_commit"].partition("-")[0]
 

@@ -1,5 +1,6 @@
 """MLflow: the same run goes on, secrets stay here, an outage stops nothing."""
 
+import getpass
 import json
 import logging
 import os
@@ -67,6 +68,7 @@ def test_a_run_with_params_tags_metrics_and_artifacts(store, tmp_path):
     assert run.data.params == {"optim.lr": "0.1", "list": "[1, 2]"}
     assert run.data.tags["world_size"] == "2"
     assert run.data.tags["mlflow.source.git.commit"] == "abc"
+    assert run.data.tags["mlflow.user"] == getpass.getuser()
     assert run.data.metrics == {"loss": 0.2, "tar_at_far_1e-3": 0.5}
     history = client(store).get_metric_history(mlflow.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(s, 1.0 / (s + 1)) for s in range(5)]
