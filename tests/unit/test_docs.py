@@ -69,6 +69,15 @@ def test_the_design_names_every_room(floor: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_the_lists_of_rooms_are_complete(page: str) -> None:
+    text = (ROOT / page).read_text()
+    folders = [path.parent for path in ROOT.glob("*/*/__init__.py")]
+    rooms = [f for f in folders if f.parent.name in ("launcher", "pipelines", "mhe_dist")]
+    assert len(rooms) > 25
+    assert not [room.name for room in rooms if not re.search(rf"\b{room.name}/", text)]
+
+
 def test_the_readme_tells_the_extras_apart() -> None:
     extras = PROJECT["optional-dependencies"]
     table = re.findall(r"^\| `(\w+)` \| ([\w-]+)", (ROOT / "README.md").read_text(), re.M)
