@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.markup import escape
 
+from launcher.preflight.own_data import make_name
 from launcher.signals import Interrupted, interruptible
 from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
@@ -169,16 +172,31 @@ def tell(*sets: ImportResult, can_train: bool = True) -> None:
             count = f"{len(made.faults):,} bad samples"
             console.say(f"[yellow]{count} left out[/], see {escape(listing)}")
     *heldout, folder = [as_typed(made.index.folder) for made in sets]
-    train = ["mhe", "train", "CONFIG", f"data.shards={folder}"]
-    train += [f"evaluate.shards={each}" for each in heldout]
-    embed = ["mhe", "embed", "RUN", "--images", folder, "--out", "embeddings.npz"]
+    embed = ("embed it", ["mhe", "embed", "RUN", "--images", folder, "--out", "embeddings.npz"])
+    source = folder.rpartition("/")[0] if heldout else folder
     console.list_next(
         [
             ("look at it", ["mhe", "data", "show", folder]),
             ("check it", ["mhe", "data", "verify", folder]),
-            ("train on it", train) if can_train else ("embed it", embed),
+            _how_to_train(source, folder) if can_train else embed,
         ]
     )
+
+
+def _how_to_train(source: str, folder: str) -> tuple[str, list[str]]:
+    """What to type: with the config that `mhe init` wrote here before it, or to have it write one.
+
+    Args:
+        source: folder of the data set, or of what is held out and `folder`.
+        folder: of the training set.
+    """
+    file = Path(f"{make_name(source)}.yaml")
+    if file.is_file():
+        with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if settings.get("data", {}).get("shards", "").rstrip("/") == folder:
+                return "train on it", ["mhe", "train", str(file)]
+    return "a config for it", ["mhe", "init", source]
 
 
 def describe(index: ShardIndex) -> str:

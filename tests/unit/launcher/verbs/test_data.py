@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -74,7 +75,15 @@ def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
     assert run(*words, "made", "--heldout-classes", "1") == 0
     said = capsys.readouterr().out
     assert "made/heldout: 2 images of 1 classes" in said
-    assert "data.shards=made/train evaluate.shards=made/heldout" in said.replace("\n", " ")
+    assert "a config for it" in said and re.search(r"mhe init made$", said, re.MULTILINE)
+    Path("made.yaml").write_text("data: {shards: made/train}\n")  # as `mhe init photos` names them
+    shutil.rmtree("made")
+    assert run(*words, "made", "--heldout-classes", "1") == 0
+    assert re.search(r"mhe train made.yaml$", capsys.readouterr().out, re.MULTILINE)
+    Path("made.yaml").write_text("data: {shards: other/train}\n")
+    shutil.rmtree("made")
+    assert run(*words, "made", "--heldout-classes", "1") == 0
+    assert re.search(r"mhe init made$", capsys.readouterr().out, re.MULTILINE)
     assert run(*words, "all", "--no-classes") == 0
     said = capsys.readouterr().out
     assert "mhe embed RUN --images " in said and "mhe train" not in said
