@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 EventHandler = Callable[[Event], None]
 
+HELDOUT = "heldout/"  # before the names of an evaluation's figures
 _DIGEST_DIGITS = 12  # hexadecimal; 48 bits are exact in a float
 
 
@@ -151,10 +152,14 @@ class Recorder:
         self._begin += seconds
         self._add_phase(name, seconds)
 
-    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Record an evaluation after `step` steps."""
+    def record_evaluation(
+        self, step: int, metrics: dict[str, float], known: dict[str, float]
+    ) -> None:
+        """Record an evaluation after `step` steps, unless these figures are on record already."""
         self._scored = step, metrics
-        self.record_state(step, {f"heldout/{k}": v for k, v in metrics.items()})
+        figures = {f"{HELDOUT}{k}": v for k, v in metrics.items()}
+        if figures != known:
+            self.record_state(step, figures)
         self.emit("evaluation", step=step, **metrics)
 
     def scores(self, step: int) -> dict[str, float]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import fsspec
 
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.loop import StepInfo
-from pipelines.pretrain.recorder import Recorder
+from pipelines.pretrain.recorder import HELDOUT, Recorder
 
 RESTARTS, LOST_STEPS = "restarts", "restart_lost_steps"
 SECONDS, OWN_SECONDS = "restart_seconds", "restart_own_seconds"
@@ -44,15 +44,19 @@ class Restart:
 
     Attributes:
         began: Unix time when this process began to look for the checkpoint.
+        step: steps of the checkpoint.
         count: restarts of the run so far, this one included; 0 where the run begins.
         lost_steps: recorded steps that are after the checkpoint and will be done again.
         last_record: Unix time of the last record before; None where the run begins.
+        heldout: figures on record of the model that the checkpoint holds; empty: none.
     """
 
     began: float
+    step: int = 0
     count: int = 0
     lost_steps: int = 0
     last_record: float | None = None
+    heldout: dict[str, float] = field(default_factory=dict)
 
     def recorded(
         self, step: int, steps: Iterable[StepInfo], recorder: Recorder
@@ -79,9 +83,17 @@ def read_restart(path: str, step: int, began: float) -> Restart:
     done = [record["step"] + 1 for record in records if "loss" in record]
     return Restart(
         began,
+        step,
         count=1 + int(max(record.get(RESTARTS, 0.0) for record in records)),
         lost_steps=max(0, max(done, default=step) - step),
         last_record=max(record["time"] for record in records),
+        heldout={
+            name: value
+            for record in records
+            if record["step"] == step - 1
+            for name, value in record.items()
+            if name.startswith(HELDOUT)
+        },
     )
 
 

@@ -166,7 +166,9 @@ class Run:
                 self.trained_head,
                 with_pictures,
             )
-        self.recorder.record_evaluation(self.progress.step, evaluation.metrics)
+        step = self.progress.step
+        known = self.restart.heldout if step == self.restart.step else {}
+        self.recorder.record_evaluation(step, evaluation.metrics, known)
         return evaluation
 
     def try_to_evaluate(self, with_pictures: bool = False) -> Evaluation | None:
