@@ -145,14 +145,18 @@ def _train(plan: SweepPlan, base: Config) -> list[TrialResult]:
 
 
 def _rank(plan: SweepPlan, trials: Sequence[TrialResult]) -> list[TrialResult]:
-    """Complete ones first, then by their figure; those without one last."""
+    """Complete ones first, then by their figure; those without one last, equal ones by name.
+
+    A sweep that goes on gives its trials in another order.
+    """
     sign = 1 if plan.mode == "max" else -1
 
     def order(trial: TrialResult) -> tuple[bool, bool, float]:
         value = trial.value
         return (value is not None, trial.complete, sign * (value if value is not None else 0.0))
 
-    return sorted(trials, key=order, reverse=True)
+    named = sorted(trials, key=lambda trial: trial.run)
+    return sorted(named, key=order, reverse=True)
 
 
 def _save(plan: SweepPlan, trials: list[TrialResult]) -> None:

@@ -247,6 +247,8 @@ def test_the_table_has_the_best_first(tmp_path: Path, capsys: pytest.CaptureFixt
     assert lines[:2] == ["run,run.seed,step,rank1,state", "sweep-00002,2,90,0.75,complete"]
     assert [line[:11] for line in lines[2:]] == ["sweep-00003", "sweep-00000", "sweep-00001"]
     assert lines[4] == "sweep-00001,1,0,,rank 0: no memory"
+    tied = [trials[2], trials[3]._replace(value=0.75)]
+    assert sweep._rank(plan(tmp_path), tied) == sweep._rank(plan(tmp_path), tied[::-1]) == tied
     sweep._show(plan(tmp_path), trials)
     shown = capsys.readouterr().out
     assert "mhe train quickstart run.seed=2 run.name=best" in " ".join(shown.split())
