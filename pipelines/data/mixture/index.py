@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from os.path import abspath
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from pipelines.shards.index import UNLABELLED, IndexEntry, ShardIndex
 from pipelines.shards.label_set import NO_LABEL, LabelSet
 from pipelines.shards.shard import Shard
 from pipelines.shards.shard_list import LazyShards
+from pipelines.storage.urls import is_absolute_url
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,9 @@ class _PassShards(LazyShards):
         """See `LazyShards.make`."""
         owner = int(np.searchsorted(self._firsts, number, side="right")) - 1
         index, position = self._indexes[owner], number - int(self._firsts[owner])
-        return replace(index.shards[position], url=index.url(position))
+        url = index.url(position)
+        # A relative one would be taken for one in the folder of the first data set.
+        return replace(index.shards[position], url=url if is_absolute_url(url) else abspath(url))
 
 
 def label_digests(index: ShardIndex) -> dict[str, str]:

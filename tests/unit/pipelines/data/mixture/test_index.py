@@ -92,6 +92,17 @@ def test_without_a_choice_there_is_no_view(shards: str) -> None:
     assert samples_per_epoch(found) == len(ALL)
 
 
+def test_relative_paths_of_data_sets_are_those_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [save(Path(name)) for name in ("one", "two")]
+    found = opened(names[0], images_per_class=2, mix=[{"shards": names[1]}])
+    expected = [str(tmp_path / name / f"{n}.tar") for name in names for n in range(len(SHARDS))]
+    for index in (found, found.cut(0, len(expected))):  # a loader process has the latter
+        assert [index.url(shard) for shard in range(len(expected))] == expected
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 100])
 def test_at_most_so_many_images_of_a_class_drawn_anew(shards: str, limit: int) -> None:
     found = opened(shards, images_per_class=limit)
