@@ -8,7 +8,8 @@ are touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from mhe_dist.kernels.dispatch import MAX_WIDTH, use_kernels
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 LARGE_UNIT_BYTES = 1 << 17
+# From this size on, an operation on a list of units costs no more than one on a copy of them all.
+LISTED_UNIT_BYTES = 1 << 14
 
 Initial = Callable[[Tensor], Tensor]
 # Global numbers of units: a host int64 tensor `[U]`, or a range, whose rows are consecutive.
@@ -123,10 +126,35 @@ class Bank:
         own, given as a range, which is updated in place: a copy would take as long as the update.
         """
         weight = self._store["weight"]
-        on_host = weight.device.type == self.device.type == "cpu"
-        if isinstance(units, range) or not on_host or weight.unit_bytes < LARGE_UNIT_BYTES:
+        in_place = weight.changes_in_place(self.compute_dtype)
+        if isinstance(units, range) or not in_place or weight.unit_bytes < LARGE_UNIT_BYTES:
             return [(slice(None), units)]
         return [(slice(i, i + 1), range(u, u + 1)) for i, u in enumerate(units.tolist())]
+
+    @property
+    def lists_units(self) -> bool:
+        """Whether units are large enough for `changing`."""
+        on_host = self.device.type == "cpu" == self._store["weight"].device.type
+        unit_bytes = self.length * self.width * self.compute_dtype.itemsize
+        return on_host and unit_bytes >= LISTED_UNIT_BYTES
+
+    @contextmanager
+    def changing(self, units: Tensor, step: int) -> Iterator[dict[str, list[Tensor]]]:
+        """Each field of each of some touched, distinct units `[L, columns]`, to be changed in place.
+
+        What they are at the end of the block is stored. They are no copies where rows lie in this
+        host's memory in the compute type. `step` keys the rounding.
+        """
+        local = units.numpy() - self.units.start
+        fields, copies = {}, {}
+        for name, store in self._store.items():
+            if store.changes_in_place(self.compute_dtype):
+                fields[name] = store.where_stored(local)
+            else:
+                copies[name] = self.read(units, name)
+                fields[name] = list(copies[name].unbind())
+        yield fields
+        self.write(units, copies, step)
 
     def touch(self, units: Units) -> None:
         """Initialise those of `units` that were never touched."""

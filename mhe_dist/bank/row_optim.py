@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from mhe_dist.bank.bank import Bank, Units, inverse_norms
 from mhe_dist.config.head import HeadOptimConfig
@@ -122,6 +123,36 @@ class RowSGD(RowOptimizer):
     def fields(self) -> dict[str, int | None]:
         """The momentum, if there is any."""
         return {"momentum": None} if self.momentum else {}
+
+    def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
+        """Update the distinct, touched `units`."""
+        if isinstance(units, Tensor) and bank.lists_units:
+            self._update_listed(bank, units, gradient, lr, step)
+        else:
+            super().update(bank, units, gradient, lr, step)
+
+    def _update_listed(
+        self, bank: Bank, units: Tensor, gradient: RowGradient, lr: float, step: int
+    ) -> None:
+        """One pass over rows and momentum, where they lie, once the gradient is complete."""
+        if isinstance(gradient, Dense) and gradient.of_normalised:
+            gradient = gradient.at(bank.read(units))
+        with bank.changing(units, step) as fields:
+            rows, summed = fields["weight"], list(gradient.product().unbind())
+            if gradient.b is not None:
+                torch._foreach_addcmul_(summed, rows, list(gradient.b.unsqueeze(-1).unbind()))
+            sgd(
+                rows,
+                summed,
+                fields.get("momentum", [None] * len(rows)),
+                fused=True,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+                lr=lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+            )
 
     def _update(
         self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int

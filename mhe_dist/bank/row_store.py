@@ -8,6 +8,9 @@ from the disk, and rows that a GPU will use are copied to it (`remote_rows.py`).
 from __future__ import annotations
 
 import mmap
+import os
+from functools import partial
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
@@ -20,6 +23,7 @@ from torch import Tensor
 from mhe_dist.bank.remote_rows import Local, RemoteRows, RemoteTraffic
 from mhe_dist.distributed import transfer
 from mhe_dist.distributed.transfer import to_device
+from mhe_dist.errors import RunError
 
 Memory = Literal["device", "host", "file"]
 Shape = tuple[int, int, int]
@@ -27,6 +31,9 @@ Shape = tuple[int, int, int]
 # When more bytes of a file are in use, its pages are handed back to the system's cache. They stay
 # there while there is room. Otherwise all pages ever touched would count as the process's memory.
 RESIDENT_BYTES: Final = 1 << 30
+# Units of a file from this size on are written by the system, not through the mapping: a page that
+# is written there for the first time costs a fault, many times what its bytes do.
+LEAST_WRITTEN_BYTES: Final = 1 << 14
 
 
 class RowStore:
@@ -48,6 +55,7 @@ class RowStore:
         path: Path | None,
     ) -> None:
         self._map: mmap.mmap | None = None
+        self._file: FileIO | None = None
         self._used = 0
         self.shape, self.dtype = shape, dtype
         if 0 in shape or (memory == "device" and device.type != "cpu"):
@@ -55,7 +63,8 @@ class RowStore:
         elif memory == "file":
             if path is None:
                 raise ValueError("a bank in file memory needs a folder")
-            self._map = _sparse_file(path, self.nbytes)
+            self._file = _sparse_file(path, self.nbytes)
+            self._map = mmap.mmap(self._file.fileno(), self.nbytes)
             self._rows = torch.frombuffer(self._map, dtype=dtype).view(shape)
         else:
             pages = np.zeros(self.nbytes, dtype=np.uint8)
@@ -87,6 +96,11 @@ class RowStore:
         """Bytes of one unit."""
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
+    def changes_in_place(self, dtype: torch.dtype) -> bool:
+        """Whether rows of that type are best changed where they lie: in this host's memory."""
+        in_memory = self._file is None and self._remote is None
+        return in_memory and self.device.type == "cpu" and self.dtype == dtype
+
     @property
     def traffic(self) -> RemoteTraffic | None:
         """What was read on a GPU; None where rows are used where they are."""
@@ -104,19 +118,44 @@ class RowStore:
         where = to_device(torch.from_numpy(local), self.device)
         return self._count(self._rows.index_select(0, where))
 
+    def where_stored(self, local: npt.NDArray[np.int64]) -> list[Tensor]:
+        """Each of some units `[L, columns]`: a change of it changes what is stored."""
+        return list(map(partial(torch.select, self.rows, 0), local.tolist()))
+
     def put(self, local: Local, rows: Tensor) -> None:
         """Store rows; those that `get` gave of a slice are there already.
 
         Rows that are used elsewhere than they are stored must not be changed afterwards.
+
+        Raises:
+            RunError: the disk of a file is full.
         """
-        self._count(rows)
         if self._remote is not None and rows.device.type != self.device.type:
             self._remote.put(local, rows)
         elif not isinstance(local, slice):
+            if self._file is not None and self.unit_bytes >= LEAST_WRITTEN_BYTES:
+                self._write_units(self._file, local, rows)
+                return
+            self._count(rows)
             where = to_device(torch.from_numpy(local), self.device)
             self.rows.index_copy_(0, where, rows.to(self.device, self.dtype))
         elif rows.data_ptr() != self._rows[local].data_ptr():
             self.rows[local].copy_(rows)
+
+    def _write_units(self, file: FileIO, local: npt.NDArray[np.int64], rows: Tensor) -> None:
+        """Write units to the file; what is mapped of it shows them at once."""
+        size = self.unit_bytes
+        stored = rows.to(self.dtype).contiguous().view(torch.uint8).view(-1).numpy()
+        data = memoryview(stored)
+        try:
+            for number, unit in enumerate(local.tolist()):
+                _write_all(file, data[number * size : (number + 1) * size], unit * size)
+        except OSError as error:
+            raise RunError(
+                f"{file.name!s}: rows cannot be written: {error.strerror}. "
+                "head.bank.memory=file needs room for all rows that steps touch, and their state: "
+                "make room, or let head.bank.path name a larger disk"
+            ) from error
 
     def copy_units(self, local: npt.NDArray[np.int64], out: Tensor) -> None:
         """Copy the rows of some units to `out` `[U, L, columns]` on the host, in the stored type.
@@ -171,10 +210,17 @@ class RowStore:
         return rows
 
 
-def _sparse_file(path: Path, size: int) -> mmap.mmap:
+def _sparse_file(path: Path, size: int) -> FileIO:
     """A file of zeros whose blocks are allocated when they are written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    with path.open("w+b") as file:
-        file.truncate(size)
-        return mmap.mmap(file.fileno(), size)
+    file = FileIO(path, "w+")
+    file.truncate(size)
+    return file
+
+
+def _write_all(file: FileIO, data: memoryview, offset: int) -> None:
+    """Write all of `data`; the system may take it in parts."""
+    while len(data):
+        written = os.pwrite(file.fileno(), data, offset)
+        data, offset = data[written:], offset + written

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from mhe_dist.bank import row_store
 from mhe_dist.bank.bank import Bank, round_stochastically
+from mhe_dist.errors import RunError
 from mhe_dist.noise import normal_rows
 
 MEMORIES = ("device", "host", "file")
@@ -181,12 +184,62 @@ def test_pages_of_a_file_are_let_go_and_the_rows_stay(
     rows = Bank(range(64), 128, 64, big, memory="file", folder=tmp_path)
     every = torch.arange(64)
     rows.touch(every)
+    assert not rss_of(tmp_path / "weight.rows"), "what is written alone is not mapped"
+    rows.read(every)
     mapped = rss_of(tmp_path / "weight.rows")
     assert mapped >= rows.bytes
     rows.release()
     assert rss_of(tmp_path / "weight.rows") < mapped / 8
     rows.prefetch(numbers(3, 4, 5, 60))
     assert torch.equal(rows.read(every), big(every))
+
+
+def test_a_file_takes_units_in_parts_and_shows_them_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Bank(range(8), 128, 64, big, memory="file", folder=tmp_path)
+    before = rows.read(range(8)).clone()
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:5000], at))
+    rows.touch(numbers(6, 1))
+    rows.write(numbers(1), {"weight": big(numbers(1)) / 3}, step=0)
+    expected = torch.cat([before[:1], big(numbers(1)) / 3, before[2:]])
+    assert torch.equal(rows.read(range(8)), expected)
+
+
+def test_a_full_disk_names_the_file_and_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Bank(range(8), 128, 64, big, memory="file", folder=tmp_path)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(RunError, match=r"weight.rows.*No space left.*head.bank.path"):
+        rows.touch(numbers(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_units_become_in_a_block_is_stored(
+    memory: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    changed, written = (
+        bank(memory, tmp_path / name, dtype=dtype) for name in ("changed", "written")
+    )
+    units = numbers(117, 100, 105)
+    for rows in (changed, written):
+        rows.touch(units)
+    with changed.changing(units, step=4) as fields:
+        assert set(fields) == {"weight", "momentum", "age"}
+        for field, values in fields.items():
+            for value in values:
+                value.add_(len(field)).mul_(1 / 3)
+    values = {field: (written.read(units, field) + len(field)) * (1 / 3) for field in fields}
+    written.write(units, values, step=4)
+    for field in fields:
+        assert torch.equal(changed.read(UNITS, field), written.read(UNITS, field))
 
 
 def big(units: Tensor) -> Tensor:

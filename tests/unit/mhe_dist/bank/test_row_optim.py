@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhe_dist.bank import bank as bank_module
 from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient, RowOptimizer, build_row_optimizer
 from mhe_dist.config.head import HeadOptimConfig
@@ -18,6 +19,12 @@ CONFIGS = {
     "plain sgd": HeadOptimConfig(kind="sgd", momentum=0.0, weight_decay=0.0),
     "adamw": HeadOptimConfig(kind="adamw", weight_decay=0.1),
 }
+
+
+@pytest.fixture(params=["copied", "listed"])
+def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to update units: large ones as a list of what is stored, small ones as a copy."""
+    monkeypatch.setattr(bank_module, "LISTED_UNIT_BYTES", 1 if request.param == "listed" else 1 << 30)
 
 
 def first_rows(units: Tensor) -> Tensor:
@@ -64,6 +71,7 @@ def gradient(kind: str, rows: Tensor, step: int) -> tuple[RowGradient, Tensor]:
 GRADIENTS = ("low rank", "low rank, not normalised", "dense", "dense, not normalised")
 
 
+@pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize("units", [torch.arange(UNITS), range(UNITS)], ids=["some", "range"])
 @pytest.mark.parametrize("kind", GRADIENTS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -84,6 +92,7 @@ def test_equals_torch_when_all_rows_are_touched(
         torch.testing.assert_close(bank.read(range(UNITS), field), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("listed")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_each_row_is_as_if_its_own_updates_were_all(config: HeadOptimConfig) -> None:
     """A touched row follows torch's optimizer over the steps that touched it; others lie still."""
