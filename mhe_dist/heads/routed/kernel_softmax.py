@@ -6,18 +6,14 @@ are read at once, and their logits lie in one buffer. Import it where kernels ma
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.heads.batch_invariant import LEAST_ROWS, product
-from mhe_dist.heads.class_rows import ClassRows
+from mhe_dist.heads.batch_invariant import product
 from mhe_dist.heads.grouping import Chunk, GradientFactors
+from mhe_dist.heads.routed.extra_logits import ExtraLogits, negatives_of
 from mhe_dist.heads.routed.softmax import RoutedBatch, RoutedScores
-from mhe_dist.kernels.extra_softmax import ExtraTable, extra_statistics, extra_weights
-from mhe_dist.kernels.negatives import Negatives
 from mhe_dist.kernels.own_softmax import (
     OwnFactors,
     OwnProducts,
@@ -30,106 +26,45 @@ from mhe_dist.kernels.own_softmax import (
 def kernel_softmax(batch: RoutedBatch) -> RoutedScores:
     """Score one micro-batch of all ranks on the rank that owns the heads; see `routed_softmax`."""
     features = batch.features
-    logits = _ExtraLogits(batch)
-    samples = logits.normalise()
+    extra = _ExtraHeads(batch)
+    samples = extra.normalise()
     gradient = torch.zeros_like(features)
     own = _OwnHeads(batch, samples, gradient)
     for chunk in batch.chunks:
         own.score(chunk)
-    logits.finish(samples, gradient)
+    extra.finish(samples, gradient)
     if batch.sums is not None:
         scaled = features * (batch.class_rows.margin.scale * batch.share)
-        for part, weights in zip(batch.parts, logits.blocks, strict=True):
+        for part, weights in zip(batch.parts, extra.logits.blocks, strict=True):
             numbers = batch.dispatch.sample_numbers[part.samples]
             batch.sums[part.group].add(numbers, weights, scaled[part.samples])
     correct = (samples.target > samples.highest).to(features.dtype)
     return RoutedScores(samples.losses, gradient, correct, own.factors())
 
 
-class _ExtraLogits:
+class _ExtraHeads:
     """The samples of all groups against their groups' extra heads, in two passes."""
 
     def __init__(self, batch: RoutedBatch) -> None:
-        class_rows, features = batch.class_rows, batch.features
-        self.class_rows, self.features, self.norms = class_rows, features, batch.norms
-        self.negatives, self.parts = negatives_of(class_rows), batch.parts
-        self.heads = [batch.extra[part.group] for part in self.parts]
-        widths = [len(heads) * class_rows.layout.length for heads in self.heads]
-        sizes = [part.size * width for part, width in zip(self.parts, widths, strict=True)]
-        self.buffer = features.new_empty(sum(sizes))
-        self.blocks = [
-            block.view(-1, width)
-            for block, width in zip(self.buffer.split(sizes), widths, strict=True)
-        ]
-        self.rows = self._read(widths)
-        self.table = self._table(len(features), batch.correction)
-        self.with_margin = self.slope = torch.empty_like(features[:, 0])
-
-    def _read(self, widths: list[int]) -> tuple[Tensor, ...]:
-        """The normalised rows `[m * L, D]` of each group, all read at once."""
-        if not self.heads:
-            return ()
-        rows: Tensor = self.class_rows.read_unit_rows(torch.cat(self.heads)).flatten(0, 1)
-        return rows.split(widths)
-
-    def _table(self, count: int, correction: bool) -> ExtraTable:
-        """Where the logits of each sample lie, planned on the host and sent at once."""
-        layout, first = self.class_rows.layout, 0
-        places, offsets = torch.zeros(4, count, dtype=torch.int64), torch.zeros(count)
-        places[3] = -1
-        for part, heads, block in zip(self.parts, self.heads, self.blocks, strict=True):
-            width = block.shape[1]
-            places[0, part.samples] = first + torch.arange(part.size) * width
-            places[1, part.samples] = width
-            # Slots without a class are the last ones of the last head.
-            missing = (int(heads[-1]) + 1) * layout.length - layout.num_classes
-            places[2, part.samples] = width - max(0, missing)
-            places[3, part.inside + part.samples.start] = part.column
-            others, seen = max(1, layout.heads - 1), max(1, len(heads) - 1)
-            offsets[part.samples] = math.log(others / len(heads))
-            offsets[part.inside + part.samples.start] = math.log(others / seen)
-            first += block.numel()
-        device, widest = self.buffer.device, max((len(rows) for rows in self.rows), default=0)
-        return ExtraTable(
-            to_device(places, device),
-            to_device(offsets, device) if correction else None,
-            layout.length,
-            widest,
-            self.buffer.nbytes,
+        self.class_rows, self.norms = batch.class_rows, batch.norms
+        self.logits = ExtraLogits(
+            batch.class_rows, batch.features, batch.parts, batch.extra, batch.correction
         )
+        self.with_margin = self.slope = torch.empty_like(batch.features[:, 0])
 
     def normalise(self) -> SampleSums:
         """First pass: what extra heads contribute; final for samples whose own is among them."""
-        scale, table = self.negatives.scale, self.table
-        scaled = self.features * scale
-        for part, rows, block in zip(self.parts, self.rows, self.blocks, strict=True):
-            if part.size < LEAST_ROWS:
-                block.copy_(product(scaled[part.samples], rows.T))
-            else:
-                torch.mm(scaled[part.samples], rows.T, out=block)
-        found = extra_statistics(self.buffer, table, self.negatives)
+        found = self.logits.statistics()
         phi, self.slope = self.class_rows.target(found.target, self.norms)
-        self.with_margin = phi * scale
+        self.with_margin = phi * self.class_rows.margin.scale
         inside = torch.logaddexp(found.log_sum, self.with_margin)
-        log_sum = torch.where(table.places[3] < 0, found.log_sum, inside)
+        log_sum = torch.where(self.logits.table.places[3] < 0, found.log_sum, inside)
         return SampleSums(found.target, found.highest, log_sum, log_sum - self.with_margin)
 
     def finish(self, samples: SampleSums, gradient: Tensor) -> None:
-        """Second pass: add to the samples' gradient; `blocks` are the rows' weights then."""
-        extra_weights(
-            self.buffer,
-            self.table,
-            self.negatives,
-            samples.log_sum,
-            self.with_margin,
-            self.slope,
-        )
-        scale = self.negatives.scale
-        for part, rows, block in zip(self.parts, self.rows, self.blocks, strict=True):
-            if part.size < LEAST_ROWS:
-                gradient[part.samples].add_(product(block, rows), alpha=scale)
-            else:
-                gradient[part.samples].addmm_(block, rows, alpha=scale)
+        """Second pass: add to the samples' gradient; the logits are the rows' weights then."""
+        self.logits.form_weights(samples.log_sum, self.with_margin, self.slope)
+        self.logits.add_gradient(gradient)
 
 
 class _OwnHeads:
@@ -180,8 +115,3 @@ class _OwnHeads:
         """The gradient of the rows of own heads."""
         own = to_device(self.batch.dispatch.own, self.features.device)
         return GradientFactors(self.features[own], self.weights, self.radial)
-
-
-def negatives_of(class_rows: ClassRows) -> Negatives:
-    """What the margin makes of the logits of negatives."""
-    return Negatives(class_rows.margin.scale, class_rows.margin.filter)

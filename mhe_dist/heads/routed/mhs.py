@@ -11,7 +11,7 @@ writes it once in the update; no gradient of the size of the rows is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,9 +28,13 @@ from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors, chunks_by_head
 from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
-from mhe_dist.heads.routed.dispatch import Dispatch, plan_dispatch
-from mhe_dist.heads.routed.label_dispatch import LabelDispatch, plan_label_dispatch
-from mhe_dist.heads.routed.several_labels import RoutedLabels, join_labels
+from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart, plan_dispatch
+from mhe_dist.heads.routed.label_dispatch import (
+    GroupVisits,
+    LabelDispatch,
+    plan_label_dispatch,
+)
+from mhe_dist.heads.routed.several_labels import GRID, RoutedLabels, join_labels
 from mhe_dist.heads.routed.softmax import (
     ExtraGradient,
     RoutedBatch,
@@ -151,14 +155,29 @@ class MhsRoute(RowHead):
 
     def _softmax_of(self, batch: RoutedBatch) -> Callable[[RoutedBatch], RoutedScores]:
         """What scores a batch: kernels where they may, if its logits fit in memory at once."""
-        length, features = self.layout.length, batch.features
-        logits = sum(len(batch.extra[part.group]) * part.size for part in batch.parts) * length
-        fit = length <= MAX_LENGTH and logits * features.element_size() <= LOGITS_BYTES
-        if not (fit and features.dtype == torch.float32 and use_kernels(features)):
+        if not self._takes_kernels(batch.features, batch.parts):
             return routed_softmax
         from mhe_dist.heads.routed.kernel_softmax import kernel_softmax
 
         return kernel_softmax
+
+    def _labels_of(self, dispatch: LabelDispatch, features: Tensor) -> type[RoutedLabels]:
+        """What scores labels; as `_softmax_of`."""
+        corrected = dispatch.offsets is not None
+        if corrected or not dispatch.groups or not self._takes_kernels(features, dispatch.groups):
+            return RoutedLabels
+        from mhe_dist.heads.routed.kernel_labels import KernelLabels
+
+        return KernelLabels
+
+    def _takes_kernels(
+        self, features: Tensor, parts: Sequence[GroupPart] | Sequence[GroupVisits]
+    ) -> bool:
+        """Whether kernels may compute, and all logits over extra heads fit in memory at once."""
+        length = self.layout.length
+        logits = sum(len(self._extra[part.group]) * part.size for part in parts) * length
+        fit = length <= MAX_LENGTH and logits * features.element_size() <= LOGITS_BYTES
+        return fit and features.dtype == torch.float32 and use_kernels(features)
 
     @with_chosen_products
     def _score(
@@ -202,7 +221,7 @@ class MhsRoute(RowHead):
         there, back = dispatch.labels_send, dispatch.labels_receive
         arrived = all_to_all(payload[samples], dispatch.send, dispatch.receive, topology)
         features, norms = self.unpack(arrived)
-        labels = RoutedLabels(
+        labels = self._labels_of(dispatch, features)(
             self.class_rows, features, norms, dispatch, chunks, self._extra, with_grad
         )
         sums = all_to_all(labels.sums(), back, there, topology)
@@ -214,7 +233,7 @@ class MhsRoute(RowHead):
             self._own.append(found.own)
             parts = all_to_all(found.features, dispatch.receive, dispatch.send, topology)
             total = torch.zeros(len(payload), self.width, dtype=parts.dtype, device=device)
-            gradient[:, : self.width] = total.index_add_(0, samples, parts)
+            gradient[:, : self.width] = total.index_add_(0, samples, parts).mul_(GRID)
         return FusedOutput(joined.losses.sum(), gradient, joined.correct.sum())
 
     @torch.no_grad()

@@ -27,13 +27,16 @@ from mhe_dist.heads.objectives import LabelObjective
 from mhe_dist.heads.routed.label_dispatch import GroupVisits, LabelDispatch, Meetings
 from mhe_dist.heads.routed.softmax import ExtraGradient, hide_padding
 
-# float64 holds multiples of this exactly up to 512, far above the entries of a gradient.
+# float64 counts multiples of this exactly up to 512, far above the entries of a gradient.
 GRID: Final = 2.0**-44
 
 
-def on_grid(values: Tensor) -> Tensor:
-    """`values` in float64, rounded to multiples of `GRID`: their sums are exact in any order."""
-    return values.double().mul_(1 / GRID).round_().mul_(GRID)
+def grid_counts(values: Tensor) -> Tensor:
+    """How many times `GRID` each of `values` is, rounded, in float64: sums are exact in any order.
+
+    `values` are overwritten. They are scaled by a power of two, so nothing is rounded before.
+    """
+    return values.mul_(1 / GRID).round_().double()
 
 
 class JoinedLosses(NamedTuple):
@@ -81,7 +84,7 @@ class LabelGradients(NamedTuple):
     """Gradients of the sum of the losses.
 
     Attributes:
-        features: of what arrived `[n, D]`, float64, on the grid.
+        features: of what arrived `[n, D]`, float64, as multiples of `GRID`.
         own: of the rows of own heads, scaled by `share`.
     """
 
@@ -173,16 +176,10 @@ class RoutedLabels:
         self.offsets = None
         if dispatch.offsets is not None:
             self.offsets = to_device(dispatch.offsets.to(features.dtype), self.device)
-        parts = [_Visits(self, part, extra[part.group]) for part in dispatch.groups]
-        self.parts = parts
-        self._keep = with_grad and sum(part.nbytes for part in parts) <= LOGITS_BYTES
-        self._kept: dict[tuple[int, int], Tensor] = {}
         self._labels = dispatch.pairs.table()
         for chunk in chunks:
             self._score_own(chunk)
-        for part in parts:
-            for where in part.slices():
-                self._score_extra(part, where)
+        self._score_extras(extra)
 
     def sums(self) -> Tensor:
         """What a sample's rank must know of each arrived label `[T, 5]`.
@@ -211,20 +208,17 @@ class RoutedLabels:
         shift, pull = answer.unbind(1)
         coefficient = pull * self.slope * -self.scale
         own = self._factors(self.dispatch.pairs, self.pairs, shift)
-        extra = self._factors(self.dispatch.visits, self.visits, shift)
-        for part in self.parts:
-            for where in part.slices():
-                self._add_extra(part, where, extra, coefficient, sums[part.group], share)
+        extra = self._extra_gradients(shift, coefficient, sums, share)
         index = torch.cat([self.pairs.samples, self.visits.samples, self.label_samples])
         parts = torch.cat(
             [
                 self.pairs.gradient.mul_(own.unsqueeze(1)),
-                self.visits.gradient.mul_(extra.unsqueeze(1)),
+                extra,
                 self.unit_rows.mul_(coefficient.unsqueeze(1)),
             ]
         )
         gradient = torch.zeros(self.features.shape, dtype=torch.float64, device=self.device)
-        gradient.index_add_(0, index, on_grid(parts))
+        gradient.index_add_(0, index, grid_counts(parts))
         return LabelGradients(gradient, self._own_factors(own, coefficient, share))
 
     def _factors(self, meetings: Meetings, sums: _Sums, shift: Tensor) -> Tensor:
@@ -287,6 +281,32 @@ class RoutedLabels:
         phi, slope = self.class_rows.target(cosine, norms)
         self.target[label], self.slope[label] = cosine, slope
         self.with_margin[label], self.unit_rows[label] = phi * self.scale, unit_rows
+
+    def _score_extras(self, extra: dict[int, Tensor]) -> None:
+        """First pass over all extra rows."""
+        parts = [_Visits(self, part, extra[part.group]) for part in self.dispatch.groups]
+        self.parts = parts
+        self._keep = self.with_grad and sum(part.nbytes for part in parts) <= LOGITS_BYTES
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        for part in parts:
+            for where in part.slices():
+                self._score_extra(part, where)
+
+    def _extra_gradients(
+        self, shift: Tensor, coefficient: Tensor, sums: dict[int, ExtraGradient], share: float
+    ) -> Tensor:
+        """Second pass over all extra rows: hand on their gradient, and return the visits' `[v, D]`.
+
+        Args:
+            shift: of the arrived labels, see `JoinedLosses`.
+            coefficient: of the arrived labels, the derivative of the loss by the cosine.
+            sums, share: see `gradients`.
+        """
+        factor = self._factors(self.dispatch.visits, self.visits, shift)
+        for part in self.parts:
+            for where in part.slices():
+                self._add_extra(part, where, factor, coefficient, sums[part.group], share)
+        return self.visits.gradient.mul_(factor.unsqueeze(1))
 
     def _score_extra(self, part: _Visits, where: slice) -> None:
         """First pass over a group's extra rows, for some visits."""

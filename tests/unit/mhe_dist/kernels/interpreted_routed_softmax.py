@@ -1,7 +1,7 @@
 """The routed softmax by kernels, against itself in float64: margins, corrections, odd shapes.
 
 Two micro-batches of a step; the last head has slots without a class, and some samples share their
-own head, so that chunks are padded.
+own head, so that chunks are padded. Samples have one label, or up to three.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
+from mhe_dist.heads.routed import extra_logits
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.kernels import extra_softmax
 from pipelines.bench.gpu.agreement import MARGINS, relative
@@ -35,15 +36,23 @@ CASES += [
     (name, shape, MARGINS["filter" if "filter" in name else "arcface"], 16)
     for name, shape in SHAPES.items()
 ]
+SEVERAL: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "all heads of a group": {"mhs": {"length": 5, "extra_heads": 9}},
+    "adaface": {"margin": MARGINS["adaface"]},
+    "multi_label": {"objective": "multi_label", "margin": MARGINS["filter"]},
+    "heads of one class": {"mhs": {"length": 1, "extra_heads": 6}, "margin": MARGINS["none"]},
+}
 
 
-def run(config: HeadConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Losses, accuracies, embeddings' gradients and rows after some steps."""
+def run(config: HeadConfig, dtype: torch.dtype, size: int = 0) -> dict[str, torch.Tensor]:
+    """Losses, accuracies, embeddings' gradients and rows after some steps; lists of `size`."""
     head = build_head(HeadSpec(config, CLASSES, WIDTH, 0, MICRO_BATCHES, dtype), Topology())
     random = torch.Generator().manual_seed(3)
     found: dict[str, list[torch.Tensor]] = {"loss": [], "accuracy": [], "gradient": []}
     for step in range(STEPS):
-        labels = torch.randint(0, CLASSES, (MICRO_BATCHES, BATCH), generator=random)
+        shape = (MICRO_BATCHES, BATCH, *[size] * bool(size))
+        labels = torch.randint(-size, CLASSES, shape, generator=random).clamp(min=-1)
         labels[:, -1] = CLASSES - 1
         labels[0, :4] = labels[0, 0]
         head.plan(step, labels)
@@ -68,11 +77,30 @@ def test_equals_float64(
     shape: dict[str, Any], margin: dict[str, Any], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = {"kind": "mhs", "groups": 3, "mhs": shape, "margin": margin}
-    config = HeadConfig.model_validate(blocks)
-    plain = run(config, torch.float64)
+    assert_kernels_agree(HeadConfig.model_validate(blocks), tile, monkeypatch)
+
+
+@pytest.mark.parametrize("changes", SEVERAL.values(), ids=SEVERAL)
+def test_several_labels_equal_float64(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    statistics = extra_logits.extra_statistics
+    monkeypatch.setattr(
+        extra_logits, "extra_statistics", lambda *a: called.append(a) or statistics(*a)
+    )
+    blocks = {"kind": "mhs", "groups": 3, "mhs": {"length": 5, "extra_heads": 3}} | changes
+    assert_kernels_agree(HeadConfig.model_validate(blocks), 16, monkeypatch, size=3)
+    assert len(called) == MICRO_BATCHES * STEPS
+
+
+def assert_kernels_agree(
+    config: HeadConfig, tile: int, monkeypatch: pytest.MonkeyPatch, size: int = 0
+) -> None:
+    plain = run(config, torch.float64, size)
     monkeypatch.setattr(extra_softmax, "_TILE", tile)
     for module in ("routed.mhs", "margins"):
         monkeypatch.setattr(f"mhe_dist.heads.{module}.use_kernels", lambda *_: True)
-    found = run(config, torch.float32)
+    found = run(config, torch.float32, size)
     errors = {key: relative(found[key], tensor) for key, tensor in plain.items()}
     assert not {key: error for key, error in errors.items() if not error <= 1e-5}
