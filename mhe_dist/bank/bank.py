@@ -165,6 +165,8 @@ class Bank:
         for start in range(0, len(fresh), chunk):
             numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
             self._put("weight", numbers, self._initial(numbers), step=-1)
+            for name in self.fields[1:]:
+                self._store[name].allocate(numbers.numpy() - self.units.start)
         self._touched[fresh] = True
 
     def read(self, units: Units, field: str = "weight") -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from functools import partial
 from io import FileIO
 from itertools import pairwise
@@ -31,9 +32,10 @@ Shape = tuple[int, int, int]
 # When more bytes of a file are in use, its pages are handed back to the system's cache. They stay
 # there while there is room. Otherwise all pages ever touched would count as the process's memory.
 RESIDENT_BYTES: Final = 1 << 30
-# Units of a file from this size on are written by the system, not through the mapping: a page that
-# is written there for the first time costs a fault, many times what its bytes do.
+# Units of a file from this size on are written by the system, not through the mapping. There, the
+# first write of a page costs a fault, and what is not on the disk yet many times what its bytes do.
 LEAST_WRITTEN_BYTES: Final = 1 << 14
+MADV_POPULATE_WRITE: Final = 23  # Linux 5.14: the faults of many pages in one call
 
 
 class RowStore:
@@ -97,9 +99,8 @@ class RowStore:
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def changes_in_place(self, dtype: torch.dtype) -> bool:
-        """Whether rows of that type are best changed where they lie: in this host's memory."""
-        in_memory = self._file is None and self._remote is None
-        return in_memory and self.device.type == "cpu" and self.dtype == dtype
+        """Whether rows of that type are changed where they lie: on this host, in their type."""
+        return self._remote is None and self.device.type == "cpu" and self.dtype == dtype
 
     @property
     def traffic(self) -> RemoteTraffic | None:
@@ -120,6 +121,9 @@ class RowStore:
 
     def where_stored(self, local: npt.NDArray[np.int64]) -> list[Tensor]:
         """Each of some units `[L, columns]`: a change of it changes what is stored."""
+        if self._map is not None:
+            self._used += len(local) * self.unit_bytes
+            self._advise(self._map, local, MADV_POPULATE_WRITE)
         return list(map(partial(torch.select, self.rows, 0), local.tolist()))
 
     def put(self, local: Local, rows: Tensor) -> None:
@@ -141,6 +145,16 @@ class RowStore:
             self.rows.index_copy_(0, where, rows.to(self.device, self.dtype))
         elif rows.data_ptr() != self._rows[local].data_ptr():
             self.rows[local].copy_(rows)
+
+    def allocate(self, local: npt.NDArray[np.int64]) -> None:
+        """Let a file have room for large units that were never written: they stay zeros.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        in_use_here = self._file is not None and self._remote is None
+        if in_use_here and self.unit_bytes >= LEAST_WRITTEN_BYTES:
+            self.put(local, torch.zeros((len(local), *self.shape[1:]), dtype=self.dtype))
 
     def _write_units(self, file: FileIO, local: npt.NDArray[np.int64], rows: Tensor) -> None:
         """Write units to the file; what is mapped of it shows them at once."""
@@ -179,16 +193,18 @@ class RowStore:
         if self._remote is not None:
             self._remote.prefetch(local)
         elif self._map is not None:
-            self._read_ahead(self._map, local)
+            self._advise(self._map, local, mmap.MADV_WILLNEED)
 
-    def _read_ahead(self, pages: mmap.mmap, local: npt.NDArray[np.int64]) -> None:
+    def _advise(self, pages: mmap.mmap, local: npt.NDArray[np.int64], advice: int) -> None:
+        """Tell the system about the pages of distinct units; not all systems know every advice."""
         local = np.sort(local)
         cuts = np.flatnonzero(np.diff(local) > 1) + 1
-        for first, last in pairwise([0, *cuts.tolist(), len(local)]):
-            if last > first:
-                start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                stop = (int(local[last - 1]) + 1) * self.unit_bytes
-                pages.madvise(mmap.MADV_WILLNEED, start, stop - start)
+        with suppress(OSError):
+            for first, last in pairwise([0, *cuts.tolist(), len(local)]):
+                if last > first:
+                    start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                    stop = (int(local[last - 1]) + 1) * self.unit_bytes
+                    pages.madvise(advice, start, stop - start)
 
     def release(self) -> None:
         """At the end of a step: free what the step needed alone.
