@@ -28,6 +28,7 @@ from mhe_dist.kernels.dispatch import MAX_WIDTH, use_kernels
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 LARGE_UNIT_BYTES = 1 << 17
+ROUNDED_VALUES = 1 << 17  # that are rounded at a time on a host
 # From this size on, an operation on a list of units costs no more than one on a copy of them all.
 LISTED_UNIT_BYTES = 1 << 14
 
@@ -140,10 +141,10 @@ class Bank:
 
     @contextmanager
     def changing(self, units: Tensor, step: int) -> Iterator[dict[str, list[Tensor]]]:
-        """Each field of each of some touched, distinct units `[L, columns]`, to be changed in place.
+        """Each field of each of some touched, distinct units `[L, columns]`, to be changed.
 
-        What they are at the end of the block is stored. They are no copies where rows lie in this
-        host's memory in the compute type. `step` keys the rounding.
+        What they are at the end of the block is stored. They are no copies where rows are stored on
+        this host in the compute type. `step` keys the rounding.
         """
         local = units.numpy() - self.units.start
         fields, copies = {}, {}
@@ -332,12 +333,27 @@ def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
 
     The noise is a hash of (key, unit, position in the unit), the same on any rank and device.
     """
-    noise = torch.arange(rows[0].numel(), dtype=torch.int32, device=rows.device)
+    rounded = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
+    # A dozen passes over some values at a time, that stay in a core's cache.
+    at_once = ROUNDED_VALUES if rows.device.type == "cpu" else rows.numel()
+    units_at_once = max(1, at_once // max(1, rows.shape[1:].numel()))
+    parts = (tensor.split(units_at_once) for tensor in (rounded, rows, units))
+    for out, values, numbers in zip(*parts, strict=True):
+        out.copy_(_with_noise(values.float().contiguous(), numbers, key))
+    return rounded
+
+
+def _with_noise(rows: Tensor, units: Tensor, key: int) -> Tensor:
+    """float32 `[U, L, D]` whose last 16 bits were rounded away."""
+    noise = torch.arange(rows.shape[1:].numel(), dtype=torch.int32, device=rows.device)
     noise = noise.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
-    noise = (noise ^ (noise >> 15)) * -2048144789
-    noise = ((noise ^ (noise >> 13)) * -1028477379) >> 16 & 0xFFFF
-    bits = rows.float().contiguous().view(torch.int32) + noise.view(rows.shape)
-    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+    shifted = noise >> 15
+    noise.bitwise_xor_(shifted).mul_(-2048144789)
+    torch.bitwise_right_shift(noise, 13, out=shifted)
+    noise.bitwise_xor_(shifted).mul_(-1028477379)
+    noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    bits = noise.view(rows.shape).add_(rows.view(torch.int32))
+    return bits.bitwise_and_(-65536).view(torch.float32)
 
 
 def _as_int32(key: int) -> int:

@@ -126,7 +126,7 @@ class RowSGD(RowOptimizer):
 
     def update(self, bank: Bank, units: Units, gradient: RowGradient, lr: float, step: int) -> None:
         """Update the distinct, touched `units`."""
-        if isinstance(units, Tensor) and bank.lists_units:
+        if isinstance(units, Tensor) and len(units) and bank.lists_units:
             self._update_listed(bank, units, gradient, lr, step)
         else:
             super().update(bank, units, gradient, lr, step)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -129,13 +129,31 @@ def measure_case(case: HeadCase, gpu: bool = False) -> dict[str, float]:
     }
 
 
-def measure_in_turn(cases: Sequence[HeadCase], gpu: bool = False) -> list[float]:
-    """Median seconds of a step of each case on the slowest rank, while the cases take turns."""
+class TurnFigures(NamedTuple):
+    """A case that took turns with others; medians over its steps.
+
+    Attributes:
+        seconds: of a step on the slowest rank.
+        heads: whose rows a step reads and updates, on the rank that has the most.
+    """
+
+    seconds: float
+    heads: float
+
+
+def measure_in_turn(cases: Sequence[HeadCase], gpu: bool = False) -> list[TurnFigures]:
+    """Figures of a routed step of each case, while the cases take turns."""
     with tempfile.TemporaryDirectory(prefix="mhe-bench-") as folder:
         args = (list(cases), folder)
         world_size = cases[0].world_size
         ranks = run_ranks(_time_in_turn, world_size, *args, gpu=gpu, timeout_s=900.0)
-    return np.median(np.max(ranks, axis=0), axis=1).tolist()
+    # Figures of one case have a length of their own: steps are repeated, their heads are not.
+    return [
+        TurnFigures(
+            *(float(np.median(np.max(figures, axis=0))) for figures in zip(*rank, strict=True))
+        )
+        for rank in zip(*ranks, strict=True)
+    ]
 
 
 def measure_bare_products(case: HeadCase) -> dict[str, float]:
@@ -178,15 +196,19 @@ def _measure_rank(topology: Topology, case: HeadCase, folder: str) -> dict[str, 
     }
 
 
-def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> list[list[float]]:
-    """Seconds of the steps, by case."""
+def _time_in_turn(
+    topology: Topology, cases: list[HeadCase], folder: str
+) -> list[tuple[list[float], list[float]]]:
+    """Seconds of the steps, and how many heads they touch on this rank, by case."""
     heads = [build_head(case.spec(f"{folder}/{i}"), topology) for i, case in enumerate(cases)]
     rng = torch.Generator().manual_seed(1)
-    seconds: list[list[float]] = [[] for _ in cases]
+    figures: list[tuple[list[float], list[float]]] = [([], []) for _ in cases]
     begin = time.perf_counter()
     for step in range(cases[0].steps):
-        for case, head, taken in zip(cases, heads, seconds, strict=True):
+        for case, head, (taken, touched) in zip(cases, heads, figures, strict=True):
             labels = case.draw_labels(rng)
+            assert isinstance(head, MhsRoute)
+            touched.append(int(head.bank.held(head.units_of_step(step, labels)).sum()))
             x = torch.randn(case.batch, case.width, generator=rng)
             _time_step(head, step, labels, x, topology)
             taken.extend(
@@ -194,7 +216,7 @@ def _time_in_turn(topology: Topology, cases: list[HeadCase], folder: str) -> lis
             )
         if _is_over(time.perf_counter() - begin, cases[0].seconds, topology):
             break
-    return seconds
+    return figures
 
 
 def _time_bare_products(topology: Topology, case: HeadCase) -> dict[str, list[float]]:

@@ -49,12 +49,14 @@ class TimesInTurn:
         bare: seconds of a routed `step` on one rank, and of its `bare` products.
         one_label: as `mhs`, with one label per sample where that has several.
         labels: how many a sample has.
+        heads: number of classes -> heads that a step touches, over those with one label.
     """
 
     mhs: dict[int, float]
     bare: dict[str, float] | None
     one_label: dict[int, float] = field(default_factory=dict)
     labels: int = 1
+    heads: dict[int, float] = field(default_factory=dict)
 
 
 def measurements_table(results: Sequence[HeadMeasurement]) -> Table:
@@ -114,6 +116,9 @@ def time_ratios(results: Sequence[HeadMeasurement], in_turn: TimesInTurn) -> lis
     for classes, seconds in sorted(in_turn.one_label.items()):
         over = f"mhs route, {in_turn.labels} labels over one, {short_count(classes)} classes"
         found.append((over, f"{in_turn.mhs[classes] / seconds:.2f} x the time"))
+    for classes, ratio in sorted(in_turn.heads.items()):
+        over = f"mhs route, {in_turn.labels} labels over one, {short_count(classes)} classes, rows"
+        found.append((over, f"{ratio:.2f} x those a step touches"))
     sizes = sorted(classes for kind, classes in figures if kind == "mhs")
     if sizes:
         largest = figures["mhs", sizes[-1]]

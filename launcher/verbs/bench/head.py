@@ -12,7 +12,7 @@ from launcher.terminal import console
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.bench.head import HeadCase
+    from pipelines.bench.head import HeadCase, TurnFigures
     from pipelines.bench.head_report import HeadMeasurement, TimesInTurn
 
 DEFAULT_CLASSES = "125_000,1_000_000,4_000_000,8_000_000"
@@ -101,7 +101,13 @@ def _measure_cases(cases: list[HeadCase], gpu: bool) -> tuple[list[HeadMeasureme
         mhs, one_label = _measure_in_turn(cases, gpu)
     with console.out.status("the bare products"):
         bare = _measure_bare_products(cases) if plain else None
-    return results, TimesInTurn(mhs, bare, one_label, cases[0].labels)
+    heads = {classes: mhs[classes].heads / one.heads for classes, one in one_label.items()}
+    labels = cases[0].labels
+    return results, TimesInTurn(_seconds(mhs), bare, _seconds(one_label), labels, heads)
+
+
+def _seconds(figures: dict[int, TurnFigures]) -> dict[int, float]:
+    return {classes: case.seconds for classes, case in figures.items()}
 
 
 def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, folder: Path) -> None:
@@ -157,8 +163,10 @@ def _fits_in_memory(case: HeadCase) -> bool:
     return False
 
 
-def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> tuple[dict[int, float], dict[int, float]]:
-    """Classes -> seconds of a routed step, of the largest case and those that fit beside it.
+def _measure_in_turn(
+    cases: list[HeadCase], gpu: bool
+) -> tuple[dict[int, TurnFigures], dict[int, TurnFigures]]:
+    """Classes -> figures of a routed step, of the largest case and those that fit beside it.
 
     And the same with one label per sample, if the cases have several.
     """
@@ -175,8 +183,8 @@ def _measure_in_turn(cases: list[HeadCase], gpu: bool) -> tuple[dict[int, float]
         return {}, {}
     taken = list(zip(chosen, measure_in_turn(chosen, gpu), strict=True))
     labels = cases[0].labels
-    mhs = {case.classes: seconds for case, seconds in taken if case.labels == labels}
-    return mhs, {case.classes: seconds for case, seconds in taken if case.labels < labels}
+    mhs = {case.classes: figures for case, figures in taken if case.labels == labels}
+    return mhs, {case.classes: figures for case, figures in taken if case.labels < labels}
 
 
 def _measure_bare_products(cases: list[HeadCase]) -> dict[str, float] | None:

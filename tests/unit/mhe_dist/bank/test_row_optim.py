@@ -24,7 +24,9 @@ CONFIGS = {
 @pytest.fixture(params=["copied", "listed"])
 def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to update units: large ones as a list of what is stored, small ones as a copy."""
-    monkeypatch.setattr(bank_module, "LISTED_UNIT_BYTES", 1 if request.param == "listed" else 1 << 30)
+    monkeypatch.setattr(
+        bank_module, "LISTED_UNIT_BYTES", 1 if request.param == "listed" else 1 << 30
+    )
 
 
 def first_rows(units: Tensor) -> Tensor:
@@ -114,3 +116,12 @@ def test_each_row_is_as_if_its_own_updates_were_all(config: HeadOptimConfig) -> 
     if config.kind == "adamw":
         ages = bank.read(torch.tensor([0, 3, 5, 1]), "age")[:, 0, 0]
         assert ages.tolist() == [3, 3, 3, 0]
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_no_units_are_no_update(kind: str) -> None:
+    bank, optimizer = make(CONFIGS["sgd"])
+    none = torch.empty(0, dtype=torch.int64)
+    optimizer.update(bank, none, gradient(kind, first_rows(none), 0)[0], LR, 0)
+    assert torch.equal(bank.read(range(UNITS)), first_rows(torch.arange(UNITS)))
