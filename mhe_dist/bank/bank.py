@@ -335,9 +335,9 @@ def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
     """
     rounded = torch.empty(rows.shape, dtype=torch.bfloat16, device=rows.device)
     # A dozen passes over some values at a time, that stay in a core's cache.
-    at_once = ROUNDED_VALUES if rows.device.type == "cpu" else rows.numel()
-    units_at_once = max(1, at_once // max(1, rows.shape[1:].numel()))
-    parts = (tensor.split(units_at_once) for tensor in (rounded, rows, units))
+    per_chunk = ROUNDED_VALUES if rows.device.type == "cpu" else rows.numel()
+    units_per_chunk = max(1, per_chunk // max(1, rows.shape[1:].numel()))
+    parts = (tensor.split(units_per_chunk) for tensor in (rounded, rows, units))
     for out, values, numbers in zip(*parts, strict=True):
         out.copy_(_with_noise(values.float().contiguous(), numbers, key))
     return rounded

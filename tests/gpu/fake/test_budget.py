@@ -43,3 +43,7 @@ def test_the_budget_allows_no_wait(name: str) -> None:
 def test_groups_are_launched_together() -> None:
     assert BUDGET["route"]["launches"] <= 120
     assert BUDGET["route 64 groups"]["launches"] <= 1.3 * BUDGET["route"]["launches"]
+
+
+def test_eight_labels_move_at_most_two_and_a_half_times_the_bytes_of_one() -> None:
+    assert BUDGET["route 8 labels"]["moved_mb"] <= 2.5 * BUDGET["route"]["moved_mb"]
