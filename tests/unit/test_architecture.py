@@ -29,7 +29,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "config": {"errors", "redact"},
         "checkpoint": {"errors", "distributed"},
         "kernels": {"seeds", "noise"},
-        "bank": {"seeds", "noise", "kernels", "config", "distributed"},
+        "bank": {"errors", "seeds", "noise", "kernels", "config", "distributed"},
         "backbone": {"errors", "seeds", "config", "checkpoint", "distributed"},
         "tracking": {"errors", "redact", "config"},
         "heads": {"errors", "seeds", "kernels", "bank", "config", "distributed"},
