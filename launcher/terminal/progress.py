@@ -291,5 +291,8 @@ def accuracy_rows(heldout: dict[str, Any]) -> list[tuple[str, str]]:
     for k in (1, 5):
         if (key := f"classification/top{k}") in heldout:
             rows.append((f"top-{k} of the training classes", format_share(heldout[key])))
+    for figure in ("p@1", "p@5", "psp@5"):
+        if (key := f"labels/{figure}") in heldout:
+            rows.append((f"labels: {figure.upper()}", format_share(heldout[key])))
     sets = [key for key in heldout if key.endswith("/accuracy")]
     return rows + [(key.removesuffix("/accuracy"), format_share(heldout[key])) for key in sets]

@@ -166,3 +166,8 @@ def test_accuracies_name_the_typefaces() -> None:
         ("brush: rank-1", "60.00%"),
         ("brush: TAR@FAR=1E-4", "40.00%"),
     ]
+
+
+def test_a_run_with_several_labels_says_how_well_it_finds_them() -> None:
+    found = {"labels/p@1": 0.7, "labels/p@3": 0.5, "labels/psp@5": 0.4, "labels/frequent/p@1": 0.1}
+    assert accuracy_rows(found) == [("labels: P@1", "70.00%"), ("labels: PSP@5", "40.00%")]
