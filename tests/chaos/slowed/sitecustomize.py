@@ -25,7 +25,7 @@ PHASES = {  # name: module, function in it, seconds longer, from which call on
     "stepping": ("pipelines.pretrain.run", "Run._after_step", 0.1, 3),
     "saving": ("mhe_dist.checkpoint.store", "CheckpointStore._write", 1.0, 1),
     "evaluating": ("mhe_dist.engine.engine", "Engine.embed", 1.0, 1),
-    "exporting": ("pipelines.pretrain.finish", "write_format", 1.0, 1),
+    "exporting": ("pipelines.pretrain.finish", "write_format", 4.0, 1),
 }
 COUNTED = ("pipelines.pretrain.run", "Run._after_step")
 
