@@ -139,12 +139,13 @@ class RowSGD(RowOptimizer):
             gradient = gradient.at(bank.read(units))
         with bank.changing(units, step) as fields:
             rows, summed = fields["weight"], list(gradient.product().unbind())
+            velocities: list[Tensor | None] = [*fields.get("momentum", [None] * len(rows))]
             if gradient.b is not None:
                 torch._foreach_addcmul_(summed, rows, list(gradient.b.unsqueeze(-1).unbind()))
             sgd(
                 rows,
                 summed,
-                fields.get("momentum", [None] * len(rows)),
+                velocities,
                 fused=True,
                 weight_decay=self.weight_decay,
                 momentum=self.momentum,

@@ -159,8 +159,7 @@ class RowStore:
     def _write_units(self, file: FileIO, local: npt.NDArray[np.int64], rows: Tensor) -> None:
         """Write units to the file; what is mapped of it shows them at once."""
         size = self.unit_bytes
-        stored = rows.to(self.dtype).contiguous().view(torch.uint8).view(-1).numpy()
-        data = memoryview(stored)
+        data = rows.to(self.dtype).contiguous().view(torch.uint8).view(-1).numpy().data
         try:
             for number, unit in enumerate(local.tolist()):
                 _write_all(file, data[number * size : (number + 1) * size], unit * size)
