@@ -24,7 +24,7 @@ from mhe_dist.errors import UserError
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 RUN_HERE = {
     *("quickstart", "glyphs_100", "glyphs_heads", "glyphs_cjk_small", "glyphs_cjk_full"),
-    *("glyphs_noise", "unlabelled"),
+    *("glyphs_noise", "glyphs_components", "unlabelled"),
 }
 PAPER = {  # classes, and heads {H; L} of arXiv 2412.10182
     "ms1mv2_r100": (85_742, 43, 1994),
