@@ -26,6 +26,7 @@ from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs.folder import absolute_path, is_local
+from pipelines.storage.full_disk import existing_folder
 
 DEADLINE_S = 10.0
 MLFLOW_S = 5.0
@@ -124,10 +125,7 @@ def _compiler(config: Config) -> Iterable[tuple[str, str]]:
 def _free(config: Config) -> int | None:
     if not is_local(config.run.dir):
         return None
-    folder = Path(absolute_path(config.run.dir))
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(existing_folder(absolute_path(config.run.dir))).free
 
 
 def _version(package: str) -> str:

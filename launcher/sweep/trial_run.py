@@ -15,6 +15,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import RunError
+from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.runs.folder import read_run_config, read_summary
 from pipelines.runs.lock import refuse_locked
@@ -23,7 +24,6 @@ TRAIN_STEP: Final = "train_step"
 """Name of the step at which the figures of a result were measured."""
 COMPLETE: Final = "run_complete"
 """Whether a result is that of a run's end; Tune's `done` also says that it stopped one."""
-_HELDOUT: Final = "heldout/"  # how held-out figures are called in records
 
 
 class SweepSettings(NamedTuple):
@@ -123,9 +123,9 @@ def past_results(path: str) -> list[dict[str, Any]]:
     """What `TrialRun.next_result` gave, from the records of the run at a path or URL."""
     records = read_records(f"{path}/metrics.jsonl")
     return [
-        _result({key.removeprefix(_HELDOUT): value for key, value in record.items()}, step)
+        _result({key.removeprefix(HELDOUT): value for key, value in record.items()}, step)
         for record in records
-        if any(key.startswith(_HELDOUT) for key in record)
+        if any(key.startswith(HELDOUT) for key in record)
         for step in [record["step"] + 1]  # records count steps from 0
     ]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
-from mhe_dist.backbone.model import build_backbone, without_pretrained
-from mhe_dist.config.head import HeadConfig
+from mhe_dist.backbone.model import Backbone, build_backbone, without_pretrained
+from mhe_dist.config.head import HeadConfig, HeadOptimConfig
 from mhe_dist.config.schema import Config, OptimConfig
 from mhe_dist.engine.exact_reduce import sum_dtype
 from mhe_dist.engine.settings import deepspeed_settings
@@ -55,10 +55,14 @@ class MemoryEstimate:
         """All of them."""
         return sum(self.__dict__.values())
 
-    def on_gpu(self, config: Config) -> int:
+    def parts_on_gpu(self, config: Config) -> dict[str, int]:
         """Those that a GPU holds: images wait on the host, and rows where the config says."""
-        there = config.head.bank.memory == "device"
-        return self.total - self.images - (0 if there else self.rows)
+        elsewhere = {"images"} if config.head.bank.memory == "device" else {"images", "rows"}
+        return {name: size for name, size in vars(self).items() if name not in elsewhere}
+
+    def on_gpu(self, config: Config) -> int:
+        """All that a GPU holds."""
+        return sum(self.parts_on_gpu(config).values())
 
 
 def estimate_memory(
@@ -75,8 +79,7 @@ def estimate_memory(
     Raises:
         UserError: the backbone is unknown, or refuses its arguments.
     """
-    with torch.device("meta"):
-        model = build_backbone(without_pretrained(config.model), config.data.image_size)
+    model = unallocated_backbone(config)
     numel = sum(p.numel() for p in model.parameters())
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     stage = int(config.scale.zero_stage)
@@ -85,33 +88,46 @@ def estimate_memory(
     image = 3 * config.data.image_size**2
     gradient = sum_dtype(precision).itemsize
     kept, passing = _head_bytes(config, num_classes, workers)
+    rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return MemoryEstimate(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
         gradients=numel * gradient // (workers if stage >= 2 else 1),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
         activations=_activations(model, config, precision, passing),
         communication=bucket * gradient * (workers > 1),
-        rows=_row_bytes(config.head, num_classes, config.model.embedding_dim) // workers,
+        rows=rows // workers if config.head.bank.memory != "file" else 0,
         head=kept,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
     )
 
 
+def unallocated_backbone(config: Config) -> Backbone:
+    """The backbone of a run, with shapes and without memory.
+
+    Raises:
+        UserError: it is unknown, or refuses its arguments.
+    """
+    with torch.device("meta"):
+        return build_backbone(without_pretrained(config.model), config.data.image_size)
+
+
+def count_moments(config: OptimConfig | HeadOptimConfig) -> int:
+    """How many values an optimizer keeps for each weight."""
+    return 2 if config.kind == "adamw" else int(config.momentum > 0)
+
+
 def _optimizer_bytes(numel: int, config: OptimConfig, stage: int, workers: int) -> int:
-    moments = 2 if config.kind == "adamw" else int(config.momentum > 0)
-    copies = moments + (stage > 0)  # ZeRO updates a flat float32 copy of its share
+    copies = count_moments(config) + (stage > 0)  # ZeRO updates a flat float32 copy of its share
     return numel * FLOAT * copies // (workers if stage > 0 else 1)
 
 
-def _row_bytes(config: HeadConfig, num_classes: int, width: int) -> int:
+def row_bytes(config: HeadConfig, num_classes: int, width: int) -> int:
     """Bytes of all rows and their state; Product and Cascade hold as many rows as their digits."""
     element = 2 if config.bank.dtype == "bfloat16" else FLOAT
-    optim = config.optim
-    moments = 2 if optim.kind == "adamw" else int(optim.momentum > 0)
     rows = num_classes
     if config.kind == "mhp":
         rows = sum(config.mhp.lengths) or 2 * round(num_classes**0.5 + 0.5)
-    return rows * width * element * (1 + moments) if config.bank.memory != "file" else 0
+    return rows * width * element * (1 + count_moments(config.optim))
 
 
 def _head_bytes(config: Config, num_classes: int, workers: int) -> tuple[int, int]:

@@ -12,6 +12,9 @@ Status = Literal["finished", "failed", "killed"]
 
 Metrics = Mapping[str, float]
 
+HELDOUT: Final = "heldout/"
+"""Before the names of held-out figures in the records."""
+
 PICTURE: Final = re.compile(r"!\[(?P<what>[^\]]*)\]\((?P<path>[^):]+)\)")
 """A picture of a note that is one of the artifacts, in Markdown."""
 

@@ -88,8 +88,7 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
     drawn = _in_new_process(folder, "draw")
     columns = sum(path.stat().st_size for path in folder.glob("*.npy"))
     scale = max(samples, _SMALLER) / _SMALLER
-    draws = 1 + max(0, samples - _SMALLER) / (_LARGER - _SMALLER) * (8 - 1)
-    private = 32 + max(0, samples - _SMALLER) / (_LARGER - _SMALLER) * (128 - 32)
+    private, draws = _between(samples, 32, 128), _between(samples, 1000, 8000)
     return [
         IndexCost(INDEX_FILE, (folder / INDEX_FILE).stat().st_size / 1e6, 4 * scale, "MB"),
         IndexCost("columns on disk, one label each", columns / 1e9, scale, "GB"),
@@ -120,8 +119,13 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
             15 * scale,
             "s",
         ),
-        IndexCost("private memory of that, at the peak", drawn["draw"] / 1e6, 1000 * draws, "MB"),
+        IndexCost("private memory of that, at the peak", drawn["draw"] / 1e6, draws, "MB"),
     ]
+
+
+def _between(samples: int, smaller: float, larger: float) -> float:
+    """A bound that grows from that of 10^8 samples to that of 10^9."""
+    return smaller + max(0, samples - _SMALLER) / (_LARGER - _SMALLER) * (larger - smaller)
 
 
 def write_synthetic_index(folder: str, samples: int, per_shard: int = PER_SHARD) -> None:

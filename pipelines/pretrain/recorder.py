@@ -13,7 +13,7 @@ from typing import Any
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.tracking.base import TrackedDataset, Tracker
+from mhe_dist.tracking.base import HELDOUT, TrackedDataset, Tracker
 from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.metrics import MetricsAccumulator, memory
 from mhe_dist.train.stopwatch import Stopwatch
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 EventHandler = Callable[[Event], None]
 
-HELDOUT = "heldout/"  # before the names of an evaluation's figures
 _DIGEST_DIGITS = 12  # hexadecimal; 48 bits are exact in a float
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import fsspec
 
+from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from mhe_dist.train.loop import StepInfo
-from pipelines.pretrain.recorder import HELDOUT, Recorder
+from pipelines.pretrain.recorder import Recorder
 
 RESTARTS, LOST_STEPS = "restarts", "restart_lost_steps"
 SECONDS, OWN_SECONDS = "restart_seconds", "restart_own_seconds"

@@ -153,11 +153,13 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
 
 def _sizes(section: ComparisonSection, first: VariantResult) -> str:
     """How many images were evaluated."""
-    if section.measures != RECOGNITION:
-        counts = [(first.values("samples", name)[0], title) for name, title in section.columns]
-        return f"Images: {', '.join(f'{count:,.0f} ({title})' for count, title in counts)}."
-    counts = [(first.values("probes", name)[0], title) for name, title in section.columns]
-    sizes = ", ".join(f"{count:,.0f} ({title})" for count, title in counts)
+    is_search = section.measures == RECOGNITION
+    counted = "probes" if is_search else "samples"
+    sizes = ", ".join(
+        f"{first.values(counted, name)[0]:,.0f} ({title})" for name, title in section.columns
+    )
+    if not is_search:
+        return f"Images: {sizes}."
     return f"Probes: {sizes}, against {first.values('gallery')[0]:,.0f} enrolled."
 
 

@@ -70,7 +70,7 @@ def describe_full_disk(error: OSError, words: Sequence[str]) -> str:
     named = [word.rpartition("=")[2] for word in words]
     disks: dict[int, tuple[int, str]] = {}
     for path in [error.filename] if error.filename else [*named, os.curdir, gettempdir()]:
-        folder = _existing_folder(str(path))
+        folder = existing_folder(str(path))
         device, size = _disk_of(folder)
         disks.setdefault(device, (size, folder))
     free = ", ".join(f"{_mib(size)} in {folder}" for size, folder in sorted(disks.values()))
@@ -78,7 +78,7 @@ def describe_full_disk(error: OSError, words: Sequence[str]) -> str:
     return f"{said}{_FULL[error.errno]}. Free: {free}. Make room; then type the command again."
 
 
-def _existing_folder(path: str) -> str:
+def existing_folder(path: str) -> str:
     """The folder itself, or the nearest one around the path that is there."""
     while not os.path.isdir(path):
         path = os.path.dirname(path) or os.curdir

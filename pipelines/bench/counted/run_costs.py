@@ -10,17 +10,21 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
-
-from mhe_dist.backbone.model import build_backbone, without_pretrained
 from mhe_dist.config.schema import Config
 from mhe_dist.engine.exact_reduce import sum_dtype
-from mhe_dist.engine.memory_estimate import MemoryEstimate, estimate_memory
+from mhe_dist.engine.memory_estimate import (
+    FLOAT,
+    MemoryEstimate,
+    count_moments,
+    estimate_memory,
+    row_bytes,
+    unallocated_backbone,
+)
 from pipelines.bench.counted.launches import LaunchCase, count_step
 from pipelines.bench.fake_cuda.step_cost import StepCost
+from pipelines.bench.index import PER_SHARD
 
 GB = 1e9
-SHARD_SAMPLES = 10_000
 # Of an index, measured by `mhe bench index`: docs/scale.md.
 _SHARD_BYTES, _COLUMN_BYTES = 700, 8
 
@@ -55,17 +59,17 @@ def cost_of_run(
         UserError: the backbone is unknown, or refuses its arguments.
     """
     workers = config.scale.workers
+    per_node = min(per_node, workers)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     estimate = estimate_memory(config, num_classes, workers, precision)
     step = count_step(_case(config, num_classes))
-    numel = _parameters(config)
+    numel = sum(parameter.numel() for parameter in unallocated_backbone(config).parameters())
+    rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return {
         "a GPU holds": _device_lines(config, estimate),
-        "a node holds": _node_lines(config, estimate, samples, min(per_node, workers)),
+        "a node holds": _node_lines(config, estimate, rows // workers, samples, per_node),
         "a step of a rank": _step_lines(config, step, numel * sum_dtype(precision).itemsize),
-        "a checkpoint": _checkpoint_lines(
-            config, estimate, numel, min(per_node, workers), write_gb_s
-        ),
+        "a checkpoint": _checkpoint_lines(config, rows, numel, per_node, write_gb_s),
     }
 
 
@@ -83,25 +87,18 @@ def _case(config: Config, num_classes: int) -> LaunchCase:
     )
 
 
-def _parameters(config: Config) -> int:
-    with torch.device("meta"):
-        model = build_backbone(without_pretrained(config.model), config.data.image_size)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _device_lines(config: Config, estimate: MemoryEstimate) -> list[RunCost]:
-    elsewhere = {"images"} | ({"rows"} if config.head.bank.memory != "device" else set())
-    parts = {name: size for name, size in vars(estimate).items() if name not in elsewhere and size}
-    lines = [RunCost(name, _size(size), "as in preflight") for name, size in parts.items()]
+    parts = estimate.parts_on_gpu(config)
+    lines = [RunCost(name, _size(size), "as in preflight") for name, size in parts.items() if size]
     return [*lines, RunCost("together", _size(estimate.on_gpu(config)), "sum")]
 
 
 def _node_lines(
-    config: Config, estimate: MemoryEstimate, samples: int, ranks: int
+    config: Config, estimate: MemoryEstimate, rows: int, samples: int, ranks: int
 ) -> list[RunCost]:
     processes = ranks * (1 + config.data.loader_workers)
-    shards = -(-samples // SHARD_SAMPLES)
-    saved = estimate.rows + estimate.weights + estimate.optimizer
+    shards = -(-samples // PER_SHARD)
+    saved = rows + estimate.weights + estimate.optimizer
     lines = [
         RunCost(
             f"table of shards, in {processes} processes",
@@ -112,8 +109,9 @@ def _node_lines(
         RunCost("images that wait", _size(ranks * estimate.images), "formula"),
         RunCost("copy of what is saved", _size(ranks * saved), "formula, at most"),
     ]
-    if config.head.bank.memory == "host":
-        lines.append(RunCost("rows and their state", _size(ranks * estimate.rows), "formula"))
+    if (memory := config.head.bank.memory) != "device":
+        name = "rows and their state" + (", in files" if memory == "file" else "")
+        lines.append(RunCost(name, _size(ranks * rows), "formula"))
     return lines
 
 
@@ -142,13 +140,11 @@ def _step_lines(config: Config, step: StepCost, gradient: int) -> list[RunCost]:
 
 
 def _checkpoint_lines(
-    config: Config, estimate: MemoryEstimate, numel: int, ranks: int, write_gb_s: float
+    config: Config, rows: int, numel: int, ranks: int, write_gb_s: float
 ) -> list[RunCost]:
-    workers = config.scale.workers
-    moments = 2 if config.optim.kind == "adamw" else int(config.optim.momentum > 0)
-    copies = 1 + moments + bool(config.optim.ema)
-    backbone, rows = copies * numel * 4, estimate.rows * workers
-    nodes = -(-workers // ranks)
+    copies = 1 + count_moments(config.optim) + bool(config.optim.ema)
+    backbone = copies * numel * FLOAT
+    nodes = -(-config.scale.workers // ranks)
     seconds = (backbone + rows) / nodes / (write_gb_s * GB)
     return [
         RunCost("backbone and its optimizer", _size(backbone), "formula"),

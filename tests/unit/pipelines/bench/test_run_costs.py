@@ -55,10 +55,11 @@ def test_a_rank_alone_sends_nothing(tmp_path: Path) -> None:
     assert "head: all_to_all sends" not in step
 
 
-def test_a_checkpoint_holds_rows_once_on_any_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["device", "host", "file"])
+def test_a_checkpoint_holds_rows_once_on_any_ranks(memory: str, tmp_path: Path) -> None:
     rows = CLASSES * WIDTH * 4 * 2  # with momentum
     for workers in (1, 8):
-        saved = costs(tmp_path, workers)["a checkpoint"]
+        saved = costs(tmp_path, workers, bank={"memory": memory})["a checkpoint"]
         assert size(saved[f"rows and their state, in {GROUPS} groups"]) == pytest.approx(
             rows, abs=5e3
         )
