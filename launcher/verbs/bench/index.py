@@ -15,7 +15,7 @@ from launcher.terminal import console
 def index(
     samples: Annotated[int, typer.Option(min=1, help="Samples, in tars of 10,000.")] = 10_000_000,
     folder: Annotated[
-        str, typer.Option(help="Where to write: 8 bytes a sample, removed at the end.")
+        str, typer.Option(help="Where to write: 12 bytes a sample at most, removed at the end.")
     ] = ".",
 ) -> None:
     """Measure what the index of a data set of any size costs: synthetic columns, no tars.
