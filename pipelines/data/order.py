@@ -103,7 +103,19 @@ def stable_permutation(count: int, rng: np.random.Generator) -> Ints:
 
     `Generator.permutation` may change between versions; the raw bits of a bit generator may not.
     """
-    return np.argsort(rng.bit_generator.random_raw(count), kind="stable").astype(np.int64)
+    return stable_order(rng.bit_generator.random_raw(count))
+
+
+def stable_order(words: npt.NDArray[np.uint64]) -> Ints:
+    """The numbers that sort words, int64; equal ones stay in their order.
+
+    For words that seldom are equal: a stable sort of 64 bits takes two to four times as long.
+    """
+    order = np.argsort(words)
+    ascending = words[order]
+    if (ascending[1:] == ascending[:-1]).any():
+        order = np.argsort(words, kind="stable")
+    return order.astype(np.int64)
 
 
 class SampleOrder:

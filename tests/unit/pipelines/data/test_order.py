@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.data.order import SampleOrder, stable_permutation
+from pipelines.data.order import SampleOrder, stable_order, stable_permutation
 
 Sample = tuple[int, int, int]  # epoch, shard, number in the shard
 
@@ -149,6 +149,12 @@ def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
     assert sorted(drawn) == list(range(1000))
     raw = np.random.Philox(key=5).random_raw(1000)
     assert list(drawn) == sorted(range(1000), key=lambda i: raw[i])
+
+
+@pytest.mark.parametrize("distinct", [9, 2**63])
+def test_equal_words_stay_in_their_order(distinct: int) -> None:
+    words = np.random.default_rng(0).integers(0, distinct, 1000, np.uint64)
+    assert list(stable_order(words)) == sorted(range(1000), key=lambda i: words[i])
 
 
 def test_more_streams_than_samples_are_refused() -> None:
