@@ -22,6 +22,7 @@ from mhe_dist.heads.base import Head
 from mhe_dist.heads.margins import Margin
 from mhe_dist.heads.multilevel.base import MixedRadix
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy
 from mhe_dist.heads.multilevel.product import MultiHeadProduct, best_products
 from mhe_dist.heads.multilevel.rows import Level
 from mhe_dist.heads.row_head import RowHead, features_of
@@ -144,7 +145,8 @@ class CascadeClassifier(nn.Module):
         projections: `[D, D + 1]` of each level below, the bias last.
         radix: the lengths of the digits, and C.
         margin: gives the scale.
-        multi_label: whether a score is the logarithm of a sigmoid, not of a softmax.
+        offsets: of each level, what a logit is lowered by before the logarithm of its sigmoid is
+            the score; None: that of a softmax is.
         k: classes to name.
         width: prefixes that go on to the next level.
     """
@@ -156,12 +158,12 @@ class CascadeClassifier(nn.Module):
         projections: list[Tensor],
         radix: MixedRadix,
         margin: Margin,
-        multi_label: bool,
+        offsets: list[float] | None,
         k: int,
         width: int,
     ) -> None:
         super().__init__()
-        self.radix, self.margin, self.multi_label = radix, margin, multi_label
+        self.radix, self.margin, self.offsets = radix, margin, offsets
         self.k, self.width = k, width
         self.first = _constants([first])
         self.lower, self.projections = _constants(lower), _constants(projections)
@@ -173,7 +175,7 @@ class CascadeClassifier(nn.Module):
         """
         scale = self.margin.scale
         logits = _products(features_of(embeddings, self.margin), self.first[0]) * scale
-        paths, prefixes = self._log_scores(logits).topk(min(self.width, logits.shape[1]), dim=1)
+        paths, prefixes = self._log_scores(logits, 0).topk(min(self.width, logits.shape[1]), dim=1)
         for level, (rows, projection) in enumerate(
             zip(self.lower, self.projections, strict=True), 1
         ):
@@ -197,13 +199,15 @@ class CascadeClassifier(nn.Module):
         children = prefixes.unsqueeze(2) * length + torch.arange(length, device=prefixes.device)
         absent = (children >= self.radix.prefixes(level)) | (paths == float("-inf")).unsqueeze(2)
         logits = logits.masked_fill(absent, float("-inf")).flatten(1)
-        own = self._log_scores(logits) + paths.unsqueeze(2).expand_as(children).flatten(1)
+        own = self._log_scores(logits, level) + paths.unsqueeze(2).expand_as(children).flatten(1)
         best, where = own.topk(min(self.width, own.shape[1]), dim=1)
         return best, children.flatten(1).gather(1, where)
 
-    def _log_scores(self, logits: Tensor) -> Tensor:
+    def _log_scores(self, logits: Tensor, level: int) -> Tensor:
         """Of all classes that are scored beside each other `[B, n]`."""
-        return F.logsigmoid(logits) if self.multi_label else logits.log_softmax(-1)
+        if self.offsets is None:
+            return logits.log_softmax(-1)
+        return F.logsigmoid(logits - self.offsets[level])
 
 
 def class_rows_in_order(head: RowHead) -> list[Tensor]:
@@ -238,13 +242,14 @@ def level_rows(level: Level) -> Tensor:
 
 def _cascade_classifier(head: MultiHeadCascade, k: int) -> CascadeClassifier:
     first, *lower = head.levels.values()
+    offsets = [loss.offset for loss in head.objectives if isinstance(loss, BinaryCrossEntropy)]
     return CascadeClassifier(
         level_rows(first),
         [level_rows(level).unflatten(0, (-1, level.layout.length)) for level in lower],
         [part.read().cpu() for part in head.projections.values()],
         head.radix,
         head.margin,
-        head.multi_label,
+        offsets or None,
         k,
         max(k, head.candidates),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import log, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -67,7 +67,18 @@ class PlainLevels:
         """Of the logits."""
         return 1.0 if self.config.margin.kind == "none" else self.config.margin.scale
 
-    def level_loss(self, cosines: Tensor, is_target: Tensor, norm: Tensor) -> Tensor:
+    def offset(self, level: int) -> float:
+        """What logits are lowered by before a sigmoid: Chernoff's bound is 1 / scored there."""
+        parents = min(self.config.mhc.candidates, self.prefixes(level - 1)) if level else 1
+        scored = min(parents * self.lengths[level], self.prefixes(level))
+        variance = 0.0
+        if self.config.margin.kind != "none":
+            variance = self.scale**2 / self.levels[0].rows.shape[1]
+        steepest = sqrt(2 * log(scored) / variance) if variance else 1.0
+        t = min(1.0, steepest)
+        return log(scored) / t + t * variance / 2 if t else 0.0
+
+    def level_loss(self, level: int, cosines: Tensor, is_target: Tensor, norm: Tensor) -> Tensor:
         """Cross-entropy of one target, or the sum of the binary ones, with margin and filter."""
         margin, targets = self.config.margin, cosines[is_target]
         negatives = cosines[~is_target]
@@ -77,14 +88,15 @@ class PlainLevels:
             targets = self.levels[0]._target(targets, norm.expand(len(targets)))
         targets, negatives = targets * self.scale, negatives * self.scale
         if self.config.kind == "mhc" and self.config.mhc.multi_label:
-            return F.softplus(-targets).sum() + F.softplus(negatives).sum()
+            offset = self.offset(level)
+            return F.softplus(offset - targets).sum() + F.softplus(negatives - offset).sum()
         return F.cross_entropy(torch.cat([targets, negatives]), torch.tensor(0))
 
-    def log_scores(self, cosines: Tensor) -> Tensor:
+    def log_scores(self, level: int, cosines: Tensor) -> Tensor:
         """What classes add to their path, if all that are scored are given."""
         logits = cosines.detach() * self.scale
         if self.config.kind == "mhc" and self.config.mhc.multi_label:
-            return F.logsigmoid(logits)
+            return F.logsigmoid(logits - self.offset(level))
         return logits.log_softmax(0)
 
     def prefixes(self, level: int) -> int:
@@ -121,7 +133,7 @@ def product_sample(plain: PlainLevels, x: Tensor, label: int) -> Sample:
         rows = plain.used_digits(level)
         cosines = plain.cosines(level, x, rows)
         is_target = torch.tensor(rows) == plain.digit(label, level)
-        losses.append(plain.level_loss(cosines, is_target, x.detach().norm()))
+        losses.append(plain.level_loss(level, cosines, is_target, x.detach().norm()))
         seen += len(rows)
         right &= bool(is_target[cosines.argmax()])
     return Sample(torch.stack(losses).sum(), seen, right, [[0]] * len(plain.lengths))
@@ -137,11 +149,11 @@ def cascade_sample(plain: PlainLevels, x: Tensor, labels: set[int]) -> Sample:
         targets = {y // plain.stride(level) for y in labels}
         cosines = plain.cosines(level, x, children)
         is_target = torch.tensor([c in targets for c in children])
-        losses.append(plain.level_loss(cosines, is_target, x.detach().norm()))
+        losses.append(plain.level_loss(level, cosines, is_target, x.detach().norm()))
         seen += len(children)
         paths = {
             c: beam[c // length] + s
-            for c, s in zip(children, plain.log_scores(cosines), strict=True)
+            for c, s in zip(children, plain.log_scores(level, cosines), strict=True)
         }
         best = max(paths, key=lambda c: float(paths[c]))
         chosen = sorted(paths, key=lambda c: (c not in targets, -float(paths[c])))

@@ -48,10 +48,10 @@ def beam(outcome: LevelOutcome, x: Tensor, job: Job) -> list[tuple[int, float]]:
         below = [c for c in below if c < plain.prefixes(level)]
         if job.config.kind == "mhp":
             rows = plain.used_digits(level)
-            scores = plain.log_scores(plain.cosines(level, x, rows))
+            scores = plain.log_scores(level, plain.cosines(level, x, rows))
             own = [scores[c % length] for c in below]
         else:
-            own = plain.log_scores(plain.cosines(level, x, below))
+            own = plain.log_scores(level, plain.cosines(level, x, below))
         new = {c: paths[c // length] + float(s) for c, s in zip(below, own, strict=True)}
         paths = dict(sorted(new.items(), key=lambda item: -item[1])[:width])
     return [*list(paths.items())[:k], *[(-1, float("-inf"))] * (k - len(paths))]
@@ -65,7 +65,7 @@ def test_a_wide_beam_is_exact() -> None:
         total = torch.zeros(CLASSES).double()
         for level in range(len(plain.lengths)):
             rows = list(range(plain.prefixes(level)))
-            scores = plain.log_scores(plain.cosines(level, x, rows))
+            scores = plain.log_scores(level, plain.cosines(level, x, rows))
             total += scores[[y // plain.stride(level) for y in range(CLASSES)]]
         assert classes.tolist() == total.topk(5).indices.tolist()
 

@@ -32,7 +32,6 @@ from mhe_dist.heads.base import (
 )
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.margins import Margin
-from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
 from mhe_dist.heads.multilevel.rows import Level, ReplicatedRows, ShardedLevel
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.row_head import HeadSpec, NormTracker
@@ -125,7 +124,6 @@ class LevelHead(Head):
         self, spec: HeadSpec, radix: MixedRadix, topology: Topology, multi_label: bool = False
     ) -> None:
         self.spec, self.radix, self.topology, self.multi_label = spec, radix, topology, multi_label
-        self.objective: Objective = BinaryCrossEntropy() if multi_label else CrossEntropy()
         self.margin = Margin(spec.config.margin).at(0)
         self.optimizer = build_row_optimizer(spec.config.optim)
         self.norms = NormTracker(spec, topology)

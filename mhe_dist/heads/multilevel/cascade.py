@@ -13,8 +13,8 @@ were scored. Padding prefixes, which begin no class, are masked and never update
 Margins are those of the other heads: with a normalised one, a score is s times the cosine of a row
 and the projected embedding, the margin applies to the targets of every level, and the projections
 start as identities, so that a cascade begins as cosines with the embedding itself. `none` is the
-paper's inner product, with a bias per row; take that for many labels per sample, since without a
-bias cosines must be negative for a class to be improbable.
+paper's inner product, with a bias per row. With many labels per sample every score is lowered by an
+offset of its level, since otherwise cosines must be negative for a class to be improbable.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import TopK
 from mhe_dist.heads.multilevel.base import LevelHead, LevelLoss, MixedRadix
 from mhe_dist.heads.multilevel.beam import Beam, LevelPass
+from mhe_dist.heads.multilevel.losses import BinaryCrossEntropy, CrossEntropy, Objective
 from mhe_dist.heads.multilevel.rows import ReplicatedRows, ShardedLevel, SharedLevel
 from mhe_dist.heads.row_head import PREDICT_BYTES, HeadSpec, features_of
 
@@ -56,6 +57,17 @@ class MultiHeadCascade(LevelHead):
             self.projections[f"projection_{level + 1}"] = ReplicatedRows(
                 spec.width, spec.width + 1, self._identity, self.optimizer, spec, topology
             )
+        self.objectives = [self._objective(level) for level in range(len(radix.lengths))]
+
+    def _objective(self, level: int) -> Objective:
+        """The loss of a level, from 0."""
+        if not self.multi_label:
+            return CrossEntropy()
+        parents = min(self.candidates, self.radix.prefixes(level - 1)) if level else 1
+        scored = min(parents * self.radix.lengths[level], self.radix.prefixes(level))
+        # The cosine of two random directions has a variance of 1 / D. Of products it is not known.
+        variance = self.margin.scale**2 / self.spec.width if self.margin.normalised else 0.0
+        return BinaryCrossEntropy(BinaryCrossEntropy.offset_of(scored, variance))
 
     def _identity(self, units: Tensor) -> Tensor:
         """First rows of a projection, `[1, D, D + 1]`: the identity, and no bias."""
@@ -86,9 +98,11 @@ class MultiHeadCascade(LevelHead):
     ) -> LevelLoss:
         """From level to level; see `LevelHead`."""
         loss, beam = LevelLoss.zero(features[0]), Beam.root(features[0])
-        for level, inputs, target in zip(self.levels.values(), features, targets, strict=True):
+        for level, objective, inputs, target in zip(
+            self.levels.values(), self.objectives, features, targets, strict=True
+        ):
             level_pass = LevelPass(
-                level, inputs, beam, target, self.candidates, self.objective, self.margin
+                level, inputs, beam, target, self.candidates, objective, self.margin
             )
             losses, gradient = level_pass.train(norms, self.norms.running, share)
             loss = loss.add(losses, gradient, level_pass.classes_seen())
@@ -123,9 +137,11 @@ class MultiHeadCascade(LevelHead):
         features = self.level_features(embeddings.to(self.spec.dtype), projections)
         beam = Beam.root(features[0])
         none = torch.empty(len(embeddings), 0, dtype=torch.int64)
-        for level, inputs in zip(self.levels.values(), features, strict=True):
+        for level, objective, inputs in zip(
+            self.levels.values(), self.objectives, features, strict=True
+        ):
             level_pass = LevelPass(
-                level, inputs, beam, none, width, self.objective, self.margin, training=False
+                level, inputs, beam, none, width, objective, self.margin, training=False
             )
             beam = level_pass.descend(width)
         missing = (0, max(0, k - beam.prefixes.shape[1]))

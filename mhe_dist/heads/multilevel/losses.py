@@ -8,6 +8,7 @@ part knows the derivative of the loss with respect to its logits. A class that d
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -87,13 +88,36 @@ class BinaryCrossEntropy:
 
     Summed and not averaged, so that a row learns as fast as with `CrossEntropy`, however many
     classes are scored beside it.
+
+    Args:
+        offset: what a logit is lowered by; see `offset_of`.
     """
 
     empty = 0.0
 
+    def __init__(self, offset: float = 0.0) -> None:
+        self.offset = offset
+
+    @staticmethod
+    def offset_of(classes: int, variance: float) -> float:
+        """The offset with which a class is improbable from the start, as one of `classes`.
+
+        Without it a sample begins with as many labels as half of the classes, and training first
+        drives all rows away from all embeddings. (A prior: Lin et al., Focal Loss, 2017, section
+        4.1; a bias of -10: Zhai et al., Sigmoid Loss, 2023.) It is the least b for which Chernoff's
+        bound of `E[sigmoid(z - b)]`, `exp(t^2 v / 2 - t b)` with t in (0, 1], is `1 / classes`,
+        where z is normal with mean 0 and variance v.
+
+        Args:
+            classes: that are scored beside each other, one at least.
+            variance: v, of the logits before training.
+        """
+        log = math.log(classes)
+        return log + variance / 2 if variance <= 2 * log else math.sqrt(2 * variance * log)
+
     def negatives(self, logits: Tensor) -> Tensor:
         """Sum of `-log(1 - sigmoid)`; see `Objective`."""
-        return F.softplus(logits).sum(-1)
+        return F.softplus(logits - self.offset).sum(-1)
 
     def join(self, parts: Tensor) -> Tensor:
         """Sum; see `Objective`."""
@@ -101,13 +125,14 @@ class BinaryCrossEntropy:
 
     def loss_and_grad(self, negatives: Tensor, targets: Tensor, present: Tensor) -> LossAndGrad:
         """The normaliser is not needed, and zero; see `Objective`."""
-        losses = negatives + F.softplus(-targets).mul_(present).sum(-1)
-        return LossAndGrad(losses, torch.zeros_like(losses), (-targets).sigmoid().neg_() * present)
+        missing = self.offset - targets
+        losses = negatives + F.softplus(missing).mul_(present).sum(-1)
+        return LossAndGrad(losses, torch.zeros_like(losses), missing.sigmoid().neg_() * present)
 
     def derivative(self, logits: Tensor, normaliser: Tensor) -> Tensor:
         """The probability; see `Objective`."""
-        return logits.sigmoid()
+        return (logits - self.offset).sigmoid_()
 
     def log_score(self, logits: Tensor, negatives: Tensor) -> Tensor:
         """Log of the sigmoid; see `Objective`."""
-        return F.logsigmoid(logits)
+        return F.logsigmoid(logits - self.offset)

@@ -17,6 +17,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import TopK
 from mhe_dist.heads.multilevel.base import LevelHead, LevelLoss, MixedRadix
 from mhe_dist.heads.multilevel.beam import Beam, LevelPass
+from mhe_dist.heads.multilevel.losses import CrossEntropy
 from mhe_dist.heads.multilevel.rows import SharedLevel
 from mhe_dist.heads.row_head import PREDICT_BYTES, HeadSpec, features_of
 
@@ -55,7 +56,7 @@ class MultiHeadProduct(LevelHead):
         loss = LevelLoss.zero(features[0])
         for level, inputs, target in zip(self.levels.values(), features, targets, strict=True):
             beam = Beam.root(inputs)
-            level_pass = LevelPass(level, inputs, beam, target, 1, self.objective, self.margin)
+            level_pass = LevelPass(level, inputs, beam, target, 1, CrossEntropy(), self.margin)
             losses, gradient = level_pass.train(norms, self.norms.running, share)
             loss = loss.add(losses, gradient, level_pass.classes_seen())
             loss = loss._replace(correct=loss.correct & level_pass.correct)

@@ -187,7 +187,7 @@ def random_classifier(case: ClassifierCase) -> nn.Module:
     projection = F.pad(torch.eye(case.dim), (0, 1))
     width = max(case.top, _CANDIDATES)
     return CascadeClassifier(
-        rows(units), [lower], [projection], radix, _MARGIN, False, case.top, width
+        rows(units), [lower], [projection], radix, _MARGIN, None, case.top, width
     ).eval()
 
 
