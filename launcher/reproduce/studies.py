@@ -267,6 +267,13 @@ COMPONENTS = Study(
         _head("mhs_route", "MHS own + 4, routed", "kind=mhs"),
         _head("mhs_gather", "MHS own + 4, gathered", "kind=mhs", "mhs.exchange=gather"),
         _head("mhc", "MHC", "kind=mhc", "mhc.multi_label=true"),
+        _head(
+            "mhc_products",
+            "MHC, inner products",
+            "kind=mhc",
+            "mhc.multi_label=true",
+            "margin.kind=none",
+        ),
     ),
     seeds=3,
     typefaces=(("labels", "labels"),),
