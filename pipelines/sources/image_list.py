@@ -6,13 +6,14 @@ may stand before the path) and `aligned, path, label` (InsightFace). Fields are 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Final
 
 from pipelines.sources.image_table import ListedRow
-from pipelines.storage.urls import RangeReader
+from pipelines.storage.buffered_file import open_buffered
 
 _NUMBER: Final = re.compile(r"[+-]?\d{1,18}(\.\d*)?([eE][+-]?\d+)?")
 _MAX_CLASSES: Final = 1 << 62
@@ -24,18 +25,20 @@ def read_list_file(lst: str) -> Iterator[ListedRow]:
     Args:
         lst: path or URL of the file.
     """
-    with RangeReader(lst) as reader:
-        lines = reader.read(0, reader.size).decode(errors="surrogateescape").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        location = f"{lst} line {number}"
-        try:
-            label, path = parse_list_line(line.rstrip("\r"))
-        except ValueError as error:
-            yield ListedRow(location, problem=str(error))
-        else:
-            yield ListedRow(location, path, str(label))
+    with (
+        open_buffered(lst) as stream,
+        io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n") as lines,
+    ):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            location = f"{lst} line {number}"
+            try:
+                label, path = parse_list_line(line.rstrip("\r\n"))
+            except ValueError as error:
+                yield ListedRow(location, problem=str(error))
+            else:
+                yield ListedRow(location, path, str(label))
 
 
 def parse_list_line(line: str) -> tuple[int, str]:

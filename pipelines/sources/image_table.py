@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
-from pipelines.storage.urls import RangeReader
+from pipelines.storage.buffered_file import open_buffered
 
 PATH, CLASS = "path", "class"
 _PARQUET: Final = b"PAR1"
+_BATCH: Final = 1 << 12  # rows
 
 
 class ListedRow(NamedTuple):
@@ -34,41 +35,40 @@ def read_image_table(table: str) -> Iterator[ListedRow]:
     Raises:
         UserError: no such file, it is neither, or a column is missing.
     """
-    with RangeReader(table) as reader:
-        data = reader.read(0, reader.size)
-    rows = _parquet_rows(table, data) if data.startswith(_PARQUET) else _csv_rows(table, data)
-    for location, path, label in rows:
-        if not path or not label:
-            yield ListedRow(location, problem=f"no {CLASS if path else PATH} in this row")
-        else:
-            yield ListedRow(location, path, label)
+    with open_buffered(table) as stream:
+        is_parquet = stream.peek(len(_PARQUET)).startswith(_PARQUET)
+        rows = _parquet_rows(table, stream) if is_parquet else _csv_rows(table, stream)
+        for location, path, label in rows:
+            if not path or not label:
+                yield ListedRow(location, problem=f"no {CLASS if path else PATH} in this row")
+            else:
+                yield ListedRow(location, path, label)
 
 
-def _csv_rows(table: str, data: bytes) -> Iterator[tuple[str, str, str]]:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{table}: neither Parquet nor CSV in UTF-8 ({error})") from error
-    header = text.partition("\n")[0]
-    separator = max(",;\t", key=header.count)
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
-    _require_columns(table, rows.fieldnames or ())
-    try:
-        for row in rows:
-            yield f"{table} line {rows.line_num}", row[PATH] or "", row[CLASS] or ""
-    except csv.Error as error:
-        raise UserError(f"{table} line {rows.line_num}: {error}") from error
+def _csv_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[str, str, str]]:
+    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        try:
+            header = text.readline()
+            text.seek(0)
+            rows = csv.DictReader(text, delimiter=max(",;\t", key=header.count))
+            _require_columns(table, rows.fieldnames or ())
+            for row in rows:
+                yield f"{table} line {rows.line_num}", row[PATH] or "", row[CLASS] or ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{table}: neither Parquet nor CSV in UTF-8 ({error})") from error
+        except csv.Error as error:
+            raise UserError(f"{table} line {rows.line_num}: {error}") from error
 
 
-def _parquet_rows(table: str, data: bytes) -> Iterator[tuple[str, str, str]]:
+def _parquet_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[str, str, str]]:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(pa.BufferReader(data))
+        file = parquet.ParquetFile(stream)
         _require_columns(table, file.schema_arrow.names)
         number = 0
-        for batch in file.iter_batches(columns=[PATH, CLASS]):
+        for batch in file.iter_batches(_BATCH, columns=[PATH, CLASS]):
             columns = (batch.column(name).to_pylist() for name in (PATH, CLASS))
             for path, label in zip(*columns, strict=True):
                 number += 1

@@ -152,9 +152,14 @@ def test_permutation_is_one_and_does_not_depend_on_numpy_s_shuffle() -> None:
 
 
 @pytest.mark.parametrize("distinct", [9, 2**63])
-def test_equal_words_stay_in_their_order(distinct: int) -> None:
-    words = np.random.default_rng(0).integers(0, distinct, 1000, np.uint64)
-    assert list(stable_order(words)) == sorted(range(1000), key=lambda i: words[i])
+@pytest.mark.parametrize("count", [0, 1, 1000, 50_000])
+@pytest.mark.parametrize("compared", [1, 1 << 14])
+def test_equal_words_stay_in_their_order(
+    distinct: int, count: int, compared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.data.order._COMPARED", compared)
+    words = np.random.default_rng(0).integers(0, distinct, count, np.uint64)
+    assert list(stable_order(words)) == sorted(range(count), key=lambda i: words[i])
 
 
 def test_more_streams_than_samples_are_refused() -> None:

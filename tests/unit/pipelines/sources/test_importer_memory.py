@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from pipelines.sources import convert, image_folder, insightface, recordio
+from pipelines.sources.image_list import read_list_file
+from pipelines.sources.image_table import read_image_table
 from pipelines.sources.recordio import Frame, ImageRecord
 from pipelines.sources.text_column import TextColumn
 
@@ -90,3 +95,31 @@ def test_files_are_listed_in_the_order_of_their_whole_paths(tmp_path: Any) -> No
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"12")
     assert list(image_folder.list_files(str(tmp_path))) == [(name, 2) for name in sorted(names)]
+
+
+@pytest.mark.parametrize("kind", ["lst", "csv", "parquet"])
+def test_the_text_of_a_list_is_not_kept(kind: str, tmp_path: Path) -> None:
+    paths = [PATH.format(number // 100, number % 100) for number in range(ITEMS)]
+    labels = [str(number // 100) for number in range(ITEMS)]
+    file = tmp_path / f"images.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pa.table({"path": paths, "class": labels}), file)
+        rows = read_image_table(str(file))
+    elif kind == "csv":
+        lines = (f"{path},{label}\n" for path, label in zip(paths, labels, strict=True))
+        file.write_text("path,class\n" + "".join(lines))
+        rows = read_image_table(str(file))
+    else:
+        lines = (f"1\t{path}\t{label}\n" for path, label in zip(paths, labels, strict=True))
+        file.write_text("".join(lines))
+        rows = read_list_file(str(file))
+    count = 0
+
+    def _walk() -> int:
+        nonlocal count
+        for row, path, label in zip(rows, paths, labels, strict=True):
+            count += (row.path, row.label) == (path, label)
+        return count
+
+    assert peak(_walk) < 3_500_000 / ITEMS  # a buffer of 1 MiB, and what becomes of one
+    assert count == ITEMS
