@@ -257,8 +257,7 @@ COMPONENTS = Study(
         "many of them in a typeface that no run saw. P@k: share of the k best classes that are "
         "labels; PSP@5 weighs rare labels up (formulas: docs/evaluation.md). MHC ends with a "
         "binary cross-entropy, the others with the separated sums of MLCD. How the data is made "
-        "stands in `configs/glyphs_components.yaml`. Why MHC is so far below, and what was tried: "
-        "docs/choosing.md."
+        "stands in `configs/glyphs_components.yaml`."
     ),
     config="glyphs_components.yaml",
     variants=(

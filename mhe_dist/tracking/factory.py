@@ -143,7 +143,8 @@ def sqlite_uri(file: Path) -> str:
     path = str(file)
     if not re.search("[%?]", path):
         return f"sqlite:///{path}"
-    if metadata.version("sqlalchemy") < "2.1":
+    major, minor = metadata.version("sqlalchemy").split(".")[:2]
+    if (int(major), int(minor)) < (2, 1):
         if "?" in path:
             raise UserError(
                 f"{file}: SQLAlchemy before 2.1 cannot open a database with `?` in its path; name "

@@ -14,6 +14,7 @@ from mhe_dist.config.describe import describe_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_yaml
+from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE
 from pipelines.report.charts.lines import draw_lines
@@ -27,7 +28,7 @@ from pipelines.report.charts.run_charts import (
 from pipelines.report.evaluation import EVALUATION_FOLDER
 from pipelines.report.heldout_pictures import heldout_sections
 from pipelines.report.page import PageSection, picture, read_bytes, write_page
-from pipelines.report.plots import HELDOUT, Arrays, Records, series
+from pipelines.report.plots import HELDOUT_FIGURES, Arrays, Records, series
 from pipelines.storage.urls import list_folder, resolve_url
 
 _MAX_BAD_SAMPLES: Final = 50
@@ -79,8 +80,13 @@ def steps_done(records: Records) -> int:
 
 def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The most important figures, as (name, value)."""
-    heldout = {key[8:]: value for r in records for key, value in r.items() if key[:8] == "heldout/"}
-    for key, name in HELDOUT:
+    heldout = {
+        key.removeprefix(HELDOUT): value
+        for record in records
+        for key, value in record.items()
+        if key.startswith(HELDOUT)
+    }
+    for key, name in HELDOUT_FIGURES:
         if key in heldout:
             yield f"{name}, unseen classes", format_share(heldout[key])
     if "chance" in heldout:

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
 from pipelines.report.charts.numbers import format_share
@@ -49,7 +50,7 @@ STYLE: Final[Any] = {
     "figure.constrained_layout.w_pad": 0.12,
     "figure.dpi": 150,
 }
-HELDOUT: Final = (
+HELDOUT_FIGURES: Final = (
     ("rank1", "rank-1"),
     ("accuracy", "1:1 accuracy"),
     ("tar@far=1e-3", "TAR@FAR=1e-3"),
@@ -103,7 +104,7 @@ def _draw_figures(records: Records, details: Arrays) -> dict[str, Figure]:
         lambda ax: plot_data_wait(ax, records),
     ]
     results: list[Panel] = []
-    if any("heldout/rank1" in record for record in records):
+    if any(f"{HELDOUT}rank1" in record for record in records):
         results.append(lambda ax: plot_heldout(ax, records))
     if "tar" in details:
         results.append(lambda ax: plot_roc(ax, details))
@@ -145,12 +146,12 @@ def plot_learning_rate(axes: Axes, records: Records) -> None:
 
 def plot_heldout(axes: Axes, records: Records) -> None:
     """Plot the held-out figures of every evaluation, beside chance."""
-    for key, name in HELDOUT:
-        steps, values = series(records, f"heldout/{key}")
+    for key, name in HELDOUT_FIGURES:
+        steps, values = series(records, f"{HELDOUT}{key}")
         if len(steps):
             label = f"{name}  {format_share(values[-1])}"
             axes.plot(steps, values, marker="o", markersize=4, label=label, clip_on=False)
-    chance = series(records, "heldout/chance")[1]
+    chance = series(records, f"{HELDOUT}chance")[1]
     if len(chance):
         label = f"chance (rank-1)  {format_share(chance[-1])}"
         axes.axhline(chance[-1], color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=label)

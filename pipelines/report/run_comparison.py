@@ -17,13 +17,14 @@ import yaml
 from mhe_dist.config.describe import describe_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
+from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.report.charts.lines import draw_lines
 from pipelines.report.charts.numbers import format_share, format_value
 from pipelines.report.charts.run_charts import Positions, compared_chart
 from pipelines.report.html import steps_done
 from pipelines.report.page import PageSection, read_bytes, write_page
-from pipelines.report.plots import HELDOUT, Records, series
+from pipelines.report.plots import HELDOUT_FIGURES, Records, series
 
 _NONE: Final = "-"  # a figure that a run does not have, a setting that does not apply to it
 _NO_SETTING: Final = {"run.name", "run.dir"}  # they differ always, and change nothing
@@ -101,14 +102,19 @@ def _figures_section(runs: Sequence[RecordedRun]) -> PageSection:
 
 def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
     """Figures of a run as (name, value), the held-out ones and their protocol first."""
-    for key, name in HELDOUT:
-        if (value := run.last(f"heldout/{key}")) is not None:
+    for key, name in HELDOUT_FIGURES:
+        if (value := run.last(f"{HELDOUT}{key}")) is not None:
             yield f"{name}, unseen classes", format_share(value)
     if protocol := run.summary.get("protocol"):
         yield "protocol of rank-1, TAR", protocol
-    others = {key[8:] for record in run.records for key in record if key.startswith("heldout/")}
+    others = {
+        key.removeprefix(HELDOUT)
+        for record in run.records
+        for key in record
+        if key.startswith(HELDOUT)
+    }
     for key in sorted(others):
-        value = run.last(f"heldout/{key}")
+        value = run.last(f"{HELDOUT}{key}")
         if value is not None and key.endswith(("/rank1", "/accuracy", "/top1")):
             name = key.replace("/rank1", ": rank-1").replace("/top1", ": top-1")
             yield name, format_share(value)
@@ -136,7 +142,7 @@ def _curve_sections(runs: Sequence[RecordedRun]) -> Iterator[PageSection]:
             ("accuracy", "Training accuracy, classes seen"),
             ("doubted", "Doubted labels"),
         ],
-        "Unseen classes": [(f"heldout/{key}", name) for key, name in HELDOUT],
+        "Unseen classes": [(f"{HELDOUT}{key}", name) for key, name in HELDOUT_FIGURES],
         "Speed": [("images_per_s", "Images per second")],
     }
     for title, metrics in panels.items():

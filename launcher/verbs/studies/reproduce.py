@@ -59,7 +59,7 @@ def reproduce(
     small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
     five other heads, one seed each. full: more than 80,000 classes, two heads, half an hour each.
-    paper100: the paper's heads at 100 classes. components: several labels per image, five
+    paper100: the paper's heads at 100 classes. components: several labels per image, six
     heads, three seeds each. unlabelled: 400 characters without their labels,
     clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and
     audited. Each run is an ordinary run of `mhe train` with a name of its own in the output folder.

@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from mhe_dist.tracking.base import HELDOUT
 from pipelines.report.charts.chart import Line, LineChart, Values
-from pipelines.report.plots import HELDOUT, SMOOTH, Arrays, Records, running_mean, series
+from pipelines.report.plots import HELDOUT_FIGURES, SMOOTH, Arrays, Records, running_mean, series
 
 _COLOURS, _DASHES = 5, 3
 _LAST_COLOUR: Final = 4  # grey
@@ -42,11 +43,11 @@ def speed_charts(records: Records) -> Iterator[LineChart]:
 def heldout_charts(records: Records, details: Arrays) -> Iterator[LineChart]:
     """Held-out figures of every evaluation, and the ROC of the last."""
     lines = []
-    for colour, (key, name) in enumerate(HELDOUT):
-        steps, values = series(records, f"heldout/{key}")
+    for colour, (key, name) in enumerate(HELDOUT_FIGURES):
+        steps, values = series(records, f"{HELDOUT}{key}")
         if len(steps):
             lines.append(Line(name, steps, values, colour, is_marked=True))
-    chance = series(records, "heldout/chance")[1]
+    chance = series(records, f"{HELDOUT}chance")[1]
     if lines:
         levels = [("chance of rank-1", float(chance[-1]))] if len(chance) else []
         yield LineChart("Unseen classes", "step", lines, is_share=True, levels=levels)
@@ -80,7 +81,7 @@ def compared_chart(
         unit: of the horizontal axis.
         positions: where steps are on it.
     """
-    is_heldout = key.startswith("heldout/")
+    is_heldout = key.startswith(HELDOUT)
     lines = []
     for number, (label, records) in enumerate(runs):
         steps, values = series(records, key)
