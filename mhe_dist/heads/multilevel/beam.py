@@ -97,7 +97,8 @@ class LevelPass:
 
     def _score(self, cosine: Tensor, normaliser: Tensor) -> Tensor:
         """What a class adds to its path."""
-        return self.objective.log_score(cosine * self.margin.scale, normaliser)
+        logits = self.objective.logits(cosine, self.margin.scale)
+        return self.objective.log_score(logits, normaliser)
 
     def _pool(self, best: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Best children `[B, k * m]` of all parents of each sample, and their paths."""
@@ -145,7 +146,7 @@ class LevelPass:
         spread = None if norms is None else norms[:, None].expand(shape).flatten()
         mean, std = norm_statistics
         phi, slope = self.margin.target(self.target_cosines.flatten(), spread, mean, std)
-        logits = phi.view(shape) * scale
+        logits = self.objective.logits(phi.view(shape), scale)
         result = self.objective.loss_and_grad(self.negatives, logits, self.present)
         if share is None:
             return result.losses, torch.zeros_like(self._features)

@@ -246,7 +246,7 @@ class Scorer:
 
     def _logits(self, others: Tensor) -> Tensor:
         """Logits of the negatives, -inf where they do not count."""
-        logits = others * self.scale
+        logits = self.objective.logits(others, self.scale)
         if self.filter and self.level.normalised:
             logits.masked_fill_(~keep_negatives(others, self.filter), float("-inf"))
         return logits

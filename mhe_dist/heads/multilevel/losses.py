@@ -39,6 +39,9 @@ class Objective(Protocol):
 
     empty: float
 
+    def logits(self, scores: Tensor, scale: float) -> Tensor:
+        """Logits of classes by their cosines, or by their inner products."""
+
     def negatives(self, logits: Tensor) -> Tensor:
         """Sum up the negatives of a part: `[..., L]` -> `[...]`."""
 
@@ -59,6 +62,10 @@ class CrossEntropy:
     """Softmax cross-entropy with exactly one target (K = 1, always present)."""
 
     empty = float("-inf")
+
+    def logits(self, scores: Tensor, scale: float) -> Tensor:
+        """They are scaled; see `Objective`."""
+        return scores * scale
 
     def negatives(self, logits: Tensor) -> Tensor:
         """Log-sum-exp; see `Objective`."""
@@ -90,7 +97,7 @@ class BinaryCrossEntropy:
     classes are scored beside it.
 
     Args:
-        offset: what a logit is lowered by; see `offset_of`.
+        offset: what a scaled score is lowered by; see `offset_of`.
     """
 
     empty = 0.0
@@ -115,9 +122,13 @@ class BinaryCrossEntropy:
         log = math.log(classes)
         return log + variance / 2 if variance <= 2 * log else math.sqrt(2 * variance * log)
 
+    def logits(self, scores: Tensor, scale: float) -> Tensor:
+        """They are scaled, and lowered in the same pass; see `Objective`."""
+        return torch.rsub(scores, -self.offset, alpha=-scale)
+
     def negatives(self, logits: Tensor) -> Tensor:
         """Sum of `-log(1 - sigmoid)`; see `Objective`."""
-        return F.softplus(logits - self.offset).sum(-1)
+        return F.softplus(logits).sum(-1)
 
     def join(self, parts: Tensor) -> Tensor:
         """Sum; see `Objective`."""
@@ -125,14 +136,13 @@ class BinaryCrossEntropy:
 
     def loss_and_grad(self, negatives: Tensor, targets: Tensor, present: Tensor) -> LossAndGrad:
         """The normaliser is not needed, and zero; see `Objective`."""
-        missing = self.offset - targets
-        losses = negatives + F.softplus(missing).mul_(present).sum(-1)
-        return LossAndGrad(losses, torch.zeros_like(losses), missing.sigmoid().neg_() * present)
+        losses = negatives + F.softplus(-targets).mul_(present).sum(-1)
+        return LossAndGrad(losses, torch.zeros_like(losses), (-targets).sigmoid().neg_() * present)
 
     def derivative(self, logits: Tensor, normaliser: Tensor) -> Tensor:
         """The probability; see `Objective`."""
-        return (logits - self.offset).sigmoid_()
+        return logits.sigmoid()
 
     def log_score(self, logits: Tensor, negatives: Tensor) -> Tensor:
         """Log of the sigmoid; see `Objective`."""
-        return F.logsigmoid(logits - self.offset)
+        return F.logsigmoid(logits)
