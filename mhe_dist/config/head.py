@@ -119,7 +119,9 @@ class MhcConfig(ConfigSection):
         [], description="Classes per level, most significant first; empty: two near the root of C."
     )
     candidates: PositiveInt = Field(8, description="k: candidates that a level hands to the next.")
-    multi_label: bool = Field(False, description="Binary cross-entropy on each level.")
+    multi_label: bool = Field(
+        False, description="Older name of head.objective=multi_label, for this head alone."
+    )
 
 
 class HeadConfig(ConfigSection):
@@ -133,7 +135,7 @@ class HeadConfig(ConfigSection):
                 "partial_fc": ("partial_fc", "objective"),
                 "mhs": ("mhs", "objective"),
                 "mhp": ("mhp",),
-                "mhc": ("mhc",),
+                "mhc": ("mhc", "objective"),
             },
         ),
     )
@@ -147,7 +149,8 @@ class HeadConfig(ConfigSection):
     objective: Literal["softmax", "multi_label"] = Field(
         "softmax",
         description="softmax: each label is a target of its own; multi_label: the two separated "
-        "sums of arXiv 2407.17331 over labels and negatives.",
+        "sums of arXiv 2407.17331 over labels and negatives, of mhc the binary cross-entropy of "
+        "each level.",
     )
     margin: MarginConfig = Field(MarginConfig(), description="What happens to the logits.")
     bank: BankConfig = Field(BankConfig(), description="How class centres are stored.")
@@ -169,17 +172,21 @@ class HeadConfig(ConfigSection):
     mhp: MhpConfig = Field(MhpConfig(), description="Multi-Head Product.")
     mhc: MhcConfig = Field(MhcConfig(), description="Multi-Head Cascade.")
 
+    @property
+    def cascade_is_multi_label(self) -> bool:
+        """Whether a Multi-Head Cascade takes any number of labels per sample."""
+        return self.mhc.multi_label or self.objective == "multi_label"
+
     def refuse_several_labels(self, per_sample: int) -> list[str]:
         """Say that this head learns one label per sample, if a sample may have `per_sample`."""
-        one_label = {
-            "mhp": "head.kind=mhp",
-            **({} if self.mhc.multi_label else {"mhc": "head.kind=mhc without mhc.multi_label"}),
-        }
+        one_label = {"mhp": "head.kind=mhp"}
+        if not self.cascade_is_multi_label:
+            one_label["mhc"] = "head.kind=mhc with head.objective=softmax"
         if per_sample < 2 or self.kind not in one_label:
             return []
         return [
             f"data.labels_per_sample={per_sample}: {one_label[self.kind]} learns one class per "
-            "image; full, partial_fc, mhs, and mhc with head.mhc.multi_label=true learn several"
+            "image; full, partial_fc, mhs, and mhc with head.objective=multi_label learn several"
         ]
 
     def validate_combinations(self, workers: int) -> list[str]:

@@ -63,9 +63,9 @@ def _cases() -> dict[str, list[Job]]:
         found[f"mhc-{candidates} candidates"] = [Job(config)]
     for margin in ("none", "cosface", "adaface"):
         for labels in ("many", "neighbours"):
-            config = level_config("mhc", "three", margin, mhc={"multi_label": True})
+            config = level_config("mhc", "three", margin, objective="multi_label")
             found[f"mhc-{labels} labels, {margin}"] = [Job(config, labels)]
-    config = level_config("mhc", "padded", "none", mhc={"multi_label": True})
+    config = level_config("mhc", "padded", "none", objective="multi_label")
     found["mhc-multi-label with one"] = [Job(config, "short")]
     return found
 
@@ -78,7 +78,7 @@ PREDICTIONS: dict[str, list[Job]] = {
     "mhc, beam of 9": [Job(level_config("mhc", "three", "none", mhc={"candidates": 9}), predict=3)],
     "mhc, all classes and more": [Job(level_config("mhc", "padded"), predict=CLASSES + 3)],
     "mhc, many labels": [
-        Job(level_config("mhc", "three", "none", mhc={"multi_label": True}), "many", predict=5)
+        Job(level_config("mhc", "three", "none", objective="multi_label"), "many", predict=5)
     ],
 }
 CASES = _cases()

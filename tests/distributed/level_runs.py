@@ -87,7 +87,7 @@ class PlainLevels:
         if margin.kind != "none" and len(targets):
             targets = self.levels[0]._target(targets, norm.expand(len(targets)))
         targets, negatives = targets * self.scale, negatives * self.scale
-        if self.config.kind == "mhc" and self.config.mhc.multi_label:
+        if self.config.kind == "mhc" and self.config.cascade_is_multi_label:
             offset = self.offset(level)
             return F.softplus(offset - targets).sum() + F.softplus(negatives - offset).sum()
         return F.cross_entropy(torch.cat([targets, negatives]), torch.tensor(0))
@@ -95,7 +95,7 @@ class PlainLevels:
     def log_scores(self, level: int, cosines: Tensor) -> Tensor:
         """What classes add to their path, if all that are scored are given."""
         logits = cosines.detach() * self.scale
-        if self.config.kind == "mhc" and self.config.mhc.multi_label:
+        if self.config.kind == "mhc" and self.config.cascade_is_multi_label:
             return F.logsigmoid(logits - self.offset(level))
         return logits.log_softmax(0)
 
@@ -188,7 +188,7 @@ def _define(config: str, labels: str, num_classes: int) -> LevelOutcome:
             good = {y for y in given if 0 <= y < num_classes}
             if good and not many and job.config.kind == "mhp":
                 samples.append(product_sample(plain, embedding, *good))
-            elif good or (given == {-1} and job.config.mhc.multi_label):
+            elif good or (given == {-1} and job.config.cascade_is_multi_label):
                 samples.append(cascade_sample(plain, embedding, good))
         loss = torch.stack([s.loss for s in samples]).mean()
         loss.backward()

@@ -18,7 +18,7 @@ HEADS = {
     "gather": ["head.mhs.exchange=gather"],
     "full": ["head.kind=full"],
     "partial_fc": ["head.kind=partial_fc"],
-    "mhc": ["head.kind=mhc", "head.mhc.multi_label=true"],
+    "mhc": ["head.kind=mhc"],
 }
 PARTS = 24
 

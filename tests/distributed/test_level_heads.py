@@ -120,7 +120,7 @@ def test_too_short_lengths_are_refused(kind: str) -> None:
 
 def test_bad_labels_are_named_or_refused() -> None:
     labels = torch.tensor([[[3, -1], [-1, -1]], [[5, 46], [1, 2]]])
-    config = level_config("mhc", mhc={"multi_label": True}, on_bad_label="fail")
+    config = level_config("mhc", objective="multi_label", on_bad_label="fail")
     with pytest.raises(LabelError, match="label 46") as caught:
         build_head(Job(config).spec(), Topology()).plan(0, labels)
     assert (caught.value.micro_batch, caught.value.position) == (1, 0)

@@ -265,7 +265,7 @@ def test_rows_learn_when_the_network_is_frozen() -> None:
 
 def test_several_labels_per_sample_may_be_padded_differently() -> None:
     def make_head() -> Any:
-        options = {"lengths": [3, 4, 5], "multi_label": True}
+        options = {"lengths": [3, 4, 5], "objective": "multi_label"}
         return mhe_dist.create_head("mhc", num_classes=CLASSES, dim=WIDTH, seed=SEED, **options)
 
     embeddings = torch.randn(5, WIDTH)

@@ -113,7 +113,7 @@ def test_a_resumed_run_is_the_same_run(
     [
         ({"kind": "full", "objective": "multi_label"}, (1,)),
         ({"kind": "mhs", "objective": "multi_label"}, (1, 2)),
-        ({"kind": "mhc", "mhc": {"multi_label": True}, "margin": {"kind": "none"}}, (1,)),
+        ({"kind": "mhc", "objective": "multi_label", "margin": {"kind": "none"}}, (1,)),
     ],
     ids=["full", "mhs", "mhc"],
 )

@@ -44,7 +44,7 @@ class MultiHeadCascade(LevelHead):
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhc
         radix = MixedRadix.of(spec.num_classes, config.lengths, "head.mhc.lengths")
-        super().__init__(spec, radix, topology, config.multi_label)
+        super().__init__(spec, radix, topology, spec.config.cascade_is_multi_label)
         self.candidates = config.candidates
         purpose = "cascade level_1"
         first = SharedLevel(radix.prefixes(0), purpose, self.optimizer, spec, topology)

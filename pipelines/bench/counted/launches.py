@@ -85,7 +85,7 @@ def _cases() -> dict[str, LaunchCase]:
         cases |= {f"{name} {key}": _case(head | more) for key, more in variants.items()}
     route, gather = HEADS["route"], HEADS["gather"]
     own_plus = {"mhs": gather["mhs"] | {"negatives": "own_plus", "correction": True}}
-    several = {"mhc": {"multi_label": True}, "margin": {"kind": "none"}}
+    several = {"objective": "multi_label", "margin": {"kind": "none"}}
     return cases | {
         "route host adamw": _case(route | BANKS["host"] | OPTIMIZERS["adamw"]),
         "route correction": LaunchCase(route | {"mhs": MHS | {"correction": True}}),

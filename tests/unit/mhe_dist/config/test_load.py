@@ -210,10 +210,11 @@ def test_contradictions_are_reported_although_other_keys_are_wrong() -> None:
         ((), ""),
         (("head.objective=multi_label",), ""),
         (("head.kind=mhp",), "head.kind=mhp"),
-        (("head.kind=mhc",), "head.kind=mhc without mhc.multi_label"),
+        (("head.kind=mhc",), "head.kind=mhc with head.objective=softmax"),
         (("head.kind=full",), ""),
         (("head.kind=partial_fc", "head.objective=multi_label"), ""),
         (("head.mhs.exchange=gather",), ""),
+        (("head.kind=mhc", "head.objective=multi_label"), ""),
         (("head.kind=mhc", "head.mhc.multi_label=true"), ""),
     ],
 )
@@ -226,7 +227,7 @@ def test_heads_that_learn_one_label_refuse_several_by_name(
         return
     assert mistakes(None, "data.labels_per_sample=4", *head) == [
         f"data.labels_per_sample=4: {named} learns one class per image; full, partial_fc, mhs, and "
-        "mhc with head.mhc.multi_label=true learn several"
+        "mhc with head.objective=multi_label learn several"
     ]
 
 
@@ -237,7 +238,17 @@ def test_labels_are_evaluated_with_their_shards() -> None:
 
 def test_objectives_of_heads_that_have_none() -> None:
     (wrong,) = mistakes(None, "head.objective=softmax", "head.kind=mhp")
-    assert "belongs to head.kind=full or partial_fc or mhs, but head.kind is mhp" in wrong
+    assert "belongs to head.kind=full or partial_fc or mhs or mhc, but head.kind is mhp" in wrong
+
+
+def test_a_cascade_takes_several_labels_by_either_key() -> None:
+    for keys, expected in (
+        ((), False),
+        (("head.objective=multi_label",), True),
+        (("head.mhc.multi_label=true",), True),
+    ):
+        config = load_config(None, ["data.shards=x", "head.kind=mhc", *keys])
+        assert config.head.cascade_is_multi_label is expected
 
 
 def elastic(workers: str) -> Config:
