@@ -40,10 +40,13 @@ def run(config: Config, watcher: Watcher, address: str = "", dashboard: bool = F
     Raises:
         UserError: another process trains this run.
     """
+    from pipelines.runs.auto_sizes import settle_sizes
+
     refuse_locked(config.run.path, watcher.waiting)
     make_data(config, watcher)
     check_selection(config)
     if read_run_config(config.run.path) is None:  # else rank 0 compares it first
+        config = settle_sizes(config)
         save_config(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:

@@ -10,11 +10,16 @@ from typing import Any, Final, NamedTuple
 import yaml
 
 from launcher.preflight.own_data import OwnData
+from mhe_dist.config.auto.head_sizes import (
+    HeadDemand,
+    SizeChoice,
+    choose_kind,
+    choose_sizes,
+    count_classes_met,
+    fill_sizes,
+)
+from mhe_dist.config.head import BankConfig, HeadConfig
 
-MOST_CLASSES_OF_FULL: Final = 20_000
-"""Up to so many classes the full softmax is chosen: it is the better head, and not much dearer."""
-HEAD_LENGTH: Final = 128
-CLASSES_SEEN: Final = 10_000  # of a large label space, by each sample
 _STREAMS: Final = 64
 _STEPS: Final = 2_000  # that even a small set is trained for, within the bounds of the epochs
 _FEWEST_STEPS_PER_EPOCH: Final = 8
@@ -74,7 +79,7 @@ def choose_settings(data: OwnData, machine: Machine, name: str) -> Sections:
     }
     dim = next(setting.value for setting in sections["model"] if setting.key == "embedding_dim")
     sections |= {
-        "head": choose_head(data.classes, dim, machine),
+        "head": choose_head(data.classes, dim, machine, batch),
         "optim": _optim(batch, steps, machine.gpu),
         "train": _train(data, batch, epochs, steps),
         "scale": _scale(machine),
@@ -114,36 +119,45 @@ def choose_batch(images: int, machine: Machine) -> BatchPlan:
     return BatchPlan(micro * machine.workers, micro, machine.workers * per_worker)
 
 
-def choose_head(classes: int, dim: int, machine: Machine) -> list[Setting]:
-    """The head and its sizes.
+def choose_head(classes: int, dim: int, machine: Machine, batch: BatchPlan) -> list[Setting]:
+    """The head and its sizes, by the rule that stands behind `auto`, too.
 
     Args:
         classes: C.
         dim: D, the width of the embedding.
         machine: its workers own the rows.
+        batch: what a step has.
     """
-    groups = machine.workers * max(1, math.ceil(8 / machine.workers))
-    why_groups = (
-        f"A rank owns whole groups of the rows: with {groups}, the run may go on with any number "
-        f"of workers up to {groups} that suits its batches."
+    rows = classes * dim * 8 / machine.workers / _GIB
+    memory = "device"
+    if rows > _ROWS_GIB[machine.gpu]:
+        memory = "host" if machine.gpu else "file"
+    kind = choose_kind(classes)
+    micro_batches = batch.global_batch // batch.micro_batch
+    demand = HeadDemand(
+        classes, dim, machine.workers, batch.micro_batch, micro_batches, machine.gpu
     )
+    head = HeadConfig(kind=kind, bank=BankConfig(memory=memory))
+    sizes = choose_sizes(head, demand)
     margin = {"kind": "cosface", "scale": 32, "m": 0.3}
     margin_why = "Cosines times scale, less m for the own class: m makes the classes compact."
-    if classes <= MOST_CLASSES_OF_FULL:
+    if kind == "full":
         why = (
             f"full: a softmax over all {classes:,} classes. Below some ten thousand classes it "
             "finds more than heads that see a part of them (docs/results.md: rank-1 96.1 % beside "
             "94.3 % on 6,000 classes), and its cost is small beside the backbone's. Beyond, take "
             "mhs."
         )
-        head = [Setting("kind", "full", why)]
+        settings = [Setting("kind", "full", why)]
     else:
         margin = {"kind": "cosface", "scale": 64, "m": 0.4}
-        head = _sampled_head(classes, groups)
-    settings = [*head, Setting("groups", groups, why_groups), Setting("margin", margin, margin_why)]
-    rows = classes * dim * 8 / machine.workers / _GIB
-    if rows > _ROWS_GIB[machine.gpu]:
-        memory = "host" if machine.gpu else "file"
+        settings = _sampled_head(fill_sizes(head, sizes), demand, sizes)
+    why_groups = f"{sizes.why_groups[0].upper()}{sizes.why_groups[1:]}."
+    settings += [
+        Setting("groups", sizes.groups, why_groups),
+        Setting("margin", margin, margin_why),
+    ]
+    if memory != "device":
         where = "memory of the host" if machine.gpu else "files, which the system pages"
         why = (
             f"Rows and momentum are {rows:,.0f} GiB of each worker: they are kept in {where}, and "
@@ -153,23 +167,18 @@ def choose_head(classes: int, dim: int, machine: Machine) -> list[Setting]:
     return settings
 
 
-def _sampled_head(classes: int, groups: int) -> list[Setting]:
-    heads = math.ceil(classes / HEAD_LENGTH)
-    wanted = min(classes / 10, CLASSES_SEEN)
-    extra = max(8, round(wanted / HEAD_LENGTH) - 1)
-    extra = min(extra, max(1, heads // groups - 1))
-    seen = min(classes, (1 + extra) * HEAD_LENGTH)
+def _sampled_head(head: HeadConfig, demand: HeadDemand, sizes: SizeChoice) -> list[Setting]:
+    seen = count_classes_met(head.mhs, demand, sizes.groups)
     why = (
-        f"mhs: each sample is compared with its own head and {extra} others, which is {seen:,} of "
-        f"{classes:,} classes. A step's cost follows from the batch and the lengths, and not from "
-        "the number of classes; full would compare with all of them."
+        f"mhs: each sample is compared with {seen:,} of {demand.classes:,} classes. A step's cost "
+        "follows from the batch and these, and not from the number of classes; full would compare "
+        "with all of them."
     )
     why_sizes = (
-        "Short heads see the most classes for the bytes that a step moves. More extra heads see "
-        "more classes; all samples of a worker share them, so they are cheap."
+        f"{sizes.why_sizes[0].upper()}{sizes.why_sizes[1:]}. Left out, it is auto: the same."
     )
-    sizes = {"length": HEAD_LENGTH, "extra_heads": extra}
-    return [Setting("kind", "mhs", why), Setting("mhs", sizes, why_sizes)]
+    numbers = {"length": sizes.length, "extra_heads": sizes.extra_heads}
+    return [Setting("kind", "mhs", why), Setting("mhs", numbers, why_sizes)]
 
 
 def _data(

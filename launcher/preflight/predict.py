@@ -24,6 +24,7 @@ class CostPrediction(NamedTuple):
         memory: bytes of a worker's process at its peak.
         device: bytes of a worker's GPU; 0 on a CPU.
         step_s, epoch_s: seconds.
+        head: in a line, what `auto` has become and why; empty where nothing was `auto`.
     """
 
     parts: list[tuple[str, int]]
@@ -31,6 +32,7 @@ class CostPrediction(NamedTuple):
     device: int
     step_s: float
     epoch_s: float
+    head: str = ""
 
 
 def find_obstacles(config: Config, nodes: list[NodeReport]) -> list[str]:
@@ -66,7 +68,8 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
     step = trial["step_s"]
     steps = measured["samples"] / config.train.global_batch
-    return CostPrediction(parts, memory, trial["device_bytes"], step, step * steps)
+    head = measured.get("head", "")
+    return CostPrediction(parts, memory, trial["device_bytes"], step, step * steps, head)
 
 
 def find_shortages(

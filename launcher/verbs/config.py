@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.terminal import console
+from mhe_dist.config.auto.head_sizes import auto_keys
 from mhe_dist.config.describe import ConfigEntry, describe_config
 from mhe_dist.config.json_schema import json_schema
 from mhe_dist.config.load import load_config
+from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
+from mhe_dist.errors import UserError
 
 REQUIRED = "(required)"  # what `describe_config` gives where there is no default
 CONFIG = typer.Argument(
@@ -48,7 +51,8 @@ def show(
 ) -> None:
     """Show every setting of a run, with its meaning; those that are not the default stand out.
 
-    Beside each key stands what it may hold.
+    Beside each key stands what it may hold. Where the data are at hand, a line says which numbers
+    the `auto` sizes of the head become, and why.
 
     Example: mhe config quickstart optim.lr=0.4
 
@@ -60,17 +64,37 @@ def show(
     if config is None:
         raise typer.BadParameter("give a YAML file or a name", param_hint="CONFIG")
     resolved = load_config(config, overrides or [])
+    sizes = explain_auto(resolved)
     if not sys.stdout.isatty() if as_yaml is None else as_yaml:
+        _print_yaml(f"# {sizes}\n" if sizes else "")
         _print_yaml(yaml.safe_dump(config_to_dict(resolved), sort_keys=False, allow_unicode=True))
         return
     entries = describe_config(resolved)
     console.out.print(_table(entries))
     changed = sum(_is_changed(entry) for entry in entries)
+    if sizes:
+        console.say(escape(sizes))
     console.say(f"{len(entries)} keys, {changed} of them (bold) not at their default.")
     words = [config, *(overrides or [])]
     console.list_next(
         [("run it", ["mhe", "train", *words]), ("as YAML", ["mhe", "config", *words, "--yaml"])]
     )
+
+
+def explain_auto(config: Config) -> str:
+    """In a line, what the `auto` sizes of the head become, and why; empty if none is `auto`."""
+    from pipelines.runs.auto_sizes import explain_settled
+    from pipelines.shards.index import index_exists
+
+    keys = auto_keys(config.head)
+    if not keys:
+        return ""
+    try:
+        if index_exists(config.data.shards):
+            return explain_settled(config)
+    except (UserError, ImportError, ValueError, OSError):
+        pass  # `mhe preflight` says what is wrong with the data
+    return f"auto: {', '.join(keys)} become numbers when the classes of data.shards are known"
 
 
 def _print_yaml(text: str) -> None:

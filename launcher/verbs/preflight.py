@@ -16,7 +16,7 @@ from launcher.preflight.survey import assess, survey_cluster, survey_machine
 from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster
 from launcher.terminal import console
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.config import ConfigFile, Overrides, explain_auto
 from mhe_dist.config.load import load_config
 
 
@@ -51,6 +51,8 @@ def preflight(
         console.out.print(table)
     elif trial:
         console.say("No prediction: the data set is made when the run begins.")
+    if head := (prediction.head if prediction else explain_auto(settings)):
+        console.say(escape(head))
     console.say("Nothing stands in the way.")
     words = [config, *(overrides or [])]
     train = ["mhe", "submit", *words, "--address", address] if address else ["mhe", "train", *words]

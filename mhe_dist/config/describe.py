@@ -98,6 +98,8 @@ def _describe_annotation(annotation: Any, metadata: list[Any]) -> str:
         words = " or ".join(
             "null" if a is type(None) else _describe_annotation(a, []) for a in arguments
         )
+    elif origin is Literal and len(arguments) == 1:
+        words = str(arguments[0])
     elif origin is Literal:
         words = f"one of {', '.join(map(str, arguments))}"
     elif origin is list:

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from mhe_dist.config.section import (
     Alternatives,
     ConfigSection,
+    CountOrAuto,
     Decay,
     Fraction,
     PathText,
     PositiveFloat,
     PositiveInt,
+    PositiveIntOrAuto,
 )
+from mhe_dist.errors import UserError
+
+AUTO: Final = "auto"
+GROUPS_KEY: Final = "head.groups"
+AUTO_KEYS: Final = (GROUPS_KEY, "head.mhs.length", "head.mhs.extra_heads")
+"""Keys whose `auto` becomes a number once, when a run begins."""
+
+
+def chosen_number(key: str, value: int | Literal["auto"]) -> int:
+    """The number of one of `AUTO_KEYS`.
+
+    Raises:
+        UserError: nothing has chosen it yet.
+    """
+    if value == AUTO:
+        raise UserError(
+            f"{key}=auto: nothing has chosen a number yet, which follows from the classes and the "
+            "workers of a run; give a number here"
+        )
+    return value
 
 
 class MarginConfig(ConfigSection):
@@ -79,9 +101,11 @@ class HeadOptimConfig(ConfigSection):
 class MhsConfig(ConfigSection):
     """Multi-Head Sampling."""
 
-    length: PositiveInt = Field(100, description="L: classes in a head.")
-    extra_heads: int = Field(
-        8, ge=0, description="m: extra heads per group (route) or in all (gather)."
+    length: PositiveIntOrAuto = Field(
+        AUTO, description="L: classes in a head; auto: by classes, workers and memory traffic."
+    )
+    extra_heads: CountOrAuto = Field(
+        AUTO, description="m: extra heads per group (route) or in all (gather); auto: likewise."
     )
     exchange: Literal["route", "gather"] = Field(
         "route", description="route: samples travel to their heads; gather: every rank sees all."
@@ -96,6 +120,16 @@ class MhsConfig(ConfigSection):
         ge=0,
         description="Epochs after which classes move to other heads, but near the end; 0: never.",
     )
+
+    @property
+    def chosen_length(self) -> int:
+        """L; UserError while it is `auto`."""
+        return chosen_number("head.mhs.length", self.length)
+
+    @property
+    def chosen_extra_heads(self) -> int:
+        """m; UserError while it is `auto`."""
+        return chosen_number("head.mhs.extra_heads", self.extra_heads)
 
 
 class PartialFcConfig(ConfigSection):
@@ -160,9 +194,10 @@ class HeadConfig(ConfigSection):
         description="How GPUs compute the head's products in training; tf32 is faster and has a "
         "mantissa of 10 bits; auto: tf32 in bf16 runs, else float32.",
     )
-    groups: PositiveInt = Field(
-        8,
-        description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones.",
+    groups: PositiveIntOrAuto = Field(
+        AUTO,
+        description="G: fixed parts of the rows, one per worker at least; a rank owns whole ones; "
+        "auto: as many as the batches can use workers, up to 8 or four times the workers.",
     )
     on_bad_label: Literal["fail", "ignore"] = Field(
         "fail", description="What to do with a label outside [0, C)."
@@ -176,6 +211,11 @@ class HeadConfig(ConfigSection):
     def cascade_is_multi_label(self) -> bool:
         """Whether a Multi-Head Cascade takes any number of labels per sample."""
         return self.mhc.multi_label or self.objective == "multi_label"
+
+    @property
+    def chosen_groups(self) -> int:
+        """G; UserError while it is `auto`."""
+        return chosen_number("head.groups", self.groups)
 
     def refuse_several_labels(self, per_sample: int) -> list[str]:
         """Say that this head learns one label per sample, if a sample may have `per_sample`."""
@@ -192,7 +232,7 @@ class HeadConfig(ConfigSection):
     def validate_combinations(self, workers: int) -> list[str]:
         """Say which values contradict one another, or that many workers."""
         wrong = []
-        if self.kind != "mhp" and self.groups < workers:
+        if self.kind != "mhp" and self.groups != AUTO and self.groups < workers:
             wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")
         routed = self.kind == "mhs" and self.mhs.exchange == "route"
         if routed and self.mhs.negatives == "batch":

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Final, NamedTuple, cast, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, cast, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
@@ -28,6 +29,27 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _OneMistake(NamedTuple):
+    """A value that fits no type of a union is one mistake, not one for each type."""
+
+    message: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        union = cast(dict[str, Any], handler(source))
+        error = {"custom_error_type": NO_NUMBER, "custom_error_message": self.message}
+        return cast(CoreSchema, union | error)
+
+
+PositiveIntOrAuto = Annotated[
+    PositiveInt | Literal["auto"], _OneMistake("must be greater than 0, or auto")
+]
+CountOrAuto = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["auto"], _OneMistake("must be at least 0, or auto")
+]
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -58,6 +80,7 @@ PathTexts = Annotated[list[str], AfterValidator(expand_paths)]
 
 INAPPLICABLE = "inapplicable"  # pydantic's type of the error
 UNSET_VARIABLE: Final = "unset_variable"  # likewise
+NO_NUMBER: Final = "no_number"  # likewise
 
 
 class Inapplicable(NamedTuple):
@@ -186,8 +209,9 @@ def _error(key: str, value: Any, reason: Inapplicable) -> InitErrorDetails:
 
 def _again(found: ErrorDetails) -> InitErrorDetails:
     """A finding inside a section, to be raised once more."""
-    if found["type"] == INAPPLICABLE:
-        error = PydanticCustomError(INAPPLICABLE, "{reason}", found["ctx"])
+    if found["type"] in (INAPPLICABLE, UNSET_VARIABLE, NO_NUMBER):
+        context = {"reason": found["msg"], **found.get("ctx", {})}
+        error = PydanticCustomError(found["type"], "{reason}", context)
         return InitErrorDetails(type=error, loc=found["loc"], input=found["input"])
     return cast(InitErrorDetails, found)
 

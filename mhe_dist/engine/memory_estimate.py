@@ -141,16 +141,18 @@ def _head_bytes(config: Config, num_classes: int, workers: int) -> tuple[int, in
     if head.kind in ("mhp", "mhc"):
         return 0, 0
     if head.kind == "mhs" and head.mhs.exchange == "route":
-        extra = head.mhs.extra_heads * -(-head.groups // workers) * head.mhs.length
+        extra = (
+            head.mhs.chosen_extra_heads * -(-head.chosen_groups // workers) * head.mhs.chosen_length
+        )
         extra = 0 if head.mhs.negatives == "own" else min(local, extra)
-        own = min(local, batch // workers * head.mhs.length)
-        return batch // head.groups * extra * FLOAT, (extra + own) * width * FLOAT
+        own = min(local, batch // workers * head.mhs.chosen_length)
+        return batch // head.chosen_groups * extra * FLOAT, (extra + own) * width * FLOAT
     rows = local
     if head.kind == "partial_fc":
         rows = max(int(local * head.partial_fc.rate), min(local, batch // workers))
     elif head.kind == "mhs":
-        heads = batch + (0 if head.mhs.negatives == "own" else head.mhs.extra_heads)
-        rows = min(local, heads * head.mhs.length // workers)
+        heads = batch + (0 if head.mhs.negatives == "own" else head.mhs.chosen_extra_heads)
+        rows = min(local, heads * head.mhs.chosen_length // workers)
     chunk = min(rows * max(width, batch) * FLOAT, DEVICE_CHUNK_BYTES)
     return rows * width * FLOAT, chunk + min(rows * batch * FLOAT, LOGITS_BYTES)
 

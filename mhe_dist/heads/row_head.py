@@ -124,7 +124,7 @@ class RowHead(Head):
 
     def __init__(self, spec: HeadSpec, topology: Topology, length: int, every: int = 0) -> None:
         self.spec, self.topology = spec, topology
-        groups = spec.config.groups
+        groups = spec.config.chosen_groups
         self.permutations = Permutations(
             spec.num_classes, length, groups, spec.seed, every, spec.steps
         )

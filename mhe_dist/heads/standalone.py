@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from mhe_dist.config.auto.head_sizes import HeadDemand, choose_sizes, fill_sizes
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import gather_rows
 from mhe_dist.distributed.device import default_device
@@ -38,6 +39,8 @@ from mhe_dist.heads.row_head import HeadSpec
 _COMMON = ("groups", "objective", "on_bad_label", "matmul")
 # `matmul` -> whether a GPU's products are in TF32; auto leaves what the process is set to.
 _TF32 = {"auto": None, "float32": False, "tf32": True}
+_MICRO_BATCH = 128  # for which sizes are chosen; the loop's own is not known yet
+_MOST_RANKS = 8  # likewise: sizes are the same on any number of ranks up to it
 
 
 def create_head(
@@ -73,13 +76,14 @@ def create_head(
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
             `objective`, `on_bad_label` and `matmul` (auto: as torch is set in this process).
+            `length`, `extra_heads` and `groups` that are left out: see `_with_sizes`.
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
     """
     blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
-    config = _config(kind, blocks, options)
     topology = _topology(None if device is None else torch.device(device))
+    config = _with_sizes(_config(kind, blocks, options), num_classes, dim, topology.world_size)
     if wrong := config.validate_combinations(topology.world_size):
         raise UserError("; ".join(wrong))
     if config.mhs.repartition_every and steps_per_epoch <= 0:
@@ -308,6 +312,17 @@ def _config(kind: str, blocks: dict[str, Any], options: dict[str, Any]) -> HeadC
     except ValidationError as error:
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise UserError(f"create_head({kind!r}): {'; '.join(wrong)}") from None
+
+
+def _with_sizes(config: HeadConfig, num_classes: int, dim: int, ranks: int) -> HeadConfig:
+    """Numbers instead of `auto`, by the rule of docs/choosing.md.
+
+    They are those for 8 ranks (or 16, 24, ...) of a CPU with 128 images each, so that a head that
+    was saved fits one that is made by the same call on fewer ranks.
+    """
+    workers = -(-ranks // _MOST_RANKS) * _MOST_RANKS
+    demand = HeadDemand(num_classes, dim, workers, _MICRO_BATCH, workers, gpu=False)
+    return fill_sizes(config, choose_sizes(config, demand))
 
 
 def _block(value: str | Mapping[str, Any]) -> dict[str, Any]:

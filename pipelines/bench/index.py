@@ -235,7 +235,8 @@ def _step_seconds(index: ShardIndex) -> float:
     torch.set_num_threads(1)
     streams = min(STEP_STREAMS, index.samples)
     labels = StepLabels(index, SampleOrder(index.sizes, streams, STEP_WINDOW, 0), STEP_SAMPLES)
-    config = HeadConfig.model_validate({"kind": "mhs", "groups": STEP_STREAMS})
+    sizes = {"length": 100, "extra_heads": 8}
+    config = HeadConfig.model_validate({"kind": "mhs", "groups": STEP_STREAMS, "mhs": sizes})
     spec = HeadSpec(config, _STEP_CLASSES, _WIDTH, 0, STEP_STREAMS)
     head = build_head(spec, Topology(0, STEP_STREAMS, torch.device("cpu")))
     seconds = []

@@ -29,6 +29,7 @@ from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
+from pipelines.runs.auto_sizes import explain_settled, settle_sizes
 from pipelines.runs.first_model import make_tried_model, without_first_weights
 from pipelines.runs.folder import newest_checkpoint
 
@@ -124,13 +125,16 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
 
     Returns:
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
-        largest of each figure of the workers' `TrialMeasurement`s) and `samples` of an epoch.
+        largest of each figure of the workers' `TrialMeasurement`s), `samples` of an epoch, and
+        `head`: in a line, what its `auto` has become, or nothing.
 
     Raises:
         UserError: the backbone cannot train, or an evaluation could not work.
     """
     seed, index = config.run.seed, open_training_index(config.data, config.run.seed)
     refuse_unusable_sets(config.evaluate, config.data, seed, Topology(), index.num_classes)
+    head = explain_settled(config, index.num_classes)
+    config = settle_sizes(config, index.num_classes)
     device = rank_device(config.scale.gpu)
     resumes = newest_checkpoint(config.run.path) is not None
     first = without_first_weights(config) if resumes else config
@@ -145,4 +149,5 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
         "footprint": asdict(estimated),
         "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},
         "samples": samples_per_epoch(index),
+        "head": head,
     }

@@ -41,6 +41,7 @@ from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
 from pipelines.pretrain.recorder import EventHandler, Recorder, tracked_datasets
 from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
+from pipelines.runs.auto_sizes import settle_sizes
 from pipelines.runs.first_model import make_tried_model, without_first_weights
 from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_other_data
 from pipelines.runs.warm_start import (
@@ -69,9 +70,10 @@ class Run:
         on_event: see `Recorder`.
         check_lock: raises when the run's folder is another process's now.
         """
-        self.config, self.topology, self.check_lock = config, topology, check_lock
         self.changes = refuse_changed_config(config)
         self.index = open_training_index(config.data, config.run.seed)
+        config = settle_sizes(config, self.index.num_classes, topology.world_size)
+        self.config, self.topology, self.check_lock = config, topology, check_lock
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
         self.store = CheckpointStore(

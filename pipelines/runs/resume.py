@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from fsspec.core import url_to_fs
 
 from mhe_dist.config.describe import all_keys, suggest
+from mhe_dist.config.head import AUTO, AUTO_KEYS
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
@@ -113,12 +114,14 @@ def change_permission(key: str) -> Permission:
 def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     """Keys of two configs that differ and may not, unless by name.
 
-    A key that only one of them has, because the other comes from another release, is no change.
+    A key that only one of them has, because the other comes from another release, is no change; nor
+    is `auto` for a number that the run began with (`pipelines.runs.auto_sizes`).
     """
     sections = {key.path for key in all_keys() if key.section}
     old, new = dict(_leaves(before, sections)), dict(_leaves(after, sections))
     held = [key for key in old if key in new and change_permission(key) != "yes"]
-    return [(key, old[key], new[key]) for key in held if old[key] != new[key]]
+    changes = [(key, old[key], new[key]) for key in held if old[key] != new[key]]
+    return [each for each in changes if each[0] not in AUTO_KEYS or AUTO not in each[1:]]
 
 
 def refuse_changed_config(config: Config) -> list[Change]:

@@ -7,6 +7,8 @@ BLAS product does not depend on the number of the others (see `heads/batch_invar
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,7 +49,9 @@ def _steps(topology: Topology, case: str) -> dict[str, Tensor]:
     lists = (LABELS,) if case.startswith("several") else ()
     labels = torch.randint(-len(lists), CLASSES, (*shape, *lists), generator=rng)
     embeddings = torch.randn(*shape, WIDTH, generator=rng)
-    config = HeadConfig.model_validate({"groups": 6} | CONFIGS[case])
+    changes: dict[str, Any] = CONFIGS[case]
+    block = {"length": 100, "extra_heads": 8} | changes.get("mhs", {})
+    config = HeadConfig.model_validate({"groups": 6, **changes, "mhs": block})
     gradients = []
     head = build_head(HeadSpec(config, CLASSES, WIDTH, 3, MICRO_BATCHES), topology)
     for step in range(STEPS):

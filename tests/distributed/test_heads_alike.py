@@ -71,7 +71,7 @@ def test_a_list_of_one_label_is_a_label(head: str, margin: str) -> None:
 
 @pytest.mark.parametrize("head", ["mhp", "mhc"])
 def test_heads_that_learn_one_label_refuse_lists(head: str) -> None:
-    config = HeadConfig.model_validate({"kind": head})
+    config = HeadConfig.model_validate({"kind": head, "groups": 8})
     built = build_head(HeadSpec(config, 46, 5, 0, 1), Topology())
     with pytest.raises(ValueError, match=r"labels \(1, 2, 3\): this head takes one per sample"):
         built.plan(0, torch.zeros(1, 2, 3, dtype=torch.int64))

@@ -28,7 +28,7 @@ BLOCKS: dict[str, Any] = {
 }
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "route": ("mhs", {"length": 4, "extra_heads": 2}),
-    "gather": ("mhs", {"length": 4, "exchange": "gather", "negatives": "batch"}),
+    "gather": ("mhs", {"length": 4, "extra_heads": 8, "exchange": "gather", "negatives": "batch"}),
     "full": ("full", {}),
     "partial_fc": ("partial_fc", {"rate": 0.4}),
     "mhp": ("mhp", {"lengths": [3, 4, 5]}),

@@ -26,6 +26,7 @@ PAGE = ROOT / "docs" / "library.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 (TRAIN,) = (block for block in BLOCKS if "def train(" in block)
 CLASSES, INPUTS, WIDTH, STEPS, SAMPLES, SEED, LR = 1000, 7, 6, 3, 12, 3, 0.1
+SIZES = {"length": 100, "extra_heads": 8}
 
 
 @pytest.mark.slow
@@ -70,14 +71,16 @@ def train_as_shown(topology: Topology) -> dict[str, Any]:
     mine = slice(topology.rank * half, (topology.rank + 1) * half)
     batches = [(inputs[mine], labels[mine]) for inputs, labels in data()]
     model = network()
-    head, losses = names["train"](model, batches, CLASSES, WIDTH, dtype=torch.float64)
+    head, losses = names["train"](
+        model, batches, CLASSES, WIDTH, dtype=torch.float64, groups=8, **SIZES
+    )
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return {"losses": losses, "weights": weights, "state": head.state_dict()}
 
 
 def plain() -> tuple[Tensor, Tensor, Tensor]:
     """The same training in one process with dense float64 rows: losses, weights, rows."""
-    config = HeadConfig.model_validate({"kind": "mhs"})
+    config = HeadConfig.model_validate({"kind": "mhs", "groups": 8, "mhs": SIZES})
     head = build_head(HeadSpec(config, CLASSES, WIDTH, SEED, 1, torch.float64), Topology())
     assert isinstance(head, RowHead)
     layout = head.layout

@@ -48,7 +48,12 @@ def give_back_what_is_freed() -> None:
 def touched_head(folder: str, memory: str, dtype: str, classes: int = CLASSES):
     """A head all of whose rows were trained, as far as memory goes."""
     bank = {"memory": memory, "dtype": dtype}
-    values = {"kind": "mhs", "groups": GROUPS, "bank": bank, "mhs": {"length": 100}}
+    values = {
+        "kind": "mhs",
+        "groups": GROUPS,
+        "bank": bank,
+        "mhs": {"length": 100, "extra_heads": 8},
+    }
     spec = HeadSpec(HeadConfig.model_validate(values), classes, WIDTH, 0, 1, folder=folder)
     head = build_head(spec, Topology())
     bank = head.bank

@@ -20,7 +20,7 @@ class Full(GatheredHead):
     """
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
-        groups = spec.config.groups
+        groups = spec.config.chosen_groups
         length = min(MOST_ROWS, max(1, spec.num_classes // (groups * LEAST_UNITS)))
         super().__init__(spec, topology, length)
 

@@ -28,9 +28,9 @@ class MhsGather(GatheredHead):
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
-        super().__init__(spec, topology, config.length, spec.repartition_steps)
+        super().__init__(spec, topology, config.chosen_length, spec.repartition_steps)
         self.extra_heads = (
-            0 if config.negatives == "own" else min(config.extra_heads, self.layout.heads)
+            0 if config.negatives == "own" else min(config.chosen_extra_heads, self.layout.heads)
         )
         self._shared = config.negatives == "batch"
         self._present = self._extra = torch.empty(0, dtype=torch.int64)

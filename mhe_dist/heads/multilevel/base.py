@@ -246,7 +246,9 @@ class LevelHead(Head):
     def loads(self, name: str) -> bool:
         """Whether `name` is replicated or a tensor of one of this rank's groups."""
         parts = name.split("/")
-        return parts[0] != "rows" or int(parts[1]) in self.topology.share(self.spec.config.groups)
+        return parts[0] != "rows" or int(parts[1]) in self.topology.share(
+            self.spec.config.chosen_groups
+        )
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore the replicated rows and those of this rank's groups."""

@@ -51,7 +51,7 @@ class MultiHeadCascade(LevelHead):
         self.levels["level_1"] = first
         for level, length in list(enumerate(radix.lengths))[1:]:
             name = f"level_{level + 1}"
-            layout = LabelLayout(radix.prefixes(level), length, spec.config.groups, 0)
+            layout = LabelLayout(radix.prefixes(level), length, spec.config.chosen_groups, 0)
             purpose = f"cascade {name}"
             self.levels[name] = ShardedLevel(layout, purpose, self.optimizer, spec, topology)
             self.projections[f"projection_{level + 1}"] = ReplicatedRows(

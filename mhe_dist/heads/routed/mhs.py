@@ -53,8 +53,8 @@ class MhsRoute(RowHead):
 
     def __init__(self, spec: HeadSpec, topology: Topology) -> None:
         config = spec.config.mhs
-        super().__init__(spec, topology, config.length, spec.repartition_steps)
-        self.extra_heads = config.extra_heads if config.negatives != "own" else 0
+        super().__init__(spec, topology, config.chosen_length, spec.repartition_steps)
+        self.extra_heads = config.chosen_extra_heads if config.negatives != "own" else 0
         self._objective = OBJECTIVES[spec.config.objective]
         self._dispatches: list[Dispatch] | list[LabelDispatch] = []
         self._chunks: list[list[Chunk]] = []

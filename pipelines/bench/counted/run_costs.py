@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from mhe_dist.config.auto.head_sizes import resolve_sizes
 from mhe_dist.config.schema import Config
 from mhe_dist.engine.exact_reduce import sum_dtype
 from mhe_dist.engine.memory_estimate import (
@@ -58,6 +59,7 @@ def cost_of_run(
     Raises:
         UserError: the backbone is unknown, or refuses its arguments.
     """
+    config = resolve_sizes(config, num_classes)
     workers = config.scale.workers
     per_node = min(per_node, workers)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
@@ -144,11 +146,11 @@ def _checkpoint_lines(
 ) -> list[RunCost]:
     copies = 1 + count_moments(config.optim) + bool(config.optim.ema)
     backbone = copies * numel * FLOAT
-    nodes = -(-config.scale.workers // ranks)
+    nodes, groups = -(-config.scale.workers // ranks), config.head.chosen_groups
     seconds = (backbone + rows) / nodes / (write_gb_s * GB)
     return [
         RunCost("backbone and its optimizer", _size(backbone), "formula"),
-        RunCost(f"rows and their state, in {config.head.groups:,} groups", _size(rows), "formula"),
+        RunCost(f"rows and their state, in {groups:,} groups", _size(rows), "formula"),
         RunCost(
             f"written by {nodes:,} nodes at {write_gb_s:g} GB/s each, beside the training",
             f"{seconds:,.1f} s",

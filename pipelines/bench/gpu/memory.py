@@ -51,7 +51,8 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
 
 def _config(settings: GpuSettings, precision: str, stage: int) -> Config:
     overrides = (
-        *("data.shards=none", "model.neck=none", "head.mhs.length=100"),
+        *("data.shards=none", "model.neck=none", "head.groups=8"),
+        *("head.mhs.length=100", "head.mhs.extra_heads=8"),
         *(f"train.precision={precision}", f"scale.zero_stage={stage}"),
     )
     return load_config(None, (*overrides, *(SMALL if settings.small else LARGE)))

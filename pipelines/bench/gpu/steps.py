@@ -58,7 +58,7 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
 def _measure_head(
     settings: GpuSettings, sizes: Sizes, values: dict[str, Any], tf32: bool
 ) -> tuple[float, LeastWork]:
-    device, config = settings.torch_device, HeadConfig.model_validate(values)
+    device, config = settings.torch_device, HeadConfig.model_validate({"groups": 8} | values)
     spec = HeadSpec(config, sizes.classes, sizes.width, 0, 1, tf32=tf32)
     head: Any = build_head(spec, Topology(device=device))
     head.bank.touch(head.bank.units)

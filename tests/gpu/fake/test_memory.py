@@ -27,7 +27,13 @@ ROUTE = ("head.mhs.length=100", "head.mhs.extra_heads=40")
 def config(*overrides: str) -> Config:
     """A network of 128 images of 64 pixels, alone at ZeRO 0."""
     sizes = ("data.image_size=64", "train.micro_batch=128", "train.global_batch=128")
-    network = ("model.name=resnet10t", "model.neck=none", "data.shards=none", "data.streams=64")
+    network = (
+        "model.name=resnet10t",
+        "model.neck=none",
+        "data.shards=none",
+        "data.streams=64",
+        "head.groups=8",
+    )
     return load_config(None, (*network, *sizes, "scale.zero_stage=0", *overrides))
 
 

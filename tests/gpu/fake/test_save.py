@@ -20,7 +20,7 @@ EXTRA_BYTES = 64 << 20  # that a save may add to the device's memory
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_save_goes_in_chunks_through_the_device(dtype: str) -> None:
     config = HeadConfig.model_validate(
-        {"mhs": {"length": 128}, "bank": {"dtype": dtype}, "groups": 1}
+        {"mhs": {"length": 128, "extra_heads": 8}, "bank": {"dtype": dtype}, "groups": 1}
     )
     with fake_cuda() as gpu:
         topology = Topology(device=torch.device("cuda", 0))

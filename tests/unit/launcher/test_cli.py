@@ -20,6 +20,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import read_run_config
+from tests import tiny
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -59,7 +60,9 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "index.json").write_text("{}")
-    config = Config.model_validate({"run": {"name": "a"}, "data": {"shards": "shards"}})
+    head = {"groups": 8, "mhs": {"length": 100, "extra_heads": 8}}
+    values = {"run": {"name": "a"}, "data": {"shards": "shards"}, "head": head}
+    config = Config.model_validate(values)
     save_config(config, "a.yaml")
     return config
 
@@ -194,6 +197,24 @@ def test_config_in_a_file_is_yaml(capsys: Captured, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text(capsys.readouterr().out)
     assert load_config(str(mine)) == load_config(QUICKSTART)
+
+
+@pytest.mark.parametrize("option", ["--yaml", "--table"])
+def test_config_says_what_auto_becomes(option: str, tmp_path: Path, capsys: Captured) -> None:
+    auto = {"groups": "auto", "mhs": {"length": "auto", "extra_heads": "auto"}}
+    lost = tiny.config(tmp_path, f"{tmp_path}/data", head=auto)
+    file = f"{tmp_path}/a.yaml"
+    save_config(lost, file)
+    assert cli.run(["config", file, option]) == 0
+    assert "become numbers when the classes of data.shards are known" in capsys.readouterr().out
+    tiny.write_shards(tmp_path / "data")
+    assert cli.run(["config", file, option]) == 0
+    said = capsys.readouterr().out
+    line = "auto: head.groups=1, head.mhs.length=30, head.mhs.extra_heads=0: "
+    assert line in said and "with 30 classes head.kind=full finds more" in said
+    if option == "--yaml":  # that can be run again
+        (tmp_path / "again.yaml").write_text(said)
+        assert load_config(f"{tmp_path}/again.yaml") == lost
 
 
 def test_config_prints_the_schema(capsys: Captured) -> None:

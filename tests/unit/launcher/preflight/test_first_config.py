@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from launcher.preflight.first_config import (
-    MOST_CLASSES_OF_FULL,
     Machine,
     choose_batch,
     choose_settings,
     write_first_config,
 )
 from launcher.preflight.own_data import OwnData
+from mhe_dist.config.auto.head_sizes import MOST_CLASSES_OF_FULL, resolve_sizes
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config, validate_combinations
 
@@ -41,10 +41,22 @@ def test_any_data_on_any_machine_is_a_valid_run(
     assert config.train.micro_batches == machine.workers
     assert config.scale.zero_stage == (1 if machine.gpu else 0)
     assert not images or config.train.global_batch <= max(images, machine.workers)
-    assert config.head.groups % machine.workers == 0
-    heads_per_group = -(-classes // config.head.mhs.length) // config.head.groups
+    assert config.head.chosen_groups % machine.workers == 0
     if config.head.kind == "mhs":
-        assert 0 < config.head.mhs.extra_heads < heads_per_group
+        length, extra = config.head.mhs.chosen_length, config.head.mhs.chosen_extra_heads
+        assert extra < max(1, -(-classes // length) // config.head.chosen_groups)
+        assert (extra == 0) == (length >= 375)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+@pytest.mark.parametrize("classes", [216, 30_000, 10**6, 10**8])
+def test_its_sizes_are_those_of_auto(machine: Machine, classes: int) -> None:
+    config = settings_of(OwnData("shards", classes, 10**7, 64, "data/a", "data/b"), machine)
+    auto: dict[str, object] = {"groups": "auto"}
+    if config.head.kind == "mhs":
+        auto["mhs"] = config.head.mhs.model_copy(update={"length": "auto", "extra_heads": "auto"})
+    head = config.head.model_copy(update=auto)
+    assert resolve_sizes(config.model_copy(update={"head": head}), classes).head == config.head
 
 
 def test_full_up_to_some_ten_thousand_classes_and_heads_beyond() -> None:

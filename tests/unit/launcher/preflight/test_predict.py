@@ -184,7 +184,7 @@ def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
 ) -> None:
     tiny.write_shards(tmp_path / "train", classes=8)
     monkeypatch.chdir(tmp_path)
-    typed = tiny.config(Path("runs"), "train")
+    typed = tiny.config(Path("runs"), "train", head={"groups": "auto"})
     save_config(typed, "a.yaml")
     measured: list[dict[str, Any] | None] = []
 
@@ -197,6 +197,7 @@ def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
     assert cli.run(["preflight", "a.yaml"]) == 0
     said = capsys.readouterr().out
     expected = ("memory of a worker at its peak", "time of an epoch", "mhe train a.yaml")
+    assert "auto: head.groups=1: with 1 group, of which a worker owns whole ones" in said
     for part in ("memory: activations", *expected):
         assert part in said
     (found,) = measured

@@ -191,7 +191,7 @@ def test_contradictions_are_reported_although_other_keys_are_wrong() -> None:
         "optim.lr=-1 (command line): must be a number greater than 0",
         "train.global_batch=192 is not a multiple of train.micro_batch=128",
     ]
-    assert mistakes(None, "scale.workers=9", "data.streams=2") == [
+    assert mistakes(None, "scale.workers=9", "data.streams=2", "head.groups=8") == [
         "scale.workers=9 does not divide the 4 micro-batches of a step "
         "(train.global_batch / train.micro_batch)",
         "data.streams=2 is not a multiple of the 4 micro-batches of a step "

@@ -18,7 +18,9 @@ from mhe_dist.heads import grouping
 
 def config(**sections: Any) -> Config:
     model = {"name": "resnet10t", "embedding_dim": 64, "kwargs": {"channels": [8, 16, 16, 32]}}
-    values = {"data": {"shards": "x", "image_size": 32}, "model": model, **sections}
+    head = {"groups": 8, "mhs": {"length": 100, "extra_heads": 8}, **sections.pop("head", {})}
+    data = {"shards": "x", "image_size": 32}
+    values = {"data": data, "model": model, "head": head, **sections}
     return Config.model_validate(values)
 
 

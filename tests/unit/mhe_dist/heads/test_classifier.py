@@ -27,7 +27,7 @@ CLASSES, DIM, IMAGES, K = 997, 24, 300, 7
 HEADS: dict[str, dict[str, Any]] = {
     "full": {"kind": "full"},
     "partial_fc": {"kind": "partial_fc"},
-    "mhs": {"kind": "mhs", "mhs": {"length": 10}},
+    "mhs": {"kind": "mhs", "mhs": {"length": 10, "extra_heads": 8}},
     "mhp": {"kind": "mhp", "mhp": {"lengths": [8, 13, 11]}},
     "mhc": {"kind": "mhc", "mhc": {"lengths": [32, 32], "candidates": 3}},
     "mhc of three": {"kind": "mhc", "mhc": {"lengths": [8, 13, 11], "candidates": 4}},
@@ -37,7 +37,8 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def config_of(name: str, margin: str) -> HeadConfig:
     scale = {} if margin == "none" else {"scale": 16.0}
-    return HeadConfig.model_validate(HEADS[name] | {"margin": {"kind": margin, **scale}})
+    values = {"groups": 8, **HEADS[name], "margin": {"kind": margin, **scale}}
+    return HeadConfig.model_validate(values)
 
 
 def head_of(

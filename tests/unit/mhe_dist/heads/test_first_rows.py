@@ -15,7 +15,7 @@ from mhe_dist.heads.row_head import HeadSpec
 
 
 def spec(**head: Any) -> HeadSpec:
-    return HeadSpec(HeadConfig.model_validate(head), 300, 512, 3, 1)
+    return HeadSpec(HeadConfig.model_validate({"groups": 8} | head), 300, 512, 3, 1)
 
 
 @pytest.mark.parametrize(("bank", "length"), [({}, 1.0), ({"init_length": 0.226}, 0.226)])

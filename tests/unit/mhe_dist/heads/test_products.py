@@ -20,7 +20,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm, aten.baddbmm_)
 HEADS: dict[str, dict[str, Any]] = {
     "route": {"kind": "mhs", "mhs": {"length": 4, "extra_heads": 2}},
-    "gather": {"kind": "mhs", "mhs": {"length": 4, "exchange": "gather"}},
+    "gather": {"kind": "mhs", "mhs": {"length": 4, "extra_heads": 8, "exchange": "gather"}},
     "full": {"kind": "full"},
     "mhp": {"kind": "mhp"},
     "mhc": {"kind": "mhc"},

@@ -21,7 +21,7 @@ def costs(folder: Path, workers: int, **head: object) -> dict[str, dict[str, Run
         "unused",
         scale={"workers": workers},
         train={"global_batch": 64 * workers, "micro_batch": 64, "precision": "float32"},
-        head={"kind": "mhs", "groups": GROUPS, "mhs": {"length": LENGTH}, **head},
+        head={"kind": "mhs", "groups": GROUPS, "mhs": {"length": LENGTH, "extra_heads": 8}, **head},
     )
     assert config.model.embedding_dim == WIDTH
     tables = cost_of_run(config, CLASSES, 10**9, per_node=4, write_gb_s=0.5)

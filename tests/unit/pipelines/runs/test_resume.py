@@ -75,7 +75,7 @@ def test_the_first_rule_decides(key: str, permission: str) -> None:
 
 
 def test_only_keys_that_change_what_is_learnt_are_held() -> None:
-    before = config_to_dict(config())
+    before = config_to_dict(config(head={"mhs": {"length": 100}}))
     free = config(scale={"workers": 2}, train={"log_every": 3}, checkpoint={"keep_last": 9})
     assert changed_keys(before, config_to_dict(free)) == []
     remote = {"retries": 9, "cache_dir": "/scratch"}

@@ -1,0 +1,1 @@
+"""How `auto` sizes of a head become numbers."""
