@@ -203,13 +203,18 @@ def resolve_sizes(config: Config, classes: int) -> Config:
 
 
 def count_classes_met(mhs: MhsConfig, demand: HeadDemand, groups: int) -> int:
-    """Classes in the softmax of a sample with one label; with `batch`, of a batch of many."""
+    """Classes in the softmax of a sample with one label, as far as extra heads are other ones.
+
+    With `batch` those of the heads that the images of a step may be expected to have, each drawn
+    likewise.
+    """
     length, extra = mhs.chosen_length, mhs.chosen_extra_heads
     if mhs.negatives == "own":
         return min(demand.classes, length)
     if mhs.negatives == "batch":
-        images = demand.micro_batch * demand.micro_batches
-        return min(demand.classes, length * (images + extra))
+        heads = -(-demand.classes // length)
+        drawn = demand.micro_batch * demand.micro_batches + extra
+        return round(demand.classes * (1 - (1 - 1 / heads) ** drawn))
     reach = demand.classes if mhs.exchange == "gather" else demand.classes // groups
     return max(min(length, demand.classes), min(reach, length * (1 + extra)))
 
