@@ -38,15 +38,15 @@ def run(config: Config, watcher: Watcher, address: str = "", dashboard: bool = F
         dashboard: whether the Ray of this machine has its dashboard, whose link is told.
 
     Raises:
-        UserError: another process trains this run.
+        UserError: another process trains this run, or it has fewer groups than workers.
     """
     from pipelines.runs.auto_sizes import settle_sizes
 
     refuse_locked(config.run.path, watcher.waiting)
     make_data(config, watcher)
     check_selection(config)
+    config = settle_sizes(config)
     if read_run_config(config.run.path) is None:  # else rank 0 compares it first
-        config = settle_sizes(config)
         save_config(config, f"{config.run.path}/config.yaml")
     workers = config.scale.workers
     if address:

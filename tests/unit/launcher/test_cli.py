@@ -244,6 +244,19 @@ def test_a_complete_run_with_other_settings_is_refused(settings: Config, capsys:
     assert "optim.lr: 0.1 in the run, 0.7 now" in capsys.readouterr().err
 
 
+def test_more_workers_than_a_run_has_groups_are_refused_before_it_starts(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """`head.groups` is `auto` in the file, and a number in the run."""
+    values = config_to_dict(settings)
+    values["head"]["groups"] = 2
+    save_config(Config.model_validate(values), f"{settings.run.path}/config.yaml")
+    monkeypatch.delattr(execute, "train_locally")
+    monkeypatch.setattr(console, "capture_logs", nullcontext)
+    assert cli.run(["train", "a.yaml", "head.groups=auto", "scale.workers=4"]) == 2
+    assert "head.groups=2 is less than scale.workers=4" in capsys.readouterr().err
+
+
 def test_the_settings_of_a_run_are_kept_before_it_starts(
     settings: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
