@@ -36,9 +36,8 @@ class AugmentationNoise:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._bits = np.random.Philox(key=0)
-        self._generator = np.random.Generator(self._bits)
-        self._start = self._bits.state
+        self._generator = np.random.Generator(np.random.Philox(key=0))
+        self._start = self._generator.bit_generator.state
 
     def draws(self, epoch: int, sample: int) -> UniformDraws:
         """`DRAWS_PER_IMAGE` numbers in [0, 1).
@@ -46,7 +45,8 @@ class AugmentationNoise:
         They are those of `seeds.generator(seed, "augment", epoch, sample).random`.
         """
         self._start["state"]["key"][0] = derive(self._seed, "augment", epoch, sample)
-        self._bits.state = self._start
+        # Not kept beside the generator: in a copy that NumPy 1 unpickles they are two.
+        self._generator.bit_generator.state = self._start
         return self._generator.random(DRAWS_PER_IMAGE).tolist()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -33,8 +35,11 @@ def test_nothing_configured_changes_nothing() -> None:
         assert np.array_equal(augment(COLOUR, AugmentConfig(), draws(number)), COLOUR)
 
 
-def test_draws_are_those_of_the_keyed_generator() -> None:
+@pytest.mark.parametrize("copied", [False, True], ids=["here", "in a loader process"])
+def test_draws_are_those_of_the_keyed_generator(copied: bool) -> None:
     noise = AugmentationNoise(5)
+    if copied:
+        noise = pickle.loads(pickle.dumps(noise))
     for epoch, sample in [(0, 0), (3, 77), (0, 0), (10**6, 10**9)]:
         expected = generator(5, "augment", epoch, sample).random(DRAWS_PER_IMAGE)
         assert noise.draws(epoch, sample) == expected.tolist()
