@@ -1,6 +1,7 @@
 # The two commands of a user (train, test) and those of a developer. `make help` lists them.
 
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+PYTHON_VERSION := 3.11
+PYTHON ?= $(shell command -v python$(PYTHON_VERSION) || echo python3)
 EXTRAS ?= dev,s3,gcs,k8s,tensorboard
 VENV := .venv
 BIN := $(VENV)/bin
@@ -89,13 +90,13 @@ spin = stop() { [ -z "$$mark" ] || { kill $$mark; printf '\r \r'; mark=; }; }; \
 logged = @$(spin); $(1) >$(LOG) 2>&1 || { stop; tail -n 20 $(LOG); \
   echo "This failed: $(LOG) has all of it."; exit 1; }
 
-$(OLDEST_INSTALLED): PYTHON = $(shell command -v python3.10 || echo python3)
+$(OLDEST_INSTALLED): PYTHON_VERSION := 3.10
 $(INSTALLED): pyproject.toml constraints.txt
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
 $(INSTALLED) $(OLDEST_INSTALLED):
 	@test -x $(@D)/bin/python || { echo "Making a virtual environment in $(@D)."; \
 	  $(PYTHON) -m venv $(@D); } || { rm -rf $(@D); \
-	  echo "$(PYTHON) cannot make a virtual environment: install Python 3.11 with its venv module" \
+	  echo "$(PYTHON) cannot make a virtual environment: install Python $(PYTHON_VERSION) with its venv module" \
 	  "(Debian, Ubuntu: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	@echo "Installing the pinned dependencies in $(@D): a few minutes, 7 GB."
 	$(call logged,$(@D)/bin/python -m pip install --disable-pip-version-check \
