@@ -96,6 +96,34 @@ def test_the_oldest_versions_have_an_environment_of_their_own(tmp_path: Path) ->
     assert not (tmp_path / ".venv-oldest").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "named", "python"),
+    [
+        ("test", {}, "python3.11"),
+        ("test-oldest", {}, "python3.10"),
+        ("test-oldest", {"PYTHON": "mine"}, "mine"),
+    ],
+)
+def test_an_environment_has_its_own_python_unless_one_is_named(
+    tmp_path: Path, target: str, named: dict[str, str], python: str
+) -> None:
+    _, variables = prepare(tmp_path, 0, target)
+    for name in ("python3.10", "python3.11"):
+        shutil.copy(tmp_path / "python", tmp_path / name)
+    variables["PATH"] = f"{tmp_path}:{variables['PATH']}"
+    variables.pop("PYTHON", None)
+    planned = subprocess.run(
+        ["make", "--dry-run", target],
+        cwd=tmp_path,
+        env=variables | named,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (found,) = re.findall(r"(\S+) -m venv", planned)
+    assert Path(found).name == python
+
+
 def test_every_lower_bound_is_a_version_that_was_tried() -> None:
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
