@@ -59,7 +59,7 @@ def write_onnx(
             dynamic_shapes=({0: _any_number()},),
             input_names=["images"],
             output_names=list(outputs),
-            opset_version=opset or None,
+            opset_version=_requested_opset(opset),
             external_data=False,
             verbose=False,
         )
@@ -117,6 +117,16 @@ def _plain_attention(network: nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True
+
+
+def _requested_opset(wanted: int) -> int | None:
+    """The operator set to ask the exporter for; below 18, torch 2.8 finds not one operator.
+
+    Newer ones convert what they have written, or leave it as it is.
+    """
+    if wanted and torch.__version__ < "2.9":
+        return max(wanted, 18)
+    return wanted or None
 
 
 def _any_number() -> Any:

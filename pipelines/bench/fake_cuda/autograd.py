@@ -40,6 +40,20 @@ def _running() -> Iterator[_BackwardPass]:
         _RUNNING.pop()
 
 
+def missing_driver() -> str:
+    """Why no graph can be built on the device here, with the cure; empty where one can.
+
+    torch before 2.10 asks the driver for a stream when it makes a node of the graph, and aborts the
+    process where there is no driver.
+    """
+    if torch.version.cuda is None or torch.__version__ >= "2.10" or torch.cuda.is_available():
+        return ""
+    return (
+        f"torch {torch.__version__} counts the steps of a GPU only where there is one: install "
+        "torch 2.10 or newer"
+    )
+
+
 def graph_task_id() -> int:
     """`torch._C._current_graph_task_id`: -1 while no backward pass runs."""
     return len(_RUNNING) - 1

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch.torch_version import TorchVersion
 
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from pipelines.bench.counted.launches import CASES, count_step
 from pipelines.bench.counted.run_costs import RunCost, cost_of_run
+from pipelines.bench.fake_cuda.autograd import missing_driver
 from tests import tiny
 
 GB = 1e9
@@ -24,6 +29,8 @@ def costs(folder: Path, workers: int, **head: object) -> dict[str, dict[str, Run
         head={"kind": "mhs", "groups": GROUPS, "mhs": {"length": LENGTH, "extra_heads": 8}, **head},
     )
     assert config.model.embedding_dim == WIDTH
+    if missing := missing_driver():
+        pytest.skip(missing)
     tables = cost_of_run(config, CLASSES, 10**9, per_node=4, write_gb_s=0.5)
     return {title: {line.name: line for line in lines} for title, lines in tables.items()}
 
@@ -37,6 +44,22 @@ def parameters(folder: Path) -> int:
     config: Config = tiny.config(folder, "unused")
     model = build_backbone(config.model, config.data.image_size)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("version", ["2.8.0+cu128", "2.9.1+cu128", "2.10.0+cu128"])
+def test_a_torch_that_would_abort_without_a_driver_is_refused(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if version.startswith("2.10"):
+        assert not missing_driver()
+        return
+    with pytest.raises(UserError, match=r"torch 2\.\d\.\d\+cu128 .*: install torch 2\.10 or newer"):
+        count_step(CASES["route"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not missing_driver()
 
 
 def test_a_ring_sends_gradients_and_ranks_send_embeddings(tmp_path: Path) -> None:
