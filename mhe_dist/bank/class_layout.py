@@ -148,8 +148,8 @@ def _feistel(values: Tensor, size: int, key: int, direction: int) -> Tensor:
     for number in range(_ROUNDS)[::direction]:
         moved = number % 2
         # In place, a sixth faster: the tables of a step's labels fill the cache.
-        shift = _scramble(halves[1 - moved], keys[number]).mul_(direction)
-        halves[moved] = shift.add_(halves[moved]).remainder_(radices[moved])
+        shift = _scramble(halves[1 - moved], keys[number])
+        halves[moved].add_(shift, alpha=direction).remainder_(radices[moved])
     return halves[0].mul_(radices[1]).add_(halves[1])
 
 

@@ -215,7 +215,7 @@ class HeadConfig(ConfigSection):
     @property
     def chosen_groups(self) -> int:
         """G; UserError while it is `auto`."""
-        return chosen_number("head.groups", self.groups)
+        return chosen_number(GROUPS_KEY, self.groups)
 
     def refuse_several_labels(self, per_sample: int) -> list[str]:
         """Say that this head learns one label per sample, if a sample may have `per_sample`."""

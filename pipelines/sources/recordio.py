@@ -15,6 +15,7 @@ import math
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import IO, Final, NamedTuple, Protocol
 
@@ -22,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
-from pipelines.storage.urls import RangeReader
+from pipelines.storage.buffered_file import open_buffered
 
 Ints = npt.NDArray[np.int64]
 
@@ -273,18 +274,10 @@ def _rises(values: Ints) -> bool:
 
 
 def _lines(url: str) -> Iterator[bytes]:
-    """The lines of a file, read in large pieces; one without an end comes in pieces, too."""
-    with RangeReader(url) as reader:
-        at, rest = 0, b""
-        while at < reader.size:
-            chunk = reader.read(at, at + _CHUNK)
-            at += len(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-            if len(rest) > _CHUNK or not chunk:
-                break
-        if rest:
-            yield rest
+    """The lines of a file, without their ends; a very long one comes in pieces."""
+    with open_buffered(url) as stream:
+        for line in iter(partial(stream.readline, _CHUNK), b""):
+            yield line.removesuffix(b"\n")
 
 
 class RecordWriter:
