@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float64]
 
 _ROUNDS: Final = 2  # how often strays are left out, and the centre is found anew
 _SIMILAR: Final = (
-    0.5  # an image this share of the median of its class near its centre is part of it
+    0.5  # an image this share of the upper quartile of its class near its centre is part of it
 )
 _PRIOR_PAIRS: Final = 3.0  # pairs of images that the mean of all classes counts in a class
 
@@ -52,13 +52,13 @@ class Segments(NamedTuple):
         """Sums `[k, ...]` over the rows of each class of values `[m, ...]`."""
         return np.add.reduceat(values, self.starts, axis=0)
 
-    def quantile(self, values: Floats, parts: int = 2) -> Floats:
-        """float64 `[k]`: the value of each class that 1 / parts of the others are below.
+    def quantile(self, values: Floats, share: float) -> Floats:
+        """float64 `[k]`: the value of each class that this share of its values are below.
 
         NaN counts as the lowest.
         """
         order = np.lexsort((np.nan_to_num(values, nan=-np.inf), self.owner))
-        return values[order[self.starts + self.counts // parts]]
+        return values[order[self.starts + (self.counts * share).astype(np.int64)]]
 
 
 class ClassCentres(NamedTuple):
@@ -146,7 +146,9 @@ def find_centres(
 def keep_similar(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
     """bool `[m]`: rows that are near enough to the centre of the others of their class.
 
-    Of one or two images all are kept. An image without direction is not.
+    Near enough is measured by the upper quartile of the class: the median is a stray's where half
+    of the images are strays, as happens in classes of a few images. Of one or two images all are
+    kept. An image without direction is not.
     """
     usable: npt.NDArray[np.bool_] = np.asarray(part.any(axis=1))
     kept = usable
@@ -155,8 +157,8 @@ def keep_similar(part: Rows, segments: Segments) -> npt.NDArray[np.bool_]:
         sums = segments.sum(part * kept[:, None])
         near = leave_one_out(part, sums[segments.owner], kept, segments.sum(kept)[segments.owner])
         near[~usable] = np.nan
-        middle = segments.quantile(near)[segments.owner]
-        kept = usable & (few | (near >= _SIMILAR * middle))
+        upper = segments.quantile(near, 3 / 4)[segments.owner]
+        kept = usable & (few | (near >= _SIMILAR * upper))
     return kept
 
 

@@ -147,7 +147,7 @@ def describe_classes(
         segments = segments_of(members, *groups[piece])
         if len(segments.classes):
             near = np.nan_to_num(np.asarray(own[segments.images]).astype(np.float64))
-            middle, quarter = segments.quantile(near, 2), segments.quantile(near, 4)
+            middle, quarter = (segments.quantile(near, share) for share in (1 / 2, 1 / 4))
             numbers = np.log(members.counts[segments.classes])
             found[segments.classes] = np.stack([middle, middle - quarter, numbers], 1)
 

@@ -34,7 +34,7 @@ from pipelines.sources.planted.faults import (
     plan_faults,
 )
 from pipelines.sources.planted.unseen_glyphs import ForeignImage
-from pipelines.storage.urls import atomic_write
+from pipelines.storage.urls import atomic_write, resolve_url, to_url
 
 TRAIN, LABELS, PLAN_FILE = "train", "labels", "plan.parquet"
 _PER_PART: Final = 1 << 20  # samples whose labels are written together
@@ -165,7 +165,9 @@ def _write_shards(
 
     with ShardWriter(folder, "new") as writer:
         writer.write(samples())
-        clean = [replace(shard, url=train.url(n)) for n, shard in enumerate(train.shards)]
+        # A relative path would be looked for in the new folder.
+        urls = (to_url(*resolve_url(train.url(n))) for n in range(len(train.shards)))
+        clean = [replace(s, url=url) for s, url in zip(train.shards, urls, strict=True)]
         writer.shards[:0] = clean
         names = names_of(train.folder, range(train.num_classes))
         about = {key: value for key, value in train.meta.items() if key in ("source", "settings")}

@@ -61,6 +61,14 @@ def test_strays_have_no_part_in_the_centre() -> None:
     assert np.flatnonzero(~keep_similar(rows, segments_of([10, 7, 2]))).tolist() == [3, 9]
 
 
+def test_strays_are_left_out_where_they_are_more_than_half_of_a_class() -> None:
+    strays = np.eye(DIM, dtype=np.float32)
+    right = unit(strays[-1] + 0.1 * np.random.default_rng(7).normal(size=(5, DIM)))
+    rows = np.concatenate([right[:2], strays[:3], right[2:], strays[3:6]])
+    kept = keep_similar(rows, segments_of([5, 6]))
+    assert np.flatnonzero(kept).tolist() == [0, 1, 5, 6, 7]
+
+
 def test_mean_cosines_come_from_sums_alone() -> None:
     rng = np.random.default_rng(2)
     one, other = around(rng, 5).astype(np.float64), around(rng, 4).astype(np.float64)

@@ -86,6 +86,17 @@ def test_the_index_holds_the_clean_tars_where_they_lie_and_the_new_images(
     assert len(images) == index.samples
 
 
+def test_a_set_at_a_relative_path_is_found_from_the_new_folder(
+    clean: tuple[ShardIndex, ShardIndex], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(clean[0].folder).parent)
+    near = ShardIndex.load("train"), clean[1]
+    plant(near, tmp_path)
+    index = ShardIndex.load(f"{tmp_path}/train")
+    images, _, _ = read_in_order(index, 0, index.samples, SIDE)
+    assert len(images) == CLASSES * EACH + 5 + 3
+
+
 def test_the_label_set_has_the_faults_and_the_plan_says_each_of_them(
     dirty: tuple[Path, LabelSet],
 ) -> None:
