@@ -23,6 +23,7 @@ def checkpoint(
     """
     from pipelines.bench.checkpoint import MIB, measure_saves
 
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary:
         times = measure_saves(Path(temporary), mib * MIB, rounds)
     table = Table("what", "seconds", "MiB/s", box=None)

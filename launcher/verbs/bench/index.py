@@ -26,6 +26,7 @@ def index(
     """
     from pipelines.bench.index import measure_index
 
+    Path(folder).mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary,
         console.out.status("measuring"),

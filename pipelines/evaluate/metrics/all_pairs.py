@@ -1,17 +1,19 @@
 """TAR at FAR over all pairs of a set, in memory that does not grow with their number.
 
 Of the pairs of two classes only the highest scores are kept, which give the thresholds. They are
-found in tiles of float32 products, which are not trusted: a pair that may be among them by its
-float32 score is scored again in float64. How many are needed is known, so a random sample of
-pairs tells a score that they surely exceed. So few pairs are scored twice, and the figures are
-those of float64, bit for bit. Then the pairs of one class above the thresholds are counted, class
-by class. Bands of rows are tasks for any number of processes, which map the rows.
+found in tiles of float32 or bfloat16 products, whichever this processor computes faster. These are
+not trusted: a pair that may be among them by such a score is scored again in float64. How many are
+needed is known, so a random sample of pairs tells a score that they surely exceed. So few pairs
+are scored twice, and the figures are those of float64, bit for bit. Then the pairs of one class
+above the thresholds are counted, class by class. Bands of rows are tasks for any number of
+processes, which map the rows.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import normalize_embeddings
@@ -33,9 +36,11 @@ from pipelines.evaluate.metrics.roc import (
 )
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
-_BAND: Final = 1024  # rows of a task
-_TILE: Final = 2048  # rows that they are compared with at a time
-_CHUNK: Final = 1 << 14  # rows, or pairs, in float64 at a time
+_BAND: Final = 2048  # rows of a task
+_TILE: Final = 512  # rows that they are compared with at a time: 2 to 4 MB of scores
+_BLOCK: Final = 32  # rows whose highest score is looked at first
+_CHUNK: Final = 1 << 11  # rows, or pairs, in float64 at a time
+_TRIAL: Final = 512  # rows of the product that shows which type is quicker
 _DENSE: Final = 1 / 32  # share of a tile above which one product is cheaper than single pairs
 
 Rows = npt.NDArray[Any]
@@ -115,14 +120,16 @@ class _RowFiles:
     Attributes:
         rows: float `[N, D]` as they are; a row that is not finite is zero.
         unit: float32 `[N, D]`, of length 1.
+        short: int16 `[N, D]`, the bits of `unit` in bfloat16.
         norms: float64 `[N]`, lengths; 1 of a row of zeros.
         labels: int64 `[N]`.
     """
 
     def __init__(self, folder: str) -> None:
-        self.rows, self.unit, self.norms, self.labels = (
-            np.load(Path(folder) / f"{name}.npy", mmap_mode="r")
-            for name in ("rows", "unit", "norms", "labels")
+        # Copies on write, which nobody does: torch takes no array that is read-only.
+        self.rows, self.unit, self.short, self.norms, self.labels = (
+            np.load(Path(folder) / f"{name}.npy", mmap_mode="c")
+            for name in ("rows", "unit", "short", "norms", "labels")
         )
 
     @staticmethod
@@ -132,11 +139,13 @@ class _RowFiles:
         shape, count = embeddings.shape, len(embeddings)
         rows = _new_file(folder, "rows", embeddings.dtype, shape)
         unit = _new_file(folder, "unit", np.float32, shape)
+        short = _new_file(folder, "short", np.int16, shape)
         norms = _new_file(folder, "norms", np.float64, (count,))
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
             values = np.asarray(embeddings[part])
             unit[part] = scaled = normalize_embeddings(values)
+            short[part] = _bits(torch.from_numpy(unit[part]).bfloat16())
             usable = np.isfinite(values).all(axis=1)
             rows[part] = np.where(usable[:, None], values, 0)
             lengths = np.linalg.norm(rows[part].astype(np.float64), axis=1)
@@ -152,6 +161,11 @@ class _RowFiles:
             scores[part] = np.einsum("nd,nd->n", left, right)
             scores[part] /= self.norms[one] * self.norms[other]
         return round_scores(scores)
+
+    def factors(self, dtype: torch.dtype, start: int, count: int) -> torch.Tensor:
+        """Rows of length 1 in float32 or bfloat16, not to be written to."""
+        rows = self.short if dtype == torch.bfloat16 else self.unit
+        return torch.from_numpy(rows[start : start + count]).view(dtype)
 
     def draw(self, generator: np.random.Generator, count: int) -> Floats:
         """The scores of so many random pairs, or of fewer: of those of two classes."""
@@ -209,54 +223,103 @@ def score_band(task: BandTask) -> list[Floats]:
         One array, in a list that the receiver empties.
     """
     files, found = _open_rows(task.folder), [np.empty(0)]
-    # |computed - exact| of a float32 product of rows of length 1, rounded to float32 themselves.
-    error = (files.unit.shape[1] + 4) * 2.0**-24
-    limit = np.nextafter(np.float32(task.bound - error), np.float32(-np.inf))
-    for begin, above in _tiles(files.unit, task.first, limit):
-        scores, first, second = _exact_scores(files, task.first, begin, above)
+    for scores, first, second in _exact_scores(files, task):
         wanted = (scores > task.bound) & (files.labels[first] != files.labels[second])
         found.append(scores[wanted & (first < second)])
     return [np.concatenate(found)]
 
 
-def _tiles(
-    unit: Rows, start: int, limit: np.float32
-) -> Iterator[tuple[int, npt.NDArray[np.bool_]]]:
-    """Yield where a tile begins, and which float32 scores of a band with it are above a limit."""
-    left = np.array(unit[start : start + _BAND])
-    scores = np.empty((len(left), _TILE), np.float32)
-    above = np.empty(scores.shape, np.bool_)
-    for begin in range(start, len(unit), _TILE):
-        right = unit[begin : begin + _TILE]
-        if len(right) < _TILE:
-            scores = np.empty((len(left), len(right)), np.float32)
-            above = np.empty(scores.shape, np.bool_)
-        np.matmul(left, right.T, out=scores)
-        np.greater(scores, limit, out=above)
-        yield begin, above
+def _exact_scores(files: _RowFiles, task: BandTask) -> Iterator[tuple[Floats, Ints, Ints]]:
+    """Yield scores of pairs of a band, those above the bound among them, and their rows."""
+    waiting, count = list[Ints](), 0
+    for begin, places in _candidates(files, task.first, task.bound):
+        pairs = places + np.array([[task.first], [begin]])
+        first, second = pairs
+        if len(first) > _BAND * _TILE * _DENSE:
+            parts = ((task.first, _BAND), (begin, _TILE))
+            left, right = (files.scaled(slice(start, start + count)) for start, count in parts)
+            yield round_scores(left @ right.T)[places[0], places[1]], first, second
+            continue
+        waiting.append(pairs)
+        count += len(first)
+        if count >= _CHUNK:
+            yield _scored(files, waiting, task.bound)
+            waiting, count = [], 0
+    if waiting:
+        yield _scored(files, waiting, task.bound)
 
 
-def _exact_scores(
-    files: _RowFiles, start: int, begin: int, above: npt.NDArray[np.bool_]
-) -> tuple[Floats, Ints, Ints]:
-    """The scores of the pairs that are marked, and the numbers of their rows."""
-    rows, columns = _positions(above)
-    first, second = rows + start, columns + begin
-    if len(first) > above.size * _DENSE:
-        left, right = (files.scaled(slice(n, n + k)) for n, k in ((start, _BAND), (begin, _TILE)))
-        return round_scores(left @ right.T)[rows, columns], first, second
+def _scored(files: _RowFiles, pairs: list[Ints], bound: float) -> tuple[Floats, Ints, Ints]:
+    """The scores of pairs, without those that float32 shows to be at most the bound."""
+    first, second = np.concatenate(pairs, axis=1)
+    products = np.einsum("nd,nd->n", files.unit[first], files.unit[second])
+    near = products > bound - product_error(torch.float32, files.unit.shape[1])
+    first, second = first[near], second[near]
     return files.score(first, second), first, second
 
 
-def _positions(above: npt.NDArray[np.bool_]) -> tuple[Ints, Ints]:
-    """Rows and columns of what is true, of which there is little: eight are looked at together."""
-    flat = above.reshape(-1)
-    whole = len(flat) // 8 * 8
-    words = np.flatnonzero(flat[:whole].view(np.uint64))
-    near = (words[:, None] * 8 + np.arange(8)).reshape(-1)
-    places = np.concatenate([near[flat[near]], whole + np.flatnonzero(flat[whole:])])
-    rows, columns = np.divmod(places.astype(np.int64), above.shape[1])
-    return rows, columns
+def _candidates(files: _RowFiles, start: int, bound: float) -> Iterator[tuple[int, Ints]]:
+    """Yield where a tile begins, and rows and columns of scores that may be above a bound."""
+    total, width = files.unit.shape
+    dtype = _quickest_type(width)
+    if bound <= product_error(dtype, width):
+        dtype = torch.float32  # bits of bfloat16 are in the order of the numbers above zero only
+    least = torch.tensor(bound - product_error(dtype, width), dtype=torch.float64).to(dtype)
+    limit = _bits(torch.nextafter(least, torch.tensor(-math.inf, dtype=dtype)))
+    mine = files.factors(dtype, start, _BAND)
+    left = torch.zeros((math.ceil(len(mine) / _BLOCK) * _BLOCK, width), dtype=dtype)
+    left[: len(mine)] = mine
+    scores = torch.empty((len(left), _TILE), dtype=dtype)
+    for begin in range(start, total, _TILE):
+        right = files.factors(dtype, begin, _TILE)
+        if len(right) < _TILE:
+            scores = torch.empty((len(left), len(right)), dtype=dtype)
+        torch.mm(left, right.T, out=scores)
+        places = _places_above(_bits(scores), limit)
+        yield begin, places[:, places[0] < len(mine)]
+
+
+def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
+    """float32 as it is; the bits of bfloat16, whose order is that of the numbers above zero."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _places_above(values: npt.NDArray[Any], limit: npt.NDArray[Any]) -> Ints:
+    """Rows and columns, `[2, n]`, of what is above a limit, of which there is little.
+
+    The highest value of `_BLOCK` rows is looked at first.
+    """
+    blocks = values.reshape(-1, _BLOCK, values.shape[1])
+    block, column = np.nonzero(blocks.max(axis=1) > limit)
+    found, row = np.nonzero(blocks[block, :, column] > limit)
+    return np.stack([block[found] * _BLOCK + row, column[found]])
+
+
+def product_error(dtype: torch.dtype, width: int) -> float:
+    """A bound of |computed - exact| of a product of two rows of length 1 in a type.
+
+    Rows are given in float32, to which they were rounded. Both factors are rounded to the type, the
+    products are summed in float32, and the sum is rounded to the type: (1 + u)^3 - 1 for its unit
+    roundoff u (Higham, Accuracy and Stability of Numerical Algorithms, 3.1).
+    """
+    summed = (width + 4) * 2.0**-24
+    unit_roundoff = torch.finfo(dtype).eps / 2
+    return summed if dtype == torch.float32 else summed + (1 + unit_roundoff) ** 3 - 1
+
+
+@lru_cache
+def _quickest_type(width: int) -> torch.dtype:
+    """The type in which this processor multiplies rows of a width in the least time."""
+    rows = torch.randn(_TRIAL, width)
+    times: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        factor, taken = rows.to(dtype), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            torch.mm(factor, factor.T)
+            taken.append(time.perf_counter() - begin)
+        times[dtype] = min(taken)
+    return min(times, key=times.__getitem__)
 
 
 def _count_above(files: _RowFiles, limits: Floats) -> Ints:

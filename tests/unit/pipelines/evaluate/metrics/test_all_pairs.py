@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import normalize_embeddings
@@ -87,12 +88,21 @@ def exact(rows: np.ndarray, labels: np.ndarray, fars: tuple[float, ...]) -> dict
     return {far: np.mean(scores[same] > impostors[int(far * len(impostors))]) for far in fars}
 
 
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("sampled", [1 << 10, 1 << 14])
 @pytest.mark.parametrize("dense", [0.0, 1.0])
-def test_float32_only_chooses_what_float64_decides(
-    many: tuple[np.ndarray, np.ndarray], sampled: int, dense: float, monkeypatch: pytest.MonkeyPatch
+def test_products_only_choose_what_float64_decides(
+    many: tuple[np.ndarray, np.ndarray],
+    sampled: int,
+    dense: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether few pairs of a tile are scored again or all of it; and none is missed."""
+    monkeypatch.setattr(all_pairs, "_quickest_type", lambda width: dtype)
     monkeypatch.setattr(roc, "SAMPLED", sampled)
     monkeypatch.setattr(all_pairs, "_DENSE", dense)
     monkeypatch.setattr(all_pairs, "_BAND", 500)
@@ -100,9 +110,31 @@ def test_float32_only_chooses_what_float64_decides(
     fars = (1e-6, 1e-5, 1e-4, 1e-3)
     found = all_pairs.compare_all_pairs(*many, fars)
     assert found.tar == exact(*many, fars)
-    # A float32 score that decided by itself would differ somewhere: each pair near the limit does.
+    # A score that decided by itself would differ somewhere: each pair near the limit does.
     unit = normalize_embeddings(many[0])
-    assert not np.array_equal(unit.astype(np.float32) @ unit.T.astype(np.float32), unit @ unit.T)
+    rounded = torch.tensor(unit).to(dtype)
+    assert not np.array_equal((rounded @ rounded.T).double().numpy(), unit @ unit.T)
+
+
+@pytest.mark.parametrize(("dtype", "reached"), [(torch.float32, 0.0), (torch.bfloat16, 0.5)])
+def test_a_product_errs_by_no_more_than_its_bound(dtype: torch.dtype, reached: float) -> None:
+    """In bfloat16, equal rows whose every number is nearly the mean of two come near it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 250, generator=generator, dtype=torch.float64)
+    rows[:8] = 1  # 129.53 times the distance of two such numbers of bfloat16, once of length 1
+    unit = (rows / rows.norm(dim=1, keepdim=True)).float()
+    computed = (unit.to(dtype) @ unit.to(dtype).T).double()
+    largest = float((computed - unit.double() @ unit.double().T).abs().max())
+    bound = all_pairs.product_error(dtype, 250)
+    assert reached * bound < largest <= bound
+
+
+def test_a_bound_below_zero_is_not_compared_by_the_bits_of_bfloat16(
+    many: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_pairs, "_quickest_type", lambda width: torch.bfloat16)
+    monkeypatch.setattr(all_pairs, "sampled_bound", lambda *given: -0.2)
+    assert compare_all_pairs(*many, (1e-3,)).tar == exact(*many, (1e-3,))
 
 
 def test_a_sample_that_misleads_is_noticed(
@@ -150,4 +182,4 @@ def test_processes_find_the_same(many: tuple[np.ndarray, np.ndarray]) -> None:
     seen: list[tuple[int, int]] = []
     two = compare_all_pairs(*many, (1e-4,), Processes(2), lambda *done: seen.append(done))
     assert two == compare_all_pairs(*many, (1e-4,))
-    assert seen[-1] == (3, 3)
+    assert seen[-1] == (2, 2)
