@@ -93,7 +93,8 @@ def _from_shards(shards: str, heldout: str) -> OwnData:
 
 
 def _from_folder(root: str) -> OwnData:
-    from pipelines.sources.image_folder import has_image_extension, list_files
+    from pipelines.sources.image_folder import has_image_extension
+    from pipelines.storage.file_listing import list_files
 
     found = sorted(path for path, _ in list_files(root) if has_image_extension(path))
     inside = [path for path in found if "/" in path]

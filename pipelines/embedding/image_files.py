@@ -15,7 +15,8 @@ from torch import Tensor
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.embedding.stack import stack_images
-from pipelines.sources.image_folder import has_image_extension, list_files
+from pipelines.sources.image_folder import has_image_extension
+from pipelines.storage.file_listing import list_files
 from pipelines.storage.urls import resolve_url
 
 Ints = npt.NDArray[np.int64]

@@ -5,6 +5,7 @@ What the files hold is copied as it is, if it can be decoded.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import posixpath
 import re
@@ -37,8 +38,9 @@ from pipelines.sources.heldout_split import HeldoutSplit, hold_out
 from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.sources.text_column import TextColumn
+from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import require_absent_or_resumable
-from pipelines.storage.urls import is_local, protocol_names, resolve_url
+from pipelines.storage.urls import is_local, is_web, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
 
 FILES_TABLE: Final = "files.tsv"
@@ -207,52 +209,6 @@ def _sort_names(
     return names, numbers
 
 
-def list_files(root: str) -> Iterator[tuple[str, int]]:
-    """Path below `root` and size of every file there, by path; hidden ones are left out."""
-    filesystem, path = resolve_url(root)
-    if _is_web(filesystem):
-        raise UserError(f"{root}: a web server does not list its folders; name the files by --lst")
-    if not filesystem.isdir(path):
-        raise UserError(f"{root}: no such folder")
-    if is_local(filesystem):
-        yield from _list_local_files(path)
-        return
-    for name, info in sorted(filesystem.find(path, detail=True).items()):
-        inside = name[len(path) :].lstrip("/")
-        if not any(part.startswith(".") for part in inside.split("/")):
-            yield inside, int(info["size"] or 0)
-
-
-def _list_local_files(root: str) -> Iterator[tuple[str, int]]:
-    """See `list_files`; links are followed, and each folder is entered once.
-
-    Held are the names of the folders on the way to a file, sorted as in whole paths.
-    """
-    entered: set[tuple[int, int]] = set()
-
-    def _walk(folder: str, below: str) -> Iterator[tuple[str, int]]:
-        try:
-            status, found = os.stat(folder), os.listdir(folder)
-        except OSError:  # as os.walk: what cannot be read is passed over
-            return
-        if (status.st_dev, status.st_ino) in entered:
-            return
-        entered.add((status.st_dev, status.st_ino))
-        shown = (name for name in found if not name.startswith("."))
-        names = sorted(
-            f"{name}/" if os.path.isdir(os.path.join(folder, name)) else name for name in shown
-        )
-        del found
-        for name in names:
-            path = os.path.join(folder, name)
-            if name.endswith("/"):
-                yield from _walk(path.rstrip("/"), f"{below}{name}")
-            elif os.path.isfile(path):
-                yield f"{below}{name}", os.path.getsize(path)
-
-    yield from _walk(root, "")
-
-
 def _by_folder(
     root: str, found: Iterable[tuple[str, int]], classless: bool, warnings: list[str]
 ) -> Iterator[ImageFile]:
@@ -293,24 +249,53 @@ def has_image_extension(path: str) -> bool:
 def _named_files(root: str, rows: Iterable[ListedRow], faults: list[Fault]) -> Iterator[ImageFile]:
     """The files of a list or table that exist; the others are added to `faults`."""
     filesystem, top = resolve_url(root)
-    listed = None if _is_web(filesystem) or is_local(filesystem) else dict(list_files(root))
+    listed = None if is_web(filesystem) or is_local(filesystem) else _StoredSizes(root)
     for row in rows:
         try:
             if row.problem:
                 raise ValueError(row.problem)
             path = path_below_root(row.path, top)
-            if _is_web(filesystem):
+            if is_web(filesystem):
                 size = _UNKNOWN_SIZE
             elif listed is None:
                 size = os.stat(f"{top}/{path}").st_size
-            elif path in listed:
-                size = listed[path]
+            elif (known := listed.find(path)) is not None:
+                size = known
             else:
                 raise ValueError(f"{row.path}: no such file")
         except (ValueError, OSError) as error:
             faults.append(Fault(row.location, str(error)))
             continue
         yield ImageFile(path, row.label, size)
+
+
+class _StoredSizes:
+    """Sizes of the files below a folder of a store, by path: 16 bytes a file.
+
+    A path is kept as 64 bits of its digest. If another one had the same, a file that is not there
+    would be taken for it, and be a fault when it is read.
+    """
+
+    def __init__(self, root: str) -> None:
+        digests, sizes = array("Q"), array("Q")
+        for path, size in list_files(root):
+            digests.append(_digest(path))
+            sizes.append(size)
+        order = np.argsort(np.frombuffer(digests, np.uint64))
+        self._digests = np.frombuffer(digests, np.uint64)[order]
+        self._sizes = np.frombuffer(sizes, np.uint64)[order]
+
+    def find(self, path: str) -> int | None:
+        """Bytes of a file; None: there is none."""
+        digest = np.uint64(_digest(path))
+        number = int(np.searchsorted(self._digests, digest))
+        known = number < len(self._digests) and self._digests[number] == digest
+        return int(self._sizes[number]) if known else None
+
+
+def _digest(path: str) -> int:
+    data = path.encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def path_below_root(name: str, root: str) -> str:
@@ -365,7 +350,7 @@ def _contents(task: _FileTask) -> Iterator[bytes | OSError]:
     filesystem, root = resolve_url(task.root)
     for first in range(0, len(task.paths), _FILES_PER_REQUEST):
         paths = task.paths[first : first + _FILES_PER_REQUEST]
-        urls = [f"{root}/{quote(path) if _is_web(filesystem) else path}" for path in paths]
+        urls = [f"{root}/{quote(path) if is_web(filesystem) else path}" for path in paths]
         if is_local(filesystem):
             yield from map(_read, urls)
             continue
@@ -383,7 +368,3 @@ def _read(path: str) -> bytes | OSError:
             return stream.read()
     except OSError as error:
         return error
-
-
-def _is_web(filesystem: Any) -> bool:
-    return "http" in protocol_names(filesystem)

@@ -48,6 +48,11 @@ def protocol_names(filesystem: Any) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def is_web(filesystem: Any) -> bool:
+    """Whether a file system is a web server, which lists no folders."""
+    return "http" in protocol_names(filesystem)
+
+
 def is_absolute_url(url: str) -> bool:
     """Whether a URL says where it is by itself, without a folder before it."""
     return "://" in url or url.startswith("/")

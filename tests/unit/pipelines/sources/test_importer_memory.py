@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from fsspec.spec import AbstractFileSystem
 from pyarrow import parquet
 
 from pipelines.sources import convert, image_folder, insightface, recordio
 from pipelines.sources.image_list import read_list_file
-from pipelines.sources.image_table import read_image_table
+from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.sources.recordio import Frame, ImageRecord
 from pipelines.sources.text_column import TextColumn
 
@@ -48,6 +50,39 @@ def test_a_listing_of_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return new, new.recipe(), new.cut()
 
     assert peak(_cut) <= MOST
+
+
+class MadeUpStore(AbstractFileSystem):  # type: ignore[misc]
+    """A store of `ITEMS` files in folders of 100, which keeps its listings as fsspec's do."""
+
+    protocol = "made-up"
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[dict[str, Any]]:
+        self.dircache[path] = found = self._list(path)
+        return found
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
+        _, _, folder = path.partition("/")
+        if not folder:
+            names = (f"root/n{number:08d}" for number in range(ITEMS // 100))
+            return [{"name": name, "size": 0, "type": "directory"} for name in names]
+        first = 100 * int(folder[1:])
+        paths = (PATH.format(number // 100, number % 100) for number in range(first, first + 100))
+        return [{"name": f"root/{name}", "size": 1 << 17, "type": "file"} for name in paths]
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["all", "of a list"])
+def test_a_listing_of_a_store(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the columns of a list, the sizes in the store take 16 bytes a file."""
+    fsspec.register_implementation("made-up", MadeUpStore, clobber=True)
+    rows = (
+        ListedRow(f"row {number}", PATH.format(number // 100, number % 100), "0", "")
+        for number in range(ITEMS)
+    )
+    monkeypatch.setattr(image_folder, "read_list_file", lambda url: rows)
+    lst = "list" if listed else None
+    most = MOST + 16 if listed else MOST
+    assert peak(lambda: image_folder._find_images("made-up://root", lst, None)) <= most
 
 
 def test_an_index_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,15 +121,6 @@ def test_texts_come_back_by_number() -> None:
     assert list(column.choose(chosen)) == [texts[number] for number in chosen]
     with pytest.raises(IndexError):
         column[len(texts)]
-
-
-def test_files_are_listed_in_the_order_of_their_whole_paths(tmp_path: Any) -> None:
-    """A folder `a` stands where its paths do: behind `a-b/1`, before `a0`."""
-    names = ["a/2.jpg", "a/10.jpg", "a-b/1.jpg", "a0.jpg", "a/b/c.jpg", "a.jpg", "b/x.jpg"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"12")
-    assert list(image_folder.list_files(str(tmp_path))) == [(name, 2) for name in sorted(names)]
 
 
 @pytest.mark.parametrize("kind", ["lst", "csv", "parquet"])

@@ -19,6 +19,7 @@ from pipelines.sources.convert import ImportOptions
 from pipelines.sources.image_folder import import_folder
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.webdataset import index_shards
+from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import content, items, jpeg, layout, save
@@ -78,6 +79,20 @@ def test_a_store_is_indexed_and_verified(s3: str, tmp_path: Path) -> None:
     assert [shard.url for shard in index.shards] == ["recordio-000000.tar"]
     assert verify_dataset(index, Journal(str(tmp_path / "journal"), 0)).is_good
     assert len(content(f"{s3}/theirs")) == 12
+
+
+def test_a_store_lists_what_a_disk_lists(s3: str, tmp_path: Path) -> None:
+    """Consoles make empty objects that stand for folders; they are no files of a class."""
+    filesystem = fsspec.filesystem("s3")
+    names = ["a/1.jpg", "a-b/1.jpg", "a/b/2.jpg", "c.jpg", "d/" + "x" * 200 + ".jpg"]
+    filesystem.pipe({f"bucket/photos/{name}": jpeg(number) for number, name in enumerate(names)})
+    filesystem.pipe({f"bucket/photos/{folder}": b"" for folder in ("", "a/", "e/")})
+    filesystem.get("bucket/photos", str(tmp_path / "photos"), recursive=True)
+    files = [name for name, _ in list_files(f"{s3}/photos") if not name.endswith("/")]
+    assert files == sorted(names) == [name for name, _ in list_files(str(tmp_path / "photos"))]
+    filesystem.pipe("bucket/photos//odd.jpg", b"1")
+    with pytest.raises(UserError, match="bucket/photos//: a folder without a name"):
+        list(list_files(f"{s3}/photos"))
 
 
 class Web(http.server.SimpleHTTPRequestHandler):
