@@ -81,8 +81,8 @@ def test_a_listing_of_a_store(listed: bool, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(image_folder, "read_list_file", lambda url: rows)
     lst = "list" if listed else None
-    most = MOST + 16 if listed else MOST
-    assert peak(lambda: image_folder._find_images("made-up://root", lst, None)) <= most
+    bound = MOST + 16 if listed else MOST
+    assert peak(lambda: image_folder._find_images("made-up://root", lst, None)) <= bound
 
 
 def test_an_index_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
