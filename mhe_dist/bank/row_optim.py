@@ -22,6 +22,7 @@ from torch.optim.sgd import sgd
 
 from mhe_dist.bank.bank import Bank, Units, inverse_norms
 from mhe_dist.config.head import HeadOptimConfig
+from mhe_dist.distributed.transfer import to_device
 
 
 class LowRank(NamedTuple):
@@ -90,7 +91,57 @@ class Dense(NamedTuple):
         return Dense(self.g[part], b, self.of_normalised)
 
 
-RowGradient = LowRank | Dense
+class SharedFactors(NamedTuple):
+    """Gradient of rows of which many units were compared with the same samples: `a^T e`.
+
+    It is that of the normalised rows `w / |w|`, or of rows that are not normalised.
+
+    Attributes:
+        a: float32, weights of the embeddings, in one buffer. A sample's weights of the L rows of a
+            unit are side by side.
+        e: `[n, D]`, embeddings of all samples.
+        places: int64 `[4, U]` on the host, for each unit: where its weights of its first sample
+            are, how far those of the next sample are from them, both in multiples of L; its first
+            sample, and how many it has.
+        length: L.
+        of_normalised: whether it is the gradient of the normalised rows.
+    """
+
+    a: Tensor
+    e: Tensor
+    places: Tensor
+    length: int
+    of_normalised: bool
+
+    def add_to(self, velocity: Tensor, momentum: float) -> Tensor:
+        """`momentum * velocity + a^T e`, in place."""
+        return velocity.mul_(momentum).add_(self.product())
+
+    def product(self) -> Tensor:
+        """`a^T e` `[U, L, D]`, a new tensor."""
+        products = self.e.new_empty(self.places.shape[1], self.length, self.e.shape[1])
+        for product, where in zip(products, self.places.T.tolist(), strict=True):
+            first, stride, sample, count = where
+            shape, strides = (self.length, count), (1, stride * self.length)
+            a = self.a.as_strided(shape, strides, first * self.length)
+            torch.mm(a, self.e[sample : sample + count], out=product)
+        return products
+
+    def at(self, rows: Tensor) -> Dense:
+        """The gradient of the rows themselves; see `Dense.at`."""
+        return Dense(self.product(), None, self.of_normalised).at(rows)
+
+    def of(self, part: slice) -> SharedFactors:
+        """The gradient of some of the units."""
+        return self._replace(places=self.places[:, part])
+
+    @property
+    def b(self) -> None:
+        """There is no radial part."""
+        return None
+
+
+RowGradient = LowRank | Dense | SharedFactors
 
 
 class RowOptimizer(ABC):
@@ -135,7 +186,7 @@ class RowSGD(RowOptimizer):
         self, bank: Bank, units: Tensor, gradient: RowGradient, lr: float, step: int
     ) -> None:
         """One pass over rows and momentum, where they lie, once the gradient is complete."""
-        if isinstance(gradient, Dense) and gradient.of_normalised:
+        if not isinstance(gradient, LowRank) and gradient.of_normalised:
             gradient = gradient.at(bank.read(units))
         with bank.changing(units, step) as fields:
             rows, summed = fields["weight"], list(gradient.product().unbind())
@@ -180,6 +231,10 @@ class RowSGD(RowOptimizer):
 
         if isinstance(gradient, Dense):
             factors = RowFactors(gradient.g, None, None, gradient.b, gradient.of_normalised)
+        elif isinstance(gradient, SharedFactors):
+            places = to_device(gradient.places, bank.device)
+            of_normalised = gradient.of_normalised
+            factors = RowFactors(None, gradient.a, gradient.e, None, of_normalised, places)
         else:
             factors = RowFactors(None, gradient.a, gradient.e, gradient.b)
         sgd_rows(

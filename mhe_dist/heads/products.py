@@ -24,6 +24,11 @@ def products_in(tf32: bool | None) -> Iterator[None]:
         settings.allow_tf32 = before
 
 
+def in_tf32() -> bool:
+    """Whether a GPU computes float32 products in TF32 now."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def with_chosen_products(method: Method) -> Method:
     """A method of a head whose products are computed as its `spec.tf32` says."""
 

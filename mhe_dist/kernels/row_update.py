@@ -18,6 +18,10 @@ from mhe_dist.kernels import dispatch
 from mhe_dist.kernels.dispatch import KernelTraffic
 
 _TILE = 4096  # values of a program's tile
+# With shared factors: a program multiplies all samples, so it should hold many rows.
+_SHARED_TILE, _SHARED_WARPS, _SHARED_STAGES = 16384, 8, 2
+_SHARED_SAMPLES = tl.constexpr(16)  # that are multiplied at a time
+_LEAST_DOT = 16  # rows, columns and samples of a product of tiles
 
 
 class RowFactors(NamedTuple):
@@ -25,9 +29,11 @@ class RowFactors(NamedTuple):
 
     Attributes:
         g: `[U, L, D]`, or None if the factors are given.
-        a, e: `[U, c, L]` and `[U, c, D]`, or None.
+        a, e: `[U, c, L]` and `[U, c, D]`, or None. With `places`: the factors of all units, as
+            `mhe_dist.bank.row_optim.SharedFactors` has them; multiplied in TF32.
         b: `[U, L]`, or None: nothing along the row.
         of_normalised: whether `g` is the gradient of `w / |w|` instead; `b` is None then.
+        places: int64 `[4, U]` on the device, or None.
     """
 
     g: Tensor | None
@@ -35,6 +41,7 @@ class RowFactors(NamedTuple):
     e: Tensor | None
     b: Tensor | None
     of_normalised: bool = False
+    places: Tensor | None = None
 
 
 def sgd_rows(
@@ -62,14 +69,14 @@ def sgd_rows(
     length, width = weight.shape[1:]
     if not len(local) or not length or not width:
         return
-    columns = triton.next_power_of_2(width)
-    rows = min(triton.next_power_of_2(length), max(1, _TILE // columns))
     g, a, e, b = (_contiguous(part) for part in gradient[:4])
+    places = gradient.places
+    tile = sgd_tile(length, width, places is not None)
     stored = len(local) * weight[0].nbytes * (1 if velocity is None else 2)
-    given = sum(part.nbytes for part in (g, a, e, b, local) if part is not None)
+    given = sum(part.nbytes for part in (g, a, e, b, places, local) if part is not None)
     dispatch.launch(
         _sgd_kernel,
-        (len(local), triton.cdiv(length, rows)),
+        (len(local), triton.cdiv(length, tile["block_rows"])),
         KernelTraffic(stored + given, stored),
         weight,
         weight if velocity is None else velocity,
@@ -78,7 +85,8 @@ def sgd_rows(
         weight if a is None else a,
         weight if e is None else e,
         weight if b is None else b,
-        0 if a is None else a.shape[1],
+        local if places is None else places,
+        len(local) if a is None or places is not None else a.shape[1],
         lr,
         momentum,
         weight_decay,
@@ -91,10 +99,25 @@ def sgd_rows(
         has_g=g is not None,
         has_b=b is not None,
         of_normalised=gradient.of_normalised,
-        block_rows=rows,
-        block_columns=columns,
+        shared=places is not None,
+        **tile,
         enable_fp_fusion=False,
     )
+
+
+def sgd_tile(length: int, width: int, shared: bool) -> dict[str, int]:
+    """Rows and columns that a program holds, and how it is compiled, for units `[L, D]`."""
+    rows, columns = triton.next_power_of_2(length), triton.next_power_of_2(width)
+    if not shared:
+        rows = min(rows, max(1, _TILE // columns))
+        return {"block_rows": rows, "block_columns": columns}
+    columns = max(_LEAST_DOT, columns)
+    return {
+        "block_rows": max(_LEAST_DOT, min(rows, _SHARED_TILE // columns)),
+        "block_columns": columns,
+        "num_warps": _SHARED_WARPS,
+        "num_stages": _SHARED_STAGES,
+    }
 
 
 def round_rows(rows: Tensor, units: Tensor, key: int) -> Tensor:
@@ -160,6 +183,50 @@ def _round_kernel(rows, rounded, units, key, size, block: tl.constexpr):
     _store(rounded + row * size + position, values, mask, unit, position, key)
 
 
+@triton.jit
+def _own_sum(
+    a_pointer, e_pointer, u, count, slot, column, length: tl.constexpr, width: tl.constexpr
+):
+    """`a^T e` of some rows of a unit, with samples of its own."""
+    a_pointer += u * count * length
+    e_pointer += u * count * width
+    total = tl.zeros([slot.shape[0], column.shape[0]], tl.float32)
+    for sample in range(count):
+        a = tl.load(a_pointer + sample * length + slot, mask=slot < length, other=0.0)
+        e = tl.load(e_pointer + sample * width + column, mask=column < width, other=0.0)
+        total += a[:, None] * e[None, :]
+    return total
+
+
+@triton.jit
+def _shared_sum(
+    a_pointer, e_pointer, places, units, slot, column, length: tl.constexpr, width: tl.constexpr
+):
+    """`a^T e` of some rows of this program's unit, with the samples of its group, in TF32."""
+    places += tl.program_id(0)
+    # In rows and units, so that the compiler knows how addresses are aligned.
+    a_pointer += tl.load(places) * length
+    stride = tl.load(places + units) * length
+    e_pointer += tl.load(places + 2 * units) * width
+    count = tl.load(places + 3 * units).to(tl.int32)
+    total = tl.zeros([slot.shape[0], column.shape[0]], tl.float32)
+    for start in range(0, count, _SHARED_SAMPLES):
+        sample = start + tl.arange(0, _SHARED_SAMPLES)
+        there = sample < count
+        a = tl.load(
+            a_pointer + sample[None, :] * stride + slot[:, None],
+            mask=there[None, :] & (slot < length)[:, None],
+            other=0.0,
+        )
+        e = tl.load(
+            e_pointer + sample[:, None] * width + column[None, :],
+            mask=there[:, None] & (column < width)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(a, e, total, input_precision="tf32")
+    return total
+
+
 @triton.jit(do_not_specialize=["count", "first_unit", "weight_key", "velocity_key"])
 def _sgd_kernel(
     weight,
@@ -169,6 +236,7 @@ def _sgd_kernel(
     a_pointer,
     e_pointer,
     b_pointer,
+    places,
     count,
     lr,
     momentum,
@@ -182,10 +250,11 @@ def _sgd_kernel(
     has_g: tl.constexpr,
     has_b: tl.constexpr,
     of_normalised: tl.constexpr,
+    shared: tl.constexpr,
     block_rows: tl.constexpr,
     block_columns: tl.constexpr,
 ):
-    """One program: some rows of one unit."""
+    """One program: some rows of one unit. `count`: samples of a unit, or units if `shared`."""
     u = tl.program_id(0).to(tl.int64)
     unit = tl.load(local + u)
     slot = tl.program_id(1) * block_rows + tl.arange(0, block_rows)
@@ -194,16 +263,13 @@ def _sgd_kernel(
     inside = row_inside[:, None] & column_inside[None, :]
     position = slot[:, None] * width + column[None, :]
     stored = unit * (length * width) + position
-    w = tl.load(weight + stored, mask=inside, other=0.0).to(tl.float32)
     if has_g:
         g = tl.load(g_pointer + u * (length * width) + position, mask=inside, other=0.0)
+    elif shared:
+        g = _shared_sum(a_pointer, e_pointer, places, count, slot, column, length, width)
     else:
-        g = tl.zeros([block_rows, block_columns], tl.float32)
-        for sample in range(count):
-            factor = u * count + sample
-            a = tl.load(a_pointer + factor * length + slot, mask=row_inside, other=0.0)
-            e = tl.load(e_pointer + factor * width + column, mask=column_inside, other=0.0)
-            g += a[:, None] * e[None, :]
+        g = _own_sum(a_pointer, e_pointer, u, count, slot, column, length, width)
+    w = tl.load(weight + stored, mask=inside, other=0.0).to(tl.float32)
     radial = tl.zeros([block_rows], tl.float32) + weight_decay
     if has_b:
         radial += tl.load(b_pointer + u * length + slot, mask=row_inside, other=0.0)
@@ -214,6 +280,9 @@ def _sgd_kernel(
         g = g * inverse[:, None]
     if has_velocity:
         g = tl.load(velocity + stored, mask=inside, other=0.0).to(tl.float32) * momentum + g
+    if shared and of_normalised:
+        # Kept since the norm was formed, it would take the registers that hold the sum.
+        w = tl.load(weight + stored, mask=inside, other=0.0, volatile=True).to(tl.float32)
     g += w * radial[:, None]
     if has_velocity:
         _store(velocity + stored, g, inside, first_unit + unit, position, velocity_key)

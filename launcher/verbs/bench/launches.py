@@ -32,17 +32,18 @@ def launches(
     Rank 3 of 8, 2 million classes, embeddings of 512 (16 where rows are in host memory or a file),
     128 images per rank, heads of 128 classes, 321 extra heads. Nothing is computed: torch's own
     rules for shapes and devices say what a GPU would have to do. Launches are lower bounds.
+    Names with tf32 have products in TF32, as bf16 runs do; GFLOP leave out what kernels multiply.
     The engine, with DeepSpeed's part, is counted on a small network.
 
     Example: mhe bench launches --head route --lines
     """
-    from pipelines.bench.counted.launches import CASES, HEADS, count_step
+    from pipelines.bench.counted.launches import CASES, HEADS, SUMMARY, count_step
 
     if head and head not in HEADS:
         raise UserError(f"--head {head}: there is {', '.join(HEADS)}")
     if engine and head:
         raise UserError(f"--engine counts no head: leave out --head {head}, or --engine")
-    names = [name for name in CASES if name.split()[0] == head] if head else list(HEADS)
+    names = [name for name in CASES if name.split()[0] == head] if head else SUMMARY
     counts = {name: partial(count_step, CASES[name]) for name in names}
     costs = _count(_engine_counts() if engine else counts)
     console.out.print(_table(costs))

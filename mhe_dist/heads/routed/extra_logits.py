@@ -11,10 +11,12 @@ import math
 import torch
 from torch import Tensor
 
+from mhe_dist.bank.row_optim import SharedFactors
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.batch_invariant import LEAST_ROWS, product
 from mhe_dist.heads.class_rows import ClassRows
 from mhe_dist.heads.routed.dispatch import GroupPart
+from mhe_dist.heads.routed.extra_gradient import ExtraGradients
 from mhe_dist.kernels.extra_softmax import (
     ExtraTable,
     TargetStatistics,
@@ -79,6 +81,35 @@ class ExtraLogits:
                 gradient[part.samples].add_(product(block, rows), alpha=scale)
             else:
                 gradient[part.samples].addmm_(block, rows, alpha=scale)
+
+    def add_row_gradient(self, sums: ExtraGradients, numbers: Tensor, share: float) -> None:
+        """Add the gradient of the rows, of which `blocks` and the features are the factors.
+
+        Args:
+            sums: where it is added.
+            numbers: canonical numbers of the samples `[n]`, host.
+            share: scale of the gradient.
+        """
+        features = self.features * (self.negatives.scale * share)
+        if self.parts and sums.takes_factors(max(part.size for part in self.parts)):
+            length, normalised = self.table.length, sums.of_normalised
+            factors = SharedFactors(self.buffer, features, self._unit_places(), length, normalised)
+            sums.keep(torch.cat(self.heads), factors)
+            return
+        for part, weights in zip(self.parts, self.blocks, strict=True):
+            sums[part.group].add(numbers[part.samples], weights, features[part.samples])
+
+    def _unit_places(self) -> Tensor:
+        """Where the weights and samples of each extra head are; see `SharedFactors`."""
+        places, first = [], 0
+        for part, heads in zip(self.parts, self.heads, strict=True):
+            count = len(heads)
+            table = torch.tensor([[first], [count], [part.samples.start], [part.size]])
+            table = table.repeat(1, count)
+            table[0] += torch.arange(count)
+            places.append(table)
+            first += part.size * count
+        return torch.cat(places, dim=1)
 
     def _read(self, class_rows: ClassRows) -> Tensor:
         """The rows of all groups, read at once."""

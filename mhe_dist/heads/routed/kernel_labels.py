@@ -12,9 +12,9 @@ from torch import Tensor
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.class_rows import hide
 from mhe_dist.heads.routed.dispatch import GroupPart
+from mhe_dist.heads.routed.extra_gradient import ExtraGradients
 from mhe_dist.heads.routed.extra_logits import ExtraLogits
 from mhe_dist.heads.routed.several_labels import RoutedLabels
-from mhe_dist.heads.routed.softmax import ExtraGradient
 
 
 class KernelLabels(RoutedLabels):
@@ -47,7 +47,7 @@ class KernelLabels(RoutedLabels):
         return inside, places, row
 
     def _extra_gradients(
-        self, shift: Tensor, coefficient: Tensor, sums: dict[int, ExtraGradient], share: float
+        self, shift: Tensor, coefficient: Tensor, sums: ExtraGradients, share: float
     ) -> Tensor:
         """Second pass over all extra rows; see `RoutedLabels`."""
         logits, dispatch = self._logits, self.dispatch
@@ -57,8 +57,5 @@ class KernelLabels(RoutedLabels):
         gradient = torch.zeros_like(self._visitors)
         logits.add_gradient(gradient)
         logits.buffer[self._where] = coefficient[self._inside] / self.scale
-        features = self._visitors * (self.scale * share)
-        numbers = dispatch.sample_numbers[dispatch.visits.samples]
-        for part, weights in zip(logits.parts, logits.blocks, strict=True):
-            sums[part.group].add(numbers[part.samples], weights, features[part.samples])
+        logits.add_row_gradient(sums, dispatch.sample_numbers[dispatch.visits.samples], share)
         return gradient

@@ -6,14 +6,18 @@ are read at once, and their logits lie in one buffer. Import it where kernels ma
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.heads.batch_invariant import product
+from mhe_dist.heads.batch_invariant import LEAST_ROWS, product
 from mhe_dist.heads.grouping import Chunk, GradientFactors
+from mhe_dist.heads.products import in_tf32
 from mhe_dist.heads.routed.extra_logits import ExtraLogits, negatives_of
 from mhe_dist.heads.routed.softmax import RoutedBatch, RoutedScores
+from mhe_dist.kernels.own_products import StoredHeads, own_products, sum_own_rows
 from mhe_dist.kernels.own_softmax import (
     OwnFactors,
     OwnProducts,
@@ -34,10 +38,7 @@ def kernel_softmax(batch: RoutedBatch) -> RoutedScores:
         own.score(chunk)
     extra.finish(samples, gradient)
     if batch.sums is not None:
-        scaled = features * (batch.class_rows.margin.scale * batch.share)
-        for part, weights in zip(batch.parts, extra.logits.blocks, strict=True):
-            numbers = batch.dispatch.sample_numbers[part.samples]
-            batch.sums[part.group].add(numbers, weights, scaled[part.samples])
+        extra.logits.add_row_gradient(batch.sums, batch.dispatch.sample_numbers, batch.share)
     correct = (samples.target > samples.highest).to(features.dtype)
     return RoutedScores(samples.losses, gradient, correct, own.factors())
 
@@ -67,6 +68,43 @@ class _ExtraHeads:
         self.logits.add_gradient(gradient)
 
 
+@dataclass(frozen=True)
+class _ReadRows:
+    """Rows of heads, copied for products of matrices.
+
+    Attributes:
+        rows, inverse: `[T, L, D]`, and `1 / |w|` `[T, L]`.
+        samples: `[T, c]`, the samples of each head.
+    """
+
+    rows: Tensor
+    inverse: Tensor
+    samples: Tensor
+
+    def products(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples' products with the rows `[T, c, L]`, and `inverse`."""
+        return product(features[self.samples], self.rows.transpose(1, 2)), self.inverse
+
+    def store_sums(self, weights: Tensor, gradient: Tensor) -> None:
+        """Store the rows' sums by `weights` `[T, c, L]` in the samples' rows of `gradient`."""
+        gradient[self.samples] = product(weights, self.rows)
+
+
+@dataclass(frozen=True)
+class _StoredRows:
+    """The same on rows where they lie."""
+
+    heads: StoredHeads
+
+    def products(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_ReadRows`."""
+        return own_products(self.heads, features)
+
+    def store_sums(self, weights: Tensor, gradient: Tensor) -> None:
+        """See `_ReadRows`."""
+        sum_own_rows(self.heads, weights, gradient)
+
+
 class _OwnHeads:
     """Samples against their own heads, chunk by chunk, each row read once."""
 
@@ -80,10 +118,10 @@ class _OwnHeads:
 
     def score(self, chunk: Chunk) -> None:
         """Both passes over the rows of a chunk."""
-        rows, inverse = self.class_rows.read(chunk.heads)
         places = self._places(chunk)
         index = places[0].view(chunk.index.shape)
-        products = product(self.features[index], rows.transpose(1, 2))
+        rows = self._rows_of(chunk, index)
+        products, inverse = rows.products(self.features)
         own = OwnProducts(products, inverse, places)
         target, log_sum = own_statistics(own, self.samples, self.negatives)
         norms = None if self.batch.norms is None else self.batch.norms[places[0]]
@@ -99,7 +137,19 @@ class _OwnHeads:
             slope,
             OwnFactors(weights, self.weights, self.radial),
         )
-        self.gradient[index] = product(weights, rows)
+        rows.store_sums(weights, self.gradient)
+
+    def _rows_of(self, chunk: Chunk, index: Tensor) -> _ReadRows | _StoredRows:
+        """The rows of a chunk's heads, and their samples `[T, c]`.
+
+        For fewer samples than `LEAST_ROWS` a product of matrices would multiply padding too.
+        """
+        bank, normalised = self.class_rows.bank, self.class_rows.margin.normalised
+        few = chunk.index.shape[1] < LEAST_ROWS
+        if few and normalised and in_tf32() and bank.takes_kernels:
+            positions = bank.positions(chunk.heads)
+            return _StoredRows(StoredHeads(bank.stored["weight"], positions, index))
+        return _ReadRows(*self.class_rows.read(chunk.heads), index)
 
     def _places(self, chunk: Chunk) -> Tensor:
         """Sample, slot, position among the factors, and the head's classes; see `OwnProducts`."""

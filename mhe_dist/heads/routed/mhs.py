@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist import seeds
-from mhe_dist.bank.row_optim import Dense, LowRank
+from mhe_dist.bank.row_optim import LowRank, RowSGD
 from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
@@ -29,18 +29,14 @@ from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors, chunks
 from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart, plan_dispatch
+from mhe_dist.heads.routed.extra_gradient import ExtraGradients
 from mhe_dist.heads.routed.label_dispatch import (
     GroupVisits,
     LabelDispatch,
     plan_label_dispatch,
 )
 from mhe_dist.heads.routed.several_labels import GRID, RoutedLabels, join_labels
-from mhe_dist.heads.routed.softmax import (
-    ExtraGradient,
-    RoutedBatch,
-    RoutedScores,
-    routed_softmax,
-)
+from mhe_dist.heads.routed.softmax import RoutedBatch, RoutedScores, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.kernels.dispatch import MAX_LENGTH, use_kernels
 
@@ -60,7 +56,7 @@ class MhsRoute(RowHead):
         self._chunks: list[list[Chunk]] = []
         self._extra: dict[int, Tensor] = {}
         self._own: list[GradientFactors] = []
-        self._sums: dict[int, ExtraGradient] = {}
+        self._sums = self._no_gradients()
         self._next, self._samples, self._one_label = 0, 0, True
 
     def draw(self, step: int, group: int) -> Tensor:
@@ -89,7 +85,7 @@ class MhsRoute(RowHead):
             self._dispatches = self._plan_labels(heads, slots, groups)
         own = [dispatch.own_heads for dispatch in self._dispatches]
         self._chunks = [self._chunks_of(heads) for heads in own]
-        self._own, self._sums = [], {group: ExtraGradient() for group in self._extra}
+        self._own, self._sums = [], self._no_gradients()
         self.bank.touch(torch.unique(torch.cat([*self._extra.values(), *own])))
 
     def _by_micro_batch(self, heads: Tensor, slots: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -241,21 +237,23 @@ class MhsRoute(RowHead):
     def step(self, lr: float) -> None:
         """Update the rows touched since `plan`; see `Head`."""
         lr *= self.spec.config.optim.lr_scale
-        for group, sums in self._sums.items():
-            heads, summed = self._extra[group], sums.total()
-            if summed is not None:
-                summed = summed.view(len(heads), -1, self.width)
-                gradient = Dense(summed, None, self.margin.normalised)
-                self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
+        for heads, gradient in self._sums.updates():
+            self.optimizer.update(self.bank, heads, gradient, lr, self.step_number)
         if self._own:
             own = GradientFactors.join(self._own)
             for chunk in self._own_chunks():
                 self.optimizer.update(
                     self.bank, chunk.heads, self._gradient(own, chunk), lr, self.step_number
                 )
-        self._own, self._sums = [], {}
+        self._own, self._sums = [], self._no_gradients()
         self.bank.release()
         self.norms.step()
+
+    def _no_gradients(self) -> ExtraGradients:
+        """Where those of the extra rows of a step go."""
+        sums_once = self.accumulation_steps == 1 and isinstance(self.optimizer, RowSGD)
+        takes_factors = sums_once and self.bank.takes_kernels
+        return ExtraGradients(self._extra, self.margin.normalised, takes_factors)
 
     def _own_chunks(self) -> list[Chunk]:
         """The own heads of the step, each once, with its samples in their canonical order."""

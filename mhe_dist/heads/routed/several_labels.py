@@ -24,8 +24,9 @@ from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
 from mhe_dist.heads.margins import keep_negatives
 from mhe_dist.heads.objectives import LabelObjective
+from mhe_dist.heads.routed.extra_gradient import ExtraGradient, ExtraGradients
 from mhe_dist.heads.routed.label_dispatch import GroupVisits, LabelDispatch, Meetings
-from mhe_dist.heads.routed.softmax import ExtraGradient, hide_padding
+from mhe_dist.heads.routed.softmax import hide_padding
 
 # float64 counts multiples of this exactly up to 512, far above the entries of a gradient.
 GRID: Final = 2.0**-44
@@ -195,9 +196,7 @@ class RoutedLabels:
         own, extra = self.pairs.log_sum[pair], self.visits.log_sum[visit]
         return torch.stack([own, extra, highest, self.target, self.with_margin], dim=1)
 
-    def gradients(
-        self, answer: Tensor, sums: dict[int, ExtraGradient], share: float
-    ) -> LabelGradients:
+    def gradients(self, answer: Tensor, sums: ExtraGradients, share: float) -> LabelGradients:
         """Second pass.
 
         Args:
@@ -293,7 +292,7 @@ class RoutedLabels:
                 self._score_extra(part, where)
 
     def _extra_gradients(
-        self, shift: Tensor, coefficient: Tensor, sums: dict[int, ExtraGradient], share: float
+        self, shift: Tensor, coefficient: Tensor, sums: ExtraGradients, share: float
     ) -> Tensor:
         """Second pass over all extra rows: hand on their gradient, and return the visits' `[v, D]`.
 

@@ -20,41 +20,7 @@ from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
 from mhe_dist.heads.margins import Margin, keep_negatives
 from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart
-
-
-class ExtraGradient:
-    """The gradient `a^T e` of a group's extra rows, kept as factors until the step ends.
-
-    Then it is one product over the samples of the step in their canonical order, and does not
-    depend on which rank computed which micro-batch. Factors that exceed `LOGITS_BYTES` are
-    multiplied before that.
-    """
-
-    def __init__(self) -> None:
-        self._factors: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._early: Tensor | None = None
-
-    def add(self, sample_numbers: Tensor, weights: Tensor, features: Tensor) -> None:
-        """Keep `a` `[n, m * L]` and `e` `[n, D]` of samples with canonical numbers `[n]`, host."""
-        self._factors.append((sample_numbers, weights, features))
-        if sum(weights.nbytes for _, weights, _ in self._factors) > LOGITS_BYTES:
-            self._early = self.total()
-            self._factors.clear()
-
-    def total(self) -> Tensor | None:
-        """The gradient `[m * L, D]`, or None if no sample was scored against the rows."""
-        if not self._factors:
-            return self._early
-        # A tensor alone would be copied by `cat`.
-        numbers, weights, features = (
-            parts[0] if len(parts) == 1 else torch.cat(parts)
-            for parts in zip(*self._factors, strict=True)
-        )
-        if (numbers[1:] < numbers[:-1]).any():
-            order = numbers.argsort().to(weights.device, non_blocking=True)
-            weights, features = weights[order], features[order]
-        summed = weights.T @ features
-        return summed if self._early is None else self._early.add_(summed)
+from mhe_dist.heads.routed.extra_gradient import ExtraGradient, ExtraGradients
 
 
 @dataclass(frozen=True)
@@ -68,7 +34,7 @@ class RoutedBatch:
         dispatch: which samples are here.
         chunks: the own heads among them; `index` counts in `dispatch.own`.
         extra: extra heads of each group.
-        sums: where the gradient of the extra rows is added, by group; None: it is not wanted.
+        sums: where the gradient of the extra rows is added; None: it is not wanted.
         share: scale of the rows' gradient, `1 / N`.
         correction: whether `log(1 / q)` is added to sampled negatives.
     """
@@ -79,7 +45,7 @@ class RoutedBatch:
     dispatch: Dispatch
     chunks: list[Chunk]
     extra: dict[int, Tensor]
-    sums: dict[int, ExtraGradient] | None
+    sums: ExtraGradients | None
     share: float
     correction: bool
 

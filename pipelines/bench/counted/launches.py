@@ -59,6 +59,7 @@ class LaunchCase:
         micro_batches: of a rank and step.
         touched: whether earlier steps have used every row.
         labels: of a sample, for a head that takes several; 0: one, without a dimension of its own.
+        tf32: whether products are in TF32, as in bf16 runs.
     """
 
     head: dict[str, Any]
@@ -70,6 +71,7 @@ class LaunchCase:
     micro_batches: int = 1
     touched: bool = True
     labels: int = 0
+    tf32: bool = False
 
 
 def _case(head: dict[str, Any], labels: int = 0) -> LaunchCase:
@@ -115,10 +117,27 @@ def _cases() -> dict[str, LaunchCase]:
             f"{name} first touch": LaunchCase(HEADS[name], touched=False)
             for name in ("route", "gather", "partial_fc", "mhc")
         },
+        **{
+            f"{name} tf32": replace(case, tf32=True)
+            for name, case in {
+                "route": LaunchCase(route),
+                "route arcface": LaunchCase(route | MARGINS["arcface"]),
+                "route none": LaunchCase(route | MARGINS["none"]),
+                "route adamw": LaunchCase(route | OPTIMIZERS["adamw"]),
+                "route bfloat16": LaunchCase(route | BANKS["bfloat16"]),
+                "route 4 micro-batches": LaunchCase(route, micro_batches=4),
+                "route 64 groups": LaunchCase(route | {"groups": 64}),
+                "route 8 labels": LaunchCase(route, labels=8),
+            }.items()
+        },
     }
 
 
 CASES: Final = _cases()
+
+
+# One line for each head; `route` moves less where products are in TF32, as they are in bf16 runs.
+SUMMARY: Final = [name for head in HEADS for name in (head, f"{head} tf32") if name in CASES]
 
 
 def count_step(case: LaunchCase) -> StepCost:
@@ -151,7 +170,15 @@ def _head_of(
         lone_rank(topology, gpu.ledger),
     ):
         micro_batches = case.world_size * case.micro_batches
-        spec = HeadSpec(config, case.classes, case.width, 0, micro_batches, folder=Path(folder))
+        spec = HeadSpec(
+            config,
+            case.classes,
+            case.width,
+            0,
+            micro_batches,
+            folder=Path(folder),
+            tf32=case.tf32,
+        )
         head = build_head(spec, topology)
         if case.touched:
             _mark_touched(head)

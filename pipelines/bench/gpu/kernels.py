@@ -17,10 +17,12 @@ from torch import Tensor
 
 from mhe_dist.bank.bank import Bank, round_stochastically
 from mhe_dist.bank.initial_rows import noise_rows
-from mhe_dist.bank.row_optim import Dense, RowSGD
+from mhe_dist.bank.row_optim import Dense, RowSGD, SharedFactors
 from mhe_dist.config.head import HeadConfig, MarginConfig
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.batch_invariant import product
 from mhe_dist.heads.margins import Margin
+from mhe_dist.heads.products import products_in
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.kernels.dispatch import SWITCH
@@ -28,6 +30,7 @@ from pipelines.bench.gpu.agreement import relative
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings, seconds_of
 
 CLOSE: Final = 1e-5
+TF32_CLOSE: Final = 2e-3  # each factor is off by 2**-10 of itself at most
 
 
 def measure(settings: GpuSettings, found: GpuFindings) -> None:
@@ -42,6 +45,8 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
         "first rows": _first_rows,
         "angular margin": _angular_margin,
         "routed softmax": _routed_softmax,
+        "update by factors": _factor_update,
+        "own heads where they lie": _stored_heads,
     }
     for name, measure_kernel in kernels.items():
         with found.attempt(name):
@@ -195,6 +200,72 @@ def _routed_softmax(settings: GpuSettings, found: GpuFindings) -> None:
     found.check("routed softmax equals its definition", error <= CLOSE, f"differs by {error:.1e}")
     rows = classes * width * 4
     _speed(settings, found, "routed softmax", by_kernels, by_definition, 4 * rows)
+
+
+def _factor_update(settings: GpuSettings, found: GpuFindings) -> None:
+    """An update that multiplies factors in TF32, against a product by cuBLAS and the update."""
+    bank = _touched_bank(settings)
+    heads, samples = torch.arange(len(bank.units)), 9 if settings.small else 128
+    e = torch.randn(samples, bank.width, device=settings.torch_device)
+    a = torch.randn(samples, len(heads) * bank.length, device=settings.torch_device)
+    places = torch.stack([heads, *(torch.full_like(heads, n) for n in (len(heads), 0, samples))])
+    factors, optimizer = SharedFactors(a, e, places, bank.length, True), RowSGD(0.9, 1e-4)
+
+    def by_factors() -> None:
+        optimizer.update(bank, heads, factors, 0.1, 0)
+
+    def by_product() -> None:
+        summed = (a.T @ e).view(len(heads), bank.length, bank.width)
+        optimizer.update(bank, heads, Dense(summed, None, True), 0.1, 0)
+
+    velocities = []
+    with kernels_in("mhe_dist.bank.bank"), products_in(tf32=True):
+        for update in (by_factors, by_product):
+            bank.write(heads, {"momentum": torch.zeros_like(bank.read(heads))}, 0)
+            update()
+            velocities.append(bank.read(heads, "momentum").clone())
+            bank.forget()
+            bank.touch(bank.units)
+        error = relative(*velocities)
+        found.check(
+            "update by factors equals its definition",
+            error <= TF32_CLOSE,
+            f"differs by {error:.1e}",
+        )
+        moved = 4 * bank.stored["weight"].nbytes + a.nbytes
+        _speed(settings, found, "update by factors", by_factors, by_product, moved)
+
+
+def _stored_heads(settings: GpuSettings, found: GpuFindings) -> None:
+    """Both products of own heads on rows where they lie, against copies of them and cuBLAS."""
+    from mhe_dist.kernels.own_products import StoredHeads, own_products, sum_own_rows
+
+    bank = _touched_bank(settings)
+    units = torch.arange(0, len(bank.units), 2)
+    features = torch.randn(len(units), bank.width, device=settings.torch_device)
+    index = torch.arange(len(units), device=settings.torch_device).unsqueeze(1)
+    found_gradient, gradient = torch.zeros_like(features), torch.zeros_like(features)
+
+    def by_kernels() -> Tensor:
+        """No row is copied."""
+        heads = StoredHeads(bank.stored["weight"], bank.positions(units), index)
+        products, _ = own_products(heads, features)
+        sum_own_rows(heads, products, found_gradient)
+        return products
+
+    def by_definition() -> Tensor:
+        """Rows are copied first."""
+        rows, _ = bank.read_for_products(units, True)
+        products = product(features[index], rows.transpose(1, 2))
+        gradient[index] = product(products, rows)
+        return products
+
+    with kernels_in("mhe_dist.bank.bank"):
+        error = max(relative(by_kernels(), by_definition()), relative(found_gradient, gradient))
+        found.check("own heads equal their definition", error <= CLOSE, f"differ by {error:.1e}")
+        with products_in(tf32=True):
+            rows = bank.stored["weight"].nbytes  # half of them, twice
+            _speed(settings, found, "own heads", by_kernels, by_definition, rows)
 
 
 def _speed(

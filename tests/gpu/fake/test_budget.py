@@ -45,5 +45,12 @@ def test_groups_are_launched_together() -> None:
     assert BUDGET["route 64 groups"]["launches"] <= 1.3 * BUDGET["route"]["launches"]
 
 
+def test_a_routed_step_in_tf32_moves_a_gigabyte_at_most() -> None:
+    route, groups = BUDGET["route tf32"], BUDGET["route 64 groups tf32"]
+    assert route["moved_mb"] <= 1000
+    assert route["launches"] <= 120
+    assert groups["launches"] <= 1.3 * route["launches"]
+
+
 def test_eight_labels_move_at_most_two_and_a_half_times_the_bytes_of_one() -> None:
     assert BUDGET["route 8 labels"]["moved_mb"] <= 2.5 * BUDGET["route"]["moved_mb"]

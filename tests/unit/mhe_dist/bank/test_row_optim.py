@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mhe_dist.bank import bank as bank_module
 from mhe_dist.bank.bank import Bank
-from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient, RowOptimizer, build_row_optimizer
+from mhe_dist.bank.row_optim import (
+    Dense,
+    LowRank,
+    RowGradient,
+    RowOptimizer,
+    SharedFactors,
+    build_row_optimizer,
+)
 from mhe_dist.config.head import HeadOptimConfig
 
 UNITS, LENGTH, WIDTH, LR = 6, 2, 3, 0.05
@@ -68,6 +75,34 @@ def gradient(kind: str, rows: Tensor, step: int) -> tuple[RowGradient, Tensor]:
     if kind == "dense":
         return Dense(plain.clone(), b), plain + b.unsqueeze(-1) * rows
     return Dense(plain.clone(), None), plain
+
+
+def shared(units: int, length: int) -> SharedFactors:
+    """Factors of units in two groups, one of which has no sample: the other's weights follow."""
+    rng = torch.Generator().manual_seed(7)
+    e = torch.randn(5, WIDTH, generator=rng, dtype=torch.float64)
+    a = torch.randn(3 * units * length, generator=rng, dtype=torch.float64)
+    table = [[unit, units, 2, 3] for unit in range(units)]
+    table[1] = [0, 1, 0, 0]
+    places = torch.tensor(table).T
+    return SharedFactors(a, e, places, length, of_normalised=True)
+
+
+@pytest.mark.usefixtures("listed")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_shared_factors_update_as_their_product(config: HeadOptimConfig) -> None:
+    factors = shared(UNITS, LENGTH)
+    weights = factors.a.view(3, UNITS, LENGTH)
+    product = torch.einsum("nul,nd->uld", weights, factors.e[2:])
+    product[1] = 0.0
+    updated = []
+    for given in (factors, Dense(product, None, True)):
+        bank, optimizer = make(config)
+        optimizer.update(bank, torch.arange(UNITS), given, LR, 0)
+        updated.append(bank.read(range(UNITS)))
+    torch.testing.assert_close(*updated, rtol=1e-12, atol=1e-12)
+    part = factors.of(slice(2, 4)).product()
+    torch.testing.assert_close(part, torch.einsum("nul,nd->uld", weights[:, 2:4], factors.e[2:]))
 
 
 GRADIENTS = ("low rank", "low rank, not normalised", "dense", "dense, not normalised")

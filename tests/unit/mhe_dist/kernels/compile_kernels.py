@@ -18,6 +18,7 @@ from mhe_dist.kernels import (
     angular_margin,
     extra_softmax,
     first_rows,
+    own_products,
     own_softmax,
     row_read,
     row_update,
@@ -25,20 +26,26 @@ from mhe_dist.kernels import (
 
 # Compute capability -> bytes of shared memory that a block may have (CUDA programming guide).
 CARDS = {86: 99 << 10, 90: 227 << 10}
+OPTIONS = ("num_warps", "num_stages")  # of the compiler, among a kernel's constants
 Case = tuple[Any, dict[str, str], dict[str, Any]]
 
 
 def row_update_cases() -> Iterator[Case]:
     pointers = ("a_pointer", "e_pointer", "b_pointer", "g_pointer")
+    gradients = (("has_g", "has_b"), ("has_b",), ("has_g", "of_normalised"))
+    shared = (("shared", "of_normalised"), ("shared",))
     scalars = {name: "fp32" for name in ("lr", "momentum", "weight_decay")}
     keys = dict.fromkeys(("count", "first_unit", "weight_key", "velocity_key"), "i32")
     for rows in ("*fp32", "*bf16"):
-        types = {"weight": rows, "velocity": rows, "local": "*i64", **scalars, **keys}
-        types |= dict.fromkeys(pointers, "*fp32")
-        for has_g, has_b, of_normalised in ((1, 1, 0), (0, 1, 0), (1, 0, 1)):
-            flags = {"has_velocity": True, "has_g": bool(has_g), "has_b": bool(has_b)}
-            flags |= {"of_normalised": bool(of_normalised), "length": 128, "width": 512}
-            yield row_update._sgd_kernel, types, flags | {"block_rows": 8, "block_columns": 512}
+        types = {"weight": rows, "velocity": rows, "local": "*i64", "places": "*i64"}
+        types |= scalars | keys | dict.fromkeys(pointers, "*fp32")
+        for chosen in gradients + shared:
+            flags: dict[str, Any] = dict.fromkeys(("has_velocity", *chosen), True)
+            for flag in ("has_g", "has_b", "of_normalised", "shared"):
+                flags.setdefault(flag, False)
+            flags |= {"length": 128, "width": 512}
+            tile = row_update.sgd_tile(128, 512, "shared" in chosen)
+            yield row_update._sgd_kernel, types, flags | tile
     types = {"rows": "*fp32", "rounded": "*bf16", "units": "*i64", "key": "i32", "size": "i32"}
     yield row_update._round_kernel, types, {"block": 4096}
 
@@ -78,21 +85,35 @@ def softmax_cases() -> Iterator[Case]:
         yield kernel, pointers | scalars, flags
 
 
+def own_products_cases() -> Iterator[Case]:
+    flags = {"length": 128, "width": 512}
+    for rows in ("*fp32", "*bf16"):
+        types = {"weight": rows, "local": "*i64", "samples": "*i64"}
+        types |= dict.fromkeys(("count", "stride"), "i32")
+        types |= dict.fromkeys(("features", "products", "inverses"), "*fp32")
+        types |= dict.fromkeys(("weights", "gradient"), "*fp32")
+        yield own_products._products_kernel, types, flags | {"block_rows": 8, "block_columns": 512}
+        yield own_products._sum_kernel, types, flags | {"block_rows": 32, "block_columns": 128}
+
+
 def compiled(case: Case, capability: int) -> Any:
     kernel, types, constants = case
+    options = {name: constants[name] for name in OPTIONS if name in constants}
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={
+            (names.index(name),): value for name, value in constants.items() if name not in OPTIONS
+        },
     )
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False} | options)
 
 
 def main() -> None:
     rows = (*row_update_cases(), *row_read_cases(), *first_rows_cases())
-    for case in (*rows, *margin_cases(), *softmax_cases()):
+    for case in (*rows, *margin_cases(), *softmax_cases(), *own_products_cases()):
         for capability, limit in CARDS.items():
             shared = compiled(case, capability).metadata.shared
             print(f"{case[0].__name__} sm_{capability}: {shared} bytes of shared memory")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.bank import Bank, round_stochastically
-from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient, RowSGD
+from mhe_dist.bank.row_optim import Dense, LowRank, RowGradient, RowSGD, SharedFactors
+from mhe_dist.kernels import row_update
 from mhe_dist.kernels.row_update import RowFactors, round_rows, sgd_rows
 
 UNITS, FIRST, LR, KEYS = 7, 40, 0.5, (0x1234_5678_9ABC, 0x7FFF_8765_4321)
@@ -98,6 +99,78 @@ def test_the_update_rounds_like_the_bank_bit_for_bit(length: int, width: int) ->
         assert torch.equal(stored[local].view(torch.int16), expected.view(torch.int16))
 
 
+# Samples of three groups, which have 2, 1 and 2 of the units; NaN lies between what is used.
+COUNTS = [(1, 1, 1), (3, 0, 17), (16, 33, 2)]
+
+
+def shared_factors(
+    counts: tuple[int, ...], length: int, width: int, of_normalised: bool
+) -> SharedFactors:
+    """Factors of five units."""
+    a, e, places = [], [], []
+    for count, units in zip(counts, (2, 1, 2), strict=True):
+        first, sample = sum(len(block) for block in a) // length, sum(len(block) for block in e)
+        block = torch.full((count + 1, units + 1, length), torch.nan)
+        block[:count, :units] = noise(count, units, length)
+        places += [(first + unit, units + 1, sample, count) for unit in range(units)]
+        a.append(block.flatten())
+        e += [noise(count, width), torch.full((1, width), torch.nan)]
+    # Nothing follows the last group's last sample: there a load too many leaves the memory.
+    a[-1], e[-1] = a[-1][: -4 * length], e[-1][:0]
+    table = torch.tensor(places).T.contiguous()
+    return SharedFactors(torch.cat(a), torch.cat(e), table, length, of_normalised)
+
+
+@pytest.mark.parametrize("tile", [16384, 1024])
+@pytest.mark.parametrize("of_normalised", [True, False])
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize(("length", "width"), SHAPES)
+def test_shared_factors_equal_float64(
+    length: int,
+    width: int,
+    counts: tuple[int, ...],
+    of_normalised: bool,
+    tile: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the interpreter TF32 is float32."""
+    monkeypatch.setattr(row_update, "_SHARED_TILE", tile)
+    weight, velocity = noise(UNITS, length, width), noise(UNITS, length, width) / 2
+    before = weight.clone()
+    local = torch.tensor([5, 0, 3, 6, 1])
+    shared = shared_factors(counts, length, width, of_normalised)
+    exact = shared._replace(a=shared.a.double(), e=shared.e.double()).product()
+    gradient = RowFactors(exact, None, None, None, of_normalised)
+    expected = definition(weight[local], velocity[local], gradient, 0.01)
+    factors = RowFactors(None, shared.a, shared.e, None, of_normalised, shared.places)
+    sgd_rows(weight, velocity, local, factors, LR, 0.9, 0.01)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(velocity[local].double(), expected, **close)
+    rows = before[local].double() - LR * expected
+    torch.testing.assert_close(weight[local].double(), rows, **close)
+    others = torch.tensor([2, 4])
+    assert torch.equal(weight[others], before[others])
+
+
+@pytest.mark.parametrize(("length", "width"), SHAPES)
+def test_an_update_by_shared_factors_rounds_like_the_bank_bit_for_bit(
+    length: int, width: int
+) -> None:
+    """One sample, and factors whose product is exact."""
+    weight = (noise(UNITS, length, width) * 64).round().div(64).bfloat16()
+    local = torch.tensor([6, 1])
+    a, e = (noise(2, length) * 64).round() / 4096, (noise(1, width) * 64).round() / 64 + 0.0
+    places = torch.tensor([[0, 1], [2, 2], [0, 0], [1, 1]])
+    fine = a.unsqueeze(-1) * e + 0.0
+    rows = weight[local].float() - LR * fine
+    assert torch.equal(rows.double(), weight[local].double() - LR * fine.double()), "exact"
+    sgd_rows(
+        weight, None, local, RowFactors(None, a, e, None, False, places), LR, 0.0, 0.0, FIRST, KEYS
+    )
+    expected = round_stochastically(rows, local + FIRST, KEYS[0])
+    assert torch.equal(weight[local].view(torch.int16), expected.view(torch.int16))
+
+
 def eager_and_kernel(
     monkeypatch: pytest.MonkeyPatch, optimizer: RowSGD, dtype: torch.dtype, given: RowGradient
 ) -> list[Bank]:
@@ -124,13 +197,17 @@ def eager_and_kernel(
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bank_is_updated_as_by_the_eager_optimizer(
     dtype: torch.dtype, kind: str, momentum: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    g, a, e, b, normalised = factors(kind, 2, 5, 33)
-    given = Dense(g, b, normalised) if a is None else LowRank(a, e, b)
+    given: RowGradient
+    if kind == "shared":
+        given = shared_factors((3, 0, 17), 5, 33, True).of(slice(0, 5, 4))
+    else:
+        g, a, e, b, normalised, _ = factors(kind, 2, 5, 33)
+        given = Dense(g, b, normalised) if a is None else LowRank(a, e, b)
     banks = eager_and_kernel(monkeypatch, RowSGD(momentum, 0.01), dtype, given)
     for field in banks[0].fields:
         eager, kernel = (bank.read(bank.units, field) for bank in banks)
