@@ -21,7 +21,8 @@ from mhe_dist.engine.memory_estimate import (
     row_bytes,
     unallocated_backbone,
 )
-from pipelines.bench.counted.launches import LaunchCase, count_step
+from mhe_dist.engine.settings import resolve_head_matmul
+from pipelines.bench.counted.launches import CUDA, LaunchCase, count_step
 from pipelines.bench.fake_cuda.step_cost import StepCost
 from pipelines.bench.index import PER_SHARD
 
@@ -64,7 +65,7 @@ def cost_of_run(
     per_node = min(per_node, workers)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     estimate = estimate_memory(config, num_classes, workers, precision)
-    step = count_step(_case(config, num_classes))
+    step = count_step(_case(config, num_classes, precision))
     numel = sum(parameter.numel() for parameter in unallocated_backbone(config).parameters())
     rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return {
@@ -75,7 +76,7 @@ def cost_of_run(
     }
 
 
-def _case(config: Config, num_classes: int) -> LaunchCase:
+def _case(config: Config, num_classes: int, precision: str) -> LaunchCase:
     workers = config.scale.workers
     return LaunchCase(
         config.head.model_dump(),
@@ -86,6 +87,7 @@ def _case(config: Config, num_classes: int) -> LaunchCase:
         world_size=workers,
         micro_batches=config.train.global_batch // (config.train.micro_batch * workers),
         labels=config.data.labels_per_sample,
+        tf32=resolve_head_matmul(config.head.matmul, precision, CUDA),
     )
 
 
