@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
 from pipelines.report.comparison import RANK1, VariantResult
@@ -64,28 +64,42 @@ def describe_recovery(
 ) -> Iterator[str]:
     """How much of the rank-1 that the faults cost each variant has again, by typeface.
 
+    Means over the seeds that were trained clean and dirty, and of a variant with its labels, too.
+
     Args:
         results: among them `clean` and `dirty`.
         typefaces: (name in the metrics, title).
     """
-    known = {each.name: each for each in results if each.outcomes}
-    if not {"clean", "dirty"} <= known.keys():
-        return
-    for name, title in typefaces:
-        best, worst = (known[each].spread(RANK1, name).mean for each in ("clean", "dirty"))
-        others = [each for each in known.values() if each.name not in ("clean", "dirty")]
-        said = [f"{each.title} {_recovered(each, name, best, worst)}" for each in others]
+    known = [each for each in results if each.outcomes]
+    for typeface, title in typefaces:
+        rank1 = {each.name: _rank1_by_seed(each, typeface) for each in known}
+        best, worst = rank1.pop("clean", {}), rank1.pop("dirty", {})
+        said = []
+        for each in known:
+            seeds = best.keys() & worst.keys() & rank1.get(each.name, {}).keys()
+            if seeds:
+                gained = _mean_gain(rank1[each.name], worst, seeds)
+                said.append(f"{each.title} {_recovered(gained, _mean_gain(best, worst, seeds))}")
         if said:
-            cost = f"{title}: the faults cost {100 * (best - worst):.2f} points of rank-1"
-            yield f"- {cost}; of these are back: {'; '.join(said)}"
+            cost = 100 * _mean_gain(best, worst, best.keys() & worst.keys())
+            said_of_all = f"the faults cost {cost:.2f} points of rank-1; of these are back"
+            yield f"- {title}: {said_of_all}: {'; '.join(said)}"
 
 
-def _recovered(each: VariantResult, typeface: str, best: float, worst: float) -> str:
-    gained = each.spread(RANK1, typeface).mean - worst
+def _rank1_by_seed(result: VariantResult, typeface: str) -> dict[int, float]:
+    seeds = [outcome.seed for outcome in result.outcomes]
+    return dict(zip(seeds, result.values(RANK1, typeface), strict=True))
+
+
+def _mean_gain(over: dict[int, float], under: dict[int, float], seeds: Set[int]) -> float:
+    return statistics.fmean(over[seed] - under[seed] for seed in seeds)
+
+
+def _recovered(gained: float, cost: float) -> str:
     points = f"{100 * gained:+.2f} points"
-    if best <= worst:
+    if cost <= 0:
         return points
-    share = f"{gained / (best - worst):.0%}" if gained > 0 else "nothing"
+    share = f"{gained / cost:.0%}" if gained > 0 else "nothing"
     return f"{share} ({points})"
 
 

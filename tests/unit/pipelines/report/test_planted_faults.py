@@ -36,9 +36,13 @@ def test_data_without_planted_faults_says_what_share_is_accused() -> None:
     assert "at a false rate of 0.01, 0.9 % of the images and 2.0 % of the classes" in line
 
 
-def result(name: str, rank1: float) -> VariantResult:
-    outcome = Outcome(0, {"easy/rank1": rank1}, 1, 1, 1, 1, 1, 1, 1)
-    return VariantResult(name, f"the {name}", [outcome])
+def result(name: str, *rank1: float) -> VariantResult:
+    """With a run of each seed from 0 on."""
+    outcomes = [
+        Outcome(seed, {"easy/rank1": value}, 1, 1, 1, 1, 1, 1, 1)
+        for seed, value in enumerate(rank1)
+    ]
+    return VariantResult(name, f"the {name}", outcomes)
 
 
 def test_what_is_back_is_a_share_of_what_the_faults_cost() -> None:
@@ -46,6 +50,12 @@ def test_what_is_back_is_a_share_of_what_the_faults_cost() -> None:
     (line,) = describe_recovery(results, [("easy", "Easy")])
     said = "the faults cost 10.00 points of rank-1; of these are back: the audited1"
     assert line == f"- Easy: {said} 75% (+7.50 points)"
+
+
+def test_only_seeds_are_compared_that_were_trained_in_each_way() -> None:
+    results = [result("clean", 0.9), result("dirty", 0.8, 0.7), result("audited1", 0.875, 0.6)]
+    (line,) = describe_recovery(results, [("easy", "Easy")])
+    assert "cost 10.00 points" in line and line.endswith("the audited1 75% (+7.50 points)")
 
 
 def test_nothing_is_said_of_what_is_back_where_the_faults_cost_nothing_or_are_not_known() -> None:
