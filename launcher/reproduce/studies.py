@@ -227,13 +227,14 @@ NOISE = Study(
     name="noise",
     title="6,000 classes with wrong labels",
     text=(
-        "The data of `mhe reproduce small`, and faults planted into it: 5 % of the classes are "
-        "split in two, 5 % merged pairwise, 10 % of the images have another class, drawn at "
-        "random, 2 % more images show none of the characters, and 1 % of the held-out images are "
-        "copied into the training set. *filter* leaves negatives out whose cosine exceeds 0.4. "
-        "*audited once* trains from the beginning on the labels that `mhe audit` makes of the "
-        "dirty ones with the backbone that was trained on them; *audited twice* on those that it "
-        "makes of the dirty ones with the backbone of *audited once*."
+        "The data of `mhe reproduce small`, the network of `mhe reproduce heads`, and faults "
+        "planted into the data: 5 % of the classes are split in two, 5 % merged pairwise, 10 % of "
+        "the images have another class, drawn at random, 2 % more images show none of the "
+        "characters, and 1 % of the held-out images are copied into the training set. *filter* "
+        "leaves negatives out whose cosine exceeds 0.4. *audited once* trains from the beginning "
+        "on the labels that `mhe audit` makes of the dirty ones with the backbone that was trained "
+        "on them; *audited twice* on those that it makes of the dirty ones with the backbone of "
+        "*audited once*."
     ),
     config="glyphs_noise.yaml",
     variants=(
