@@ -13,7 +13,7 @@ are told here. At ZeRO 0 it lets autograd sum in the parameters' dtype; there th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,10 @@ def sum_in_float64(optimizer: Any, stage: int) -> None:
     if stage < 3:
         optimizer.use_grad_accum_attribute = True
         optimizer.contiguous_gradients = False  # the contiguous copy has the parameters' dtype
+        if stage == 1:
+            sums = _SumsInPlace(optimizer)
+            optimizer._fill_param_grad_accum_attribute = sums.accumulate
+            optimizer.flatten, optimizer.unflatten = sums.flatten, sums.unflatten
         return
     # Of the two ways to reduce, the other divides.
     optimizer.reduce_scatter = False
@@ -55,6 +59,57 @@ def sum_in_float64(optimizer: Any, stage: int) -> None:
     partitions.update(zip(partitions, pieces, strict=True))
 
 
+class _SumsInPlace:
+    """What ZeRO 1 sums, where it is reduced: nothing is gathered for the reduction or copied back.
+
+    DeepSpeed makes a float64 gradient for each parameter, puts them one after the other, reduces
+    that, copies it back, and puts its share of them one after the other again. Here each gradient
+    is summed at its place in one buffer, in the order in which they are reduced.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._flatten, self._unflatten = optimizer.flatten, optimizer.unflatten
+        self.flat, self._sums = _sums_of(p for group in optimizer.bit16_groups for p in group)
+
+    def accumulate(self, parameter: Any) -> None:
+        """Take the gradient that autograd left; `grad_accum` is None before the first of a step."""
+        if parameter.grad is None:
+            return
+        total = self._sums[parameter]
+        if parameter.grad_accum is None:
+            parameter.grad_accum = total.copy_(parameter.grad)
+        else:
+            total.add_(parameter.grad)
+        parameter.grad = None
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors one after the other; the part of the buffer, if they are that already."""
+        begin = end = tensors[0].storage_offset()
+        for tensor in tensors:
+            is_next = tensor._base is self.flat and tensor.storage_offset() == end
+            if not (is_next and tensor.is_contiguous()):
+                flat: Tensor = self._flatten(tensors)
+                return flat
+            end += tensor.numel()
+        return self.flat[begin:end]
+
+    def unflatten(self, flat: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The parts of what `flatten` gave: the tensors themselves, if it was the buffer's."""
+        if flat._base is self.flat:
+            return tensors
+        parts: Sequence[Tensor] = self._unflatten(flat, tensors)
+        return parts
+
+
+def _sums_of(parameters: Iterable[Tensor]) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """A buffer of zeros for the sums of gradients, and the place of each in it."""
+    trained = list(parameters)
+    sizes = [p.numel() for p in trained]
+    flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
+    pieces = flat.split(sizes)
+    return flat, {p: piece.view(p.shape) for p, piece in zip(trained, pieces, strict=True)}
+
+
 class ExactSum:
     """The gradients of `parameters`, taken from each as autograd leaves them there.
 
@@ -63,16 +118,12 @@ class ExactSum:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        trained = list(parameters)
-        sizes = [p.numel() for p in trained]
-        self.flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
-        pieces = self.flat.split(sizes)
-        self._sums = {p: piece.view_as(p) for p, piece in zip(trained, pieces, strict=True)}
-        for parameter in trained:
+        self.flat, self._sums = _sums_of(parameters)
+        for parameter in self._sums:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     def _accumulate(self, parameter: Tensor) -> None:
-        self._sums[parameter].add_(parameter.grad)
+        self._sums[parameter].add_(parameter.grad)  # type: ignore[arg-type]
         parameter.grad = None
 
     def reduce(self, topology: Topology) -> None:

@@ -87,6 +87,7 @@ def estimate_memory(
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
     gradient = sum_dtype(precision).itemsize
+    in_place = stage == 1 and precision == "float32"  # see exact_reduce.py
     kept, passing = _head_bytes(config, num_classes, workers)
     rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return MemoryEstimate(
@@ -94,7 +95,7 @@ def estimate_memory(
         gradients=numel * gradient // (workers if stage >= 2 else 1),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
         activations=_activations(model, config, precision, passing),
-        communication=bucket * gradient * (workers > 1),
+        communication=bucket * gradient * (workers > 1 and not in_place),
         rows=rows // workers if config.head.bank.memory != "file" else 0,
         head=kept,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
