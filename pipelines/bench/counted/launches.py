@@ -18,11 +18,10 @@ from torch import Tensor
 
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
-from pipelines.bench.fake_cuda.autograd import backward, missing_driver
+from pipelines.bench.fake_cuda.autograd import backward, require_driver
 from pipelines.bench.fake_cuda.device import FakeCuda, fake_cuda
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
 from pipelines.bench.fake_cuda.step_cost import StepCost, cost_since
@@ -146,8 +145,7 @@ def count_step(case: LaunchCase) -> StepCost:
     Raises:
         UserError: this torch needs a driver for that.
     """
-    if missing := missing_driver():
-        raise UserError(missing)
+    require_driver()
     topology = Topology(case.rank, case.world_size, CUDA)
     random = torch.Generator().manual_seed(1)
     with _head_of(case, topology, random) as (gpu, head):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
+from mhe_dist.errors import UserError
+
 Root = tuple[Any, int, Tensor]  # a node, which of its outputs, the gradient that arrives there
 
 
@@ -52,6 +54,12 @@ def missing_driver() -> str:
         f"torch {torch.__version__} counts the steps of a GPU only where there is one: install "
         "torch 2.10 or newer"
     )
+
+
+def require_driver() -> None:
+    """Raise UserError where no graph can be built on the device here."""
+    if missing := missing_driver():
+        raise UserError(missing)
 
 
 def graph_task_id() -> int:

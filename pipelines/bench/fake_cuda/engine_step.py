@@ -27,8 +27,7 @@ from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.topology import connect
 from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.engine import Engine, leave_process_group
-from mhe_dist.errors import UserError
-from pipelines.bench.fake_cuda.autograd import missing_driver
+from pipelines.bench.fake_cuda.autograd import require_driver
 from pipelines.bench.fake_cuda.device import fake_cuda
 from pipelines.bench.fake_cuda.driver import fake_driver
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
@@ -74,8 +73,7 @@ def count_engine_step(case: EngineCase) -> StepCost:
     Raises:
         UserError: this torch needs a driver for that.
     """
-    if missing := missing_driver():
-        raise UserError(missing)
+    require_driver()
     gc.collect()  # an earlier engine, whose parts know one another
     with fake_cuda() as gpu, _process_group():
         topology = connect(device=CUDA)
