@@ -14,6 +14,8 @@ from mhe_dist.heads.products import in_tf32
 
 # Each program of the update reads all samples of a group: with more, a product of its own is less.
 FACTOR_SAMPLES: Final = 256
+# A program holds samples and rows whole: wider ones would not fit into what a card shares.
+FACTOR_WIDTH: Final = 1024
 
 
 class ExtraGradient:
@@ -72,12 +74,13 @@ class ExtraGradients:
         """That of a group."""
         return self._sums[group]
 
-    def takes_factors(self, largest: int) -> bool:
+    def takes_factors(self, largest: int, width: int) -> bool:
         """Whether `keep` is better than a product for each group with `largest` samples at most.
 
         It multiplies in TF32, so only where products may be.
         """
-        return self._takes_factors and in_tf32() and largest <= FACTOR_SAMPLES
+        fits = largest <= FACTOR_SAMPLES and width <= FACTOR_WIDTH
+        return self._takes_factors and in_tf32() and fits
 
     def keep(self, heads: Tensor, factors: SharedFactors) -> None:
         """Keep the factors of the step: the gradient of all groups' heads `[U]`, host."""

@@ -91,7 +91,8 @@ class ExtraLogits:
             share: scale of the gradient.
         """
         features = self.features * (self.negatives.scale * share)
-        if self.parts and sums.takes_factors(max(part.size for part in self.parts)):
+        largest = max((part.size for part in self.parts), default=0)
+        if self.parts and sums.takes_factors(largest, features.shape[1]):
             length, normalised = self.table.length, sums.of_normalised
             factors = SharedFactors(self.buffer, features, self._unit_places(), length, normalised)
             sums.keep(torch.cat(self.heads), factors)

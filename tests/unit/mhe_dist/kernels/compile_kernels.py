@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mhe_dist import noise
+from mhe_dist.heads.routed.extra_gradient import FACTOR_WIDTH
 from mhe_dist.kernels import (
     angular_margin,
     extra_softmax,
@@ -43,8 +44,10 @@ def row_update_cases() -> Iterator[Case]:
             flags: dict[str, Any] = dict.fromkeys(("has_velocity", *chosen), True)
             for flag in ("has_g", "has_b", "of_normalised", "shared"):
                 flags.setdefault(flag, False)
-            flags |= {"length": 128, "width": 512}
-            tile = row_update.sgd_tile(128, 512, "shared" in chosen)
+            # The widest rows need the most shared memory.
+            width = FACTOR_WIDTH if "shared" in chosen else 512
+            flags |= {"length": 128, "width": width}
+            tile = row_update.sgd_tile(128, width, "shared" in chosen)
             yield row_update._sgd_kernel, types, flags | tile
     types = {"rows": "*fp32", "rounded": "*bf16", "units": "*i64", "key": "i32", "size": "i32"}
     yield row_update._round_kernel, types, {"block": 4096}

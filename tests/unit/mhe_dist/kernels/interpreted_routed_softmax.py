@@ -150,14 +150,16 @@ def test_several_labels_equal_float64_where_products_may_be_tf32(
     assert launched["shared"] == STEPS
 
 
-def test_many_samples_of_a_group_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_samples_or_wide_rows_are_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = count_launches(monkeypatch)
     use_kernels_everywhere(monkeypatch)
     config = HeadConfig.model_validate(
         {"kind": "mhs", "groups": 3, "mhs": {"length": 5, "extra_heads": 3}}
     )
-    for limit, shared in ((BATCH, STEPS), (1, 0)):
-        monkeypatch.setattr(extra_gradient, "FACTOR_SAMPLES", limit)
+    limits = {"FACTOR_SAMPLES": BATCH, "FACTOR_WIDTH": 1024}
+    for changed, shared in (({}, STEPS), ({"FACTOR_SAMPLES": 1}, 0), ({"FACTOR_WIDTH": 1}, 0)):
+        for name, limit in (limits | changed).items():
+            monkeypatch.setattr(extra_gradient, name, limit)
         launched.clear()
         run(config, torch.float32, tf32=True, micro_batches=1)
         assert launched["shared"] == shared
