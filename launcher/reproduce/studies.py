@@ -166,6 +166,37 @@ HEADS_ONCE = Study(
     typefaces=SMALL.typefaces,
 )
 
+_FEW = (_MHS, "mhs.length=5", "mhs.negatives=own_plus", "mhs.extra_heads=8")
+
+GROUPS = Study(
+    name="groups",
+    title="6,000 classes, more and more groups",
+    text=(
+        "What many workers cost in accuracy. A sample's negatives are of its class's group, and "
+        "groups bound the workers, so 128 groups are what 128 workers need; two workers train "
+        "them as 128 would. A sample meets nine heads of five classes each: of 600 heads in a "
+        "group of two, of 75 in one of 16, and all there are in one of 128. *new groups*: the "
+        "classes are dealt to heads and groups anew in each epoch. Data and network of "
+        "`mhe reproduce heads`, margin and learning rate of the rows as chosen there for a head "
+        "that meets 100 classes, one seed each, in bf16 on two CPU cores."
+    ),
+    config="glyphs_heads.yaml",
+    variants=tuple(
+        _tuned(
+            f"g{groups}{'_new' * new}",
+            f"{groups} groups{', new in each epoch' * new}",
+            0.45,
+            1,
+            *_FEW,
+            f"groups={groups}",
+            f"mhs.repartition_every={int(new)}",
+        )
+        for groups in (2, 16, 128)
+        for new in (False, True)
+    ),
+    typefaces=SMALL.typefaces,
+)
+
 _LENGTHS = {"10_10": "[10,10]", "4_5_5": "[4,5,5]"}
 
 PAPER = Study(
@@ -276,5 +307,5 @@ COMPONENTS = Study(
 
 STUDIES = {
     study.name: study
-    for study in (SMALL, HEADS, HEADS_ONCE, FULL, PAPER, COMPONENTS, UNLABELLED, NOISE)
+    for study in (SMALL, HEADS, HEADS_ONCE, GROUPS, FULL, PAPER, COMPONENTS, UNLABELLED, NOISE)
 }
