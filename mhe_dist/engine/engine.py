@@ -23,7 +23,8 @@ from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology, connect, disconnect
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.engine.deepspeed_import import import_deepspeed
-from mhe_dist.engine.exact_reduce import EXACT_DTYPE, ExactSum, sum_dtype, sum_in_float64
+from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype, sum_in_float64
+from mhe_dist.engine.gradient_sums import GradientSum, SharedSum, WholeSum
 from mhe_dist.engine.settings import (
     deepspeed_settings,
     make_optimizer,
@@ -69,14 +70,14 @@ class Engine:
         self._clip_norm = optim.clip_norm
         self._accumulation_steps = train.micro_batches // topology.world_size
         self._backwards = 0
-        exact = sum_dtype(self.precision) == EXACT_DTYPE
-        # Micro-batches in what `_reduced_gradients` gives: DeepSpeed averages over ranks in bf16.
-        self._summed = train.micro_batches if exact else self._accumulation_steps
         self._norm: Tensor | None = None
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         deepspeed = import_deepspeed(topology.device)
         self._deepspeed_engine = self._initialize(deepspeed, optim, train)
-        self._exact_sum = self._make_exact_sum() if exact else None
+        exact = sum_dtype(self.precision) == EXACT_DTYPE
+        self._sum = self._make_sum(exact)
+        # Micro-batches in what `_reduced_gradients` gives: DeepSpeed averages over ranks in bf16.
+        self._summed = train.micro_batches if exact or self._sum else self._accumulation_steps
         self._statistics = RunningStatistics(model)
         self._average = AveragedWeights(self._trained, optim.ema) if optim.ema else None
         self._zero_state = ZeroState(
@@ -100,13 +101,19 @@ class Engine:
             dist_init_required=None,
         )[0]
 
-    def _make_exact_sum(self) -> ExactSum | None:
-        """At ZeRO 0 the sum is ours; above, DeepSpeed is told what to sum in."""
-        if self._stage > 0:
-            sum_in_float64(self._deepspeed_engine.optimizer, self._stage)
+    def _make_sum(self, exact: bool) -> GradientSum | None:
+        """At ZeRO 0 the exact sum is ours, at ZeRO 1 any; above, DeepSpeed's, told its dtype."""
+        engine = self._deepspeed_engine
+        if self._stage > 1:
+            if exact:
+                sum_in_float64(engine.optimizer, self._stage)
             return None
-        self._deepspeed_engine.enable_backward_allreduce = False
-        return ExactSum(self._trained.values())
+        if self._stage == 0 and not exact:
+            return None
+        engine.enable_backward_allreduce = False
+        if self._stage == 0:
+            return WholeSum(self._trained.values(), self._topology)
+        return SharedSum(engine.optimizer, self._accumulation_steps, self.precision, self._topology)
 
     # -- the step ------------------------------------------------------------------------------
 
@@ -149,11 +156,11 @@ class Engine:
         for group in self._zero_state.torch_optimizer.param_groups:
             group["lr"] = lr
         self._statistics.finish_step(self._topology)
-        if self._exact_sum is not None:
-            self._exact_sum.reduce(self._topology)
+        if self._sum is not None:
+            self._sum.reduce()
         self._norm = self._average_and_clip()
-        if self._exact_sum is not None:
-            self._exact_sum.write_grads()
+        if self._sum is not None:
+            self._sum.hand_over()
         self._deepspeed_engine.step()
         self._backwards = 0
         if self._average is not None:
@@ -186,8 +193,8 @@ class Engine:
 
     def _reduced_gradients(self) -> list[Tensor]:
         """The reduced gradients that this rank holds: all at ZeRO 0, else its own share."""
-        if self._exact_sum is not None:
-            return [self._exact_sum.flat]
+        if self._sum is not None:
+            return self._sum.sums
         if self._stage == 0:
             return [p.grad for p in self._trained.values() if p.grad is not None]
         groups = self._deepspeed_engine.optimizer.averaged_gradients.values()

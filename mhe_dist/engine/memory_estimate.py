@@ -18,6 +18,7 @@ from mhe_dist.backbone.model import Backbone, build_backbone, without_pretrained
 from mhe_dist.config.head import HeadConfig, HeadOptimConfig
 from mhe_dist.config.schema import Config, OptimConfig
 from mhe_dist.engine.exact_reduce import sum_dtype
+from mhe_dist.engine.gradient_sums import PIECE
 from mhe_dist.engine.settings import deepspeed_settings
 
 FLOAT = 4
@@ -86,16 +87,15 @@ def estimate_memory(
     settings = deepspeed_settings(config.train.micro_batch, 1, stage, precision, numel)
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
-    gradient = sum_dtype(precision).itemsize
-    in_place = stage == 1 and precision == "float32"  # see exact_reduce.py
+    element = sum_dtype(precision).itemsize
     kept, passing = _head_bytes(config, num_classes, workers)
     rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return MemoryEstimate(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
-        gradients=numel * gradient // (workers if stage >= 2 else 1),
+        gradients=_gradient_bytes(numel, element, config.train.micro_batches, stage, workers),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
         activations=_activations(model, config, precision, passing),
-        communication=bucket * gradient * (workers > 1 and not in_place),
+        communication=(2 * PIECE if stage == 1 else bucket * element) * (workers > 1),
         rows=rows // workers if config.head.bank.memory != "file" else 0,
         head=kept,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
@@ -115,6 +115,14 @@ def unallocated_backbone(config: Config) -> Backbone:
 def count_moments(config: OptimConfig | HeadOptimConfig) -> int:
     """How many values an optimizer keeps for each weight."""
     return 2 if config.kind == "adamw" else int(config.momentum > 0)
+
+
+def _gradient_bytes(numel: int, element: int, micro_batches: int, stage: int, workers: int) -> int:
+    """Bytes of a sum whose elements take `element`; ZeRO 1: gradient_sums.py."""
+    if stage == 1:
+        kept = FLOAT if micro_batches == workers else element
+        return numel * kept + numel * element // workers
+    return numel * element // (workers if stage >= 2 else 1)
 
 
 def _optimizer_bytes(numel: int, config: OptimConfig, stage: int, workers: int) -> int:

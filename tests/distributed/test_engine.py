@@ -209,6 +209,24 @@ def test_rounding_depends_on_nothing_but_the_step(run_distributed) -> None:
                 equal(state, alone[0])
 
 
+def run_short_steps(topology: Topology) -> dict[str, Tensor]:
+    """Steps of two micro-batches, at ZeRO 1."""
+    engine = make_engine(make_net(), topology, **{"train.global_batch": 2 * B, "data.streams": B})
+    for step in range(4):
+        batches = images_of(step)
+        for index in topology.share(2):
+            engine.backward(loss_of(engine.forward(batches[index], step, index), index))
+        engine.step(LR)
+    return engine.state()
+
+
+def test_one_micro_batch_a_rank_is_rounded_as_several_are(run_distributed) -> None:
+    """Its gradient travels in float32, that of several in float64: the sum is the same."""
+    (alone,) = run_distributed(run_short_steps, 1)
+    for state in run_distributed(run_short_steps, 2):
+        equal(state, alone)
+
+
 def run_compiled(topology: Topology, changes: dict[str, Any], steps: int) -> dict:
     net = make_net()
     compile_in_place(net, topology.device)

@@ -12,7 +12,7 @@ from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.engine.exact_reduce import ExactSum
+from mhe_dist.engine.gradient_sums import WholeSum
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import make_optimizer
 from mhe_dist.heads.registry import build_head
@@ -44,7 +44,7 @@ def peak_of_training(settings: Config, precision: str) -> int:
     with fake_cuda() as gpu:
         model = build_backbone(settings.model, side).to(topology.device)
         trained = [p for p in model.parameters() if p.requires_grad]
-        exact = ExactSum(trained) if precision == "float32" else None
+        exact = WholeSum(trained, topology) if precision == "float32" else None
         optimizer = make_optimizer(model, settings.optim)
         spec = HeadSpec(settings.head, CLASSES, settings.model.embedding_dim, 0, 1)
         head: Any = build_head(spec, topology)
@@ -59,7 +59,7 @@ def peak_of_training(settings: Config, precision: str) -> int:
             backward(head(embeddings.float(), labels[0]).loss)
             del images, embeddings
             if exact is not None:
-                exact.write_grads()
+                exact.hand_over()
             optimizer.step()
             optimizer.zero_grad()
             head.step(0.1)

@@ -12,6 +12,7 @@ from mhe_dist.backbone.model import build_backbone
 from mhe_dist.bank import bank
 from mhe_dist.config.schema import Config
 from mhe_dist.engine import memory_estimate
+from mhe_dist.engine.gradient_sums import PIECE
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.heads import grouping
 
@@ -68,12 +69,23 @@ def test_rows_are_shared_by_the_workers_and_carry_their_moments() -> None:
 
 
 def test_gradients_are_summed_in_float64_at_float32() -> None:
-    """At ZeRO 1 they are reduced where they are summed, without a buffer (exact_reduce.py)."""
-    for stage in (1, 2):
+    for stage in (0, 2):
         at = config(scale={"zero_stage": stage})
         exact, fast = (estimate_memory(at, 10, 2, p) for p in ("float32", "bf16"))
         assert exact.gradients == 2 * fast.gradients
-        assert exact.communication == (0 if stage == 1 else 2 * fast.communication)
+        assert exact.communication == 2 * fast.communication
+
+
+def test_at_zero_1_one_micro_batch_needs_no_float64_but_for_the_share() -> None:
+    """And what is exchanged at a time does not grow with the network."""
+    numel = estimate_memory(config(), 10, 1, "bf16").weights // 4
+    for micro_batches, element in ((2, 4), (4, 8)):
+        train = {"micro_batch": 64, "global_batch": 64 * micro_batches}
+        at = config(scale={"zero_stage": 1}, train=train)
+        exact, fast = (estimate_memory(at, 10, 2, p) for p in ("float32", "bf16"))
+        assert exact.gradients == pytest.approx(numel * (element + 4), rel=0.02)
+        assert fast.gradients == pytest.approx(numel * (4 + 2), rel=0.02)
+        assert exact.communication == fast.communication == 2 * PIECE
 
 
 def test_zero_shares_the_optimizer() -> None:
@@ -83,7 +95,8 @@ def test_zero_shares_the_optimizer() -> None:
     }
     assert at[0].optimizer == pytest.approx(at[0].gradients)
     assert at[1].optimizer == pytest.approx(2 * at[0].gradients / 4, rel=1e-3)
-    assert at[2].gradients == pytest.approx(at[1].gradients / 4, rel=1e-3)
+    assert at[1].gradients == pytest.approx(5 / 4 * at[0].gradients, rel=1e-3)
+    assert at[2].gradients == pytest.approx(at[0].gradients / 4, rel=1e-3)
     assert at[3].weights < at[2].weights
 
 

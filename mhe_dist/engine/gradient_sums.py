@@ -1,0 +1,153 @@
+"""The sum of a step's gradients over micro-batches and ranks, where it is ours: at ZeRO 0 and 1.
+
+In float32 it is exact (exact_reduce.py): of several micro-batches it is made in float64. The
+gradient of one micro-batch is exact as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+
+from mhe_dist.distributed.collectives import all_reduce, all_to_all
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype
+
+# Bytes that a rank sends at a time. C libraries take larger blocks of memory from the system anew
+# each time, which takes as long as filling them.
+PIECE: Final = 1 << 24
+
+
+class GradientSum(Protocol):
+    """Takes the gradients of some parameters, each as autograd leaves it there."""
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What this rank has of the sum after `reduce`, one-dimensional."""
+
+    def reduce(self) -> None:
+        """Add up over the ranks; all ranks must call, once per step."""
+
+    def hand_over(self) -> None:
+        """Give `sums` to the optimizer, and begin another step."""
+
+
+class WholeSum:
+    """All of the sum, on every rank, in float64: ZeRO 0."""
+
+    def __init__(self, parameters: Iterable[Tensor], topology: Topology) -> None:
+        trained = list(parameters)
+        sizes = [p.numel() for p in trained]
+        self._topology = topology
+        self._flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
+        self._places = {
+            p: place.view(p.shape)
+            for p, place in zip(trained, self._flat.split(sizes), strict=True)
+        }
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """float64, the gradients one after the other."""
+        return [self._flat]
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        self._places[parameter].add_(parameter.grad)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    def reduce(self) -> None:
+        """Add up over the ranks; all ranks must call, once per step."""
+        all_reduce(self._flat, self._topology)
+
+    def hand_over(self) -> None:
+        """Round the sums into the parameters' `grad` and start again from zero."""
+        for parameter, total in self._places.items():
+            parameter.grad = torch.empty_like(parameter).copy_(total)
+        self._flat.zero_()
+
+
+class SharedSum:
+    """Of the sum, the share that a rank's optimizer updates: ZeRO 1, in either precision.
+
+    DeepSpeed would give every rank all of it, in the dtype of the exact sum, and copy it into a
+    buffer and back. Here a rank sends the others their shares of what it has, once, and adds up
+    what arrives.
+    """
+
+    def __init__(
+        self, optimizer: Any, micro_batches: int, precision: str, topology: Topology
+    ) -> None:
+        """Take over from DeepSpeed's `optimizer`, whose engine must not reduce gradients itself.
+
+        Args:
+            optimizer: of ZeRO 1, not used so far.
+            micro_batches: of a step, on this rank.
+            precision: "bf16" or "float32".
+            topology: this rank's position.
+        """
+        self._optimizer, self._topology = optimizer, topology
+        dtype = sum_dtype(precision)
+        kept = torch.float32 if micro_batches == 1 else dtype
+        weights = optimizer.bit16_groups_flat  # padded, so that all shares are equal
+        self._flats = [flat.new_zeros(flat.shape, dtype=kept) for flat in weights]
+        shares = [len(flat) // topology.world_size for flat in weights]
+        self._shares = [
+            flat.new_empty(size, dtype=dtype) for flat, size in zip(weights, shares, strict=True)
+        ]
+        self._places = dict(self._find_places())
+        self._taken: set[Tensor] = set()
+        optimizer.contiguous_gradients = False  # else it would allocate a buffer for its own sums
+        for parameter in self._places:
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """This rank's share of each of the optimizer's groups."""
+        return self._shares
+
+    def _find_places(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each parameter and its part of `_flats`, where DeepSpeed has its weights."""
+        optimizer = self._optimizer
+        for flat, parameters, offsets in zip(
+            self._flats,
+            optimizer.round_robin_bit16_groups,
+            optimizer.round_robin_bit16_offsets,
+            strict=True,
+        ):
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                place = flat.narrow(0, offset, parameter.numel())
+                yield parameter, place.view(parameter.shape)
+
+    def _accumulate(self, parameter: Tensor) -> None:
+        place = self._places[parameter]
+        if parameter in self._taken:
+            place.add_(parameter.grad)  # type: ignore[arg-type]
+        else:
+            place.copy_(parameter.grad)  # type: ignore[arg-type]
+            self._taken.add(parameter)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Add up this rank's share; all ranks must call, once per step."""
+        for parameter, place in self._places.items():
+            if parameter not in self._taken:
+                place.zero_()  # it had no part in the loss
+        self._taken.clear()
+        ranks = self._topology.world_size
+        once = [1] * ranks
+        for flat, share in zip(self._flats, self._shares, strict=True):
+            parts = flat.view(ranks, -1)
+            columns = max(1, PIECE // (ranks * flat.element_size()))
+            for sent, total in zip(parts.split(columns, 1), share.split(columns), strict=True):
+                arrived = all_to_all(sent, once, once, self._topology)
+                torch.sum(arrived, 0, dtype=share.dtype, out=total)
+
+    def hand_over(self) -> None:
+        """Give the shares to the optimizer, which rounds them to float32."""
+        for number, share in enumerate(self._shares):
+            self._optimizer.averaged_gradients[number] = [share]
