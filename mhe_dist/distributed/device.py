@@ -23,8 +23,8 @@ class DeviceChoice(NamedTuple):
     Attributes:
         kind: type of torch's device.
         backend: of the process group that carries tensors of that device.
-        environment: of a process that is a rank, from before it initialises CUDA. A rank without a
-            GPU sees none: no library can put anything there.
+        environment: of a process that is a rank, from its beginning. A rank without a GPU sees
+            none: no library can put anything there.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -32,7 +32,12 @@ class DeviceChoice(NamedTuple):
     environment: dict[str, str]
 
 
-_CPU: Final = DeviceChoice("cpu", "gloo", {"CUDA_VISIBLE_DEVICES": ""})
+# Memory of tensors in pages of 2 MB instead of 4 KB, where the kernel allows that (`madvise` or
+# `always`): one that is too large for the C library to keep is taken from the system anew in each
+# step. The library reads this when a process begins.
+_TUNABLES: Final = "GLIBC_TUNABLES"
+_HUGE_PAGES: Final = os.environ.get(_TUNABLES, "glibc.malloc.hugetlb=1")
+_CPU: Final = DeviceChoice("cpu", "gloo", {"CUDA_VISIBLE_DEVICES": "", _TUNABLES: _HUGE_PAGES})
 _GPU: Final = DeviceChoice(
     "cuda",
     "nccl",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-from mhe_dist.distributed.device import prepare_rank, rank_device
+from mhe_dist.distributed.device import choose_device, prepare_rank, rank_device
 from mhe_dist.distributed.topology import connect, disconnect
 
 
@@ -41,10 +42,26 @@ def run_ranks(
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         settings = (fn, world_size, port, folder, gpu, shared, timeout_s, args)
-        mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
+        with _variables(choose_device(gpu).environment if start_method == "spawn" else {}):
+            mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
         ]
+
+
+@contextmanager
+def _variables(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for processes that begin meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _rank_main(

@@ -14,6 +14,8 @@ from launcher.ray_cluster.environment import worker_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed import device
 from mhe_dist.distributed.device import choose_device, default_device, prepare_rank, rank_device
+from mhe_dist.distributed.spawn import run_ranks
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from tests import tiny
 
@@ -54,6 +56,18 @@ def test_a_rank_without_a_gpu_sees_none(monkeypatch) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
     prepare_rank(gpu=False)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def _see_tunables(topology: Topology) -> str:
+    return os.environ["GLIBC_TUNABLES"]
+
+
+def test_a_rank_on_a_cpu_begins_with_huge_pages(monkeypatch) -> None:
+    """It must be told before it begins, and this process is not changed by that."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert "GLIBC_TUNABLES" not in choose_device(gpu=True).environment
+    assert run_ranks(_see_tunables, 1) == ["glibc.malloc.hugetlb=1"]
+    assert "GLIBC_TUNABLES" not in os.environ
 
 
 @pytest.mark.parametrize("gpu", [False, True])
