@@ -43,9 +43,9 @@ class WholeSum:
         sizes = [p.numel() for p in trained]
         self._topology = topology
         self._flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
-        self._places = {
-            p: place.view(p.shape)
-            for p, place in zip(trained, self._flat.split(sizes), strict=True)
+        self._segments = {
+            p: segment.view(p.shape)
+            for p, segment in zip(trained, self._flat.split(sizes), strict=True)
         }
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
@@ -56,7 +56,7 @@ class WholeSum:
         return [self._flat]
 
     def _accumulate(self, parameter: Tensor) -> None:
-        self._places[parameter].add_(parameter.grad)  # type: ignore[arg-type]
+        self._segments[parameter].add_(parameter.grad)
         parameter.grad = None
 
     def reduce(self) -> None:
@@ -65,7 +65,7 @@ class WholeSum:
 
     def hand_over(self) -> None:
         """Round the sums into the parameters' `grad` and start again from zero."""
-        for parameter, total in self._places.items():
+        for parameter, total in self._segments.items():
             parameter.grad = torch.empty_like(parameter).copy_(total)
         self._flat.zero_()
 
@@ -98,10 +98,10 @@ class SharedSum:
         self._shares = [
             flat.new_empty(size, dtype=dtype) for flat, size in zip(weights, shares, strict=True)
         ]
-        self._places = dict(self._find_places())
+        self._segments = dict(self._find_segments())
         self._taken: set[Tensor] = set()
         optimizer.contiguous_gradients = False  # else it would allocate a buffer for its own sums
-        for parameter in self._places:
+        for parameter in self._segments:
             parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     @property
@@ -109,7 +109,7 @@ class SharedSum:
         """This rank's share of each of the optimizer's groups."""
         return self._shares
 
-    def _find_places(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _find_segments(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each parameter and its part of `_flats`, where DeepSpeed has its weights."""
         optimizer = self._optimizer
         for flat, parameters, offsets in zip(
@@ -119,24 +119,24 @@ class SharedSum:
             strict=True,
         ):
             for parameter, offset in zip(parameters, offsets, strict=True):
-                place = flat.narrow(0, offset, parameter.numel())
-                yield parameter, place.view(parameter.shape)
+                segment = flat.narrow(0, offset, parameter.numel())
+                yield parameter, segment.view(parameter.shape)
 
     def _accumulate(self, parameter: Tensor) -> None:
-        place = self._places[parameter]
+        segment = self._segments[parameter]
         if parameter in self._taken:
-            place.add_(parameter.grad)  # type: ignore[arg-type]
+            segment.add_(parameter.grad)  # type: ignore[arg-type]
         else:
-            place.copy_(parameter.grad)  # type: ignore[arg-type]
+            segment.copy_(parameter.grad)  # type: ignore[arg-type]
             self._taken.add(parameter)
         parameter.grad = None
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Add up this rank's share; all ranks must call, once per step."""
-        for parameter, place in self._places.items():
+        for parameter, segment in self._segments.items():
             if parameter not in self._taken:
-                place.zero_()  # it had no part in the loss
+                segment.zero_()  # it had no part in the loss
         self._taken.clear()
         ranks = self._topology.world_size
         once = [1] * ranks
