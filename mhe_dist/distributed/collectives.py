@@ -5,7 +5,7 @@ Alone (no process group, or one rank) every function is the identity and its gra
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,10 @@ from torch import Tensor
 
 from mhe_dist.distributed.compat import all_gather_single, reduce_scatter_single
 from mhe_dist.distributed.topology import Group, Topology
+
+# Bytes that a rank sends at a time in `reduce_scatter`. C libraries take larger blocks of memory
+# from the system anew each time, which takes as long as filling them.
+PIECE: Final = 1 << 24
 
 
 class _AllToAll(torch.autograd.Function):
@@ -105,6 +109,29 @@ def all_reduce(values: Tensor, topology: Topology, op: str = "sum") -> Tensor:
         if op == "mean":
             values /= topology.world_size
     return values
+
+
+def reduce_scatter(values: Tensor, share: Tensor, topology: Topology) -> None:
+    """Sum `values` over the ranks, of which each gets its share, without a gradient.
+
+    On the host ranks send one another their shares and add up what arrives. There gloo's own
+    reduce-scatter takes five times as long, since it sends everything twice and to everybody.
+
+    Args:
+        values: `[W * P]`, on the device or on the host.
+        share: `[P]`, gets the sum; on the host its dtype, in which is summed, may be a wider one.
+    """
+    ranks = topology.world_size
+    if ranks == 1:
+        share.copy_(values)
+    elif values.device.type != "cpu":
+        reduce_scatter_single(share, values, topology.device_group)
+    else:
+        once, parts = [1] * ranks, values.view(ranks, -1)
+        columns = max(1, PIECE // (ranks * values.element_size()))
+        for sent, total in zip(parts.split(columns, 1), share.split(columns), strict=True):
+            arrived = _exchange(sent, once, once, topology)
+            torch.sum(arrived, 0, dtype=share.dtype, out=total)
 
 
 def broadcast_from_first(value: Any, topology: Topology) -> Any:

@@ -7,18 +7,22 @@ gradient of one micro-batch is exact as it is.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mhe_dist.distributed.collectives import all_reduce, all_to_all
+from mhe_dist.distributed.collectives import all_reduce, reduce_scatter
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype
 
-# Bytes that a rank sends at a time. C libraries take larger blocks of memory from the system anew
-# each time, which takes as long as filling them.
-PIECE: Final = 1 << 24
+
+def kept_dtype(precision: str, micro_batches: int, on_gpu: bool) -> torch.dtype:
+    """In which a rank at ZeRO 1 keeps the sum of its own micro-batches' gradients.
+
+    NCCL sums in the dtype of what it is given, so there it is that of the sum.
+    """
+    return torch.float32 if micro_batches == 1 and not on_gpu else sum_dtype(precision)
 
 
 class GradientSum(Protocol):
@@ -74,8 +78,7 @@ class SharedSum:
     """Of the sum, the share that a rank's optimizer updates: ZeRO 1, in either precision.
 
     DeepSpeed would give every rank all of it, in the dtype of the exact sum, and copy it into a
-    buffer and back. Here a rank sends the others their shares of what it has, once, and adds up
-    what arrives.
+    buffer and back. Here it gets its share alone, and nothing is copied for that.
     """
 
     def __init__(
@@ -90,8 +93,8 @@ class SharedSum:
             topology: this rank's position.
         """
         self._optimizer, self._topology = optimizer, topology
-        dtype = sum_dtype(precision)
-        kept = torch.float32 if micro_batches == 1 else dtype
+        dtype, on_gpu = sum_dtype(precision), topology.device.type != "cpu"
+        kept = kept_dtype(precision, micro_batches, on_gpu)
         weights = optimizer.bit16_groups_flat  # padded, so that all shares are equal
         self._flats = [flat.new_zeros(flat.shape, dtype=kept) for flat in weights]
         shares = [len(flat) // topology.world_size for flat in weights]
@@ -138,14 +141,8 @@ class SharedSum:
             if parameter not in self._taken:
                 segment.zero_()  # it had no part in the loss
         self._taken.clear()
-        ranks = self._topology.world_size
-        once = [1] * ranks
         for flat, share in zip(self._flats, self._shares, strict=True):
-            parts = flat.view(ranks, -1)
-            columns = max(1, PIECE // (ranks * flat.element_size()))
-            for sent, total in zip(parts.split(columns, 1), share.split(columns), strict=True):
-                arrived = all_to_all(sent, once, once, self._topology)
-                torch.sum(arrived, 0, dtype=share.dtype, out=total)
+            reduce_scatter(flat, share, self._topology)
 
     def hand_over(self) -> None:
         """Give the shares to the optimizer, which rounds them to float32."""

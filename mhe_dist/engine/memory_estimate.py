@@ -17,8 +17,9 @@ from torch.func import functional_call
 from mhe_dist.backbone.model import Backbone, build_backbone, without_pretrained
 from mhe_dist.config.head import HeadConfig, HeadOptimConfig
 from mhe_dist.config.schema import Config, OptimConfig
+from mhe_dist.distributed.collectives import PIECE
 from mhe_dist.engine.exact_reduce import sum_dtype
-from mhe_dist.engine.gradient_sums import PIECE
+from mhe_dist.engine.gradient_sums import kept_dtype
 from mhe_dist.engine.settings import deepspeed_settings
 
 FLOAT = 4
@@ -87,15 +88,14 @@ def estimate_memory(
     settings = deepspeed_settings(config.train.micro_batch, 1, stage, precision, numel)
     bucket = settings["zero_optimization"]["reduce_bucket_size"]
     image = 3 * config.data.image_size**2
-    element = sum_dtype(precision).itemsize
     kept, passing = _head_bytes(config, num_classes, workers)
     rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return MemoryEstimate(
         weights=numel * FLOAT // (workers if stage == 3 else 1) + buffers,
-        gradients=_gradient_bytes(numel, element, config.train.micro_batches, stage, workers),
+        gradients=_gradient_bytes(numel, config, precision, workers),
         optimizer=_optimizer_bytes(numel, config.optim, stage, workers),
         activations=_activations(model, config, precision, passing),
-        communication=(2 * PIECE if stage == 1 else bucket * element) * (workers > 1),
+        communication=_exchanged_bytes(bucket, config, precision) if workers > 1 else 0,
         rows=rows // workers if config.head.bank.memory != "file" else 0,
         head=kept,
         images=config.train.micro_batch * image * (config.data.prefetch + 1),
@@ -117,12 +117,21 @@ def count_moments(config: OptimConfig | HeadOptimConfig) -> int:
     return 2 if config.kind == "adamw" else int(config.momentum > 0)
 
 
-def _gradient_bytes(numel: int, element: int, micro_batches: int, stage: int, workers: int) -> int:
-    """Bytes of a sum whose elements take `element`; ZeRO 1: gradient_sums.py."""
-    if stage == 1:
-        kept = FLOAT if micro_batches == workers else element
-        return numel * kept + numel * element // workers
-    return numel * element // (workers if stage >= 2 else 1)
+def _gradient_bytes(numel: int, config: Config, precision: str, workers: int) -> int:
+    """Bytes of the sum of a step's gradients; at ZeRO 1 of a rank's own, and of its share."""
+    stage, element = int(config.scale.zero_stage), sum_dtype(precision).itemsize
+    if stage != 1:
+        return numel * element // (workers if stage >= 2 else 1)
+    micro_batches = config.train.micro_batches // workers
+    kept = kept_dtype(precision, micro_batches, config.scale.gpu).itemsize
+    return numel * kept + numel * element // workers
+
+
+def _exchanged_bytes(bucket: int, config: Config, precision: str) -> int:
+    """Bytes that the reduction of gradients needs: DeepSpeed's bucket; our pieces at ZeRO 1."""
+    if int(config.scale.zero_stage) != 1:
+        return bucket * sum_dtype(precision).itemsize
+    return 0 if config.scale.gpu else 2 * PIECE
 
 
 def _optimizer_bytes(numel: int, config: OptimConfig, stage: int, workers: int) -> int:

@@ -71,7 +71,7 @@ def cost_of_run(
     return {
         "a GPU holds": _device_lines(config, estimate),
         "a node holds": _node_lines(config, estimate, rows // workers, samples, per_node),
-        "a step of a rank": _step_lines(config, step, numel * sum_dtype(precision).itemsize),
+        "a step of a rank": _step_lines(config, step, _sent_bytes(config, numel, precision)),
         "a checkpoint": _checkpoint_lines(config, rows, numel, per_node, write_gb_s),
     }
 
@@ -119,16 +119,23 @@ def _node_lines(
     return lines
 
 
-def _step_lines(config: Config, step: StepCost, gradient: int) -> list[RunCost]:
+def _sent_bytes(config: Config, numel: int, precision: str) -> float:
+    """Bytes that a rank sends for the backbone: gradients and, with ZeRO, weights, by rings."""
+    workers, stage = config.scale.workers, int(config.scale.zero_stage)
+    gradient, weights = numel * sum_dtype(precision).itemsize, numel * FLOAT
+    rings = {0: 2 * gradient, 1: gradient + weights, 2: gradient + weights}
+    return (workers - 1) / workers * rings.get(stage, gradient + 2 * weights)
+
+
+def _step_lines(config: Config, step: StepCost, sent: float) -> list[RunCost]:
     workers = config.scale.workers
     exchanged = {"all_to_all": 0, "all_gather": 0, "reduce_scatter": 0, "all_reduce": 0}
     for event in step.ledger.of("kernel"):
         if (name := event.op.removeprefix("nccl.")) in exchanged:
             exchanged[name] += event.read
-    ring = 2 * (workers - 1) / workers * gradient
     rounds = math.ceil(math.log2(workers)) if workers > 1 else 0
     return [
-        RunCost("gradients sent, by a ring", _size(ring), "formula"),
+        RunCost("backbone: gradients and weights sent, by rings", _size(sent), "formula"),
         *(
             RunCost(f"head: {name} sends", _size(size), "counted")
             for name, size in exchanged.items()

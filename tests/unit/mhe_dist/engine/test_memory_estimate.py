@@ -11,8 +11,8 @@ import torch
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.bank import bank
 from mhe_dist.config.schema import Config
+from mhe_dist.distributed.collectives import PIECE
 from mhe_dist.engine import memory_estimate
-from mhe_dist.engine.gradient_sums import PIECE
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.heads import grouping
 
@@ -86,6 +86,10 @@ def test_at_zero_1_one_micro_batch_needs_no_float64_but_for_the_share() -> None:
         assert exact.gradients == pytest.approx(numel * (element + 4), rel=0.02)
         assert fast.gradients == pytest.approx(numel * (4 + 2), rel=0.02)
         assert exact.communication == fast.communication == 2 * PIECE
+        at = config(scale={"zero_stage": 1, "gpu": True}, train=train)
+        nccl = estimate_memory(at, 10, 2, "float32")
+        assert nccl.gradients == pytest.approx(numel * (8 + 4), rel=0.02)
+        assert nccl.communication == 0
 
 
 def test_zero_shares_the_optimizer() -> None:
