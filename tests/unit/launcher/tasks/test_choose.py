@@ -13,6 +13,7 @@ from launcher import cli
 from launcher.ray_cluster import ray_internals
 from launcher.tasks.choose import choose_workers
 from launcher.tasks.ray_tasks import RayTasks
+from mhe_dist.distributed.device import choose_device
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.limits import available_cores
 from pipelines.storage.worker_pool import LazyTasks, Processes, run_tasks
@@ -20,7 +21,7 @@ from pipelines.storage.worker_pool import LazyTasks, Processes, run_tasks
 
 def test_processes_see_no_gpu_or_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
     with choose_workers(0) as workers:
-        assert workers == Processes(available_cores(), [{"CUDA_VISIBLE_DEVICES": ""}])
+        assert workers == Processes(available_cores(), [choose_device(False).environment])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
     with choose_workers(0, gpu=True) as workers:
         assert isinstance(workers, Processes) and workers.count == 2
