@@ -9,27 +9,24 @@ bench launches`), so they are the same on every machine.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import matplotlib as mpl
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from mhe_dist.config.schema import Config
-from mhe_dist.config.stored import stored_config
-from mhe_dist.engine.settings import resolve_head_matmul
-from pipelines.bench.counted.launches import CUDA, LaunchCase, count_step
+from pipelines.bench.counted.launches import count_step
+from pipelines.bench.counted.run_costs import case_of_run
 from pipelines.report.figures import save_figure
 from pipelines.report.plots import BLUE, ORANGE, STYLE
-from tools.head_ranking import MEASURED, RUNS, ScoredHead, mean_by_head, scored_runs
+from tools.head_ranking import ScoredHead, kept_runs, mean_by_head, scored_runs
 
-PANELS: Final = (("easy typeface", MEASURED[0], BLUE), ("hard typeface", MEASURED[1], ORANGE))
+WORKERS: Final = 2
+PANELS: Final = (("easy typeface", BLUE), ("hard typeface", ORANGE))  # by number in the figures
 NAMES: Final = {
     "full": "full",
     "partial_fc": "PartialFC 0.1",
@@ -67,31 +64,16 @@ class HeadCost(NamedTuple):
 
 def costs_of_heads(folder: Path) -> list[HeadCost]:
     """Every head of the two studies in a folder of results, the cheapest first."""
-    runs = scored_runs(folder)
-    costs = []
+    runs, costs = scored_runs(folder), []
+    kept = {run.head: run for run in kept_runs(folder)}  # seeds cost the same
     for head in mean_by_head(runs):
-        step = count_step(_case_of(folder, head.name))
+        _, config, summary = kept[head.name]
+        scale = config.scale.model_copy(update={"workers": WORKERS})
+        config = config.model_copy(update={"scale": scale})
+        step = count_step(case_of_run(config, summary["classes"], config.train.precision))
         seeds = [run for run in runs if run.name == head.name]
         costs.append(HeadCost(head, seeds, step.moved / 1e6, step.flops / 1e9, step.launches))
     return sorted(costs, key=lambda cost: cost.moved)
-
-
-def _case_of(folder: Path, head: str) -> LaunchCase:
-    """The step of the second worker in a run of that head."""
-    run = next(
-        r for r in sorted(folder.iterdir()) if (m := RUNS.fullmatch(r.name)) and m[1] == head
-    )
-    config: Config = stored_config(yaml.safe_load((run / "config.yaml").read_text("utf-8")))
-    classes = json.loads((run / "summary.json").read_text("utf-8"))["classes"]
-    return LaunchCase(
-        config.head.model_dump(),
-        classes=classes,
-        width=config.model.embedding_dim,
-        batch=config.train.micro_batch,
-        rank=1,
-        world_size=config.train.micro_batches,
-        tf32=resolve_head_matmul(config.head.matmul, config.train.precision, CUDA),
-    )
 
 
 def is_best(cost: HeadCost, others: Sequence[HeadCost], panel: int) -> bool:
@@ -124,7 +106,7 @@ def draw(costs: Sequence[HeadCost]) -> Figure:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.6), layout="constrained")
         panels = figure.subplots(1, len(PANELS))
-        for number, (axes, (title, _, colour)) in enumerate(zip(panels, PANELS, strict=True)):
+        for number, (axes, (title, colour)) in enumerate(zip(panels, PANELS, strict=True)):
             _draw_panel(axes, costs, number, colour)
             axes.set_title(title, fontsize=9.5)
         panels[0].set_ylabel("rank-1 of unseen classes, percent")

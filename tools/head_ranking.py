@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 import yaml
@@ -22,6 +22,7 @@ from torchmetrics.functional import spearman_corrcoef
 
 from mhe_dist.config.auto.head_score import score_head
 from mhe_dist.config.auto.head_sizes import demand_of
+from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 
 RUNS: Final = re.compile(r"heads(?:_once)?-(\w+)-seed\d+")
@@ -44,17 +45,36 @@ class ScoredHead(NamedTuple):
     figures: tuple[float, ...]
 
 
-def scored_runs(folder: Path) -> list[ScoredHead]:
+class KeptRun(NamedTuple):
+    """A run of the two studies in a folder of results.
+
+    Attributes:
+        head: name of the variant of the study.
+        config: of the run.
+        summary: what it came to.
+    """
+
+    head: str
+    config: Config
+    summary: dict[str, Any]
+
+
+def kept_runs(folder: Path) -> Iterator[KeptRun]:
     """Every run of the two studies in a folder of results."""
-    found = []
     for run in sorted(folder.iterdir()):
-        if not (fits := RUNS.fullmatch(run.name)):
-            continue
-        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-        config = stored_config(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))
+        if fits := RUNS.fullmatch(run.name):
+            settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+            summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            yield KeptRun(fits[1], stored_config(settings), summary)
+
+
+def scored_runs(folder: Path) -> list[ScoredHead]:
+    """The same, scored."""
+    found = []
+    for head, config, summary in kept_runs(folder):
         score = score_head(config.head, demand_of(config, summary["classes"]))
         figures = tuple(100 * summary["heldout"][name] for name in MEASURED)
-        found.append(ScoredHead(fits[1], score, 1, figures))
+        found.append(ScoredHead(head, score, 1, figures))
     return found
 
 

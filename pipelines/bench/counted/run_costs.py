@@ -65,7 +65,7 @@ def cost_of_run(
     per_node = min(per_node, workers)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     estimate = estimate_memory(config, num_classes, workers, precision)
-    step = count_step(_case(config, num_classes, precision))
+    step = count_step(case_of_run(config, num_classes, precision))
     numel = sum(parameter.numel() for parameter in unallocated_backbone(config).parameters())
     rows = row_bytes(config.head, num_classes, config.model.embedding_dim)
     return {
@@ -76,7 +76,14 @@ def cost_of_run(
     }
 
 
-def _case(config: Config, num_classes: int, precision: str) -> LaunchCase:
+def case_of_run(config: Config, num_classes: int, precision: str) -> LaunchCase:
+    """A step of the head of one of a run's ranks.
+
+    Args:
+        config: of the run, with numbers for the head's sizes.
+        num_classes: C.
+        precision: "bf16" or "float32".
+    """
     workers = config.scale.workers
     return LaunchCase(
         config.head.model_dump(),
