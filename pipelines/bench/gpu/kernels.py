@@ -38,6 +38,10 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
     if find_spec("triton") is None:
         found.leave_out("kernels", "Triton is not installed")
         return
+    if settings.torch_device.type == "cpu":
+        from mhe_dist.kernels.interpreter import mend_interpreter
+
+        mend_interpreter()
     kernels = {
         "row read": _row_read,
         "row update": _row_update,

@@ -39,6 +39,9 @@ def guard_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch kernels on guarded copies; what they store is copied back."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
+    from mhe_dist.kernels.interpreter import mend_interpreter
+
+    mend_interpreter()
     launch = dispatch.launch
 
     def launch_guarded(kernel: Any, grid: Any, traffic: Any, *arguments: Any, **more: Any) -> None:
