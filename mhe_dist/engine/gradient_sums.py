@@ -36,7 +36,35 @@ class GradientSum(Protocol):
         """Add up over the ranks; all ranks must call, once per step."""
 
     def hand_over(self) -> None:
-        """Give `sums` to the optimizer, and begin another step."""
+        """Give `sums` to the optimizer."""
+
+
+class _OwnGradients:
+    """The sum of a rank's own gradients, each parameter's in a segment of memory."""
+
+    def __init__(self, segments: dict[Tensor, Tensor]) -> None:
+        """Take the gradients of the keys of `segments`, as soon as autograd has them."""
+        self.segments = segments
+        self._taken: set[Tensor] = set()
+        for parameter in segments:
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def _take(self, parameter: Tensor) -> None:
+        segment = self.segments[parameter]
+        if parameter in self._taken:
+            segment.add_(parameter.grad)  # type: ignore[arg-type]
+        else:
+            segment.copy_(parameter.grad)  # type: ignore[arg-type]
+            self._taken.add(parameter)
+        parameter.grad = None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """End the step: what had no part in the loss is zero. The next gradient begins anew."""
+        for parameter, segment in self.segments.items():
+            if parameter not in self._taken:
+                segment.zero_()
+        self._taken.clear()
 
 
 class WholeSum:
@@ -47,31 +75,23 @@ class WholeSum:
         sizes = [p.numel() for p in trained]
         self._topology = topology
         self._flat = trained[0].new_zeros(sum(sizes), dtype=EXACT_DTYPE)
-        self._segments = {
-            p: segment.view(p.shape)
-            for p, segment in zip(trained, self._flat.split(sizes), strict=True)
-        }
-        for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._accumulate)
+        segments = zip(trained, self._flat.split(sizes), strict=True)
+        self._own = _OwnGradients({p: segment.view(p.shape) for p, segment in segments})
 
     @property
     def sums(self) -> list[Tensor]:
         """float64, the gradients one after the other."""
         return [self._flat]
 
-    def _accumulate(self, parameter: Tensor) -> None:
-        self._segments[parameter].add_(parameter.grad)
-        parameter.grad = None
-
     def reduce(self) -> None:
         """Add up over the ranks; all ranks must call, once per step."""
+        self._own.finish()
         all_reduce(self._flat, self._topology)
 
     def hand_over(self) -> None:
-        """Round the sums into the parameters' `grad` and start again from zero."""
-        for parameter, total in self._segments.items():
+        """Round the sums into the parameters' `grad`."""
+        for parameter, total in self._own.segments.items():
             parameter.grad = torch.empty_like(parameter).copy_(total)
-        self._flat.zero_()
 
 
 class SharedSum:
@@ -101,11 +121,8 @@ class SharedSum:
         self._shares = [
             flat.new_empty(size, dtype=dtype) for flat, size in zip(weights, shares, strict=True)
         ]
-        self._segments = dict(self._find_segments())
-        self._taken: set[Tensor] = set()
+        self._own = _OwnGradients(dict(self._find_segments()))
         optimizer.contiguous_gradients = False  # else it would allocate a buffer for its own sums
-        for parameter in self._segments:
-            parameter.register_post_accumulate_grad_hook(self._accumulate)
 
     @property
     def sums(self) -> list[Tensor]:
@@ -125,22 +142,9 @@ class SharedSum:
                 segment = flat.narrow(0, offset, parameter.numel())
                 yield parameter, segment.view(parameter.shape)
 
-    def _accumulate(self, parameter: Tensor) -> None:
-        segment = self._segments[parameter]
-        if parameter in self._taken:
-            segment.add_(parameter.grad)  # type: ignore[arg-type]
-        else:
-            segment.copy_(parameter.grad)  # type: ignore[arg-type]
-            self._taken.add(parameter)
-        parameter.grad = None
-
-    @torch.no_grad()
     def reduce(self) -> None:
         """Add up this rank's share; all ranks must call, once per step."""
-        for parameter, segment in self._segments.items():
-            if parameter not in self._taken:
-                segment.zero_()  # it had no part in the loss
-        self._taken.clear()
+        self._own.finish()
         for flat, share in zip(self._flats, self._shares, strict=True):
             reduce_scatter(flat, share, self._topology)
 

@@ -57,11 +57,17 @@ def test_gradients_have_the_layout_of_their_parameters() -> None:
     total = WholeSum([weight, vector], Topology())
     (weight.square().sum() + vector.sum()).backward()
     assert total.sums[0].numel() == 51
+    total.reduce()
     total.hand_over()
     assert torch.equal(weight.grad, 2 * weight)
     assert weight.grad.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(vector.grad, torch.ones(3))
-    assert not total.sums[0].any()
+    weight.grad = vector.grad = None
+    weight.sum().backward()
+    total.reduce()
+    total.hand_over()
+    assert torch.equal(weight.grad, torch.ones_like(weight)), "a step begins anew"
+    assert torch.equal(vector.grad, torch.zeros(3)), "what had no part in the loss is zero"
 
 
 def zero_optimizer(
