@@ -63,7 +63,10 @@ ROOMS: dict[str, dict[str, set[str]]] = {
                 "storage",
             ),
         },
-        "bench": {"pretrain", "report", "runs", "loader", "data", "shards", "storage"},
+        "bench": {
+            *("pretrain", "report", "audit", "sources", "runs", "loader", "data", "shards"),
+            "storage",
+        },
     },
     "launcher": {
         "events": set(),

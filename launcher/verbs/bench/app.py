@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from launcher.verbs.bench.audit import audit
 from launcher.verbs.bench.checkpoint import checkpoint
 from launcher.verbs.bench.classifier import classifier
 from launcher.verbs.bench.data import data
@@ -28,4 +29,5 @@ app.command("data")(data)
 app.command("train")(train)
 app.command("launches")(launches)
 app.command("index")(index)
+app.command("audit")(audit)
 app.command("plan")(plan)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from launcher.terminal import console
+from launcher.verbs.bench.bounds import list_bounds
 
 
 def index(
@@ -24,7 +24,7 @@ def index(
 
     Example: mhe bench index --samples 100_000_000
     """
-    from pipelines.bench.index import measure_index
+    from pipelines.bench.scale.index import measure_index
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     with (
@@ -32,13 +32,4 @@ def index(
         console.out.status("measuring"),
     ):
         lines = measure_index(Path(temporary), samples)
-    table = Table("what", "figure", "bound", "", title=f"{samples:,} samples", title_justify="left")
-    for line in lines:
-        verdict = "[green]holds[/]" if line.holds else "[red]does not hold[/]"
-        table.add_row(
-            line.name,
-            f"{line.figure:,.3g} {line.unit}",
-            f"{line.bound:,.3g} {line.unit}",
-            verdict,
-        )
-    console.out.print(table)
+    list_bounds(f"{samples:,} samples", lines)

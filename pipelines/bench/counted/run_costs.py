@@ -24,7 +24,7 @@ from mhe_dist.engine.memory_estimate import (
 from mhe_dist.engine.settings import resolve_head_matmul
 from pipelines.bench.counted.launches import CUDA, LaunchCase, count_step
 from pipelines.bench.fake_cuda.step_cost import StepCost
-from pipelines.bench.index import PER_SHARD
+from pipelines.bench.scale.index import PER_SHARD
 
 GB = 1e9
 # Of an index, measured by `mhe bench index`: docs/scale.md.

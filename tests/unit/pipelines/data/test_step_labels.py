@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.config.data import DataConfig
-from pipelines.bench.index import write_synthetic_index
+from pipelines.bench.scale.index import write_synthetic_index
 from pipelines.data.mixture.index import Mixture, open_training_index, samples_per_epoch
 from pipelines.data.order import SampleOrder
 from pipelines.data.step_labels import StepLabels

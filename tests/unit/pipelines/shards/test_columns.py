@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
-from pipelines.bench.index import write_synthetic_index
+from pipelines.bench.scale.index import write_synthetic_index
 from pipelines.shards.columns import Column, default_cache_dir, smallest_dtype, write_column
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
@@ -25,7 +25,7 @@ from tests.stores import Faulty, files, served
 
 WALK = """
 import sys
-from pipelines.bench.index import private_bytes, walk
+from pipelines.bench.scale.index import private_bytes, walk
 from pipelines.shards.index import ShardIndex
 before = private_bytes()
 index = ShardIndex.load(sys.argv[1])

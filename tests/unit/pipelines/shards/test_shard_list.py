@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
-from pipelines.bench.index import write_synthetic_index
+from pipelines.bench.scale.index import write_synthetic_index
 from pipelines.data.mixture.index import open_training_index
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.shard import MappedShard, Shard

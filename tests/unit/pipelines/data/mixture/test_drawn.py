@@ -11,7 +11,7 @@ import pytest
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
-from pipelines.bench.index import write_synthetic_index
+from pipelines.bench.scale.index import write_synthetic_index
 from pipelines.data.mixture import dataset
 from pipelines.data.mixture.dataset import DatasetPass, draw_at_most
 from pipelines.data.mixture.index import Mixture, open_training_index

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mhe_dist.errors import UserError
-from pipelines.bench.index import IndexCost, measure_index, write_synthetic_index
+from pipelines.bench.scale.index import measure_index, write_synthetic_index
 from pipelines.shards.index import ShardIndex
 
 
@@ -28,11 +28,6 @@ def test_a_small_index_keeps_within_the_bounds_of_memory_and_disk(tmp_path: Path
     assert [line.bound for line in lines] == [4, 1, 50, 32, 32, 20, 15, 1000]
     assert all(line.figure > 0 for line in lines)
     assert [line.name for line in lines if line.unit not in ("ms", "s") and not line.holds] == []
-
-
-def test_a_bound_that_does_not_hold_says_so() -> None:
-    assert IndexCost("", 1, 1, "MB").holds
-    assert not IndexCost("", 1.01, 1, "MB").holds
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path) -> None:

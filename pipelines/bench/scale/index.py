@@ -18,11 +18,12 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
 from mhe_dist.errors import UserError
+from pipelines.bench.scale.bounds import BoundedFigure
 from pipelines.shards.columns import Column, write_column
 from pipelines.shards.index import INDEX_FILE, ShardIndex
 from pipelines.shards.shard import BEGINS, LABELS, IndexColumns, Ints
@@ -44,33 +45,12 @@ _LARGER: Final = 10**9  # and for this one
 
 _PROCESS: Final = """
 import json, sys
-from pipelines.bench.index import measure_process
+from pipelines.bench.scale.index import measure_process
 print(json.dumps(measure_process(sys.argv[1], sys.argv[2])))
 """
 
 
-class IndexCost(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-        name: what is measured.
-        figure: what was measured, in `unit`.
-        bound: the most that it may be.
-        unit: of both.
-    """
-
-    name: str
-    figure: float
-    bound: float
-    unit: str
-
-    @property
-    def holds(self) -> bool:
-        """Whether the bound is kept."""
-        return self.figure <= self.bound
-
-
-def measure_index(folder: Path, samples: int) -> list[IndexCost]:
+def measure_index(folder: Path, samples: int) -> list[BoundedFigure]:
     """Write a synthetic index into a folder, and measure what it costs to use.
 
     Raises:
@@ -90,36 +70,36 @@ def measure_index(folder: Path, samples: int) -> list[IndexCost]:
     scale = max(samples, _SMALLER) / _SMALLER
     private, draws = _between(samples, 32, 128), _between(samples, 1000, 8000)
     return [
-        IndexCost(INDEX_FILE, (folder / INDEX_FILE).stat().st_size / 1e6, 4 * scale, "MB"),
-        IndexCost("columns on disk, one label each", columns / 1e9, scale, "GB"),
-        IndexCost(
+        BoundedFigure(INDEX_FILE, (folder / INDEX_FILE).stat().st_size / 1e6, 4 * scale, "MB"),
+        BoundedFigure("columns on disk, one label each", columns / 1e9, scale, "GB"),
+        BoundedFigure(
             "open, per process, CPU",
             median(opening["open_s"] for opening in openings) * 1000,
             50 * scale,
             "ms",
         ),
-        IndexCost(
+        BoundedFigure(
             "private memory of a rank, after all shards", walked["rank"] / MIB, private, "MiB"
         ),
-        IndexCost(
+        BoundedFigure(
             "private memory of a loader process, after all shards",
             walked["loader"] / MIB,
             private,
             "MiB",
         ),
-        IndexCost(
+        BoundedFigure(
             f"labels and plan of a step of {STEP_SAMPLES:,} samples, {STEP_STREAMS:,} ranks, CPU",
             _in_new_process(folder, "labels")["step_s"] * 1000,
             20,
             "ms",
         ),
-        IndexCost(
+        BoundedFigure(
             f"draw of {_IMAGES_PER_CLASS} images of each class, per epoch and node",
             drawn["draw_s"],
             15 * scale,
             "s",
         ),
-        IndexCost("memory of that, at the peak", drawn["draw"] / 1e6, draws, "MB"),
+        BoundedFigure("memory of that, at the peak", drawn["draw"] / 1e6, draws, "MB"),
     ]
 
 
