@@ -45,7 +45,7 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
                 results=results,
                 typefaces=each.typefaces,
                 measures=each.measures,
-                claim=each.claim,
+                claims=each.claims,
                 more=_describe_faults(each, folder, results),
             )
             sections.append(section)

@@ -53,7 +53,7 @@ class Study:
             each with its title on the page; none: the figures of all probes.
         measures: what is compared on each of them.
         minutes: training time of a run; 0: the config decides.
-        claim: a claim that the page checks.
+        claims: claims that the page checks.
         classes: how many are made for variants whose labels are clustered.
         labels_per_image: of these classes, at most.
         faults: what is planted for dirty variants; None: nothing.
@@ -69,7 +69,7 @@ class Study:
     typefaces: tuple[tuple[str, str], ...] = ()
     measures: tuple[Measure, ...] = RECOGNITION
     minutes: float = 0.0
-    claim: Claim | None = None
+    claims: tuple[Claim, ...] = ()
     classes: int = 0
     labels_per_image: int = 1
     faults: FaultRates | None = None

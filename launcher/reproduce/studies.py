@@ -46,13 +46,15 @@ SMALL = Study(
     ),
     seeds=3,
     typefaces=(("wenkai", "LXGW WenKai, easy"), ("brush", "Kouzan brush, hard")),
-    claim=Claim(
-        variant="mhs_own_plus",
-        reference="full",
-        easy="wenkai",
-        points=0.3,
-        hard="brush",
-        control="partial_fc",
+    claims=(
+        Claim(
+            variant="mhs_own_plus",
+            reference="full",
+            easy="wenkai",
+            points=0.3,
+            hard="brush",
+            control="partial_fc",
+        ),
     ),
 )
 
@@ -128,7 +130,10 @@ HEADS = Study(
     ),
     seeds=3,
     typefaces=SMALL.typefaces,
-    claim=SMALL.claim,
+    claims=(
+        SMALL.claims[0]._replace(variant="mhs_one_head"),  # what `auto` takes of so many classes
+        *SMALL.claims,
+    ),
 )
 
 HEADS_ONCE = Study(

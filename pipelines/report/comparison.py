@@ -151,6 +151,7 @@ class Claim(NamedTuple):
         easy: typeface on which rank-1 may be at most `points` percentage points lower.
         points: see `easy`.
         hard: typeface on which the mean may not be below the lowest seed of the reference.
+        tar_points: percentage points by which TAR may be lower, on each of the two.
         control: name of a third variant, whose samples see about as many classes as those of
             `variant`, chosen in another way. It shows whether their number explains a difference.
     """
@@ -160,39 +161,38 @@ class Claim(NamedTuple):
     easy: str
     points: float
     hard: str
+    tar_points: float = 1.0
     control: str = ""
 
     def verdict(self, results: Sequence[VariantResult]) -> list[str]:
-        """Whether the figures support the claim: a sentence for each typeface."""
+        """Whether the figures support the claim: sentences for rank-1 and TAR on each typeface."""
         by_name = {each.name: each for each in results}
         variant, reference = by_name[self.variant], by_name[self.reference]
         for each in (variant, reference):
             if not each.outcomes:
                 return [f"Not decided yet: no run of {each.title} is complete."]
         sentences = [
-            self._easy_sentence(variant, reference),
+            _bound_sentence("Rank-1", RANK1, self.easy, self.points, variant, reference),
             self._hard_sentence(variant, reference),
+            *(
+                _bound_sentence("TAR", TAR, typeface, self.tar_points, variant, reference)
+                for typeface in (self.easy, self.hard)
+            ),
         ]
         control = by_name.get(self.control)
-        if control and control.outcomes and self._gap(variant, reference) > self.points:
+        if (
+            control
+            and control.outcomes
+            and _gap(RANK1, self.easy, variant, reference) > self.points
+        ):
             sentences.append(self._control_sentence(control, variant, reference))
         return sentences
-
-    def _easy_sentence(self, variant: VariantResult, reference: VariantResult) -> str:
-        ours, full = (each.spread(RANK1, self.easy).mean for each in (variant, reference))
-        gap = self._gap(variant, reference)
-        holds = "holds" if gap <= self.points else "does **not** hold"
-        return (
-            f"Rank-1, {self.easy}: {variant.title} {_percent(ours)}, "
-            f"{reference.title} {_percent(full)}, a "
-            f"difference of {0 - gap:+.2f} points. At most {self.points:g} below: {holds}."
-        )
 
     def _control_sentence(
         self, control: VariantResult, variant: VariantResult, reference: VariantResult
     ) -> str:
         """Whether the control, which sees as few classes, is as far below the reference."""
-        control_gap, gap = self._gap(control, reference), self._gap(variant, reference)
+        control_gap, gap = (_gap(RANK1, self.easy, each, reference) for each in (control, variant))
         seen = ", ".join(
             f"{each.mean('classes_seen'):,.0f} with {each.title}"
             for each in (control, variant, reference)
@@ -208,11 +208,6 @@ class Claim(NamedTuple):
             )
         return text + "seeing fewer classes does not explain most of the difference."
 
-    def _gap(self, variant: VariantResult, reference: VariantResult) -> float:
-        """Percentage points by which a variant is below another on the easy typeface."""
-        ours, full = (each.spread(RANK1, self.easy).mean for each in (variant, reference))
-        return round(100 * (full - ours), 6)  # so that 0.3 is 0.3 after the subtraction
-
     def _hard_sentence(self, variant: VariantResult, reference: VariantResult) -> str:
         ours, full = (each.spread(RANK1, self.hard) for each in (variant, reference))
         seeds = f"from {_percent(full.low)} to {_percent(full.high)}"
@@ -225,6 +220,31 @@ class Claim(NamedTuple):
         holds = "holds" if ours.mean >= full.low else "does **not** hold"
         above = ", above it" if ours.mean > full.high else ""
         return f"{text} Within the spread of the seeds, or above: {holds}{above}."
+
+
+def _bound_sentence(
+    title: str,
+    metric: str,
+    typeface: str,
+    points: float,
+    variant: VariantResult,
+    reference: VariantResult,
+) -> str:
+    """Whether a metric is at most so many percentage points lower than the reference's."""
+    ours, theirs = (each.spread(metric, typeface).mean for each in (variant, reference))
+    gap = _gap(metric, typeface, variant, reference)
+    holds = "holds" if gap <= points else "does **not** hold"
+    return (
+        f"{title}, {typeface}: {variant.title} {_percent(ours)}, {reference.title} "
+        f"{_percent(theirs)}, a difference of {0 - gap:+.2f} points. At most {points:g} below: "
+        f"{holds}."
+    )
+
+
+def _gap(metric: str, typeface: str, variant: VariantResult, reference: VariantResult) -> float:
+    """Percentage points by which a variant's mean is below the reference's."""
+    ours, theirs = (each.spread(metric, typeface).mean for each in (variant, reference))
+    return round(100 * (theirs - ours), 6)  # so that 0.3 is 0.3 after the subtraction
 
 
 def _percent(share: float) -> str:

@@ -47,7 +47,7 @@ class ComparisonSection:
         results: a row each.
         typefaces: (name in the metrics, title on the page); none: all probes together.
         measures: what is compared on each of them.
-        claim: to be checked.
+        claims: to be checked.
         more: lines below the figures.
     """
 
@@ -58,7 +58,7 @@ class ComparisonSection:
     results: Sequence[VariantResult]
     typefaces: Sequence[tuple[str, str]] = ()
     measures: Sequence[Measure] = RECOGNITION
-    claim: Claim | None = None
+    claims: Sequence[Claim] = ()
     more: Sequence[str] = ()
 
     @property
@@ -140,8 +140,9 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
         yield f"\n![{section.title}]({picture})\n"
         if guesses := list(_guesses(section, complete)):
             yield "\n".join([*guesses, ""])
-    if section.claim and complete:
-        yield from (f"- {sentence}" for sentence in section.claim.verdict(section.results))
+    if section.claims and complete:
+        verdicts = (claim.verdict(section.results) for claim in section.claims)
+        yield from (f"- {sentence}" for sentences in verdicts for sentence in sentences)
         yield ""
     if section.more:
         yield from section.more

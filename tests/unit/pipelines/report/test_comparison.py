@@ -75,6 +75,22 @@ def test_a_claim_is_checked_by_the_figures(mine: tuple[float, float], easy: str,
 
 
 @pytest.mark.parametrize(
+    ("mine", "easy", "hard"),
+    [
+        ((0.99, 0.70), "-1.00 points. At most 1 below: holds.", "+7.50 points. At most 1"),
+        ((0.98, 0.61), "-2.00 points. At most 1 below: does **not**", "-1.50 points. At most 1"),
+    ],
+)
+def test_a_claim_is_about_tar_on_both_typefaces(
+    mine: tuple[float, float], easy: str, hard: str
+) -> None:
+    full = compared("full", (1.0, 0.60), (1.0, 0.65))
+    found = CLAIM.verdict([compared("sampled", mine), full])
+    assert found[2].startswith(f"TAR, easy: SAMPLED {100 * mine[0] - 10:.2f}, FULL 90.00")
+    assert easy in found[2] and found[3].startswith("TAR, hard: ") and hard in found[3]
+
+
+@pytest.mark.parametrize(
     ("other", "reason"),
     [
         (
@@ -93,9 +109,9 @@ def test_a_claim_that_does_not_hold_says_whether_another_choice_loses_as_much(
     claim = CLAIM._replace(control="other")
     third, full = compared("other", (other, 0.6)), compared("full", (1.0, 0.60), (1.0, 0.65))
     sentences = claim.verdict([compared("sampled", (0.98, 0.6)), third, full])
-    assert reason in sentences[2] and "1,234 with OTHER, 1,234 with SAMPLED" in sentences[2]
-    assert len(claim.verdict([compared("sampled", (0.998, 0.6)), third, full])) == 2
-    assert len(claim.verdict([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 2
+    assert reason in sentences[4] and "1,234 with OTHER, 1,234 with SAMPLED" in sentences[4]
+    assert len(claim.verdict([compared("sampled", (0.998, 0.6)), third, full])) == 4
+    assert len(claim.verdict([compared("sampled", (0.98, 0.6)), compared("other"), full])) == 4
 
 
 def test_a_claim_waits_for_runs() -> None:
@@ -152,11 +168,11 @@ def test_the_page_has_tables_a_picture_and_what_is_missing(tmp_path: Path) -> No
     ]
     sections = [
         ComparisonSection(
-            "small", "Small", "What it is.", "mhe reproduce small", each, FACES, claim=CLAIM
+            "small", "Small", "What it is.", "mhe reproduce small", each, FACES, claims=[CLAIM]
         ),
         ComparisonSection("plain", "Plain", "Without typefaces.", "mhe reproduce plain", each[:1]),
         ComparisonSection(
-            "empty", "Empty", "Nothing yet.", "mhe reproduce empty", each[2:], FACES, claim=CLAIM
+            "empty", "Empty", "Nothing yet.", "mhe reproduce empty", each[2:], FACES, claims=[CLAIM]
         ),
     ]
     written = write_comparison_page(sections, str(tmp_path / "results.md"))
