@@ -202,6 +202,36 @@ GROUPS = Study(
     typefaces=SMALL.typefaces,
 )
 
+_PLUS = (_MHS, "mhs.length=100", "mhs.negatives=own_plus", "mhs.extra_heads=5")
+
+MARGINS = Study(
+    name="margins",
+    title="6,000 classes, margins",
+    text=(
+        "Which margin is best for a head whose samples meet 6,000, 583 or 45 classes: CosFace "
+        "with scale 32 and a margin of 0.15 to 0.75. Data and network of `mhe reproduce heads`, "
+        "the network compiled, one seed each, in bf16 on two CPU cores."
+    ),
+    config="glyphs_heads.yaml",
+    variants=tuple(
+        Variant(
+            f"{name}_{round(100 * m)}",
+            f"{title}, m = {m}",
+            (
+                *(f"head.{setting}" for setting in settings),
+                *(f"head.margin.m={m}", f"head.optim.lr_scale={lr_scale}", "model.compile=true"),
+            ),
+        )
+        for name, title, lr_scale, margins, settings in (
+            ("full", "full softmax", 3, (0.15, 0.3, 0.45, 0.6), ("kind=full",)),
+            ("plus", "MHS {60;100} own + 5", 3, (0.3, 0.45, 0.6), _PLUS),
+            ("few", "MHS {1200;5} own + 8", 1, (0.3, 0.45, 0.6, 0.75), (*_FEW, "groups=2")),
+        )
+        for m in margins
+    ),
+    typefaces=SMALL.typefaces,
+)
+
 _LENGTHS = {"10_10": "[10,10]", "4_5_5": "[4,5,5]"}
 
 PAPER = Study(
@@ -312,5 +342,16 @@ COMPONENTS = Study(
 
 STUDIES = {
     study.name: study
-    for study in (SMALL, HEADS, HEADS_ONCE, GROUPS, FULL, PAPER, COMPONENTS, UNLABELLED, NOISE)
+    for study in (
+        SMALL,
+        HEADS,
+        HEADS_ONCE,
+        GROUPS,
+        MARGINS,
+        FULL,
+        PAPER,
+        COMPONENTS,
+        UNLABELLED,
+        NOISE,
+    )
 }
