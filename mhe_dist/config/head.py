@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from mhe_dist.config.section import (
     CountOrAuto,
     Decay,
     Fraction,
+    MarginOrAuto,
     PathText,
     PositiveFloat,
     PositiveInt,
@@ -21,11 +22,15 @@ from mhe_dist.errors import UserError
 
 AUTO: Final = "auto"
 GROUPS_KEY: Final = "head.groups"
-AUTO_KEYS: Final = (GROUPS_KEY, "head.mhs.length", "head.mhs.extra_heads")
+MARGIN_KEY: Final = "head.margin.m"
+AUTO_KEYS: Final = (GROUPS_KEY, "head.mhs.length", "head.mhs.extra_heads", MARGIN_KEY)
 """Keys whose `auto` becomes a number once, when a run begins."""
 
 
-def chosen_number(key: str, value: int | Literal["auto"]) -> int:
+Number = TypeVar("Number", int, float)
+
+
+def chosen_number(key: str, value: Number | Literal["auto"]) -> Number:
     """The number of one of `AUTO_KEYS`.
 
     Raises:
@@ -60,7 +65,11 @@ class MarginConfig(ConfigSection):
         "cosface", description="none: inner product and bias; softmax: scaled cosine, no margin."
     )
     scale: PositiveFloat = Field(64.0, description="s: what cosines are multiplied with.")
-    m: float = Field(0.4, ge=0, lt=1.6, description="The margin of arcface, cosface and adaface.")
+    m: MarginOrAuto = Field(
+        0.4,
+        description="The margin of arcface, cosface and adaface; auto: cosface's, by the share of "
+        "the classes that a sample meets.",
+    )
     m1: PositiveFloat = Field(1.0, description="combined: cos(m1 * theta + m2) - m3.")
     m2: float = Field(0.0, ge=0, lt=1.6, description="combined: cos(m1 * theta + m2) - m3.")
     m3: float = Field(0.0, ge=0, description="combined: cos(m1 * theta + m2) - m3.")
@@ -70,6 +79,11 @@ class MarginConfig(ConfigSection):
     filter: float = Field(
         0.0, ge=0, le=1, description="Drop negatives whose cosine exceeds this; 0: keep all."
     )
+
+    @property
+    def chosen_m(self) -> float:
+        """m; UserError while it is `auto`."""
+        return chosen_number(MARGIN_KEY, self.m)
 
 
 class BankConfig(ConfigSection):
@@ -240,4 +254,15 @@ class HeadConfig(ConfigSection):
                 "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
                 "meets only its own head and the extra ones"
             )
+        if self.margin.m == AUTO and not self._has_margin_rule:
+            wrong.append(
+                f"{MARGIN_KEY}=auto is a rule for the softmax of full, partial_fc and mhs with "
+                f"head.margin.kind=cosface; give a number for head.kind={self.kind}, "
+                f"head.objective={self.objective}, head.margin.kind={self.margin.kind}"
+            )
         return wrong
+
+    @property
+    def _has_margin_rule(self) -> bool:
+        is_softmax = self.kind not in ("mhp", "mhc") and self.objective == "softmax"
+        return is_softmax and self.margin.kind == "cosface"

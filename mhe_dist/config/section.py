@@ -50,6 +50,10 @@ PositiveIntOrAuto = Annotated[
 CountOrAuto = Annotated[
     Annotated[int, Field(ge=0)] | Literal["auto"], _OneMistake("must be at least 0, or auto")
 ]
+MarginOrAuto = Annotated[
+    Annotated[float, Field(ge=0, lt=1.6)] | Literal["auto"],
+    _OneMistake("must be at least 0 and less than 1.6, or auto"),
+]
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 

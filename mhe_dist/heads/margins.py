@@ -68,9 +68,9 @@ class Margin:
         """m1, m2 and m3 of the kinds that are the same for every sample."""
         config, growth = self.config, self.growth
         if config.kind == "arcface":
-            return 1.0, growth * config.m, 0.0
+            return 1.0, growth * config.chosen_m, 0.0
         if config.kind == "cosface":
-            return 1.0, 0.0, growth * config.m
+            return 1.0, 0.0, growth * config.chosen_m
         if config.kind == "combined":
             return 1 + growth * (config.m1 - 1), growth * config.m2, growth * config.m3
         return 1.0, 0.0, 0.0
@@ -99,7 +99,7 @@ class Margin:
             if norms is None:
                 raise ValueError("AdaFace needs the norms of the embeddings")
             quality = _quality(norms, mean, std, self.config.h).to(cosine.dtype)
-            return _adaptive(cosine, self.growth * self.config.m, quality)
+            return _adaptive(cosine, self.growth * self.config.chosen_m, quality)
         m1, m2, m3 = self.parts
         if m1 == 1 and m2 == 0:
             return cosine - m3, torch.ones_like(cosine)

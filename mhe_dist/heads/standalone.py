@@ -76,16 +76,18 @@ def create_head(
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
             `objective`, `on_bad_label` and `matmul` (auto: as torch is set in this process).
-            `length`, `extra_heads` and `groups` that are left out: see `_with_sizes`.
+            `length`, `extra_heads` and `groups` that are left out, and a margin's `m` that is
+            "auto": see `_with_sizes`.
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
     """
     blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     topology = _topology(None if device is None else torch.device(device))
-    config = _with_sizes(_config(kind, blocks, options), num_classes, dim, topology.world_size)
+    config = _config(kind, blocks, options)
     if wrong := config.validate_combinations(topology.world_size):
         raise UserError("; ".join(wrong))
+    config = _with_sizes(config, num_classes, dim, topology.world_size)
     if config.mhs.repartition_every and steps_per_epoch <= 0:
         raise UserError("repartition_every counts epochs: give steps_per_epoch, too")
     if config.bank.memory == "file" and not config.bank.path:

@@ -76,6 +76,9 @@ def _as_recorded(config: Config) -> HeadConfig:
     changes: dict[str, Any] = {"mhs": head.mhs.model_copy(update=sizes)}
     if _kept(head, recorded, "groups"):
         changes["groups"] = recorded["groups"]
+    margin = recorded.get("margin") or {}
+    if _kept(head.margin, margin, "m"):
+        changes["margin"] = head.margin.model_copy(update={"m": margin["m"]})
     return head.model_copy(update=changes)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import log10
 from typing import Final
 
-from mhe_dist.config.auto.head_sizes import HeadDemand, count_classes_met
+from mhe_dist.config.auto.head_sizes import HeadDemand, count_classes_seen
 from mhe_dist.config.head import HeadConfig
 
 ALWAYS_MET: Final = 0.5
@@ -37,11 +37,9 @@ def score_head(head: HeadConfig, demand: HeadDemand) -> float:
 def _classes(head: HeadConfig, demand: HeadDemand) -> tuple[float, float]:
     """Classes that a sample meets in a step, and in any step."""
     every = demand.classes
-    if head.kind == "full":
-        return every, every
-    if head.kind == "partial_fc":
-        return max(1.0, head.partial_fc.rate * every), every
-    seen = count_classes_met(head.mhs, demand, head.chosen_groups)
+    seen = count_classes_seen(head, demand, head.chosen_groups)
+    if head.kind != "mhs":
+        return seen, every
     if head.mhs.negatives == "batch" or head.mhs.repartition_every:
         return seen, every
     if head.mhs.negatives == "own" or not head.mhs.chosen_extra_heads:

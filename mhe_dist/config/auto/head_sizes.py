@@ -25,7 +25,7 @@ import math
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple
 
-from mhe_dist.config.head import AUTO, AUTO_KEYS, GROUPS_KEY, HeadConfig, MhsConfig
+from mhe_dist.config.head import AUTO, AUTO_KEYS, GROUPS_KEY, MARGIN_KEY, HeadConfig, MhsConfig
 from mhe_dist.config.schema import Config
 
 MOST_CLASSES_OF_FULL: Final = 20_000
@@ -53,6 +53,10 @@ GATHERED_LENGTH: Final = 10
 SPARE_GROUPS: Final = 4
 FEWEST_GROUPS: Final = 8
 """Groups for four times the workers, or for eight, as far as the batches can use them."""
+
+FULL_MARGIN: Final = 0.45
+"""CosFace's margin for a softmax over all classes: the least that was best (`mhe reproduce
+margins`, scale 32)."""
 
 
 class HeadDemand(NamedTuple):
@@ -84,6 +88,8 @@ class SizeChoice(NamedTuple):
         groups: G.
         length, extra_heads: L and m of `mhs`; 0 for other heads.
         why_groups, why_sizes: a sentence each; the second is empty for other heads.
+        margin: m of CosFace, see `choose_margin`.
+        why_margin: a sentence.
     """
 
     groups: int
@@ -91,11 +97,14 @@ class SizeChoice(NamedTuple):
     extra_heads: int
     why_groups: str
     why_sizes: str
+    margin: float
+    why_margin: str
 
     def explain(self, keys: Sequence[str], classes: int) -> str:
         """Why some of `AUTO_KEYS` are so, and what the rule would take instead of this head."""
-        why = [self.why_sizes] if set(keys) - {GROUPS_KEY} else []
+        why = [self.why_sizes] if set(keys) - {GROUPS_KEY, MARGIN_KEY} else []
         why += [self.why_groups] if GROUPS_KEY in keys else []
+        why += [self.why_margin] if MARGIN_KEY in keys else []
         few = f"with {classes:,} classes head.kind=full finds more (docs/choosing.md)"
         advice = [few] if self.length and choose_kind(classes) == "full" else []
         return "; ".join([*why, *advice])
@@ -145,18 +154,48 @@ def choose_sizes(head: HeadConfig, demand: HeadDemand) -> SizeChoice:
         f"with {groups} group{plural}, of which a worker owns whole ones, there can be up to "
         f"{groups} workers; the {most_used} micro-batches of a step allow {most_used}"
     )
+    length, extra, why_sizes = 0, 0, ""
+    if head.kind == "mhs":
+        rows = _count_rows(head, demand)
+        length = _choose_length(head.mhs, demand, groups, rows)
+        extra = _choose_extra_heads(head.mhs, demand, groups, length, rows)
+        why_sizes = _explain(head, demand, rows, length, extra)
+        mhs = head.mhs.model_copy(update={"length": length, "extra_heads": extra})
+        head = head.model_copy(update={"mhs": mhs})
+    margin, why_margin = choose_margin(head, demand, groups)
+    return SizeChoice(groups, length, extra, why_groups, why_sizes, margin, why_margin)
+
+
+def choose_margin(head: HeadConfig, demand: HeadDemand, groups: int) -> tuple[float, str]:
+    """CosFace's m for a softmax that has n of C classes, and why: `FULL_MARGIN + ln(C / n) / s`.
+
+    Negatives whose cosines are alike add up to n times one of them, so the target's probability is
+    that of a logistic function of `s (cos - m) - ln n - const`. A tenth of the negatives is as
+    `ln(10) / s` less margin: this gives it back, and the target's mean probability stays. With
+    `head.mhs.correction` the logits of the negatives have it already.
+    """
+    corrected = head.kind == "mhs" and head.mhs.correction
+    seen = demand.classes if corrected else count_classes_seen(head, demand, groups)
+    added = math.log(demand.classes / seen) / head.margin.scale
+    why = (
+        f"a sample meets {seen:,.0f} of {demand.classes:,} classes, so {added:.3f} more than the "
+        f"{FULL_MARGIN} of a softmax over all of them"
+    )
+    return round(FULL_MARGIN + added, 3), why
+
+
+def count_classes_seen(head: HeadConfig, demand: HeadDemand, groups: int) -> float:
+    """Classes in the softmax of a sample, of a head with a row for each class."""
+    if head.kind == "partial_fc":
+        return max(1.0, head.partial_fc.rate * demand.classes)
     if head.kind != "mhs":
-        return SizeChoice(groups, 0, 0, why_groups, "")
-    rows = _count_rows(head, demand)
-    length = _choose_length(head.mhs, demand, groups, rows)
-    extra = _choose_extra_heads(head.mhs, demand, groups, length, rows)
-    why_sizes = _explain(head, demand, rows, length, extra)
-    return SizeChoice(groups, length, extra, why_groups, why_sizes)
+        return demand.classes
+    return count_classes_met(head.mhs, demand, groups)
 
 
 def auto_keys(head: HeadConfig) -> list[str]:
     """Which of `AUTO_KEYS` are `auto`, of those that the kind of head has."""
-    kept = AUTO_KEYS if head.kind == "mhs" else (GROUPS_KEY,)
+    kept = AUTO_KEYS if head.kind == "mhs" else (GROUPS_KEY, MARGIN_KEY)
     return [key for key, value in _values(head).items() if key in kept and value == AUTO]
 
 
@@ -166,9 +205,10 @@ def describe_sizes(keys: list[str], head: HeadConfig, why: str) -> str:
     return f"auto: {', '.join(f'{key}={numbers[key]}' for key in keys)}: {why}"
 
 
-def _values(head: HeadConfig) -> dict[str, int | Literal["auto"]]:
+def _values(head: HeadConfig) -> dict[str, float | Literal["auto"]]:
     """Those of `AUTO_KEYS`."""
-    return dict(zip(AUTO_KEYS, (head.groups, head.mhs.length, head.mhs.extra_heads), strict=True))
+    values = head.groups, head.mhs.length, head.mhs.extra_heads, head.margin.m
+    return dict(zip(AUTO_KEYS, values, strict=True))
 
 
 def choose_groups(head: HeadConfig, demand: HeadDemand) -> int:
@@ -189,11 +229,13 @@ def choose_groups(head: HeadConfig, demand: HeadDemand) -> int:
 
 def fill_sizes(head: HeadConfig, sizes: SizeChoice) -> HeadConfig:
     """The head's block with numbers where it had `auto`."""
-    block = head.mhs
+    block, margin = head.mhs, head.margin
     if head.kind == "mhs":
         numbers = {"length": sizes.length, "extra_heads": sizes.extra_heads}
         block = block.model_copy(update=numbers)
-    return head.model_copy(update={"groups": sizes.groups, "mhs": block})
+    if margin.m == AUTO:
+        margin = margin.model_copy(update={"m": sizes.margin})
+    return head.model_copy(update={"groups": sizes.groups, "mhs": block, "margin": margin})
 
 
 def resolve_sizes(config: Config, classes: int) -> Config:

@@ -59,6 +59,18 @@ def test_a_run_that_goes_on_keeps_its_numbers(tmp_path: Path) -> None:
     assert f"as {tmp_path}/a began" in explain_settled(config(tmp_path), 10**6)
 
 
+def test_a_margin_is_chosen_once_too(tmp_path: Path) -> None:
+    margin = {"scale": 32, "m": "auto"}
+    settled = settle_sizes(config(tmp_path, margin=margin, groups=2, mhs={"length": 60}), 6_000)
+    assert settled.head.margin.m == 0.522
+    save_config(settled, f"{tmp_path}/a/config.yaml")
+    again = config(tmp_path, margin=margin)
+    assert refuse_changed_config(again) == []
+    assert settle_sizes(again, 10**6).head.margin.m == 0.522
+    with pytest.raises(UserError, match=r"head.margin.m: 0.522 in the run, 0.3 now"):
+        refuse_changed_config(config(tmp_path, margin={"scale": 32, "m": 0.3}))
+
+
 def test_another_number_is_still_refused(tmp_path: Path) -> None:
     save_config(settle_sizes(config(tmp_path), 6_000), f"{tmp_path}/a/config.yaml")
     with pytest.raises(UserError, match=r"head.groups: 8 in the run, 4 now"):

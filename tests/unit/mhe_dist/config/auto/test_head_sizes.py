@@ -154,7 +154,10 @@ def test_numbers_that_are_given_are_kept() -> None:
 
 
 def test_which_keys_are_auto() -> None:
-    assert auto_keys(HeadConfig()) == list(AUTO_KEYS)
+    assert [*auto_keys(HeadConfig()), "head.margin.m"] == list(AUTO_KEYS)
+    margin = {"m": "auto"}
+    assert auto_keys(HeadConfig(margin=margin)) == list(AUTO_KEYS)
+    assert auto_keys(HeadConfig(kind="full", margin=margin)) == ["head.groups", "head.margin.m"]
     assert auto_keys(HeadConfig(kind="full")) == ["head.groups"]
     assert auto_keys(head_of(length=4, extra_heads=1)) == ["head.groups"]
 
@@ -177,6 +180,7 @@ def test_a_number_that_nobody_chose_is_named() -> None:
         (lambda: head.chosen_groups, "head.groups"),
         (lambda: head.mhs.chosen_length, "head.mhs.length"),
         (lambda: head.mhs.chosen_extra_heads, "head.mhs.extra_heads"),
+        (lambda: HeadConfig(margin={"m": "auto"}).margin.chosen_m, "head.margin.m"),
     ):
         with pytest.raises(UserError, match=f"^{key}=auto: "):
             read()
