@@ -1,4 +1,4 @@
-"""Numbers for the `auto` sizes of a run's head, chosen once: those that the run has, or the rule's.
+"""Numbers for what is `auto` in a run's head, chosen once: those that the run has, or the rule's.
 
 Every entry passes here when the classes of the data are known: `mhe train` and jobs before they
 write the run's `config.yaml`, each rank before it builds the head, and a trial of preflight.

@@ -1,4 +1,4 @@
-"""The rule that chooses a head, and the numbers for `auto` in `head.groups` and `head.mhs`.
+"""The rule that chooses a head, and the numbers for what is `auto` in it: sizes and margin.
 
 One rule for `mhe init`, for `auto`, for preflight and for docs/choosing.md.
 

@@ -110,15 +110,17 @@ def test_a_run_of_no_head_yet_decides_nothing(tmp_path: Path) -> None:
 def test_a_rank_settles_the_sizes_and_a_resume_with_auto_keeps_them(tmp_path: Path) -> None:
     """The run and its checkpoint hold numbers; workers for whom they differ go on with them."""
     shards = tiny.write_shards(tmp_path / "data")
-    first = tiny.config(tmp_path, shards, head=AUTO, train={"max_steps": 4}, scale={"workers": 4})
+    auto = {**AUTO, "margin": {"kind": "cosface", "scale": 16, "m": "auto"}}
+    first = tiny.config(tmp_path, shards, head=auto, train={"max_steps": 4}, scale={"workers": 4})
     run_pretraining(first)
     begun = read_run_config(first.run.path)
     assert begun is not None
     assert begun["head"]["groups"] == 4 and begun["head"]["mhs"]["length"] == 8
+    assert 0.45 < begun["head"]["margin"]["m"] < 0.7
     saved = find_checkpoint(first.run.path)
     assert saved.run["config"]["head"] == begun["head"]
     overrides = {"train": {"max_steps": 6}, "resume": {"allow": ["train.max_steps"]}}
-    run_pretraining(tiny.config(tmp_path, shards, head=AUTO, **overrides))
+    run_pretraining(tiny.config(tmp_path, shards, head=auto, **overrides))
     after = read_run_config(first.run.path)
     assert after is not None and after["head"] == begun["head"]
     assert find_checkpoint(first.run.path).step == 6
