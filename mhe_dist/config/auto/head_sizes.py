@@ -57,6 +57,8 @@ FEWEST_GROUPS: Final = 8
 FULL_MARGIN: Final = 0.45
 """CosFace's margin for a softmax over all classes: the least that was best (`mhe reproduce
 margins`, scale 32)."""
+LARGEST_MARGIN: Final = 0.75
+"""More was not measured, and with a small scale the rule would ask for more than cosines differ."""
 
 
 class HeadDemand(NamedTuple):
@@ -172,7 +174,7 @@ def choose_margin(head: HeadConfig, demand: HeadDemand, groups: int) -> tuple[fl
     Negatives whose cosines are alike add up to n times one of them, so the target's probability is
     that of a logistic function of `s (cos - m) - ln n - const`. A tenth of the negatives is as
     `ln(10) / s` less margin: this gives it back, and the target's mean probability stays. With
-    `head.mhs.correction` the logits of the negatives have it already.
+    `head.mhs.correction` the logits of the negatives have it already. At most `LARGEST_MARGIN`.
     """
     corrected = head.kind == "mhs" and head.mhs.correction
     seen = demand.classes if corrected else count_classes_seen(head, demand, groups)
@@ -181,6 +183,8 @@ def choose_margin(head: HeadConfig, demand: HeadDemand, groups: int) -> tuple[fl
         f"a sample meets {seen:,.0f} of {demand.classes:,} classes, so {added:.3f} more than the "
         f"{FULL_MARGIN} of a softmax over all of them"
     )
+    if FULL_MARGIN + added > LARGEST_MARGIN:
+        return LARGEST_MARGIN, f"{why}, but never more than {LARGEST_MARGIN}"
     return round(FULL_MARGIN + added, 3), why
 
 

@@ -31,6 +31,13 @@ def test_fewer_classes_take_a_larger_margin() -> None:
     assert margin_of(demand=STUDY._replace(classes=60_000), **OWN_PLUS) == 0.594
 
 
+def test_no_margin_is_larger_than_the_largest_that_was_measured() -> None:
+    """Else a small scale would lead to one that no config may hold."""
+    assert margin_of(scale=2, kind="partial_fc") == 0.75
+    config = HeadConfig.model_validate({"margin": {"scale": 2, "m": "auto"}, "kind": "partial_fc"})
+    assert choose_sizes(config, STUDY).why_margin.endswith("but never more than 0.75")
+
+
 def test_a_correction_of_the_logits_leaves_nothing_to_give_back() -> None:
     corrected = {"mhs": OWN_PLUS["mhs"] | {"correction": True}}
     assert margin_of(**corrected) == 0.45
