@@ -203,12 +203,13 @@ GROUPS = Study(
 )
 
 _PLUS = (_MHS, "mhs.length=100", "mhs.negatives=own_plus", "mhs.extra_heads=5")
+_LONG = (_MHS, "mhs.length=600", "mhs.negatives=own", "mhs.extra_heads=0")
 
 MARGINS = Study(
     name="margins",
     title="6,000 classes, margins",
     text=(
-        "Which margin is best for a head whose samples meet 6,000, 583 or 45 classes: CosFace "
+        "Which margin is best for a head whose samples meet 6,000, 600, 583 or 45 classes: CosFace "
         "with scale 32 and a margin of 0.15 to 0.75. Data and network of `mhe reproduce heads`, "
         "the network compiled, one seed each, in bf16 on two CPU cores."
     ),
@@ -225,6 +226,7 @@ MARGINS = Study(
         for name, title, lr_scale, margins, settings in (
             ("full", "full softmax", 3, (0.15, 0.3, 0.45, 0.6), ("kind=full",)),
             ("plus", "MHS {60;100} own + 5", 3, (0.3, 0.45, 0.6), _PLUS),
+            ("long", "MHS {10;600} own", 3, (0.45, 0.52), _LONG),
             ("few", "MHS {1200;5} own + 8", 1, (0.3, 0.45, 0.6, 0.75), (*_FEW, "groups=2")),
         )
         for m in margins
