@@ -81,7 +81,16 @@ def _tuned(name: str, title: str, margin: float, lr_scale: float, *settings: str
     return _head(name, title, *settings, f"margin.m={margin}", f"optim.lr_scale={lr_scale}")
 
 
+def _compiled(variant: Variant) -> Variant:
+    """With a compiled network."""
+    return variant._replace(overrides=(*variant.overrides, "model.compile=true"))
+
+
 _MHS = "kind=mhs"
+_OWN = (_MHS, "mhs.length=100", "mhs.negatives=own", "mhs.extra_heads=0")
+_LONG = (_MHS, "mhs.length=600", "mhs.negatives=own", "mhs.extra_heads=0")
+_PLUS = (_MHS, "mhs.length=100", "mhs.negatives=own_plus", "mhs.extra_heads=5")
+_FEW = (_MHS, "mhs.length=5", "mhs.negatives=own_plus", "mhs.extra_heads=8")
 _NETWORK = (
     "The data of `mhe reproduce small`, and a network that is not the bottleneck: an IResNet of "
     "one block a stage, 16 to 128 channels. Margin (0.3 or 0.45) and learning rate of the rows (1 "
@@ -104,14 +113,14 @@ HEADS = Study(
             "MHS {60;100} own + 5",
             0.45,
             3,
-            *(_MHS, "mhs.length=100", "mhs.negatives=own_plus", "mhs.extra_heads=5"),
+            *_PLUS,
         ),
         _tuned(
             "mhs_one_head",
             "MHS {10;600} own",
             0.45,
             3,
-            *(_MHS, "mhs.length=600", "mhs.negatives=own", "mhs.extra_heads=0"),
+            *_LONG,
         ),
         _tuned(
             "mhs_groups10",
@@ -155,14 +164,14 @@ HEADS_ONCE = Study(
             "MHS {60;100} own",
             0.45,
             1,
-            *(_MHS, "mhs.length=100", "mhs.negatives=own", "mhs.extra_heads=0"),
+            *_OWN,
         ),
         _tuned(
             "mhs_own_new",
             "MHS {60;100} own, new heads each epoch",
             0.45,
             1,
-            *(_MHS, "mhs.length=100", "mhs.negatives=own", "mhs.extra_heads=0"),
+            *_OWN,
             "mhs.repartition_every=1",
         ),
         _tuned("mhp", "MHP {78;77}", 0.3, 1, "kind=mhp"),
@@ -170,8 +179,6 @@ HEADS_ONCE = Study(
     ),
     typefaces=SMALL.typefaces,
 )
-
-_FEW = (_MHS, "mhs.length=5", "mhs.negatives=own_plus", "mhs.extra_heads=8")
 
 GROUPS = Study(
     name="groups",
@@ -202,9 +209,6 @@ GROUPS = Study(
     typefaces=SMALL.typefaces,
 )
 
-_PLUS = (_MHS, "mhs.length=100", "mhs.negatives=own_plus", "mhs.extra_heads=5")
-_LONG = (_MHS, "mhs.length=600", "mhs.negatives=own", "mhs.extra_heads=0")
-
 MARGINS = Study(
     name="margins",
     title="6,000 classes, margins",
@@ -215,14 +219,7 @@ MARGINS = Study(
     ),
     config="glyphs_heads.yaml",
     variants=tuple(
-        Variant(
-            f"{name}_{round(100 * m)}",
-            f"{title}, m = {m}",
-            (
-                *(f"head.{setting}" for setting in settings),
-                *(f"head.margin.m={m}", f"head.optim.lr_scale={lr_scale}", "model.compile=true"),
-            ),
-        )
+        _compiled(_tuned(f"{name}_{round(100 * m)}", f"{title}, m = {m}", m, lr_scale, *settings))
         for name, title, lr_scale, margins, settings in (
             ("full", "full softmax", 3, (0.15, 0.3, 0.45, 0.6), ("kind=full",)),
             ("plus", "MHS {60;100} own + 5", 3, (0.3, 0.45, 0.6), _PLUS),

@@ -76,8 +76,7 @@ def create_head(
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
             `objective`, `on_bad_label` and `matmul` (auto: as torch is set in this process).
-            `length`, `extra_heads` and `groups` that are left out, and a margin's `m` that is
-            "auto": see `_with_sizes`.
+            Left out sizes and groups, and a margin's `m` that is "auto": see `_with_sizes`.
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.

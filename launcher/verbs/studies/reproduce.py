@@ -58,8 +58,8 @@ def reproduce(
 
     small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
-    five other heads, one seed each; groups: more and more groups; margins: three heads with three
-    or four margins. full: more than 80,000 classes, two heads, half an hour each.
+    five other heads, one seed each; groups: more and more groups; margins: four heads with two
+    to four margins. full: more than 80,000 classes, two heads, half an hour each.
     paper100: the paper's heads at 100 classes. components: several labels per image, six
     heads, three seeds each. unlabelled: 400 characters without their labels,
     clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and

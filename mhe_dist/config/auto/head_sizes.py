@@ -162,8 +162,7 @@ def choose_sizes(head: HeadConfig, demand: HeadDemand) -> SizeChoice:
         length = _choose_length(head.mhs, demand, groups, rows)
         extra = _choose_extra_heads(head.mhs, demand, groups, length, rows)
         why_sizes = _explain(head, demand, rows, length, extra)
-        mhs = head.mhs.model_copy(update={"length": length, "extra_heads": extra})
-        head = head.model_copy(update={"mhs": mhs})
+        head = head.model_copy(update={"mhs": _fill_mhs(head.mhs, length, extra)})
     margin, why_margin = choose_margin(head, demand, groups)
     return SizeChoice(groups, length, extra, why_groups, why_sizes, margin, why_margin)
 
@@ -171,7 +170,7 @@ def choose_sizes(head: HeadConfig, demand: HeadDemand) -> SizeChoice:
 def choose_margin(head: HeadConfig, demand: HeadDemand, groups: int) -> tuple[float, str]:
     """CosFace's m for a softmax that has n of C classes, and why: `FULL_MARGIN + ln(C / n) / s`.
 
-    Negatives whose cosines are alike add up to n times one of them, so the target's probability is
+    Negatives with similar cosines add up to n times one of them, so the target's probability is
     that of a logistic function of `s (cos - m) - ln n - const`. A tenth of the negatives is as
     `ln(10) / s` less margin: this gives it back, and the target's mean probability stays. With
     `head.mhs.correction` the logits of the negatives have it already. At most `LARGEST_MARGIN`.
@@ -235,11 +234,14 @@ def fill_sizes(head: HeadConfig, sizes: SizeChoice) -> HeadConfig:
     """The head's block with numbers where it had `auto`."""
     block, margin = head.mhs, head.margin
     if head.kind == "mhs":
-        numbers = {"length": sizes.length, "extra_heads": sizes.extra_heads}
-        block = block.model_copy(update=numbers)
+        block = _fill_mhs(block, sizes.length, sizes.extra_heads)
     if margin.m == AUTO:
         margin = margin.model_copy(update={"m": sizes.margin})
     return head.model_copy(update={"groups": sizes.groups, "mhs": block, "margin": margin})
+
+
+def _fill_mhs(mhs: MhsConfig, length: int, extra_heads: int) -> MhsConfig:
+    return mhs.model_copy(update={"length": length, "extra_heads": extra_heads})
 
 
 def resolve_sizes(config: Config, classes: int) -> Config:

@@ -130,7 +130,8 @@ def write_synthetic_set(folder: Path, images: int, dim: int) -> None:
     labels = np.concatenate([planted.labels, planted.foreign_labels])
     np.save(folder / _LABELS, labels.astype(np.int32))
     rows = np.lib.format.open_memmap(folder / _ROWS, "w+", np.float32, (images, dim))
-    directions = _unit(np.random.default_rng(1).normal(size=(classes, dim)).astype(np.float32))
+    directions = np.random.default_rng(1).standard_normal((classes, dim), np.float32)
+    directions /= np.float32(dim**0.5)
     for start in range(0, images, _PER_SHARD):
         numbers = np.arange(start, min(start + _PER_SHARD, images))
         rows[numbers] = _embed(true[numbers[numbers < shown]], len(numbers), directions, start)
@@ -144,18 +145,16 @@ def write_synthetic_set(folder: Path, images: int, dim: int) -> None:
 def _embed(
     labels: npt.NDArray[Any], count: int, directions: npt.NDArray[Any], seed: int
 ) -> npt.NDArray[np.float32]:
-    """float32 `[n, D]`: rows near the direction of their class; those without one are anywhere."""
+    """float32 `[n, D]`: near the direction of their class; those without one are anywhere.
+
+    Their lengths say nothing: an audit looks at directions (`UnitRows`).
+    """
     rng, dim = np.random.default_rng([2, seed]), directions.shape[1]
     rows = rng.standard_normal((count, dim), np.float32)
     length = np.where(rng.random(len(labels)) < _FAR, _FAR_NOISE, _NOISE).astype(np.float32)
     rows[: len(labels)] *= length[:, None] / np.float32(dim**0.5)
     rows[: len(labels)] += directions[labels]
-    return _unit(rows)
-
-
-def _unit(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    scaled: npt.NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return scaled
+    return rows
 
 
 def _samples(labels: npt.NDArray[Any]) -> Iterator[list[Sample]]:
@@ -216,6 +215,7 @@ def audit_in_process(folder: str, name: str) -> None:
         names = SampleNames(index, lambda wanted: {number: str(number) for number in wanted}, {})
         write_findings(job.folder, list_findings(result, names))
         job.publish()
+    # Not `ru_maxrss`, which keeps the peak of the process that started this one.
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
     print(json.dumps({"peak": peak * 1024}), flush=True)
