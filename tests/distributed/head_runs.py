@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mhe_dist.bank import bank
 from mhe_dist.config.head import BankConfig, HeadConfig, MarginConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
@@ -56,6 +55,18 @@ def head_config(head: str, margin: str = "cosface", /, **changes: object) -> Hea
     for key, value in [*HEADS[head].items(), *changes.items()]:
         values[key] = values.get(key, {}) | value if isinstance(value, dict) else value
     return HeadConfig.model_validate(values)
+
+
+CRAMPED = {
+    "bank.bank.HOST_CHUNK_BYTES": 800,
+    "bank.repartition.MOVED_BYTES": 800,
+    "bank.saved_rows.SAVED_CHUNK_BYTES": 400,
+    "heads.gathered.scores.LOGITS_BYTES": 2000,
+    "heads.multilevel.exchange.LOGITS_BYTES": 2000,
+    "heads.routed.softmax.LOGITS_BYTES": 2000,
+    "heads.routed.several_labels.LOGITS_BYTES": 2000,
+    "heads.routed.extra_gradient.LOGITS_BYTES": 200,
+}
 
 
 @dataclass(frozen=True)
@@ -150,10 +161,8 @@ def run(topology: Topology, job: Job) -> dict[str, Tensor]:
     """
     with ExitStack() as patches:
         if job.cramped:
-            patches.enter_context(mock.patch.object(bank, "HOST_CHUNK_BYTES", 800))
-            routed = ("routed.softmax", "routed.several_labels")
-            for module in ("gathered.scores", "multilevel.exchange", *routed):
-                patches.enter_context(mock.patch(f"mhe_dist.heads.{module}.LOGITS_BYTES", 2000))
+            for name, size in CRAMPED.items():
+                patches.enter_context(mock.patch(f"mhe_dist.{name}", size))
         return _run(topology, job)
 
 

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict] = {
     "adamw": {"optim": {"kind": "adamw"}},
     "bfloat16": {"bank": {"dtype": "bfloat16"}},
     "file": {"bank": {"memory": "file"}},
+    "in pieces": {},
 }
 CASES = [(head, variant) for head in HEADS for variant in VARIANTS]
 
@@ -34,7 +35,8 @@ CASES = [(head, variant) for head in HEADS for variant in VARIANTS]
 def job(head: str, variant: str, every: int, steps: tuple[int, int], folder: str = "") -> Job:
     changes = VARIANTS[variant] | {"mhs": {"repartition_every": every}}
     config = head_config(head, **changes)
-    return Job(config, steps=steps, folder=folder or None, epoch_steps=1.0)
+    cramped = variant == "in pieces"
+    return Job(config, steps=steps, folder=folder or None, epoch_steps=1.0, cramped=cramped)
 
 
 def by_class(results: list[dict[str, Tensor]], field: str, permutation: int) -> Tensor:

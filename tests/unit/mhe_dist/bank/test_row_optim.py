@@ -19,6 +19,7 @@ from mhe_dist.bank.row_optim import (
 from mhe_dist.config.head import HeadOptimConfig
 
 UNITS, LENGTH, WIDTH, LR = 6, 2, 3, 0.05
+ALL = range(10, 10 + UNITS)  # of a rank that has not the first ones
 CONFIGS = {
     "sgd": HeadOptimConfig(kind="sgd", momentum=0.9, weight_decay=0.01),
     "sgd without momentum": HeadOptimConfig(kind="sgd", momentum=0.0, weight_decay=0.01),
@@ -28,24 +29,28 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(params=["copied", "listed"])
+@pytest.fixture(params=["copied", "listed", "one by one"])
 def listed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to update units: large ones as a list of what is stored, small ones as a copy."""
-    monkeypatch.setattr(
-        bank_module, "LISTED_UNIT_BYTES", 1 if request.param == "listed" else 1 << 30
-    )
+    """The ways to update units: small ones as a copy, large ones where they are stored.
+
+    The latter as a list, which SGD takes, or one after the other.
+    """
+    large = {"listed": "LISTED_UNIT_BYTES", "one by one": "LARGE_UNIT_BYTES"}
+    for name in large.values():
+        monkeypatch.setattr(bank_module, name, 1 if large.get(request.param) == name else 1 << 30)
 
 
 def first_rows(units: Tensor) -> Tensor:
     rng = torch.Generator().manual_seed(0)
-    return torch.randn(UNITS, LENGTH, WIDTH, generator=rng, dtype=torch.float64)[units]
+    rows = torch.randn(UNITS, LENGTH, WIDTH, generator=rng, dtype=torch.float64)
+    return rows[units - ALL.start]
 
 
 def make(config: HeadOptimConfig) -> tuple[Bank, RowOptimizer]:
     optimizer = build_row_optimizer(config)
     types = {"dtype": torch.float64, "compute_dtype": torch.float64}
-    bank = Bank(range(UNITS), LENGTH, WIDTH, first_rows, optimizer.fields, **types)
-    bank.touch(range(UNITS))
+    bank = Bank(ALL, LENGTH, WIDTH, first_rows, optimizer.fields, **types)
+    bank.touch(ALL)
     return bank, optimizer
 
 
@@ -98,8 +103,8 @@ def test_shared_factors_update_as_their_product(config: HeadOptimConfig) -> None
     updated = []
     for given in (factors, Dense(product, None, True)):
         bank, optimizer = make(config)
-        optimizer.update(bank, torch.arange(UNITS), given, LR, 0)
-        updated.append(bank.read(range(UNITS)))
+        optimizer.update(bank, torch.tensor(ALL), given, LR, 0)
+        updated.append(bank.read(ALL))
     torch.testing.assert_close(*updated, rtol=1e-12, atol=1e-12)
     part = factors.of(slice(2, 4)).product()
     torch.testing.assert_close(part, torch.einsum("nul,nd->uld", weights[:, 2:4], factors.e[2:]))
@@ -109,24 +114,24 @@ GRADIENTS = ("low rank", "low rank, not normalised", "dense", "dense, not normal
 
 
 @pytest.mark.usefixtures("listed")
-@pytest.mark.parametrize("units", [torch.arange(UNITS), range(UNITS)], ids=["some", "range"])
+@pytest.mark.parametrize("units", [torch.tensor(ALL), ALL], ids=["some", "range"])
 @pytest.mark.parametrize("kind", GRADIENTS)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_equals_torch_when_all_rows_are_touched(
     config: HeadOptimConfig, kind: str, units: Tensor | range
 ) -> None:
     bank, optimizer = make(config)
-    rows = first_rows(torch.arange(UNITS)).requires_grad_()
+    rows = first_rows(torch.tensor(ALL)).requires_grad_()
     dense = torch_optimizer(config, rows)
     for step in range(5):
         given, rows.grad = gradient(kind, rows.detach(), step)
         optimizer.update(bank, units, given, LR, step)
         dense.step()
-    torch.testing.assert_close(bank.read(range(UNITS)), rows.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bank.read(ALL), rows.detach(), rtol=1e-12, atol=1e-12)
     for field in set(optimizer.fields) - {"age"}:
         name = "momentum_buffer" if field == "momentum" else field
         expected = dense.state[rows][name]
-        torch.testing.assert_close(bank.read(range(UNITS), field), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(bank.read(ALL, field), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("listed")
@@ -134,8 +139,8 @@ def test_equals_torch_when_all_rows_are_touched(
 def test_each_row_is_as_if_its_own_updates_were_all(config: HeadOptimConfig) -> None:
     """A touched row follows torch's optimizer over the steps that touched it; others lie still."""
     bank, optimizer = make(config)
-    turns = [[0, 3], [3], [5, 3, 0], [5], [0, 5]]
-    alone = {unit: first_rows(torch.tensor([unit])).requires_grad_() for unit in range(UNITS)}
+    turns = [[10, 13], [13], [15, 13, 10], [15], [10, 15]]
+    alone = {unit: first_rows(torch.tensor([unit])).requires_grad_() for unit in ALL}
     dense = {unit: torch_optimizer(config, rows) for unit, rows in alone.items()}
     for step, units in enumerate(turns):
         rows = torch.cat([alone[unit].detach() for unit in units])
@@ -145,11 +150,11 @@ def test_each_row_is_as_if_its_own_updates_were_all(config: HeadOptimConfig) -> 
             alone[unit].grad = own.unsqueeze(0)
             dense[unit].step()
     expected = torch.cat([rows.detach() for rows in alone.values()])
-    torch.testing.assert_close(bank.read(range(UNITS)), expected, rtol=1e-12, atol=1e-12)
-    untouched = torch.tensor([1, 2, 4])
+    torch.testing.assert_close(bank.read(ALL), expected, rtol=1e-12, atol=1e-12)
+    untouched = torch.tensor([11, 12, 14])
     assert torch.equal(bank.read(untouched), first_rows(untouched))
     if config.kind == "adamw":
-        ages = bank.read(torch.tensor([0, 3, 5, 1]), "age")[:, 0, 0]
+        ages = bank.read(torch.tensor([10, 13, 15, 11]), "age")[:, 0, 0]
         assert ages.tolist() == [3, 3, 3, 0]
 
 
@@ -159,4 +164,4 @@ def test_no_units_are_no_update(kind: str) -> None:
     bank, optimizer = make(CONFIGS["sgd"])
     none = torch.empty(0, dtype=torch.int64)
     optimizer.update(bank, none, gradient(kind, first_rows(none), 0)[0], LR, 0)
-    assert torch.equal(bank.read(range(UNITS)), first_rows(torch.arange(UNITS)))
+    assert torch.equal(bank.read(ALL), first_rows(torch.tensor(ALL)))

@@ -14,12 +14,25 @@ from mhe_dist.errors import UserError
 from pipelines.clustering.assign import NO_CLASS, ClassSearch, Labels
 from pipelines.clustering.balance import plan_splits
 from pipelines.clustering.estimate import Rates, estimate_work
-from pipelines.clustering.hierarchy import deal_classes
+from pipelines.clustering.hierarchy import _split_cells, deal_classes
 from pipelines.clustering.kmeans import find_nearest, spherical_kmeans
 from pipelines.clustering.members import Members, sort_members
-from pipelines.clustering.quality import choose_classes, mean_similarities, measure_agreement
+from pipelines.clustering.quality import (
+    choose_classes,
+    mean_similarities,
+    measure_agreement,
+    measure_recall,
+)
 from pipelines.clustering.rows import UnitRows
-from pipelines.clustering.selection import KeptLabels, find_duplicates, near_enough
+from pipelines.clustering.selection import (
+    DUPLICATE,
+    KEPT,
+    OUTLIER,
+    KeptLabels,
+    drop_images,
+    find_duplicates,
+    near_enough,
+)
 from pipelines.clustering.settings import (
     SAMPLE_BYTES,
     ClusterSettings,
@@ -85,6 +98,22 @@ def test_cells_get_their_share_of_the_classes(images: list[int], data: st.DataOb
     assert (np.abs(shares - exact)[free] < 1 + np.maximum(0, (counts > 0) - exact).sum()).all()
 
 
+def test_a_crowded_cell_is_split_and_an_empty_one_left_out(state: ClusterState) -> None:
+    """Of six cells one has 100 of 120 images, five times the average, and one has none."""
+    cells = np.eye(8, dtype=np.float32)[:6]
+    owner = np.repeat(np.arange(5), [100, 5, 5, 5, 5])
+    rows = cells[owner] + 0.05 * draw(120, 8)
+    rows[:100, 6] += np.tile([0.6, -0.6, 0, 0, 0], 20)
+    rows[:100, 7] += np.tile([0, 0, 0.6, -0.6, 0], 20)
+    _split_cells(UnitRows(rows), cells, ClusterSettings(36), state, 0)
+    found = state.load_small("cells-1")["centres"]
+    np.testing.assert_array_equal(found[:4], cells[1:5])
+    assert len(found) == 4 + 5  # as many as make the average
+    counts = np.bincount(np.argmax(unit(rows) @ found.T, axis=1), minlength=9)
+    assert counts[:4].tolist() == [5] * 4
+    assert counts[4:].sum() == 100 and counts[4:].min() > 0 and counts.max() <= 60
+
+
 def test_a_kmeans_learns_from_a_bounded_sample() -> None:
     assert sample_size(10, 64, 1000) == 1000
     assert sample_size(10, 64, 10**6) == 2560
@@ -134,6 +163,29 @@ def test_cells_with_fewer_classes_than_asked_for_leave_places_empty() -> None:
     np.testing.assert_array_equal(classes[:, 0], [0, 1, 2])
     assert (np.sort(classes[:, :3]) == [0, 1, 2]).all() and (classes[:, 3:] == NO_CLASS).all()
     assert (cosines[:, 3:] == -1).all()
+
+
+@pytest.mark.parametrize("together", [7, 1 << 15])
+def test_recall_is_the_share_whose_nearest_class_of_all_was_found(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes are dealt to cells at random, so that the nearest one is often in none of the 8."""
+    monkeypatch.setattr("pipelines.clustering.quality._CENTRES", together)
+    cells, centres = unit(draw(20, 16, 1)), unit(draw(200, 16, 2))
+    cells, centres = cells.astype(np.float32), centres.astype(np.float32)
+    matrix = unit(draw(300, 16, 4)).astype(np.float32)
+    matrix[7] = 0  # has no nearest one
+    owners = np.random.default_rng(3).integers(0, 20, 200).astype(np.int32)
+    found = measure_recall(UnitRows(matrix), ClassSearch(centres, cells, owners), centres, 0)
+    there = np.delete(matrix, 7, axis=0)
+    right = []
+    for row in there:
+        probed = np.argsort(-cells @ row)[:8]
+        right.append(bool(np.isin(owners[int(np.argmax(centres @ row))], probed)))
+    assert found == pytest.approx(np.mean(right), abs=1e-12) and 0.2 < found < 0.8
+    one = ClassSearch(centres, cells[:1], np.zeros(200, np.int32))
+    assert measure_recall(UnitRows(matrix), one, centres, 0) == 1.0
+    assert measure_recall(UnitRows(matrix[7:8]), one, centres, 0) == 1.0
 
 
 def test_images_are_sorted_by_class(state: ClusterState, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +313,39 @@ def test_no_class_is_larger_than_the_bound_and_none_is_empty(
     selection.write_nearest(nearest)
     assert nearest.classes.tolist() == [each[0] if each else NO_CLASS for each in found]
     counts = np.bincount(nearest.classes[nearest.classes >= 0], minlength=len(used))
+    monkeypatch.setattr("pipelines.clustering.quality._IMAGES", 64)
     means = mean_similarities(nearest, counts)
     cosines = decode_similarities(nearest.similarities)
     assert means[3] == pytest.approx(cosines[nearest.classes == 3].mean(), abs=1e-6)
+
+
+def plain_outliers(labels: Labels, duplicate: np.ndarray, share: float) -> list[int]:
+    """Whole ties of the least similar images, as long as they are at most the share."""
+    considered = np.flatnonzero(~duplicate & (labels.classes[:, 0] != NO_CLASS))
+    nearest = labels.similarities[considered, 0]
+    outliers: list[int] = []
+    for value in np.unique(nearest):
+        tie = considered[nearest == value].tolist()
+        if len(outliers) + len(tie) > share * len(considered):
+            break
+        outliers += tie
+    return sorted(outliers)
+
+
+@pytest.mark.parametrize("part", [64, 1 << 18])
+@pytest.mark.parametrize("share", [0.1, 0.3, 1.0])
+def test_outliers_are_whole_ties_of_the_least_similar_within_the_share(
+    share: float, part: int, state: ClusterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.clustering.selection._PART", part)
+    labels = some_labels(300, 12, 3)
+    rows = UnitRows(unit(draw(300, 8)))
+    state.array("dropped", (300,), "uint8")[[5, 1, 2, 290]] = [KEPT, *[DUPLICATE] * 3]
+    found = np.asarray(drop_images(rows, labels, ClusterSettings(12, 3, outliers=share), state))
+    expected = plain_outliers(labels, found == DUPLICATE, share)
+    assert np.flatnonzero(found == OUTLIER).tolist() == expected and expected
+    assert np.flatnonzero(found == DUPLICATE).tolist() == [1, 2, 290]
+    assert found[5] == KEPT, "it has no class"
 
 
 @pytest.mark.parametrize("together", [7, 1 << 20])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from pipelines.evaluate.classification import _figures
+from pipelines.bench.scale.index import write_synthetic_index
+from pipelines.evaluate import classification
+from pipelines.evaluate.classification import _figures, count_images
+from pipelines.shards.index import ShardIndex
 
 
 def test_shares_by_training_images_of_the_class() -> None:
@@ -32,3 +37,16 @@ def test_shots_without_samples_are_left_out_and_a_sixth_column_is_the_best_of_al
     assert found["beam_recall"] == pytest.approx(2 / 3)
     assert not any(name.startswith(("medium", "many")) for name in found)
     assert "few_shot/top1" not in _figures(predicted, np.array([0, 0, 1]), None)
+
+
+@pytest.mark.parametrize("together", [13, 1 << 24])
+def test_images_of_each_class_are_counted_part_by_part(
+    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classification, "_COUNTED_TOGETHER", together)
+    write_synthetic_index(str(tmp_path), 500, 60)
+    index = ShardIndex.load(str(tmp_path))
+    labels = np.concatenate([shard.labels for shard in index.shards])
+    found = count_images(index)
+    assert found is not None and found.sum() == 500
+    assert found.tolist() == [int((labels == n).sum()) for n in range(index.num_classes)]

@@ -82,6 +82,57 @@ def test_accuracy_by_class_adds_up_to_rank_1() -> None:
     assert counts[:5].sum() == sum(each < 0.499 for each in share)
 
 
+def uneven_set() -> IdentifiedSet:
+    """Classes of 2 to 9 images, of which 0 to 3 are enrolled: of class 0 and 4 none is."""
+    rng = np.random.default_rng(3)
+    sizes, enrolled = np.array([4, 9, 3, 6, 2, 7, 5, 8]), np.array([0, 1, 2, 3, 0, 1, 2, 3])
+    labels = np.repeat(np.arange(8) * 5, sizes)
+    rows = rng.normal(size=(8, 6)).repeat(sizes, 0) + 0.9 * rng.normal(size=(len(labels), 6))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    within = np.concatenate([np.arange(size) for size in sizes])
+    is_entry = within < np.repeat(enrolled, sizes)
+    gallery, probes = np.flatnonzero(is_entry), np.flatnonzero(~is_entry)
+    result = identify(rows[gallery], labels[gallery], rows[probes], labels[probes])
+    return IdentifiedSet(rows, labels, gallery, probes, result)
+
+
+def test_strangers_are_no_mistake_and_no_class_with_an_accuracy() -> None:
+    """A probe whose class is not enrolled cannot be found, so it is neither missed nor counted."""
+    found = uneven_set()
+    cases, ranks = find_hard_cases(found), found.result.ranks
+    own = found.labels[found.probes]
+    bins, counts = [0] * 11, dict[frozenset[int], int]()
+    for each in sorted(set(own[ranks > 0].tolist())):
+        bins[int(10 * np.mean(ranks[own == each] == 1) + 1e-9)] += 1
+    assert cases["class_accuracy"].tolist() == bins and sum(bins) == 6
+    assert any(bins[1:10]), "some classes are found in part"
+    for probe in np.flatnonzero(ranks > 1).tolist():
+        nearest = found.labels[found.gallery[found.result.nearest[probe]]]
+        pair = frozenset((int(own[probe]), int(nearest[nearest != own[probe]][0])))
+        counts[pair] = counts.get(pair, 0) + 1
+    sizes = {each: int((own == each).sum()) for each in range(0, 40, 5)}
+    assert cases["confused_counts"][:, 0].tolist() == sorted(counts.values())[::-1][:12]
+    for pair, (count, of) in zip(
+        cases["confused"].tolist(), cases["confused_counts"].tolist(), strict=True
+    ):
+        assert (count, of) == (counts[frozenset(pair)], sizes[pair[0]] + sizes[pair[1]])
+
+
+def test_the_furthest_entry_of_a_class_is_one_of_that_class() -> None:
+    """Of as many entries as it has: none, one, two or three."""
+    found = uneven_set()
+    lowest: dict[int, float] = {}
+    for probe in found.probes.tolist():
+        own = found.gallery[found.labels[found.gallery] == found.labels[probe]]
+        if len(own):
+            score = float((found.rows[own] @ found.rows[probe]).min())
+            label = int(found.labels[probe])
+            lowest[label] = min(lowest.get(label, 9.0), score)
+    cases = find_hard_cases(found)
+    np.testing.assert_allclose(cases["genuine_scores"], sorted(lowest.values()))
+    assert (cases["genuine_classes"][:, 0] == cases["genuine_classes"][:, 1]).all()
+
+
 def test_a_perfect_model_confuses_nothing() -> None:
     cases = find_hard_cases(noisy_set(4, 3, 1, 0.0))
     assert cases["confused"].shape == cases["confused_images"].shape == (0, 2)
@@ -134,6 +185,16 @@ def test_umap_makes_the_map_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
     drawn = map_embeddings(found.rows, found.labels, 1)
     assert str(drawn["map_method"]).startswith("UMAP")
     np.testing.assert_allclose(drawn["map_points"], found.rows[drawn["map_images"], :2], rtol=1e-6)
+
+
+def test_the_map_leaves_out_classes_of_a_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than four are no cluster, unless no class has more."""
+    monkeypatch.setitem(sys.modules, "umap", None)
+    rows = np.random.default_rng(0).normal(size=(30, 5))
+    labels = np.repeat([0, 1, 2, 3, 4], [3, 4, 9, 1, 13])
+    assert set(map_embeddings(rows, labels, 0)["map_classes"]) == {1, 2, 4}
+    few = np.repeat(np.arange(15), 2)
+    assert set(map_embeddings(rows, few, 0)["map_classes"]) == set(range(15))
 
 
 @pytest.mark.parametrize(("images", "dim"), [(2, 8), (9, 2)])

@@ -129,24 +129,25 @@ def test_a_full_disk_is_told_before_a_sample_of_the_epoch(
     assert "No space left" in str(caught.value) and "MHE_CACHE_DIR" in str(caught.value)
 
 
-@pytest.mark.parametrize("pool", [1, 7, 1 << 23])
+@pytest.mark.parametrize(("pool", "part"), [(1, 1 << 20), (7, 77), (1 << 23, 13)])
 @pytest.mark.parametrize("choice", [{"images_per_class": 3}, {"images_per_class": 2, "mix": True}])
 def test_a_draw_in_parts_is_the_draw_of_the_whole(
-    folder: str, monkeypatch: pytest.MonkeyPatch, pool: int, choice: dict[str, object]
+    folder: str, monkeypatch: pytest.MonkeyPatch, pool: int, part: int, choice: dict[str, object]
 ) -> None:
     """As it was made when all labels were sorted in memory."""
     monkeypatch.setattr(dataset, "_POOL", pool)
+    monkeypatch.setattr(dataset, "_PART", part)
     if choice.get("mix"):
         choice = choice | {"mix": [{"shards": folder, "weight": 0.7}]}
     found = opened(folder, **choice)
     labels = np.concatenate([shard.labels for shard in ShardIndex.load(folder).shards])
     numbers = np.argsort(labels, kind="stable")
     counts = np.unique(labels, return_counts=True)[1]
-    for part in found.passes:
-        limit, keys = part.source.per_class, (part.number, 4)
+    for each in found.passes:
+        limit, keys = each.source.per_class, (each.number, 4)
         chosen = numbers[draw_at_most(counts, limit, generator(5, "view/classes", *keys))]
-        assert part.source.pass_samples == len(chosen)
-        if len(chosen) > part.samples:
+        assert each.source.pass_samples == len(chosen)
+        if len(chosen) > each.samples:
             rng = generator(5, "view/share", *keys)
-            chosen = chosen[draw_at_most([len(chosen)], part.samples, rng)]
-        assert part._numbers(4).tolist() == np.sort(chosen).tolist()
+            chosen = chosen[draw_at_most([len(chosen)], each.samples, rng)]
+        assert each._numbers(4).tolist() == np.sort(chosen).tolist()

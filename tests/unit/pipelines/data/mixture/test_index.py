@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
+from pipelines.data.mixture import dataset, drawn
 from pipelines.data.mixture.class_list import read_classes
 from pipelines.data.mixture.dataset import draw_at_most
 from pipelines.data.mixture.index import (
@@ -337,6 +338,34 @@ def test_images_of_a_class_are_counted_by_what_a_run_shows(shards: str, tmp_path
     assert chosen.count_images().tolist() == [lists[2], lists[7]]
     classes = listed(shards, "class\n3\n4\n")
     assert opened(shards, classes=classes).count_images().tolist() == [ALL.count(3), 0]
+
+
+@pytest.mark.parametrize("part", [1, 5])
+def test_labels_that_are_read_in_parts_are_those_read_at_once(
+    shards: str, tmp_path: Path, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = labelled(shards, [[7], [], [2], *([number % 3] for number in range(3, len(ALL)))], "one")
+    several, classes = labelled(shards, SEVERAL), listed(shards, "class\n7\n2\n")
+    choices: list[dict[str, object]] = [
+        {"labels": several, "labels_per_sample": 2},
+        {"labels": several, "labels_per_sample": 3, "classes": classes},
+        {"labels": one},
+        {"labels": one, "images_per_class": 2},
+        {"labels": one, "classes": classes},
+    ]
+
+    def look(folder: str) -> list[object]:
+        monkeypatch.setenv("MHE_CACHE_DIR", str(tmp_path / folder))  # nothing is drawn before
+        found = [opened(shards, **choice) for choice in choices]
+        return [
+            (epoch(each, 3), samples_per_epoch(each), each.count_images().tolist())
+            for each in found
+        ]
+
+    whole = look("whole")
+    monkeypatch.setattr(dataset, "_PART", part)
+    monkeypatch.setattr(drawn, "_CHUNK", part)
+    assert look("parts") == whole
 
 
 def test_labels_that_a_run_cannot_learn_are_refused(shards: str, tmp_path: Path) -> None:

@@ -185,6 +185,15 @@ def test_an_fa_rate_beyond_what_was_kept_is_refused(case):
     assert found.roc.tar(1.0) == 1.0
 
 
+def test_a_far_that_allows_as_many_as_were_kept_is_beyond_them():
+    """Of 40 impostors two are kept: the threshold of one of them is known, that of two is not."""
+    found = Roc(np.array([0.85]), 40, np.array([0.9, 0.8]))
+    assert found.holds(1 / 40) and found.tar(1 / 40) == 1.0
+    assert not found.holds(2 / 40) and found.holds(1.0)
+    with pytest.raises(ValueError, match="beyond what was kept"):
+        found.tar(2 / 40)
+
+
 def test_memory_of_the_impostors_is_bounded(case):
     found = identify(*case, max_far=0.01)
     assert len(found.roc.highest) == math.floor(0.01 * found.roc.impostors) + 1
