@@ -177,9 +177,32 @@ class Killed(BaseException):
     """What ends an audit in the middle."""
 
 
-def test_findings_depend_neither_on_threads_nor_on_being_killed(
-    dirty: Planted, found: tuple[Findings, dict[str, object]], tmp_path: Path
+SMALL_PARTS = {
+    "audit.classes.mixed._PART": 500,
+    "audit.classes.pairs._PART": 50,
+    "audit.classes.pairs._TESTED": 16,
+    "audit.evaluation_sets._PART": 50,
+    "audit.evaluation_sets._TESTED": 16,
+    "audit.images.neighbours._BLOCK": 700,
+    "audit.images.neighbours._PART": 500,
+    "audit.images.repeats._PART": 50,
+    "audit.images.scores._PART": 50,
+    "audit.images.strays._PART": 500,
+    "audit.images.strays._TESTED": 16,
+    "audit.job._PART": 500,
+    "audit.record._PART": 500,
+    "clustering.settings.CHUNK_BYTES": 0,  # the least: 1024 images
+}
+
+
+def test_findings_depend_neither_on_threads_nor_on_parts_nor_on_being_killed(
+    dirty: Planted,
+    found: tuple[Findings, dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, size in SMALL_PARTS.items():
+        monkeypatch.setattr(f"pipelines.{name}", size)
     stages: list[str] = []
 
     def kill(stage: str, done: int, total: int) -> None:
@@ -199,8 +222,12 @@ def test_findings_depend_neither_on_threads_nor_on_being_killed(
     assert figures == found[1]
 
 
-def test_a_set_shares_pictures_and_identities(clean: Planted, tmp_path: Path) -> None:
+def test_a_set_shares_pictures_and_identities(
+    clean: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two identities of a set are training classes; another set is a part of the training set."""
+    for name, size in SMALL_PARTS.items():
+        monkeypatch.setattr(f"pipelines.{name}", size)
     shards = tiny.write_shards(tmp_path / "heldout", 12, first=CLASSES * IMAGES)
     index = ShardIndex.load(shards)
     labels = index.labels_of(np.arange(index.samples))

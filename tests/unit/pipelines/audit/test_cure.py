@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mhe_dist.errors import UserError
+from pipelines.audit import cure
 from pipelines.audit.cure import cure_labels, parse_actions
 from pipelines.audit.findings import (
     COLUMNS,
@@ -45,7 +46,7 @@ def findings() -> Findings:
     )
 
 
-def test_findings_are_applied(findings: Findings) -> None:
+def test_findings_are_applied(findings: Findings, monkeypatch: pytest.MonkeyPatch) -> None:
     cured = cure_labels(LABELS, 4, findings, ALL)
     assert cured.labels.tolist() == [0, 0, 0, 0, 2, 1, 1, 3, 3, 2, -1, -1]
     assert cured.num_classes == 4
@@ -53,9 +54,13 @@ def test_findings_are_applied(findings: Findings) -> None:
     assert list(cured.names(["a", "b", "c", "d"])) == ["a", "c", "d", "c (2)"]
     assert list(cured.names(["a", "c (2)", "c", "d"])) == ["a", "c", "d", "c (3)"]
     assert cured.applied == {"merge": 1, "split": 2, "relabel": 1, "drop": 1}
-    (lists,) = cured.lists()
-    assert lists.counts.tolist() == [1] * 10 + [0, 0]
-    assert lists.class_ids.tolist() == cured.labels[:10].tolist()
+    for together, parts in ((1 << 20, 1), (5, 3)):
+        monkeypatch.setattr(cure, "_PART", together)
+        lists = list(cured.lists())
+        assert len(lists) == parts
+        assert np.concatenate([each.counts for each in lists]).tolist() == [1] * 10 + [0, 0]
+        ids = np.concatenate([each.class_ids for each in lists])
+        assert ids.tolist() == cured.labels[:10].tolist()
 
 
 @pytest.mark.parametrize(
