@@ -402,3 +402,20 @@ def test_a_score_may_come_after_the_checkpoint(tmp_path: Path) -> None:
         store.save(step, {"weight": torch.ones(3)}, {}, {"scores": {"rank1": 0.5}})
     store.wait()
     assert folders(tmp_path) == ["step_00000010", "step_00000030"]
+
+
+def test_a_roll_back_deletes_what_is_newer_if_an_older_one_stands(tmp_path: Path) -> None:
+    """The one of the step itself stays; a damaged one is no older one to go back to."""
+    assert CheckpointStore(str(tmp_path), ALONE).roll_back_to(5), "there is nothing to delete"
+    save(ALONE, str(tmp_path), [10, 20, 30, 40], keep_last=9)
+    store = CheckpointStore(str(tmp_path), ALONE)
+    assert not store.roll_back_to(9)
+    assert folders(tmp_path) == [f"step_{step:08d}" for step in (10, 20, 30, 40)]
+    lose_the_manifest(tmp_path / "step_00000010")
+    assert not store.roll_back_to(15)
+    assert store.roll_back_to(30)
+    assert folders(tmp_path) == [f"step_{step:08d}" for step in (10, 20, 30)]
+    newest = store.newest()
+    assert newest is not None and newest.step == 30
+    assert store.roll_back_to(29)
+    assert load(ALONE, str(tmp_path))["step"] == 20

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError
 from pipelines.data.bad_samples import BAD_SAMPLES_FILE, MAX_NAMED, BadSamples, BadSampleTally
 from pipelines.shards.index import Fault
 
@@ -47,3 +51,19 @@ def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
 def test_a_run_without_any_says_so(tmp_path: Path) -> None:
     BadSamples(Topology(), str(tmp_path), None).gather(BadSampleTally(seen=5))
     assert lines(tmp_path) == []
+
+
+def test_the_share_of_bad_samples_is_that_of_an_epoch_or_of_all_that_were_drawn() -> None:
+    """A sample counts each time it is drawn, so what an epoch allows, two allow twice."""
+    data = DataConfig(shards="x", max_bad_fraction=0.02)
+    tally = BadSampleTally()
+    tally.check(data, 100)
+    tally.add(1, [Fault("a", "broken"), Fault("b", "broken")])
+    tally.check(data, 100)  # two of the hundred of an epoch, which has only begun
+    tally.add(99, [Fault("c", "torn")])
+    with pytest.raises(RunError, match=r"3 bad samples, .*=0.02 of 100; the last named: c: torn"):
+        tally.check(data, 100)
+    tally.add(50, [])
+    tally.check(data, 100)  # three of 150
+    with pytest.raises(RunError, match=r"c: torn; data.on_bad_sample=skip would go on"):
+        tally.check(data.model_copy(update={"on_bad_sample": "fail"}), 100)

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.data import verify
 from pipelines.data.verify import DataProblem, DatasetReport, find_duplicates, verify_dataset
 from pipelines.report.figures import save_figure
 from pipelines.report.sheets.sample_sheet import class_names, draw_sample_sheet
@@ -37,6 +38,12 @@ def index(tmp_path: Path) -> ShardIndex:
             numbers = range(shard * PER_SHARD, (shard + 1) * PER_SHARD)
             writer.write(Sample(f"k{n:02d}", members(n)) for n in numbers)
         return writer.finish(CLASSES)
+
+
+@pytest.fixture(autouse=True)
+def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tar of these has several reads, and a short last one, as large tars have."""
+    monkeypatch.setattr(verify, "_SAMPLES_PER_READ", 2)
 
 
 def read(index: ShardIndex, folder: Path, workers: Workers = HERE) -> DatasetReport:
