@@ -204,18 +204,18 @@ def test_many_units_are_begun_a_few_at_a_time(
     units: Tensor | range, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bank_module, "chunk_values", lambda device: 3 * 12 + 5)  # three units
-    rows, asked = bank(), []
+    rows, requested = bank(), []
     first = rows._initial
 
     def counted(some: Tensor) -> Tensor:
-        asked.extend(some.tolist())
+        requested.extend(some.tolist())
         assert len(some) <= 3
         return first(some)
 
     rows._initial = counted
     rows.touch(numbers(104, 118))
     rows.touch(units)
-    assert sorted(asked) == list(UNITS)
+    assert sorted(requested) == list(UNITS)
     assert torch.equal(rows.touched, torch.arange(100, 120))
     assert torch.equal(rows.read(UNITS), initial(torch.arange(100, 120)))
 

@@ -354,7 +354,7 @@ def test_labels_that_are_read_in_parts_are_those_read_at_once(
         {"labels": one, "classes": classes},
     ]
 
-    def look(folder: str) -> list[object]:
+    def contents(folder: str) -> list[object]:
         monkeypatch.setenv("MHE_CACHE_DIR", str(tmp_path / folder))  # nothing is drawn before
         found = [opened(shards, **choice) for choice in choices]
         return [
@@ -362,10 +362,10 @@ def test_labels_that_are_read_in_parts_are_those_read_at_once(
             for each in found
         ]
 
-    whole = look("whole")
+    whole = contents("whole")
     monkeypatch.setattr(dataset, "_PART", part)
     monkeypatch.setattr(drawn, "_CHUNK", part)
-    assert look("parts") == whole
+    assert contents("parts") == whole
 
 
 def test_labels_that_a_run_cannot_learn_are_refused(shards: str, tmp_path: Path) -> None:
