@@ -38,11 +38,7 @@ def settle_sizes(config: Config, classes: int | None = None, ranks: int = 1) -> 
     """
     if not auto_keys(config.head):
         return config
-    head = _as_recorded(config)
-    if auto_keys(head):
-        if classes is None:
-            classes = open_training_index(config.data, config.run.seed).num_classes
-        head = fill_sizes(head, choose_sizes(head, demand_of(config, classes, ranks)))
+    head, _ = _settle_head(config, classes, ranks)
     workers = max([ranks, *config.group_sizes()])
     if wrong := head.validate_combinations(workers):
         raise UserError(
@@ -55,15 +51,18 @@ def settle_sizes(config: Config, classes: int | None = None, ranks: int = 1) -> 
 def explain_settled(config: Config, classes: int | None = None) -> str:
     """In a line, what `settle_sizes` makes of `auto`, and why; empty if nothing is `auto`."""
     keys = auto_keys(config.head)
-    if not keys:
-        return ""
+    return describe_sizes(keys, *_settle_head(config, classes, 1)) if keys else ""
+
+
+def _settle_head(config: Config, classes: int | None, ranks: int) -> tuple[HeadConfig, str]:
+    """The head with numbers where it has `auto`, and why they are so."""
     head = _as_recorded(config)
     if not auto_keys(head):
-        return describe_sizes(keys, head, f"as {config.run.path} began")
+        return head, f"as {config.run.path} began"
     if classes is None:
         classes = open_training_index(config.data, config.run.seed).num_classes
-    sizes = choose_sizes(head, demand_of(config, classes))
-    return describe_sizes(keys, fill_sizes(head, sizes), sizes.explain(keys, classes))
+    sizes = choose_sizes(head, demand_of(config, classes, ranks))
+    return fill_sizes(head, sizes), sizes.explain(auto_keys(config.head), classes)
 
 
 def _as_recorded(config: Config) -> HeadConfig:
