@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mhe_dist.config.schema import OptimConfig, TrainConfig
@@ -32,6 +31,7 @@ from pipelines.bench.fake_cuda.device import fake_cuda
 from pipelines.bench.fake_cuda.driver import fake_driver
 from pipelines.bench.fake_cuda.lone_rank import lone_rank
 from pipelines.bench.fake_cuda.step_cost import StepCost, cost_since
+from pipelines.bench.gpu.waits import conv_network
 
 CUDA: Final = torch.device("cuda", 0)
 RANK: Final = 3
@@ -81,7 +81,8 @@ def count_engine_step(case: EngineCase) -> StepCost:
         train = TrainConfig.model_validate(sizes | {"precision": case.precision})
         optim = OptimConfig.model_validate({"clip_norm": 1.0} | case.optim)
         with lone_rank(topology, gpu.ledger):
-            engine = Engine(_network(), optim, train, topology, case.stage)
+            network = conv_network(64, 512)  # 1.6 million weights, most of them in one matrix
+            engine = Engine(network, optim, train, topology, case.stage)
             with mock.patch(SAME_ON_ALL_RANKS, lambda integers: None):
                 for step in range(STEPS):
                     gpu.clear()
@@ -117,17 +118,6 @@ def _run_step(engine: Engine, step: int) -> None:
     for part in range(MICRO_BATCHES):
         engine.backward(engine.forward(images, step, part).square().mean())
     engine.step(0.1)
-
-
-def _network() -> nn.Module:
-    """1.6 million weights, all but a few of them in one matrix."""
-    return nn.Sequential(
-        nn.Conv2d(3, 64, 3, stride=2),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 512),
-    )
 
 
 def waits_by_library(cost: StepCost) -> dict[str, int]:

@@ -97,7 +97,7 @@ def _engine_waits(settings: GpuSettings, stage: int, precision: str) -> Counter[
         sizes = {"global_batch": 16, "micro_batch": 8, "precision": precision}
         train = TrainConfig.model_validate(sizes)
         optim = OptimConfig.model_validate({"clip_norm": 1.0})
-        engine = Engine(_network(), optim, train, topology, stage)
+        engine = Engine(conv_network(16, 8), optim, train, topology, stage)
         images = torch.zeros(8, 3, 16, 16, dtype=torch.uint8)
         images = images.pin_memory() if settings.on_gpu else images
         for step in range(4):
@@ -110,11 +110,12 @@ def _engine_waits(settings: GpuSettings, stage: int, precision: str) -> Counter[
         leave_process_group()
 
 
-def _network() -> nn.Module:
+def conv_network(channels: int, dim: int) -> nn.Module:
+    """A convolution and a matrix: from images of 16 pixels to `[B, dim]`."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, stride=2),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(3, channels, 3, stride=2),
+        nn.BatchNorm2d(channels),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(16 * 7 * 7, 8),
+        nn.Linear(channels * 7 * 7, dim),
     )
