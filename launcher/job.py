@@ -16,22 +16,20 @@ from typing import Any
 from launcher import cli, execute
 from launcher.preflight.checks import check_backbone, check_data
 from launcher.preflight.node_probe import probe_node
-from launcher.preflight.predict import NodeReport, find_obstacles, workers_per_node
+from launcher.preflight.predict import find_obstacles, workers_per_node
+from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted, interruptible
 from launcher.tasks.submitted import open_submitted
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.load import load_config
-from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, UserError
 from mhe_dist.redact import scrub
 from pipelines.runs.folder import read_summary
 from pipelines.runs.resume import refuse_changed_config
 from pipelines.shards.index import index_exists
 
-CLUSTER = "auto"  # the one that started this process
-NODES_S = 40.0
 LIBRARIES = ["ray.train.torch", "mlflow"]  # a worker's, whose memory counts
 
 
@@ -61,14 +59,14 @@ def run(file: str) -> None:
     if not changes and (done := read_summary(config.run.path)) is not None:
         lines.handle({"event": "end", "summary": done})
         return
-    execute.run(config, lines, CLUSTER)
+    execute.run(config, lines, OWN_CLUSTER)
 
 
 def stop_now(path: str) -> None:
     """Tell the driver of the run at `path` not to wait for a checkpoint."""
     import ray
 
-    ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
+    ray.init(OWN_CLUSTER, namespace=NAMESPACE, log_to_driver=False)
     try:
         ray.get(ray.get_actor(mailbox_name(path)).stop.remote(now=True))
     except ValueError:  # no such actor: the run has ended, or has not begun
@@ -86,9 +84,10 @@ def preflight(file: str, trying: bool = True) -> None:
 
     config = load_config(file)
     os.environ.update(DRIVER_ENVIRONMENT)
-    ray.init(CLUSTER, namespace=NAMESPACE, log_to_driver=False)
+    ray.init(OWN_CLUSTER, namespace=NAMESPACE, log_to_driver=False)
     lines = EventLogWriter(sys.stdout)
-    found = _ask_nodes(config)
+    answers = ask_nodes(probe_node, config)
+    found = [{**report, "resources": node["Resources"]} for node, report in answers]
     lines.handle({"event": "nodes", "nodes": found})
     if not trying or find_obstacles(config, found):
         return
@@ -97,27 +96,6 @@ def preflight(file: str, trying: bool = True) -> None:
     needs: dict[str, Any] = {"env_vars": worker_environment(config)}
     measured = ray.get(task.options(runtime_env=needs).remote(file, workers))
     lines.handle({"event": "trial", "measured": measured})
-
-
-def _ask_nodes(config: Config) -> list[NodeReport]:
-    """What each living node reports of itself.
-
-    Raises:
-        UserError: names the nodes that do not answer in time.
-    """
-    import ray
-
-    nodes = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            here = {"ray.io/node-id": node["NodeID"]}
-            task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(probe_node)
-            nodes[task.remote(config)] = node
-    ready, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODES_S)
-    silent = [node["NodeManagerHostname"] for ref, node in nodes.items() if ref not in ready]
-    if silent:
-        raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {', '.join(silent)}")
-    return [{**ray.get(ref), "resources": nodes[ref]["Resources"]} for ref in ready]
 
 
 def _try(file: str, workers: int) -> dict[str, Any] | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
@@ -19,6 +19,10 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.limits import available_cores, available_memory
 from pipelines.runs.folder import logs_folder
 
+Answer = TypeVar("Answer")
+
+OWN_CLUSTER: Final = "auto"  # the one that started this process
+NODES_S: Final = 40.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
 LONGEST_TEMPORARY_FOLDER = 24
 
@@ -46,6 +50,27 @@ def existing_cluster(address: str, environment: dict[str, Any] | None = None) ->
     finally:
         with signals_ignored():
             ray.shutdown()
+
+
+def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[Any, Answer]]:
+    """Call a function on each living node of this process's cluster: Ray's node, and its answer.
+
+    Raises:
+        UserError: names the nodes that do not answer in time.
+    """
+    import ray
+
+    asked: dict[Any, Any] = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = {"ray.io/node-id": node["NodeID"]}
+            task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(function)
+            asked[task.remote(*arguments)] = node
+    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_S)
+    if silent:
+        names = ", ".join(asked[task]["NodeManagerHostname"] for task in silent)
+        raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
+    return [(asked[task], ray.get(task)) for task in ready]
 
 
 def _connect(address: str, environment: dict[str, Any] | None) -> None:

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from launcher.ray_cluster.code_package import CodePackage, copy_code
-from launcher.ray_cluster.connection import existing_cluster
+from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes, existing_cluster
 from launcher.ray_cluster.jobs import RUN_KEY, Submission, job_python, stop_environment
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import is_local
 
 COMMAND_FILE: Final = "command.json"
-CLUSTER: Final = "auto"  # the one that started the driver
-NODES_S: Final = 40.0
 _PROBE = ".mhe-probe"
 _UNSHARED = (
     "its results would end with that node: name a folder of a file system that all nodes mount"
@@ -120,7 +118,7 @@ def open_submitted(file: str) -> list[str]:
     if is_there := Path(given["folder"]).is_dir():
         os.chdir(given["folder"])
     refuse_unshared(given["results"], given["folder"], is_there)
-    return [*given["words"], "--address", CLUSTER]
+    return [*given["words"], "--address", OWN_CLUSTER]
 
 
 def refuse_unshared(results: str, folder: str, is_there: bool) -> None:
@@ -161,24 +159,7 @@ def refuse_unshared(results: str, folder: str, is_there: bool) -> None:
 
 
 def _nodes_without(path: str) -> list[str]:
-    """The hosts of this cluster that do not see a file.
-
-    Raises:
-        UserError: names the nodes that do not answer in time.
-    """
-    import ray
-
-    with existing_cluster(CLUSTER):
-        hosts = {}
-        for node in ray.nodes():
-            if node["Alive"]:
-                here = {"ray.io/node-id": node["NodeID"]}
-                task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(
-                    os.path.exists
-                )
-                hosts[task.remote(path)] = node["NodeManagerHostname"]
-        ready, silent = ray.wait(list(hosts), num_returns=len(hosts), timeout=NODES_S)
-        if silent:
-            names = ", ".join(hosts[task] for task in silent)
-            raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
-        return [hosts[task] for task in ready if not ray.get(task)]
+    """The hosts of this cluster that do not see a file."""
+    with existing_cluster(OWN_CLUSTER):
+        answers = ask_nodes(os.path.exists, path)
+        return [node["NodeManagerHostname"] for node, is_seen in answers if not is_seen]
