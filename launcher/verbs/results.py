@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.terminal.commands import loading_code, serving_command
-from launcher.verbs.evaluate.shared import RunName
+from launcher.verbs.evaluate.shared import RunName, classes_of
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
@@ -169,8 +169,7 @@ def _with_head(
         write_classifier,
     )
 
-    if (classes := trained.trained_on.get("classes")) is None:
-        raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
+    classes = classes_of(backbone)
     size = sum(part.nbytes for part in backbone.model.parameters())
     for name in formats:
         refuse_large_classifier(name.value, backbone.config, classes, size, options.half)

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.verbs.results import RunName
+from launcher.verbs.evaluate.shared import RunName
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists
 

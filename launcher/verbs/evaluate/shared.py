@@ -160,7 +160,7 @@ def classes_of(backbone: TrainedBackbone) -> int:
     Raises:
         UserError: its checkpoint does not tell.
     """
-    count = backbone.trained_on["classes"]
+    count = backbone.trained_on.get("classes")
     if count is None:
         raise UserError(f"{backbone.checkpoint} was written before checkpoints told their classes")
     return int(count)
