@@ -20,9 +20,11 @@ from launcher.verbs.data.convert import resumable
 from launcher.verbs.embedding.shared import (
     MODEL_SUFFIX,
     EmbeddingOptions,
+    EmbeddingsOption,
     embed_shards,
     embedded_by,
     find_model,
+    watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
@@ -34,12 +36,11 @@ from pipelines.storage.urls import atomic_write
 
 if TYPE_CHECKING:
     from pipelines.audit.findings import Findings
-    from pipelines.audit.job import AuditJob
     from pipelines.audit.settings import AuditSettings
 
 FIGURES_FILE, LABELS_FOLDER = "figures.json", "labels"
 MADE_OF = "made_of"  # key of the figures: what they are of
-STAGES = 24  # of an audit, about; each counts the same in the progress
+STAGES = 24  # of an audit, about
 
 Run = Annotated[
     str,
@@ -70,12 +71,6 @@ Decisions = Annotated[
     str,
     typer.Option(help="CSV like decisions.csv with `reject` (or `accept`) in its last column."),
 ]
-Embeddings = Annotated[
-    str,
-    typer.Option(
-        help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
-    ),
-]
 WorkerCount = Annotated[
     int, typer.Option(min=0, help="Embed and compare at the same time; 0: one per core or GPU.")
 ]
@@ -90,7 +85,7 @@ def audit(
     false_rate: FalseRate = 0.01,
     apply: Apply = "merge,split,relabel,drop",
     decisions: Decisions = "",
-    embeddings: Embeddings = "",
+    embeddings: EmbeddingsOption = "",
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     workers: WorkerCount = 0,
     gpu: GpuOption = None,
@@ -248,7 +243,8 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
         *(task.out, task.index, folder.rows, task.read_labels, task.num_classes),
         *(sets, recipe, task.settings, side),
     ) as job:
-        result = _watched(job, threads)
+        with ProgressDisplay().counting("auditing") as progress:
+            result = job.run(watch_stages(STAGES, progress), threads)
         findings = list_findings(result, _names(task, sets))
         figures = list_figures(result, findings)
         figures[MADE_OF] = task.made_of
@@ -276,19 +272,6 @@ def _names(task: AuditTask, sets: Sequence[Any]) -> Any:
 
     others = {each.name: (each.index, named(each.index)) for each in sets}
     return SampleNames(task.index, task.class_names, others)
-
-
-def _watched(job: AuditJob, threads: int) -> Any:
-    stages: list[str] = []
-    with ProgressDisplay().counting("auditing") as progress:
-
-        def _watch(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages.append(stage)
-            whole = 100 * max(STAGES, len(stages))
-            progress(round(100 * (len(stages) - 1 + done / max(1, total))), whole)
-
-        return job.run(_watch, threads)
 
 
 class CuredAudit(NamedTuple):

@@ -16,8 +16,10 @@ from launcher.verbs.data.convert import resumable
 from launcher.verbs.embedding.shared import (
     EMBEDDINGS_SUFFIX,
     EmbeddingOptions,
+    EmbeddingsOption,
     embed_shards,
     embedded_by,
+    watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from pipelines.clustering.build import ClusterJob
     from pipelines.clustering.quality import ReadLabels
     from pipelines.clustering.settings import ClusterSettings
-    from pipelines.clustering.state import Watch
     from pipelines.shards.label_set import LabelSet
 
 MIB, GIB = 2.0**20, 2.0**30
@@ -43,12 +44,6 @@ Model = Annotated[
     typer.Option(
         help="A run, or a step_* checkpoint; or a YAML file or its name: the backbone that it "
         "begins with."
-    ),
-]
-Embeddings = Annotated[
-    str,
-    typer.Option(
-        help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
     ),
 ]
 FurtherWithin = Annotated[
@@ -95,7 +90,7 @@ def cluster(
         str, typer.Option(help="Folder for the label set, on this machine; it must not exist.")
     ],
     model: Model = "",
-    embeddings: Embeddings = "",
+    embeddings: EmbeddingsOption = "",
     labels_per_image: LabelsPerImage = 8,
     further_within: FurtherWithin = 1.5,
     max_size: MaxSize = 5.0,
@@ -187,7 +182,8 @@ def make_classes(job: ClusterJob, workers: int, labels: ReadLabels | None) -> La
     if job.begins:
         _predict(job, workers)
     with ProgressDisplay().counting("clustering") as progress:
-        made = job.run(_watch_stages(job.settings, progress), workers, labels)
+        stages = 12 + 3 * job.settings.rounds
+        made = job.run(watch_stages(stages, progress), workers, labels)
     if made is not None:
         found = made.figures, made.counts, made.shown
         write_cluster_report(f"{job.folder}/report", job.index, *found)
@@ -233,19 +229,6 @@ def _free_memory() -> int:
         return int(lines["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return 0
-
-
-def _watch_stages(settings: ClusterSettings, progress: Any) -> Watch:
-    """Shows pieces of work as a share of the whole; each stage counts the same."""
-    stages: list[str] = []
-    expected = 12 + 3 * settings.rounds
-
-    def watch(stage: str, done: int, total: int) -> None:
-        if stage not in stages:
-            stages.append(stage)
-        progress(round(100 * (len(stages) - 1 + done / total)), 100 * max(expected, len(stages)))
-
-    return watch
 
 
 def describe(made: LabelSet) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from launcher.tasks.choose import choose_workers
 from launcher.terminal.progress import ProgressDisplay
@@ -15,9 +18,18 @@ from pipelines.runs.folder import find_run, newest_checkpoint
 from pipelines.runs.trained import read_trained_config
 
 if TYPE_CHECKING:
+    from pipelines.clustering.state import Watch
     from pipelines.embedding.folder import EmbeddingsFolder
 
 MODEL_SUFFIX, EMBEDDINGS_SUFFIX = "-model", "-embeddings"  # of folders beside what is made
+
+
+EmbeddingsOption = Annotated[
+    str,
+    typer.Option(
+        help="Folder of the embeddings; those of before are used. Left out: OUT-embeddings."
+    ),
+]
 
 
 class EmbeddingOptions(NamedTuple):
@@ -93,3 +105,16 @@ def embedded_by(folder: EmbeddingsFolder) -> dict[str, Any]:
         "dtype": recipe.dtype,
         "dim": recipe.dim,
     }
+
+
+def watch_stages(expected: int, progress: Callable[[int, int], None]) -> Watch:
+    """Shows pieces of work as a share of the whole, of about so many stages that count the same."""
+    stages: list[str] = []
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages.append(stage)
+        share = len(stages) - 1 + done / max(1, total)
+        progress(round(100 * share), 100 * max(expected, len(stages)))
+
+    return watch
