@@ -160,6 +160,11 @@ class ShardIndex:
         return None if column is None else column.values
 
     @property
+    def knows_labels(self) -> bool:
+        """Whether the images are in classes, and a column tells in which."""
+        return not self.meta.get(UNLABELLED) and self.label_column is not None
+
+    @property
     def label_shape(self) -> tuple[int, ...]:
         """Shape of a sample's labels in a run: `()`, one, or `(K,)`, up to K and then -1."""
         return ()

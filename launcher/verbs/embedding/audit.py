@@ -30,7 +30,7 @@ from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.runs.trained import read_trained_config
-from pipelines.shards.index import UNLABELLED, ShardIndex
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import atomic_write
 
@@ -205,7 +205,7 @@ def open_task(
                 f"{labels}: gives images up to {found.max_labels} classes, and an audit examines "
                 "one of each; give a label set with one class an image (--labels)"
             )
-    elif index.meta.get(UNLABELLED) or index.labels_of(np.zeros(1, np.int64)) is None:
+    elif not index.knows_labels:
         raise UserError(
             f"{index.folder}: its index holds no labels; make one that does (mhe data index), or "
             "name a label set with --labels"
@@ -257,10 +257,8 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
 
 def _known_labels(index: ShardIndex) -> Any:
     """int32 `[M]`: identities of an evaluation set; None: its index holds none."""
-    if index.meta.get(UNLABELLED):
-        return None
-    found = index.labels_of(np.arange(index.samples))
-    return None if found is None else found.astype(np.int32)
+    labels = index.label_column if index.knows_labels else None
+    return None if labels is None else labels.astype(np.int32)
 
 
 def _names(task: AuditTask, sets: Sequence[Any]) -> Any:

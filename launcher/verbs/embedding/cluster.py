@@ -25,7 +25,7 @@ from launcher.verbs.evaluate.shared import GpuOption
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.report.charts.numbers import format_share
-from pipelines.shards.index import UNLABELLED, ShardIndex
+from pipelines.shards.index import ShardIndex
 from pipelines.storage.urls import require_absent
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def make_label_set(
 
 def read_labels(index: ShardIndex) -> ReadLabels | None:
     """Reads the labels that the data set has; None: it has none, or its tars alone know them."""
-    import numpy as np
-
-    if index.meta.get(UNLABELLED) or index.labels_of(np.zeros(1, np.int64)) is None:
+    if not index.knows_labels:
         return None
 
     def read(numbers: Any) -> Any:
