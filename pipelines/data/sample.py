@@ -60,6 +60,18 @@ def read_span(index: ShardIndex, span: ShardSpan) -> list[memoryview]:
     )
 
 
+def read_sample(index: ShardIndex, number: int) -> EncodedSample:
+    """Read a sample by its number through all shards, without decoding.
+
+    Raises:
+        BadSampleError: see `extract_sample`.
+        RunError: its shard cannot be opened or read.
+    """
+    shard, position = index.locate(number)
+    (raw,) = read_span(index, ShardSpan(shard, position, position + 1))
+    return extract_sample(raw, len(raw), index.num_classes, index.entry(shard, position))
+
+
 def byte_range(index: ShardIndex, span: ShardSpan) -> tuple[int, int]:
     """First and last + 1 byte of a span in its shard."""
     bounds = index.shards[span.shard].bounds(span.start, span.stop)

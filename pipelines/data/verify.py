@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from mhe_dist.errors import RunError
 from pipelines.data.decode import ImageDecodeError, decode_image
-from pipelines.data.order import ShardSpan
-from pipelines.data.sample import BadSampleError, EncodedSample, extract_sample, read_span
+from pipelines.data.sample import BadSampleError, EncodedSample, extract_sample, read_sample
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
 from pipelines.storage.staging import Journal
@@ -152,12 +151,9 @@ def _duplicate_problem(index: ShardIndex, labels: Ints, pair: tuple[int, int]) -
 
 def _sample_name(index: ShardIndex, number: int) -> str:
     """The name of a sample in messages, with its key."""
-    shard, position = index.locate(number)
-    location = index.sample_name(shard, position)
+    location = index.sample_name(*index.locate(number))
     try:
-        raw = read_span(index, ShardSpan(shard, position, position + 1))[0]
-        entry = index.entry(shard, position)
-        return f"{location} ({extract_sample(raw, len(raw), index.num_classes, entry).key})"
+        return f"{location} ({read_sample(index, number).key})"
     except (RunError, BadSampleError):
         return location
 

@@ -13,8 +13,7 @@ from mhe_dist.errors import RunError
 from pipelines.audit.classes.centres import Floats
 from pipelines.clustering.rows import Ints
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
-from pipelines.data.order import ShardSpan
-from pipelines.data.sample import BadSampleError, extract_sample, read_span
+from pipelines.data.sample import BadSampleError, read_sample
 from pipelines.shards.index import ShardIndex
 
 EQUAL: Final = 1.0
@@ -25,12 +24,8 @@ _LEAST_CONTRAST: Final = 4.0  # of 255, below which a picture counts as having i
 
 def read_picture(index: ShardIndex, number: int, side: int) -> Pixels | None:
     """Uint8 `[side, side, 3]` or `[side, side]` of an image; None: it cannot be read."""
-    shard, position = index.locate(number)
     try:
-        (raw,) = read_span(index, ShardSpan(shard, position, position + 1))
-        entry = index.entry(shard, position)
-        encoded = extract_sample(raw, len(raw), index.num_classes, entry)
-        return decode_image(encoded.data, side)
+        return decode_image(read_sample(index, number).data, side)
     except (RunError, BadSampleError, ImageDecodeError):
         return None
 

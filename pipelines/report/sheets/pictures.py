@@ -13,8 +13,7 @@ import numpy as np
 from PIL import Image, ImageFont
 
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
-from pipelines.data.order import ShardSpan
-from pipelines.data.sample import BadSampleError, extract_sample, read_span
+from pipelines.data.sample import BadSampleError, read_sample
 from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.storage.urls import resolve_url
 
@@ -57,10 +56,7 @@ class Pictures:
             filesystem, root = resolve_url(self._source)
             key = self._keys[number]
             return key, bytes(filesystem.cat_file(f"{root}/{key}"))
-        shard, position = self._index.locate(number)
-        (raw,) = read_span(self._index, ShardSpan(shard, position, position + 1))
-        entry = self._index.entry(shard, position)
-        sample = extract_sample(raw, len(raw), self._index.num_classes, entry)
+        sample = read_sample(self._index, number)
         return sample.key, sample.data
 
 

@@ -19,8 +19,7 @@ import pyarrow.parquet as pq
 
 from mhe_dist.errors import UserError
 from pipelines.data.mixture.class_list import names_of
-from pipelines.data.order import ShardSpan
-from pipelines.data.sample import extract_sample, read_span
+from pipelines.data.sample import read_sample
 from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.shards.label_set import LabelLists, LabelSet, label_set_exists, write_label_set
 from pipelines.shards.tables import CLASSES_FILE, class_table, write_table
@@ -150,8 +149,8 @@ def _write_shards(
     """The index of the clean tars and of one more; a new image's true class is the first of its."""
     data = {("foreign", image.name): image.data for image in foreign}
     for number in plan.leaked.tolist():
-        key, image = _read_image(heldout, number)
-        data["leak", key] = image
+        sample = read_sample(heldout, number)
+        data["leak", sample.key] = sample.data
     owner = np.empty(plan.classes.num_classes, np.int64)
     for true in (plan.classes.second, plan.classes.first):
         known = np.flatnonzero(true >= 0)[::-1]
@@ -176,13 +175,6 @@ def _write_shards(
             write_table(f"{writer.folder}/{CLASSES_FILE}", table)
             about["class_names"] = CLASSES_FILE
         writer.finish(train.num_classes, about)
-
-
-def _read_image(index: ShardIndex, number: int) -> tuple[str, bytes]:
-    shard, position = index.locate(number)
-    (raw,) = read_span(index, ShardSpan(shard, position, position + 1))
-    sample = extract_sample(raw, len(raw), index.num_classes, index.entry(shard, position))
-    return sample.key, sample.data
 
 
 def _plan_rows(
