@@ -38,13 +38,10 @@ PATIENCE_S = 120.0  # with a cluster that does not answer while a job is watched
 STOP_WAIT_S = round(GRACE_S) + 10
 """Seconds that the driver of a stopped run has, before Ray kills it."""
 
-RUN_KEY, PATH_KEY = (
-    "mhe_run",
-    "mhe_path",
-)
+RUN_KEY, PATH_KEY = "mhe_run", "mhe_path"
 """Metadata of a job: name of its run, and where that is."""
 _NO_AGENT = "No available agent"
-_CODES = {"SUCCEEDED": 0, "STOPPED": Preempted.exit_code}
+_CODES = {"succeeded": 0, "stopped": Preempted.exit_code}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class Job:
         """What a command that follows the job exits with: 0 also for one that is not over."""
         if not self.is_over:
             return 0
-        return self.driver_exit_code or _CODES.get(self.status.upper(), 1)
+        return self.driver_exit_code or _CODES.get(self.status, 1)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.preflight.checks import check_backbone
-from launcher.preflight.predict import (
-    prediction_rows,
-)
+from launcher.preflight.predict import prediction_rows
 from launcher.preflight.survey import assess, survey_cluster, survey_machine
 from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster
