@@ -12,14 +12,7 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.audit.classes.pairs import group_pairs, merged_ids
-from pipelines.audit.findings import (
-    DROP,
-    MERGE,
-    REJECT,
-    RELABEL,
-    SPLIT,
-    Findings,
-)
+from pipelines.audit.findings import DROP, MERGE, REJECT, RELABEL, SPLIT, Findings
 from pipelines.clustering.rows import Ints
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import NO_LABEL, LabelLists, LabelSet, write_label_set

@@ -22,7 +22,7 @@ DUPLICATE, MIXED, WRONG_LABEL, FOREIGN, REPEATED, LEAK = KINDS = (
     *("duplicate_classes", "mixed_class", "wrong_label"),
     *("foreign", "repeated", "leak"),
 )
-MERGE, SPLIT, RELABEL, DROP, NO_ACTION = ACTIONS = "merge", "split", "relabel", "drop", "none"
+MERGE, SPLIT, RELABEL, DROP, NO_ACTION = "merge", "split", "relabel", "drop", "none"
 COLUMNS: Final = {  # name: type, and what it is where there is none
     "kind": ("string", ""),
     "key": ("string", ""),
