@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
@@ -19,9 +18,8 @@ from pipelines.clustering.state import ClusterState
 Floats = npt.NDArray[np.float64]
 
 _ROUNDS: Final = 2  # how often strays are left out, and the centre is found anew
-_SIMILAR: Final = (
-    0.5  # an image this share of the upper quartile of its class near its centre is part of it
-)
+_SIMILAR: Final = 0.5  # share of its class's upper quartile that an image must be near the centre
+_PART: Final = 1 << 14  # classes that are in memory together
 _PRIOR_PAIRS: Final = 3.0  # pairs of images that the mean of all classes counts in a class
 
 
@@ -225,10 +223,10 @@ def within_cosine(squares: Floats, counts: npt.NDArray[Any], prior: float | None
 def typical_within(centres: ClassCentres) -> float:
     """The mean over classes of the mean cosine of two of their images; 0 if all have one."""
     total = number = 0.0
-    for start, stop in _parts(len(centres.counts)):
-        sums = np.asarray(centres.sums[start:stop])
+    for start in range(0, len(centres.counts), _PART):
+        sums = np.asarray(centres.sums[start : start + _PART])
         squares = np.einsum("cd,cd->c", sums, sums).astype(np.float64)
-        found = within_cosine(squares, np.asarray(centres.counts[start:stop]))
+        found = within_cosine(squares, np.asarray(centres.counts[start : start + _PART]))
         total, number = total + float(np.nansum(found)), number + int((~np.isnan(found)).sum())
     return total / number if number else 0.0
 
@@ -267,8 +265,3 @@ def halves_relatedness(centres: ClassCentres, typical: float) -> Floats:
     found = relatedness(halves[:, 2], (halves[:, 0], halves[:, 1]), (one, other), typical)
     found[counts < 4] = np.nan
     return found
-
-
-def _parts(count: int, size: int = 1 << 14) -> Iterator[tuple[int, int]]:
-    for start in range(0, count, size):
-        yield start, min(start + size, count)
