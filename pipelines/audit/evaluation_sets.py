@@ -8,7 +8,13 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.audit.classes.centres import ClassCentres, Floats, find_centres, relatedness
+from pipelines.audit.classes.centres import (
+    ClassCentres,
+    Floats,
+    find_centres,
+    relatedness,
+    unit_rows,
+)
 from pipelines.audit.classes.pairs import (
     DuplicateClasses,
     gather_some,
@@ -181,9 +187,7 @@ def find_shared_identities(
 def _relate_part(training: TrainingSide, centres: ClassCentres, here: slice) -> tuple[Ints, Floats]:
     """The nearest training classes `[n, K]` of some classes of a set, and how related they are."""
     sums, counts = np.array(centres.sums[here]), np.asarray(centres.counts[here])
-    norms = np.sqrt(np.einsum("cd,cd->c", sums, sums))[:, None]
-    units = np.divide(sums, norms, out=np.zeros_like(sums), where=norms > 1e-6)
-    _, classes = training.search.find(units, CANDIDATES)
+    _, classes = training.search.find(unit_rows(sums), CANDIDATES)
     squares = np.einsum("cd,cd->c", sums, sums, dtype=np.float64)
     related = np.full(classes.shape, np.nan)
     for position in range(CANDIDATES):

@@ -201,6 +201,12 @@ def mix(numbers: Ints, key: int) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def unit_rows(rows: Rows) -> Rows:
+    """float32 `[n, D]`: rows with length 1; those of hardly any length become zeros."""
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-6)
+
+
 def within_cosine(squares: Floats, counts: npt.NDArray[Any], prior: float | None = None) -> Floats:
     """float64 `[k]`: mean cosine of two different images of a class.
 

@@ -14,6 +14,7 @@ from pipelines.audit.classes.centres import (
     group_classes,
     keep_similar,
     segments_of,
+    unit_rows,
 )
 from pipelines.audit.settings import AuditSettings
 from pipelines.clustering.members import Members
@@ -72,7 +73,7 @@ def cut_classes(part: Rows, segments: Segments, kept: npt.NDArray[np.bool_]) -> 
     sums = segments.sum(part * weight[:, None])
     for _ in range(_MEANS_ROUNDS):
         one = segments.sum(part * second[:, None])
-        means = _unit(sums - one), _unit(one)
+        means = unit_rows(sums - one), unit_rows(one)
         gain = np.einsum("md,md->m", part, (means[1] - means[0])[owner])
         second = kept & (gain > 0)
     inside = segments.sum(second.astype(np.int64))
@@ -99,11 +100,6 @@ def _apart_of_parts(
     return _apart(sums[::2], sums[1::2], sizes[::2], sizes[1::2])
 
 
-def _unit(rows: Rows) -> Rows:
-    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))[:, None]
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-6)
-
-
 def _project(centred: Rows, segments: Segments, weight: npt.NDArray[Any]) -> Rows:
     """float32 `[m]`: each row along its class's first principal direction (power iteration).
 
@@ -112,10 +108,10 @@ def _project(centred: Rows, segments: Segments, weight: npt.NDArray[Any]) -> Row
     owner = segments.owner
     far = np.einsum("md,md->m", centred, centred)
     order = np.lexsort((far, owner))
-    direction = _unit(centred[order[segments.starts + segments.counts - 1]])
+    direction = unit_rows(centred[order[segments.starts + segments.counts - 1]])
     projected = np.einsum("md,md->m", centred, direction[owner])
     for _ in range(_POWER_ROUNDS):
-        direction = _unit(segments.sum(centred * projected[:, None]))
+        direction = unit_rows(segments.sum(centred * projected[:, None]))
         projected = np.einsum("md,md->m", centred, direction[owner])
     found: Rows = projected
     return found

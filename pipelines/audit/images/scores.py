@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.seeds import derive, generator, sample_without_replacement
-from pipelines.audit.classes.centres import ClassCentres, leave_one_out, mix
+from pipelines.audit.classes.centres import ClassCentres, leave_one_out, mix, unit_rows
 from pipelines.audit.settings import NEAREST, AuditSettings
 from pipelines.clustering.assign import NO_CLASS, ClassSearch
 from pipelines.clustering.kmeans import find_nearest, spherical_kmeans
@@ -59,11 +59,8 @@ def index_classes(
     units = state.array("units", (classes, dim), "float32")
 
     def _scale(piece: int) -> None:
-        sums = np.asarray(centres.sums[piece * _PART : (piece + 1) * _PART])
-        norms = np.sqrt(np.einsum("cd,cd->c", sums, sums))[:, None]
-        units[piece * _PART : piece * _PART + len(sums)] = np.divide(
-            sums, norms, out=np.zeros_like(sums), where=norms > 1e-6
-        )
+        here = slice(piece * _PART, (piece + 1) * _PART)
+        units[here] = unit_rows(np.asarray(centres.sums[here]))
 
     state.run("units", -(-classes // _PART), _scale)
 
