@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from typing import Any, Final
@@ -28,7 +27,7 @@ from pipelines.report.charts.run_charts import (
 from pipelines.report.evaluation import EVALUATION_FOLDER
 from pipelines.report.heldout_pictures import heldout_sections
 from pipelines.report.page import PageSection, picture, read_bytes, write_page
-from pipelines.report.plots import HELDOUT_FIGURES, Arrays, Records, series
+from pipelines.report.plots import HELDOUT_FIGURES, Records, load_details, series
 from pipelines.storage.urls import list_folder, resolve_url
 
 _MAX_BAD_SAMPLES: Final = 50
@@ -108,7 +107,7 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
 
 def _chart_sections(run: str, records: Records, protocol: str) -> Iterator[PageSection]:
     """Curves of the records, and the ROC of the last held-out evaluation."""
-    details = _load_details(f"{run}/evaluation.npz")
+    details = load_details(f"{run}/evaluation.npz")
     says = f" ({protocol})" if protocol else ""
     for title, text, charts in (
         (
@@ -134,18 +133,10 @@ def _chart_sections(run: str, records: Records, protocol: str) -> Iterator[PageS
 def _heldout_sections(run: str, config: Config) -> Iterator[PageSection]:
     """Pictures of the newest evaluation: of `mhe evaluate heldout`, else of the run's end."""
     stem, shards = f"{run}/{EVALUATION_FOLDER}/heldout", config.evaluate.shards
-    details = _load_details(f"{stem}.npz")
+    details = load_details(f"{stem}.npz")
     if details:
         shards = json.loads(read_bytes(f"{stem}.json") or b"{}")["results"]["shards"]
-    yield from heldout_sections(details or _load_details(f"{run}/evaluation.npz"), shards)
-
-
-def _load_details(url: str) -> Arrays:
-    content = read_bytes(url)
-    if content is None:
-        return {}
-    with np.load(io.BytesIO(content)) as stored:
-        return dict(stored)
+    yield from heldout_sections(details or load_details(f"{run}/evaluation.npz"), shards)
 
 
 def _evaluation_sections(run: str) -> Iterator[PageSection]:

@@ -6,6 +6,7 @@ held-out shards; so a report can be made again long after the run.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.evaluate.metrics.roc import FARS
 from pipelines.report.charts.numbers import format_share
+from pipelines.report.page import read_bytes
 from pipelines.report.sheets.contact_sheet import draw_neighbours
 from pipelines.shards.index import index_exists
 
@@ -76,7 +78,7 @@ def draw_plots(folder: str, heldout_shards: str, image_size: int) -> list[Path]:
         Paths of the PNG files. Nearest neighbours are drawn only if the held-out shards exist.
     """
     records = read_records(Path(folder) / "metrics.jsonl")
-    details = _load_details(Path(folder) / "evaluation.npz")
+    details = load_details(f"{folder}/evaluation.npz")
     plots = Path(folder) / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     written = []
@@ -123,7 +125,7 @@ def plot_loss(axes: Axes, records: Records) -> None:
     """Plot the loss per step, and its running mean."""
     steps, values = series(records, "loss")
     axes.plot(steps, values, color=BLUE, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, running_mean(values, max(1, round(SMOOTH * len(values)))), color=BLUE)
+    axes.plot(steps, smooth(values), color=BLUE)
     axes.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
     finite = values[np.isfinite(values)]
     if len(finite):
@@ -211,6 +213,11 @@ def running_mean(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
+def smooth(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Their running mean over a share `SMOOTH` of them."""
+    return running_mean(values, max(1, round(SMOOTH * len(values))))
+
+
 def percent_axis(axes: Axes) -> None:
     """Let the vertical axis go from 0 to 100 %."""
     axes.set_ylim(0, 1.02)
@@ -229,8 +236,10 @@ def _save(figure: Figure, path: Path, dpi: float | None = None) -> Path:
     return path
 
 
-def _load_details(path: Path) -> Arrays:
-    if not path.exists():
+def load_details(url: str) -> Arrays:
+    """What an evaluation kept for pictures, from a path or URL; empty if there is no such file."""
+    content = read_bytes(url)
+    if content is None:
         return {}
-    with np.load(path) as stored:
+    with np.load(io.BytesIO(content)) as stored:
         return dict(stored)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mhe_dist.tracking.base import HELDOUT
 from pipelines.report.charts.chart import Line, LineChart, Values
-from pipelines.report.plots import HELDOUT_FIGURES, SMOOTH, Arrays, Records, running_mean, series
+from pipelines.report.plots import HELDOUT_FIGURES, Arrays, Records, series, smooth
 
 _COLOURS, _DASHES = 5, 3
 _LAST_COLOUR: Final = 4  # grey
@@ -23,10 +23,9 @@ def training_charts(records: Records) -> Iterator[LineChart]:
     """Loss, accuracy among the classes seen, doubted labels, learning rate; if recorded."""
     steps, loss = series(records, "loss")
     if len(steps):
-        mean = running_mean(loss, max(1, round(SMOOTH * len(loss))))
         lines = [
             Line("one step", steps, loss, is_faint=True),
-            Line("running mean", steps, mean),
+            Line("running mean", steps, smooth(loss)),
         ]
         yield LineChart("Training loss", "step", lines)
     yield from _single(records, "accuracy", "Training accuracy, classes seen", 0, is_share=True)
@@ -88,7 +87,7 @@ def compared_chart(
         if not len(steps):
             continue
         if not is_heldout:
-            values = running_mean(values, max(1, round(SMOOTH * len(values))))
+            values = smooth(values)
         dash = number // _COLOURS % _DASHES
         x = positions(number, steps)
         lines.append(Line(label, x, values, number % _COLOURS, dash, is_marked=is_heldout))
