@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import jinja2
 from PIL import Image, ImageDraw
 
 from pipelines.data.decode import Pixels
 from pipelines.embedding.embed import EmbeddedImages
 from pipelines.evaluate.search import SearchResult
+from pipelines.report.page import render_page
 from pipelines.report.sheets.pictures import (
     GREY,
     INK,
@@ -53,8 +52,8 @@ def write_search(
         stream.write(as_bytes(results_table(gallery, queries, found)))
     with atomic_write(f"{folder}/sheet.png") as stream:
         _sheet(gallery, queries, found, *images).save(stream, "PNG")
-    with atomic_write(f"{folder}/index.html") as stream:
-        stream.write(as_bytes(_page(title, gallery, queries, found, *images)))
+    values = _page_values(title, gallery, queries, found, *images)
+    render_page("sheets/search.html.j2", f"{folder}/index.html", values)
     return [f"{folder}/{name}" for name in ("index.html", "sheet.png", "results.csv")]
 
 
@@ -105,14 +104,14 @@ def _sheet(
     return sheet
 
 
-def _page(
+def _page_values(
     title: str,
     gallery: EmbeddedImages,
     queries: EmbeddedImages,
     found: SearchResult,
     of_queries: Pictures,
     of_gallery: Pictures,
-) -> str:
+) -> dict[str, Any]:
     shown = min(_PAGE_ROWS, len(queries.keys))
     pictures: dict[int, str] = {}
     rows = []
@@ -136,14 +135,11 @@ def _page(
             "key": queries.keys[row],
         }
         rows.append((query, entries))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True
-    )
-    return environment.get_template("search.html.j2").render(
-        title=title,
-        rows=rows,
-        more=len(queries.keys) - shown,
-        gallery=len(gallery.keys),  # the title names what was typed, and no path of this machine
-        queries=len(queries.keys),
-        search=found.describe(),
-    )
+    return {
+        "title": title,
+        "rows": rows,
+        "more": len(queries.keys) - shown,
+        "gallery": len(gallery.keys),  # the title names what was typed, and no path of this machine
+        "queries": len(queries.keys),
+        "search": found.describe(),
+    }
