@@ -15,14 +15,12 @@ from matplotlib.figure import Figure
 
 from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Metrics
+from pipelines.report.charts.run_charts import Curves
 from pipelines.report.figures import cut_note, save_figure
 from pipelines.report.plots import STYLE
 from pipelines.storage.urls import atomic_write, resolve_url
 
 EVALUATION_FOLDER = "evaluation"
-
-Curves = Mapping[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
-"""Name -> FAR and TAR, both `[n]`."""
 
 
 def save_evaluation(

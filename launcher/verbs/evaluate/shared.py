@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mhe_dist.tracking.base import Metrics
     from pipelines.embedding.embeddings import Embed
     from pipelines.evaluate.classification import TrainingLabels
-    from pipelines.report.evaluation import Curves
+    from pipelines.report.charts.run_charts import Curves
     from pipelines.shards.index import ShardIndex
     from pipelines.storage.worker_pool import Workers
 
