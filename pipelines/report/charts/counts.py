@@ -28,15 +28,8 @@ def draw_bars(chart: BarChart) -> DrawnChart:
     width = float(frame.x(1) - frame.x(0))
     parts = [frame.markup]
     for number, (name, count) in enumerate(zip(chart.names, chart.counts.tolist(), strict=True)):
-        left, top = float(frame.x(number - 0.5)), float(frame.y(count))
-        hit = (
-            f'<rect class="hit" x="{left:.1f}" y="{frame.y.stop}" width="{width:.1f}" '
-            f'height="{frame.y.start - frame.y.stop}"/>'
-        )
-        bar = (
-            f'<rect class="bar c0" x="{left + 0.1 * width:.1f}" y="{top:.1f}" '
-            f'width="{0.8 * width:.1f}" height="{frame.y.start - top:.1f}"/>'
-        )
+        left = float(frame.x(number - 0.5))
+        hit, bar = frame.hit_area(left, width), frame.bar(left + 0.1 * width, 0.8 * width, count, 0)
         lines = [f"{chart.x} {name}", f"{count:,} {chart.unit}"]
         parts.append(draw_stop(hit, left + width / 2, lines, always=bar))
     said = ", ".join(
@@ -57,18 +50,10 @@ def draw_histogram(chart: Histogram) -> DrawnChart:
         if not count:
             continue
         start, stop = float(frame.x(left)), float(frame.x(right))
-        top, ground = float(frame.y(count)), frame.y.start
-        colour = 1 if limit is not None and left >= limit else 0
-        width = max(0.8, stop - start - 0.6)
-        bar = (
-            f'<rect class="bar c{colour}" x="{start:.1f}" y="{top:.1f}" width="{width:.1f}" '
-            f'height="{ground - top:.1f}"/>'
-        )
-        hit = (
-            f'<rect class="hit" x="{start:.1f}" y="{frame.y.stop}" width="{stop - start:.1f}" '
-            f'height="{ground - frame.y.stop}"/>'
-        )
+        colour = int(limit is not None and left >= limit)
+        bar = frame.bar(start, max(0.8, stop - start - 0.6), count, colour)
         lines = [f"{left:.4g} to {right:.4g}", f"{count:,} {chart.unit}"]
+        hit = frame.hit_area(start, stop - start)
         parts.append(draw_stop(hit, (start + stop) / 2, lines, always=bar))
     if limit is not None:
         parts.append(_draw_threshold(frame, limit))

@@ -62,6 +62,21 @@ class ChartFrame(NamedTuple):
     y: Scale
     markup: str
 
+    def hit_area(self, left: float, width: float) -> str:
+        """Markup of a column over the whole height that takes the pointer."""
+        return (
+            f'<rect class="hit" x="{left:.1f}" y="{self.y.stop}" width="{width:.1f}" '
+            f'height="{self.y.start - self.y.stop}"/>'
+        )
+
+    def bar(self, left: float, width: float, count: int, colour: int) -> str:
+        """Markup of a bar that is as high as a count."""
+        top = float(self.y(count))
+        return (
+            f'<rect class="bar c{colour}" x="{left:.1f}" y="{top:.1f}" width="{width:.1f}" '
+            f'height="{self.y.start - top:.1f}"/>'
+        )
+
 
 def make_frame(
     x: tuple[float, float],

@@ -15,7 +15,7 @@ from pipelines.report.charts.chart import (
     thin_envelope,
     thin_evenly,
 )
-from pipelines.report.charts.frame import HEIGHT, ChartFrame, draw_stop, draw_svg, make_frame
+from pipelines.report.charts.frame import ChartFrame, draw_stop, draw_svg, make_frame
 from pipelines.report.charts.numbers import format_power, format_share
 
 _STOPS: Final = 48  # places of a chart that show their values
@@ -100,12 +100,8 @@ def _stops(chart: LineChart, frame: ChartFrame) -> Iterator[str]:
                 lines.append(f"{line.name} {_number(value, chart)}")
                 dots += _dots(np.array([column]), np.array([frame.y(value)]), line.colour)
         left, right = edges[number], edges[number + 1]
-        hit = (
-            f'<rect class="hit" x="{left:.1f}" y="{frame.y.stop}" width="{right - left:.1f}" '
-            f'height="{frame.y.start - frame.y.stop}"/>'
-        )
-        ruler = f'<path class="ruler" d="M{at:.1f} {frame.y.stop}V{HEIGHT - 40}"/>'
-        yield draw_stop(hit, at, lines, ruler + dots)
+        ruler = f'<path class="ruler" d="M{at:.1f} {frame.y.stop}V{frame.y.start}"/>'
+        yield draw_stop(frame.hit_area(left, right - left), at, lines, ruler + dots)
 
 
 def _nearest(
