@@ -1,4 +1,4 @@
-"""Somebody at a terminal: starts `mhe` and reads what it says."""
+"""Somebody at a terminal: types `mhe` and reads what it says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from launcher import cli
+
 MHE = str(Path(sys.executable).parent / "mhe")
+
+
+def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
+    """What a command says in this process, in one line; of one that fails its error."""
+    assert cli.run(words) == code
+    captured = capsys.readouterr()
+    return " ".join((captured.err if code else captured.out).split())
 
 
 def mhe(*words: str) -> subprocess.Popen[str]:

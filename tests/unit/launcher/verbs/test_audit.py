@@ -18,6 +18,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet, write_label_set
 from pipelines.storage.worker_pool import HERE
 from tests import tiny
+from tests.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 WRONG = 12  # images of another class
@@ -45,12 +46,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, out: str, *more: str) -> list[str]:
     words = ["audit", f"{data}/small.yaml", "--labels", f"{data}/labels", "--out", f"{data}/{out}"]
     return [*words, "--workers", "1", *more]
-
-
-def said(words: list[str], capsys: Captured, code: int = 0) -> str:
-    assert cli.run(words) == code
-    captured = capsys.readouterr()
-    return " ".join((captured.err if code else captured.out).split())
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from pipelines.runs.trained import load_trained_backbone
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.worker_pool import HERE
 from tests import tiny
+from tests.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 IMAGES = tiny.CLASSES * tiny.IMAGES
@@ -37,12 +38,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, out: Path, *more: str) -> list[str]:
     words = ["cluster", f"{data}/shards", "--out", str(out), "--workers", "1"]
     return [*words, "--classes", "30", *more]
-
-
-def said(words: list[str], capsys: Captured, code: int = 0) -> str:
-    assert cli.run(words) == code
-    captured = capsys.readouterr()
-    return " ".join((captured.err if code else captured.out).split())
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,6 @@ import torch
 import yaml
 from PIL import Image
 
-from launcher import cli
 from pipelines.data.decode import decode_image
 from pipelines.embedding.embed import read_embeddings
 from pipelines.embedding.folder import EmbeddingsFolder
@@ -24,6 +23,7 @@ from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
 from tests.ijb_set import write_ijb_set
+from tests.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 
@@ -49,12 +49,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(noisy).resize((20, 18)).save(root / name / f"{number}.jpg")
     (root / "readme.txt").write_text("no image")
     return root
-
-
-def said(words: list[str], capsys: Captured, code: int = 0) -> str:
-    assert cli.run(words) == code
-    captured = capsys.readouterr()
-    return " ".join((captured.err if code else captured.out).split())
 
 
 def test_a_run_alone_means_its_heldout_shards(run: str, capsys: Captured) -> None:
