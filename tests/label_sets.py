@@ -18,6 +18,12 @@ def as_lists(lists: Sequence[Sequence[int]]) -> LabelLists:
     return LabelLists(ends, np.array(flat, np.int64))
 
 
+def lists_of(labels: LabelSet) -> list[list[int]]:
+    """The class ids of each sample."""
+    found = labels.lists(0, labels.samples)
+    return [found.of(number).tolist() for number in range(labels.samples)]
+
+
 def write_labels(
     target: str,
     index: ShardIndex,

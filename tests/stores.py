@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -133,7 +134,13 @@ class _Silent(WSGIRequestHandler):
 @contextmanager
 def served(app: Any) -> Iterator[str]:
     """URL of a server of this process for a web application."""
-    server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Silent)
+    with serving(make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Silent)) as url:
+        yield url
+
+
+@contextmanager
+def serving(server: HTTPServer) -> Iterator[str]:
+    """URL of a server that a thread of this process runs inside the block."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"

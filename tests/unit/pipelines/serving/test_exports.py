@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ from pipelines.serving.exports import write_format
 from pipelines.serving.mlflow_model import standalone_script
 from pipelines.serving.model_card import TrainedModel, model_card
 from tests import tiny
+from tests.rank_processes import free_port
 
 pytestmark = pytest.mark.slow  # each needs real exports, which take ten seconds
 
@@ -316,9 +316,7 @@ def test_mlflow_serves_it_without_this_project(exported: Any, tmp_path: Path) ->
     """`mlflow models serve` in another folder answers a JPEG with its embedding, and refuses."""
     data = photo(1000, 750)
     assert 20_000 < len(data) < 50_000
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", exported[0]]
     command += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

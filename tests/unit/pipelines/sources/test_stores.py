@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import http.server
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import content, items, jpeg, layout, save
+from tests.stores import serving
 
 SMALL = ImportOptions(shard_bytes=50_000)
 
@@ -123,13 +123,8 @@ class Web(http.server.SimpleHTTPRequestHandler):
 def web(tmp_path: Path) -> Iterator[str]:
     """URL of a web server for `tmp_path`."""
     handler = functools.partial(Web, directory=str(tmp_path))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)) as url:
+        yield url
 
 
 def test_records_from_the_web(web: str, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pipelines.sources.label_table.build import LabelImport, LabelOptions, impor
 from pipelines.sources.label_table.keys import read_keys
 from pipelines.sources.label_table.rows import TableLayout
 from pipelines.sources.webdataset import index_shards
+from tests.label_sets import lists_of
 from tests.recordio_files import jpeg
 from tests.stores import files, served
 
@@ -51,11 +52,6 @@ def write(folder: Path, keys: list[str]) -> ShardIndex:
             writer.write(Sample(key, {"jpg": b"x" * 700, "cls": b"0"}) for key in keys_here)
         writer.finish(1)
     return ShardIndex.load(str(folder))
-
-
-def lists_of(labels: LabelSet) -> list[list[int]]:
-    found = labels.lists(0, labels.samples)
-    return [found.of(number).tolist() for number in range(labels.samples)]
 
 
 def named_lists(labels: LabelSet) -> list[list[str]]:

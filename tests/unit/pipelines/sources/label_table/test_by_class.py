@@ -10,10 +10,10 @@ from launcher import cli
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_report import read_class_names
-from pipelines.shards.label_set import LabelSet
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.label_table.by_class import import_class_labels
 from pipelines.sources.label_table.rows import TableLayout
+from tests.label_sets import lists_of
 from tools import components
 
 LAYOUT = TableLayout(key="name", label="parts", separator=" ")
@@ -30,11 +30,6 @@ def write(folder: Path, names: list[str], classes: list[int]) -> ShardIndex:
     rows = "".join(f"{number}\t1\t{name}\n" for number, name in enumerate(names))
     (folder / "classes.tsv").write_text("class\tsamples\tname\n" + rows)
     return ShardIndex.load(str(folder))
-
-
-def lists_of(labels: LabelSet) -> list[list[int]]:
-    found = labels.lists(0, labels.samples)
-    return [found.of(number).tolist() for number in range(labels.samples)]
 
 
 def test_each_sample_has_what_the_table_gives_to_its_class(tmp_path: Path) -> None:
