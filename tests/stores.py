@@ -143,10 +143,12 @@ def serving(server: HTTPServer) -> Iterator[str]:
     """URL of a server that a thread of this process runs inside the block."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def files(folder: Path) -> Any:
