@@ -60,17 +60,17 @@ def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[An
     """
     import ray
 
-    asked: dict[Any, Any] = {}
+    nodes: dict[Any, Any] = {}
     for node in ray.nodes():
         if node["Alive"]:
             here = {"ray.io/node-id": node["NodeID"]}
             task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(function)
-            asked[task.remote(*arguments)] = node
-    ready, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_S)
+            nodes[task.remote(*arguments)] = node
+    ready, silent = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODES_S)
     if silent:
-        names = ", ".join(asked[task]["NodeManagerHostname"] for task in silent)
+        names = ", ".join(nodes[task]["NodeManagerHostname"] for task in silent)
         raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
-    return [(asked[task], ray.get(task)) for task in ready]
+    return [(nodes[task], ray.get(task)) for task in ready]
 
 
 def _connect(address: str, environment: dict[str, Any] | None) -> None:
