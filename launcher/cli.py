@@ -221,11 +221,21 @@ def run(arguments: list[str], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             console.err.print_exception()
-        console.error(_message(error, arguments))
-        if not debug and not isinstance(error, UserError):
+        mistake = _mistake(error)
+        console.error(mistake or _message(error, arguments))
+        if not debug and not mistake:
             console.err.print("The same command with --debug shows where it happened.")
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if mistake else 1
     return 0
+
+
+def _mistake(error: Exception) -> str:
+    """What the user can cure, in words; empty: it is a failure."""
+    if isinstance(error, OSError):
+        from pipelines.storage.unusable_path import describe_unusable_path
+
+        return describe_unusable_path(error)
+    return str(error) if isinstance(error, UserError) else ""
 
 
 def _message(error: Exception, words: list[str]) -> str:
@@ -234,5 +244,5 @@ def _message(error: Exception, words: list[str]) -> str:
 
         if described := describe_full_disk(error, words):
             return described
-    known = isinstance(error, UserError) or type(error).__module__ == "mhe_dist.errors"
+    known = type(error).__module__ == "mhe_dist.errors"
     return str(error) if known else f"{type(error).__name__}: {error}"

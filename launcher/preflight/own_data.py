@@ -43,6 +43,12 @@ class OwnData(NamedTuple):
     command: Sequence[str] = ()
 
 
+_WANTED = (
+    "give mhe init a folder with one folder of images per class, a table of path and class (CSV, "
+    "Parquet), RecordIO, tars, or shards"
+)
+
+
 def survey_data(source: str, root: str = "", classes: int = 0) -> OwnData:
     """Find out what `source` is.
 
@@ -96,14 +102,13 @@ def _from_folder(root: str) -> OwnData:
     from pipelines.sources.image_folder import has_image_extension
     from pipelines.storage.file_listing import list_files
 
+    if Path(root).is_file():
+        raise UserError(f"{root}: is a file of no kind that mhe init knows; {_WANTED}")
     found = sorted(path for path, _ in list_files(root) if has_image_extension(path))
     inside = [path for path in found if "/" in path]
     if not inside:
         what = f"its {len(found):,} images lie in no class folder" if found else "holds no image"
-        raise UserError(
-            f"{root}: {what}; give mhe init a folder with one folder of images per class, a table "
-            "of path and class (CSV, Parquet), RecordIO, tars, or shards"
-        )
+        raise UserError(f"{root}: {what}; {_WANTED}")
     counts = Counter(path.partition("/")[0] for path in inside)
     side = _usual_side(_images_of_files(root, inside))
     return _converted("a folder of images", root, ["--root", root], counts, side)
@@ -124,6 +129,11 @@ def _converted(
     kind: str, source: str, words: list[str], counts: Counter[str], side: int
 ) -> OwnData:
     """Images that `mhe data folder` makes shards of; some classes are held out if that can be."""
+    if len(counts) < 2:
+        raise UserError(
+            f"{source}: its images are all of one class, {next(iter(counts))!r}, and a classifier "
+            f"needs two; {_WANTED}"
+        )
     out = f"data/{make_name(source)}"
     command = ["mhe", "data", "folder", *words, "--out", out]
     able = sum(count >= 2 for count in counts.values())

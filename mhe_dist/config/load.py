@@ -74,6 +74,15 @@ def load_config(
     return config
 
 
+def _problem(error: yaml.MarkedYAMLError, text: str) -> str:
+    """What YAML finds wrong; of a tab, which cannot be seen, the cure."""
+    mark = error.problem_mark
+    line = text.split("\n")[mark.line] if mark and mark.line <= text.count("\n") else ""
+    if "\t" in line[: len(line) - len(line.lstrip())]:
+        return "a tab begins the line; indent with spaces"
+    return str(error.problem)
+
+
 def _read(name: str) -> tuple[DictConfig, dict[str, str]]:
     """A YAML file's values, and `file:line` of each of its keys."""
     path = str(find_config(name))
@@ -87,7 +96,7 @@ def _read(name: str) -> tuple[DictConfig, dict[str, str]]:
         raise _alone(path, f"cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise _alone(path + line, f"is not YAML: {error.problem}") from None
+        raise _alone(path + line, f"is not YAML: {_problem(error, text)}") from None
     except yaml.YAMLError as error:
         raise _alone(path, f"is not YAML: {error}") from None
     if not isinstance(values, DictConfig) or isinstance(node, yaml.ScalarNode):

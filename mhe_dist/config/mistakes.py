@@ -99,6 +99,10 @@ def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> ConfigMis
     """The mistake of a key that does not exist."""
     path, value = _innermost(parts, value)
     message = "there is no such key"
+    if any("." in part for part in parts) and path in {key.path for key in all_keys()}:
+        block, _, name = path.rpartition(".")
+        message = f"a file has no dots in its keys; write `{block}:` and below it `{name}: ...`"
+        return ConfigMistake(path, value, message, source_of(path, sources))
     if path in RENAMED:
         message += f" any more; its successor is {RENAMED[path]}"
     elif near := suggest(path):

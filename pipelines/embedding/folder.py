@@ -181,8 +181,10 @@ class EmbeddingsFolder:
             path,
             MANIFEST,
             (FORMAT,),
-            missing=f"no embeddings here ({MANIFEST} is missing); mhe embed RUN --images SHARDS "
-            "--out FOLDER makes them",
+            missing=lambda: (
+                f"no embeddings here ({MANIFEST} is missing); mhe embed RUN --images SHARDS "
+                "--out FOLDER makes them"
+            ),
             foreign=f"not embeddings of format {FORMAT}; make them again",
             again="make the embeddings again",
         )

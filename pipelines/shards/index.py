@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,10 +31,17 @@ from pipelines.shards.shard import (
 )
 from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
 from pipelines.storage.retry import with_retries
-from pipelines.storage.urls import atomic_write, is_absolute_url, is_local, resolve_url
+from pipelines.storage.urls import (
+    atomic_write,
+    is_absolute_url,
+    is_local,
+    list_folder,
+    resolve_url,
+)
 
 INDEX_FILE: Final = "index.json"
 FORMAT: Final = "mhe-shards-2"
+_LOOKED_INTO: Final = 20  # folders in which a data set is looked for
 PACKED_FORMAT: Final = "mhe-shards-1"  # its tables are inside index.json
 UNLABELLED: Final = "unlabelled"
 """Key of `meta` that is true where the images are in no class; and the name of their one class."""
@@ -279,11 +287,25 @@ def _read_json(folder: str) -> dict[str, Any]:
         folder,
         INDEX_FILE,
         (FORMAT, PACKED_FORMAT),
-        missing=f"no shards here ({INDEX_FILE} is missing); give the folder that holds "
-        f"{INDEX_FILE}, or set data.glyphs to have the glyph data set made",
+        missing=lambda: f"no shards here ({INDEX_FILE} is missing); {_other_folder(folder)}",
         foreign=f"not an index of format {PACKED_FORMAT} or {FORMAT}; make it again",
         again="make the index again",
     )
+
+
+def _other_folder(folder: str) -> str:
+    """What to do where a folder is no data set, from what lies in it."""
+    if found := find_indexed(folder):
+        return f"give one of the folders in it that are data sets: {', '.join(found)}"
+    if any(name.endswith(".tar") for name in list_folder(folder)):
+        return f"its tars get one with: mhe data index {shlex.quote(folder)}"
+    return f"give the folder that holds {INDEX_FILE}"
+
+
+def find_indexed(folder: str) -> list[str]:
+    """The first data sets that lie side by side in a folder, such as `train` and `heldout`."""
+    names = (name.rpartition("/")[2] for name in list_folder(folder)[:_LOOKED_INTO])
+    return [f"{folder}/{name}" for name in names if index_exists(f"{folder}/{name}")]
 
 
 def index_exists(url: str) -> bool:

@@ -201,8 +201,10 @@ class LabelSet:
             folder,
             LABELS_FILE,
             (FORMAT,),
-            missing=f"no label set here ({LABELS_FILE} is missing); `mhe data labels from-table` "
-            "makes one",
+            missing=lambda: (
+                f"no label set here ({LABELS_FILE} is missing); `mhe data labels from-table` "
+                "makes one"
+            ),
             foreign=f"not a label set of format {FORMAT}",
             again="make the label set again",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from mhe_dist.errors import UserError
@@ -12,7 +12,13 @@ from pipelines.storage.urls import resolve_url
 
 
 def read_manifest(
-    folder: str, file: str, formats: Collection[str], *, missing: str, foreign: str, again: str
+    folder: str,
+    file: str,
+    formats: Collection[str],
+    *,
+    missing: Callable[[], str],
+    foreign: str,
+    again: str,
 ) -> dict[str, Any]:
     """The content of a folder's manifest, of a format that is known.
 
@@ -20,7 +26,7 @@ def read_manifest(
         folder: path or URL.
         file: name of the manifest in it.
         formats: that its key `format` may name.
-        missing: what is said of a folder without one.
+        missing: says what is said of a folder without one, which may need a look into it.
         foreign: what is said of a file of another format.
         again: the cure of one that is damaged.
 
@@ -31,7 +37,7 @@ def read_manifest(
     try:
         content = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
     except FileNotFoundError:
-        raise UserError(f"{folder}: {missing}") from None
+        raise UserError(f"{folder}: {missing()}") from None
     except OSError as error:
         raise UserError(f"{folder}/{file}: cannot be read ({describe_error(error)})") from error
     except (ValueError, RecursionError) as error:

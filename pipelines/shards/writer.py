@@ -68,6 +68,11 @@ class ShardWriter:
         if not self._finished:
             self._staging.abort()
 
+    def mark_ended(self) -> None:
+        """Note that every tar is written: if they are refused now, nothing was interrupted."""
+        if self._staging.journal is not None:
+            self._staging.journal.mark_ended()
+
     def write(self, samples: Iterable[Sample | Fault]) -> Shard:
         """Write the next tar; its samples keep their order.
 

@@ -183,6 +183,8 @@ def write_datasets(
                 samples -= len(later)
                 faults.append([*new.found.faults, *later])
                 _write_tables(new, writer, faults[number])
+        for writer in writers:
+            writer.mark_ended()
         check_bad_fraction([fault for each in faults for fault in each], samples, max_bad)
         return [
             ImportResult(_finish(new, writer, left_out), left_out, new.found.warnings)
@@ -208,6 +210,11 @@ def _finish(new: NewDataset[Any], writer: ShardWriter, faults: Sequence[Fault]) 
     meta = new.about | {"class_names": CLASSES_FILE, "skipped": len(faults)}
     with _explain_full_disk(new, writer, len(writer.shards)):
         return writer.finish(len(new.found.names), meta)
+
+
+def describe_unknown_format(data: bytes) -> str:
+    """Why bytes are no image, in words."""
+    return f"no image of a known format (it begins with {data[:8]!r})" if data else "0 bytes long"
 
 
 def check_bad_fraction(

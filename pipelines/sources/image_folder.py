@@ -30,6 +30,7 @@ from pipelines.sources.convert import (
     Ints,
     NewDataset,
     dense_classes,
+    describe_unknown_format,
     digest_texts,
     write_dataset,
     write_datasets,
@@ -329,7 +330,7 @@ def _samples(task: _FileTask) -> Iterator[Sample | Fault]:
         if not isinstance(data, bytes):
             yield Fault(url, f"cannot be read ({data})")
         elif (extension := image_extension(data)) is None:
-            yield Fault(url, f"no image of a known format (it begins with {data[:8]!r})")
+            yield Fault(url, describe_unknown_format(data))
         elif problem := _decoding_problem(data):
             yield Fault(url, problem)
         else:

@@ -28,6 +28,7 @@ from pipelines.sources.convert import (
     Ints,
     NewDataset,
     dense_classes,
+    describe_unknown_format,
     write_dataset,
 )
 from pipelines.sources.recordio import (
@@ -186,7 +187,7 @@ def _sample(key: int, label: int, data: bytes) -> Sample:
     record = unpack_record(join_parts(data, read_frame(BytesInMemory(data), 0, len(data))))
     extension = image_extension(record.image)
     if extension is None:
-        raise BadRecordError(f"no image of a known format (it begins with {record.image[:8]!r})")
+        raise BadRecordError(describe_unknown_format(record.image))
     members = {extension: record.image, "cls": str(label).encode()}
     if len(record.labels) > 1:
         members["json"] = json.dumps({"labels": record.labels}).encode()

@@ -72,6 +72,7 @@ def index_shards(
     folder = _absolute(out or _common_folder(tars)).rstrip("/")
     journal = _journal(folder, [tars, layout])
     results = _scan_all([ScanTask(tar, layout) for tar in tars], journal, workers, progress)
+    journal.mark_ended()
     damaged = [Fault(tar, found["damage"]) for tar, found in results if found["damage"]]
     if damaged and not skip_damaged:
         raise UserError(

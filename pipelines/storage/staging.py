@@ -4,6 +4,8 @@ Locally a data set is made in a hidden folder beside its target and renamed as a
 On an object store, where an object appears only when it is complete, its files go straight to
 their place, and the index follows last. With a *recipe*, a description of everything that decides
 the content, an interrupted attempt is kept, and the next one with the same recipe goes on with it.
+An attempt that made every part and was refused for what is in them is kept, too, until another
+recipe takes its place: that is the user's cure.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pipelines.storage.urls import (
 
 JOURNAL: Final = ".partial"
 _RECIPE: Final = "recipe.json"
+_ENDED: Final = "ended.json"
 
 
 class Journal:
@@ -41,18 +44,20 @@ class Journal:
             recipe: JSON-able; results belong to it alone.
 
         Raises:
-            UserError: the folder holds an attempt with another recipe.
+            UserError: the folder holds an interrupted attempt with another recipe.
         """
         self.url = url
         self._filesystem, self._path = resolve_url(url)
-        text = json.dumps(recipe, sort_keys=True)
-        digest = {"digest": hashlib.sha256(text.encode()).hexdigest(), "recipe": recipe}
-        recipe_path = f"{self._path}/{_RECIPE}"
         self._known: set[int] = set()
-        if not self._filesystem.exists(recipe_path):
-            self._write(_RECIPE, digest)
+        if ended_with_other_recipe(url, recipe):
+            for name in self._filesystem.ls(self._path, detail=False):
+                if name.endswith(".json"):  # the lock of a `Staging` stays
+                    self._filesystem.rm(name)
+            self._filesystem.invalidate_cache()
+        if not self._filesystem.exists(f"{self._path}/{_RECIPE}"):
+            self._write(_RECIPE, {"digest": _digest(recipe), "recipe": recipe})
             return
-        if _parse(self._filesystem.cat_file(recipe_path)).get("digest") != digest["digest"]:
+        if not _is_recipe(url, recipe):
             raise UserError(
                 f"{url}: an interrupted attempt with another source or other settings; repeat that "
                 f"command to go on with it, or delete {url.removesuffix('/' + JOURNAL)}"
@@ -77,6 +82,10 @@ class Journal:
         self._write(f"{number:06d}.json", {"result": result})
         self._known.add(number)
 
+    def mark_ended(self) -> None:
+        """Note that every piece is made. If the whole is refused now, nothing was interrupted."""
+        self._write(_ENDED, {})
+
     def remove(self) -> None:
         """Delete all results: the whole is done."""
         if self._filesystem.exists(self._path):
@@ -93,6 +102,24 @@ def _parse(text: bytes) -> dict[str, Any]:
     except ValueError:  # cut off when the machine crashed: treated as missing
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _digest(recipe: Any) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _is_recipe(journal: str, recipe: Any) -> bool:
+    """Whether a journal belongs to a recipe; one whose recipe was cut off belongs to none."""
+    filesystem, path = resolve_url(journal)
+    return _parse(filesystem.cat_file(f"{path}/{_RECIPE}")).get("digest") == _digest(recipe)
+
+
+def ended_with_other_recipe(journal: str, recipe: Any) -> bool:
+    """Whether a journal is of another recipe's attempt that came to its end, and was refused."""
+    filesystem, path = resolve_url(journal)
+    if not all(filesystem.exists(f"{path}/{name}") for name in (_RECIPE, _ENDED)):
+        return False
+    return not _is_recipe(journal, recipe)
 
 
 def require_absent_or_resumable(target: str) -> None:
@@ -115,8 +142,8 @@ class Staging:
         """Claim the target.
 
         Raises:
-            UserError: the target exists, an attempt has another recipe, or another process is
-                making it.
+            UserError: the target exists, an interrupted attempt has another recipe, or another
+                process is making it.
         """
         self._filesystem, self._path = resolve_url(target)
         self._local = is_local(self._filesystem)
@@ -132,6 +159,8 @@ class Staging:
             self._lock = lock_folder(Path(self.folder) / JOURNAL, target)
             remove_temporary_files(Path(self.folder))
         try:
+            if ended_with_other_recipe(f"{self.folder}/{JOURNAL}", recipe):
+                self._remove_parts()
             self.journal = Journal(f"{self.folder}/{JOURNAL}", recipe)
         except BaseException:
             self._unlock()
@@ -141,6 +170,13 @@ class Staging:
         """Bytes of a file of the data set; -1 if it is not there."""
         filesystem, path = resolve_url(f"{self.folder}/{name}")
         return int(filesystem.size(path)) if filesystem.exists(path) else -1
+
+    def _remove_parts(self) -> None:
+        """Remove what a refused attempt has made; its journal goes afterwards."""
+        filesystem, path = resolve_url(self.folder)
+        for name in filesystem.ls(path, detail=False):
+            if name.rstrip("/").rpartition("/")[2] != JOURNAL:
+                filesystem.rm(name, recursive=True)
 
     def publish(self) -> None:
         """Give the finished data set its final name."""

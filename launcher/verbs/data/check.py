@@ -152,7 +152,8 @@ def _show(report: DatasetReport) -> None:
     for kind in MEANINGS:
         named = [problem for problem in report.problems if problem.kind == kind]
         for problem in named[:SHOWN]:
-            console.say(f"[red]{kind}[/] {escape(problem.location)}: {escape(problem.reason)}")
+            where = problem.location.removeprefix(f"{kind} ")
+            console.say(f"[red]{kind}[/] {escape(where)}: {escape(problem.reason)}")
         if len(named) > SHOWN:
             console.say(f"  and {report.counts[kind] - SHOWN:,} more")
     console.say("[green]Nothing is wrong.[/]" if report.is_good else "[red]Something is wrong.[/]")

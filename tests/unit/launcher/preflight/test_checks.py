@@ -95,6 +95,12 @@ def test_what_is_no_data_set_yet_names_the_command_that_makes_one(
     assert cure.format(key=key, **quoted) in message
 
 
+def test_a_folder_around_data_sets_is_told_from_them(tmp_path: Path) -> None:
+    inner = make_shards(tmp_path / "both" / "train")
+    ((_, message),) = check_data(config(data={"shards": str(tmp_path / "both")}))
+    assert message.endswith(f"give one of the folders in it that are data sets: {inner}")
+
+
 def test_the_message_names_the_cure() -> None:
     ((_, message),) = check_data(config(data={"shards": "/nowhere"}))
     assert "index.json" in message

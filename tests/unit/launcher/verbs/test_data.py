@@ -106,6 +106,13 @@ def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured
     [
         (["verify", "nowhere"], "no shards here"),
         (["show", "nowhere"], "no shards here"),
+        (["show", "."], "give one of the folders in it that are data sets: ./made"),
+        (["verify", "tars"], "its tars get one with: mhe data index tars"),
+        (
+            ["folder", "--root", "photos", "--out", "notes/x"],
+            "a file stands where a folder is needed",
+        ),
+        (["folder", "--root", "photos", "--out", "n" * 300 + "/x"], "the name is too long"),
         (["show", "made", "--out", "sheet.jpg"], "let its name end with .png"),
         (["index", "nowhere"], "no tars here"),
         (["folder", "--root", "nowhere", "--out", "out"], "no such folder"),
@@ -119,8 +126,36 @@ def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured
     ],
 )
 def test_mistakes(faces: str, capsys: Captured, words: list[str], message: str) -> None:
+    for name, content in {
+        "made/index.json": b"{}",
+        "tars/0.tar": b"",
+        "notes": b"",
+        "photos/a/1.jpg": jpeg(1),
+    }.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(content)
     assert run("data", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_after_a_refusal_the_cure_can_be_typed(faces: str, capsys: Captured) -> None:
+    """What was refused at its end was not interrupted: other settings, or mended images, go."""
+    for number in range(1, 13):
+        image = Path("photos", "ab"[number % 2], f"{number}.jpg")
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(jpeg(number))
+    Path("photos/a/0.jpg").touch()
+    assert run("data", "folder", "--root", "photos", "--out", "set", "--shard-mib", "0.01") == 1
+    assert "photos/a/0.jpg: 0 bytes long" in capsys.readouterr().err
+    assert len(list(Path(".set.partial").glob("*.tar"))) > 1
+    Path("photos/a/0.jpg").unlink()
+    assert run("data", "folder", "--root", "photos", "--out", "set") == 0
+    assert len(list(Path("set").glob("*.tar"))) == 1  # nothing of the other attempt
+    Path("set/index.json").unlink()
+    Path("set/classes.tsv").unlink()
+    assert run("data", "index", "set", "--label", "name") == 1
+    assert "say which is the label: --label cls" in capsys.readouterr().err
+    assert run("data", "index", "set", "--label", "cls") == 0
 
 
 def test_an_interruption_says_how_to_go_on(

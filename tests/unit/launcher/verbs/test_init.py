@@ -111,6 +111,11 @@ def test_tars_of_others(photos: Path) -> None:
         (["photos/c0"], "3 images lie in no class folder"),
         (["theirs"], "theirs: the number of classes is not known (only reading the tars"),
         (["bad.csv"], "has no column 'path'"),
+        (
+            ["bad.yaml"],
+            "bad.yaml: is a file of no kind that mhe init knows; give mhe init a folder",
+        ),
+        (["one"], "one: its images are all of one class, 'a', and a classifier needs two"),
     ],
 )
 def test_mistakes(photos: Path, capsys: Captured, words: list[str], message: str) -> None:
@@ -118,5 +123,8 @@ def test_mistakes(photos: Path, capsys: Captured, words: list[str], message: str
     Path("theirs").mkdir()
     Path("theirs/a.tar").write_bytes(b"")
     Path("bad.csv").write_text("a,b\n")
+    Path("bad.yaml").write_text("run: {name: a}\n")
+    Path("one/a").mkdir(parents=True)
+    Path("one/a/0.jpg").write_bytes(jpeg(0, 40))
     assert cli.run(["init", *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())

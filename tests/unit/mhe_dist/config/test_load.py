@@ -315,6 +315,12 @@ def test_malformed_overrides_do_not_hide_the_rest() -> None:
         ("run:\n  name: a\n name: b\n", "run.yaml:3: is not YAML: did not find expected"),
         ("run: {}\nrun: {}\n", "run.yaml:2: is not YAML: found duplicate key run"),
         ("- a\n", "run.yaml: must hold keys and values"),
+        ("run:\n\tname: a\n", "run.yaml:2: is not YAML: a tab begins the line; indent with spaces"),
+        (
+            "data: {shards: x}\noptim.lr: 0.2\n",
+            "optim.lr=0.2 (run.yaml:2): a file has no dots in its keys; write `optim:` and below "
+            "it `lr: ...`",
+        ),
         ("hello\n", "run.yaml: must hold keys and values"),
         ("run: !!python/object/apply:os.getcwd []\n", "run.yaml:1: is not YAML: could not deter"),
         ("data: {shards: x}\nrun: {name: '${nme}'}\n", "run.name: Interpolation key 'nme' not"),
