@@ -67,7 +67,8 @@ def test_a_run_that_moves_its_rows_is_the_same_on_any_ranks(
     found: dict[tuple[str, str], list[dict[str, Tensor]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    alone = run(Topology(), job(*case, 1, (0, STEPS), str(tmp_path_factory.mktemp("rows"))))
+    whole = job(*case, 1, (0, STEPS), str(tmp_path_factory.mktemp("rows")))
+    alone = run(Topology(), replace(whole, cramped=False))
     ranks = found[case]
     assert {int(rank["permutation"]) for rank in ranks} == {STEPS - 1}
     assert torch.equal(gathered_state(ranks, "units"), gathered_state([alone], "units"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -82,6 +83,30 @@ def test_negatives_of_partial_fc_are_uniform(others: int) -> None:
     assert all(set(positives.tolist()) < set(draw.tolist()) for draw in draws)
     rest = [unit for unit in units if unit not in positives]
     check_uniform([draw[~torch.isin(draw, positives)] for draw in draws], rest, others)
+
+
+@pytest.mark.parametrize("kind", ["mhs", "partial_fc"])
+def test_a_group_a_step_and_a_seed_have_a_draw_of_their_own(kind: str) -> None:
+    """Two of sixty, so that two draws are seldom the same."""
+    none = torch.empty(0, dtype=torch.int64)
+    if kind == "mhs":
+        built = head(classes=480, groups=2, mhs={"exchange": "route", "negatives": "own_plus"})
+    else:
+        built = head(classes=120, kind=kind, groups=2, partial_fc={"rate": 2 / 60})
+
+    def draws(group: int, seed: int) -> list[tuple[int, ...]]:
+        built.spec = replace(built.spec, seed=seed)
+        first = built.layout.group_heads(group).start
+        args = [] if kind == "mhs" else [none]
+        return [tuple((built.draw(n, group, *args) - first).tolist()) for n in range(40)]
+
+    found = [draws(0, SEED), draws(1, SEED), draws(0, SEED + 1)]
+    assert all(
+        len(draw) == 2 and len(set(of_steps)) > 35 for of_steps in found for draw in of_steps
+    )
+    for one, other in combinations(found, 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) <= 2
+    assert draws(0, SEED) == found[0]
 
 
 @given(st.data())
