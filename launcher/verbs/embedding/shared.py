@@ -111,10 +111,10 @@ def watch_stages(expected: int, progress: Callable[[int, int], None]) -> Watch:
     """Shows pieces of work as a share of the whole, of about so many stages that count the same."""
     stages: list[str] = []
 
-    def watch(stage: str, done: int, total: int) -> None:
+    def _watch(stage: str, done: int, total: int) -> None:
         if stage not in stages:
             stages.append(stage)
         share = len(stages) - 1 + done / max(1, total)
         progress(round(100 * share), 100 * max(expected, len(stages)))
 
-    return watch
+    return _watch
