@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         return stop.exit_code
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()
+            sys.stderr.write(scrub(traceback.format_exc()))
         name = "" if type(error).__module__ == "mhe_dist.errors" else f"{type(error).__name__}: "
         sys.stderr.write(f"error: {name}{scrub(str(error))}\n")
         return 2 if isinstance(error, UserError) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -10,7 +11,11 @@ from typing import Any
 MASK = "***"
 _SECRET_WORDS = ("password", "passwd", "pwd", "secret", "token", "credential", "credentials")
 _SECRET_PAIRS = ("api_key", "apikey", "access_key", "private_key", "secret_key", "account_key")
-_URL_USER = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#@'\"]+@")
+# A password may hold `@`, and, in the URL of a database, `/`, `?` and `#`; a port may not.
+_URL_USER = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
+    r"(?:[^/\s?#'\"]+|[^/\s?#@:'\"\[\]]*:(?!\d*[/?#])[^\s'\"]+)@"
+)
 _URL_QUERY = re.compile(
     r"(?P<name>[?&;](?:[\w.-]*(?:token|secret|password|passwd|signature|credential|key)|sig|pwd)=)"
     r"[^&;\s'\"]+",
@@ -61,6 +66,14 @@ def masked(value: Any, name: str = "") -> Any:
     if is_secret_name(name) and value not in (None, "") and not isinstance(value, bool):
         return MASK
     return scrub(value) if isinstance(value, str) else value
+
+
+class ScrubbingFormatter(logging.Formatter):
+    """Lines of a log, tracebacks too, as `scrub` leaves them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return scrub(super().format(record))
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from launcher.kubernetes.manifests import (
     build_config_map,
     build_rayjob,
     rayjob_name,
+    run_label,
 )
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
@@ -101,17 +103,28 @@ class KubernetesClient:
             made = self._custom.create_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, PLURAL, job
             )
-            settings = build_config_map(config, target, name, made["metadata"]["uid"])
-            self._core.create_namespaced_config_map(self.namespace, settings)
+        settings = build_config_map(config, target, name, made["metadata"]["uid"])
+        try:
+            with self._translate_errors():
+                self._core.create_namespaced_config_map(self.namespace, settings)
+        except BaseException:
+            self._delete(name)  # it would wait for its settings, or begin with those of another
+            raise
         return name
 
+    def _delete(self, name: str) -> None:
+        with self._translate_errors():
+            self._custom.delete_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, name
+            )
+
     def states(self) -> list[RayJobState]:
-        """The RayJobs of the namespace."""
+        """The RayJobs of the namespace, the oldest first; the API lists them by name."""
         with self._translate_errors():
             listed = self._custom.list_namespaced_custom_object(
                 GROUP, VERSION, self.namespace, PLURAL
             )
-        return [_state(item) for item in listed["items"]]
+        return [_state(item) for item in sorted(listed["items"], key=_age)]
 
     def find(self, name: str) -> RayJobState:
         """The RayJob of that name, or the last one of the run of that name.
@@ -121,7 +134,7 @@ class KubernetesClient:
         """
         known = self.states()
         for state in reversed(known):
-            if name in (state.name, state.run):
+            if name == state.name or (state.run and state.run == run_label(name)):
                 return state
         names = ", ".join(state.name for state in known) or "none"
         raise UserError(f"namespace {self.namespace} has no RayJob or run {name!r}; it has {names}")
@@ -138,9 +151,11 @@ class KubernetesClient:
             raise UserError(
                 f"{name} prints nothing yet, or its pods are gone: mhe k8s status {name}"
             )
+        # One that failed to reach the head is followed by others, with names by chance.
+        newest = max(pods.items, key=lambda pod: str(pod.metadata.creation_timestamp))
         with self._translate_errors():
             stream = self._core.read_namespaced_pod_log(
-                pods.items[-1].metadata.name, self.namespace, follow=follow, _preload_content=False
+                newest.metadata.name, self.namespace, follow=follow, _preload_content=False
             )
             for chunk in stream.stream():
                 yield chunk.decode("utf-8", "replace")
@@ -149,9 +164,7 @@ class KubernetesClient:
         """Ask the run to save and stop; with `now`, delete the RayJob and all its pods."""
         with self._translate_errors():
             if now or not state.cluster:
-                self._custom.delete_namespaced_custom_object(
-                    GROUP, VERSION, self.namespace, PLURAL, state.name
-                )
+                self._delete(state.name)
                 return
             self._dashboard(state.cluster).connect_post_namespaced_service_proxy_with_path(
                 f"{state.cluster}-head-svc:{DASHBOARD_PORT}",
@@ -210,6 +223,13 @@ class KubernetesClient:
             raise kind(f"Kubernetes answers {text}") from error
         except HTTPError as error:
             raise UserError(f"Kubernetes does not answer: {error}") from error
+
+
+def _age(item: dict[str, Any]) -> tuple[str, int]:
+    """Sorts objects by when they were made, to the second, and then by the number in the name."""
+    metadata = item["metadata"]
+    number = re.search(r"-(\d{1,9})$", metadata["name"])
+    return metadata.get("creationTimestamp", ""), int(number[1]) if number else 0
 
 
 def _state(item: dict[str, Any]) -> RayJobState:

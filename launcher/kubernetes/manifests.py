@@ -54,7 +54,7 @@ def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> 
     Raises:
         UserError: see `settings`.
     """
-    labels = {**_labels("run"), RUN_LABEL: config.run.name[:63]}
+    labels = {**_labels("run"), RUN_LABEL: run_label(config.run.name)}
     if target.queue:
         labels["kueue.x-k8s.io/queue-name"] = target.queue
     name = rayjob_name(config.run.name, attempt)
@@ -138,6 +138,11 @@ def rayjob_name(run: str, attempt: int) -> str:
     """The name of a run's n-th RayJob: lower case, digits and dashes."""
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].strip("-")
     return f"{plain or 'run'}-{attempt}"
+
+
+def run_label(run: str) -> str:
+    """The name of a run as the value of a label: 63 characters, the last a letter or digit."""
+    return run[:63].rstrip("._-")
 
 
 def cluster_spec(config: Config, target: KubernetesTarget, config_map: str = "") -> Manifest:

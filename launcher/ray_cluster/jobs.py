@@ -233,9 +233,8 @@ class Cluster:
             self._client.stop_job(job.id)
             if now and job.path:
                 env = {k: v for k, v in job.runtime_env.items() if k in ("working_dir", "env_vars")}
-                command = [job_python(self.address), "-m", "launcher.job", "stop-now", job.path]
                 self._client.submit_job(
-                    entrypoint=shlex.join(command),
+                    entrypoint=job_entrypoint(self.address, "stop-now", job.path),
                     submission_id=f"{job.id}-stop-{int(time.time())}",
                     runtime_env=env,
                 )
@@ -268,12 +267,10 @@ def build_submission(
         folder: an empty folder, for what is sent.
         verb: what the job does (`launcher.job`); only one that runs is a job of the run.
     """
-    command = [job_python(address), "-m", "launcher.job", verb, SETTINGS_FILE]
     is_run = verb == "run"
     return Submission(
         id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
-        # Not below a shell: that would end at a SIGTERM to the group, and be taken for the job.
-        entrypoint=f"exec {shlex.join(command)}",
+        entrypoint=job_entrypoint(address, verb, SETTINGS_FILE),
         environment=_environment(config) | variables,
         metadata={RUN_KEY: config.run.name, PATH_KEY: config.run.path} if is_run else {},
         package=build_package(config, folder),
@@ -341,9 +338,17 @@ def _once_it_answers(request: Callable[[], Answer]) -> Answer:
         time.sleep(POLL_S)
 
 
-def job_python(address: str) -> str:
-    """The interpreter of the job: ours on this machine, else what the nodes call python."""
-    return sys.executable if is_loopback(address) else "python"
+def job_entrypoint(address: str, *words: str) -> str:
+    """The shell command of a job, `python -m launcher.job` with some words.
+
+    The interpreter is ours on this machine, else what the nodes call python. Behind a forwarded
+    port of this machine there are other nodes, which do not have ours.
+    """
+    python = "python"
+    if is_loopback(address):
+        python = f'"$(command -v {shlex.quote(sys.executable)} || echo python)"'
+    # Not below a shell: that would end at a SIGTERM to the group, and be taken for the job.
+    return f"exec {python} -m launcher.job {shlex.join(words)}"
 
 
 def _read_stream(stream: Any, skip: int) -> Iterator[str]:

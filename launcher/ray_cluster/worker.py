@@ -13,6 +13,7 @@ from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_bac
 from launcher.ray_cluster.mailbox import CRASHED, EventSender, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
+from mhe_dist.redact import ScrubbingFormatter, scrub
 from pipelines.pretrain import preemption
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _report_crash(crash: str, rank: int, send: EventSender) -> None:
 def _describe(error: Exception) -> dict[str, Any]:
     """What the driver must know: a `final` failure would come back after every restart."""
     return {
-        "message": str(error) or type(error).__name__,
+        "message": scrub(str(error)) or type(error).__name__,
         "kind": type(error).__name__,
         "user": isinstance(error, UserError),
         "final": isinstance(error, (UserError, RunError)),
@@ -96,5 +97,6 @@ def redirect_output(file: Path, command: str = "") -> None:
             os.dup2(stream.fileno(), descriptor)
     faulthandler.enable(2, all_threads=False)
     os.write(2, f"{begin_line(command)}\n".encode())
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=form, stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ScrubbingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import socket
 import uuid
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from launcher.ray_cluster.code_package import CodePackage, copy_code
 from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes, existing_cluster
-from launcher.ray_cluster.jobs import RUN_KEY, Submission, job_python, stop_environment
+from launcher.ray_cluster.jobs import RUN_KEY, Submission, job_entrypoint, stop_environment
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import is_local
 
@@ -97,10 +96,9 @@ def prepare_command(
     copy_code(folder)
     content = {"words": command.words, "results": command.results, "folder": str(Path.cwd())}
     (folder / COMMAND_FILE).write_text(json.dumps(content), encoding="utf-8")
-    words = [job_python(address), "-m", "launcher.job", "command", COMMAND_FILE]
     return Submission(
         id=f"{command.name}-{attempt}",
-        entrypoint=f"exec {shlex.join(words)}",
+        entrypoint=job_entrypoint(address, "command", COMMAND_FILE),
         # No others: the driver sets those of the tasks, and Ray takes no variable from both.
         environment=stop_environment() | {"COLUMNS": str(width)} | variables,
         metadata={RUN_KEY: command.name},

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal.commands import command_line
+from mhe_dist.redact import scrub
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -24,13 +25,13 @@ def say(text: str) -> None:
 
 
 def error(text: str) -> None:
-    """Print plain text, a mistake or a failure, to standard error."""
-    err.print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    """Print plain text, a mistake or a failure, to standard error, without secrets."""
+    err.print(f"[bold red]error:[/] {escape(scrub(text))}", soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """Print plain text that is no result to standard error, where it spoils no output."""
-    err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
+    """Print plain text that is no result, like `error`, where it spoils no output."""
+    err.print(f"[yellow]note:[/] {escape(scrub(text))}", soft_wrap=True)
 
 
 def show_table(title: str, table: Table) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import IO
 
 from launcher.events import Event
 from launcher.terminal.progress import announce_once
+from mhe_dist.redact import masked
 
 _START = '{"event": '
 
@@ -31,9 +33,24 @@ class EventLogWriter:
         yield announce_once(self.waiting, what)
 
     def handle(self, event: Event) -> None:
-        """Write an event, and when it was."""
-        self._sink.write(json.dumps({**event, "time": round(time.time(), 3)}) + "\n")
-        self._sink.flush()
+        """Write an event without secrets, and when it was.
+
+        Where the disk is full the line waits in memory: the next one takes it along.
+        """
+        line = json.dumps({**masked(event), "time": round(time.time(), 3)}) + "\n"
+        with full_disk_borne():
+            self._sink.write(line)
+            self._sink.flush()
+
+
+@contextmanager
+def full_disk_borne() -> Iterator[None]:
+    """Go on where the disk refuses a log: no run ends for the want of a line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def parse_event(line: str) -> Event | None:

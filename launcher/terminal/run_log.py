@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from launcher.events import Event
-from launcher.terminal.event_log import EventLogWriter
+from launcher.terminal.event_log import EventLogWriter, full_disk_borne
 from launcher.terminal.progress import ProgressDisplay
 
 RUN_LOG = "run.log"
@@ -47,8 +47,10 @@ class RunLog:
         if self._file is None:
             return
         code = 0 if error is None else getattr(error, "exit_code", 1)
-        self._file.write(f"ended: {_this_process()}, exit code {code}\n")
-        self._file.close()
+        with full_disk_borne():
+            self._file.write(f"ended: {_this_process()}, exit code {code}\n")
+        with full_disk_borne():
+            self._file.close()
 
     def waiting(self, what: str) -> None:
         """Show that something begins."""
@@ -59,15 +61,19 @@ class RunLog:
         return self._display.counting(what)
 
     def handle(self, event: Event) -> None:
-        """Show an event, and write it down."""
+        """Show an event, and write it down if the disk has room."""
+        with full_disk_borne():
+            self._open().handle(event)
+        self._display.handle(event)
+
+    def _open(self) -> EventLogWriter:
         if self._writer is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a", encoding="utf-8")
             now = time.strftime("%Y-%m-%d %H:%M:%S")
             self._file.write(f"began: {_this_process()}, {now}\n")
             self._writer = EventLogWriter(self._file)
-        self._writer.handle(event)
-        self._display.handle(event)
+        return self._writer
 
 
 class RunLogReader:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,22 +49,32 @@ class Spool:
 
     @run_id.setter
     def run_id(self, run_id: str) -> None:
-        self._id.write_text(run_id)
+        """Keep the id, if the disk has room."""
+        try:
+            self._id.write_text(run_id)
+        except OSError as error:  # the checkpoints know the id, too
+            logger.warning("the id of MLflow's run cannot be kept in %s: %s", self._id, error)
 
     def pending(self, step: int) -> list[MetricRecord]:
         """The records that wait; those of steps >= `step`, recorded anew later, are dropped."""
         if not self._file.exists():
             return []
-        lines = self._file.read_text().split("\n")[:-1]  # the last one may be torn
-        kept = [record for line in lines if (record := MetricRecord(*json.loads(line))).step < step]
-        self._file.write_text("".join(map(_line, kept)))
+        lines = self._file.read_text(errors="replace").split("\n")
+        found = (record for line in lines if (record := _record(line)))
+        kept = [record for record in found if record.step < step]
+        temporary = self._file.with_suffix(".tmp")
+        try:
+            temporary.write_text("".join(map(_line, kept)))
+            temporary.replace(self._file)
+        except OSError as error:  # a full disk: the old file stands
+            logger.warning("%s cannot be written anew: %s", self._file, error)
         return kept
 
     def add(self, record: MetricRecord) -> None:
         """Write a record; where the disk refuses it, that is logged once and the record is lost."""
         try:
-            with self._file.open("a") as file:
-                file.write(_line(record))
+            with self._file.open("ab", buffering=0) as file:
+                _append(file, _line(record).encode())
         except OSError as error:
             if not self._failed:
                 logger.warning("metrics cannot wait for MLflow in %s: %s", self._file, error)
@@ -69,12 +82,37 @@ class Spool:
 
     def clear(self) -> None:
         """Empty the file: all of it has arrived."""
-        with self.lock:
+        with self.lock, suppress(OSError):  # what stays is sent twice, and kept once
             if self._file.exists() and self._file.stat().st_size:
                 self._file.write_text("")
 
     def __len__(self) -> int:
-        return len(self._file.read_text().splitlines()) if self._file.exists() else 0
+        if not self._file.exists():
+            return 0
+        return sum(map(bool, map(_record, self._file.read_text(errors="replace").split("\n"))))
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Write all of it, or nothing: half a line would spoil the next one.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) or 0 :]
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
+
+
+def _record(line: str) -> MetricRecord | None:
+    """The record of a line; None: it was torn, by a kill or a full disk."""
+    try:
+        return MetricRecord(*json.loads(line))
+    except (ValueError, TypeError):
+        return None
 
 
 def _line(record: MetricRecord) -> str:

@@ -109,7 +109,10 @@ class BadSamples:
         for part in [self._earlier, *ranks]:
             self.total.merge(part)
         if self._topology.is_first and self.total.samples != self._written:
-            self._write()
+            try:
+                self._write()
+            except OSError as error:  # as of a full disk; the checkpoint has the names, too
+                log.error("%s cannot be written, will go on trying: %s", self._url, error)
 
     def state(self) -> dict[str, Any]:
         """What `__init__` needs to go on, as of the last `gather`; JSON-able."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 from pipelines.pretrain import preemption
 
@@ -13,6 +14,7 @@ def main(arguments: list[str]) -> int:
     from mhe_dist.config.load import load_config
     from mhe_dist.distributed.device import prepare_rank
     from mhe_dist.errors import Preempted, UserError
+    from mhe_dist.redact import scrub
     from pipelines.pretrain.main import run_pretraining
 
     try:
@@ -22,11 +24,14 @@ def main(arguments: list[str]) -> int:
         prepare_rank(config.scale.gpu)
         run_pretraining(config, lambda event: print(event, flush=True))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {scrub(str(error))}", file=sys.stderr)
         return 2
     except Preempted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
+    except Exception:  # told as Python would, but without secrets
+        sys.stderr.write(scrub(traceback.format_exc()))
+        return 1
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.checkpoint.store import CheckpointStore, SaveResult
 from mhe_dist.config.schema import CheckpointConfig
+from mhe_dist.redact import scrub
 from pipelines.pretrain.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -96,9 +97,8 @@ class Checkpointer:
                 bytes=saved.bytes,
             )
             return
-        self.failures.append(f"step {saved.step}: {saved.error}")
-        logger.error("checkpoint of step %d failed: %s", saved.step, saved.error)
+        message = scrub(saved.error)
+        self.failures.append(f"step {saved.step}: {message}")
+        logger.error("checkpoint of step %d failed: %s", saved.step, message)
         self._recorder.record_state(saved.step, {"checkpoint_failures": float(len(self.failures))})
-        self._recorder.emit(
-            "checkpoint_failed", step=saved.step, path=saved.path, message=saved.error
-        )
+        self._recorder.emit("checkpoint_failed", step=saved.step, path=saved.path, message=message)

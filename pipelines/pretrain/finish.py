@@ -13,7 +13,7 @@ from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.errors import Preempted
-from mhe_dist.redact import scrub
+from mhe_dist.redact import masked
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
 from pipelines.data.mixture.index import label_digests
@@ -147,10 +147,10 @@ def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -
 def _summary(
     run: Run, evaluation: Evaluation, exports: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Figures of the whole run, and where everything is."""
+    """Figures of the whole run, and where everything is; without secrets."""
     recorder, progress, config = run.recorder, run.progress, run.config
     seconds = recorder.phases.get("train", 0.0)
-    return {
+    figures = {
         "run": config.run.path,
         "steps": run.total_steps,
         "classes": run.index.num_classes,
@@ -171,12 +171,13 @@ def _summary(
         "warnings": recorder.warnings,
         "mlflow": _where_in_mlflow(run) if config.tracking.mlflow else None,
     }
+    return dict(masked(figures))
 
 
 def _where_in_mlflow(run: Run) -> dict[str, str | None]:
     tracker = run.tracker
     return {
-        "uri": scrub(mlflow_uri(run.config)),
+        "uri": mlflow_uri(run.config),
         "run_id": tracker.run_id,
         "page": tracker.page,
     }

@@ -13,6 +13,7 @@ from typing import Any
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.base import HELDOUT, TrackedDataset, Tracker
 from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.metrics import MetricsAccumulator, memory
@@ -182,15 +183,16 @@ class Recorder:
             step: completed steps.
             message: the same on all ranks, or from the first rank alone.
         """
+        message = scrub(message)
         self.warnings.append(message)
         if self._topology.is_first:
             logger.warning("%s", message)
         self.emit("warning", step=step, message=message)
 
     def emit(self, name: str, **values: Any) -> None:
-        """Hand an event to whoever watches, on the first rank."""
+        """Hand an event without secrets to whoever watches, on the first rank."""
         if self._topology.is_first:
-            self._on_event({"event": name, **values})
+            self._on_event(masked({"event": name, **values}))
 
     def _add_phase(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds

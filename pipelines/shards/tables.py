@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from mhe_dist.redact import scrub
 from pipelines.shards.index import Fault
 from pipelines.shards.shard import Shard
 from pipelines.storage.urls import atomic_write
@@ -34,8 +35,9 @@ def class_table(names: Sequence[str], shards: Iterable[Shard]) -> Table:
 
 
 def skipped_table(faults: Sequence[Fault]) -> dict[str, Table]:
-    """A row for everything that was left out, if anything was."""
-    return {SKIPPED_FILE: (["place", "reason"], faults)} if faults else {}
+    """A row for everything that was left out, if anything was; without secrets of URLs."""
+    rows = ([scrub(text) for text in fault] for fault in faults)
+    return {SKIPPED_FILE: (["place", "reason"], rows)} if faults else {}
 
 
 def write_table(url: str, table: Table) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.redact import scrub
 from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.shards.image_format import IMAGE_EXTENSIONS, image_extension
 from pipelines.shards.index import UNLABELLED, Fault
@@ -40,6 +41,7 @@ from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.sources.text_column import TextColumn
 from pipelines.storage.file_listing import list_files
+from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from pipelines.storage.staging import require_absent_or_resumable
 from pipelines.storage.urls import is_local, is_web, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
@@ -131,11 +133,12 @@ def import_split_folder(
 
 
 class _FoundImages(NamedTuple):
-    """Image files as columns, the names of the classes, and what goes to the index.
+    """Image files below a root as columns, the names of the classes, and what goes to the index.
 
     Paths are below the root; sizes are uint32 `[N]` bytes, classes integers `[N]`.
     """
 
+    root: str
     paths: TextColumn
     sizes: npt.NDArray[Any]
     names: list[str]
@@ -159,12 +162,12 @@ def _find_images(
 ) -> _FoundImages:
     faults: list[Fault] = []
     warnings: list[str] = []
-    about: dict[str, Any] = {"source": "folder", "from": root, "lst": lst}
+    about: dict[str, Any] = {"source": "folder", "from": scrub(root), "lst": lst and scrub(lst)}
     if lst is not None:
         files = _named_files(root, read_list_file(lst), faults)
     elif table is not None:
         files = _named_files(root, read_image_table(table), faults)
-        about["table"] = table
+        about["table"] = scrub(table)
     else:
         files = _by_folder(root, list_files(root), classless, warnings)
     if classless:
@@ -177,11 +180,11 @@ def _find_images(
     names, new_numbers = _sort_names(numbers, may_be_numbers=bool(lst or table))
     classes = new_numbers[np.frombuffer(labels, np.int32)]
     column = np.frombuffer(sizes, np.uint32)
-    return _FoundImages(paths, column, names, classes, faults, warnings, about)
+    return _FoundImages(root, paths, column, names, classes, faults, warnings, about)
 
 
 def _new_dataset(out: str, found: _FoundImages, options: ImportOptions) -> NewDataset[_FileTask]:
-    paths, root = found.paths, found.about["from"]
+    paths, root = found.paths, found.root
 
     def task(chosen: Ints) -> _FileTask:
         mine = [paths[number] for number in chosen.tolist()]
@@ -358,9 +361,27 @@ def _contents(task: _FileTask) -> Iterator[bytes | OSError]:
         whole: list[None] = [None] * len(urls)
         found = filesystem.cat_ranges(urls, whole, whole, on_error="return")
         for url, data in zip(urls, found, strict=True):
+            if isinstance(data, Exception) and is_transient(data):
+                yield _read_again(filesystem, url)
+                continue
             if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
                 raise RunError(f"{task.root}: {url} cannot be read ({data})") from data
             yield data
+
+
+def _read_again(filesystem: Any, url: str) -> bytes | OSError:
+    """A file that could not be read for the moment.
+
+    Raises:
+        RunError: it still cannot be read.
+    """
+    try:
+        with errors_naming(url):
+            return with_retries(lambda: bytes(filesystem.cat_file(url)), url)
+    except RunError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return error.__cause__
+        raise
 
 
 def _read(path: str) -> bytes | OSError:

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 import fsspec
 import numpy as np
 
+from mhe_dist.redact import scrub
 from pipelines.shards.image_format import image_extension
 from pipelines.shards.index import Fault
 from pipelines.shards.writer import Sample
@@ -88,7 +89,7 @@ def import_recordio(
     def task(chosen: Ints) -> _RecordTask:
         return _RecordTask(rec, keys[chosen], starts[chosen], stops[chosen], classes[chosen])
 
-    about = {"source": "recordio", "from": rec}
+    about = {"source": "recordio", "from": scrub(rec)}
     new = NewDataset(out, found, task, about, [keys, starts, stops], options)
     return write_dataset(new, _samples, writing)
 

@@ -22,6 +22,7 @@ _LONG_NAME, _LONG_LINK, _SPARSE = b"LKS"
 _LINKS: Final = {b"1"[0]: "hard link", b"2"[0]: "symbolic link"}
 _PAX: Final = b"xX"
 _PAX_FOR_ALL: Final = b"g"[0]
+_SIZE: Final = re.compile(r"[0-9]{1,20}")
 _PAX_RECORD: Final = re.compile(rb"(\d{1,7}) ([^=\n]+)=")
 # A tar in a compressed form cannot be read from the middle.
 _COMPRESSED: Final = {
@@ -95,7 +96,9 @@ def read_members(stream: IO[bytes]) -> Iterator[TarMember]:
                 over = more | over  # the first of several counts, as for `tarfile`
             continue
         name, size = over.get("path", header.name), header.size
-        if "size" in over and over["size"].isdecimal():
+        if "size" in over:
+            if not _SIZE.fullmatch(over["size"]):
+                raise DamagedTarError(at, f"a PAX header with the size {over['size'][:40]!r}")
             size = int(over["size"])
         is_folder = header.kind == 0 and header.name.endswith("/")  # as old tars have them
         is_file = header.kind in _FILES and not is_folder

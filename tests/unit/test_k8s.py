@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -148,6 +149,15 @@ def test_the_dashboard_is_open_to_nobody_outside(rendered, name: str) -> None:
     assert all(s["spec"].get("type", "ClusterIP") == "ClusterIP" for s in services)
 
 
+def test_no_command_line_shows_the_password_of_the_database() -> None:
+    text = (ROOT / "k8s" / "base" / "mlflow.yaml").read_text()
+    (server,) = (item for item in yaml.safe_load_all(text) if item["kind"] == "Deployment")
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    assert "PASSWORD" not in " ".join([*container["command"], *container["args"]])
+    (given,) = (each for each in container["env"] if each["name"] == "PGPASSWORD")
+    assert given["valueFrom"]["secretKeyRef"]["key"] == "POSTGRES_PASSWORD"
+
+
 def test_long_lived_containers_have_probes(rendered) -> None:
     for item in rendered["cpu-smoke"]:
         if item["kind"] in ("Deployment", "StatefulSet"):
@@ -222,6 +232,10 @@ def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
 )
 def test_names_are_those_that_kubernetes_allows(run: str, name: str) -> None:
     assert rayjob_name(run, 1) == name
+    job = build_rayjob(config(run={"name": run}), KubernetesTarget())
+    assert re.fullmatch(
+        "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", job["metadata"]["labels"]["mhe/run"]
+    )
 
 
 def test_the_image_is_lean_and_nobody_s() -> None:

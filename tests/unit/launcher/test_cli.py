@@ -174,6 +174,17 @@ def test_errors_have_one_message_and_a_code(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_errors_show_no_secrets(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def fail(*_: object) -> None:
+        raise UserError("https://host/lfw.bin?X-Amz-Signature=planted: cannot be opened")
+
+    monkeypatch.setattr("launcher.verbs.train.load_config", fail)
+    assert cli.run(["train", "a.yaml"]) == 2
+    console.note("http://me:planted@host")
+    said = capsys.readouterr().err
+    assert "X-Amz-Signature=***" in said and "planted" not in said
+
+
 def test_config_shows_values_and_meanings(capsys: Captured) -> None:
     assert cli.run(["config", "--table", QUICKSTART, "optim.lr=0.25"]) == 0
     shown = capsys.readouterr().out

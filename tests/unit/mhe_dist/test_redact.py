@@ -1,8 +1,11 @@
 """Secrets do not leave the process."""
 
+import logging
+import sys
+
 import pytest
 
-from mhe_dist.redact import flat, is_secret_name, masked, scrub
+from mhe_dist.redact import ScrubbingFormatter, flat, is_secret_name, masked, scrub
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,11 @@ def test_innocent_names(name):
         ("postgresql+psycopg://u:p%40w@db/mlflow", "postgresql+psycopg://***@db/mlflow"),
         ("s3://bucket/a?X-Amz-Signature=abc&b=1", "s3://bucket/a?X-Amz-Signature=***&b=1"),
         ("https://h/p?sig=abc and more", "https://h/p?sig=*** and more"),
+        ("postgresql://mlflow:ab/c+d=@db:5432/x", "postgresql://***@db:5432/x"),
+        ("mysql://me:a?b#c@db/x", "mysql://***@db/x"),
+        ("http://me:p@ss@h/x", "http://***@h/x"),
+        ("http://h:8080/a@b and http://[::1]:80/a@b", "http://h:8080/a@b and http://[::1]:80/a@b"),
+        ("https://h/a:b@c, http://h:8080?a=b@c", "https://h/a:b@c, http://h:8080?a=b@c"),
         ("s3://bucket/shards", "s3://bucket/shards"),
         ("someone@example.org", "someone@example.org"),
     ],
@@ -76,3 +84,14 @@ def test_the_working_folder_is_no_secret(monkeypatch):
     monkeypatch.setenv("DB_PWD", "s3cr3t-value")
     text = "/home/somebody/runs and /home/elsewhere with s3cr3t-value"
     assert scrub(text) == "/home/somebody/runs and /home/elsewhere with ***"
+
+
+def test_a_log_has_no_secrets_in_what_is_said_nor_in_tracebacks():
+    try:
+        raise ValueError("https://h/p?sig=planted cannot be read")
+    except ValueError:
+        fields = ("name", logging.ERROR, "file", 1, "%s failed", ("http://me:planted@h",))
+        record = logging.LogRecord(*fields, sys.exc_info())
+    text = ScrubbingFormatter("%(levelname)s %(message)s").format(record)
+    assert text.startswith("ERROR http://***@h failed\nTraceback")
+    assert "planted" not in text

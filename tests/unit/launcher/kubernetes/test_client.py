@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from launcher import cli
+from launcher.kubernetes.client import KubernetesClient
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
@@ -32,6 +33,8 @@ class Api(ThreadingHTTPServer):
         self.posted: list[str] = []
         self.tokens: list[str] = []
         self.log = ""
+        self.pods = {"submitter": ""}
+        self.refuses_maps = False
         super().__init__(("127.0.0.1", 0), Handler)
 
     def now(self, name: str, job: str, deployment: str) -> None:
@@ -48,10 +51,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         if path == JOBS:
-            self._answer({"items": list(self.server.jobs.values())})
+            self._answer({"items": [self.server.jobs[name] for name in sorted(self.server.jobs)]})
         elif path == "/api/v1/namespaces/mhe/pods":
-            names = ["submitter"] if self.server.log else []
-            self._answer({"items": [{"metadata": {"name": name}} for name in names]})
+            pods = self.server.pods.items() if self.server.log else []
+            made = [{"name": name, "creationTimestamp": at or None} for name, at in pods]
+            self._answer({"items": [{"metadata": metadata} for metadata in made]})
         elif path == "/api/v1/namespaces/mhe/secrets/small-ray":
             token = base64.b64encode(b"ray-token").decode()
             self._answer({"data": {"auth_token": token}})
@@ -68,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             item["metadata"]["uid"] = "uid-1"
             self.server.jobs[item["metadata"]["name"]] = item
             self._answer(item, 201)
+        elif path == "/api/v1/namespaces/mhe/configmaps" and self.server.refuses_maps:
+            self._answer({"message": "configmaps already exists"}, 409)
         elif path == "/api/v1/namespaces/mhe/configmaps":
             self.server.maps.append(json.loads(body))
             self._answer(self.server.maps[-1], 201)
@@ -212,3 +218,31 @@ def test_what_is_on_no_claim_is_refused(api: Api, file: str, capsys) -> None:
     assert cli.run(["k8s", "submit", file, *words, "--claim", "c"]) == 2
     assert "tracking.uri=/home/me/mlflow.db: is in no pod" in capsys.readouterr().err
     assert not api.jobs
+
+
+def test_a_rayjob_whose_settings_are_refused_does_not_stay(api: Api, file: str, capsys) -> None:
+    api.refuses_maps = True
+    assert cli.run(["k8s", "submit", file]) == 2
+    assert "409" in capsys.readouterr().err
+    assert not api.jobs, "it would wait for settings that never come"
+    api.refuses_maps = False
+    assert cli.run(["k8s", "submit", file]) == 0
+    assert set(api.jobs) == {"small-1"}
+
+
+def test_the_last_rayjob_is_the_newest_and_not_the_last_by_name(api: Api, file: str) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+    for number in range(2, 11):
+        job = api.jobs["small-1"]
+        api.jobs[f"small-{number}"] = job | {
+            "metadata": job["metadata"] | {"name": f"small-{number}"}
+        }
+    client = KubernetesClient("mhe")
+    assert client.find("small").name == "small-10"
+    for number in range(1, 11):
+        metadata = api.jobs[f"small-{number}"]["metadata"]
+        metadata["creationTimestamp"] = f"2030-01-{20 - number:02d}T00:00:00Z"
+    assert client.find("small").name == "small-1", "by when they were made"
+    api.log = "x"
+    api.pods = {"submitter": "2030-01-02T00:00:00Z", "z-earlier": "2030-01-01T00:00:00Z"}
+    assert list(client.read_output("small-1")) == ["x"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +97,25 @@ def test_a_job_says_what_it_runs(config: Config, tmp_path: Path) -> None:
     assert sent.environment["OMP_NUM_THREADS"] == "1"
     assert sent.environment["RAY_TRAIN_V2_ENABLED"] == "1"
     here = prepare(config, tmp_path / "here", "http://127.0.0.1:8265")
-    assert here.entrypoint.split()[1] != "python", "this machine's nodes run this interpreter"
+    assert sys.executable in here.entrypoint, "this machine's nodes run this interpreter"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_behind_a_forwarded_port_a_job_starts_with_the_nodes_own_python(
+    there: bool, config: Config, tmp_path: Path, monkeypatch
+) -> None:
+    ours, nodes = tmp_path / "our venv" / "python", tmp_path / "bin" / "python"
+    for python in [nodes] + [ours] * there:
+        python.parent.mkdir()
+        python.write_text('#!/bin/sh\necho "$0" "$@"\n')
+        python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(ours))
+    sent = prepare(config, tmp_path / "sent", "http://127.0.0.1:8265")
+    path = {"PATH": f"{nodes.parent}:/bin:/usr/bin"}
+    done = subprocess.run(
+        sent.entrypoint, shell=True, env=path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{ours if there else nodes} -m launcher.job run run.yaml\n"
 
 
 def test_secrets_do_not_travel(monkeypatch, config: Config, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from launcher.ray_cluster.worker import redirect_output
 redirect_output(Path(sys.argv[1]))
 print('printed', flush=True)
 logging.getLogger('some.library').info('logged')
+logging.getLogger('some.library').info('http://me:planted@h')
 os.system('echo child')
 """
 
@@ -50,15 +51,15 @@ def test_a_worker_gets_its_threads_and_no_telemetry() -> None:
 @pytest.mark.parametrize(
     ("error", "user", "final"),
     [
-        (UserError("a"), True, True),
-        (RunError("a"), False, True),
-        (ConnectionResetError("a"), False, False),
+        (UserError("a http://me:pw@h"), True, True),
+        (RunError("a http://me:pw@h"), False, True),
+        (ConnectionResetError("a http://me:pw@h"), False, False),
     ],
 )
 def test_only_what_would_come_back_is_final(error: Exception, user: bool, final: bool) -> None:
     described = _describe(error)
     assert (described["user"], described["final"]) == (user, final)
-    assert described["message"] == "a"
+    assert described["message"] == "a http://***@h"
 
 
 def test_a_worker_writes_everything_to_its_log(tmp_path: Path) -> None:
@@ -70,6 +71,7 @@ def test_a_worker_writes_everything_to_its_log(tmp_path: Path) -> None:
     text = log.read_text()
     assert text.count("printed") == text.count("child") == 2
     assert text.count("INFO some.library: logged") == 2
+    assert text.count("INFO some.library: http://***@h") == 2 and "planted" not in text
 
 
 def test_the_log_says_where_a_signal_killed_a_worker(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from launcher import cli, job
 from launcher.tasks import submitted
 from launcher.tasks.submitted import COMMAND_FILE, SpreadCommand, prepare_command
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 
 Captured = pytest.CaptureFixture[str]
 EMBED = ["embed", "quickstart", "--images", "tars", "--out", "/shared/rows"]
@@ -119,3 +119,14 @@ def test_results_that_would_end_with_a_node_are_refused(
     assert "alone, node-3, node-7 cannot see it" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be written"):
         submitted.refuse_unshared("/proc/report", "/", True)
+
+
+def test_the_log_of_a_job_has_no_secrets(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    def fail(*_: str) -> None:
+        raise RunError("https://me:planted@host/x: cannot be read")
+
+    monkeypatch.setitem(job.VERBS, "command", fail)
+    assert job.main(["command", COMMAND_FILE]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "error: https://***@host/x" in said
+    assert "planted" not in said

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from launcher.terminal import run_log
+from launcher.terminal.event_log import EventLogWriter
 from launcher.terminal.progress import ProgressDisplay
 from launcher.terminal.run_log import RunLog, RunLogReader
 from mhe_dist.errors import Preempted
@@ -93,3 +97,33 @@ def test_a_process_that_was_killed_ends_it(tmp_path: Path, monkeypatch: pytest.M
     reader = RunLogReader(path, is_alive=lambda process: False)
     assert list(reader.lines(follow=True))[-1].endswith("ended without a word")
     assert reader.exit_code == 1
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path) -> None:
+    full = tmp_path / "run.log"
+    full.symlink_to("/dev/full")
+    assert write(full, events=2).count("warning: careful") == 2
+    with pytest.raises(Preempted):
+        write(full, Preempted("told"))
+
+
+def test_lines_that_waited_for_a_full_disk_come_when_there_is_room(tmp_path: Path) -> None:
+    class Disk(io.RawIOBase):
+        full, content = True, b""
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.content += bytes(data)
+            return len(data)
+
+    disk = Disk()
+    log = EventLogWriter(io.TextIOWrapper(io.BufferedWriter(disk)))
+    log.handle(dict(WARNING))
+    disk.full = False
+    log.handle({"event": "end", "uri": "postgresql://me:planted@db"})
+    first, second = (json.loads(line) for line in disk.content.decode().splitlines())
+    assert (first["event"], second["uri"]) == ("warning", "postgresql://***@db")

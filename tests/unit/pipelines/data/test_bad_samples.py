@@ -67,3 +67,14 @@ def test_the_share_of_bad_samples_is_that_of_an_epoch_or_of_all_that_were_drawn(
     tally.check(data, 100)  # three of 150
     with pytest.raises(RunError, match=r"c: torn; data.on_bad_sample=skip would go on"):
         tally.check(data.model_copy(update={"on_bad_sample": "fail"}), 100)
+
+
+def test_a_disk_that_refuses_the_names_ends_no_run(tmp_path: Path) -> None:
+    refusing, tally = tmp_path / "run", BadSampleTally(seen=5, count=1, samples={"a": "damaged"})
+    refusing.write_text("a file where the folder should be")
+    samples = BadSamples(Topology(), str(refusing), None)
+    samples.gather(tally)
+    assert samples.state()["samples"] == {"a": "damaged"}
+    refusing.unlink()
+    samples.gather(tally)
+    assert (refusing / BAD_SAMPLES_FILE).exists(), "it is tried again"

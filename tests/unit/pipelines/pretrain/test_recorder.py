@@ -55,3 +55,14 @@ def test_a_resumed_run_records_at_the_same_steps() -> None:
 
 def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
     assert "doubted" not in record([0.5], log_every=1, audit_every=0)[0]
+
+
+def test_what_is_told_has_no_secrets() -> None:
+    events: list[dict[str, Any]] = []
+    topology = Topology()
+    recorder = Recorder(topology, Notes(), events.append, Stopwatch(topology.device))
+    recorder.warn(3, "lfw.bin?sig=planted cannot be read")
+    recorder.emit("checkpoint", step=4, path="s3://me:planted@bucket/x")
+    assert recorder.warnings == ["lfw.bin?sig=*** cannot be read"]
+    assert [event["step"] for event in events] == [3, 4]
+    assert "planted" not in repr(events)

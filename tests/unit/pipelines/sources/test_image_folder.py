@@ -30,6 +30,7 @@ from pipelines.sources.image_folder import (
     path_below_root,
 )
 from tests.recordio_files import content, jpeg
+from tests.stores import Faulty, files, served
 
 
 def png() -> bytes:
@@ -409,3 +410,18 @@ def test_other_trouble_of_a_disk_stays_what_it_is(
     monkeypatch.setattr(writer, "_write_tar", fail)
     with pytest.raises(OSError, match="input/output error"):
         import_folder(str(root), str(tmp_path / "out"), options=ImportOptions())
+
+
+def test_a_server_that_is_busy_now_and_then_is_asked_again_and_its_password_kept(
+    root: Path, tmp_path: Path
+) -> None:
+    rows = "".join(f"0\t{n}\t{name}\n" for n, name in enumerate([*FILES, "gone.jpg"]))
+    (root / "a.lst").write_text(rows)
+    with served(Faulty(files(root), share=0.5, seed=3)) as url:
+        own = url.replace("http://", "http://me:planted@")
+        options = ImportOptions(max_bad=0.5)
+        made = import_folder(own, str(tmp_path / "out"), str(root / "a.lst"), options)
+    assert set(labels_of(tmp_path / "out")) == set(FILES.values())
+    assert len(made.faults) == 1 and "gone.jpg" in made.faults[0].location
+    for file in (tmp_path / "out").iterdir():
+        assert b"planted" not in file.read_bytes(), file.name

@@ -16,6 +16,7 @@ from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
 from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import Item, content, items, jpeg, layout, save
+from tests.stores import files, served
 
 
 def images_of(url: str) -> list[tuple[int, bytes]]:
@@ -210,3 +211,14 @@ def _label_was_changed(changes: list[tuple[int, int]], image: bytes) -> bool:
     """Whether a change hit the 32 bytes before the image, which is cut where it holds `MAGIC`."""
     at = REC.index(image.partition(MAGIC)[0])
     return any(at - 32 <= position < at for position, _ in changes)
+
+
+def test_the_index_keeps_no_signature_of_a_url(tmp_path: Path) -> None:
+    images = items()
+    images[3] = (images[3][0], b"no image")
+    save(tmp_path / "in", *layout(images))
+    with served(files(tmp_path / "in")) as url:
+        signed = f"{url}/train.rec?X-Amz-Signature=planted"
+        import_recordio(signed, str(tmp_path / "out"), False, ImportOptions(max_bad=0.5))
+    for file in (tmp_path / "out").iterdir():
+        assert b"planted" not in file.read_bytes(), file.name

@@ -120,6 +120,7 @@ def test_an_empty_tar() -> None:
         (odd(b"", 2**40), "too early"),
         (odd(b"1", 1, type=b"S"), "sparse"),
         (pack({"a.jpg": b"1"}, pax_headers={"GNU.sparse.size": "9"}), "GNU.sparse.size"),
+        (pack({"a.jpg": b"1"}, pax_headers={"size": "9" * 5000}), "with the size '9999"),
         (odd(b"1", 1, type=b"L"), "the end marker where a member"),
         (odd(b"", 2**30, type=b"x"), "a header of 1073741824 bytes"),
     ],
