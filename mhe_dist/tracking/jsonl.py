@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,7 @@ class JsonlTracker:
             self._copy = RemoteCopy(self._path, self._name)
             self._copy.fetch()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_records(self._path) if r["step"] < step]
-        _replace(self._path, "".join(map(_line, kept)))
+        _replace(self._path, (_line(r) for r in iter_records(self._path) if r["step"] < step))
         self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -107,22 +107,36 @@ class JsonlTracker:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, a path or fsspec URL, in their order; none without a file.
 
-    A last line that a killed process left unfinished is ignored.
+    All of them are in memory, about a kilobyte for a step; see `iter_records`.
 
     Raises:
         UserError: a line that is not the last is no record.
     """
+    return list(iter_records(path))
+
+
+def iter_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The same lines one after the other: a long run has a million.
+
+    A last line that a killed process left unfinished is ignored.
+
+    Raises:
+        UserError: see `read_records`.
+    """
     filesystem, file = fsspec.core.url_to_fs(str(path))
     if not filesystem.exists(file):
-        return []
-    lines = filesystem.cat_file(file).decode().split("\n")
-    return [_record(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+        return
+    with filesystem.open(file, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.endswith(b"\n"):
+                yield _record(path, number, line)
 
 
-def _record(path: str | Path, number: int, line: str) -> dict[str, Any]:
+def _record(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-        values = {k: float(v) if isinstance(v, str) else v for k, v in record.items()}
+        # The names are the same in all records, and would take most of their memory.
+        values = {sys.intern(k): float(v) if isinstance(v, str) else v for k, v in record.items()}
         return values | {"step": int(record["step"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -138,11 +152,11 @@ def _plain(value: float) -> float | int | str:
     return value if math.isfinite(value) else str(float(value))
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, lines: Iterable[str]) -> None:
     """Write the whole file so that a crash leaves either the old or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

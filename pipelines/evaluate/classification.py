@@ -21,7 +21,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
-from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.class_list import find_other_name
 from pipelines.data.mixture.index import Mixture, needs_mixture, open_training_index
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images, raise_together
 from pipelines.shards.index import ShardIndex
@@ -188,18 +188,17 @@ def count_images(index: ShardIndex) -> Ints | None:
 def refuse_other_classes(index: ShardIndex, data: DataConfig) -> None:
     """Refuse a set whose class ids mean other classes than those of the training set.
 
-    It can be told where both have a `classes.tsv`; only the names of the set's own are kept.
+    It can be told where both have a `classes.tsv`.
 
     Raises:
         UserError: names a class that differs.
     """
     if needs_mixture(data):  # its classes have other ids than those of its parts
         return
-    here = names_of(index.folder, range(index.num_classes))
-    for number, name in names_of(data.shards, here).items():
-        if name != here[number]:
-            raise UserError(
-                f"{index.folder}: class {number} is {here[number]!r}, in the training set "
-                f"{data.shards} it is {name!r}. Class ids must mean the same: mhe data folder "
-                "--heldout-images N makes two such sets"
-            )
+    if found := find_other_name(index.folder, data.shards):
+        number, here, there = found
+        raise UserError(
+            f"{index.folder}: class {number} is {here!r}, in the training set "
+            f"{data.shards} it is {there!r}. Class ids must mean the same: mhe data folder "
+            "--heldout-images N makes two such sets"
+        )

@@ -10,7 +10,7 @@ from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
-from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.class_list import find_other_name
 from pipelines.data.mixture.label_choice import distinct_labels
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.evaluate.classification import SHOTS, TrainingLabels
@@ -45,14 +45,13 @@ def open_evaluated_labels(
         raise UserError(f"{url}: it has {labels.num_classes:,} classes, the run {num_classes:,}")
     if not labels.labelled:
         raise UserError(f"{url}: it gives no image a class")
-    here = names_of(url, range(labels.num_classes))
     trained = data.labels or data.shards
-    for number, name in names_of(trained, here).items():
-        if name != here[number]:
-            raise UserError(
-                f"{url}: class {number} is {here[number]!r}, in the training labels {trained} it "
-                f"is {name!r}; make both label sets with the same class names"
-            )
+    if found := find_other_name(labels.folder, trained):
+        number, here, there = found
+        raise UserError(
+            f"{url}: class {number} is {here!r}, in the training labels {trained} it "
+            f"is {there!r}; make both label sets with the same class names"
+        )
     labels.map_columns()
     return labels
 

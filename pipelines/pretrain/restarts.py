@@ -7,6 +7,7 @@ checkpoint, and goes into the record of the same run.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import fsspec
 
 from mhe_dist.tracking.base import HELDOUT
-from mhe_dist.tracking.jsonl import read_records
+from mhe_dist.tracking.jsonl import iter_records
 from mhe_dist.train.loop import StepInfo
 from pipelines.pretrain.recorder import Recorder
 
@@ -78,23 +79,19 @@ class Restart:
 
 def read_restart(path: str, step: int, began: float) -> Restart:
     """How this process takes up a run at `step`, from its record at `path` (`metrics.jsonl`)."""
-    records = read_records(path)
-    if not records:
+    restarts, done, last = 0.0, step, -math.inf
+    heldout: dict[str, float] = {}
+    for record in iter_records(path):
+        restarts = max(restarts, record.get(RESTARTS, 0.0))
+        last = max(last, record["time"])
+        if "loss" in record:
+            done = max(done, record["step"] + 1)
+        if record["step"] == step - 1:
+            heldout |= {k: v for k, v in record.items() if k.startswith(HELDOUT)}
+    if last == -math.inf:
         return Restart(began)
-    done = [record["step"] + 1 for record in records if "loss" in record]
     return Restart(
-        began,
-        step,
-        count=1 + int(max(record.get(RESTARTS, 0.0) for record in records)),
-        lost_steps=max(0, max(done, default=step) - step),
-        last_record=max(record["time"] for record in records),
-        heldout={
-            name: value
-            for record in records
-            if record["step"] == step - 1
-            for name, value in record.items()
-            if name.startswith(HELDOUT)
-        },
+        began, step, 1 + int(restarts), lost_steps=done - step, last_record=last, heldout=heldout
     )
 
 

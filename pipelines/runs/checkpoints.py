@@ -12,6 +12,7 @@ from torch import Tensor
 from mhe_dist.bank.bank import Bank
 from mhe_dist.bank.class_layout import LabelLayout
 from mhe_dist.checkpoint.reader import Checkpoint
+from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.row_head import RowHead
@@ -56,11 +57,13 @@ def class_centres(checkpoint: str | Checkpoint, classes: Sequence[int] | Tensor)
     """
     opened = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
     labels = torch.as_tensor(classes, dtype=torch.int64)
+    config = stored_config(opened.run["config"]).head
+    if config.kind in ("mhp", "mhc"):
+        raise UserError(f"{opened.path}: head.kind={config.kind} has no row for each class")
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
-        head = head_of_checkpoint(opened, Topology(), folder)
-        if not isinstance(head, RowHead):
-            kind = opened.run["config"]["head"]["kind"]
-            raise UserError(f"{opened.path}: head.kind={kind} has no row for each class")
+        # Of one group, which tells the layout: no machine need have room for the rows of all.
+        head = head_of_checkpoint(opened, Topology(0, config.chosen_groups), folder)
+        assert isinstance(head, RowHead)
         layout = _saved_layout(head, opened)
         units, slots = layout.locate(labels)
         if (units < 0).any():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from array import array
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 
 import fsspec
@@ -29,30 +31,70 @@ def read_classes(url: str, labelled: ShardIndex | LabelSet) -> Ints:
     Raises:
         UserError: there is no such file, or it is no list of different classes of this data set.
     """
-    table = _table(url)
-    key = next((name for name in ("class", "name") if name in table[0]), None)
+    rows = _rows(url)
+    header = next(rows, [""])
+    key = next((name for name in ("class", "name") if name in header), None)
     if key is None:
         raise UserError(
             f"{url}:1: a list of classes begins with a line `class` (ids follow) or `name` "
             f"(names as in {CLASSES_FILE}), or has these as columns; here are "
-            f"{', '.join(table[0]) or 'none'}"
+            f"{', '.join(header) or 'none'}"
         )
-    ids = _ids_of_names(labelled.folder) if key == "name" else None
-    seen: dict[int, int] = {}
-    for line, row in enumerate(table[1:], 2):
-        text = dict(zip(table[0], row, strict=False)).get(key, "")
-        number = int(text) if ids is None and text.isdecimal() else (ids or {}).get(text, -1)
-        if not 0 <= number < labelled.num_classes:
-            raise UserError(
-                f"{url}:{line}: {text!r} is no {key} of {labelled.folder}, which has "
-                f"{labelled.num_classes:,} classes"
-            )
-        if number in seen:
-            raise UserError(f"{url}:{line}: {text!r} stands in line {seen[number]} already")
-        seen[number] = line
-    if not seen:
+    at = header.index(key)
+    cells = (row[at] if at < len(row) else "" for row in rows)
+    ids = _ids(url, cells, labelled) if key == "class" else _ids_of_names(url, cells, labelled)
+    if not len(ids):
         raise UserError(f"{url}: no class is listed")
-    return np.sort(np.fromiter(seen, np.int64))
+    return np.sort(ids)
+
+
+def _ids(url: str, cells: Iterable[str], labelled: ShardIndex | LabelSet) -> Ints:
+    """Class ids as they are listed, int64; 8 bytes each are in memory."""
+    found, end = array("q"), labelled.num_classes
+    for line, text in enumerate(cells, 2):
+        if not (text.isdecimal() and int(text) < end):
+            raise _no_class(url, line, text, "class", labelled)
+        found.append(int(text))
+    ids = np.frombuffer(found, np.int64) if found else np.empty(0, np.int64)
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][ids[order[1:]] == ids[order[:-1]]]
+    if len(again):
+        second = int(again.min())
+        first = int(np.argmax(ids == ids[second]))
+        raise _listed_twice(url, second + 2, str(ids[second]), first + 2)
+    return ids
+
+
+def _ids_of_names(url: str, cells: Iterable[str], labelled: ShardIndex | LabelSet) -> Ints:
+    """Class ids of the names that are listed, int64; those of the list alone are in memory."""
+    lines: dict[str, int] = {}
+    for line, text in enumerate(cells, 2):
+        if lines.setdefault(text, line) != line:
+            raise _listed_twice(url, line, text, lines[text])
+    ids, table = np.full(len(lines), -1, np.int64), _rows(f"{labelled.folder}/{CLASSES_FILE}")
+    header = next(table, [""])
+    class_at, name_at = header.index("class"), header.index("name")
+    for row in table:
+        if (line := lines.get(row[name_at], 0)) and int(row[class_at]) < labelled.num_classes:
+            ids[line - 2] = int(row[class_at])
+    if (ids < 0).any():
+        line = int(np.argmax(ids < 0)) + 2
+        text = next(name for name, number in lines.items() if number == line)
+        raise _no_class(url, line, text, "name", labelled)
+    return ids
+
+
+def _no_class(
+    url: str, line: int, text: str, key: str, labelled: ShardIndex | LabelSet
+) -> UserError:
+    return UserError(
+        f"{url}:{line}: {text!r} is no {key} of {labelled.folder}, which has "
+        f"{labelled.num_classes:,} classes"
+    )
+
+
+def _listed_twice(url: str, line: int, text: str, first: int) -> UserError:
+    return UserError(f"{url}:{line}: {text!r} stands in line {first} already")
 
 
 def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
@@ -63,30 +105,49 @@ def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
     """
     last, names = max(wanted, default=-1), {}
     try:
-        with fsspec.open(f"{folder}/{CLASSES_FILE}", "rt", encoding="utf-8", newline="") as stream:
-            rows = (line.rstrip("\r\n").split("\t") for line in stream)
-            header: list[str] = next(rows, [])
-            class_at, name_at = header.index("class"), header.index("name")
-            for row in takewhile(lambda row: int(row[class_at]) <= last, rows):
-                if (number := int(row[class_at])) in wanted:
-                    names[number] = row[name_at]
+        for number, name in takewhile(lambda row: row[0] <= last, _names(folder)):
+            if number in wanted:
+                names[number] = name
     except (OSError, ValueError, IndexError):
         return {}
     return names
 
 
-def _ids_of_names(folder: str) -> dict[str, int]:
-    table = _table(f"{folder}/{CLASSES_FILE}")
-    columns = [table[0].index(name) for name in ("name", "class")]
-    return {row[columns[0]]: int(row[columns[1]]) for row in table[1:]}
+def find_other_name(folder: str, other: str) -> tuple[int, str, str] | None:
+    """The first class that two `classes.tsv` call by other names, and both; None: there is none.
+
+    Both files are read side by side, line by line: their classes are in order. A class that one of
+    them lacks is no difference, nor is a file that is not there.
+    """
+    with suppress(OSError, ValueError, IndexError):
+        sides = [_names(folder), _names(other)]
+        here, there = (next(side, None) for side in sides)
+        while here and there:
+            lower = min(here[0], there[0])
+            if here[0] == there[0] and here[1] != there[1]:
+                return lower, here[1], there[1]
+            if there[0] == lower:
+                there = next(sides[1], None)
+            if here[0] == lower:
+                here = next(sides[0], None)
+    return None
 
 
-def _table(url: str) -> list[list[str]]:
+def _names(folder: str) -> Iterator[tuple[int, str]]:
+    """Class and name in each line of a `classes.tsv`."""
+    with fsspec.open(f"{folder}/{CLASSES_FILE}", "rt", encoding="utf-8", newline="") as stream:
+        rows = (line.rstrip("\r\n").split("\t") for line in stream)
+        header: list[str] = next(rows, [])
+        class_at, name_at = header.index("class"), header.index("name")
+        for row in rows:
+            yield int(row[class_at]), row[name_at]
+
+
+def _rows(url: str) -> Iterator[list[str]]:
+    """The cells of each line of a table that somebody may have written by hand."""
     try:
-        with fsspec.open(url, "rt", encoding="utf-8", newline="") as stream:
-            lines = stream.read().split("\n")
+        with fsspec.open(url, "rt", encoding="utf-8", newline="\n") as stream:
+            for line in stream:
+                yield line.removesuffix("\n").removesuffix("\r").split("\t")
     except (OSError, ValueError) as error:
         raise UserError(f"{url}: cannot be read ({error})") from error
-    if len(lines) > 1 and not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r").split("\t") for line in lines]

@@ -16,10 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import abspath
+from typing import Final
 
 import numpy as np
 
@@ -35,6 +36,8 @@ from pipelines.shards.label_set import NO_LABEL, LabelSet
 from pipelines.shards.shard import Shard
 from pipelines.shards.shard_list import LazyShards
 from pipelines.storage.urls import is_absolute_url
+
+_JSON_PART: Final = 1 << 12  # numbers
 
 
 @dataclass(frozen=True)
@@ -120,13 +123,18 @@ class Mixture(ShardIndex):
     @cached_property
     def digest(self) -> str:
         """`sha256:` of all that decides what is in an epoch, except the seed."""
-        content = []
-        for part in self.passes:
+        found = hashlib.sha256()
+        for number, part in enumerate(self.passes):
             source = part.source
-            classes = None if source.classes is None else source.classes.tolist()
             labels = [] if source.labels is None else [source.labels.digest]
-            content.append([source.index.digest, source.per_class, classes, part.fraction, *labels])
-        return "sha256:" + hashlib.sha256(json.dumps(content).encode()).hexdigest()
+            content = [source.index.digest, source.per_class, None, part.fraction, *labels]
+            before, after = json.dumps(content).split("null", 1)
+            found.update(f"{', ' if number else '['}{before}".encode())
+            for text in ["null"] if source.classes is None else _json_parts(source.classes):
+                found.update(text.encode())
+            found.update(after.encode())
+        found.update(b"]")
+        return "sha256:" + found.hexdigest()
 
     @cached_property
     def _first_shards(self) -> Ints:
@@ -174,6 +182,15 @@ def open_training_index(data: DataConfig, seed: int) -> ShardIndex:
         labels_per_sample=min(largest, max(1, data.labels_per_sample)),
         draws_dir=draws_dir or default_cache_dir("draws"),
     )
+
+
+def _json_parts(numbers: Ints) -> Iterator[str]:
+    """A list of numbers as `json.dumps` writes it, part by part: there may be 10^8 classes."""
+    yield "["
+    for start in range(0, len(numbers), _JSON_PART):
+        text = json.dumps(numbers[start : start + _JSON_PART].tolist())
+        yield f"{', ' if start else ''}{text[1:-1]}"
+    yield "]"
 
 
 class _PassShards(LazyShards):

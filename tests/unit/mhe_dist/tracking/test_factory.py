@@ -1,8 +1,10 @@
 """The record of a run: JSON lines, and several trackers as one."""
 
+import json
 import math
 import resource
 import tempfile
+import tracemalloc
 from importlib import metadata
 
 import pytest
@@ -14,6 +16,7 @@ from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.environment import environment_tags
 from mhe_dist.tracking.factory import mlflow_uri, open_tracker, sqlite_uri
 from mhe_dist.tracking.jsonl import JsonlTracker, read_records
+from pipelines.pretrain.restarts import read_restart
 
 
 def config(**run):
@@ -67,6 +70,29 @@ def test_a_resumed_file_tells_one_story(tmp_path):
     again.close()
     assert steps(path) == [0, 1, 2, 3, 4, 5]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_long_record_is_taken_up_line_by_line(tmp_path):
+    """A million steps of twenty values are 0.5 GB in the file, and 2 GB as dicts."""
+    path, lines = tmp_path / "metrics.jsonl", 5_000
+    record = {f"some_metric_{number}": number + 0.125 for number in range(20)}
+    with path.open("w") as file:
+        for step in range(lines):
+            file.write(json.dumps({"step": step, "time": 1.0 + step, "loss": 2.0, **record}) + "\n")
+    tracemalloc.start()
+    try:
+        found = read_restart(str(path), lines - 10, 0.0)
+        tracker = JsonlTracker(str(path))
+        tracker.start({}, {}, step=lines - 10)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracker.close()
+        assert (found.lost_steps, found.count, found.last_record) == (10, 1, float(lines))
+        assert peak < 1 << 20
+        records = read_records(path)
+        assert tracemalloc.get_traced_memory()[0] / len(records) < 2100, "names are kept once"
+    finally:
+        tracemalloc.stop()
+    assert steps(path) == list(range(lines - 10))
 
 
 def test_a_new_run_begins_an_empty_file(tmp_path):

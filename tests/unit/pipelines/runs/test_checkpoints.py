@@ -53,6 +53,22 @@ def test_class_centres_are_those_of_the_whole_head(
     assert torch.equal(class_centres(path_of(name), [7, 3, 7]), expected[[7, 3, 7]])
 
 
+def test_class_centres_need_room_for_one_group_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10^8 classes all rows and their state are 410 GB, those of one of 1,024 groups 0.4."""
+    units: list[int] = []
+
+    def _built(*arguments: Any) -> Any:
+        head = head_of_checkpoint(*arguments)
+        units.append(len(head.bank.units))  # type: ignore[attr-defined]
+        return head
+
+    monkeypatch.setattr(checkpoints, "head_of_checkpoint", _built)
+    opened = open_checkpoint(path_of("full"))
+    class_centres(opened, CLASSES)
+    groups = opened.run["config"]["head"]["groups"]
+    assert groups > 1 and max(units) <= -(-tiny.CLASSES // groups)
+
+
 @pytest.mark.parametrize("name", ["mhp", "mhc"])
 def test_heads_without_a_row_per_class_are_refused(name: str) -> None:
     with pytest.raises(UserError, match=rf"head\.kind={name} has no row"):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +19,7 @@ from hypothesis import strategies as st
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines.data.mixture import dataset, drawn
-from pipelines.data.mixture.class_list import read_classes
+from pipelines.data.mixture.class_list import find_other_name, read_classes
 from pipelines.data.mixture.dataset import draw_at_most
 from pipelines.data.mixture.index import (
     Mixture,
@@ -459,6 +465,57 @@ def test_labels_of_a_mix_cannot_slip_into_the_next_set(tmp_path: Path) -> None:
 def test_a_list_that_is_none_is_refused(shards: str, lines: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_classes(listed(shards, lines), ShardIndex.load(shards))
+
+
+MANY = 10_000
+
+
+def many_classes(folder: Path, first: int = 0, name: str = "product {:012d}") -> str:
+    """The names of many classes, of 20 letters each."""
+    folder.mkdir()
+    rows = "".join(f"{number}\t10\t{name.format(number)}\n" for number in range(first, MANY))
+    (folder / "classes.tsv").write_text(f"class\tsamples\tname\n{rows}")
+    return str(folder)
+
+
+def peak_of(work: Callable[[], Any]) -> float:
+    """Bytes of a class at the peak, while all of `MANY` are read."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1] / MANY
+    finally:
+        tracemalloc.stop()
+
+
+def test_lists_and_names_of_very_many_classes_are_read_line_by_line(tmp_path: Path) -> None:
+    """As lists of rows they took 700 bytes a class and rank, 70 GB for 10^8 of them."""
+    folder = many_classes(tmp_path / "set")
+    index = ShardIndex(folder, MANY, [])
+    assert peak_of(lambda: read_classes(f"{folder}/classes.tsv", index)) < 40
+    some = listed(str(tmp_path / "set"), "name\nproduct 000000000007\nproduct 000000000003\n")
+    assert peak_of(lambda: read_classes(some, index)) < 10
+    assert read_classes(some, index).tolist() == [3, 7]
+    same = many_classes(tmp_path / "same", first=5)
+    assert peak_of(lambda: find_other_name(folder, same)) < 10
+    assert find_other_name(folder, same) is None
+    other = many_classes(tmp_path / "other", first=MANY - 1, name="other {}")
+    last = f"product {MANY - 1:012d}", f"other {MANY - 1}"
+    assert find_other_name(folder, other) == (MANY - 1, *last)
+    assert find_other_name(folder, str(tmp_path / "nowhere")) is None
+
+
+def test_the_digest_of_very_many_chosen_classes_is_made_part_by_part(shards: str) -> None:
+    chosen = opened(shards, classes=listed(shards, "class\n0\n1\n3\n"))
+    (part,) = chosen.passes
+    many = replace(part, source=replace(part.source, classes=np.arange(5 * MANY)))
+    whole = [
+        [part.source.index.digest, 0, classes, 1.0] for classes in (list(range(5 * MANY)), None)
+    ]
+    both = replace(chosen, passes=(many, replace(part, source=replace(part.source, classes=None))))
+    expected = "sha256:" + hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+    assert both.digest == expected, "the digest that checkpoints hold"
+    assert peak_of(lambda: replace(both).digest) < 100
 
 
 def test_choices_that_cannot_be_made_are_refused(shards: str, tmp_path: Path) -> None:
