@@ -29,7 +29,7 @@ _WRAPPERS = ("state_dict", "state_dict_backbone")
 _COUNTER = "num_batches_tracked"  # of BatchNorm: torch counts since 0.4.1, and needs it for nothing
 
 
-def load_pretrained(model: Backbone, source: str) -> None:
+def load_pretrained(model: Backbone, source: str, topology: Topology | None = None) -> None:
     """Give a backbone the weights that `model.init_from` names.
 
     A file or folder holds the timm model alone, so a neck stays as fresh as it is. A run, or one of
@@ -39,13 +39,15 @@ def load_pretrained(model: Backbone, source: str) -> None:
         model: gets the weights.
         source: path or URL of a file that torch saved (weights only), a `.safetensors` file, a
             folder that `mhe export --to timm` wrote, a run or a checkpoint.
+        topology: ranks that load the same and share the check of a run's files, which must all
+            call; None: this process.
 
     Raises:
         UserError: there is nothing of the kind, or its names or shapes are not those of the model,
             or its images were normalised in another way.
     """
     source = source.rstrip("/")
-    checkpoint = _checkpoint(source)
+    checkpoint = _checkpoint(source, topology or Topology())
     if checkpoint is not None:
         if values := checkpoint.run.get("config"):
             found = normalization_of(stored_config(values).model)
@@ -77,7 +79,7 @@ def _refuse_other_normalization(model: Backbone, found: Normalization | None, so
     )
 
 
-def _checkpoint(source: str) -> Checkpoint | None:
+def _checkpoint(source: str, topology: Topology) -> Checkpoint | None:
     """The checkpoint that the source names, or None where it is no run."""
     filesystem, path = fsspec.core.url_to_fs(source)
     name = source.rpartition("/")[2]
@@ -85,7 +87,7 @@ def _checkpoint(source: str) -> Checkpoint | None:
         return Checkpoint(source, int(name.removeprefix("step_")))
     if not filesystem.exists(f"{path}/checkpoints"):
         return None
-    newest = CheckpointStore(f"{source}/checkpoints", Topology()).newest()
+    newest = CheckpointStore(f"{source}/checkpoints", topology).newest()
     if newest is None:
         raise UserError(f"model.init_from={source}: the run has no complete checkpoint")
     return newest

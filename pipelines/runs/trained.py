@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mhe_dist.checkpoint.store import Checkpoint
+    from mhe_dist.distributed.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class TrainedBackbone:
         return embeddings
 
 
-def load_trained_backbone(run: str, device: torch.device | None = None) -> TrainedBackbone:
+def load_trained_backbone(
+    run: str, device: torch.device | None = None, topology: Topology | None = None
+) -> TrainedBackbone:
     """The backbone of a run's newest complete checkpoint, or of the one that is named.
 
     The number of ranks that trained it does not matter.
@@ -59,6 +62,8 @@ def load_trained_backbone(run: str, device: torch.device | None = None) -> Train
     Args:
         run: path, URL or name of the run; or a `step_*` folder among its checkpoints.
         device: where the model shall be; the CPU by default.
+        topology: ranks that load the same and share the check of the files, which must all call;
+            None: this process.
 
     Raises:
         UserError: there is no such run, or it has no complete checkpoint.
@@ -66,7 +71,7 @@ def load_trained_backbone(run: str, device: torch.device | None = None) -> Train
     from mhe_dist.backbone.ema import is_backbone_weight
     from mhe_dist.backbone.model import restore_backbone
 
-    path, found = _checkpoint(run.rstrip("/"))
+    path, found = _checkpoint(run.rstrip("/"), topology)
     config = stored_config(read_run_config(path) or {})
     tensors = found.load(is_backbone_weight)
     model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)
@@ -87,7 +92,7 @@ def read_trained_config(run: str) -> Config:
     return stored_config(read_run_config(find_run(path)) or {})
 
 
-def _checkpoint(run: str) -> tuple[str, Checkpoint]:
+def _checkpoint(run: str, topology: Topology | None) -> tuple[str, Checkpoint]:
     """Path of a run, and the checkpoint that was asked for."""
     from pipelines.runs.warm_start import find_checkpoint
 
@@ -96,4 +101,4 @@ def _checkpoint(run: str) -> tuple[str, Checkpoint]:
         found = find_checkpoint(run)
         return find_run(folder.rpartition("/")[0]), found
     path = find_run(run)
-    return path, find_checkpoint(path)
+    return path, find_checkpoint(path, topology)

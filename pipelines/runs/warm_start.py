@@ -31,8 +31,14 @@ HEAD_PREFIX = "head/"
 NO_DATA_DIGEST = ""  # the digest in a checkpoint that was grown and trained on no data yet
 
 
-def find_checkpoint(url: str) -> Checkpoint:
+def find_checkpoint(url: str, topology: Topology | None = None) -> Checkpoint:
     """The checkpoint that a `step_*` folder is, or the newest one of a run.
+
+    Of a run all files are read, to compare their checksums.
+
+    Args:
+        url: of the run, or of the folder.
+        topology: the ranks that share this reading, which must all call; None: this process.
 
     Raises:
         UserError: there is none.
@@ -40,7 +46,7 @@ def find_checkpoint(url: str) -> Checkpoint:
     url = url.rstrip("/")
     name = url.rpartition("/")[2]
     if not name.startswith("step_"):
-        found = CheckpointStore(f"{url}/checkpoints", Topology()).newest()
+        found = CheckpointStore(f"{url}/checkpoints", topology or Topology()).newest()
         if found is None:
             raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
@@ -82,7 +88,7 @@ def load_initial_rows(config: Config, head: Head, topology: Topology) -> None:
         UserError: they do not fit, or are not there.
     """
     if config.head.init_from:
-        copy_rows(head, find_checkpoint(config.head.init_from), topology)
+        copy_rows(head, find_checkpoint(config.head.init_from, topology), topology)
 
 
 def copy_rows(head: Head, checkpoint: Checkpoint, topology: Topology) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
@@ -16,6 +18,7 @@ from mhe_dist.heads.row_head import RowHead
 from pipelines.pretrain.main import run_pretraining
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
+from pipelines.runs.trained import load_trained_backbone
 from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint, refuse_other_num_classes
 from pipelines.shards.index import ShardIndex
 from tests import tiny
@@ -116,6 +119,36 @@ def test_a_new_run_begins_with_another_s_backbone_and_rows(
         taken = torch.equal(new["state"][name], tensor)
         assert taken if name.startswith("model.") else not new["state"][name].any()
     assert torch.equal(new["rows"]["weight"], old["rows"]["weight"]) is with_rows
+
+
+def files_read(topology: Topology, config: dict[str, Any]) -> list[str]:
+    """Files of checkpoints whose checksums this rank compares before its first step."""
+    read: list[str] = []
+    whole = CheckpointFolder.first_corrupt_file
+
+    def _counted(folder: CheckpointFolder, files: Iterable[Any]) -> str | None:
+        files = list(files)
+        read.extend(name for name, _ in files)
+        return whole(folder, files)
+
+    CheckpointFolder.first_corrupt_file = _counted  # type: ignore[method-assign]
+    begin(topology, config)
+    load_trained_backbone(config["model"]["init_from"], topology=topology)
+    return read
+
+
+def test_ranks_share_the_reading_of_the_checkpoint_that_they_begin_with(
+    trained: Config, tmp_path: Path
+) -> None:
+    """It holds the rows of all classes: each rank alone would read W times as much as there is."""
+    config = trained.model_copy(deep=True)
+    config.run.dir, config.scale.workers = str(tmp_path), 2
+    config.model.init_from = config.head.init_from = trained.run.path
+    parts = run_ranks(files_read, 2, config.model_dump())
+    files = CheckpointFolder(find_checkpoint(trained.run.path).path).manifest()
+    assert isinstance(files, dict)
+    # For the backbone and for the rows; and as commands do that embed under torchrun.
+    assert sorted(name for part in parts for name in part) == sorted(3 * list(files))
 
 
 def test_what_cannot_be_taken_over_is_refused(trained: Config, tmp_path: Path) -> None:
