@@ -23,7 +23,7 @@ from mhe_dist.bank.row_store import Memory, RowStore
 from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.kernels.dispatch import MAX_WIDTH, use_kernels
+from mhe_dist.kernels.dispatch import MAX_UNIT_ROWS, MAX_WIDTH, use_kernels
 
 # Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
 HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
@@ -110,7 +110,8 @@ class Bank:
     @property
     def takes_kernels(self) -> bool:
         """Whether a kernel may update stored float32 or bfloat16 rows where they lie."""
-        fits = self.compute_dtype == torch.float32 and self.width <= MAX_WIDTH
+        fits = self.length <= MAX_UNIT_ROWS and self.width <= MAX_WIDTH
+        fits = fits and self.compute_dtype == torch.float32
         there = all(store.device.type == self.device.type for store in self._store.values())
         return fits and there and use_kernels(*self.stored.values())
 
@@ -321,7 +322,8 @@ def chunk_bytes(device: torch.device) -> int:
 
 def _round(rows: Tensor, units: Tensor, key: int) -> Tensor:
     """`round_stochastically`, by its kernel where kernels are used; the bits are the same."""
-    if rows.dtype == torch.float32 and use_kernels(rows, units):
+    fits = rows.shape[1:].numel() <= MAX_UNIT_ROWS * MAX_WIDTH
+    if fits and rows.dtype == torch.float32 and use_kernels(rows, units):
         from mhe_dist.kernels.row_update import round_rows
 
         return round_rows(rows, units, key)

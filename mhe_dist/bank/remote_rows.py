@@ -94,8 +94,17 @@ class RemoteRows:
     def __post_init__(self) -> None:
         self._on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
-        self._reader = ThreadPoolExecutor(1, "row reader")
-        self._writer = ThreadPoolExecutor(1, "row writer")
+        self._reader, self._writer = self._thread("row reader"), self._thread("row writer")
+
+    def _thread(self, name: str) -> ThreadPoolExecutor:
+        """A thread that works on this rank's GPU.
+
+        It would begin on the first one, and go back there after each copy: so every rank of a node
+        would take memory for a context there.
+        """
+        if not self._on_gpu:
+            return ThreadPoolExecutor(1, name)
+        return ThreadPoolExecutor(1, name, torch.cuda.set_device, (self.device,))
 
     def get(self, local: Local) -> Tensor:
         """Rows `[U, L, columns]` on the device, a new tensor."""

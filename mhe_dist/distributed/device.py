@@ -90,6 +90,15 @@ def rank_device(gpu: bool) -> torch.device:
     return torch.device("cuda", number)
 
 
+def numbered_device(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" without a number is the process's current GPU."""
+    import torch
+
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def default_device() -> torch.device:
     """Where somebody's own loop computes, which has no config and names no device.
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhe_dist.distributed.device import choose_device, default_device
+from mhe_dist.distributed.device import choose_device, default_device, numbered_device
 from mhe_dist.distributed.interface import choose_gloo_interface
 
 Group = dist.ProcessGroup | None
@@ -68,7 +68,7 @@ def connect(timeout_s: float = 600.0, device: torch.device | None = None) -> Top
         timeout_s: seconds after which a collective that one rank does not join ends.
         device: where to compute: `rank_device(scale.gpu)` in a run; by default `default_device()`.
     """
-    device = device or default_device()
+    device = numbered_device(device or default_device())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = choose_device(device.type == "cuda").backend

@@ -21,6 +21,7 @@ from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.topology import Topology, connect, disconnect
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype, sum_in_float64
@@ -225,7 +226,7 @@ class Engine:
         return embeddings.float()
 
     def _normalize(self, images: Tensor) -> Tensor:
-        pixels = images.to(self._topology.device, non_blocking=True)
+        pixels = to_device(images, self._topology.device)
         return normalize_images(pixels, self._normalization)
 
     # -- state ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from mhe_dist.config.auto.head_sizes import HeadDemand, choose_sizes, fill_sizes
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.collectives import gather_rows
-from mhe_dist.distributed.device import default_device
+from mhe_dist.distributed.device import default_device, numbered_device
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import NO_SAMPLE, Head, HeadOutput, TopK
@@ -343,4 +343,4 @@ def _topology(device: torch.device | None) -> Topology:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group: call "
             "torch.distributed.init_process_group() or mhe_dist.connect() before create_head"
         )
-    return Topology(device=device or default_device())
+    return Topology(device=numbered_device(device or default_device()))

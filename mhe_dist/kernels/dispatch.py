@@ -10,10 +10,14 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 SWITCH = "MHE_KERNELS"  # the environment variable that turns kernels off
 MAX_WIDTH = 1024  # of rows: a program holds whole ones
+# Of a unit of a bank: a program has four rows of that width at least, and a grid of CUDA 65,535
+# programs at most for a unit.
+MAX_UNIT_ROWS = 1 << 17
 MAX_LENGTH = 4096  # of heads: a program holds a sample's logits over one
 # Types of the tensors that kernels compute on. Other subclasses of Tensor stand for something else.
 # A device that computes nothing adds its own, and takes the place of `launch`.
@@ -45,9 +49,11 @@ def launch(
         kernel: what `triton.jit` made.
         grid: its programs.
         traffic: what it moves, for those who count.
-        *arguments, **constants: of the kernel.
+        *arguments, **constants: of the kernel; the first one is a tensor.
     """
-    kernel[grid](*arguments, **constants)
+    # Triton launches on the process's current GPU, which need not be that of the tensors.
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)
 
 
 @cache

@@ -18,6 +18,7 @@ from mhe_dist.bank.bank import Units, chunk_bytes
 from mhe_dist.bank.row_optim import Dense
 from mhe_dist.distributed.collectives import all_gather
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.base import HeadOutput, sample_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
 from mhe_dist.heads.gathered.scores import SelectedRows
@@ -121,7 +122,7 @@ class GatheredHead(RowHead):
         self, norms: Tensor | None, batch: GatheredBatch, features: Tensor, with_grad: bool
     ) -> FusedOutput:
         """Score a micro-batch of all ranks, and keep the rows' gradient if `with_grad`."""
-        samples = batch.samples.to(self.topology.device, non_blocking=True)
+        samples = to_device(batch.samples, self.topology.device)
         selected = SelectedRows(
             self.class_rows,
             self.selection.units,

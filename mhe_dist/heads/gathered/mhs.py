@@ -57,7 +57,7 @@ class MhsGather(GatheredHead):
         if self._shared:
             return None
         device = self.topology.device
-        extra = _among(self._extra, torch.as_tensor(units)).to(device, non_blocking=True)
+        extra = to_device(_among(self._extra, torch.as_tensor(units)), device)
         return ~(self._own(batch, units) | extra)
 
     def offsets(self, batch: GatheredBatch, units: Units) -> Tensor | None:
@@ -74,13 +74,13 @@ class MhsGather(GatheredHead):
             absent = ~_among(self._present, torch.as_tensor(units))
             q = drawn / max(1, self.layout.heads - len(self._present))
             log = -math.log(q) if drawn else 0.0
-            return (absent.to(dtype) * log).to(device, non_blocking=True)
+            return to_device(absent.to(dtype) * log, device)
         own = without_repetition(batch.units)
         seen = self.extra_heads - _among(self._extra, own).sum(1).to(dtype)
         others = (self.layout.heads - (own >= 0).sum(1)).clamp_min(1)
         # Not a quotient, which rounds otherwise: the bits are those of a number over a tensor.
         offset = (seen.clamp_min(1).reciprocal() * others).log()
-        offset = offset.to(device, non_blocking=True).unsqueeze(1)
+        offset = to_device(offset, device).unsqueeze(1)
         return torch.where(self._own(batch, units), 0.0, offset)
 
     def classes_seen(self, units: Tensor) -> int:
@@ -95,7 +95,7 @@ class MhsGather(GatheredHead):
         """Mask `[n, U]`: whether a unit is a sample's own head, or one of them."""
         device = self.topology.device
         heads = to_device(batch.units, device).unsqueeze(2)
-        own = heads == torch.as_tensor(units).to(device, non_blocking=True)
+        own = heads == to_device(torch.as_tensor(units), device)
         return own.squeeze(1) if own.shape[1] == 1 else own.any(1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.row_optim import Dense, RowGradient, SharedFactors
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.grouping import LOGITS_BYTES
 from mhe_dist.heads.products import in_tf32
 
@@ -47,7 +48,7 @@ class ExtraGradient:
             for parts in zip(*self._factors, strict=True)
         )
         if (numbers[1:] < numbers[:-1]).any():
-            order = numbers.argsort().to(weights.device, non_blocking=True)
+            order = to_device(numbers.argsort(), weights.device)
             weights, features = weights[order], features[order]
         summed = weights.T @ features
         return summed if self._early is None else self._early.add_(summed)

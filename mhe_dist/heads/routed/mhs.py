@@ -139,9 +139,9 @@ class MhsRoute(RowHead):
     def _exchange(self, embeddings: Tensor, dispatch: Dispatch) -> Tensor:
         """Payload of the samples whose heads are here, in the sorted order of `dispatch`."""
         device = self.topology.device
-        payload = self.payload(embeddings)[dispatch.send_order.to(device, non_blocking=True)]
+        payload = self.payload(embeddings)[to_device(dispatch.send_order, device)]
         arrived = all_to_all(payload, dispatch.send, dispatch.receive, self.topology)
-        return arrived[dispatch.order.to(device, non_blocking=True)]
+        return arrived[to_device(dispatch.order, device)]
 
     def _classes_seen(self, dispatch: Dispatch | LabelDispatch) -> int:
         """Sum over the samples of a dispatch of the classes in their softmax."""
@@ -270,9 +270,9 @@ class MhsRoute(RowHead):
 
     def _gradient(self, own: GradientFactors, chunk: Chunk) -> LowRank:
         """Gradient of the rows of a chunk's heads."""
-        index = chunk.index.to(self.topology.device, non_blocking=True)
+        index = to_device(chunk.index, self.topology.device)
         weights, features, radial = own.weights[index], own.features[index], own.radial[index]
         if chunk.padding is not None:
-            padding = chunk.padding.to(weights.device, non_blocking=True).unsqueeze(-1)
+            padding = to_device(chunk.padding, weights.device).unsqueeze(-1)
             weights, radial = weights.masked_fill(padding, 0), radial.masked_fill(padding, 0)
         return LowRank(weights, features, radial.sum(1) if self.margin.normalised else None)

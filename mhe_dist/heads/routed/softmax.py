@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.batch_invariant import log_add_exp, product
 from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
@@ -131,12 +132,12 @@ def _score_own(batch: RoutedBatch, samples: _Samples) -> GradientFactors:
     """Samples against their own heads, chunk by chunk, each row read once."""
     class_rows, dispatch = batch.class_rows, batch.dispatch
     device, scale = samples.features.device, class_rows.margin.scale
-    own = dispatch.own.to(device, non_blocking=True)
-    slots = dispatch.slots.to(device, non_blocking=True)
+    own = to_device(dispatch.own, device)
+    slots = to_device(dispatch.slots, device)
     weights = samples.features.new_empty(len(dispatch.own), class_rows.layout.length)
     radial = torch.empty_like(weights)
     for chunk in batch.chunks:
-        position = chunk.index.to(device, non_blocking=True)
+        position = to_device(chunk.index, device)
         index = own[position]
         rows, inverse = class_rows.read(chunk.heads)
         inverse = inverse.unsqueeze(1)
@@ -247,8 +248,8 @@ class _ExtraPart:
             stop = min(start + self.slice, part.samples.stop)
             inside = part.inside + part.samples.start
             held = (inside >= start) & (inside < stop)
-            index = (inside[held] - start).to(device, non_blocking=True)
-            column = part.column[held].to(device, non_blocking=True)
+            index = to_device(inside[held] - start, device)
+            column = to_device(part.column[held], device)
             slices.append((slice(start, stop), index, column))
         return slices
 

@@ -41,6 +41,7 @@ from pipelines.bench.fake_cuda.ledger import Kind, Ledger
 
 aten = torch.ops.aten
 STAGED_BYTES: Final = 64 * 1024  # up to which the driver takes a copy from pageable memory at once
+MOST_PROGRAMS: Final = 65_535  # of a grid in each dimension but the first
 # Operations whose result's shape is known on the device alone.
 WAITING: Final = {
     aten.nonzero.default,
@@ -162,6 +163,8 @@ class FakeCuda(FakeTensorMode):
         strangers = [x for x in arguments if isinstance(x, Tensor) and not _is_fake(x)]
         if strangers:
             raise RuntimeError(f"{kernel.__name__}: an argument is on the host, not on the device")
+        if any(programs > MOST_PROGRAMS for programs in grid[1:]):
+            raise RuntimeError(f"{kernel.__name__}: a grid of {grid} programs is too large")
         self.ledger.add("kernel", kernel.__name__, read=traffic.read, written=traffic.written)
 
     def _faked(self, tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ RANK: Final = 3
 RANKS: Final = 8
 MICRO_BATCHES: Final = 2
 BATCH, SIDE = 8, 16
+MANY_IMAGES: Final = 96  # more bytes than the driver takes at once from pageable memory
 # At stage 3 DeepSpeed learns the order of the modules in the first step, checks it in the next.
 STEPS: Final = 3
 SAME_ON_ALL_RANKS: Final = (
@@ -47,11 +48,12 @@ SAME_ON_ALL_RANKS: Final = (
 
 @dataclass(frozen=True)
 class EngineCase:
-    """A ZeRO stage, 0 to 3, a precision, and the optimizer's block of the config."""
+    """A ZeRO stage, 0 to 3, a precision, the optimizer's block of the config, and B."""
 
     stage: int
     precision: str
     optim: dict[str, Any] = field(default_factory=dict)
+    batch: int = BATCH
 
 
 def _cases() -> dict[str, EngineCase]:
@@ -61,7 +63,8 @@ def _cases() -> dict[str, EngineCase]:
     }
     for stage in range(4):
         cases[f"ZeRO {stage} adamw"] = EngineCase(stage, "bf16", {"kind": "adamw", "lr": 1e-3})
-    return cases | {"ZeRO 1 ema": EngineCase(1, "bf16", {"ema": 0.999})}
+    many = EngineCase(0, "bf16", batch=MANY_IMAGES)
+    return cases | {"ZeRO 1 ema": EngineCase(1, "bf16", {"ema": 0.999}), "ZeRO 0 images": many}
 
 
 ENGINE_CASES: Final = _cases()
@@ -77,7 +80,8 @@ def count_engine_step(case: EngineCase) -> StepCost:
     gc.collect()  # an earlier engine, whose parts know one another
     with fake_cuda() as gpu, _process_group():
         topology = connect(device=CUDA)
-        sizes = {"micro_batch": BATCH, "global_batch": BATCH * RANKS * MICRO_BATCHES}
+        batch = case.batch
+        sizes = {"micro_batch": batch, "global_batch": batch * RANKS * MICRO_BATCHES}
         train = TrainConfig.model_validate(sizes | {"precision": case.precision})
         optim = OptimConfig.model_validate({"clip_norm": 1.0} | case.optim)
         with lone_rank(topology, gpu.ledger):
@@ -87,7 +91,7 @@ def count_engine_step(case: EngineCase) -> StepCost:
                 for step in range(STEPS):
                     gpu.clear()
                     resident = gpu.allocated
-                    _run_step(engine, step)
+                    _run_step(engine, step, batch)
             return cost_since(gpu, resident)
 
 
@@ -113,8 +117,9 @@ def _process_group() -> Iterator[None]:
         yield
 
 
-def _run_step(engine: Engine, step: int) -> None:
-    images = torch.zeros(BATCH, 3, SIDE, SIDE, dtype=torch.uint8).pin_memory()
+def _run_step(engine: Engine, step: int, batch: int) -> None:
+    """Images come as a loader gives them, in pageable memory."""
+    images = torch.zeros(batch, 3, SIDE, SIDE, dtype=torch.uint8)
     for part in range(MICRO_BATCHES):
         engine.backward(engine.forward(images, step, part).square().mean())
     engine.step(0.1)

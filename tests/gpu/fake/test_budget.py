@@ -5,6 +5,8 @@ A mix of host and device tensors raises in `count_step` itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pipelines.bench.counted.launches import CASES, HEADS, count_step
@@ -38,6 +40,16 @@ def test_a_step_stays_within_its_budget(name: str, capsys: pytest.CaptureFixture
 def test_the_budget_allows_no_wait(name: str) -> None:
     """None but that of the cascade, which must know its candidates before the second level."""
     assert BUDGET[name]["syncs"] == (1 if CASES[name].head["kind"] == "mhc" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "batch"), [("route", 8448), ("gather own_plus", 1152), ("full", 1152)]
+)
+def test_the_tables_of_a_large_batch_are_not_waited_for_either(name: str, batch: int) -> None:
+    """They are more than the driver takes from pageable memory at once."""
+    cost = count_step(replace(CASES[name], batch=batch, classes=200_000))
+    assert not cost.syncs, cost.ledger.waits()
 
 
 def test_groups_are_launched_together() -> None:

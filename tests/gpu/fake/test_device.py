@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mhe_dist.bank.bank import Bank
+from mhe_dist.bank.row_optim import LowRank, RowSGD
 from mhe_dist.distributed.collectives import all_gather, all_to_all
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
@@ -129,6 +131,24 @@ def test_the_peak_is_that_of_the_tensors_that_live_together() -> None:
         kept = on_device(10)
         assert gpu.peak == 2 * 4000
         assert gpu.allocated == kept.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_units_of_more_rows_than_a_grid_has_programs_are_updated_too(dtype: torch.dtype) -> None:
+    with fake_cuda():
+        length, width = 600_000, 512
+        optimizer = RowSGD(0.9, 1e-4)
+
+        def zeros(numbers: Tensor) -> Tensor:
+            return on_device(len(numbers), length, width)
+
+        bank = Bank(range(2), length, width, zeros, optimizer.fields, dtype=dtype, device=CUDA)
+        units = torch.tensor([1])
+        bank.touch(units)
+        rows, _ = bank.read_for_products(units, normalise=True)
+        gradient = LowRank(on_device(1, 1, length), on_device(1, 1, width), None)
+        optimizer.update(bank, units, gradient, 0.1, 0)
+    assert rows.shape == (1, length, width)
 
 
 def test_a_backward_pass_reaches_the_leaves() -> None:

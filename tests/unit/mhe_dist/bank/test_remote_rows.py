@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -158,3 +159,18 @@ def test_a_store_of_the_host_makes_a_gpu_wait_for_nothing(memory: str, tmp_path)
         store.release()
     assert gpu.ledger.of("sync") == []
     assert store.traffic.ahead == 2
+
+
+def test_threads_work_on_the_gpu_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new thread is on the first GPU, where to come back opens a context of each rank."""
+    chosen: dict[str, torch.device] = {}
+
+    def set_device(device: torch.device) -> None:
+        chosen[threading.current_thread().name] = device
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    rows = RemoteRows(values(1), gpu := torch.device("cuda", 3))
+    for pool in (rows._reader, rows._writer):
+        pool.submit(int).result()
+    assert chosen == {"row reader_0": gpu, "row writer_0": gpu}

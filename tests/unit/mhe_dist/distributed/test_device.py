@@ -15,7 +15,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed import device
 from mhe_dist.distributed.device import choose_device, default_device, prepare_rank, rank_device
 from mhe_dist.distributed.spawn import run_ranks
-from mhe_dist.distributed.topology import Topology
+from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.errors import UserError
 from tests import tiny
 
@@ -42,6 +42,21 @@ def test_more_ranks_than_gpus_are_refused(one_gpu, monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="rank 1 of this node has no GPU: torch sees 1"):
         rank_device(gpu=True)
+
+
+def test_cuda_without_a_number_is_the_current_gpu_of_the_process(monkeypatch) -> None:
+    """As in `create_head(..., device="cuda")` beside a model that is there."""
+    chosen = []
+
+    def set_device(gpu: torch.device) -> None:
+        chosen.append(gpu)
+        raise InterruptedError("the group is not made")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(InterruptedError):
+        connect(device=torch.device("cuda"))
+    assert chosen == [torch.device("cuda", 5)]
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from mhe_dist.kernels.dispatch import use_kernels
+from mhe_dist.kernels.dispatch import KernelTraffic, launch, use_kernels
+from pipelines.bench.fake_cuda.device import fake_cuda
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -70,3 +72,23 @@ def test_fake_tensors_and_the_switch_keep_to_eager_code(monkeypatch: pytest.Monk
     assert use_kernels(), "nothing speaks against it"
     monkeypatch.setenv("MHE_KERNELS", "0")
     assert not use_kernels()
+
+
+def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the process's current one, here the first."""
+    current, used = [0], []
+
+    def exchange(index: int) -> int:
+        before, current[0] = current[0], index
+        return before
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: used.append(current[0])
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    with fake_cuda():
+        tensor = torch.empty(1, device="cuda:1")
+    launch(Kernel(), (1,), KernelTraffic(0, 0), tensor)
+    assert (used, current) == ([1], [0])

@@ -12,9 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from mhe_dist.distributed.topology import CPU, Topology
+from mhe_dist.engine.engine import leave_process_group
+from mhe_dist.heads.routed import several_labels
 from pipelines.bench.gpu import __main__ as command
-from pipelines.bench.gpu.findings import GpuFindings, all_hold, gpu_table, write_gpu_json
+from pipelines.bench.gpu import exchange
+from pipelines.bench.gpu.agreement import TOLERANCES, differences, head_config, labels_of
+from pipelines.bench.gpu.findings import (
+    GpuFindings,
+    GpuSettings,
+    all_hold,
+    gpu_table,
+    write_gpu_json,
+)
 from pipelines.bench.gpu.sections import SECTIONS
+from pipelines.bench.gpu.waits import ATTEMPTS, waits_for_busy_device
 
 # Each of the others starts processes of its own; the command itself is a long test.
 ONE_PROCESS = [name for name in SECTIONS if name not in ("exchange", "runs")]
@@ -96,6 +108,64 @@ def test_what_cannot_begin_says_why(
     assert command.main(["--out", str(tmp_path)]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("waiting", [0, 1, ATTEMPTS])
+def test_a_step_that_waits_for_a_busy_device_each_time_is_seen(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, steps = [False], iter([True] * waiting + [False] * ATTEMPTS)
+
+    class Event:
+        def record(self) -> None: ...
+        def query(self) -> bool:
+            return not busy[0]
+
+    def become(state: bool) -> None:
+        busy[0] = state
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: become(False))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: become(True))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    waits = waits_for_busy_device(lambda: torch.cuda.synchronize() if next(steps) else None)
+    assert waits is (waiting == ATTEMPTS)
+
+
+def test_all_gpus_exchange_and_the_rank_that_finds_something_wrong_is_named() -> None:
+    assert [exchange.group_sizes(gpus) for gpus in (1, 2, 8, 9)] == [[1, 2], [2], [2, 8], [2, 8]]
+    found = GpuFindings()
+    ranks = [{"reduce_scatter": 0.0, "in bf16": 0.01}, {"reduce_scatter": 0.01, "in bf16": 0.01}]
+    exchange.check_ranks(found, "NCCL at 2 ranks", ranks)
+    (wrong,) = found.failed
+    assert wrong.name.endswith("reduce_scatter") and wrong.detail.endswith("rank 1: 1.0e-02")
+
+
+def test_labels_that_a_device_adds_up_wrongly_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = head_config("route several labels", "cosface", "device", "float32", "sgd")
+    arguments = (config, GpuSettings("cpu", True, tmp_path), labels_of("route several labels"))
+    assert max(differences(*arguments, tf32=False).values()) <= TOLERANCES["float32"]
+    counts = several_labels.grid_counts
+    wrong = {torch.float32: 1.01, torch.float64: 1.0}  # what stands for the device is in float32
+    monkeypatch.setattr(several_labels, "grid_counts", lambda v: counts(v * wrong[v.dtype]))
+    assert differences(*arguments, tf32=False)["gradient"] > TOLERANCES["float32"]
+
+
+@pytest.mark.slow
+def test_gradients_that_are_reduced_wrongly_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def error() -> float:
+        try:
+            return exchange._engine_error(Topology(device=CPU), 1, "float32")
+        finally:
+            leave_process_group()
+
+    assert error() <= exchange.CLOSE["float32"]
+    monkeypatch.setattr(
+        "mhe_dist.engine.gradient_sums.reduce_scatter",
+        lambda values, share, topology: share.copy_(values).mul_(1.2),
+    )
+    assert error() > exchange.CLOSE["bf16"]
 
 
 @pytest.mark.slow
