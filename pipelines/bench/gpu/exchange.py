@@ -96,7 +96,8 @@ def exchange_on_rank(topology: Topology, small: bool) -> dict[str, float]:
 def _strange_contexts(device: torch.device) -> float:
     """On how many other GPUs this process takes memory."""
     others = set(range(torch.cuda.device_count())) - {device.index}
-    return float(sum(torch._C._cuda_hasPrimaryContext(number) for number in others))
+    has_context = torch._C._cuda_hasPrimaryContext  # type: ignore[attr-defined]
+    return float(sum(has_context(number) for number in others))
 
 
 def _collective_errors(topology: Topology) -> dict[str, float]:
