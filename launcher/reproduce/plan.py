@@ -52,7 +52,6 @@ class Study:
         typefaces: names in `evaluate.typefaces` of the config, or `labels` for `evaluate.labels`,
             each with its title on the page; none: the figures of all probes.
         measures: what is compared on each of them.
-        minutes: training time of a run; 0: the config decides.
         claims: claims that the page checks.
         classes: how many are made for variants whose labels are clustered.
         labels_per_image: of these classes, at most.
@@ -68,7 +67,6 @@ class Study:
     seeds: int = 1
     typefaces: tuple[tuple[str, str], ...] = ()
     measures: tuple[Measure, ...] = RECOGNITION
-    minutes: float = 0.0
     claims: tuple[Claim, ...] = ()
     classes: int = 0
     labels_per_image: int = 1

@@ -8,30 +8,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from launcher import execute
 from launcher.preflight.checks import check_backbone, check_data
-from launcher.preflight.predict import CostPrediction
-from launcher.preflight.survey import assess, survey_machine
 from launcher.reproduce.page import compare_variants, write_study_page
 from launcher.reproduce.plan import PlannedRun, plan_runs
 from launcher.reproduce.studies import STUDIES
 from launcher.terminal import console
-from launcher.terminal.progress import ProgressDisplay, accuracy_rows, format_duration
+from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.config import Overrides
-from launcher.verbs.data import convert
 from launcher.verbs.studies.run_labels import audit_clean_data, make_labels
 from launcher.verbs.train import train_to_end
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
-from pipelines.runs.folder import read_run_config, read_summary
+from pipelines.runs.folder import read_summary
 from pipelines.runs.resume import refuse_changed_config
 from pipelines.shards.label_set import label_set_exists
 
 if TYPE_CHECKING:
     from pipelines.report.comparison_markdown import WrittenPage
-
-TIME_SHARE = 0.9  # of the available minutes; the rest is for what a trial does not predict
 
 Name = Enum("Name", {name: name for name in STUDIES}, type=str)  # type: ignore[misc]
 
@@ -59,7 +52,7 @@ def reproduce(
     small: 6,000 classes, seven heads, three seeds each. heads: the same classes and a stronger
     network, six heads with a margin and a learning rate of their own, three seeds each; heads_once:
     five other heads, one seed each; groups: more and more groups; margins: four heads with two
-    to four margins. full: more than 80,000 classes, two heads, half an hour each.
+    to four margins. full: 94,000 classes, four heads.
     paper100: the paper's heads at 100 classes. components: several labels per image, six
     heads, three seeds each. unlabelled: 400 characters without their labels,
     clustered twice, beside the same with labels. noise: the 6,000 classes with planted faults, and
@@ -123,45 +116,19 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
         if not label_set_exists(labels):
             checks = [check_backbone]  # the labels are made when it is their turn
     config = load_config(plan.study.file, words, checks)
-    before = read_run_config(config.run.path)
-    if plan.study.minutes and before and not config.train.max_steps:
-        config.train.max_steps = before["train"]["max_steps"]  # what a trial found
     refuse_changed_config(config)
     return config
 
 
 def _train(plan: PlannedRun, config: Config, overrides: list[str], out: str) -> None:
     """Train a run to its end, unless it is complete."""
-    summary, minutes = read_summary(config.run.path), plan.study.minutes
+    summary = read_summary(config.run.path)
     if summary is None:
         if plan.labels:
             clean = load_config(plan.study.file, [*plan.overrides, *overrides, f"run.dir={out}"])
             make_labels(plan, config, clean, out)
-        if minutes and not config.train.max_steps:
-            config.train.max_steps = _steps_in(minutes, config)
         summary = train_to_end(config)
     if plan.audit and not plan.planted:
         audit_clean_data(plan, config, out)
     figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(summary["heldout"]))
     console.say(f"complete: {figures}")
-
-
-def _steps_in(minutes: float, config: Config) -> int:
-    """Number of steps that a run takes in that time, as a trial of all workers predicts."""
-    with convert.resumable(), ProgressDisplay() as display:
-        execute.make_data(config, display)
-        display.waiting("trying some steps, to see how many the time allows")
-        found = assess(config, survey_machine(config, True), True)
-    if found is None:
-        raise UserError(f"data.shards={config.data.shards}: nothing is there to try steps on")
-    steps = steps_in(60 * minutes, found)
-    console.say(
-        f"A step takes about {found.step_s:.2f} s: "
-        f"{steps:,} steps in {format_duration(60 * minutes)}."
-    )
-    return steps
-
-
-def steps_in(seconds: float, found: CostPrediction) -> int:
-    """Number of steps that fit into that time, with a reserve."""
-    return max(1, int(TIME_SHARE * seconds / found.step_s))

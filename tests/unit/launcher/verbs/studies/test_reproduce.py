@@ -15,9 +15,8 @@ import torch
 from pyarrow import parquet as pq
 
 from launcher import cli, execute
-from launcher.preflight.predict import CostPrediction
 from launcher.reproduce.plan import CONFIGS, PlannedRun, Study, Variant, plan_runs
-from launcher.reproduce.studies import FULL, NOISE, PAPER, SMALL, STUDIES, UNLABELLED
+from launcher.reproduce.studies import NOISE, PAPER, SMALL, STUDIES, UNLABELLED
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs.studies import reproduce, run_labels
@@ -345,30 +344,6 @@ def test_the_page_in_docs_is_read_as_it_is_written(trainer: Trainer) -> None:
     assert mhe("small", "--no-train", "--page", str(page)) == 0
     for row in (line for line in own.read_text().splitlines() if line.startswith("|")):
         assert row in page.read_text()
-
-
-@pytest.mark.slow
-def test_half_an_hour_is_turned_into_steps_once(
-    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = []
-
-    def measure_trial(config: Config, *_: object) -> CostPrediction:
-        tried.append(config.run.name)
-        return CostPrediction([], 0, 0, step_s=0.5, epoch_s=100.0)
-
-    monkeypatch.setattr(execute, "make_data", lambda config, watcher: None)
-    monkeypatch.setattr(reproduce, "assess", measure_trial)
-    trainer.stop_after = 1
-    assert mhe("full") == 130
-    trainer.stop_after = 99
-    assert mhe("full") == 0
-    assert tried == ["full-mhs-seed0", "full-partial_fc-seed0"]
-    configs = [read_run_config(f"runs/reproduce/{name}") for name in trainer.trained]
-    assert [settings["train"]["max_steps"] for settings in configs if settings] == [3240, 3240]
-    assert "| 3,240 |" in Path("runs/reproduce/results.md").read_text()
-    assert reproduce.steps_in(1.0, CostPrediction([], 0, 0, 5.0, 1.0)) == 1
-    assert FULL.minutes == 30
 
 
 @pytest.mark.parametrize(
