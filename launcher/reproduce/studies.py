@@ -181,7 +181,10 @@ FULL = Study(
         _tuned("partial_fc", "PartialFC 0.1", "auto", 1, "kind=partial_fc", "partial_fc.rate=0.1"),
     ),
     typefaces=SMALL.typefaces,
-    claims=(SMALL.claims[0]._replace(variant="mhs"),),
+    claims=(
+        SMALL.claims[0]._replace(variant="mhs"),
+        Claim("mhs_1", "partial_fc", easy="wenkai", points=0.0, hard="brush", tar_points=0.0),
+    ),
 )
 
 GROUPS = Study(
