@@ -57,14 +57,13 @@ class EngineCase:
 
 
 def _cases() -> dict[str, EngineCase]:
-    cases = {
-        f"ZeRO {stage} {precision}": EngineCase(stage, precision)
-        for stage, precision in product(range(4), ("float32", "bf16"))
-    }
+    # Before stage 3: from then on DeepSpeed's own product stands in for torch's, and copies more.
+    cases = {"ZeRO 0 images": EngineCase(0, "bf16", batch=MANY_IMAGES)}
+    for stage, precision in product(range(4), ("float32", "bf16")):
+        cases[f"ZeRO {stage} {precision}"] = EngineCase(stage, precision)
     for stage in range(4):
         cases[f"ZeRO {stage} adamw"] = EngineCase(stage, "bf16", {"kind": "adamw", "lr": 1e-3})
-    many = EngineCase(0, "bf16", batch=MANY_IMAGES)
-    return cases | {"ZeRO 1 ema": EngineCase(1, "bf16", {"ema": 0.999}), "ZeRO 0 images": many}
+    return cases | {"ZeRO 1 ema": EngineCase(1, "bf16", {"ema": 0.999})}
 
 
 ENGINE_CASES: Final = _cases()
