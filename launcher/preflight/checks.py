@@ -14,7 +14,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import url_exists
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
-from pipelines.shards.index import INDEX_FILE, find_indexed, index_exists
+from pipelines.shards.index import INDEX_FILE, index_exists, name_data_sets
 from pipelines.shards.label_set import LABELS_FILE, label_set_exists
 
 Mistake = tuple[str, str]
@@ -43,7 +43,8 @@ def check_data(config: Config) -> Iterable[Mistake]:
     }
     for key, url in sets.items():
         if url and url not in made and (problem := _index_problem(url)):
-            cure = _cure_for_folder(url) or _cure_for_sources(key, url) or _cure(key, glyphs)
+            inside = name_data_sets(url) if Path(url).is_dir() else ""
+            cure = inside or _cure_for_sources(key, url) or _cure(key, glyphs)
             yield key, f"{problem}; {cure}"
             if glyphs:
                 return  # where the held-out set would be made follows from data.shards
@@ -101,12 +102,6 @@ def _labels_problem(url: str) -> str:
         return "" if label_set_exists(url) else f"there is no {LABELS_FILE} in it"
     except (UserError, ImportError, ValueError, OSError) as error:
         return f"cannot be read: {error}"
-
-
-def _cure_for_folder(url: str) -> str:
-    """Which data sets lie in a local folder that is none; empty: none do."""
-    found = find_indexed(url) if Path(url).is_dir() else []
-    return f"give one of the folders in it that are data sets: {', '.join(found)}" if found else ""
 
 
 def _cure_for_sources(key: str, url: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import IO
 from launcher.events import Event
 from launcher.terminal.progress import announce_once
 from mhe_dist.redact import masked
+from pipelines.storage.full_disk import full_disk_borne
 
 _START = '{"event": '
 
@@ -41,16 +41,6 @@ class EventLogWriter:
         with full_disk_borne():
             self._sink.write(line)
             self._sink.flush()
-
-
-@contextmanager
-def full_disk_borne() -> Iterator[None]:
-    """Go on where the disk refuses a log: no run ends for the want of a line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
 
 
 def parse_event(line: str) -> Event | None:

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import IO
 
 from launcher.events import Event
-from launcher.terminal.event_log import EventLogWriter, full_disk_borne
+from launcher.terminal.event_log import EventLogWriter
 from launcher.terminal.progress import ProgressDisplay
+from pipelines.storage.full_disk import full_disk_borne
 
 RUN_LOG = "run.log"
 _POLL_S = 0.5

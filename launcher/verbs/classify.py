@@ -39,7 +39,7 @@ def classify(
     from pipelines.runs.warm_start import find_checkpoint, trained_head
 
     topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device, topology)
+    backbone = load_trained_backbone(run, topology=topology)
     data = backbone.config.data
     with (
         spinner(topology, f"classifying {images}"),

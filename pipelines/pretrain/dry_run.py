@@ -138,7 +138,8 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     device = rank_device(config.scale.gpu)
     resumes = newest_checkpoint(config.run.path) is not None
     first = without_first_weights(config) if resumes else config
-    make_tried_model(first, device, index)  # here, where its error is not one of a rank
+    # Here, where its error is not one of a rank.
+    make_tried_model(first, Topology(device=device), index)
     precision = resolve_precision(config.train.precision, device)
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:

@@ -82,7 +82,7 @@ class Run:
         checkpoint = self.store.newest()
         begun = config if checkpoint is None else without_first_weights(config)
         self.engine = Engine(
-            make_tried_model(begun, topology.device, self.index, topology),
+            make_tried_model(begun, topology, self.index),
             *(config.optim, config.train, topology, int(config.scale.zero_stage), config.run.seed),
         )
         self.head = _make_head(config, self.index, topology, self.engine.precision)

@@ -42,10 +42,8 @@ def without_first_weights(config: Config) -> Config:
     return config.model_copy(update={"model": model})
 
 
-def make_tried_model(
-    config: Config, device: torch.device, index: ShardIndex, topology: Topology | None = None
-) -> Backbone:
-    """That backbone on its device, compiled if the config says so; `topology`: as above.
+def make_tried_model(config: Config, topology: Topology, index: ShardIndex) -> Backbone:
+    """That backbone on the device of its rank, compiled if the config says so.
 
     Raises:
         UserError: it cannot be made, or cannot train on the first images of the data.
@@ -54,7 +52,7 @@ def make_tried_model(
     images = first_good_images(index, TRIAL_IMAGES, size, limit=8 * TRIAL_IMAGES)
     if len(images) < TRIAL_IMAGES:  # the loader says what is wrong with them
         images = torch.arange(TRIAL_IMAGES * 3 * size**2).view(-1, 3, size, size).byte()
-    refuse_untrainable(model.to(device), config, images)
+    refuse_untrainable(model.to(topology.device), config, images)
     if config.model.compile:
-        compile_in_place(model, device)
+        compile_in_place(model, topology.device)
     return model

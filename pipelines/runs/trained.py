@@ -61,7 +61,7 @@ def load_trained_backbone(
 
     Args:
         run: path, URL or name of the run; or a `step_*` folder among its checkpoints.
-        device: where the model shall be; the CPU by default.
+        device: where the model shall be; that of `topology` by default, or the CPU.
         topology: ranks that load the same and share the check of the files, which must all call;
             None: this process.
 
@@ -72,6 +72,8 @@ def load_trained_backbone(
     from mhe_dist.backbone.model import restore_backbone
 
     path, found = _checkpoint(run.rstrip("/"), topology)
+    if device is None and topology is not None:
+        device = topology.device
     config = stored_config(read_run_config(path) or {})
     tensors = found.load(is_backbone_weight)
     model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)

@@ -295,17 +295,18 @@ def _read_json(folder: str) -> dict[str, Any]:
 
 def _other_folder(folder: str) -> str:
     """What to do where a folder is no data set, from what lies in it."""
-    if found := find_indexed(folder):
-        return f"give one of the folders in it that are data sets: {', '.join(found)}"
+    if named := name_data_sets(folder):
+        return named
     if any(name.endswith(".tar") for name in list_folder(folder)):
         return f"its tars get one with: mhe data index {shlex.quote(folder)}"
     return f"give the folder that holds {INDEX_FILE}"
 
 
-def find_indexed(folder: str) -> list[str]:
-    """The first data sets that lie side by side in a folder, such as `train` and `heldout`."""
+def name_data_sets(folder: str) -> str:
+    """Which data sets lie side by side in a folder, such as `train` and `heldout`; empty: none."""
     names = (name.rpartition("/")[2] for name in list_folder(folder)[:_LOOKED_INTO])
-    return [f"{folder}/{name}" for name in names if index_exists(f"{folder}/{name}")]
+    found = [f"{folder}/{name}" for name in names if index_exists(f"{folder}/{name}")]
+    return f"give one of the folders in it that are data sets: {', '.join(found)}" if found else ""
 
 
 def index_exists(url: str) -> bool:

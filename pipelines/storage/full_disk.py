@@ -37,6 +37,16 @@ def explain_full_disk(target: str, folder: str, expected: int) -> Iterator[None]
         raise RunError(_describe(target, folder, expected, error)) from error
 
 
+@contextmanager
+def full_disk_borne() -> Iterator[None]:
+    """Go on where a full disk refuses a log: no run ends for the want of a line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+
+
 def _describe(target: str, folder: str, expected: int, error: OSError) -> str:
     what = _FULL[error.errno or errno.ENOSPC]
     filesystem, path = resolve_url(folder)

@@ -139,7 +139,7 @@ def _embed_file(
     from pipelines.runs.trained import load_trained_backbone
 
     topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device, topology)
+    backbone = load_trained_backbone(run, topology=topology)
     side = backbone.config.data.image_size
     with spinner(topology, f"embedding {images}"):
         written = write_embeddings(backbone.embed, images, out, topology, side, flip, normalize)

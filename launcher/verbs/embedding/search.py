@@ -54,7 +54,7 @@ def search(
     if query.endswith(FILES):
         raise UserError(f"--query {query}: name the images themselves, a folder or shards")
     topology = join_ranks(run, gpu)
-    backbone = load_trained_backbone(run, topology.device, topology)
+    backbone = load_trained_backbone(run, topology=topology)
     side, sets = backbone.config.data.image_size, []
     for source in (gallery.rstrip("/"), query.rstrip("/")):
         if source.endswith(FILES):

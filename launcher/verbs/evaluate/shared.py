@@ -114,7 +114,7 @@ class EvaluatedBackbone:
 
         if workers == 1 and not address:
             topology = join_ranks(run, gpu)
-            backbone = load_trained_backbone(run, topology.device, topology)
+            backbone = load_trained_backbone(run, topology=topology)
             yield EvaluatedBackbone(backbone, topology, backbone.embed, HERE, folder)
             return
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -125,7 +125,7 @@ class EvaluatedBackbone:
 
         gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
         topology = join_ranks(run, False)
-        backbone = load_trained_backbone(run, topology.device, topology)
+        backbone = load_trained_backbone(run, topology=topology)
         with (
             choose_workers(workers, gpu, address) as chosen,
             _shared_folder(folder, backbone, address) as shared,
@@ -188,7 +188,7 @@ class EvaluatedHead:
         from pipelines.shards.index import ShardIndex
 
         topology = join_ranks(run, gpu)
-        backbone = load_trained_backbone(run, topology.device, topology)
+        backbone = load_trained_backbone(run, topology=topology)
         return EvaluatedHead(backbone, classes_of(backbone), ShardIndex.load(shards), topology)
 
     def training_labels(self) -> TrainingLabels | None:

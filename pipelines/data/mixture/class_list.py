@@ -71,12 +71,10 @@ def _ids_of_names(url: str, cells: Iterable[str], labelled: ShardIndex | LabelSe
     for line, text in enumerate(cells, 2):
         if lines.setdefault(text, line) != line:
             raise _listed_twice(url, line, text, lines[text])
-    ids, table = np.full(len(lines), -1, np.int64), _rows(f"{labelled.folder}/{CLASSES_FILE}")
-    header = next(table, [""])
-    class_at, name_at = header.index("class"), header.index("name")
-    for row in table:
-        if (line := lines.get(row[name_at], 0)) and int(row[class_at]) < labelled.num_classes:
-            ids[line - 2] = int(row[class_at])
+    ids = np.full(len(lines), -1, np.int64)
+    for number, name in _names(labelled.folder):
+        if (line := lines.get(name, 0)) and number < labelled.num_classes:
+            ids[line - 2] = number
     if (ids < 0).any():
         line = int(np.argmax(ids < 0)) + 2
         text = next(name for name, number in lines.items() if number == line)
@@ -108,7 +106,7 @@ def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
         for number, name in takewhile(lambda row: row[0] <= last, _names(folder)):
             if number in wanted:
                 names[number] = name
-    except (OSError, ValueError, IndexError):
+    except (UserError, ValueError, IndexError):
         return {}
     return names
 
@@ -119,7 +117,7 @@ def find_other_name(folder: str, other: str) -> tuple[int, str, str] | None:
     Both files are read side by side, line by line: their classes are in order. A class that one of
     them lacks is no difference, nor is a file that is not there.
     """
-    with suppress(OSError, ValueError, IndexError):
+    with suppress(UserError, ValueError, IndexError):
         sides = [_names(folder), _names(other)]
         here, there = (next(side, None) for side in sides)
         while here and there:
@@ -135,12 +133,11 @@ def find_other_name(folder: str, other: str) -> tuple[int, str, str] | None:
 
 def _names(folder: str) -> Iterator[tuple[int, str]]:
     """Class and name in each line of a `classes.tsv`."""
-    with fsspec.open(f"{folder}/{CLASSES_FILE}", "rt", encoding="utf-8", newline="") as stream:
-        rows = (line.rstrip("\r\n").split("\t") for line in stream)
-        header: list[str] = next(rows, [])
-        class_at, name_at = header.index("class"), header.index("name")
-        for row in rows:
-            yield int(row[class_at]), row[name_at]
+    rows = _rows(f"{folder}/{CLASSES_FILE}")
+    header = next(rows, [])
+    class_at, name_at = header.index("class"), header.index("name")
+    for row in rows:
+        yield int(row[class_at]), row[name_at]
 
 
 def _rows(url: str) -> Iterator[list[str]]:

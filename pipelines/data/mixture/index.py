@@ -127,12 +127,12 @@ class Mixture(ShardIndex):
         for number, part in enumerate(self.passes):
             source = part.source
             labels = [] if source.labels is None else [source.labels.digest]
-            content = [source.index.digest, source.per_class, None, part.fraction, *labels]
-            before, after = json.dumps(content).split("null", 1)
-            found.update(f"{', ' if number else '['}{before}".encode())
+            before = json.dumps([source.index.digest, source.per_class])[:-1]
+            after = json.dumps([part.fraction, *labels])[1:]
+            found.update(f"{', ' if number else '['}{before}, ".encode())
             for text in ["null"] if source.classes is None else _json_parts(source.classes):
                 found.update(text.encode())
-            found.update(after.encode())
+            found.update(f", {after}".encode())
         found.update(b"]")
         return "sha256:" + found.hexdigest()
 
