@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from pipelines.storage.buffered_file import open_buffered
+from pipelines.storage.csv_table import encode_rows, read_rows
 from pipelines.storage.urls import atomic_write, resolve_url
 
 FINDINGS_FILE: Final = "findings.parquet"
@@ -39,9 +39,10 @@ COLUMNS: Final = {  # name: type, and what it is where there is none
     "group": ("int64", -1),
     "action": ("string", NO_ACTION),
 }
-IDENTITY: Final = (  # columns that tell a finding from all others
+# Columns that tell a finding from all others. No keys: spreadsheets make 7 of 007.
+IDENTITY: Final = (
     *("kind", "sample", "class", "neighbour_class", "neighbour_sample", "neighbour_set"),
-    *("neighbour_key", "group"),
+    "group",
 )
 _ROWS: Final = 1 << 16  # rows of the CSV that are in memory together
 
@@ -99,19 +100,10 @@ def write_findings(folder: str, findings: Findings) -> None:
     with atomic_write(f"{folder}/{FINDINGS_FILE}") as stream:
         parquet.write_table(table, stream)
     with atomic_write(f"{folder}/{DECISIONS_FILE}") as stream:
-        for text in _csv_parts(findings):
-            stream.write(text.encode(errors="backslashreplace"))
-
-
-def _csv_parts(findings: Findings) -> Iterator[str]:
-    for start in range(0, max(1, len(findings)), _ROWS):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if not start:
-            writer.writerow([*COLUMNS, DECISION])
-        part = [findings[name][start : start + _ROWS].tolist() for name in COLUMNS]
-        writer.writerows([*row, ""] for row in zip(*part, strict=True))
-        yield text.getvalue()
+        stream.write(encode_rows([[*COLUMNS, DECISION]]))
+        for start in range(0, len(findings), _ROWS):
+            part = [findings[name][start : start + _ROWS].tolist() for name in COLUMNS]
+            stream.write(encode_rows([*row, ""] for row in zip(*part, strict=True)))
 
 
 def read_findings(folder: str) -> Findings:
@@ -149,8 +141,8 @@ def read_decisions(path: str, findings: Findings) -> npt.NDArray[Any]:
     """
     position = {_identity(row): number for number, row in enumerate(_identities(findings))}
     decided = np.full(len(findings), "", object)
-    for line, row in _read_rows(path):
-        decision = (row[DECISION] or "").strip().lower()
+    for line, row in _decision_rows(path):
+        decision = row[DECISION].strip().lower()
         if decision not in ("", ACCEPT, REJECT):
             raise UserError(
                 f"{path}, line {line}: {DECISION} is {row[DECISION]!r}; write {ACCEPT} or "
@@ -174,19 +166,7 @@ def _identity(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(str(value) for value in values)
 
 
-def _read_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    filesystem, name = resolve_url(path)
-    try:
-        with filesystem.open(name, "rb") as raw:
-            text = io.TextIOWrapper(raw, "utf-8-sig", newline="")  # spreadsheets begin with a mark
-            reader = csv.DictReader(text)
-            missing = {*IDENTITY, DECISION} - set(reader.fieldnames or [])
-            if missing:
-                raise UserError(
-                    f"{path}: has no column {sorted(missing)[0]!r}; give the decisions.csv that "
-                    "mhe audit wrote, with its last column filled in"
-                )
-            for row in reader:
-                yield reader.line_num, row
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+def _decision_rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    cure = "give the decisions.csv that mhe audit wrote, with its last column filled in"
+    with open_buffered(path) as stream:
+        yield from read_rows(path, stream, (*IDENTITY, DECISION), cure)

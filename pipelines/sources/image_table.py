@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
 from pipelines.storage.buffered_file import open_buffered
+from pipelines.storage.csv_table import read_rows, require_columns
 
 PATH, CLASS = "path", "class"
 _PARQUET: Final = b"PAR1"
 _BATCH: Final = 1 << 12  # rows
+_CURE: Final = f"it needs {PATH} (below --root) and {CLASS}"
 
 
 class ListedRow(NamedTuple):
@@ -46,18 +47,8 @@ def read_image_table(table: str) -> Iterator[ListedRow]:
 
 
 def _csv_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[str, str, str]]:
-    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        try:
-            header = text.readline()
-            text.seek(0)
-            rows = csv.DictReader(text, delimiter=max(",;\t", key=header.count))
-            _require_columns(table, rows.fieldnames or ())
-            for row in rows:
-                yield f"{table} line {rows.line_num}", row[PATH] or "", row[CLASS] or ""
-        except UnicodeDecodeError as error:
-            raise UserError(f"{table}: neither Parquet nor CSV in UTF-8 ({error})") from error
-        except csv.Error as error:
-            raise UserError(f"{table} line {rows.line_num}: {error}") from error
+    for line, row in read_rows(table, stream, (PATH, CLASS), _CURE):
+        yield f"{table} line {line}", row[PATH], row[CLASS]
 
 
 def _parquet_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[str, str, str]]:
@@ -66,7 +57,7 @@ def _parquet_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[
 
     try:
         file = parquet.ParquetFile(stream)
-        _require_columns(table, file.schema_arrow.names)
+        require_columns(table, file.schema_arrow.names, (PATH, CLASS), _CURE)
         number = 0
         for batch in file.iter_batches(_BATCH, columns=[PATH, CLASS]):
             columns = (batch.column(name).to_pylist() for name in (PATH, CLASS))
@@ -76,12 +67,3 @@ def _parquet_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[
                 yield f"{table} row {number}", texts[0], texts[1]
     except pa.ArrowException as error:
         raise UserError(f"{table}: not a Parquet file that can be read ({error})") from error
-
-
-def _require_columns(table: str, found: object) -> None:
-    names = [str(name) for name in found]  # type: ignore[attr-defined]
-    if missing := [name for name in (PATH, CLASS) if name not in names]:
-        raise UserError(
-            f"{table}: has no column {missing[0]!r} among {', '.join(names) or 'none'}; it needs "
-            f"{PATH} (below --root) and {CLASS}"
-        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +10,13 @@ import numpy.typing as npt
 from mhe_dist.errors import UserError
 from pipelines.embedding.image_files import ImageFiles
 from pipelines.sources.image_folder import path_below_root
-from pipelines.storage.urls import RangeReader, resolve_url
+from pipelines.storage.buffered_file import open_buffered
+from pipelines.storage.csv_table import read_rows
+from pipelines.storage.urls import resolve_url
 
 Ints = npt.NDArray[np.int64]
+
+_COLUMNS: Final = ("first", "second", "same")
 
 
 def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArray[np.bool_]]:
@@ -30,20 +33,16 @@ def read_pairs(table: str, root: str) -> tuple[ImageFiles, Ints, Ints, npt.NDArr
     Raises:
         UserError: a column is missing, or a row is invalid; the message names the line.
     """
-    with RangeReader(table) as reader:
-        text = reader.read(0, reader.size).decode("utf-8-sig")
-    rows = csv.DictReader(io.StringIO(text))
-    if missing := {"first", "second", "same"} - set(rows.fieldnames or ()):
-        raise UserError(f"{table}: has no column {min(missing)}; it needs first,second,same")
     numbers: dict[str, int] = {}
     pairs, same = [], []
     top = resolve_url(root)[1]
-    for line, row in enumerate(rows, 2):
-        try:
-            paths = [path_below_root(row[name] or "", top) for name in ("first", "second")]
-            same.append({"0": False, "1": True}[(row["same"] or "").strip()])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{table} line {line}: {error}; `same` is 0 or 1") from error
-        pairs.append([numbers.setdefault(path, len(numbers)) for path in paths])
+    with open_buffered(table) as stream:
+        for line, row in read_rows(table, stream, _COLUMNS, f"it needs {','.join(_COLUMNS)}"):
+            try:
+                paths = [path_below_root(row[name], top) for name in ("first", "second")]
+                same.append({"0": False, "1": True}[row["same"].strip()])
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{table} line {line}: {error}; `same` is 0 or 1") from error
+            pairs.append([numbers.setdefault(path, len(numbers)) for path in paths])
     first, second = np.array(pairs, np.int64).reshape(-1, 2).T
     return ImageFiles(root.rstrip("/"), list(numbers)), first, second, np.array(same, bool)

@@ -15,6 +15,7 @@ from pipelines.report.audit.findings import (
     short_name,
 )
 from pipelines.report.sheets.pictures import Pictures, as_data_url
+from pipelines.storage.csv_table import as_cell
 
 _BESIDE: Final = 4  # images of a class beside a stray one
 _OF_PAIR: Final = 6  # images of each class of a pair, and of each part of a class
@@ -114,7 +115,7 @@ class CardMaker:
             )
 
     def _cells(self, row: Row) -> list[str]:
-        return ["" if row[name] is None else str(row[name]) for name in self._columns]
+        return ["" if row[name] is None else as_cell(row[name]) for name in self._columns]
 
     def _picture(self, number: int, of_set: str = "", name: str = "") -> CardPicture:
         if (of_set, number) not in self._made:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from PIL import Image, ImageDraw
 
 from pipelines.evaluate.classify import ClassifiedImages
-from pipelines.report.sheets.pictures import INK, SIDE, Pictures, as_bytes, letters, shorten
+from pipelines.report.sheets.pictures import INK, SIDE, Pictures, letters, shorten
+from pipelines.storage.csv_table import encode_rows
 from pipelines.storage.urls import atomic_write
 
 _SHOWN: Final = 24  # images
@@ -31,22 +30,19 @@ def write_classes(folder: str, found: ClassifiedImages, names: Mapping[int, str]
         The files.
     """
     with atomic_write(f"{folder}/classes.csv") as stream:
-        stream.write(as_bytes(_table(found, names)))
+        stream.write(encode_rows(_table(found, names)))
     with atomic_write(f"{folder}/sheet.png") as stream:
         _sheet(found, names).save(stream, "PNG")
     return [f"{folder}/{name}" for name in ("sheet.png", "classes.csv")]
 
 
-def _table(found: ClassifiedImages, names: Mapping[int, str]) -> str:
+def _table(found: ClassifiedImages, names: Mapping[int, str]) -> Iterator[Sequence[object]]:
     """A row for each image and each of its best classes."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["image", "rank", "class", "name", "score"])
+    yield "image", "rank", "class", "name", "score"
     for key, classes, scores in zip(found.keys, found.classes, found.scores, strict=True):
         for rank, (number, score) in enumerate(zip(classes.tolist(), scores, strict=True), 1):
             if number >= 0:
-                rows.writerow([key, rank, number, names.get(number, ""), f"{score:.6f}"])
-    return text.getvalue()
+                yield key, rank, number, names.get(number, ""), f"{score:.6f}"
 
 
 def _sheet(found: ClassifiedImages, names: Mapping[int, str]) -> Image.Image:

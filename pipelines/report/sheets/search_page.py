@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from PIL import Image, ImageDraw
@@ -17,11 +16,11 @@ from pipelines.report.sheets.pictures import (
     INK,
     SIDE,
     Pictures,
-    as_bytes,
     as_data_url,
     letters,
     shorten,
 )
+from pipelines.storage.csv_table import encode_rows
 from pipelines.storage.urls import atomic_write
 
 _SHEET_ROWS: Final = 12
@@ -49,7 +48,7 @@ def write_search(
     """
     images = Pictures(queries.source, queries.keys), Pictures(gallery.source, gallery.keys)
     with atomic_write(f"{folder}/results.csv") as stream:
-        stream.write(as_bytes(results_table(gallery, queries, found)))
+        stream.write(encode_rows(results_table(gallery, queries, found)))
     with atomic_write(f"{folder}/sheet.png") as stream:
         _sheet(gallery, queries, found, *images).save(stream, "PNG")
     values = _page_values(title, gallery, queries, found, *images)
@@ -57,16 +56,15 @@ def write_search(
     return [f"{folder}/{name}" for name in ("index.html", "sheet.png", "results.csv")]
 
 
-def results_table(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> str:
-    """CSV: a row for each query and each entry that it found."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["query", "query_class", "rank", "score", "entry", "class"])
+def results_table(
+    gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult
+) -> Iterator[Sequence[object]]:
+    """A header, and a row for each query and each entry that it found."""
+    yield "query", "query_class", "rank", "score", "entry", "class"
     for query, (numbers, scores) in enumerate(zip(found.numbers, found.scores, strict=True)):
         for rank, (number, score) in enumerate(zip(numbers, scores, strict=True), 1):
-            own = [queries.keys[query], queries.classes[query], rank, f"{score:.6f}"]
-            rows.writerow([*own, gallery.keys[number], gallery.classes[number]])
-    return text.getvalue()
+            own = queries.keys[query], queries.classes[query], rank, f"{score:.6f}"
+            yield *own, gallery.keys[number], gallery.classes[number]
 
 
 def _sheet(

@@ -17,10 +17,12 @@ import pyarrow.csv as arrow_csv
 from pyarrow import parquet
 
 from mhe_dist.errors import UserError
+from pipelines.storage.csv_table import MARKED, delimiter_of
 
 Ints = npt.NDArray[np.int64]
 
-_DELIMITERS: Final = {"csv": ",", "tsv": "\t"}
+_CSV: Final = "csv"
+_TSV: Final = "tsv"
 _PARQUET: Final = ("parquet", "pq")
 _COMPRESSED: Final = ("gz", "bz2", "xz", "zst")
 _CSV_BLOCK: Final = 4 << 20  # bytes
@@ -92,13 +94,15 @@ def _batches(table: str, layout: TableLayout) -> Iterator[pa.RecordBatch]:
                 _require_columns(table, file.schema_arrow.names, layout)
                 yield from file.iter_batches(_PARQUET_ROWS, columns=layout.columns)
                 return
-            header = csv.reader(io.StringIO(_first_line(stream)), delimiter=_DELIMITERS[kind])
-            _require_columns(table, next(header, []), layout)
+            header = _first_line(stream)
+            delimiter = "\t" if kind == _TSV else delimiter_of(header)
+            names = next(csv.reader(io.StringIO(header), delimiter=delimiter), [])
+            _require_columns(table, names, layout)
         with _opened(table, "infer") as stream:
-            yield from arrow_csv.open_csv(
+            batches = arrow_csv.open_csv(
                 stream,
                 arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
-                arrow_csv.ParseOptions(delimiter=_DELIMITERS[kind]),
+                arrow_csv.ParseOptions(delimiter=delimiter),
                 # As texts: `0000123` is a key, and no number.
                 arrow_csv.ConvertOptions(
                     include_columns=layout.columns,
@@ -106,6 +110,9 @@ def _batches(table: str, layout: TableLayout) -> Iterator[pa.RecordBatch]:
                     strings_can_be_null=False,
                 ),
             )
+            for batch in batches:
+                texts = [pc.replace_substring_regex(each, MARKED, r"\1") for each in batch.columns]
+                yield pa.RecordBatch.from_arrays(texts, batch.schema.names)
     except (OSError, ValueError, KeyError) as error:  # Arrow's own errors are among these
         raise UserError(f"{table}: cannot be read ({error})") from error
 
@@ -115,7 +122,7 @@ def _kind(table: str) -> str:
     ends = table.lower().rpartition("/")[2].split(".")[1:]
     if len(ends) > 1 and ends[-1] in _COMPRESSED:
         ends.pop()
-    if not ends or ends[-1] not in (*_DELIMITERS, *_PARQUET):
+    if not ends or ends[-1] not in (_CSV, _TSV, *_PARQUET):
         raise UserError(f"{table}: no table; let its name end with .csv, .tsv or .parquet")
     return ends[-1]
 

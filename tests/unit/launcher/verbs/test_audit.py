@@ -102,7 +102,7 @@ def test_decisions_change_the_label_set_alone(
         (["--apply", "fix"], "--apply fix: 'fix' is no action"),
         (["--false-rate", "0.7"], "--false-rate 0.7: this is the share of what is right"),
         (["--labels", "OUT/nowhere"], "no label set here"),
-        (["--decisions", "OUT/none.csv", "--against", "OUT/shards"], "none.csv: cannot be read"),
+        (["--decisions", "OUT/none.csv", "--against", "OUT/shards"], "none.csv: cannot be opened"),
     ],
 )
 def test_mistakes_are_named(

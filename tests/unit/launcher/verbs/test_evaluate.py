@@ -126,7 +126,7 @@ def test_pairs_of_a_table(
         assert "mine.csv line 2" in message
         assert why in message
     table.write_text("first,same")
-    assert "has no column second" in said(words, capsys, 2)
+    assert "has no column 'second'" in said(words, capsys, 2)
 
 
 def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -118,6 +118,19 @@ def test_what_is_rejected_is_not_applied(findings: Findings, tmp_path: Path) -> 
     assert cured.labels.tolist() == [0, 0, 0, 1, 3, 2, 2, 4, 4, 3, 3, -1]
 
 
+def test_decisions_come_back_from_a_spreadsheet(tmp_path: Path) -> None:
+    given = {"sample": [1], "neighbour_sample": 0, "neighbour_set": "=sets/a"}
+    names = {"key": "007", "neighbour_key": "008", "class_name": "=1+1"}
+    findings = make_findings("leak", 1, **given, **names)
+    write_findings(str(tmp_path), findings)
+    path = tmp_path / "decisions.csv"
+    text = path.read_text()
+    assert ",'=1+1," in text and ",'=sets/a," in text, "a spreadsheet would run them"
+    text = text.replace("007", "7").replace("008", "8").replace(",\n", ",reject\n")
+    path.write_text("\ufeff" + text.replace(",", ";").replace("\n", "\r\n"), encoding="utf-8")
+    assert read_decisions(str(path), findings).tolist() == ["reject"]
+
+
 def test_decisions_about_something_else_are_refused(findings: Findings, tmp_path: Path) -> None:
     path = decide(tmp_path, findings, foreign="maybe")
     with pytest.raises(UserError, match="line 6: decision is 'maybe'; write accept or reject"):
@@ -130,5 +143,5 @@ def test_decisions_about_something_else_are_refused(findings: Findings, tmp_path
     Path(path).write_text("kind,sample\n")
     with pytest.raises(UserError, match="has no column 'class'"):
         read_decisions(path, findings)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be opened"):
         read_decisions(f"{tmp_path}/none.csv", findings)

@@ -153,7 +153,7 @@ def test_a_table_names_files_and_classes(
     [
         (b"path,label\na.jpg,1\n", "has no column 'class' among path, label"),
         (b"", "has no column 'path' among none"),
-        (b"\xff\xfe\x00", "neither Parquet nor CSV"),
+        (b"\xff\xfe\x00", "is no CSV file in UTF-8"),
         (b"PAR1 and no more", "not a Parquet file that can be read"),
     ],
 )

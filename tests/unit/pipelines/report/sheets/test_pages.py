@@ -30,13 +30,13 @@ def source(tmp_path: Path) -> str:
 def test_classes(source: str, tmp_path: Path) -> None:
     classes, scores = np.array([[4, 1], [2, -1]]), np.array([[9.5, 1.25], [3.0, -np.inf]])
     found = ClassifiedImages(source, KEYS, classes, scores, [])
-    files = write_classes(str(tmp_path / "out"), found, {4: "caf\udce9", 1: "a, b"})
+    files = write_classes(str(tmp_path / "out"), found, {4: "caf\udce9", 1: "a, b", 2: "=1+1"})
     assert files == [f"{tmp_path}/out/sheet.png", f"{tmp_path}/out/classes.csv"]
     assert (tmp_path / "out" / "classes.csv").read_text(encoding="utf-8").splitlines() == [
         "image,rank,class,name,score",
         "caf\\udce9.png,1,4,caf\\udce9,9.500000",
         'caf\\udce9.png,2,1,"a, b",1.250000',
-        f"{KEYS[1]},1,2,,3.000000",
+        f"{KEYS[1]},1,2,'=1+1,3.000000",
     ]
     with Image.open(files[0]) as sheet:
         assert sheet.getpixel((20, 20)) == (200, 30, 30)

@@ -23,6 +23,7 @@ from pipelines.sources.label_table.build import LabelImport, LabelOptions, impor
 from pipelines.sources.label_table.keys import read_keys
 from pipelines.sources.label_table.rows import TableLayout
 from pipelines.sources.webdataset import index_shards
+from pipelines.storage.csv_table import encode_rows
 from tests.label_sets import lists_of
 from tests.recordio_files import jpeg
 from tests.stores import files, served
@@ -179,6 +180,16 @@ def test_tables_that_cannot_be_used(
     with pytest.raises(UserError, match=message):
         make(index, tmp_path / "t", table, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_cells_are_those_that_a_table_for_spreadsheets_was_made_of(
+    index: ShardIndex, tmp_path: Path
+) -> None:
+    rows = [["image", "name"], [KEYS[0], "=b"], [KEYS[1], "a"], [KEYS[2], "-1.5"]]
+    (tmp_path / "t.csv").write_bytes(encode_rows(rows).replace(b",", b";"))
+    options = LabelOptions(TableLayout("image", "name"))
+    made = import_labels([f"{tmp_path}/t.csv"], index, f"{tmp_path}/out", options)
+    assert read_class_names(made.labels) == ["-1.5", "=b", "a"]
 
 
 @pytest.mark.parametrize("name", ["t.txt", "missing.csv", "t.parquet"])
