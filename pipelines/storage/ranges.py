@@ -7,16 +7,19 @@ import re
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from mhe_dist.errors import RunError
-from pipelines.storage.retry import RETRIES, error_chain, errors_naming, http_status, with_retries
+from pipelines.storage.retry import (
+    RETRIES,
+    error_chain,
+    errors_naming,
+    http_status,
+    truncated_read,
+    with_retries,
+)
 from pipelines.storage.urls import NO_RANGES, is_local, resolve_url
 
 CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")
 _BLOCK: Final = 8 << 20  # bytes that a download asks for at a time
 _NOT_SATISFIABLE: Final = 416  # the range begins behind the end of the file
-
-
-class TruncatedRead(ConnectionError):
-    """Fewer bytes came than the file has there, though the answer looked complete."""
 
 
 class WrongContentError(Exception):
@@ -77,7 +80,7 @@ def _range(file: FileLocation, start: int, stop: int) -> bytes:
     if len(data) > there:
         raise RunError(f"{file.url}: {NO_RANGES}")
     if len(data) < there:
-        raise TruncatedRead(f"{len(data)} bytes came instead of {there}")
+        raise truncated_read(start, start + there, len(data))
     return data
 
 

@@ -70,6 +70,15 @@ _TRANSIENT_CODES: Final = frozenset({"InternalError", "RequestTimeout", "SlowDow
 _jitter = random.Random()
 
 
+class TruncatedRead(ConnectionError):
+    """Fewer bytes came than the file has there, though the answer looked complete."""
+
+
+def truncated_read(start: int, stop: int, count: int = 0) -> TruncatedRead:
+    """The error of a request for the bytes `[start, stop)` that gave `count` of them."""
+    return TruncatedRead(f"{count} of {stop - start} bytes came from byte {start} on")
+
+
 def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
     """The result of a call, made again after transient faults.
 

@@ -17,7 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
-from pipelines.storage.retry import errors_naming, with_retries
+from pipelines.storage.retry import errors_naming, truncated_read, with_retries
 
 TEMPORARY_SUFFIX: Final = ".tmp"  # ends the name of a file that is not complete yet
 NO_RANGES: Final = "the server gives whole files only, no parts of them: download it first"
@@ -126,16 +126,32 @@ class RetryingStream:
     """A file opened for reading; a read that fails for the moment is tried again."""
 
     def __init__(self, stream: Any, url: str) -> None:
-        self._stream, self._url = stream, url
+        self._stream, self._url, self._at = stream, url, 0
+        self._size: int | None = getattr(stream, "size", None)  # some servers do not tell it
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes; fewer at the end.
+        """The next `size` bytes; fewer only at the end of the file.
 
         Raises:
-            RunError: they cannot be read.
+            RunError: they cannot be read, or stop coming before the end of the file.
         """
+        pieces, stop = [], self._at + size
         with errors_naming(self._url):
-            return with_retries(lambda: bytes(self._stream.read(size)), self._url)
+            while self._at < stop and (piece := self._piece(stop)):
+                pieces.append(piece)
+                self._at += len(piece)
+        return b"".join(pieces)
+
+    def _piece(self, stop: int) -> bytes:
+        """Some of the next bytes up to `stop`; none at the end of the file."""
+
+        def attempt() -> bytes:
+            piece = bytes(self._stream.read(stop - self._at))
+            if not piece and self._size is not None and self._at < self._size:
+                raise truncated_read(self._at, min(stop, self._size))
+            return piece
+
+        return with_retries(attempt, self._url)
 
 
 class RangeReader:
@@ -186,38 +202,63 @@ class RangeReader:
         """The bytes `[start, stop)`; fewer at the end of the file. Cheap when read forward.
 
         Raises:
+            RunError: they cannot be read, or the file has become shorter since it was opened.
             UserError: a server does not give parts of files.
         """
-        stop = min(stop, self.size)
-        if start >= stop:
-            return b""
-        if is_local(self._filesystem):
-            return os.pread(self._stream.fileno(), stop - start, start)
-        self._stream.seek(start)
+        pieces, at, stop = [], start, min(stop, self.size)
         with errors_naming(self.url):
-            try:
-                return with_retries(lambda: bytes(self._stream.read(stop - start)), self.url)
-            except ValueError as error:  # what fsspec makes of a server without range requests
-                raise UserError(f"{self.url}: {NO_RANGES}") from error
+            while at < stop:
+                pieces.append(self._piece(at, stop))
+                at += len(pieces[-1])
+        return b"".join(pieces)
+
+    def _piece(self, start: int, stop: int) -> bytes:
+        """The first of the bytes `[start, stop)`, at least one."""
+        if is_local(self._filesystem):
+            if piece := os.pread(self._stream.fileno(), stop - start, start):
+                return piece
+            raise truncated_read(start, stop)
+
+        def attempt() -> bytes:
+            self._stream.seek(start)
+            if piece := bytes(self._stream.read(stop - start)):
+                return piece
+            raise truncated_read(start, stop)
+
+        try:
+            return with_retries(attempt, self.url)
+        except ValueError as error:  # what fsspec makes of a server without range requests
+            raise UserError(f"{self.url}: {NO_RANGES}") from error
 
     def read_many(self, starts: Sequence[int], stops: Sequence[int]) -> list[bytes]:
-        """Many parts in any order; a store gets all requests at the same time.
+        """Many parts in any order, each as `read` gives it; a store is asked for all at once.
 
         Raises:
-            RunError: the file cannot be read.
+            RunError: they cannot be read.
             UserError: a server does not give parts of files.
         """
-        pairs = list(zip(map(int, starts), map(int, stops), strict=True))
+        pairs = zip(map(int, starts), map(int, stops), strict=True)
+        bounds = [(start, min(stop, self.size)) for start, stop in pairs]
         if is_local(self._filesystem):
-            return [self.read(*pair) for pair in pairs]
-        firsts, lasts = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        paths = [self._path] * len(pairs)
+            return [self.read(*each) for each in bounds]
+        parts = {number: b"" for number, (start, stop) in enumerate(bounds) if start >= stop}
         with errors_naming(self.url):
-            parts: list[bytes] = with_retries(
-                lambda: self._filesystem.cat_ranges(paths, firsts, lasts, on_error="raise"),
-                self.url,
-            )
-        for part, (start, stop) in zip(parts, pairs, strict=True):
+            with_retries(lambda: self._add_missing(parts, bounds), self.url)
+        return [parts[number] for number in range(len(bounds))]
+
+    def _add_missing(self, parts: dict[int, bytes], bounds: list[tuple[int, int]]) -> None:
+        """One attempt at the parts that have not come yet; what came whole is not asked again."""
+        missing = [number for number in range(len(bounds)) if number not in parts]
+        starts, stops = ([bounds[number][end] for number in missing] for end in (0, 1))
+        paths = [self._path] * len(missing)
+        found = self._filesystem.cat_ranges(paths, starts, stops, on_error="raise")
+        short = None
+        for number, start, stop, part in zip(missing, starts, stops, found, strict=True):
             if len(part) > stop - start:
                 raise UserError(f"{self.url}: {NO_RANGES}")
-        return parts
+            if len(part) < stop - start:
+                short = truncated_read(start, stop, len(part))
+            else:
+                parts[number] = part
+        if short is not None:
+            raise short
