@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pipelines.storage.urls import RangeReader
 
-_BUFFER: Final = 1 << 20  # bytes
+_BUFFER: Final = 1 << 14  # bytes; of a store, 8 MB are read ahead
 
 
 @contextmanager

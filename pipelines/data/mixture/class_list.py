@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from array import array
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from itertools import takewhile
 
-import fsspec
 import numpy as np
 
 from mhe_dist.errors import UserError
@@ -15,6 +15,7 @@ from pipelines.data.order import Ints
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.shards.tables import CLASSES_FILE
+from pipelines.storage.buffered_file import open_buffered
 
 
 def read_classes(url: str, labelled: ShardIndex | LabelSet) -> Ints:
@@ -143,8 +144,8 @@ def _names(folder: str) -> Iterator[tuple[int, str]]:
 def _rows(url: str) -> Iterator[list[str]]:
     """The cells of each line of a table that somebody may have written by hand."""
     try:
-        with fsspec.open(url, "rt", encoding="utf-8", newline="\n") as stream:
-            for line in stream:
+        with open_buffered(url) as stream:
+            for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
                 yield line.removesuffix("\n").removesuffix("\r").split("\t")
     except (OSError, ValueError) as error:
         raise UserError(f"{url}: cannot be read ({error})") from error

@@ -8,15 +8,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Final, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as arrow_csv
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 from pyarrow import parquet
 
 from mhe_dist.errors import UserError
+from pipelines.storage.buffered_file import open_buffered
 from pipelines.storage.csv_table import MARKED, delimiter_of
 
 Ints = npt.NDArray[np.int64]
@@ -88,7 +90,7 @@ def read_rows(tables: Sequence[str], layout: TableLayout) -> Iterator[TableRows]
 def _batches(table: str, layout: TableLayout) -> Iterator[pa.RecordBatch]:
     kind = _kind(table)
     try:
-        with _opened(table, None if kind in _PARQUET else "infer") as stream:
+        with _opened(table) as stream:
             if kind in _PARQUET:
                 file = parquet.ParquetFile(stream)
                 _require_columns(table, file.schema_arrow.names, layout)
@@ -98,7 +100,7 @@ def _batches(table: str, layout: TableLayout) -> Iterator[pa.RecordBatch]:
             delimiter = "\t" if kind == _TSV else delimiter_of(header)
             names = next(csv.reader(io.StringIO(header), delimiter=delimiter), [])
             _require_columns(table, names, layout)
-        with _opened(table, "infer") as stream:
+        with _opened(table) as stream:
             batches = arrow_csv.open_csv(
                 stream,
                 arrow_csv.ReadOptions(block_size=_CSV_BLOCK),
@@ -128,9 +130,11 @@ def _kind(table: str) -> str:
 
 
 @contextmanager
-def _opened(table: str, compression: str | None) -> Iterator[IO[bytes]]:
-    with fsspec.open(table, "rb", compression=compression) as stream:
-        yield stream
+def _opened(table: str) -> Iterator[IO[bytes]]:
+    """The bytes of a table, unpacked if its name says that they are compressed."""
+    with open_buffered(table) as stream:
+        compression = infer_compression(table)
+        yield compr[compression](stream, mode="rb") if compression else stream
 
 
 def _first_line(stream: IO[bytes]) -> str:

@@ -1,4 +1,4 @@
-"""A store that gives fewer bytes than the file has there is asked again, and no damage gets through."""
+"""A store that gives less than the file has there is asked again; no damage gets through."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from fsspec.spec import AbstractBufferedFile
 from werkzeug.wrappers import Request, Response
 
 from mhe_dist.errors import RunError
+from pipelines.audit import findings
+from pipelines.audit.findings import DECISION, IDENTITY
+from pipelines.data.mixture import class_list
+from pipelines.sources.label_table.rows import TableLayout, read_rows
 from pipelines.storage import retry
 from pipelines.storage.buffered_file import open_buffered
 from pipelines.storage.urls import RangeReader, open_stream
@@ -157,3 +162,29 @@ def test_lines_are_not_cut_where_an_answer_was(file: Path) -> None:
         assert list(stream) == lines
 
 
+@pytest.fixture
+def empty_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store whose second and third answers are empty; it is asked for small blocks."""
+    monkeypatch.setattr(AbstractBufferedFile, "DEFAULT_BLOCK_SIZE", 1000)
+    Counted.begin(short(10**9, 0, 0))
+
+
+@pytest.mark.usefixtures("empty_answers")
+def test_no_class_of_a_list_is_lost(file: Path) -> None:
+    file.write_text("class\n" + "".join(f"{number}\n" for number in range(20_000)))
+    rows = list(class_list._rows(f"counted://{file}"))
+    assert rows == [["class"], *([str(number)] for number in range(20_000))]
+
+
+@pytest.mark.usefixtures("empty_answers")
+def test_no_row_of_a_table_is_lost(file: Path) -> None:
+    table = file.with_suffix(".csv")
+    table.write_text("key,class\n" + "".join(f"{n:08d},{n}\n" for n in range(20_000)))
+    found = [name for rows in read_rows([f"counted://{table}"], TableLayout()) for name in rows[1]]
+    assert len(found) == 20_000
+
+
+@pytest.mark.usefixtures("empty_answers")
+def test_no_decision_is_lost(file: Path) -> None:
+    file.write_text(",".join((*IDENTITY, DECISION)) + "\n" + "a,1,2,3,4,,\n" * 20_000)
+    assert len(list(findings._decision_rows(f"counted://{file}"))) == 20_000

@@ -519,7 +519,7 @@ def test_the_digest_of_very_many_chosen_classes_is_made_part_by_part(shards: str
 
 
 def test_choices_that_cannot_be_made_are_refused(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing.tsv: cannot be read"):
+    with pytest.raises(UserError, match=r"missing.tsv: cannot be opened"):
         opened(shards, classes=str(tmp_path / "missing.tsv"))
     with pytest.raises(UserError, match="no image of it would be in an epoch"):
         opened(shards, classes=listed(shards, "class\n4\n"))
