@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -23,6 +24,7 @@ RUN = "run.json"
 SCORES = "scores.json"
 FORMAT = 1
 _CHUNK = 1 << 22
+_WAITS_S = (0.5, 2.0)  # before the further attempts at reading from a store
 
 
 @dataclass(frozen=True)
@@ -145,17 +147,35 @@ class CheckpointFolder:
 
     def manifest(self) -> dict[str, FileEntry] | str:
         """The files of the checkpoint, or the reason why this is none (sizes are compared)."""
-        try:
-            listed = {entry["name"]: entry["size"] for entry in self.fs.ls(self._path, detail=True)}
-            sizes = {os.path.basename(name.rstrip("/")): size for name, size in listed.items()}
-            if MANIFEST not in sizes:
-                return f"no {MANIFEST}: it was not written to the end"
-            content = self.read_json(MANIFEST)
-            if content["format"] != FORMAT:
-                return f"format {content['format']}, this version reads {FORMAT}"
-            files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+        for _ in self._attempts():
+            try:
+                return self._read_manifest()
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                reason = f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
+                if isinstance(error, FileNotFoundError):  # a folder that is still to be written
+                    break
+        return reason
+
+    def _attempts(self) -> Iterator[None]:
+        """A turn for each attempt at reading; a store, but no disk, may fail for the moment.
+
+        To pass over a good checkpoint loses the work since the one before.
+        """
+        yield
+        for wait in () if isinstance(self.fs, LocalFileSystem) else _WAITS_S:
+            time.sleep(wait)
+            yield
+
+    def _read_manifest(self) -> dict[str, FileEntry] | str:
+        """See `manifest`; raises what a damaged one or a store raises."""
+        listed = {entry["name"]: entry["size"] for entry in self.fs.ls(self._path, detail=True)}
+        sizes = {os.path.basename(name.rstrip("/")): size for name, size in listed.items()}
+        if MANIFEST not in sizes:
+            return f"no {MANIFEST}: it was not written to the end"
+        content = self.read_json(MANIFEST)
+        if content["format"] != FORMAT:
+            return f"format {content['format']}, this version reads {FORMAT}"
+        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         for name, entry in files.items():
             if name not in sizes:
                 return f"{name} is missing"
@@ -166,13 +186,27 @@ class CheckpointFolder:
     def first_corrupt_file(self, files: Iterable[tuple[str, FileEntry]]) -> str | None:
         """The first file whose checksum is not the manifest's, in words; None: there is none."""
         for name, entry in files:
-            try:
-                with self.fs.open(self._path_of(name), "rb") as file:
-                    crc = _crc32(file)
-            except OSError as error:
-                return f"{name} cannot be read: {error}"
-            if crc != entry.crc32:
-                return f"{name} has CRC-32 {crc}, {MANIFEST} says {entry.crc32}"
+            for _ in self._attempts():
+                fault = self._fault(name, entry)
+                if fault is None:
+                    break
+            else:
+                return fault
+        return None
+
+    def _fault(self, name: str, entry: FileEntry) -> str | None:
+        """What one attempt at reading a file finds wrong with it."""
+        size = crc = 0
+        try:
+            with self.fs.open(self._path_of(name), "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if size != entry.bytes:
+            return f"{name} gave {size} bytes, {MANIFEST} says {entry.bytes}"
+        if f"{crc:08x}" != entry.crc32:
+            return f"{name} has CRC-32 {crc:08x}, {MANIFEST} says {entry.crc32}"
         return None
 
     def remove(self) -> None:
@@ -182,10 +216,3 @@ class CheckpointFolder:
             self.fs.rm_file(self._path_of(MANIFEST))
         if self.fs.exists(self._path):
             self.fs.rm(self._path, recursive=True)
-
-
-def _crc32(file: IO[bytes]) -> str:
-    crc = 0
-    while chunk := file.read(_CHUNK):
-        crc = zlib.crc32(chunk, crc)
-    return f"{crc:08x}"
