@@ -1,4 +1,8 @@
-"""The calls to MLflow that open one run, fill it and end it; nothing here waits or retries."""
+"""The calls to MLflow that open one run, fill it and end it; nothing here waits or retries.
+
+Whoever calls may do so again after a failure, also where only the answer was lost: what is made
+once (a run, a version of a model) carries a tag by which it is found before it is made again.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import getpass
 import json
 import logging
 import re
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,7 @@ METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # limits of MLflow's log-batch
 _PARAM_LENGTH, _TAG_LENGTH, NAME_LENGTH = 6000, 5000, 250
 _DIGEST_LENGTH = 36  # of MLflow's data sets; the whole one is in the profile
 _NOTE = "mlflow.note.content"
+_REQUEST = "mhe.request"  # tag: which of our requests made this
 _CONSTANTS = frozenset({"chance", "gallery", "probes", "pairs", "impostors"})
 _COLUMNS = [  # of a sample
     {"type": "binary", "name": "image", "required": True},
@@ -45,6 +51,7 @@ class ModelEntry:
 
     path: str
     name: str
+    request: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class MlflowStore:
         self._tags: dict[str, str] = {}
         self._client: Any = None
         self.step = 0  # first one that this process records
+        self._request = uuid.uuid4().hex
+        self._is_ours = False  # whether this process made the run
         self._child_id: str | None = None  # of the child run of a process that goes on
         self._system: Any = None
 
@@ -109,9 +118,9 @@ class MlflowStore:
         logged = self._params_of_resumed()
         if logged is None:
             self.experiment_id = self._find_experiment()
-            run = self._client.create_run(self.experiment_id, run_name=self._run_name)
-            self.run_id, logged = run.info.run_id, {}
-        else:
+            self.run_id, logged = self._create_once(self._request, self._run_name, {}), {}
+            self._is_ours = True
+        elif not self._is_ours:
             self._client.update_run(self.run_id, status="RUNNING")
             self._child_id = self._create_child()
         changed = {
@@ -265,23 +274,49 @@ class MlflowStore:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
-        self._client.create_model_version(model.name, source, self.run_id)
+        query = _of_request(model.request)
+        if not self._client.search_model_versions(query):
+            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/model"
+            tags = {_REQUEST: model.request}
+            self._client.create_model_version(model.name, source, self.run_id, tags)
+        made = self._client.search_model_versions(query, order_by=["version_number ASC"])
+        for twin in made[1:]:  # see `_create_once`
+            self._client.delete_model_version(twin.name, twin.version)
 
     def _create_child(self) -> str:
         """A run below this one, for what this process does of it."""
-        run = self._client.create_run(
-            self.experiment_id,
-            run_name=f"{self._run_name} from step {self.step}",
-            tags={"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags},
-        )
-        return str(run.info.run_id)
+        tags = {"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags}
+        name = f"{self._run_name} from step {self.step}"
+        return self._create_once(f"{self._request}-child", name, tags)
+
+    def _create_once(self, request: str, name: str, tags: dict[str, Any]) -> str:
+        """The id of the run of a request, which is made unless an attempt before has made it."""
+        made = self._made_by(request)
+        if not made:
+            run = self._client.create_run(
+                self.experiment_id, run_name=name, tags={_REQUEST: request, **tags}
+            )
+            made = [str(run.info.run_id)]
+        # MLflow's own client sends a request again whose answer did not come: two are made, then.
+        for twin in set(self._made_by(request)) - {made[0]}:
+            self._client.delete_run(twin)
+        return made[0]
+
+    def _made_by(self, request: str) -> list[str]:
+        """Ids of the runs that a request has made."""
+        found = self._client.search_runs([self.experiment_id], _of_request(request))
+        return [str(run.info.run_id) for run in found]
 
     def _end(self, status: Status) -> None:
         if self._system:
             self._system.finish()
         for run_id in filter(None, (self._child_id, self.run_id)):
             self._client.set_terminated(run_id, status.upper())
+
+
+def _of_request(request: str) -> str:
+    """The filter of MLflow's searches for what a request has made."""
+    return f"tags.`{_REQUEST}` = '{request}'"
 
 
 def is_permanent(error: Exception) -> bool:
@@ -298,9 +333,6 @@ def is_permanent(error: Exception) -> bool:
     import sqlalchemy.exc
 
     return not isinstance(error, OSError | sqlalchemy.exc.OperationalError)
-
-
-logger = logging.getLogger(__name__)
 
 
 INTERVAL_S = 30.0  # between two samples of the machine

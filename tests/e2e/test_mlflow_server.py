@@ -12,6 +12,7 @@ import pytest
 from mhe_dist.tracking.mlflow import MlflowTracker
 from pipelines.pretrain.main import run_pretraining
 from tests import mlflow_server, tiny
+from tests.lossy_proxy import losing_answers
 from tests.rank_processes import free_port
 
 pytestmark = pytest.mark.e2e
@@ -112,3 +113,36 @@ def test_a_restart_is_a_child_and_logging_costs_a_step_nothing(server: tuple[str
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
     assert len(client.get_metric_history(str(first.run_id), "metric_3")) == 500
     assert cost < 0.01 * 0.03, f"{cost * 1e6:.0f} us: more than 1 % of a step of 30 ms"
+
+
+@pytest.mark.timeout(100)
+def test_lost_answers_make_no_second_run(
+    server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each answer is lost twice: MLflow's own client tries again once, before the tracker does."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._PAUSE_S", 0.1)
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    lost = ["/runs/create"] * 2 + ["/runs/log-batch"] * 2
+    with losing_answers(int(server[0].rpartition(":")[2]), lost) as uri:
+        first = MlflowTracker(uri, "losses", "once")
+        first.start({"a": 1}, {"world_size": "2"})
+        first.model(str(tmp_path), "once")
+        lost += ["/model-versions/create"] * 2
+        first.log(0, {"loss": 1.0})
+        first.close("failed")
+        lost += ["/runs/create"] * 2 + ["/runs/log-batch"] * 2
+        second = MlflowTracker(uri, "losses", "once", first.run_id)
+        second.start({"a": 1}, {"world_size": "1"}, step=1)
+        second.close()
+        assert lost == []
+
+    client = MlflowClient(server[0])
+    experiment = client.get_experiment_by_name("losses")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["once", "once from step 1"]
+    run = client.get_run(str(first.run_id))
+    assert (run.data.params, run.data.tags["world_size"]) == ({"a": "1"}, "1")
+    assert {each.info.status for each in runs} == {"FINISHED"}
+    assert len(client.search_model_versions("name = 'once'")) == 1

@@ -135,6 +135,46 @@ def test_planted_secrets_never_reach_mlflow(store, monkeypatch, tmp_path):
         assert b"plantedvalue" not in database.read()
 
 
+def losing(monkeypatch, method):
+    """Let the first answer of a method of MLflow's client be lost, after its own second attempt."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    real, lost = getattr(MlflowClient, method), []
+
+    def call(self, *args, **kwargs):
+        answer = real(self, *args, **kwargs)
+        if not lost:
+            lost.append(real(self, *args, **kwargs))
+            raise MlflowException("no answer came")
+        return answer
+
+    monkeypatch.setattr(MlflowClient, method, call)
+
+
+def test_a_lost_answer_makes_nothing_twice(store, monkeypatch, tmp_path):
+    (tmp_path / "MLmodel").write_text("flavors: {}")
+    first = MlflowTracker(store[0], "losses", "once", artifacts=store[1])
+    for method in ("create_run", "log_batch", "create_model_version"):
+        losing(monkeypatch, method)
+    first.start({"a": 1}, {"world_size": "2"})
+    first.model(str(tmp_path), "once")
+    first.close("failed")
+    again = MlflowTracker(store[0], "losses", "once", first.run_id)
+    for method in ("create_run", "log_batch"):
+        losing(monkeypatch, method)
+    again.start({"a": 1}, {"world_size": "1"}, step=1)
+    again.close()
+
+    experiment = client(store).get_experiment_by_name("losses")
+    runs = client(store).search_runs([experiment.experiment_id])
+    assert sorted(run.info.run_name for run in runs) == ["once", "once from step 1"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    run = client(store).get_run(first.run_id)
+    assert (run.data.params, run.data.tags["world_size"]) == ({"a": "1"}, "1")
+    assert len(client(store).search_model_versions("name = 'once'")) == 1
+
+
 class Outage:
     """Stands in for the store: fails `failures` times, then takes an entry in `delay` seconds."""
 
