@@ -7,10 +7,23 @@ import traceback
 
 from pipelines.pretrain import preemption
 
+INTERRUPTED = 130  # the exit code that shells give to what Ctrl-C ended
+
 
 def main(arguments: list[str]) -> int:
     """Train, and give the exit code."""
     preemption.listen_for_sigterm()  # before the seconds that the imports take
+    try:
+        return _train(arguments)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; the same command goes on from the newest complete checkpoint",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+
+
+def _train(arguments: list[str]) -> int:
     from mhe_dist.config.load import load_config
     from mhe_dist.distributed.device import prepare_rank
     from mhe_dist.errors import Preempted, UserError

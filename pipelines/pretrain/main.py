@@ -92,7 +92,7 @@ def _attempt(run: Run) -> dict[str, Any] | None:
             summary = finish_run(run)
         status = "finished"
         return summary
-    except Preempted:
+    except (Preempted, KeyboardInterrupt):
         status = "killed"
         raise
     finally:

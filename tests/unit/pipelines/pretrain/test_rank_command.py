@@ -1,0 +1,71 @@
+"""`python -m pipelines.pretrain`: Ctrl-C ends it with a sentence, whatever it is doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mhe_dist.config.write import config_to_yaml
+from pipelines.pretrain import __main__ as command
+from tests import tiny
+
+SENTENCE = "interrupted; the same command goes on from the newest complete checkpoint\n"
+
+
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "where", ["mhe_dist.config.load.load_config", "pipelines.pretrain.main.run_pretraining"]
+)
+def test_ctrl_c_is_told_in_a_sentence(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(tiny.config(tmp_path, "shards")))
+    monkeypatch.setattr(where, interrupt)
+    monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
+    assert command.main([str(file)]) == 130
+    assert capfd.readouterr().err == SENTENCE
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        config = tiny.config(
+            tmp_path / "runs",
+            tiny.write_shards(tmp_path / "train"),
+            data={"loader_workers": 2},
+            tracking={"mlflow": True, "uri": uri},
+        )
+        file = tmp_path / "run.yaml"
+        file.write_text(config_to_yaml(config))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.pretrain", str(file)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        killer = threading.Timer(500, process.kill)
+        killer.start()
+        connection = silent.accept()[0]  # MLflow's client asks, and waits
+        os.killpg(process.pid, signal.SIGINT)
+        stderr = process.communicate()[1]
+        killer.cancel()
+        connection.close()
+    assert (process.returncode, stderr.splitlines()[-1:]) == (130, [SENTENCE.strip()])
+    assert "Traceback" not in stderr
+    with pytest.raises(ProcessLookupError):  # nothing of its session runs on
+        os.killpg(process.pid, 0)
