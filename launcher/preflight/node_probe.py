@@ -1,4 +1,7 @@
-"""What a node has and what it can reach, seen from the node itself; imports no heavy library."""
+"""What a node has and what it can reach, seen from the node itself; imports no heavy library.
+
+But for one question, which needs torch (`_slow_precision`).
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ def probe_node(config: Config) -> dict[str, Any]:
 
     Returns:
         `host`, `python`, `versions` by package, `cpus`, `gpus` (names), `memory` (bytes available),
-        `disk` (bytes free in `run.dir`; None at a URL), and `problems`: pairs of a key and what is
-        wrong with the path or URL that it names.
+        `disk` (bytes free in `run.dir`; None at a URL), `problems`: pairs of a key and what is
+        wrong with the path or URL that it names, and `slow`: what makes the run needlessly slow.
     """
     return {
         "host": socket.gethostname(),
@@ -51,7 +54,23 @@ def probe_node(config: Config) -> dict[str, Any]:
         "memory": available_memory(),
         "disk": _free(config),
         "problems": _problems(config),
+        "slow": _slow_precision(config),
     }
+
+
+def _slow_precision(config: Config) -> str:
+    """Why the precision is slow on this node's CPU, in a line; empty: it is not.
+
+    Only who asks for bf16 on CPUs waits for torch to be imported; GPUs are not asked, since the
+    process that probes a node may not see them.
+    """
+    if config.scale.gpu or config.train.precision != "bf16":
+        return ""
+    import torch
+
+    from mhe_dist.engine.settings import explain_slow_precision
+
+    return explain_slow_precision(config.train.precision, torch.device("cpu"))
 
 
 def _problems(config: Config) -> Problems:

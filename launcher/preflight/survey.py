@@ -11,6 +11,7 @@ from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import CostPrediction, find_obstacles, find_shortages, predict_cost
 from launcher.preflight.trial_process import TRIAL_S, measure_trial
 from launcher.ray_cluster.jobs import POLL_S, Cluster, build_submission, staging_folder
+from launcher.terminal import console
 from launcher.terminal.event_log import parse_event
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
@@ -19,7 +20,7 @@ NODES_S = 60.0  # what stands in the way is reported as soon as it is known
 
 
 def assess(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> CostPrediction | None:
-    """Refuse a run that cannot work, else predict its cost.
+    """Refuse a run that cannot work, say what makes it slow, and predict its cost.
 
     Args:
         config: of the run.
@@ -34,6 +35,8 @@ def assess(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> Cos
     """
     nodes = next(events)["nodes"]
     _refuse(find_obstacles(config, nodes))
+    for message in sorted({node["slow"] for node in nodes} - {""}):
+        console.note(message)
     if not trial:
         return None
     measured = next(events)["measured"]

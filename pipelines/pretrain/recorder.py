@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine.settings import explain_slow_precision
 from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.base import HELDOUT, TrackedDataset, Tracker
 from mhe_dist.train.loop import StepInfo
@@ -196,6 +199,15 @@ class Recorder:
 
     def _add_phase(self, name: str, seconds: float) -> None:
         self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+
+def doubtful_settings(config: Config, classes: int, device: torch.device) -> Iterator[str]:
+    """What a run says before its first step: it goes on, but hardly as it was meant."""
+    if slow := explain_slow_precision(config.train.precision, device):
+        yield slow
+    if classes == 1:
+        shards = config.data.shards
+        yield f"data.shards={shards}: there is one class only, and nothing to tell it from"
 
 
 def tracked_datasets(config: Config, index: ShardIndex, samples: int) -> Iterator[TrackedDataset]:

@@ -39,7 +39,12 @@ from pipelines.evaluate.in_training import (
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
-from pipelines.pretrain.recorder import EventHandler, Recorder, tracked_datasets
+from pipelines.pretrain.recorder import (
+    EventHandler,
+    Recorder,
+    doubtful_settings,
+    tracked_datasets,
+)
 from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
 from pipelines.runs.auto_sizes import settle_sizes
 from pipelines.runs.first_model import make_tried_model, without_first_weights
@@ -128,12 +133,8 @@ class Run:
         if self.changes:
             changes = {key: [old, new] for key, old, new in self.changes}
             self.recorder.emit("settings_changed", step=self.progress.step, changes=changes)
-        if self.index.num_classes == 1:
-            self.recorder.warn(
-                self.progress.step,
-                f"data.shards={self.config.data.shards}: there is one class only, and nothing to "
-                "tell it from",
-            )
+        for message in doubtful_settings(self.config, self.index.num_classes, self.topology.device):
+            self.recorder.warn(self.progress.step, message)
         if self._evaluation_due(self.progress.step) and self._resumes_unscored():
             self._evaluate_again()
         batches = self.open_loader(self.progress.step, self.total_steps)

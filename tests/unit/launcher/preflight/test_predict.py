@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from launcher.preflight.trial_process import measure_trial
 from launcher.ray_cluster.code_package import with_absolute_paths
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
+from mhe_dist.engine import settings
 from mhe_dist.errors import RunError, UserError
 from pipelines.pretrain.dry_run import dry_run
 from tests import tiny
@@ -48,6 +50,7 @@ def node(host: str = "a", cpus: int = 4, gpus: int = 0, **changes: Any) -> dict[
         "memory": int(8 * GIB),
         "disk": None,
         "problems": [],
+        "slow": "",
         "resources": resources,
         **changes,
     }
@@ -176,6 +179,25 @@ def test_a_node_tries_what_the_run_will_do(tmp_path: Path, monkeypatch: pytest.M
     assert set(problems) == {"data.shards", "run.dir", "tracking.uri", "model.compile"}
     assert problems["model.compile"].startswith("needs a C++ compiler on a CPU")
     assert "planted-secret" not in str(problems)
+
+
+def test_a_slow_precision_is_told_once_before_the_trial(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(settings, "resolve_precision", lambda *_: "float32")
+    chosen = config(train={"precision": "bf16"})
+    slow = probe_node(chosen)["slow"]
+    assert slow.startswith("train.precision=bf16: this CPU has no bf16 instructions")
+    assert slow.endswith("give train.precision=auto or train.precision=float32")
+    assert probe_node(config(train={"precision": "auto"}))["slow"] == ""
+    assert probe_node(config(train={"precision": "bf16"}, scale={"gpu": True}))["slow"] == ""
+
+    def events() -> Iterator[dict[str, Any]]:
+        yield {"nodes": [node(slow=slow), node("b", slow=slow), node("c")]}
+        assert capsys.readouterr().err.replace("\n", " ").strip() == f"note: {slow}"
+        yield {"measured": None}
+
+    assert survey.assess(chosen, events(), trial=True) is None
 
 
 @pytest.mark.slow

@@ -8,8 +8,13 @@ from torch import nn
 
 from mhe_dist.config.schema import OptimConfig, TrainConfig
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine import settings
 from mhe_dist.engine.engine import Engine
-from mhe_dist.engine.settings import make_optimizer, resolve_head_matmul
+from mhe_dist.engine.settings import (
+    explain_slow_precision,
+    make_optimizer,
+    resolve_head_matmul,
+)
 from tests.conftest import run_ranks
 
 
@@ -40,10 +45,29 @@ def flags() -> dict[str, list[bool]]:
 @pytest.mark.parametrize(("decay_vectors", "of_vectors"), [(False, 0.0), (True, 0.01)])
 def test_vectors_decay_if_the_config_says_so(decay_vectors: bool, of_vectors: float) -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    settings = OptimConfig(weight_decay=0.01, decay_vectors=decay_vectors)
-    matrices, vectors = make_optimizer(model, settings).param_groups
+    chosen = OptimConfig(weight_decay=0.01, decay_vectors=decay_vectors)
+    matrices, vectors = make_optimizer(model, chosen).param_groups
     assert [len(group["params"]) for group in (matrices, vectors)] == [1, 3]
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.01, of_vectors)
+
+
+@pytest.mark.parametrize(
+    ("setting", "best", "device", "said"),
+    [
+        ("bf16", "float32", "cpu", "this CPU has no bf16 instructions, so bf16 is 10 to 40 times"),
+        ("bf16", "float32", "cuda", "this GPU has no bf16 instructions"),
+        ("bf16", "bf16", "cpu", ""),
+        ("auto", "float32", "cpu", ""),
+        ("float32", "bf16", "cuda", ""),
+    ],
+)
+def test_a_slow_precision_is_named_with_its_cure(
+    monkeypatch: pytest.MonkeyPatch, setting: str, best: str, device: str, said: str
+) -> None:
+    monkeypatch.setattr(settings, "resolve_precision", lambda *_: best)
+    found = explain_slow_precision(setting, torch.device(device))
+    assert said in found and bool(found) == bool(said)
+    assert not found or found.startswith("train.precision=bf16: ")
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.engine import settings
 from mhe_dist.tracking.base import NullTracker
 from mhe_dist.train.loop import StepInfo
 from mhe_dist.train.stopwatch import Stopwatch
-from pipelines.pretrain.recorder import DoubtWindow, Recorder, ignore_event
+from pipelines.pretrain.recorder import DoubtWindow, Recorder, doubtful_settings, ignore_event
 
 
 class Notes(NullTracker):
@@ -66,3 +68,13 @@ def test_what_is_told_has_no_secrets() -> None:
     assert recorder.warnings == ["lfw.bin?sig=*** cannot be read"]
     assert [event["step"] for event in events] == [3, 4]
     assert "planted" not in repr(events)
+
+
+def test_what_a_run_says_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "resolve_precision", lambda *_: "float32")
+    values = {"data": {"shards": "one"}, "train": {"precision": "bf16"}}
+    slow, single = doubtful_settings(Config.model_validate(values), 1, torch.device("cpu"))
+    assert slow.startswith("train.precision=bf16: this CPU has no bf16 instructions")
+    assert single.startswith("data.shards=one: there is one class only")
+    values["train"] = {"precision": "auto"}
+    assert not list(doubtful_settings(Config.model_validate(values), 2, torch.device("cpu")))
