@@ -11,7 +11,7 @@ from launcher.preflight.checks import check_selection
 from launcher.ray_cluster.train import train_locally, train_on_cluster
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
-from pipelines.runs.folder import read_run_config
+from pipelines.runs.folder import make_run_folder, read_run_config
 from pipelines.runs.lock import refuse_locked
 
 
@@ -38,10 +38,12 @@ def run(config: Config, watcher: Watcher, address: str = "", dashboard: bool = F
         dashboard: whether the Ray of this machine has its dashboard, whose link is told.
 
     Raises:
-        UserError: another process trains this run, or it has fewer groups than workers.
+        UserError: the run's folder cannot be made, another process trains this run, or it has
+            fewer groups than workers.
     """
     from pipelines.runs.auto_sizes import settle_sizes
 
+    make_run_folder(config)
     refuse_locked(config.run.path, watcher.waiting)
     make_data(config, watcher)
     check_selection(config)

@@ -19,7 +19,12 @@ from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
-from pipelines.runs.folder import logs_folder, newest_checkpoint, read_summary
+from pipelines.runs.folder import (
+    logs_folder,
+    make_run_folder,
+    newest_checkpoint,
+    read_summary,
+)
 from pipelines.runs.resume import refuse_changed_config
 
 
@@ -67,6 +72,7 @@ def train_to_end(config: Config, dashboard: bool = False) -> dict[str, Any]:
     Raises:
         typer.Exit: it was asked to stop, and the command that continues it was printed.
     """
+    make_run_folder(config)  # the logs of this command go there
     display = ProgressDisplay()
     logs = logs_folder(config)
     with RunLog(display, logs / RUN_LOG) as log:

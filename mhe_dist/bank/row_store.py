@@ -24,7 +24,7 @@ from torch import Tensor
 from mhe_dist.bank.remote_rows import Local, RemoteRows, RemoteTraffic
 from mhe_dist.distributed import transfer
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
 
 Memory = Literal["device", "host", "file"]
 Shape = tuple[int, int, int]
@@ -226,10 +226,20 @@ class RowStore:
 
 
 def _sparse_file(path: Path, size: int) -> FileIO:
-    """A file of zeros whose blocks are allocated when they are written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    file = FileIO(path, "w+")
+    """A file of zeros whose blocks are allocated when they are written.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        file = FileIO(path, "w+")
+    except OSError as error:
+        raise UserError(
+            f"head.bank.path: {path} cannot be made ({error.strerror}); name a folder of each "
+            "worker's machine that can be written, or use head.bank.memory=host"
+        ) from error
     file.truncate(size)
     return file
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,24 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from pipelines.storage.urls import list_folder
+from pipelines.storage.urls import is_web, list_folder
 
 RUNS_FOLDER = "runs"
 
 
 def read_if_exists(url: str) -> str | None:
-    """Text of a file, None if it does not exist."""
+    """Text of a file, None if it does not exist.
+
+    Raises:
+        UserError: there is no file system for such a URL.
+    """
     try:
         with fsspec.open(url, "r", encoding="utf-8") as file:
             return file.read()
     except FileNotFoundError:
         return None
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url} cannot be read: {error}") from error
 
 
 def url_exists(url: str) -> bool:
@@ -49,6 +56,27 @@ def is_local(url: str) -> bool:
 def absolute_path(url: str) -> str:
     """The same place, whatever the working directory is."""
     return str(Path(url_to_fs(url)[1]).absolute()) if is_local(url) else url
+
+
+def make_run_folder(config: Config) -> None:
+    """Make the folder of a run before anything else is begun; a store makes it as it is written.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    filesystem, path = url_to_fs(config.run.path)
+    cure = "name another folder with run.dir"
+    if is_web(filesystem):
+        raise UserError(f"run.dir={config.run.dir}: a web server takes no files; {cure}")
+    if not isinstance(filesystem, LocalFileSystem):
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        reason = f"{path} cannot be made ({error.strerror})"
+        raise UserError(f"run.dir={config.run.dir}: {reason}; {cure}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir={config.run.dir}: {path} may not be written; {cure}")
 
 
 def logs_folder(config: Config) -> Path:

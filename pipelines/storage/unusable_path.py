@@ -12,6 +12,7 @@ _FAULTS: Final = {
     errno.ENOTDIR: "a file stands where a folder is needed; give another path, or move it away",
     errno.EEXIST: "a file stands where a folder is needed; give another path, or move it away",
     errno.EISDIR: "a folder stands where a file is needed; give the path of a file",
+    errno.ELOOP: "symbolic links lead in a circle; give another path",
     errno.ENAMETOOLONG: "the name is too long; give a shorter one",
 }
 

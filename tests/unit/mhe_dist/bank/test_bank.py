@@ -14,7 +14,7 @@ from torch import Tensor
 from mhe_dist.bank import bank as bank_module
 from mhe_dist.bank import row_store, saved_rows
 from mhe_dist.bank.bank import Bank, round_stochastically
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.noise import normal_rows
 
 MEMORIES = ("device", "host", "file")
@@ -251,6 +251,12 @@ def test_pages_of_a_file_are_let_go_and_the_rows_stay(
     assert rss_of(tmp_path / "weight.rows") < mapped / 8
     rows.prefetch(numbers(3, 4, 5, 60))
     assert torch.equal(rows.read(every), big(every))
+
+
+def test_a_folder_that_cannot_be_made_is_a_mistake_in_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"head\.bank\.path: .*file/rows/.* cannot be made \(Not a"):
+        Bank(range(8), 128, 64, big, memory="file", folder=tmp_path / "file" / "rows")
 
 
 def test_a_file_takes_units_in_parts_and_shows_them_at_once(

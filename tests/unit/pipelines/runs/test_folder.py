@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipelines.runs.folder import (
     absolute_path,
     find_run,
     logs_folder,
+    make_run_folder,
     newest_checkpoint,
     read_run_config,
     read_summary,
@@ -98,3 +100,47 @@ def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
     assert "step_000000020" in said
     assert "0.distcp has CRC-32" in said
     assert cli.run(["checkpoint", "verify", str(run / "checkpoints" / "step_000000010")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [
+        ("{tmp}/file/runs", "cannot be made (Not a directory)"),
+        ("/proc/runs", "cannot be made (No such file or directory)"),
+        ("{tmp}/loop/runs", "cannot be made (Too many levels of symbolic links)"),
+        ("http://127.0.0.1:1/runs", "a web server takes no files"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, folder: str, reason: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    folder = folder.format(tmp=tmp_path)
+    config = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": folder}})
+    with pytest.raises(UserError, match=re.escape(f"run.dir={folder}: ")) as refusal:
+        make_run_folder(config)
+    assert reason in str(refusal.value)
+    assert str(refusal.value).endswith("; name another folder with run.dir")
+
+
+def test_a_folder_without_rights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}})
+    make_run_folder(config)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="may not be written; name another folder"):
+        make_run_folder(config)
+
+
+@pytest.mark.parametrize("folder", ["/proc/runs", "nosuch://bucket"])
+def test_train_refuses_it_before_anything_is_begun(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begun(*_: object) -> None:
+        raise AssertionError("something was begun")
+
+    monkeypatch.setattr("launcher.execute.make_data", begun)
+    monkeypatch.setattr("launcher.execute.train_locally", begun)
+    assert cli.run(["train", "quickstart", f"run.dir={folder}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert folder in line
