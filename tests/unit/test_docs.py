@@ -26,6 +26,11 @@ TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)")
 
 
+# Rooms that write data sets, checkpoints and runs, and how they name their files.
+WRITERS = ("shards", "storage", "runs", "data", "embedding", "checkpoint")
+WRITTEN = re.compile(r'^_?[A-Z_]+(?:: Final)? = "([a-z_.]+\.(?:json|jsonl|tsv|npy|lock))"', re.M)
+
+
 def citations() -> set[tuple[str, str]]:
     texts = [path.read_text() for path in [*CODE, *PAGES]]
     return {(m["page"], m["section"] or "") for text in texts for m in CITATION.finditer(text)}
@@ -52,6 +57,14 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_files_that_a_page_names_are_there(page: Path) -> None:
     missing = [name for name in FILE.findall(page.read_text()) if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_page_of_formats_names_what_is_written() -> None:
+    texts = [path.read_text() for path in CODE if path.parts[-2] in WRITERS]
+    names = {name for text in texts for name in WRITTEN.findall(text)}
+    assert {"index.json", "manifest.json", "ended.json"} <= names
+    page = (ROOT / "docs" / "formats.md").read_text()
+    assert sorted(name for name in names if f"`{name}`" not in page) == []
 
 
 def test_a_ray_that_a_page_starts_reports_nothing_to_its_makers() -> None:
