@@ -37,6 +37,11 @@ def scrub(text: str) -> str:
     """The text without credentials of URLs and without values of secret environment variables."""
     for value in environment_secrets():
         text = text.replace(value, MASK)
+    return scrub_urls(text)
+
+
+def scrub_urls(text: str) -> str:
+    """The text without credentials of URLs: the same in every process, whatever its environment."""
     text = _URL_USER.sub(rf"\g<scheme>{MASK}@", text)
     return _URL_QUERY.sub(rf"\g<name>{MASK}", text)
 

@@ -27,7 +27,7 @@ from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environm
 from launcher.ray_cluster.train import GRACE_S
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
-from mhe_dist.redact import is_secret_name, scrub
+from mhe_dist.redact import is_secret_name, scrub, scrub_urls
 from mhe_dist.tracking.environment import COMMIT_VARIABLE, environment_tags
 
 Answer = TypeVar("Answer")
@@ -188,7 +188,7 @@ class Cluster:
             UserError: names the run and the job.
         """
         for job in self.jobs():
-            if job.path == config.run.path and not job.is_over:
+            if job.path == scrub_urls(config.run.path) and not job.is_over:
                 raise UserError(
                     f"run.name={config.run.name}: job {job.id} is {job.status} with this run. "
                     f"Watch it (mhe logs {job.id} -f), stop it (mhe stop {job.id}), or start "
@@ -272,7 +272,10 @@ def build_submission(
         id=f"{config.run.name}-{attempt}" if is_run else f"{config.run.name}-{verb}-{attempt}",
         entrypoint=job_entrypoint(address, verb, SETTINGS_FILE),
         environment=_environment(config) | variables,
-        metadata={RUN_KEY: config.run.name, PATH_KEY: config.run.path} if is_run else {},
+        # Ray shows it to whoever lists the jobs.
+        metadata={RUN_KEY: config.run.name, PATH_KEY: scrub_urls(config.run.path)}
+        if is_run
+        else {},
         package=build_package(config, folder),
     )
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from launcher.events import Event
+from mhe_dist.errors import RunError
+from mhe_dist.redact import scrub, scrub_urls
 
 NAMESPACE = "mhe"
 STOP_NOW = "stop_now"
@@ -24,8 +28,32 @@ def ends_group(event: Event) -> bool:
 
 
 def mailbox_name(path: str) -> str:
-    """Name of the mailbox of the run at `path`; wherever a run was started, it has one mailbox."""
-    return f"mailbox:{path}"
+    """Name of the mailbox of the run at `path`; wherever a run was started, it has one mailbox.
+
+    Ray shows names of actors, so it has no credentials of a URL; nor do they make another run.
+    """
+    return f"mailbox:{scrub_urls(path)}"
+
+
+@contextmanager
+def errors_scrubbed(kept: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Let no error out whose traceback has a secret: it goes into logs that are not ours.
+
+    Another one of the same message without secrets takes its place.
+
+    Args:
+        kept: kinds that are made of their message alone and stay what they are; any other becomes
+            a `RunError` that names its kind.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        if scrub(text) == text:
+            raise
+        if type(error) in kept:
+            raise type(error)(scrub(str(error))) from None
+        raise RunError(f"{type(error).__name__}: {scrub(str(error))}") from None
 
 
 class Mailbox:

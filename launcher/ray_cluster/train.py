@@ -215,8 +215,8 @@ def _fit(settings: dict[str, Any], is_alone: bool) -> None:
     trainer = ray_internals.create_trainer(
         partial(group_size, config=config) if scale.elastic else None,
         is_alone,
-        train_loop_per_worker=train_worker,
-        train_loop_config=settings,
+        # Not as its `train_loop_config`, which Ray's dashboard shows: the config may hold secrets.
+        train_loop_per_worker=partial(train_worker, settings),
         backend_config=rank_environment(),
         scaling_config=ScalingConfig(
             num_workers=(scale.min_workers, scale.workers) if scale.elastic else scale.workers,

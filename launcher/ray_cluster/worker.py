@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_backbone
-from launcher.ray_cluster.mailbox import CRASHED, EventSender, watch_stop
+from launcher.ray_cluster.mailbox import CRASHED, EventSender, errors_scrubbed, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import ScrubbingFormatter, scrub
@@ -19,6 +19,7 @@ from pipelines.pretrain import preemption
 logger = logging.getLogger(__name__)
 
 
+@errors_scrubbed((UserError, RunError, Preempted))  # Ray writes them into logs of its own
 def train_worker(settings: dict[str, Any]) -> None:
     """Run this worker's rank of the run.
 

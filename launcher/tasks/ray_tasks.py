@@ -13,6 +13,7 @@ from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.code_package import copy_code
 from launcher.ray_cluster.connection import existing_cluster
 from launcher.ray_cluster.environment import task_environment
+from launcher.ray_cluster.mailbox import errors_scrubbed
 from launcher.signals import signals_deferred
 from launcher.terminal import console
 from mhe_dist.errors import RunError, UserError
@@ -83,6 +84,7 @@ def _take(tasks: Iterator[tuple[int, T]], count: int) -> Iterator[tuple[int, T]]
             return
 
 
+@errors_scrubbed((UserError, RunError))  # Ray shows them to whoever lists the tasks
 def _call(function: Callable[[T], R], task: T, folder: str) -> R:
     """Do a task on some node, where paths mean what they mean to the driver."""
     if os.path.isdir(folder):

@@ -202,7 +202,7 @@ class Recorder:
 
 
 def doubtful_settings(config: Config, classes: int, device: torch.device) -> Iterator[str]:
-    """What a run says before its first step: it goes on, but hardly as it was meant."""
+    """What a run warns of before its first step, though it goes on."""
     if slow := explain_slow_precision(config.train.precision, device):
         yield slow
     if classes == 1:

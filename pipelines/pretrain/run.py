@@ -39,12 +39,7 @@ from pipelines.evaluate.in_training import (
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
 from pipelines.pretrain.checkpointing import Checkpointer
-from pipelines.pretrain.recorder import (
-    EventHandler,
-    Recorder,
-    doubtful_settings,
-    tracked_datasets,
-)
+from pipelines.pretrain.recorder import EventHandler, Recorder, doubtful_settings, tracked_datasets
 from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
 from pipelines.runs.auto_sizes import settle_sizes
 from pipelines.runs.first_model import make_tried_model, without_first_weights

@@ -146,6 +146,7 @@ class RetryingStream:
         """Some of the next bytes up to `stop`; none at the end of the file."""
 
         def attempt() -> bytes:
+            """One read."""
             piece = bytes(self._stream.read(stop - self._at))
             if not piece and self._size is not None and self._at < self._size:
                 raise truncated_read(self._at, min(stop, self._size))
@@ -220,6 +221,7 @@ class RangeReader:
             raise truncated_read(start, stop)
 
         def attempt() -> bytes:
+            """One read."""
             self._stream.seek(start)
             if piece := bytes(self._stream.read(stop - start)):
                 return piece

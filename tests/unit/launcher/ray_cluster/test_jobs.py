@@ -121,7 +121,9 @@ def test_behind_a_forwarded_port_a_job_starts_with_the_nodes_own_python(
 def test_secrets_do_not_travel(monkeypatch, config: Config, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@mlflow")
+    config.run.dir = f"sftp://me:{SECRET}@host/runs"
     sent = prepare(config, tmp_path / "sent")
+    assert sent.metadata["mhe_path"] == "sftp://***@host/runs/run"
     assert SECRET not in json.dumps([sent.environment, sent.metadata, sent.entrypoint])
     for word in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI", f"X={SECRET}", "DB_PASSWORD=x"):
         with pytest.raises(UserError, match="looks like a secret"):

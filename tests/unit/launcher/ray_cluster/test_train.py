@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2._internal.util import count_required_parameters
 
+from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.crash_log import begin_line
 from launcher.ray_cluster.elastic import group_size
-from launcher.ray_cluster.mailbox import Mailbox
-from launcher.ray_cluster.train import _failure_message, forward_events
+from launcher.ray_cluster.mailbox import Mailbox, mailbox_name
+from launcher.ray_cluster.train import _failure_message, _fit, forward_events
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 
@@ -91,3 +93,31 @@ def test_a_signal_that_ended_the_run_is_told_from_the_rank_s_log(tmp_path: Path)
     assert _failure_message(TaskFailed(), tmp_path, "this").startswith(
         "worker 0 was killed by a signal: Aborted; see "
     )
+
+
+def test_ray_is_given_no_config_that_its_dashboard_would_show(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+
+    class Trainer:
+        def fit(self) -> None:
+            """Nothing."""
+
+    def create(*_: Any, **arguments: Any) -> Trainer:
+        given.update(arguments)
+        return Trainer()
+
+    monkeypatch.setattr(ray_internals, "create_trainer", create)
+    secret = {"tracking": {"uri": "http://me:planted@host"}, "data": {"shards": "x"}}
+    config = Config.model_validate(secret).model_dump()
+    _fit({"config": config, "storage": "/runs/a"}, is_alone=True)
+    train = given.pop("train_loop_per_worker")
+    assert "planted" not in str(given)
+    assert train.args[0]["config"] == config
+    assert count_required_parameters(train) == 0  # as Ray counts them
+
+
+def test_a_run_has_one_mailbox_whoever_asks_and_no_secret_in_its_name() -> None:
+    names = {mailbox_name(f"sftp://{who}@host/runs/a") for who in ("me:planted", "you:other")}
+    assert names == {"mailbox:sftp://***@host/runs/a"} == {mailbox_name("sftp://***@host/runs/a")}

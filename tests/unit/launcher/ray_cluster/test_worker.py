@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from launcher.ray_cluster.crash_log import find_crash, killed_by_backbone
 from launcher.ray_cluster.environment import worker_environment
-from launcher.ray_cluster.worker import _describe, _report_crash
+from launcher.ray_cluster.mailbox import errors_scrubbed
+from launcher.ray_cluster.worker import _describe, _report_crash, train_worker
+from launcher.tasks import ray_tasks
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
@@ -104,3 +107,38 @@ def test_a_network_that_kills_its_process_is_refused_at_the_next_start() -> None
         _report_crash(
             "killed by a signal: Aborted (the first pass of the backbone); see x", 1, sent.append
         )
+
+
+SIGNED, URL = "https://h/p?sig=planted", "a http://me:planted@h"
+
+
+def fail(error: Exception) -> None:
+    try:
+        raise OSError(SIGNED)
+    except OSError as cause:
+        raise error from cause
+
+
+def test_what_ray_is_told_of_a_failure_has_no_secrets() -> None:
+    shielded = errors_scrubbed((UserError,))(fail)
+    with pytest.raises(UserError) as mistake:
+        shielded(UserError(URL))
+    with pytest.raises(RunError, match=r"^ConnectionResetError: a http://\*\*\*@h$") as failure:
+        shielded(ConnectionResetError(URL))
+    with pytest.raises(RunError, match=r"^ValueError: no word of it") as caused:
+        shielded(ValueError("no word of it"))
+    for raised in (mistake, failure, caused):
+        assert "planted" not in "".join(traceback.format_exception(raised.value))
+
+
+def test_an_error_without_secrets_stays_what_it_is() -> None:
+    error = ValueError("plain")
+    with pytest.raises(ValueError) as raised, errors_scrubbed(()):
+        raise error
+    assert raised.value is error
+
+
+def test_tasks_and_workers_tell_ray_no_secrets() -> None:
+    with pytest.raises(RunError, match=r"^OSError: a http://\*\*\*@h$"):
+        ray_tasks._call(fail, OSError(URL), "")
+    assert train_worker.__wrapped__  # type: ignore[attr-defined]
