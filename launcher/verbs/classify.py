@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
 
 if TYPE_CHECKING:
     from pipelines.evaluate.classify import ClassifiedImages
@@ -49,8 +49,7 @@ def classify(
     if found is None:
         return
     names = name_classes(data, found.classes)
-    for path in found.skipped[:SHOWN]:
-        console.say(f"[yellow]left out:[/] {escape(path)}")
+    say_left_out(found.skipped)
     _show(found, names)
     files = write_classes(out.rstrip("/"), found, names)
     console.say("Written: " + ", ".join(escape(file) for file in files))

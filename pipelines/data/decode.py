@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mhe_dist.config.data import MAX_PIXELS
 
@@ -71,6 +71,8 @@ def fit_image(pixels: Pixels, side: int) -> Pixels:
 def _decode_error(error: Exception, max_pixels: int) -> ImageDecodeError:
     if isinstance(error, Image.DecompressionBombError):  # Pillow has a bound of its own
         return ImageDecodeError(f"more pixels than data.max_pixels={max_pixels} allows")
+    if isinstance(error, UnidentifiedImageError):  # whose message holds an address in memory
+        return ImageDecodeError("no image of a known format")
     return ImageDecodeError(str(error) or repr(error))
 
 

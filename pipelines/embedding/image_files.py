@@ -53,6 +53,7 @@ class ImageFiles:
 
         Raises:
             RunError: one of them cannot be read, and bad ones are not skipped.
+            UserError: the same, of what is no image.
         """
         return stack_images(self._image, start, stop, image_size)
 
@@ -75,8 +76,11 @@ class ImageFiles:
             return decode_image(bytes(filesystem.cat_file(f"{root}/{path}")), image_size)
         except (OSError, ImageDecodeError) as error:
             if not self.skip_bad:
-                raise RunError(f"{self.root}/{path}: cannot be read: {error}") from error
-            log.warning("left out: %s/%s: %s", self.root, path, error)
+                what = f"{self.root}/{path}: cannot be read: {error}"
+                if isinstance(error, ImageDecodeError):
+                    raise UserError(f"{what}; mend the file, or move it away") from error
+                raise RunError(what) from error
+            log.info("left out: %s/%s: %s", self.root, path, error)
             self.bad[number] = 1
             return np.zeros((image_size, image_size, 3), np.uint8)
 

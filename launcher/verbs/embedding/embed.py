@@ -17,7 +17,7 @@ from launcher.terminal import console
 from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import resumable
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import read_trained_config
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from pipelines.embedding.write_folder import FolderOptions
     from pipelines.embedding.write_parquet import ParquetFolder
     from pipelines.storage.worker_pool import Workers
-
-MAX_SHOWN = 20  # images that were left out and are named
 
 Images = Annotated[str, typer.Option(help="Folder or URL of images, or of shards.")]
 
@@ -149,10 +147,7 @@ def _embed_file(
 
 def _tell_file(run: str, out: str, written: EmbeddingsFile) -> None:
     console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
-    for path in written.skipped[:MAX_SHOWN]:
-        console.say(f"[yellow]left out:[/] {escape(path)}")
-    if len(written.skipped) > MAX_SHOWN:
-        console.say(f"[yellow]and {len(written.skipped) - MAX_SHOWN:,} more[/]")
+    say_left_out(written.skipped)
     load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
     if out.endswith(".parquet"):
         load = f"import pandas; pandas.read_parquet({json.dumps(out)})"

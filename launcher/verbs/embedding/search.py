@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, spinner
+from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
 from mhe_dist.errors import UserError
 from pipelines.report.charts.numbers import format_share
 
@@ -65,8 +65,9 @@ def search(
     known, queries = sets
     if known is None or queries is None:
         return
-    for path in [*known.skipped, *queries.skipped][:SHOWN]:
-        console.say(f"[yellow]left out:[/] {escape(path)}")
+    skipped = [f"{gallery.rstrip('/')}/{path}" for path in known.skipped]
+    skipped += [f"{query.rstrip('/')}/{path}" for path in queries.skipped]
+    say_left_out(list(dict.fromkeys(skipped)))  # both may be one folder
     with spinner(topology, f"searching {len(known.rows):,} images for {len(queries.rows):,}"):
         found = find(known, queries, top, exact)
     title = f"{backbone.config.run.name}: {query} in {gallery}"

@@ -105,7 +105,6 @@ def heldout(
     curves = {"all gallery-probe pairs": (details["far"], details["tar"])}
     save_details(backbone.path, "heldout", details)
     save_results(backbone, "heldout", results, curves, f"ROC, {settings.shards}", {})
-    console.list_next([("export it", ["mhe", "export", run])])
 
 
 @app.command()

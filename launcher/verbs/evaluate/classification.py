@@ -62,7 +62,6 @@ def classification(
         results = {"shards": shards, "classes": opened.classes, **figures}
         _show(backbone, results, counts is not None)
         save_results(backbone, "classification", results, {}, "", figures if mlflow else {})
-        console.list_next([("export it", ["mhe", "export", run])])
 
 
 def _show(backbone: TrainedBackbone, results: dict[str, Any], has_counts: bool) -> None:

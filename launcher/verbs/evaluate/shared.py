@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from pipelines.report.charts.run_charts import Curves
     from pipelines.shards.index import ShardIndex
     from pipelines.storage.worker_pool import Workers
+
+MAX_NAMED = 20  # images that were left out
 
 RunName = Annotated[
     str,
@@ -219,6 +221,14 @@ def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:
     return console.out.status(escape(what)) if topology.is_first else nullcontext()
 
 
+def say_left_out(paths: Sequence[str]) -> None:
+    """Name images that could not be read, the first ones of very many."""
+    for path in paths[:MAX_NAMED]:
+        console.say(f"[yellow]left out:[/] {escape(path)}")
+    if len(paths) > MAX_NAMED:
+        console.say(f"[yellow]and {len(paths) - MAX_NAMED:,} more[/]")
+
+
 def save_results(
     backbone: TrainedBackbone,
     name: str,
@@ -229,6 +239,8 @@ def save_results(
 ) -> None:
     """Write results beside the run, log them to MLflow if there are metrics, and print the paths.
 
+    What to type next is printed, too.
+
     Args:
         backbone: what was evaluated.
         name: of the evaluation.
@@ -237,19 +249,30 @@ def save_results(
         title: of the plot.
         metrics: for MLflow; empty: nothing is logged.
     """
-    from mhe_dist.tracking.factory import follow_moved_artifacts, mlflow_uri
-    from pipelines.report.evaluation import log_evaluation, save_evaluation
+    from pipelines.report.evaluation import save_evaluation
 
     record = {"checkpoint": backbone.checkpoint, "step": backbone.step, "results": results}
     files = save_evaluation(backbone.path, name, record, curves, title)
     console.say("Written: " + ", ".join(escape(file) for file in files))
-    if not (metrics and backbone.run_id and backbone.config.tracking.mlflow):
-        return
-    named = {f"{name}/{key}": value for key, value in metrics.items()}
+    if metrics and backbone.run_id and backbone.config.tracking.mlflow:
+        named = {f"{name}/{key}": value for key, value in metrics.items()}
+        _log_results(backbone, backbone.run_id, named, files)
+    console.list_next(
+        [
+            ("see it", ["mhe", "report", backbone.path]),
+            ("export it", ["mhe", "export", backbone.checkpoint]),
+        ]
+    )
+
+
+def _log_results(backbone: TrainedBackbone, run_id: str, named: Metrics, files: list[str]) -> None:
+    from mhe_dist.tracking.factory import follow_moved_artifacts, mlflow_uri
+    from pipelines.report.evaluation import log_evaluation
+
     try:
         config = config_at(backbone.config, backbone.path)
         follow_moved_artifacts(config)
         uri = mlflow_uri(config)
-        log_evaluation(uri, backbone.run_id, backbone.step, named, files)
+        log_evaluation(uri, run_id, backbone.step, named, files)
     except RunError as error:
         console.say(f"[yellow]warning:[/] {escape(str(error))}; the files above have them")

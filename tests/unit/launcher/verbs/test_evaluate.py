@@ -92,7 +92,8 @@ def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
 def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
     words = ["evaluate", "identification", run, "--images", str(photos), "--all-pairs"]
     shown = said(words, capsys)
-    for part in ("rank1", "all/tar@far=1e-6", "genuine", "evaluation/identification.json"):
+    parts = "rank1", "all/tar@far=1e-6", "genuine", "evaluation/identification.json"
+    for part in (*parts, f"mhe report {run}", f"mhe export {run}/checkpoints/step_"):
         assert part in shown
     found = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
     assert (found["gallery"], found["probes"]) == (4, 20)
@@ -102,6 +103,14 @@ def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) ->
     assert (found["genuine"], found["impostors"]) == (4 * 15, 6 * 36)
     shards = Path(run).parent / "heldout"
     assert "rank1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)
+
+
+def test_an_image_that_is_none_is_a_mistake(run: str, photos: Path, capsys: Captured) -> None:
+    bad = photos / "b" / "bad.jpg"
+    bad.write_bytes(b"no image")
+    shown = said(["evaluate", "identification", run, "--images", str(photos)], capsys, 2)
+    bad.unlink()
+    assert f"{bad}: cannot be read: no image of a known format; mend the file" in shown
 
 
 def test_a_probe(run: str, photos: Path, capsys: Captured) -> None:
@@ -137,6 +146,7 @@ def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Ca
     shown = said(words, capsys)
     bad.unlink()
     assert "24 embeddings of 32 left out: b/bad.jpg" in shown
+    assert shown.count("bad.jpg") == 1
     found = np.load(out)
     assert found["paths"].tolist() == [f"{c}/{n}.jpg" for c in "abcd" for n in range(6)]
     np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-6)

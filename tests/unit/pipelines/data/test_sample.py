@@ -76,7 +76,7 @@ def test_an_example() -> None:
         ({"k.jpg": JPEG, "k.cls": b"10"}, r"k.cls: label 10 is not in \[0, 10\)"),
         ({"k.jpg": JPEG, "k.cls": b"-1"}, r"k.cls: label -1 is not in \[0, 10\)"),
         ({"k.jpg": JPEG[:200], "k.cls": b"1"}, "k.jpg: "),
-        ({"k.jpg": b"GIF", "k.cls": b"1"}, "k.jpg: cannot identify"),
+        ({"k.jpg": b"GIF", "k.cls": b"1"}, "k.jpg: no image of a known format"),
         ({"k.jpg": JPEG, "l.cls": b"1"}, "2 samples where the index has one"),
         ({}, "0 samples where the index has one"),
     ],

@@ -116,7 +116,7 @@ def test_a_missing_tar(index: ShardIndex, tmp_path: Path) -> None:
         ({"jpg": jpeg(0)}, "sample", "no label among jpg"),
         ({"cls": b"0"}, "sample", "no image among cls"),
         ({"jpg": jpeg(0)[:-200], "cls": b"0"}, "image", "k00.jpg"),
-        ({"png": b"nonsense", "cls": b"0"}, "image", "identify"),
+        ({"png": b"nonsense", "cls": b"0"}, "image", "no image of a known format"),
     ],
 )
 def test_a_bad_sample_is_named(

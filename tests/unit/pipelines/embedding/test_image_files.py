@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from pipelines.embedding.image_files import folder_labels, list_images
 
 
@@ -17,7 +17,7 @@ def test_files_that_cannot_be_read_stop_or_are_marked(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("L", (8, 8), 200).save(tmp_path / "a" / "1.png")
     (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(RunError, match=r"a/2\.png: cannot be read"):
+    with pytest.raises(UserError, match=r"a/2\.png: cannot be read: .*; mend the file"):
         list_images(str(tmp_path)).read(0, 2, 8)
     files = list_images(str(tmp_path), skip_bad=True)
     assert list(files.paths) == ["a/1.png", "a/2.png"]
