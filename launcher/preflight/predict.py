@@ -23,7 +23,9 @@ class CostPrediction(NamedTuple):
         parts: (name, bytes) of a worker's memory.
         memory: bytes of a worker's process at its peak.
         device: bytes of a worker's GPU; 0 on a CPU.
-        step_s, epoch_s: seconds.
+        step_s: seconds of a step; where the trial cannot tell, the least.
+        longest_step_s: the most.
+        steps: of an epoch; need not be whole.
         head: in a line, what `auto` has become and why; empty where nothing was `auto`.
     """
 
@@ -31,7 +33,8 @@ class CostPrediction(NamedTuple):
     memory: int
     device: int
     step_s: float
-    epoch_s: float
+    longest_step_s: float
+    steps: float
     head: str = ""
 
 
@@ -53,8 +56,11 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     """Memory and time of each worker.
 
     The counted parts say what the memory is for. The peak is that of the trial, plus the rows that
-    the trial did not touch, plus what a checkpoint copies beyond what the backward pass needs. A
-    step takes as long as it took all workers of a node in the trial.
+    the trial did not touch, plus what a checkpoint copies beyond what the backward pass needs.
+
+    A step takes as long as it took all workers of a node in the trial. A head that scores the
+    embeddings of all workers takes longer, by those that were not in the trial at most: that much
+    if all of its time is in products with embeddings.
 
     Args:
         config: of the run.
@@ -67,9 +73,16 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     copies = counted["weights"] + counted["optimizer"] + counted["rows"]
     memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
     step = trial["step_s"]
-    steps = measured["samples"] / config.train.global_batch
-    head = measured.get("head", "")
-    return CostPrediction(parts, memory, trial["device_bytes"], step, step * steps, head)
+    growth = config.scale.workers / measured["workers"] - 1 if config.head.gathers else 0.0
+    return CostPrediction(
+        parts,
+        memory,
+        trial["device_bytes"],
+        step_s=step,
+        longest_step_s=step + growth * trial["head_s"],
+        steps=measured["samples"] / config.train.global_batch,
+        head=measured.get("head", ""),
+    )
 
 
 def find_shortages(
@@ -119,8 +132,10 @@ def prediction_rows(prediction: CostPrediction) -> Iterable[tuple[str, str]]:
     yield "memory of a worker at its peak", _gib(prediction.memory)
     if prediction.device:
         yield "memory of its GPU at its peak", _gib(prediction.device)
-    yield "time of a step", f"{prediction.step_s:.3f} s"
-    yield "time of an epoch", format_duration(prediction.epoch_s)
+    bounds = sorted({prediction.step_s, prediction.longest_step_s})
+    yield "time of a step", " to ".join(f"{step:.3f}" for step in bounds) + " s"
+    epochs = (format_duration(step * prediction.steps) for step in bounds)
+    yield "time of an epoch", " to ".join(epochs)
 
 
 def _unreachable(nodes: list[NodeReport]) -> Iterable[str]:

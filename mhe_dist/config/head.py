@@ -231,6 +231,13 @@ class HeadConfig(ConfigSection):
         """G; UserError while it is `auto`."""
         return chosen_number(GROUPS_KEY, self.groups)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether every rank scores the embeddings of all ranks."""
+        return self.kind in ("full", "partial_fc") or (
+            self.kind == "mhs" and self.mhs.exchange == "gather"
+        )
+
     def refuse_several_labels(self, per_sample: int) -> list[str]:
         """Say that this head learns one label per sample, if a sample may have `per_sample`."""
         one_label = {"mhp": "head.kind=mhp"}

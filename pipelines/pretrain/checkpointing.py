@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mhe_dist.checkpoint.entry import Entry
+from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore, SaveResult
 from mhe_dist.config.schema import CheckpointConfig
 from mhe_dist.redact import scrub
@@ -102,3 +103,8 @@ class Checkpointer:
         logger.error("checkpoint of step %d failed: %s", saved.step, message)
         self._recorder.record_state(saved.step, {"checkpoint_failures": float(len(self.failures))})
         self._recorder.emit("checkpoint_failed", step=saved.step, path=saved.path, message=message)
+
+
+def retention_policy(config: CheckpointConfig) -> RetentionPolicy:
+    """Which checkpoints a run keeps."""
+    return RetentionPolicy(config.keep_last, config.keep_every, config.keep_best)

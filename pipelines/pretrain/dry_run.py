@@ -2,6 +2,14 @@
 
 All workers of the node take part, each in a process of its own: they share cores and memory
 bandwidth and wait for one another, and the memory of each is that of a worker alone.
+
+Where the run has more workers than the node, the trial has their share of everything that is cut
+by workers: of the batch, of the streams, of the groups of heads, and so of the classes. So each of
+its workers holds as many rows as one of the run, updates as many in a step, and, where embeddings
+travel to their heads (`mhs` with `exchange: route`, `mhc`) or every rank has all rows (`mhp`),
+scores as many. Where every rank scores the embeddings of all ranks, the batch that it scores is
+that of all workers in the run and that of the node in the trial: the time in the head is measured
+by itself, and grows in the run by the ratio of the two at most.
 """
 
 from __future__ import annotations
@@ -10,12 +18,15 @@ import importlib
 import resource
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
+from mhe_dist.bank.class_layout import balanced_lengths
+from mhe_dist.config.head import HeadConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.collectives import all_reduce
@@ -25,6 +36,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
+from mhe_dist.train.batch import StepBatch
 from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
 from pipelines.pretrain.recorder import ignore_event
@@ -48,6 +60,7 @@ class TrialMeasurement:
         base_bytes: memory of that process before it had a model: libraries.
         device_bytes: largest memory of the GPU's allocator; 0 on a CPU.
         rows_bytes: memory of the rows that the trial touched.
+        head_s: seconds of a step in the head, its gradient and update included.
     """
 
     step_s: float
@@ -55,11 +68,45 @@ class TrialMeasurement:
     base_bytes: int
     device_bytes: int
     rows_bytes: int
+    head_s: float
 
 
-def share_of_run(config: Config, workers: int, folder: str) -> Config:
-    """The config of a run by some of the workers, whose results go to `folder`."""
-    values = config_to_dict(config)
+def share_of_head(
+    head: HeadConfig, classes: int, workers: int, of_workers: int
+) -> tuple[HeadConfig, int]:
+    """The head of some of the workers and its classes: each holds what the fullest of all holds.
+
+    A group keeps its classes, and a worker its groups; of a cascade, a parent keeps its children.
+    Its first level, whose rows are on every rank, is about the root of C; the trial has a share.
+
+    Args:
+        head: with numbers where it had `auto`.
+        classes: C.
+        workers: that take part.
+        of_workers: W.
+    """
+    if workers >= of_workers or head.kind == "mhp":
+        return head, classes
+    groups = min(head.chosen_groups, workers * -(-head.chosen_groups // of_workers))
+    changes: dict[str, Any] = {"groups": groups}
+    if head.kind == "mhs" and head.gathers:
+        extra = -(-head.mhs.chosen_extra_heads * groups // head.chosen_groups)
+        changes["mhs"] = head.mhs.model_copy(update={"extra_heads": extra})
+    if head.kind == "mhc":
+        lengths = head.mhc.lengths or balanced_lengths(classes, 2)
+        changes["mhc"] = head.mhc.model_copy(update={"lengths": lengths})
+    return head.model_copy(update=changes), -(-classes * groups // head.chosen_groups)
+
+
+def share_of_run(config: Config, classes: int, workers: int, folder: str) -> tuple[Config, int]:
+    """The config of a run by some of the workers, whose results go to `folder`; its classes.
+
+    Rows of `head.init_from` are as large as first ones, and no share of the run has their groups.
+    """
+    head, share = share_of_head(config.head, classes, workers, config.scale.workers)
+    values = config_to_dict(config.model_copy(update={"head": head}))
+    if share < classes:
+        values["head"]["init_from"] = ""
     values["run"]["dir"] = folder
     for section, key in (("train", "global_batch"), ("data", "streams")):
         values[section][key] = values[section][key] * workers // config.scale.workers
@@ -67,17 +114,29 @@ def share_of_run(config: Config, workers: int, folder: str) -> Config:
     values["tracking"]["mlflow"] = False
     values["evaluate"]["shards"] = ""
     values["head"]["bank"]["path"] = ""
-    return Config.model_validate(values)
+    return Config.model_validate(values), share
+
+
+def fold_labels(batch: StepBatch, classes: int, share: int) -> StepBatch:
+    """The batch with its labels in `[0, C)` folded into fewer classes; others stay as they are."""
+
+    def fold(labels: Tensor) -> Tensor:
+        return labels.where((labels < 0) | (labels >= classes), labels % share)
+
+    parts = [replace(part, labels=fold(part.labels)) for part in batch.micro_batches]
+    labels = None if batch.labels is None else fold(batch.labels)
+    return replace(batch, micro_batches=parts, labels=labels)
 
 
 def measure_steps(
-    topology: Topology, values: dict[str, Any], libraries: list[str]
+    topology: Topology, values: dict[str, Any], classes: int, libraries: list[str]
 ) -> dict[str, Any]:
     """Train some steps and measure them.
 
     Args:
         topology: this rank's position.
         values: the config that `share_of_run` gave, as a dict.
+        classes: of its head.
         libraries: see `dry_run`.
 
     Returns:
@@ -90,20 +149,28 @@ def measure_steps(
     import_deepspeed(topology.device)
     on_gpu = topology.device.type == "cuda"
     base = psutil.Process().memory_info().rss
-    run = Run(config, topology, ignore_event)
-    marks = [time.perf_counter()]
-    for _ in run.loop.steps(run.open_loader(run.progress.step, run.total_steps)):
+    run = Run(config, topology, ignore_event, classes=classes)
+    loader = run.open_loader(run.progress.step, run.total_steps)
+    marks, cold = [time.perf_counter()], 0.0
+    for _ in run.loop.steps(fold_labels(b, run.index.num_classes, classes) for b in loader):
         marks.append(time.perf_counter())
+        if len(marks) == WARM_UP + 1:
+            cold = run.loop.head_time.take()
         if _enough(topology, marks):
             break
-    warm = marks[WARM_UP:] if len(marks) > WARM_UP + 1 else marks
+    head = run.loop.head_time.take()
+    warm = marks[WARM_UP:]
+    if len(warm) < 2:
+        warm, head = marks, head + cold
+    steps = max(1, len(warm) - 1)
     return asdict(
         TrialMeasurement(
-            step_s=(warm[-1] - warm[0]) / max(1, len(warm) - 1),
+            step_s=(warm[-1] - warm[0]) / steps,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             base_bytes=base,
             device_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
             rows_bytes=run.head.state().nbytes,
+            head_s=head / steps,
         )
     )
 
@@ -125,8 +192,8 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
 
     Returns:
         plain values: `footprint` (`mhe_dist.engine.memory_estimate.MemoryEstimate`), `trial` (the
-        largest of each figure of the workers' `TrialMeasurement`s), `samples` of an epoch, and
-        `head`: in a line, what its `auto` has become, or nothing.
+        largest of each figure of the workers' `TrialMeasurement`s), `workers` that took part,
+        `samples` of an epoch, and `head`: in a line, what its `auto` has become, or nothing.
 
     Raises:
         UserError: the backbone cannot train, or an evaluation could not work.
@@ -143,12 +210,13 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     precision = resolve_precision(config.train.precision, device)
     estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
-        values = config_to_dict(share_of_run(config, workers, folder))
-        arguments, gpu = (values, libraries), config.scale.gpu
+        share, classes = share_of_run(config, index.num_classes, workers, folder)
+        arguments, gpu = (config_to_dict(share), classes, libraries), config.scale.gpu
         seen = run_ranks(measure_steps, workers, *arguments, gpu=gpu, timeout_s=TIMEOUT_S)
     return {
         "footprint": asdict(estimated),
         "trial": {name: max(trial[name] for trial in seen) for name in seen[0]},
+        "workers": workers,
         "samples": samples_per_epoch(index),
         "head": head,
     }

@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
-from mhe_dist.config.schema import CheckpointConfig, Config
+from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
@@ -38,7 +37,7 @@ from pipelines.evaluate.in_training import (
 )
 from pipelines.loader.loader import Loader
 from pipelines.pretrain import preemption
-from pipelines.pretrain.checkpointing import Checkpointer
+from pipelines.pretrain.checkpointing import Checkpointer, retention_policy
 from pipelines.pretrain.recorder import EventHandler, Recorder, doubtful_settings, tracked_datasets
 from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
 from pipelines.runs.auto_sizes import settle_sizes
@@ -51,7 +50,6 @@ from pipelines.runs.warm_start import (
     load_initial_rows,
     refuse_other_num_classes,
 )
-from pipelines.shards.index import ShardIndex
 
 
 class Run:
@@ -63,12 +61,14 @@ class Run:
         topology: Topology,
         on_event: EventHandler,
         check_lock: Callable[[], None] = lambda: None,
+        classes: int | None = None,
     ) -> None:
         """Args:
         config: of the run.
         topology: the ranks.
         on_event: see `Recorder`.
         check_lock: raises when the run's folder is another process's now.
+        classes: of the head; None: those of the data.
         """
         self.changes = refuse_changed_config(config)
         self.index = open_training_index(config.data, config.run.seed)
@@ -77,7 +77,7 @@ class Run:
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
         self.store = CheckpointStore(
-            f"{config.run.path}/checkpoints", topology, _retention_policy(config.checkpoint)
+            f"{config.run.path}/checkpoints", topology, retention_policy(config.checkpoint)
         )
         checkpoint = self.store.newest()
         begun = config if checkpoint is None else without_first_weights(config)
@@ -85,7 +85,7 @@ class Run:
             make_tried_model(begun, topology, self.index),
             *(config.optim, config.train, topology, int(config.scale.zero_stage), config.run.seed),
         )
-        self.head = _make_head(config, self.index, topology, self.engine.precision)
+        self.head = self._make_head(classes or self.index.num_classes)
         self.trained_head = TrainedHead(self.head, self.index)
         self.loop = Loop(
             self.engine,
@@ -327,6 +327,21 @@ class Run:
             "versions": self.versions,
         }
 
+    def _make_head(self, classes: int) -> Head:
+        config, device = self.config, self.topology.device
+        spec = HeadSpec(
+            config.head,
+            classes,
+            config.model.embedding_dim,
+            config.run.seed,
+            config.train.micro_batches,
+            folder=config.head.bank.path or f"{config.run.path}/bank",
+            epoch_steps=self.samples / config.train.global_batch,
+            steps=self.total_steps,
+            tf32=resolve_head_matmul(config.head.matmul, self.engine.precision, device),
+        )
+        return build_head(spec, self.topology)
+
     def _restore(
         self, checkpoint: Checkpoint | None
     ) -> tuple[RunProgress, str | None, dict[str, Any] | None]:
@@ -370,26 +385,6 @@ class Run:
             for dataset in tracked_datasets(self.config, self.index, self.samples):
                 tracker.dataset(dataset)
         return tracker
-
-
-def _make_head(config: Config, index: ShardIndex, topology: Topology, precision: str) -> Head:
-    folder = config.head.bank.path or f"{config.run.path}/bank"
-    spec = HeadSpec(
-        config.head,
-        index.num_classes,
-        config.model.embedding_dim,
-        config.run.seed,
-        config.train.micro_batches,
-        folder=folder,
-        epoch_steps=samples_per_epoch(index) / config.train.global_batch,
-        steps=schedule.total_steps(config, samples_per_epoch(index)),
-        tf32=resolve_head_matmul(config.head.matmul, precision, topology.device),
-    )
-    return build_head(spec, topology)
-
-
-def _retention_policy(config: CheckpointConfig) -> RetentionPolicy:
-    return RetentionPolicy(config.keep_last, config.keep_every, config.keep_best)
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -21,6 +21,7 @@ from launcher.preflight.predict import (
     find_obstacles,
     find_shortages,
     predict_cost,
+    prediction_rows,
     workers_per_node,
 )
 from launcher.preflight.trial_process import measure_trial
@@ -108,7 +109,9 @@ MEASURED = {
         "base_bytes": int(0.9 * GIB),
         "device_bytes": 0,
         "rows_bytes": int(0.1 * GIB),
+        "head_s": 0.1,
     },
+    "workers": 1,
     "samples": 5120,
 }
 
@@ -126,7 +129,19 @@ def test_a_checkpoint_s_copies_count_where_they_are_more_than_the_activations() 
 
 def test_time_is_that_of_the_trial_s_steps() -> None:
     found = predict_cost(config(train={"global_batch": 512}), MEASURED)
-    assert (found.step_s, found.epoch_s) == (0.9, pytest.approx(9.0))
+    assert dict(prediction_rows(found))["time of a step"] == "0.900 s"
+    assert dict(prediction_rows(found))["time of an epoch"] == "9 s"
+
+
+def test_a_head_that_scores_the_embeddings_of_all_workers_takes_longer_than_in_the_trial() -> None:
+    """One of four workers was tried: a batch of four times the size meets as many rows."""
+    train = {"global_batch": 512}
+    gathered = config(head={"kind": "full", "groups": 4}, train=train, scale={"workers": 4})
+    found = dict(prediction_rows(predict_cost(gathered, MEASURED)))
+    assert found["time of a step"] == "0.900 to 1.200 s"
+    assert found["time of an epoch"] == "9 s to 12 s"
+    routed = config(head={"groups": 4}, train=train, scale={"workers": 4})
+    assert dict(prediction_rows(predict_cost(routed, MEASURED)))["time of a step"] == "0.900 s"
 
 
 @pytest.mark.parametrize(

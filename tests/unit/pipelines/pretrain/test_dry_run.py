@@ -1,0 +1,114 @@
+"""A trial of one node's workers stands for workers of the whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mhe_dist.config.head import HeadConfig
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.heads.base import NO_SAMPLE
+from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
+from mhe_dist.heads.registry import build_head
+from mhe_dist.heads.row_head import HeadSpec, RowHead
+from mhe_dist.train.batch import MicroBatch, StepBatch
+from pipelines.pretrain.dry_run import dry_run, fold_labels, share_of_head
+from tests import tiny
+
+CLASSES, WORKERS, TRIED = 120_000, 32, 4
+WIDTH = 4
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {"kind": "full"},
+    "partial_fc": {"kind": "partial_fc"},
+    "mhs route": {"mhs": {"length": 10, "extra_heads": 6}},
+    "mhs own": {"mhs": {"length": 10, "extra_heads": 6, "negatives": "own"}},
+    "mhs batch": {
+        "mhs": {"length": 10, "extra_heads": 64, "exchange": "gather", "negatives": "batch"}
+    },
+    "mhc": {"kind": "mhc"},
+    "mhc of three levels": {"kind": "mhc", "mhc": {"lengths": [30, 40, 100]}},
+}
+
+
+def rows_held(head: HeadConfig, classes: int, workers: int) -> int:
+    """The most sharded rows that one of some workers holds."""
+    spec = HeadSpec(head, classes, WIDTH, 0, workers)
+    counts = []
+    for rank in range(workers):
+        built = build_head(spec, Topology(rank, workers))
+        if isinstance(built, RowHead):
+            banks = [built.bank]
+        else:
+            assert isinstance(built, MultiHeadCascade)
+            banks = [level.bank for level in list(built.levels.values())[1:]]
+        counts.append(sum(len(bank.units) * bank.length for bank in banks))
+    return max(counts)
+
+
+@pytest.mark.parametrize("groups", [32, 40, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tried_worker_holds_what_the_fullest_worker_of_the_run_holds(
+    kind: str, groups: int
+) -> None:
+    head = HeadConfig.model_validate({"groups": groups, **KINDS[kind]})
+    of_run = rows_held(head, CLASSES, WORKERS)
+    share, classes = share_of_head(head, CLASSES, TRIED, WORKERS)
+    assert rows_held(share, classes, TRIED) == pytest.approx(of_run, rel=0.02)
+    assert share.validate_combinations(TRIED) == []
+
+
+def test_a_tried_worker_draws_as_many_extra_heads() -> None:
+    route = HeadConfig.model_validate({"groups": 32, **KINDS["mhs route"]})
+    assert share_of_head(route, CLASSES, TRIED, WORKERS)[0].mhs.extra_heads == 6, "of each group"
+    gather = HeadConfig.model_validate({"groups": 32, **KINDS["mhs batch"]})
+    assert share_of_head(gather, CLASSES, TRIED, WORKERS)[0].mhs.extra_heads == 8, "of all"
+
+
+def test_a_trial_of_all_workers_and_a_head_that_is_not_sharded_are_whole() -> None:
+    head = HeadConfig.model_validate({"groups": 40})
+    assert share_of_head(head, CLASSES, WORKERS, WORKERS) == (head, CLASSES)
+    product = HeadConfig.model_validate({"kind": "mhp"})
+    assert share_of_head(product, CLASSES, TRIED, WORKERS) == (product, CLASSES)
+
+
+def test_labels_are_folded_and_what_is_no_label_stays() -> None:
+    labels = torch.tensor([[3, 12], [25, -1], [NO_SAMPLE, 40]])
+    part = MicroBatch(0, torch.zeros(3), labels, ["a", "b", "c"])
+    folded = fold_labels(StepBatch(0, [part], 0.5, labels[None]), 40, 10)
+    expected = torch.tensor([[3, 2], [5, -1], [NO_SAMPLE, 40]])  # 40 is no class of the run
+    assert folded.micro_batches[0].labels.equal(expected)
+    assert folded.labels is not None and folded.labels.equal(expected[None])
+    alone = fold_labels(StepBatch(0, [part]), 40, 10)
+    assert alone.labels is None
+
+
+@pytest.mark.slow
+def test_a_trial_of_two_workers_of_eight_holds_an_eighth_of_the_rows_in_each(
+    tmp_path: Path,
+) -> None:
+    classes, width = 400_000, 128
+    shards = Path(tiny.write_shards(tmp_path / "shards"))
+    index = json.loads((shards / "index.json").read_text())
+    (shards / "index.json").write_text(json.dumps(index | {"num_classes": classes}))
+    settings = tiny.config(
+        tmp_path,
+        str(shards),
+        head={"kind": "full", "groups": 8},
+        model={"embedding_dim": width},
+        train={"global_batch": 128, "max_steps": 12},
+        scale={"workers": 8},
+    )
+    measured = dry_run(settings, 2, [])
+    rows = classes // 8 * width * 4 * 2  # float32, and their momentum
+    # With the numbers of its units.
+    assert measured["trial"]["rows_bytes"] == pytest.approx(rows, rel=0.02)
+    gained = measured["trial"]["peak_bytes"] - measured["trial"]["base_bytes"]
+    # Rows, their momentum and gradient, and what a worker needs without a head. With a half of all
+    # classes it was 463 MiB.
+    assert gained < rows * 1.5 + (150 << 20)
+    assert 0 < measured["trial"]["head_s"] < measured["trial"]["step_s"]
+    assert measured["workers"] == 2
