@@ -56,7 +56,9 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     """Memory and time of each worker.
 
     The counted parts say what the memory is for. The peak is that of the trial, plus the rows that
-    the trial did not touch, plus what a checkpoint copies beyond what the backward pass needs.
+    the trial did not touch, plus what a checkpoint copies beyond what the backward pass needs. Of a
+    GPU's worker, all rows are on the card or pinned when the trial begins, and what the backward
+    pass needs is not on the host.
 
     A step takes as long as it took all workers of a node in the trial. A head that scores the
     embeddings of all workers takes longer, by those that were not in the trial at most: that much
@@ -69,9 +71,12 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     counted, trial = measured["footprint"], measured["trial"]
     libraries = ("libraries", trial["base_bytes"])
     parts = [libraries, *((name, size) for name, size in counted.items() if size)]
-    rows = max(0, counted["rows"] - trial["rows_bytes"])
     copies = counted["weights"] + counted["optimizer"] + counted["rows"]
-    memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
+    if config.scale.gpu:
+        memory = trial["peak_bytes"] + copies
+    else:
+        rows = max(0, counted["rows"] - trial["rows_bytes"])
+        memory = trial["peak_bytes"] + rows + max(0, copies - counted["activations"])
     step = trial["step_s"]
     growth = config.scale.workers / measured["workers"] - 1 if config.head.gathers else 0.0
     return CostPrediction(

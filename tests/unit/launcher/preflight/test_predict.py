@@ -127,6 +127,13 @@ def test_a_checkpoint_s_copies_count_where_they_are_more_than_the_activations() 
     assert predict_cost(config(), measured).memory == pytest.approx((2.9 + 0.9) * GIB, rel=1e-6)
 
 
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_the_rows_of_a_gpu_s_bank_are_in_memory_as_a_whole_in_the_trial(memory: str) -> None:
+    """On the card or pinned; a checkpoint copies them, and no activations are on the host."""
+    found = predict_cost(config(scale={"gpu": True}, head={"bank": {"memory": memory}}), MEASURED)
+    assert found.memory == pytest.approx((2.5 + 0.9) * GIB, rel=1e-6)
+
+
 def test_time_is_that_of_the_trial_s_steps() -> None:
     found = predict_cost(config(train={"global_batch": 512}), MEASURED)
     assert dict(prediction_rows(found))["time of a step"] == "0.900 s"
