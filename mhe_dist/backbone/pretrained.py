@@ -87,7 +87,7 @@ def _checkpoint(source: str, topology: Topology) -> Checkpoint | None:
         return Checkpoint(source, int(name.removeprefix("step_")))
     if not filesystem.exists(f"{path}/checkpoints"):
         return None
-    newest = CheckpointStore(f"{source}/checkpoints", topology).newest()
+    newest = CheckpointStore(f"{source}/checkpoints", topology).newest(is_backbone_weight)
     if newest is None:
         raise UserError(f"model.init_from={source}: the run has no complete checkpoint")
     return newest

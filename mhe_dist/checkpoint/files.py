@@ -6,9 +6,11 @@ files. Everything goes through fsspec, so a folder may be local or in an object 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
+import zipfile
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -209,6 +211,22 @@ class CheckpointFolder:
             return f"{name} has CRC-32 {crc:08x}, {MANIFEST} says {entry.crc32}"
         return None
 
+    def find_fault_of_zip(self, name: str, begin: int, end: int) -> str | None:
+        """What is wrong with the zip in some bytes of a file, of which no others are read.
+
+        None: its parts have the CRC-32 that is stored with them.
+        """
+        for _ in self._attempts():
+            try:
+                stored = self.fs.cat_file(self._path_of(name), start=begin, end=end)
+            except OSError as error:
+                fault = f"cannot be read: {error}"
+                continue
+            if _is_intact(stored):
+                return None
+            fault = "does not have the CRC-32 that is stored with it"
+        return fault
+
     def remove(self) -> None:
         """Delete the folder, its manifest first: half of it must not pass for a checkpoint."""
         self.fs.invalidate_cache()
@@ -216,3 +234,13 @@ class CheckpointFolder:
             self.fs.rm_file(self._path_of(MANIFEST))
         if self.fs.exists(self._path):
             self.fs.rm(self._path, recursive=True)
+
+
+def _is_intact(stored: bytes) -> bool:
+    """Whether all parts of a zip have their checksum, and none has become a folder."""
+    try:
+        parts = zipfile.ZipFile(io.BytesIO(stored))
+        return parts.testzip() is None and not any(p.external_attr for p in parts.infolist())
+    # What a flipped bit in its table leads to.
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError):
+        return False

@@ -16,7 +16,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from mhe_dist.checkpoint.entry import Entry
 from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry
@@ -269,16 +270,18 @@ class CheckpointStore:
 
     # -- discovery -----------------------------------------------------------------------------
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, select: Callable[[str], bool] | None = None) -> Checkpoint | None:
         """The newest complete checkpoint whose files are all as its manifest says.
 
-        All ranks must call; each checks a share of the files. Reads the whole checkpoint.
+        All ranks must call; each checks a share of the files. Reads the whole checkpoint, or, for
+        whoever reads no other tensors, those of the names that `select` accepts: of the files that
+        hold tensors, the sizes are compared then.
         """
         self.wait()
         self.rejected = {}
         for step in self._broadcast(self._steps() if self._topology.is_first else None):
             path = self._path(step)
-            reason = self._find_fault(path)
+            reason = self._find_fault(Checkpoint(path, step), select)
             if reason is None:
                 return Checkpoint(path, step)
             self.rejected[_name(path)] = reason
@@ -306,14 +309,26 @@ class CheckpointStore:
 
         return self._on_first(delete_newer)
 
-    def _find_fault(self, path: str) -> str | None:
-        folder = CheckpointFolder(path)
+    def _find_fault(
+        self, checkpoint: Checkpoint, select: Callable[[str], bool] | None
+    ) -> str | None:
+        """Why a folder is no checkpoint, or is damaged where `newest` reads it; None: it is not."""
+        folder = CheckpointFolder(checkpoint.path)
         files = self._broadcast(folder.manifest() if self._topology.is_first else None)
         if isinstance(files, str):
             return files
-        mine = sorted(files.items())[self._topology.rank :: self._topology.world_size]
-        reasons = self._all_gather(folder.first_corrupt_file(mine))
-        return next((reason for reason in reasons if reason), None)
+        if select is None:
+            found = folder.first_corrupt_file(self._mine(files.items()))
+        else:
+            small = [item for item in files.items() if not item[0].endswith(DEFAULT_SUFFIX)]
+            found = folder.first_corrupt_file(small) or checkpoint.first_damaged_tensor(
+                self._mine(filter(select, checkpoint.names()))
+            )
+        return next((reason for reason in self._all_gather(found) if reason), None)
+
+    def _mine(self, items: Iterable[Any]) -> list[Any]:
+        """This rank's share of distinct items."""
+        return sorted(items)[self._topology.rank :: self._topology.world_size]
 
     def _broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks."""

@@ -22,6 +22,7 @@ from pipelines.runs.warm_start import (
     find_checkpoint,
     head_of_checkpoint,
     load_head_state,
+    refuse_damaged_head,
 )
 
 _CHUNK_BYTES: Final = 1 << 27  # of the rows around the wanted ones that are read together
@@ -42,7 +43,8 @@ def open_checkpoint(run: str) -> Checkpoint:
 def class_centres(checkpoint: str | Checkpoint, classes: Sequence[int] | Tensor) -> Tensor:
     """Rows of a head by class id, whatever permutation, groups and number of ranks trained it.
 
-    Only the groups that hold the classes are read. A class that no step met has its first row.
+    Only the groups that hold the classes are read, and checked. A class that no step met has its
+    first row.
 
     Args:
         checkpoint: an open one, or what `open_checkpoint` takes.
@@ -53,7 +55,8 @@ def class_centres(checkpoint: str | Checkpoint, classes: Sequence[int] | Tensor)
         has no margin (`head.margin.kind=none`).
 
     Raises:
-        UserError: a class is not in `[0, C)`, or the head has no row per class (mhp, mhc).
+        UserError: a class is not in `[0, C)`, a group is damaged, or the head has no row per class
+            (mhp, mhc).
     """
     opened = open_checkpoint(checkpoint) if isinstance(checkpoint, str) else checkpoint
     labels = torch.as_tensor(classes, dtype=torch.int64)
@@ -75,6 +78,7 @@ def class_centres(checkpoint: str | Checkpoint, classes: Sequence[int] | Tensor)
             # The rank that would own this group alone.
             part = head_of_checkpoint(opened, Topology(group, layout.groups), folder)
             assert isinstance(part, RowHead)
+            refuse_damaged_head(part, opened)
             load_head_state(part, opened)
             wanted = owners == group
             rows[wanted] = _read_rows(part.bank, units[wanted], slots[wanted]).float()

@@ -57,12 +57,12 @@ def load_trained_backbone(
 ) -> TrainedBackbone:
     """The backbone of a run's newest complete checkpoint, or of the one that is named.
 
-    The number of ranks that trained it does not matter.
+    The number of ranks that trained it does not matter. The files of the head are not read.
 
     Args:
         run: path, URL or name of the run; or a `step_*` folder among its checkpoints.
         device: where the model shall be; that of `topology` by default, or the CPU.
-        topology: ranks that load the same and share the check of the files, which must all call;
+        topology: ranks that load the same and share its check, which must all call;
             None: this process.
 
     Raises:
@@ -96,11 +96,12 @@ def read_trained_config(run: str) -> Config:
 
 def _checkpoint(run: str, topology: Topology | None) -> tuple[str, Checkpoint]:
     """Path of a run, and the checkpoint that was asked for."""
+    from mhe_dist.backbone.ema import is_backbone_weight
     from pipelines.runs.warm_start import find_checkpoint
 
     folder, _, name = run.rpartition("/")
     if name.startswith("step_"):
-        found = find_checkpoint(run)
+        found = find_checkpoint(run, select=is_backbone_weight)
         return find_run(folder.rpartition("/")[0]), found
     path = find_run(run)
-    return path, find_checkpoint(path, topology)
+    return path, find_checkpoint(path, topology, is_backbone_weight)

@@ -7,7 +7,7 @@ workers was, and whichever seed placed them (mhe_dist/bank/repartition.py).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,52 +31,85 @@ HEAD_PREFIX = "head/"
 NO_DATA_DIGEST = ""  # the digest in a checkpoint that was grown and trained on no data yet
 
 
-def find_checkpoint(url: str, topology: Topology | None = None) -> Checkpoint:
+def find_checkpoint(
+    url: str,
+    topology: Topology | None = None,
+    select: Callable[[str], bool] | None = None,
+) -> Checkpoint:
     """The checkpoint that a `step_*` folder is, or the newest one of a run.
 
-    Of a run all files are read, to compare their checksums.
+    Of a run all files are read, to compare their checksums, and of a folder none; where `select`
+    is given, what it accepts is checked.
 
     Args:
         url: of the run, or of the folder.
         topology: the ranks that share this reading, which must all call; None: this process.
+        select: names of the tensors that will be read; None: any.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the folder is damaged.
     """
     url = url.rstrip("/")
     name = url.rpartition("/")[2]
     if not name.startswith("step_"):
-        found = CheckpointStore(f"{url}/checkpoints", topology or Topology()).newest()
+        found = CheckpointStore(f"{url}/checkpoints", topology or Topology()).newest(select)
         if found is None:
             raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
     if isinstance(reason := CheckpointFolder(url).manifest(), str):
         raise UserError(f"{url} is not a complete checkpoint: {reason}")
-    return Checkpoint(url, int(name.removeprefix("step_")))
+    checkpoint = Checkpoint(url, int(name.removeprefix("step_")))
+    if select is not None:
+        _refuse_damaged(checkpoint, select)
+    return checkpoint
 
 
 @contextmanager
 def trained_head(checkpoint: Checkpoint, topology: Topology) -> Iterator[Head]:
     """The head of a checkpoint, to predict with; all ranks must call, each loads its share.
 
-    Rows whose `head.bank.memory` is "file" are in a temporary folder for the length of the block.
+    What is loaded is checked before. Rows whose `head.bank.memory` is "file" are in a temporary
+    folder for the length of the block.
 
     Args:
         checkpoint: written on any number of ranks.
         topology: the ranks that share the rows.
+
+    Raises:
+        UserError: a tensor of the head is damaged.
     """
     with tempfile.TemporaryDirectory(prefix="mhe-rows-") as folder:
         head = head_of_checkpoint(checkpoint, topology, folder)
+        refuse_damaged_head(head, checkpoint)
         load_head_state(head, checkpoint)
         yield head
 
 
+def refuse_damaged_head(head: Head, checkpoint: Checkpoint) -> None:
+    """Refuse rows that are not as they were written, of those that a rank's head loads.
+
+    Raises:
+        UserError: names the tensor.
+    """
+    _refuse_damaged(checkpoint, lambda name: _is_loaded(name, head))
+
+
+def _refuse_damaged(checkpoint: Checkpoint, select: Callable[[str], bool]) -> None:
+    if damaged := checkpoint.first_damaged_tensor(filter(select, checkpoint.names())):
+        raise UserError(
+            f"{checkpoint.path}: {damaged}; name an older step_* folder of the run instead"
+        )
+
+
 def load_head_state(head: Head, checkpoint: Checkpoint) -> None:
     """Load what a rank's head owns or replicates; nothing else is read."""
-    rows = checkpoint.load(
-        lambda name: name.startswith(HEAD_PREFIX) and head.loads(name.removeprefix(HEAD_PREFIX))
-    )
+    rows = checkpoint.load(lambda name: _is_loaded(name, head))
     head.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
+
+
+def _is_loaded(name: str, head: Head) -> bool:
+    """Whether a rank's head loads the tensor of that name in a checkpoint."""
+    return name.startswith(HEAD_PREFIX) and head.loads(name.removeprefix(HEAD_PREFIX))
 
 
 def load_initial_rows(config: Config, head: Head, topology: Topology) -> None:

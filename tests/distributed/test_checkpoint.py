@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from mhe_dist.checkpoint import files as checkpoint_files
 from mhe_dist.checkpoint.files import MANIFEST
+from mhe_dist.checkpoint.reader import Checkpoint
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
+from tests.checkpoint_damage import flip_a_byte_of, stored_range
 
 GROUPS = 5
 
@@ -193,6 +196,73 @@ def test_a_damaged_one_is_passed_over_with_its_reason(tmp_path: Path, damage) ->
     assert_holds(result, 1, range(GROUPS))
     assert list(result["rejected"]) == ["step_00000002"]
     assert reason in result["rejected"]["step_00000002"]
+
+
+def newest_of(topology: Topology, root: str, prefix: str) -> tuple[int | None, dict[str, str]]:
+    store = CheckpointStore(root, topology)
+    found = store.newest(lambda name: name.startswith(prefix))
+    return (None if found is None else found.step), store.rejected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_who_reads_some_tensors_finds_their_damage_and_no_other(
+    ranks: int, run_distributed, tmp_path: Path
+) -> None:
+    save(ALONE, str(tmp_path), [1, 2])
+    flip_a_byte_of(tmp_path / "step_00000002", "head/rows/3/weight")
+    for step, rejected in run_distributed(newest_of, ranks, str(tmp_path), "model."):
+        assert (step, rejected) == (2, {})
+    for step, rejected in run_distributed(newest_of, ranks, str(tmp_path), "head/"):
+        assert step == 1
+        assert rejected["step_00000002"].startswith("head/rows/3/weight in __0_0.distcp does not")
+
+
+def test_no_flipped_bit_of_a_tensor_passes_for_its_values(tmp_path: Path) -> None:
+    """It is found, or changes nothing of what is loaded, or loading refuses it."""
+    name, folder = "head/rows/3/weight", tmp_path / "step_00000001"
+    save(ALONE, str(tmp_path), [1])
+    file, stored = stored_range(folder, name)
+    checkpoint, whole, found = Checkpoint(str(folder), 1), file.read_bytes(), 0
+    for bit in range(8 * stored.start, 8 * stored.stop, 7):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        if checkpoint.first_damaged_tensor([name]):
+            found += 1
+            continue
+        try:
+            loaded = checkpoint.load(lambda each: each == name)[name]
+        except RunError:
+            continue
+        assert torch.equal(loaded, group_rows(3, 1))
+    assert found > 100
+
+
+def test_a_store_that_fails_for_the_moment_damages_no_tensor(monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint_files, "_WAITS_S", (0.0, 0.0))
+    root, failures = "memory://moment/checkpoints", iter([OSError("reset"), OSError("slow")])
+    save(ALONE, root, [1, 2])
+    read = MemoryFileSystem.cat_file
+
+    def failing(self, path, start=None, end=None, **kwargs):
+        if path.endswith(".distcp") and (failure := next(failures, None)):
+            raise failure
+        return read(self, path, start=start, end=end, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", failing)
+    assert newest_of(ALONE, root, "model.") == (2, {})
+    assert next(failures, None) is None
+
+
+def test_to_check_a_backbone_its_own_bytes_are_read(tmp_path: Path) -> None:
+    """Of 10^8 classes, the head is 400 GB and the backbone 100 MB."""
+    store = CheckpointStore(str(tmp_path), ALONE)
+    rows = {f"head/rows/{group}/weight": torch.ones(1 << 20) for group in range(16)}
+    store.save(1, {"model.weight": torch.ones(1 << 18)}, rows, {})
+    store.wait()
+    before = psutil.Process().io_counters().read_chars
+    assert store.newest(lambda name: name.startswith("model.")) is not None
+    assert psutil.Process().io_counters().read_chars - before < 2 << 20, "of 65 MB"
 
 
 def load_then_save_again(topology: Topology, root: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor
 
 from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.config.stored import stored_config
+from mhe_dist.config.write import save_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.row_head import RowHead
 from pipelines import class_centres, embed_arrays, load_trained_backbone, open_checkpoint
 from pipelines.runs import checkpoints
-from pipelines.runs.warm_start import HEAD_PREFIX, head_of_checkpoint, load_head_state
+from pipelines.runs.warm_start import (
+    HEAD_PREFIX,
+    find_checkpoint,
+    head_of_checkpoint,
+    load_head_state,
+    trained_head,
+)
 from tests import tiny
+from tests.checkpoint_damage import flip_a_byte_of
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "checkpoints"
 CLASSES = list(range(tiny.CLASSES))[::-1]
@@ -67,6 +77,45 @@ def test_class_centres_need_room_for_one_group_at_a_time(monkeypatch: pytest.Mon
     class_centres(opened, CLASSES)
     groups = opened.run["config"]["head"]["groups"]
     assert groups > 1 and max(units) <= -(-tiny.CLASSES // groups)
+
+
+def damaged_run(folder: Path, tensor: str) -> str:
+    """A run one of whose tensors has a flipped bit."""
+    opened = open_checkpoint(path_of("full"))
+    step = folder / "full" / "checkpoints" / Path(opened.path).name
+    shutil.copytree(opened.path, step)
+    save_config(stored_config(opened.run["config"]), str(folder / "full" / "config.yaml"))
+    flip_a_byte_of(step, tensor)
+    return str(folder / "full")
+
+
+def test_damaged_rows_are_found_by_who_reads_them_and_the_backbone_is_read_without_them(
+    tmp_path: Path,
+) -> None:
+    run = damaged_run(tmp_path, f"{HEAD_PREFIX}rows/00002/weight")
+    backbone = load_trained_backbone(run)
+    assert backbone.step == 3
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        find_checkpoint(run)
+    checkpoint = find_checkpoint(backbone.checkpoint)
+    damaged = r"rows/00002/weight in .* does not have the CRC-32 .* an older step_\* folder"
+    with pytest.raises(UserError, match=damaged), trained_head(checkpoint, Topology()):
+        pass
+    with pytest.raises(UserError, match=damaged):
+        class_centres(run, CLASSES)
+    head = head_of_checkpoint(checkpoint, Topology(), str(tmp_path / "rows"))
+    assert isinstance(head, RowHead)
+    groups = head.layout.group_of(head.layout.locate(torch.tensor(CLASSES))[0])
+    sound = torch.tensor(CLASSES)[groups != 2]
+    assert torch.equal(class_centres(run, sound), class_centres(path_of("full"), sound))
+
+
+def test_a_damaged_backbone_is_found_in_a_run_and_in_a_folder_that_is_named(tmp_path: Path) -> None:
+    run = damaged_run(tmp_path, "model.neck.weight")
+    with pytest.raises(UserError, match="has no complete checkpoint"):
+        load_trained_backbone(run)
+    with pytest.raises(UserError, match=r"model\.neck\.weight in .* does not have the CRC-32"):
+        load_trained_backbone(f"{run}/checkpoints/step_00000003")
 
 
 @pytest.mark.parametrize("name", ["mhp", "mhc"])
