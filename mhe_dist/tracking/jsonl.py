@@ -19,7 +19,7 @@ import fsspec
 
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
-from mhe_dist.tracking.remote_file import RemoteCopy
+from mhe_dist.tracking.remote_file import RemoteCopy, iter_parts
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class JsonlTracker:
             self._copy.fetch()
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _replace(self._path, (_line(r) for r in iter_records(self._path) if r["step"] < step))
+        if self._copy:
+            self._copy.resume()
         self._file = self._path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -118,21 +120,22 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 def iter_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """The same lines one after the other: a long run has a million.
 
-    A last line that a killed process left unfinished is ignored.
+    At a URL they are in parts (`RemoteCopy`). A last line that a killed process left unfinished is
+    ignored.
 
     Raises:
         UserError: see `read_records`.
     """
     filesystem, file = fsspec.core.url_to_fs(str(path))
-    if not filesystem.exists(file):
-        return
-    with filesystem.open(file, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.endswith(b"\n"):
-                yield _record(path, number, line)
+    for part in iter_parts(filesystem, file):
+        name = f"{path}".removesuffix(file.rpartition("/")[2]) + part.rpartition("/")[2]
+        with filesystem.open(part, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.endswith(b"\n"):
+                    yield _record(name, number, line)
 
 
-def _record(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+def _record(path: str, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
         # The names are the same in all records, and would take most of their memory.

@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
 import resource
 import tempfile
 import tracemalloc
 from importlib import metadata
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
@@ -145,6 +148,93 @@ def test_a_record_at_a_url_goes_on_where_it_was(tmp_path, monkeypatch):
     again.close()
     assert [(r["step"], r["loss"]) for r in read_records(url)] == [(0, 1.0), (1, 1.0), (2, 2.0)]
     assert list(tmp_path.iterdir()) == [], "nothing is left in the temporary folder"
+
+
+def sent_bytes(monkeypatch):
+    """Bytes of each upload to a store in memory, as they come."""
+    sent, put, pipe = [], MemoryFileSystem.put_file, MemoryFileSystem.pipe_file
+
+    def counted_put(self, local, remote, *args, **kwargs):
+        sent.append(os.path.getsize(local))
+        return put(self, local, remote, *args, **kwargs)
+
+    def counted_pipe(self, path, value, *args, **kwargs):
+        sent.append(len(value))
+        return pipe(self, path, value, *args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", counted_put)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", counted_pipe)
+    return sent
+
+
+def names_in(folder):
+    return sorted(n.rsplit("/", 1)[1] for n in fsspec.filesystem("memory").ls(folder, detail=False))
+
+
+def test_an_upload_of_a_long_record_sends_its_end_alone(tmp_path, monkeypatch):
+    """A whole one each minute would be 1 GB a minute at the end of a month, 20 TB in all."""
+    url = "memory://long/r/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(remote_file, "PART_BYTES", 2000)
+    sent = sent_bytes(monkeypatch)
+    tracker = JsonlTracker(url)
+    tracker.start({}, {})
+    for step in range(400):
+        tracker.log(step, {"loss": 1.0})
+        assert tracker._copy._upload()
+        if step % 50 == 0:
+            assert steps(url) == list(range(step + 1))
+    line = len(read_records_text(url)) / 400
+    tracker.close()
+    assert max(sent) <= 2000 + 2 * line
+    assert steps(url) == list(range(400))
+    assert names_in("/long/r")[:2] == ["metrics-00001.jsonl", "metrics-00002.jsonl"]
+
+
+def read_records_text(url):
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return b"".join(map(filesystem.cat_file, remote_file.iter_parts(filesystem, path)))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 57, 100, 399, 400])
+@pytest.mark.parametrize("part_bytes", [2000, 1 << 20])
+def test_a_long_record_at_a_url_is_cut_back_and_goes_on(cut, part_bytes, tmp_path, monkeypatch):
+    folder = f"/cut{cut}-{part_bytes}"
+    url = f"memory:/{folder}/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(remote_file, "PART_BYTES", part_bytes)
+    first = JsonlTracker(url)
+    first.start({}, {})
+    for step in range(400):
+        first.log(step, {"loss": 1.0})
+        first._copy._upload()
+    first.close()
+    monkeypatch.setattr(remote_file, "PART_BYTES", 2000)  # the other one: as earlier versions
+    again = JsonlTracker(url)
+    again.start({}, {}, step=cut)
+    assert steps(url) == list(range(400)), "what is there stays until the next upload"
+    for step in range(cut, 420):
+        again.log(step, {"loss": 2.0})
+        again._copy._upload()
+        assert steps(url) == list(range(step + 1))
+    again.close()
+    losses = [record["loss"] for record in read_records(url)]
+    assert losses == [1.0] * cut + [2.0] * (420 - cut)
+
+
+def test_what_an_earlier_version_sent_in_one_piece_is_not_sent_again(tmp_path, monkeypatch):
+    url = "memory://earlier/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(remote_file, "PART_BYTES", 2000)
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(300))
+    fsspec.filesystem("memory").pipe_file("/earlier/metrics.jsonl", lines.encode())
+    sent = sent_bytes(monkeypatch)
+    tracker = JsonlTracker(url)
+    tracker.start({}, {}, step=300)
+    tracker.log(300, {"loss": 2.0})
+    tracker.close()
+    assert steps(url) == list(range(301))
+    assert sum(sent) < 200 < len(lines)
 
 
 def test_a_store_that_fails_ends_no_run(tmp_path, monkeypatch, caplog):
