@@ -41,6 +41,8 @@ def test_ctrl_c_is_told_in_a_sentence(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
+    # Shells let what is in the background ignore SIGINT, and so would the process.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         config = tiny.config(
