@@ -1,4 +1,4 @@
-"""What this process may use of the machine: containers get a part of its memory and of its cores.
+"""What this process may use of the machine, and has used: containers get a part of it.
 
 Linux keeps the limits of a container in control groups, of version 2 or 1; a process is in a group,
 and those above it hold, too. A group's folder may be out of sight from within: then the container
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def available_cores(groups: Path = GROUPS, membership: Path = MEMBERSHIP) -> int
         if quota.isdecimal() and period.isdecimal():  # no quota is "max", or -1
             cores = min(cores, max(1, math.ceil(int(quota) / int(period))))
     return cores
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory."""
+    for line in _text(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # Elsewhere than on Linux, where it begins with the peak of the process that started this one.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _folders(controller: str, groups: Path, membership: Path) -> Iterator[Path]:

@@ -8,7 +8,6 @@ times whose ratio matters are measured again in turn, step by step.
 
 from __future__ import annotations
 
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from mhe_dist.heads.base import Head
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.routed.mhs import MhsRoute
 from mhe_dist.heads.row_head import HeadSpec
-from mhe_dist.limits import available_memory
+from mhe_dist.limits import available_memory, peak_memory
 from pipelines.bench.products import BareProducts
 from pipelines.bench.traffic import TrafficCounter
 
@@ -270,7 +269,7 @@ def _peak_memory(topology: Topology) -> float:
     """Bytes of memory of this process at its peak: the GPU's where it computes on one."""
     if topology.device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(topology.device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    return float(peak_memory())
 
 
 def _bank_bytes(head: Any) -> float:

@@ -15,7 +15,6 @@ by itself, and grows in the run by the ratio of the two at most.
 from __future__ import annotations
 
 import importlib
-import resource
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +35,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.engine.settings import resolve_precision
+from mhe_dist.limits import peak_memory
 from mhe_dist.train.batch import StepBatch
 from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.evaluate.in_training import refuse_unusable_sets
@@ -166,7 +166,7 @@ def measure_steps(
     return asdict(
         TrialMeasurement(
             step_s=(warm[-1] - warm[0]) / steps,
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_bytes=peak_memory(),
             base_bytes=base,
             device_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
             rows_bytes=run.head.state().nbytes,

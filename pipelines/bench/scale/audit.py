@@ -21,7 +21,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from mhe_dist.errors import RunError, UserError
-from mhe_dist.limits import available_cores
+from mhe_dist.limits import available_cores, peak_memory
 from pipelines.audit.findings import FINDINGS_FILE, write_findings
 from pipelines.audit.job import AuditJob
 from pipelines.audit.record import SampleNames, list_findings
@@ -215,10 +215,7 @@ def audit_in_process(folder: str, name: str) -> None:
         names = SampleNames(index, lambda wanted: {number: str(number) for number in wanted}, {})
         write_findings(job.folder, list_findings(result, names))
         job.publish()
-    # Not `ru_maxrss`, which keeps the peak of the process that started this one.
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
-    print(json.dumps({"peak": peak * 1024}), flush=True)
+    print(json.dumps({"peak": peak_memory()}), flush=True)
 
 
 def _print_stage(stage: str, done: int, total: int) -> None:

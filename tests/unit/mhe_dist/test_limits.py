@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
-from mhe_dist.limits import available_cores, available_memory
+from mhe_dist.limits import available_cores, available_memory, peak_memory
 
 MIB = 1 << 20
 
@@ -94,3 +97,15 @@ def test_cores_of_a_container(
 def test_this_machine_answers() -> None:
     assert 0 < available_memory() <= psutil.virtual_memory().total
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
+
+
+def test_the_peak_is_that_of_this_process_alone() -> None:
+    """A child's counter in `getrusage` begins with the memory of whoever started it."""
+    held = np.ones(60 * MIB, np.uint8)
+    show = "from mhe_dist.limits import peak_memory; print(peak_memory())"
+    child = int(
+        subprocess.check_output(
+            [sys.executable, "-S", "-c", f"import sys; sys.path[:0]={sys.path}; {show}"]
+        )
+    )
+    assert child + len(held) // 2 < peak_memory()

@@ -106,5 +106,9 @@ def test_a_trial_of_two_workers_of_eight_holds_an_eighth_of_the_rows_in_each(
     rows = classes // 8 * width * 4 * 2  # float32, and their momentum
     # With the numbers of its units.
     assert measured["trial"]["rows_bytes"] == pytest.approx(rows, rel=0.02)
+    gained = measured["trial"]["peak_bytes"] - measured["trial"]["base_bytes"]
+    # Rows, their momentum and gradient, and what a worker needs without a head. With a half of all
+    # classes it was 463 MiB.
+    assert gained < rows * 1.5 + (150 << 20)
     assert 0 < measured["trial"]["head_s"] < measured["trial"]["step_s"]
     assert measured["workers"] == 2
