@@ -61,9 +61,8 @@ def read_rows(
     Raises:
         UserError: it is no such table.
     """
-    with io.TextIOWrapper(
-        stream, "utf-8-sig", newline=""
-    ) as text:  # spreadsheets begin with a mark
+    # Spreadsheets begin with a byte order mark.
+    with io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         try:
             header = text.readline()
             text.seek(0)
