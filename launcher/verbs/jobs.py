@@ -163,26 +163,49 @@ def logs(
 
     Example: mhe logs quickstart -f
     """
-    if not address and not os.environ.get(ADDRESS_VARIABLE) and (log := _local_log(job_id)):
-        _show_local(log, follow)
-        return
-    cluster = Cluster(address)
-    job = cluster.find(job_id)
+    missing = ""
+    if not address and not os.environ.get(ADDRESS_VARIABLE):
+        log, missing = _local_log(job_id)
+        if log is not None:
+            _show_local(log, follow)
+            return
+    cluster, job = _find_job(job_id, address, missing)
     if follow:
         follow_job(cluster, job.id)
     replay_log(cluster.read_output(job.id).splitlines())
 
 
-def _local_log(run: str) -> Path | None:
-    """Where a run of this machine wrote down what it did; None: there is no such run."""
+def _local_log(run: str) -> tuple[Path | None, str]:
+    """Where a run of this machine wrote down what it did; or None, and why there is none."""
     try:
         path = find_run(run)
-    except UserError:
-        return None
+    except UserError as error:
+        return None, str(error)
     log = logs_folder(stored_config(read_run_config(path) or {})) / RUN_LOG
     if is_local(path):  # also where the folder was moved since
         log = Path(path, "logs", RUN_LOG)
-    return log if log.exists() else None
+    if log.exists():
+        return log, ""
+    see = command_line(["mhe", "report", path])
+    return None, f"{path} has no log: mhe train writes {log} where it trains; {see} shows the run"
+
+
+def _find_job(name: str, address: str, missing: str) -> tuple[Cluster, Job]:
+    """A job of a cluster, which a run of this machine would come before.
+
+    Args:
+        missing: why no run of this machine is shown; empty: a job was asked for.
+
+    Raises:
+        UserError: there is no such job.
+    """
+    try:
+        cluster = Cluster(address)
+        return cluster, cluster.find(name)
+    except UserError as error:
+        if not missing:
+            raise
+        raise UserError(f"{missing}\nNor is it a job: {error}") from error
 
 
 def _show_local(log: Path, follow: bool) -> None:

@@ -300,6 +300,19 @@ def test_a_local_run_can_be_followed_by_its_name(
         assert "Logs of its workers: runs/a/logs" in shown
 
 
+def test_a_run_without_a_log_is_told_as_such_before_a_cluster_is(
+    settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr("launcher.ray_cluster.dashboard.DEFAULT_ADDRESS", "http://127.0.0.1:9")
+    save_config(settings, f"{settings.run.path}/config.yaml")
+    assert cli.run(["logs", "a"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: runs/a has no log: mhe train writes runs/a/logs/run.log")
+    assert "mhe report runs/a" in said and "Nor is it a job: no Ray cluster answers" in said
+    assert cli.run(["logs", "b"]) == 2
+    assert capsys.readouterr().err.startswith("error: no run at b or runs/b")
+
+
 def test_an_interrupted_run_says_how_to_go_on(
     settings: Config, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
