@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-START_S = 120.0
+from tests.waiting import wait_for
+
 VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # Eight processes beside the server, for what no run asks of it: evaluations of language models.
@@ -41,10 +41,8 @@ def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
             env=os.environ | VARIABLES,
         )
     try:
-        deadline = time.monotonic() + START_S
-        while not answers(port):
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.2)
+        wait_for(lambda: process.poll() is not None or answers(port), every_s=0.2)
+        assert process.poll() is None, (folder / "log").read_text()
         yield process
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its workers too; the session is its own

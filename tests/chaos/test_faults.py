@@ -26,14 +26,15 @@ from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_uninterrupted
 from tests.rank_processes import environment, free_port
+from tests.waiting import stretched
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 FAULTS = int(os.environ.get("MHE_CHAOS_FAULTS", "4"))
 SEED = int(os.environ.get("MHE_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 RANKS, STEPS_PER_FAULT, SAVE_EVERY = 2, 8, 4
-# Of the ranks for each other; as much more as the load of a machine that others use takes.
-TIMEOUT_S = 4.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+# Of the ranks for each other.
+TIMEOUT_S = stretched(4.0)
 DISK_BYTES = 250_000  # less than a checkpoint's largest file; metrics of a hundred faults fit
 
 

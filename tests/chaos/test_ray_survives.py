@@ -17,8 +17,9 @@ from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
 from tests.terminal import mhe, until
+from tests.waiting import ended, stretched
 
-pytestmark = [pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.long]
 
 STEPS = 160
 
@@ -70,13 +71,13 @@ def test_a_killed_worker_a_killed_command_and_sigterm_change_nothing(
     output = until(second, "Resumed at step")
     output += until(second, "checkpoint")
     os.kill(second.pid, signal.SIGTERM)
-    rest, _ = second.communicate(timeout=100)
+    rest = ended(second)
     assert second.returncode == 75, output + rest
     assert "everything is saved" in rest
     assert "goes on from" in rest
 
     third = mhe_train(config, tmp_path)
-    output, _ = third.communicate(timeout=200)
+    output = ended(third)
     assert third.returncode == 0, output
     assert "Resumed at step" in output
 
@@ -89,7 +90,7 @@ def test_a_killed_worker_a_killed_command_and_sigterm_change_nothing(
     assert restarts.keys() == {1.0, 2.0, 3.0}
     assert restarts[3.0] == 0, "a preempted run does nothing again"
     times = [r for r in records if "restart_seconds" in r]
-    assert times[0]["restart_seconds"] < 60
+    assert times[0]["restart_seconds"] < stretched(60)
     assert_one_mlflow_run(config)
 
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
 from tests.checkpoint_damage import flip_a_byte_of, stored_range
+from tests.waiting import WATCHDOG_S, wait_for
 
 GROUPS = 5
 
@@ -314,10 +314,7 @@ def test_killed_before_the_manifest_leaves_the_one_before(tmp_path: Path) -> Non
     command = [sys.executable, "-c", KILLED, str(tmp_path), repository]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"saving\n"
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "step_00000002" / ".metadata").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for((tmp_path / "step_00000002" / ".metadata").exists)
         process.kill()
     store = CheckpointStore(str(tmp_path), ALONE)
     found = store.newest()
@@ -405,16 +402,16 @@ def test_poll_does_not_wait(tmp_path: Path, monkeypatch) -> None:
     write, go = store._write, threading.Event()
 
     def write_later(*args: Any) -> None:
-        go.wait(30)
+        go.wait(WATCHDOG_S)
         write(*args)
 
     monkeypatch.setattr(store, "_write", write_later)
     store.save(1, replicated(1), {}, {})
     assert store.poll() is None
     go.set()
-    deadline = time.monotonic() + 30
-    while (ended := store.poll()) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    polled = []
+    wait_for(lambda: polled.append(store.poll()) or polled[-1])
+    ended = polled[-1]
     assert ended is not None and ended.step == 1 and ended.error is None
 
 

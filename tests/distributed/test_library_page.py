@@ -30,7 +30,6 @@ SIZES = {"length": 100, "extra_heads": 8}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # it starts Ray
 def test_every_block_runs_in_an_empty_folder(tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(BLOCKS))

@@ -26,6 +26,7 @@ from pipelines.sources.webdataset import index_shards
 from tests import tiny
 from tests.e2e.raylets import ROOT, Raylets
 from tests.terminal import until
+from tests.waiting import ended, stretched
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
@@ -84,7 +85,7 @@ class Terminal:
 
     def mhe(self, *words: str, **variables: str) -> tuple[int, str]:
         process = self.start(*words, **variables)
-        output, _ = process.communicate(timeout=300)
+        output = ended(process)
         return process.returncode, output
 
 
@@ -98,7 +99,6 @@ def train_workers(token: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.timeout(240)
 def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config: Path) -> None:
     begin = time.monotonic()
     words = ["data.shards=/nowhere", "run.name=lost", "run.dir=/proc/runs", "scale.workers=4"]
@@ -107,7 +107,7 @@ def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config:
     assert code == 2, output
     for part in ("3 reasons", "data.shards: there is no", "run.dir: /proc/runs", "room for 2"):
         assert part in output
-    assert seconds < 100, "nobody waits for workers that there is no room for"
+    assert seconds < stretched(60), "nobody waits for workers that there is no room for"
     code, output = Terminal(cluster).mhe(
         "submit", str(config), *words, "--follow", "--no-preflight"
     )
@@ -115,7 +115,6 @@ def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config:
     assert "data.shards=/nowhere" in output and "index.json" in output
 
 
-@pytest.mark.timeout(480)
 def test_a_submitted_command_and_tasks_of_an_evaluation_give_what_one_process_gives(
     cluster: Raylets, tmp_path: Path
 ) -> None:
@@ -143,7 +142,6 @@ def test_a_submitted_command_and_tasks_of_an_evaluation_give_what_one_process_gi
     assert Path(run, "evaluation", "identification.json").read_bytes() == figures
 
 
-@pytest.mark.timeout(900)
 def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> None:
     terminal = Terminal(cluster)
     run = load_config(str(config))
@@ -166,7 +164,7 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
 
     code, output = terminal.mhe("stop", "both")
     assert code == 0 and "stopped" in output and "It goes on from" in output, output
-    rest, _ = watching.communicate(timeout=60)
+    rest = ended(watching)
     assert watching.returncode == Preempted.exit_code, rest
     assert terminal.mhe("status", "both-1")[0] == Preempted.exit_code
     stopped_at = len(tiny.per_step(run)[0])
@@ -179,7 +177,7 @@ def test_a_run_over_two_nodes_that_loses_one(cluster: Raylets, config: Path) -> 
     until(going_on, "Resumed at step")
     until(going_on, "checkpoint")
     assert len(train_workers(cluster.token)) == 1, "on what is left"
-    rest, _ = going_on.communicate(timeout=300)
+    rest = ended(going_on)
     assert going_on.returncode == 0, rest
     assert Path(run.run.path, "export", "timm", "config.json").exists()
     losses, _ = tiny.per_step(run)
@@ -208,7 +206,6 @@ def hard_linked_tars(folder: Path, count: int) -> None:
         os.link(folder.parent / "one" / "part-000000.tar", folder / f"{number:03d}.tar")
 
 
-@pytest.mark.timeout(480)
 def test_tasks_over_two_nodes_that_lose_one_give_what_one_process_gives(
     cluster: Raylets, tmp_path: Path
 ) -> None:
@@ -227,7 +224,7 @@ def test_tasks_over_two_nodes_that_lose_one_give_what_one_process_gives(
     cluster.lose()
     lost_at = finished()
     made = index_shards([str(tmp_path / "tars")], str(here)).index
-    output, _ = indexing.communicate(timeout=120)
+    output = ended(indexing)
     assert indexing.returncode == 0, output
     assert 10 <= lost_at < 200, "a node is lost in the middle"
     assert "127.0.0.1 is lost; others do again what it worked on" in output

@@ -27,7 +27,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         yield f"http://127.0.0.1:{port}", folder
 
 
-@pytest.mark.timeout(200)
 def test_what_a_run_leaves_on_a_server(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +83,6 @@ def test_what_a_run_leaves_on_a_server(
         assert SECRET.encode() not in path.read_bytes(), path
 
 
-@pytest.mark.timeout(100)
 def test_a_restart_is_a_child_and_logging_costs_a_step_nothing(server: tuple[str, Path]) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -115,7 +113,6 @@ def test_a_restart_is_a_child_and_logging_costs_a_step_nothing(server: tuple[str
     assert cost < 0.01 * 0.03, f"{cost * 1e6:.0f} us: more than 1 % of a step of 30 ms"
 
 
-@pytest.mark.timeout(100)
 def test_lost_answers_make_no_second_run(
     server: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

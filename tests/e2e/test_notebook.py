@@ -26,7 +26,6 @@ def as_script(notebook: Path) -> str:
     return f"{SHELL}\n{re.sub(r'^!(.*)$', run, code, flags=re.MULTILINE)}\n"
 
 
-@pytest.mark.timeout(300)
 def test_the_tutorial_runs_in_an_empty_folder(tmp_path: Path) -> None:
     script = tmp_path / "tutorial.py"
     script.write_text(as_script(NOTEBOOK))
@@ -41,7 +40,6 @@ def test_the_tutorial_runs_in_an_empty_folder(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

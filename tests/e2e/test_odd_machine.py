@@ -18,7 +18,7 @@ from mhe_dist.tracking.jsonl import read_records
 from tests import tiny
 from tests.terminal import MHE
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 # A host name that nothing resolves, the 64 MiB of shared memory that Docker gives, few open files,

@@ -13,6 +13,7 @@ from launcher import cli
 from mhe_dist.config.write import save_config
 from tests import tiny
 from tests.terminal import mhe, until
+from tests.waiting import ended
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1200)]
 
@@ -47,12 +48,12 @@ def test_a_sweep_goes_on_and_stops_bad_trials_early(
     first = mhe(*command)
     until(first, "sweep-00000")
     os.kill(first.pid, signal.SIGTERM)
-    output, _ = first.communicate(timeout=240)
+    output = ended(first)
     assert first.returncode == 75, output
     assert "mhe sweep tiny.yaml space.yaml" in output
 
     second = mhe(*command)
-    output, _ = second.communicate(timeout=400)
+    output = ended(second)
     assert second.returncode == 0, output
     rows = read_table()
     assert rows[0]["run"] == "sweep-00000"
@@ -65,6 +66,6 @@ def test_a_sweep_goes_on_and_stops_bad_trials_early(
         assert cli.run(["report", run]) == 0
         assert cli.run(["checkpoint", "inspect", run]) == 0
     third = mhe(*command)
-    output, _ = third.communicate(timeout=240)
+    output = ended(third)
     assert third.returncode == 0, output
     assert read_table() == rows

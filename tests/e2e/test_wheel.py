@@ -100,9 +100,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(program: Path, *arguments: str) -> str:
     """What a program prints; it has to succeed."""
-    done = subprocess.run(
-        [str(program), *arguments], capture_output=True, text=True, timeout=500, check=False
-    )
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -137,7 +135,6 @@ def test_help_and_configs_need_no_checkout(environment: Path, empty: Path) -> No
     assert run(environment / "mhe", "config", "--yaml", "mine.yaml") == mine.read_text()
 
 
-@pytest.mark.timeout(600)
 def test_the_quickstart_trains_and_reports(environment: Path, empty: Path) -> None:
     (empty / "fonts").mkdir()
     for name in FONTS:

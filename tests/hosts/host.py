@@ -17,10 +17,10 @@ import psutil
 
 from tests.hosts.wire import TUN, Wire
 from tests.terminal import until
+from tests.waiting import WATCHDOG_S, ended
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"
-BEGUN_WITHIN_S = 180.0  # Ray starts in 5 s, on a busy machine in many more
 _NEW = ("--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 # `$1`: its name; the others: folders below /tmp that it sees all the same. The name is that of the
@@ -129,7 +129,7 @@ class Host:
     def run(self, *command: str, **variables: str) -> tuple[int, str]:
         """Exit code of a command on this host, and all that it printed."""
         process = self.start(*command, **variables)
-        output, _ = process.communicate(timeout=300)
+        output = ended(process)
         return process.returncode, output
 
     def check(self, *command: str) -> str:
@@ -181,7 +181,7 @@ def hosts(shared: Path, *names: str) -> Iterator[tuple[Wire, list[Host]]]:
 
 def until_answers(host: Host, address: str, port: int) -> None:
     """Wait until a host reaches a port."""
-    host.check(sys.executable, "-c", _KNOCK, address, str(port), str(BEGUN_WITHIN_S))
+    host.check(sys.executable, "-c", _KNOCK, address, str(port), str(WATCHDOG_S))
 
 
 def _ip(words: str) -> None:

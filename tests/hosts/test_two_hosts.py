@@ -23,11 +23,11 @@ from tests.golden.record import train
 from tests.hosts.cluster import BUCKET, HostCluster, host_cluster
 from tests.hosts.host import why_not
 from tests.terminal import until
+from tests.waiting import ended
 
 pytestmark = [
     pytest.mark.chaos,
     pytest.mark.e2e,
-    pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_not()), reason=f"no hosts can be made here: {why_not()}"),
 ]
 
@@ -91,10 +91,10 @@ def test_a_run_over_two_hosts(cluster: HostCluster, shared: Path, reference: Any
     config = settings(shared, "plain", 40)
     with_address = f"http://{cluster.head.address}:8265"
     denied = cluster.desk.start("mhe", "jobs", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
-    output, _ = denied.communicate(timeout=120)
+    output = ended(denied)
     assert denied.returncode == 2 and "RAY_AUTH_TOKEN" in output, output
     run = cluster.submit(saved(config, shared), "--address", with_address)
-    output, _ = run.communicate(timeout=300)
+    output = ended(run)
     assert run.returncode == 0, output
     assert "takes jobs from anybody" not in output
     assert_same_weights(config, reference)
@@ -112,7 +112,7 @@ def test_a_link_that_is_cut_and_mended(cluster: HostCluster, shared: Path, refer
         time.sleep(CUT_S)
         host.plug()
         assert cluster.wire.lost > lost, "there was something to lose"
-    output, _ = run.communicate(timeout=300)
+    output = ended(run)
     assert run.returncode == 0, output
     assert_same_weights(config, reference)
 
@@ -123,7 +123,7 @@ def test_a_slow_link_that_loses_packets(cluster: HostCluster, shared: Path, refe
     cluster.wire.delay_s, cluster.wire.loss = 0.05, 0.01
     try:
         run = cluster.submit(saved(config, shared))
-        output, _ = run.communicate(timeout=600)
+        output = ended(run)
     finally:
         cluster.wire.delay_s = cluster.wire.loss = 0.0
     assert run.returncode == 0, output
@@ -138,7 +138,7 @@ def test_no_shared_disk(cluster: HostCluster, shared: Path, reference: Any) -> N
     config = settings(shared, "store", 40)
     words = [f"run.dir={BUCKET}/runs", f"data.shards={BUCKET}/train"]
     run = cluster.submit(saved(config, shared), *words)
-    output, _ = run.communicate(timeout=300)
+    output = ended(run)
     assert run.returncode == 0, output
     assert not Path(config.run.path).exists()
     cluster.copy(f"{BUCKET}/runs/store", config.run.path)
@@ -152,7 +152,7 @@ def test_a_host_that_is_lost_for_good(cluster: HostCluster, shared: Path, refere
     run = cluster.submit(saved(config, shared), "--no-preflight")
     until(run, "  checkpoint ")
     cluster.other.lose()
-    output, _ = run.communicate(timeout=300)
+    output = ended(run)
     assert run.returncode == 0, output
     assert "Resumed at step" in output
     assert_same_weights(config, reference)

@@ -42,7 +42,7 @@ def rendered() -> dict[str, list[Object]]:
     made = {}
     for name in OVERLAYS:
         command = ["kubectl", "kustomize", str(ROOT / "k8s" / "overlays" / name)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         made[name] = [item for item in yaml.safe_load_all(done.stdout) if item]
     return made
 

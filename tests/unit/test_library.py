@@ -29,14 +29,14 @@ NAMES = {
     ],
 }
 IMPORT_S = 0.2
-# What is measured is the import itself, not the start of Python; the best of some attempts counts,
-# since the machine may be busy.
+# What is measured is the processor's time for the import itself, not for the start of Python; the
+# best of some attempts counts, since a busy machine is slower at that, too.
 ATTEMPTS = 5
 MEASURE = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import mhe_dist, pipelines
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 print(seconds, "torch" in sys.modules, "pydantic" in sys.modules)
 """
 

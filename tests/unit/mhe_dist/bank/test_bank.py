@@ -16,6 +16,7 @@ from mhe_dist.bank import row_store, saved_rows
 from mhe_dist.bank.bank import Bank, round_stochastically
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.noise import normal_rows
+from tests.waiting import stretched
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)
@@ -135,7 +136,7 @@ def test_a_file_bank_of_10_to_the_8_rows_starts_at_once_and_is_sparse(tmp_path: 
     rows.touch(some)
     rows.write(some, {"momentum": torch.ones(10, 100, 64)}, step=0)
     rows.forget()
-    assert time.perf_counter() - started < 2.0
+    assert time.perf_counter() - started < stretched(2.0)
     files = list(tmp_path.iterdir())
     assert sum(path.stat().st_size for path in files) == rows.bytes == 2 * 10**8 * 64 * 4
     assert (

@@ -19,6 +19,7 @@ from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, Spool
+from tests.waiting import stretched
 
 
 @pytest.fixture(autouse=True)
@@ -208,7 +209,7 @@ def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, capl
     begin = time.perf_counter()
     for step in range(1000):
         mlflow.log(step, {"loss": 0.0})
-    assert time.perf_counter() - begin < 1.0
+    assert time.perf_counter() - begin < stretched(1.0)
     mlflow.close()
     assert [entry.step for entry in mlflow._store.sent[:-1]] == list(range(1000))
     assert mlflow.run_id == "abc"

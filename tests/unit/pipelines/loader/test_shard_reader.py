@@ -25,6 +25,7 @@ from pipelines.storage import ranges, retry
 from tests.loading import loader_of
 from tests.recordio_files import jpeg
 from tests.stores import Counted, Synthetic, from_disk
+from tests.waiting import WATCHDOG_S
 
 SHARDS, EACH, CLASSES = 6, 20, 4
 fork = multiprocessing.get_context("fork")
@@ -139,7 +140,7 @@ def test_a_crash_in_mid_download_leaves_nothing_in_the_way(index: ShardIndex, fo
 
     Counted.begin(content)
     process = in_other_process(lambda: read(ShardReader(index, cached(folder)), index, 0))
-    assert stuck.wait(60)
+    assert stuck.wait(WATCHDOG_S)
     assert names(folder) == {f"{entry(index, 0)}.part"}
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

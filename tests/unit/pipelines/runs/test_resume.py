@@ -164,7 +164,7 @@ def test_every_entry_compares_the_settings_and_records_what_was_allowed(tmp_path
     file = tmp_path / "longer.yaml"
     file.write_text(config_to_yaml(longer))
     command = [sys.executable, "-m", "pipelines.pretrain", str(file)]
-    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run(command, check=False, capture_output=True, text=True)
     assert refused.returncode == 2, refused.stderr
     assert "train.max_steps: 2 in the run, 3 now" in refused.stderr
     assert "Traceback" not in refused.stderr

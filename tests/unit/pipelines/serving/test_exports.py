@@ -41,6 +41,7 @@ from pipelines.serving.mlflow_model import standalone_script
 from pipelines.serving.model_card import TrainedModel, model_card
 from tests import tiny
 from tests.rank_processes import free_port
+from tests.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.slow  # each needs real exports, which take ten seconds
 
@@ -330,12 +331,12 @@ def test_mlflow_serves_it_without_this_project(exported: Any, tmp_path: Path) ->
         body = json.dumps({"dataframe_records": [{"image": image}]}).encode()
         url, header = f"http://127.0.0.1:{port}/invocations", {"Content-Type": "application/json"}
         with urllib.request.urlopen(
-            urllib.request.Request(url, body, header), timeout=30
+            urllib.request.Request(url, body, header), timeout=WATCHDOG_S
         ) as answer:
             return json.loads(answer.read())["predictions"]
 
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WATCHDOG_S
         while True:
             assert process.poll() is None and time.monotonic() < deadline
             try:
