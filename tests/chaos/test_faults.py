@@ -26,7 +26,7 @@ from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_uninterrupted
 from tests.rank_processes import environment, free_port
-from tests.waiting import stretched
+from tests.waiting import WATCHDOG_S, stretched
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -71,7 +71,7 @@ class Attempt:
     def until(self, true: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The first event of rank 0 for which `true` holds, or `{}` when there will be none."""
         try:
-            while self.ours.poll(120):
+            while self.ours.poll(WATCHDOG_S):
                 if true(event := self.ours.recv()):
                     return event
         except EOFError:
@@ -111,7 +111,7 @@ def preempted(run: Attempt, draw: random.Random, folder: Path) -> None:
     run.signal(signal.SIGTERM, draw.randrange(RANKS))
     run.until(lambda event: event["event"] in ("preempted", "done"))
     for process in run.ranks:
-        process.join(60)
+        process.join(WATCHDOG_S)
         assert process.exitcode in (0, Preempted.exit_code)
 
 
@@ -119,7 +119,7 @@ def stopped(run: Attempt, draw: random.Random, folder: Path) -> None:
     """A rank stops for longer than the timeout."""
     rank = draw.randrange(RANKS)
     run.signal(signal.SIGSTOP, rank)
-    run.ranks[1 - rank].join(120)
+    run.ranks[1 - rank].join(WATCHDOG_S)
     assert run.ranks[1 - rank].exitcode is not None
 
 
@@ -182,7 +182,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     last = Attempt(config)
     assert last.until(lambda event: event["event"] == "done"), "it ends by itself"
     for process in last.ranks:
-        process.join(60)
+        process.join(WATCHDOG_S)
     assert_uninterrupted(config)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
+from tests.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.chaos
 
@@ -72,7 +73,7 @@ def killed_at(root: str, at: int) -> int:
     ours, theirs = context.Pipe()
     process = context.Process(target=save_and_die, args=(root, at, theirs))
     process.start()
-    process.join(60)
+    process.join(WATCHDOG_S)
     assert process.exitcode in (0, -signal.SIGKILL)
     return ours.recv() if ours.poll() else 0
 

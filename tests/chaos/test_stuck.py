@@ -16,6 +16,7 @@ from mhe_dist.distributed.watchdog import Stuck
 from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.rank_processes import environment, free_port
+from tests.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.chaos
 
@@ -59,7 +60,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path, stopped: int) -> None:
         events = pipes[1 - stopped][0]
         message = "metrics"
         while message in ("metrics", "checkpoint"):
-            assert events.poll(60)
+            assert events.poll(WATCHDOG_S)
             message = events.recv()
         waited = time.monotonic() - begin
     finally:

@@ -57,7 +57,8 @@ def left_behind(session: int) -> list[psutil.Process]:
 def test_interrupted_continued_complete(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = mhe("train", str(config))
     until(first, "checkpoint")
-    time.sleep(1)  # for its files, which are written while training goes on
+    # Its files are written while training goes on.
+    wait_for(lambda: list(config.parent.glob("runs/small/checkpoints/*/manifest.json")))
     os.killpg(first.pid, signal.SIGINT)
     output = ended(first)
     assert first.returncode == 130, output

@@ -15,6 +15,7 @@ from mhe_dist.distributed import collectives
 from mhe_dist.distributed.collectives import reduce_scatter, sum_small
 from mhe_dist.distributed.topology import Topology
 from tests.conftest import run_ranks
+from tests.waiting import WATCHDOG_S
 
 
 class Wires:
@@ -33,7 +34,7 @@ class Wires:
     send = isend
 
     def recv(self, values: Tensor, peer: int, group: object) -> None:
-        values.copy_(self.queues[peer, self.here.rank].get(timeout=10))
+        values.copy_(self.queues[peer, self.here.rank].get(timeout=WATCHDOG_S))
 
     def wait(self) -> None:
         pass

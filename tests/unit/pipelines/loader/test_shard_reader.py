@@ -123,7 +123,7 @@ def test_processes_share_it(index: ShardIndex, folder: Path) -> None:
 
     processes = [in_other_process(work) for _ in range(3)]
     for process in processes:
-        process.join(60)
+        process.join(WATCHDOG_S)
         assert process.exitcode == 0
     assert Counted.bytes.value == sum(shard.bytes for shard in index.shards)
     assert len(names(folder)) == SHARDS

@@ -105,5 +105,5 @@ def test_they_end_with_a_rank_that_is_killed(config: Config, tmp_path: Path) -> 
     assert len(loaders) >= LOADERS
     rank.kill()
     rank.wait()
-    time.sleep(2)  # torch looks for its parent every 5 s
+    time.sleep(stretched(2))  # torch looks for its parent every 5 s
     assert [process.pid for process in loaders if is_alive(process)] == []

@@ -18,7 +18,6 @@ from pipelines.data.decode import Pixels
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.loading import loader_of
-from tests.waiting import stretched
 
 VICTIM = "0000042"
 
@@ -71,7 +70,7 @@ def test_a_process_killed_from_outside(
     def hang() -> None:
         file.with_suffix(".new").write_text(str(os.getpid()))
         file.with_suffix(".new").rename(file)
-        time.sleep(60)
+        time.sleep(10_000)
 
     def kill() -> None:
         while not file.exists():
@@ -81,11 +80,9 @@ def test_a_process_killed_from_outside(
     when_decoding(monkeypatch, hang)
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    begin = time.monotonic()
     with pytest.raises(RunError) as caught:
         list(loader_of(index, config, range(4), 0, 4))
     killer.join()
-    assert time.monotonic() - begin < stretched(30)
     assert f"ended with SIGKILL while it decoded {place_of(index, VICTIM)} ({VICTIM})" in str(
         caught.value
     )
