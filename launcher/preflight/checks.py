@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from launcher.terminal.commands import command_line
+from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import url_exists
@@ -56,10 +57,14 @@ def check_data(config: Config) -> Iterable[Mistake]:
     for key, url in (*label_sets.items(), *mixed):
         if url and (problem := _labels_problem(url)):
             yield key, f"{problem}; give a folder that `mhe data labels` made"
-    if (source := config.model.init_from) and not url_exists(source):
-        yield "model.init_from", "does not exist; give a .pth file, an exported folder or a run"
-    if (source := config.head.init_from) and not url_exists(source):
-        yield "head.init_from", "does not exist; give a run or one of its step_* folders"
+    begins = {
+        "model.init_from": (config.model.init_from, "a .pth file, an exported folder or a run"),
+        "head.init_from": (config.head.init_from, "a run or one of its step_* folders"),
+    }
+    for key, (source, wanted) in begins.items():
+        if source and not url_exists(source):
+            beside = f"; {describe_siblings(source)}" if step_of(source) is not None else ""
+            yield key, f"does not exist; give {wanted}{beside}"
     for path in config.evaluate.verification:
         if not url_exists(path):
             yield "evaluate.verification", f"{path} does not exist; give InsightFace .bin files"

@@ -18,14 +18,17 @@ from mhe_dist.backbone.normalization import (
     recorded_normalization,
 )
 from mhe_dist.backbone.shared_tensors import with_shared_names
+from mhe_dist.checkpoint.reader import Checkpoint, open_step_folder
 from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
-from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
+from mhe_dist.checkpoint.step_folder import step_of
+from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError, first_line
 
 # Of Lightning and many others; of arcface_torch's checkpoint_gpu_0.pt.
 _WRAPPERS = ("state_dict", "state_dict_backbone")
+_WEIGHTS = "model.safetensors"  # in a folder of mhe export --to timm
 _COUNTER = "num_batches_tracked"  # of BatchNorm: torch counts since 0.4.1, and needs it for nothing
 
 
@@ -82,9 +85,8 @@ def _refuse_other_normalization(model: Backbone, found: Normalization | None, so
 def _checkpoint(source: str, topology: Topology) -> Checkpoint | None:
     """The checkpoint that the source names, or None where it is no run."""
     filesystem, path = fsspec.core.url_to_fs(source)
-    name = source.rpartition("/")[2]
-    if name.startswith("step_") and filesystem.exists(f"{path}/manifest.json"):
-        return Checkpoint(source, int(name.removeprefix("step_")))
+    if step_of(source) is not None and not filesystem.exists(f"{path}/{_WEIGHTS}"):
+        return open_step_folder(source)
     if not filesystem.exists(f"{path}/checkpoints"):
         return None
     newest = CheckpointStore(f"{source}/checkpoints", topology).newest(is_backbone_weight)
@@ -97,7 +99,7 @@ def _file(source: str) -> dict[str, Tensor]:
     """The tensors of a file or of an exported folder, by name."""
     filesystem, path = fsspec.core.url_to_fs(source)
     if filesystem.isdir(path):
-        source, path = f"{source}/model.safetensors", f"{path}/model.safetensors"
+        source, path = f"{source}/{_WEIGHTS}", f"{path}/{_WEIGHTS}"
     if not filesystem.exists(path):
         raise UserError(
             f"model.init_from={source}: does not exist; give a .pth or .safetensors file, a folder "

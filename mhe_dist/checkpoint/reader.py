@@ -13,7 +13,8 @@ from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhe_dist.checkpoint.files import RUN, SCORES, CheckpointFolder
-from mhe_dist.errors import RunError
+from mhe_dist.checkpoint.step_folder import describe_missing_step, describe_siblings, step_of
+from mhe_dist.errors import RunError, UserError
 
 
 class Checkpoint:
@@ -92,6 +93,22 @@ class Checkpoint:
         except dcp.CheckpointException as error:
             raise RunError(f"{self.path}: {first_failure(error)}") from error
         return tensors
+
+
+def open_step_folder(url: str) -> Checkpoint:
+    """The checkpoint that a `step_*` folder is, if its files have the sizes of its manifest.
+
+    Raises:
+        UserError: there is none, or it is not complete; names those beside it.
+    """
+    url = url.rstrip("/")
+    if missing := describe_missing_step(url):
+        raise UserError(missing)
+    if isinstance(reason := CheckpointFolder(url).manifest(), str):
+        raise UserError(f"{url} is not a complete checkpoint: {reason}; {describe_siblings(url)}")
+    step = step_of(url)
+    assert step is not None, "the caller has looked"
+    return Checkpoint(url, step)
 
 
 def first_failure(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import yaml
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from mhe_dist.checkpoint.step_folder import describe_missing_step, step_of
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from pipelines.storage.urls import is_web, list_folder
@@ -138,10 +139,12 @@ def find_checkpoint_folder(url: str) -> str:
     """The folder of a checkpoint, named by its own URL or by its run (then the newest).
 
     Raises:
-        UserError: there is no run, or it has no complete checkpoint yet.
+        UserError: there is no such folder, no run, or it has no complete checkpoint yet.
     """
     url = url.rstrip("/")
-    if url.rpartition("/")[2].startswith("step_"):
+    if step_of(url) is not None:
+        if missing := describe_missing_step(url):
+            raise UserError(missing)
         return url
     newest = newest_checkpoint(find_run(url))
     if newest is None:

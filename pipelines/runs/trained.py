@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
-from pipelines.runs.folder import find_run, read_run_config
+from pipelines.runs.folder import absolute_path, find_run, read_run_config
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +90,15 @@ def read_trained_config(run: str) -> Config:
     Raises:
         UserError: there is no such run.
     """
-    folder, _, name = run.rstrip("/").rpartition("/")
-    path = folder.rpartition("/")[0] if name.startswith("step_") else run.rstrip("/")
-    return stored_config(read_run_config(find_run(path)) or {})
+    return stored_config(read_run_config(find_run(_run_of(run.rstrip("/")))) or {})
+
+
+def _run_of(run: str) -> str:
+    """The run that a `step_*` folder lies in; anything else is the run's own name."""
+    if step_of(run) is None:
+        return run
+    url = run if run.count("/") > 1 else absolute_path(run)  # typed in a folder of the run
+    return url.rpartition("/")[0].rpartition("/")[0]
 
 
 def _checkpoint(run: str, topology: Topology | None) -> tuple[str, Checkpoint]:
@@ -99,9 +106,7 @@ def _checkpoint(run: str, topology: Topology | None) -> tuple[str, Checkpoint]:
     from mhe_dist.backbone.ema import is_backbone_weight
     from pipelines.runs.warm_start import find_checkpoint
 
-    folder, _, name = run.rpartition("/")
-    if name.startswith("step_"):
-        found = find_checkpoint(run, select=is_backbone_weight)
-        return find_run(folder.rpartition("/")[0]), found
-    path = find_run(run)
+    path = find_run(_run_of(run))
+    if step_of(run) is not None:
+        return path, find_checkpoint(run, select=is_backbone_weight)
     return path, find_checkpoint(path, topology, is_backbone_weight)

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from mhe_dist.bank.repartition import move_rows
-from mhe_dist.checkpoint.files import CheckpointFolder
-from mhe_dist.checkpoint.reader import Checkpoint
+from mhe_dist.checkpoint.reader import Checkpoint, open_step_folder
 from mhe_dist.checkpoint.retention import RetentionPolicy
+from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
@@ -50,15 +50,12 @@ def find_checkpoint(
         UserError: there is none, or the folder is damaged.
     """
     url = url.rstrip("/")
-    name = url.rpartition("/")[2]
-    if not name.startswith("step_"):
+    if step_of(url) is None:
         found = CheckpointStore(f"{url}/checkpoints", topology or Topology()).newest(select)
         if found is None:
             raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
-    if isinstance(reason := CheckpointFolder(url).manifest(), str):
-        raise UserError(f"{url} is not a complete checkpoint: {reason}")
-    checkpoint = Checkpoint(url, int(name.removeprefix("step_")))
+    checkpoint = open_step_folder(url)
     if select is not None:
         _refuse_damaged(checkpoint, select)
     return checkpoint

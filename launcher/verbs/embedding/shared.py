@@ -11,10 +11,11 @@ import typer
 
 from launcher.tasks.choose import choose_workers
 from launcher.terminal.progress import ProgressDisplay
+from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import find_config
 from mhe_dist.errors import UserError
-from pipelines.runs.folder import find_run, newest_checkpoint
+from pipelines.runs.folder import find_checkpoint_folder, find_run, newest_checkpoint
 from pipelines.runs.trained import read_trained_config
 
 if TYPE_CHECKING:
@@ -73,14 +74,16 @@ def find_model(model: str, folder: str, shards: str, option: str = "--model ") -
         option: how messages name what was given.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is none of them.
     """
     from pipelines.runs.untrained import write_untrained_run
 
+    if step_of(model) is not None:
+        return find_checkpoint_folder(model)
     file = find_config(model)
     try:
         path = find_run(model)
-        if "/step_" in model or newest_checkpoint(path) or not file.is_file():
+        if newest_checkpoint(path) or not file.is_file():
             return model
     except UserError as error:
         if not file.is_file():

@@ -67,6 +67,11 @@ def test_a_yaml_file_embeds_with_the_backbone_that_it_begins_with(data: Path, ma
     assert labels.meta["figures"]["purity"] > 3 / tiny.CLASSES  # the weights are random
 
 
+def test_a_checkpoint_is_named_as_a_run_is(made: Path) -> None:
+    step = f"{made}-model/checkpoints/step_00000000"
+    assert shared.find_model(f"{step}/", "", "") == step
+
+
 def test_the_report_shows_sizes_and_classes(made: Path) -> None:
     report = made / "report"
     names = {path.name for path in report.iterdir()}

@@ -296,7 +296,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     message = said(["evaluate", "verification", "nowhere", str(tmp_path / "a.bin")], capsys, 2)
     assert "asks for posix.system" in message
     assert "no run at nowhere" in said(["evaluate", "nowhere"], capsys, 2)
-    assert "not a complete checkpoint" in said(["evaluate", f"{run}/checkpoints/step_9"], capsys, 2)
+    assert "no such checkpoint" in said(["evaluate", f"{run}/checkpoints/step_9"], capsys, 2)
 
 
 def test_the_config_of_the_run_says_where_it_is_evaluated(run: str, tmp_path: Path, capsys) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from mhe_dist.backbone.model import build_backbone
+from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.files import CheckpointFolder, FileEntry
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
@@ -23,6 +25,8 @@ from pipelines.runs.folder import (
     read_summary,
     url_exists,
 )
+from pipelines.runs.warm_start import find_checkpoint
+from tests import tiny
 
 
 @pytest.fixture
@@ -79,6 +83,48 @@ def test_absolute_leaves_urls_alone(run: Path) -> None:
 def test_a_place_that_nothing_can_read() -> None:
     with pytest.raises(UserError, match="nosuch://a cannot be read"):
         url_exists("nosuch://a")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["checkpoint", "inspect", "{step}"],
+        ["checkpoint", "verify", "{step}"],
+        ["evaluate", "{step}"],
+        ["export", "{step}"],
+        ["classify", "{step}", "--images", "photos"],
+        ["embed", "{step}", "--images", "{shards}", "--out", "made"],
+        ["cluster", "{shards}", "--model", "{step}", "--classes", "3", "--out", "made"],
+        ["audit", "{step}", "--shards", "{shards}"],
+        ["preflight", "{config}", "head.init_from={step}"],
+        ["preflight", "{config}", "model.init_from={step}"],
+    ],
+)
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(
+    run: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = tiny.write_shards(tmp_path / "tiny")
+    settings = tiny.trained_run(run.parent, shards, run={"dir": str(run.parent), "name": "first"})
+    places = {
+        "step": f"{settings.run.path}/checkpoints/step_00000023/",
+        "shards": shards,
+        "config": f"{run}/config.yaml",
+    }
+    assert cli.run([word.format(**places) for word in words]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds step_00000024" in said
+    assert "Errno" not in said
+
+
+def test_a_run_that_would_begin_with_no_such_checkpoint(run: Path) -> None:
+    """A checkpoint may be deleted after the settings were checked, and torchrun checks none."""
+    config = tiny.trained_run(run.parent, "tiny", run={"dir": str(run.parent), "name": "first"})
+    gone = f"{config.run.path}/checkpoints/step_00000023"
+    words = r"no such checkpoint; .* holds step_00000024"
+    with pytest.raises(UserError, match=words):
+        find_checkpoint(gone)
+    with pytest.raises(UserError, match=words):
+        load_pretrained(build_backbone(config.model, tiny.SIDE), gone)
 
 
 def test_verify_reads_the_newest_checkpoint_and_names_what_is_damaged(
