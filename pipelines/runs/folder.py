@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mhe_dist.checkpoint.step_folder import describe_missing_step, step_of
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from pipelines.runs.no_run import describe_what_is_there
 from pipelines.storage.urls import is_web, list_folder
 
 RUNS_FOLDER = "runs"
@@ -156,13 +157,13 @@ def find_run(run: str) -> str:
     """Path of a run that is named by its path, its URL or its name in `runs/`.
 
     Raises:
-        UserError: there is no run; the message says where it was looked for.
+        UserError: there is no run; the message says where it was looked for, and what is there.
     """
     folders = [run.rstrip("/"), f"{RUNS_FOLDER}/{run}"]
     for folder in folders:
         if url_exists(f"{folder}/config.yaml"):
             return folder
     raise UserError(
-        f"no run at {' or '.join(folders)} (a run holds a config.yaml). "
-        f"Name the run's folder, such as runs/quickstart."
+        f"no run at {' or '.join(folders)} (a run holds a config.yaml): "
+        f"{describe_what_is_there(run, RUNS_FOLDER)}"
     )

@@ -87,10 +87,7 @@ def find_model(model: str, folder: str, shards: str, option: str = "--model ") -
             return model
     except UserError as error:
         if not file.is_file():
-            raise UserError(
-                f"{option}{model}: no such run, and no such YAML file; name the folder of a run, "
-                "such as runs/quickstart, its name, or a configuration"
-            ) from error
+            raise UserError(f"{option}{model}: no YAML file, and {error}") from error
     parent, _, name = folder.rpartition("/")
     words = [f"run.dir={parent or '.'}", f"run.name={name}"]
     words += [f"data.shards={shards}"] if shards else []

@@ -114,4 +114,4 @@ def test_mistakes_are_named(
 
 def test_a_run_or_a_yaml_file_is_asked_for(data: Path, capsys: Captured) -> None:
     words = ["audit", "nothing", "--out", f"{data}/other"]
-    assert "error: nothing: no such run, and no such YAML file" in said(words, capsys, 2)
+    assert "error: nothing: no YAML file, and no run at nothing" in said(words, capsys, 2)

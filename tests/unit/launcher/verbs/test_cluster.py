@@ -117,7 +117,7 @@ def test_mistakes_say_what_to_type(
 ) -> None:
     out = tmp_path / "set"
     assert "--model is missing" in said(command(data, out), capsys, 2)
-    assert "--model nothing: no such run, and no such YAML file" in said(
+    assert "--model nothing: no YAML file, and no run at nothing" in said(
         command(data, out, "--model", "nothing"), capsys, 2
     )
     many = [*command(data, out, "--model", f"{data}/small.yaml"), "--classes", "9999"]
