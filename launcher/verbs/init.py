@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +18,11 @@ from launcher.preflight.first_config import Machine, write_first_config
 from launcher.preflight.machine import list_gpus
 from launcher.preflight.own_data import OwnData, make_name, survey_data
 from launcher.terminal import console
-from mhe_dist.config.load import load_config
+from mhe_dist.config.load import COMMAND_LINE, Check, load_config
+from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
+from pipelines.storage.urls import atomic_write
 
 MOST_WORKERS = 8  # of a machine without GPUs, unless told otherwise
 MOST_CPUS = 8  # of a worker with a GPU
@@ -65,9 +69,10 @@ def init(
     if Path(target).exists():
         raise UserError(f"{target}: exists already; give another name with --out, or delete it")
     machine = _machine(workers, gpu)
-    header = _header(data, machine, target)
-    Path(target).write_text(write_first_config(data, machine, name, header), encoding="utf-8")
-    load_config(target, [], [check_backbone] if data.command else [check_backbone, check_data])
+    text = write_first_config(data, machine, name, _header(data, machine, target))
+    _refuse_mistakes(text, [check_backbone] if data.command else [check_backbone, check_data])
+    with atomic_write(target) as stream:
+        stream.write(text.encode())
     console.say(f"{escape(target)}: {escape(_describe(data, machine))}")
     steps = [("make the shards", data.command)] if data.command else []
     console.list_next(
@@ -77,6 +82,22 @@ def init(
             ("train", ["mhe", "train", target]),
         ]
     )
+
+
+def _refuse_mistakes(text: str, checks: Sequence[Check]) -> None:
+    """Refuse settings that no run could begin with, before a file of the user's holds them.
+
+    Raises:
+        ConfigErrors: options of the command make them wrong.
+    """
+    with tempfile.TemporaryDirectory(prefix="mhe-init-") as folder:
+        draft = Path(folder, "draft.yaml")
+        draft.write_text(text, encoding="utf-8")
+        try:
+            load_config(str(draft), [], checks)
+        except ConfigErrors as errors:
+            found = [mistake._replace(source=COMMAND_LINE) for mistake in errors.mistakes]
+            raise ConfigErrors(found) from None
 
 
 def _machine(workers: int, gpu: bool | None) -> Machine:

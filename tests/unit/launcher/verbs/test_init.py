@@ -104,6 +104,33 @@ def test_tars_of_others(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--heldout", "nowhere"],
+            "evaluate.shards=nowhere (command line): there is no index.json",
+        ),
+        (["--name", "a/b", "--out", "photos.yaml"], "run.name=a/b (command line)"),
+        (["--out", "/proc/photos.yaml"], "nothing can be made below /proc/; give another path"),
+    ],
+)
+def test_settings_that_are_refused_leave_no_file(
+    photos: Path, options: list[str], message: str, capsys: Captured
+) -> None:
+    init("photos")
+    make_shards()
+    Path("photos.yaml").unlink()
+    assert cli.run(["init", "data/photos", "--workers", "2", "--no-gpu", *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not Path("photos.yaml").exists()
+
+
+def test_the_folder_of_the_file_is_made(photos: Path) -> None:
+    assert cli.run(["init", "photos", "--out", "made/here/a.yaml"]) == 0
+    assert Path("made/here/a.yaml").is_file()
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere"], "no such folder"),
