@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import Final
 
 _FAULTS: Final = {
@@ -15,6 +16,8 @@ _FAULTS: Final = {
     errno.ELOOP: "symbolic links lead in a circle; give another path",
     errno.ENAMETOOLONG: "the name is too long; give a shorter one",
 }
+_UNFINISHED: Final = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp$")  # of a file that is being made
+_SYSTEM: Final = "/proc/"  # where the system says "no such file" of whatever is to be made
 
 
 def describe_unusable_path(error: OSError) -> str:
@@ -22,6 +25,9 @@ def describe_unusable_path(error: OSError) -> str:
 
     A file that is missing is none of these: only who opens it knows whether the user named it.
     """
-    if error.filename is None or error.errno not in _FAULTS:
+    if error.filename is None:
         return ""
-    return f"{error.filename2 or error.filename}: {_FAULTS[error.errno]}"
+    path = _UNFINISHED.sub(r"\1", str(error.filename2 or error.filename))
+    if error.errno == errno.ENOENT and path.startswith(_SYSTEM):
+        return f"{path}: is not there, and nothing can be made below {_SYSTEM}; give another path"
+    return f"{path}: {_FAULTS[error.errno]}" if error.errno in _FAULTS else ""

@@ -1,0 +1,33 @@
+"""What is said of a path that the system refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from pipelines.storage.unusable_path import describe_unusable_path
+from pipelines.storage.urls import atomic_write
+
+
+def test_nothing_can_be_made_below_proc() -> None:
+    """The file is named as the user named it, not as it is called while it is written."""
+    with pytest.raises(OSError) as caught, atomic_write("/proc/page.html"):
+        pass
+    assert describe_unusable_path(caught.value) == (
+        "/proc/page.html: is not there, and nothing can be made below /proc/; give another path"
+    )
+    with pytest.raises(OSError) as caught:
+        os.makedirs("/proc/made")
+    assert "/proc/made: is not there" in describe_unusable_path(caught.value)
+
+
+def test_a_missing_file_elsewhere_is_told_by_who_opens_it() -> None:
+    assert describe_unusable_path(FileNotFoundError(errno.ENOENT, "no such file", "a/b")) == ""
+
+
+def test_a_file_that_is_being_made_is_named_as_it_will_be() -> None:
+    name = f"a/.b.png.{'0' * 32}.tmp"
+    said = describe_unusable_path(PermissionError(errno.EACCES, "denied", name))
+    assert said.startswith("a/b.png: may not be read or written")
