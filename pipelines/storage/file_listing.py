@@ -25,12 +25,15 @@ def list_files(root: str) -> Iterator[tuple[str, int]]:
     """Path below `root` and size of every file there, by path; hidden ones are left out.
 
     Raises:
-        UserError: no such folder, or one that cannot be listed.
+        UserError: a file, no such folder, or one that cannot be listed.
     """
     filesystem, path = resolve_url(root)
     if is_web(filesystem):
         raise UserError(f"{root}: a web server does not list its folders; name the files by --lst")
     if not filesystem.isdir(path):
+        if filesystem.exists(path):
+            within = root.rstrip("/").rpartition("/")[0] or "."
+            raise UserError(f"{root}: is a file, and a folder is needed: {within} holds it")
         raise UserError(f"{root}: no such folder")
     if is_local(filesystem):
         yield from _list_local_files(path)

@@ -20,6 +20,14 @@ _UNFINISHED: Final = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp$")  # of a file t
 _SYSTEM: Final = "/proc/"  # where the system says "no such file" of whatever is to be made
 
 
+def explain_unreadable(error: Exception) -> str:
+    """Why a file that a user named could not be read, without the system's numbers."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    known = _FAULTS.get(error.errno or 0) if isinstance(error, OSError) else None
+    return known or str(error) or type(error).__name__
+
+
 def describe_unusable_path(error: OSError) -> str:
     """What is wrong with the path of an error; empty: the error is no mistake in a path.
 

@@ -32,5 +32,8 @@ def test_a_store(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(list_files("memory://listed")) == [(name, 2) for name in sorted(NAMES)]
         with pytest.raises(UserError, match="memory://none: no such folder"):
             list(list_files("memory://none"))
+        file = r"a/2\.jpg: is a file, and a folder is needed: memory://listed/a holds it"
+        with pytest.raises(UserError, match=file):
+            list(list_files("memory://listed/a/2.jpg"))
     finally:
         filesystem.rm("/listed", recursive=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from pipelines.storage.unusable_path import describe_unusable_path
-from pipelines.storage.urls import atomic_write
+from mhe_dist.errors import UserError
+from pipelines.storage.unusable_path import describe_unusable_path, explain_unreadable
+from pipelines.storage.urls import RangeReader, atomic_write
 
 
 def test_nothing_can_be_made_below_proc() -> None:
@@ -21,6 +23,16 @@ def test_nothing_can_be_made_below_proc() -> None:
     with pytest.raises(OSError) as caught:
         os.makedirs("/proc/made")
     assert "/proc/made: is not there" in describe_unusable_path(caught.value)
+
+
+def test_a_file_that_cannot_be_opened_is_told_without_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        RangeReader(f"{tmp_path}/lfw.bin")
+    assert str(caught.value) == f"{tmp_path}/lfw.bin: cannot be opened: there is no such file"
+    with pytest.raises(UserError, match=r"cannot be opened: a folder stands where a file"):
+        RangeReader(str(tmp_path))
+    assert explain_unreadable(OSError()) == "OSError"
+    assert explain_unreadable(TypeError("no size")) == "no size"
 
 
 def test_a_missing_file_elsewhere_is_told_by_who_opens_it() -> None:
