@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mhe_dist.errors import UserError
 from pipelines.clustering.assign import NO_CLASS, ClassSearch, Labels
-from pipelines.clustering.balance import plan_splits
+from pipelines.clustering.balance import balance_classes, plan_splits
 from pipelines.clustering.estimate import Rates, estimate_work
 from pipelines.clustering.hierarchy import _split_cells, deal_classes
 from pipelines.clustering.kmeans import find_nearest, spherical_kmeans
@@ -218,6 +218,28 @@ def test_places_of_empty_and_tiny_classes_go_to_large_ones(
 ) -> None:
     found = plan_splits(np.array(counts), bound)
     assert {chosen: places.tolist() for chosen, places in found} == plan
+
+
+def test_a_part_of_a_large_class_is_found_in_the_cell_of_the_large_one(
+    state: ClusterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image is compared with the classes of the nearest cell alone; the place that becomes
+    free is in the other one, where no image of the large class would look."""
+    monkeypatch.setattr("pipelines.clustering.assign.PROBES", 1)
+    axes = np.eye(8, dtype=np.float32)
+    cells = unit(np.stack([axes[0], axes[7]])).astype(np.float32)
+    directions = unit(
+        np.stack([axes[0] + axes[1], axes[0] + axes[2], axes[7] + axes[3], axes[7] + axes[4]])
+    )
+    of = np.repeat([0, 1, 2, 3], [20, 20, 10, 10])
+    rows = unit(directions[of] + 0.01 * draw(60, 8)).astype(np.float32)
+    settings = ClusterSettings(4, 1, max_size=1.0, rounds=1, center=False)
+    centres = state.array("centres", (4, 8), "float32")
+    centres[:] = [cells[0], *directions[2:], -cells[1]]  # the last one is nearest to no image
+    state.save_small("layout", cells=cells, owners=np.array([0, 1, 1, 1], np.int32))
+    labels = balance_classes(UnitRows(rows), settings, state)
+    np.testing.assert_array_equal(labels.classes[:, 0], np.argmax(rows @ centres.T, axis=1))
+    assert np.bincount(labels.classes[:, 0]).tolist() == [20, 10, 10, 20]
 
 
 def test_a_further_class_is_kept_if_it_is_near_enough() -> None:
