@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from mhe_dist.errors import UserError
 from pipelines.report.comparison import RECOGNITION, Claim, Measure, Spread, VariantResult
 from pipelines.report.comparison_plot import draw_comparison
 from pipelines.report.figures import save_figure
@@ -33,6 +34,7 @@ complete runs than the section here.
 
 
 _FIGURES_HEAD = "| head | seeds |"
+_WRITTEN_BY = "Written by `mhe reproduce`"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,15 @@ def write_comparison_page(
         sections: in their order.
         page: path or URL of the Markdown file.
         existing: its text before; empty: there is none.
+
+    Raises:
+        UserError: the existing text is no such page, and would be lost.
     """
+    if existing.strip() and _WRITTEN_BY not in existing:
+        raise UserError(
+            f"--page {page}: is no page that mhe reproduce wrote, and stays as it is; give the "
+            "name of another file, such as results.md"
+        )
     before = _split_sections(existing)
     written = WrittenPage([page], [])
     blocks = [_TOP]

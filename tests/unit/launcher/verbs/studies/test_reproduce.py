@@ -306,13 +306,21 @@ def test_the_page_of_what_is_there_trains_nothing(trainer: Trainer) -> None:
 def test_the_page_of_the_repository_is_written_only_if_it_is_named(trainer: Trainer) -> None:
     page = Path("docs/results.md")
     page.parent.mkdir()
-    page.write_text("the repository's own")
+    page.write_text(own := "# Results\n\nWritten by `mhe reproduce`: the repository's own\n")
     assert mhe("paper100", "--only", "one_hot", "--seeds", "1") == 0
     assert mhe("paper100", "--no-train") == 0
-    assert page.read_text() == "the repository's own"
+    assert page.read_text() == own
     assert "| one-hot | 1 |" in Path("runs/reproduce/results.md").read_text()
     assert mhe("paper100", "--no-train", "--page", "docs/results.md") == 0
     assert "| one-hot | 1 |" in page.read_text()
+
+
+def test_a_file_that_is_no_page_is_not_replaced_by_one(trainer: Trainer, capsys: Captured) -> None:
+    config = Path("run.yaml")
+    config.write_text("data: {shards: mine}\n")
+    assert mhe("paper100", "--no-train", "--page", str(config)) == 2
+    assert "--page run.yaml: is no page that mhe reproduce wrote" in capsys.readouterr().err
+    assert config.read_text() == "data: {shards: mine}\n"
 
 
 @pytest.mark.slow
