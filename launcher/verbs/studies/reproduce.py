@@ -15,6 +15,7 @@ from launcher.reproduce.studies import STUDIES
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.config import Overrides
+from launcher.verbs.studies.run_keys import refuse_run_keys
 from launcher.verbs.studies.run_labels import audit_clean_data, make_labels
 from launcher.verbs.train import train_to_end
 from mhe_dist.config.load import load_config
@@ -67,6 +68,7 @@ def reproduce(
     chosen = STUDIES[study.value]
     names = [name.strip() for name in only.split(",")] if only else []
     count = seeds or chosen.seeds
+    refuse_run_keys(overrides or [], "command line")
     plans = list(plan_runs(chosen, chosen.select_variants(names), count))
     configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
     target = page or f"{out.rstrip('/')}/results.md"

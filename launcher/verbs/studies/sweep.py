@@ -27,6 +27,7 @@ from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.studies.run_keys import mistakes_named, refuse_run_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
@@ -99,10 +100,14 @@ def _check(plan: SweepPlan, file: str) -> Config:
             f"--samples {plan.samples}: {file} has lists only, so every sample would be the same; "
             "leave --samples out, or give a line run.seed: [0, 1, 2]"
         )
+    refuse_run_keys(plan.space, file)
+    refuse_run_keys(settings.overrides, "command line")
     for drawn in example_overrides(plan.space):
-        load_config(settings.config, [*settings.overrides, *drawn], [check_backbone])
+        with mistakes_named(dict.fromkeys(plan.space, file)):
+            load_config(settings.config, [*settings.overrides, *drawn], [check_backbone])
     named = [f"run.name={settings.name}", f"run.dir={Path(settings.out).parent}"]
-    base = load_config(settings.config, [*settings.overrides, *named], [check_data])
+    with mistakes_named({"run.name": "the end of --out"}):
+        base = load_config(settings.config, [*settings.overrides, *named], [check_data])
     if not base.evaluate.shards:
         raise UserError("evaluate.shards is empty: trials are compared by held-out figures")
     if plan.stop_early and not base.evaluate.every_steps:

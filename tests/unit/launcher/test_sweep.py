@@ -97,12 +97,35 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     [
         ({"samples": 2}, "every sample would be the same"),
         ({"space": {"optim.lrr": [1]}}, "did you mean optim.lr"),
-        ({"space": {"optim.lr": {"uniform": [-1, 1]}}}, "optim.lr"),
+        (
+            {"space": {"optim.lr": {"uniform": [-1, 1]}}},
+            "optim.lr=-1 (space.yaml): must be a number",
+        ),
+        (
+            {"space": {"run.name": ["a", "b"]}},
+            "run.name (space.yaml): each run gets a name of its own",
+        ),
     ],
 )
 def test_mistakes_before_ray(tmp_path: Path, other: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as error:
         sweep._check(plan(tmp_path, **other), "space.yaml")
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"overrides": ("run.dir=elsewhere",)}, "run.dir (command line): each run gets a name"),
+        ({"name": "my sweep"}, "run.name=my sweep (the end of --out): must be text of the form"),
+    ],
+)
+def test_names_and_folders_of_runs_are_the_sweeps_own(
+    tmp_path: Path, other: dict[str, Any], says: str
+) -> None:
+    settings = plan(tmp_path).settings._replace(**other)
+    with pytest.raises(UserError) as error:
+        sweep._check(plan(tmp_path, settings=settings), "space.yaml")
     assert says in str(error.value)
 
 

@@ -315,6 +315,12 @@ def test_the_page_of_the_repository_is_written_only_if_it_is_named(trainer: Trai
     assert "| one-hot | 1 |" in page.read_text()
 
 
+def test_a_name_for_all_runs_is_refused(trainer: Trainer, capsys: Captured) -> None:
+    assert mhe("paper100", "--seeds", "1", "run.name=mine") == 2
+    assert "run.name (command line): each run gets a name of its own" in capsys.readouterr().err
+    assert not trainer.trained
+
+
 def test_a_file_that_is_no_page_is_not_replaced_by_one(trainer: Trainer, capsys: Captured) -> None:
     config = Path("run.yaml")
     config.write_text("data: {shards: mine}\n")
