@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -129,18 +129,51 @@ def read_findings(folder: str) -> Findings:
     return Findings(columns)
 
 
-def read_decisions(path: str, findings: Findings) -> npt.NDArray[Any]:
-    """What a person decided, `[n]` of `ACCEPT`, `REJECT` or empty, for each finding.
+class Decision(NamedTuple):
+    """A row of decisions.csv: its line, what it is about (`IDENTITY`), and what was decided."""
+
+    line: int
+    finding: tuple[str, ...]
+    decision: str
+
+
+class Decisions(NamedTuple):
+    """What a person decided: the rows of a file, and its path or URL."""
+
+    path: str
+    rows: list[Decision]
+
+    def match(self, findings: Findings) -> npt.NDArray[Any]:
+        """What was decided, `[n]` of `ACCEPT`, `REJECT` or empty, for each finding of an audit.
+
+        Raises:
+            UserError: a row is no finding of this audit.
+        """
+        position = {_identity(row): number for number, row in enumerate(_identities(findings))}
+        decided = np.full(len(findings), "", object)
+        for row in self.rows:
+            number = position.get(row.finding)
+            if number is None:
+                about = dict(zip(IDENTITY, row.finding, strict=True))
+                raise UserError(
+                    f"{self.path}, line {row.line}: this is no finding of this audit "
+                    f"({about['kind']}, sample {about['sample']}, class {about['class']}); give "
+                    "the decisions.csv that it wrote"
+                )
+            decided[number] = row.decision
+        return decided
+
+
+def read_decisions(path: str) -> Decisions:
+    """Read what a person decided.
 
     Args:
         path: CSV file or URL with the columns of `IDENTITY` and `decision`; rows may be left out.
-        findings: that they are about.
 
     Raises:
-        UserError: it cannot be read, a row is no finding of this audit, or a decision is neither.
+        UserError: it cannot be read, or a decision is neither `ACCEPT` nor `REJECT` nor empty.
     """
-    position = {_identity(row): number for number, row in enumerate(_identities(findings))}
-    decided = np.full(len(findings), "", object)
+    rows = []
     for line, row in _decision_rows(path):
         decision = row[DECISION].strip().lower()
         if decision not in ("", ACCEPT, REJECT):
@@ -148,14 +181,8 @@ def read_decisions(path: str, findings: Findings) -> npt.NDArray[Any]:
                 f"{path}, line {line}: {DECISION} is {row[DECISION]!r}; write {ACCEPT} or "
                 f"{REJECT}, or leave it empty"
             )
-        number = position.get(_identity([row[name] for name in IDENTITY]))
-        if number is None:
-            raise UserError(
-                f"{path}, line {line}: this is no finding of this audit ({row['kind']}, sample "
-                f"{row['sample']}, class {row['class']}); give the decisions.csv that it wrote"
-            )
-        decided[number] = decision
-    return decided
+        rows.append(Decision(line, _identity([row[name] for name in IDENTITY]), decision))
+    return Decisions(path, rows)
 
 
 def _identities(findings: Findings) -> Iterator[tuple[Any, ...]]:

@@ -35,7 +35,7 @@ from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import atomic_write
 
 if TYPE_CHECKING:
-    from pipelines.audit.findings import Findings
+    from pipelines.audit.findings import Decisions, Findings
     from pipelines.audit.settings import AuditSettings
 
 FIGURES_FILE, LABELS_FOLDER = "figures.json", "labels"
@@ -67,7 +67,7 @@ FalseRate = Annotated[
 Apply = Annotated[
     str, typer.Option(help="What the label set does of merge, split, relabel and drop; by comma.")
 ]
-Decisions = Annotated[
+DecisionsOption = Annotated[
     str,
     typer.Option(help="CSV like decisions.csv with `reject` (or `accept`) in its last column."),
 ]
@@ -84,7 +84,7 @@ def audit(
     out: Annotated[str, typer.Option(help="Folder for what is found, on this machine.")] = "audit",
     false_rate: FalseRate = 0.01,
     apply: Apply = "merge,split,relabel,drop",
-    decisions: Decisions = "",
+    decisions: DecisionsOption = "",
     embeddings: EmbeddingsOption = "",
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     workers: WorkerCount = 0,
@@ -112,10 +112,12 @@ def audit(
     Example: mhe train quickstart run.name=again data.labels=audit/labels
     """
     from pipelines.audit.cure import parse_actions
+    from pipelines.audit.findings import read_decisions
     from pipelines.audit.settings import AuditSettings
 
     actions, settings, out = parse_actions(apply), AuditSettings(false_rate, seed), out.rstrip("/")
     settings.validate()
+    decided = read_decisions(decisions) if decisions else None
     how = EmbeddingOptions(embeddings.rstrip("/"), workers, gpu, address)
     with resumable():
         task = open_task(run, shards, labels, against or [], out, settings)
@@ -123,7 +125,7 @@ def audit(
             console.say(f"[bold]{escape(out)}[/] is complete: its findings are used.")
         else:
             find_faults(task, how)
-        show_audit(task, cure(task, actions, decisions))
+        show_audit(task, cure(task, actions, decided))
 
 
 @dataclass(frozen=True)
@@ -286,25 +288,25 @@ class CuredAudit(NamedTuple):
     labels: LabelSet
 
 
-def cure(task: AuditTask, actions: Sequence[str], decisions: str) -> CuredAudit:
+def cure(task: AuditTask, actions: Sequence[str], decisions: Decisions | None = None) -> CuredAudit:
     """Make the label set of a complete audit; one of before is replaced.
 
     Raises:
         UserError: the audit is of other data or settings, or the decisions are not about it.
     """
     from pipelines.audit.cure import cure_labels, write_cure
-    from pipelines.audit.findings import read_decisions, read_findings
+    from pipelines.audit.findings import read_findings
 
     findings = read_findings(task.out)
     figures = json.loads(Path(f"{task.out}/{FIGURES_FILE}").read_text())
     _require_same(task, figures.get(MADE_OF, {}))
-    decided = read_decisions(decisions, findings) if decisions else None
+    decided = decisions.match(findings) if decisions else None
     names = task.class_names(range(task.num_classes))
     labels = task.read_labels(0, task.index.samples)
     cured = cure_labels(labels, task.num_classes, findings, actions, decided)
     about: dict[str, Any] = {"audit": task.made_of, "actions": list(actions)}
     if decisions:
-        about["decisions"] = decisions
+        about["decisions"] = decisions.path
     made = write_cure(
         f"{task.out}/{LABELS_FOLDER}",
         task.index,

@@ -112,7 +112,7 @@ def _audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, o
         )
         if not Path(f"{folder}/{audit.FIGURES_FILE}").is_file():
             audit.find_faults(task, EmbeddingOptions("", clean.scale.workers, None, ""))
-        audit.cure(task, APPLICABLE, "")
+        audit.cure(task, APPLICABLE)
 
 
 def _write_score(plan: PlannedRun, out: str, score: dict[str, object]) -> None:

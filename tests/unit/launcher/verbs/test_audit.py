@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from launcher import cli
-from launcher.verbs.embedding import shared
+from launcher.verbs.embedding import audit, shared
 from mhe_dist.config.write import save_config
-from pipelines.audit.findings import read_findings
+from pipelines.audit.findings import IDENTITY, read_findings
 from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet, write_label_set
@@ -110,6 +110,27 @@ def test_mistakes_are_named(
 ) -> None:
     more = [word.replace("OUT", str(data)) for word in more]
     assert words in said([*command(data, "audit"), *more], capsys, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("kind,sample\n", "has no column 'class'"),
+        (f"{','.join((*IDENTITY, 'decision'))}\n{',' * len(IDENTITY)}maybe\n", "write accept or"),
+    ],
+)
+def test_decisions_are_read_before_anything_is_compared(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    content: str,
+    words: str,
+) -> None:
+    (tmp_path / "decisions.csv").write_text(content)
+    monkeypatch.delattr(audit, "find_faults")
+    more = ["--decisions", f"{tmp_path}/decisions.csv"]
+    assert words in said([*command(data, "fresh"), *more], capsys, 2)
 
 
 def test_a_run_or_a_yaml_file_is_asked_for(data: Path, capsys: Captured) -> None:

@@ -112,7 +112,7 @@ def test_what_is_rejected_is_not_applied(findings: Findings, tmp_path: Path) -> 
     path = decide(
         tmp_path, findings, duplicate_classes="reject", foreign=" Reject", repeated="accept"
     )
-    decided = read_decisions(path, findings)
+    decided = read_decisions(path).match(findings)
     assert decided.tolist() == ["reject", "", "", "", "reject", "accept"]
     cured = cure_labels(LABELS, 4, findings, ALL, decided)
     assert cured.labels.tolist() == [0, 0, 0, 1, 3, 2, 2, 4, 4, 3, 3, -1]
@@ -128,20 +128,20 @@ def test_decisions_come_back_from_a_spreadsheet(tmp_path: Path) -> None:
     assert ",'=1+1," in text and ",'=sets/a," in text, "a spreadsheet would run them"
     text = text.replace("007", "7").replace("008", "8").replace(",\n", ",reject\n")
     path.write_text("\ufeff" + text.replace(",", ";").replace("\n", "\r\n"), encoding="utf-8")
-    assert read_decisions(str(path), findings).tolist() == ["reject"]
+    assert read_decisions(str(path)).match(findings).tolist() == ["reject"]
 
 
 def test_decisions_about_something_else_are_refused(findings: Findings, tmp_path: Path) -> None:
     path = decide(tmp_path, findings, foreign="maybe")
     with pytest.raises(UserError, match="line 6: decision is 'maybe'; write accept or reject"):
-        read_decisions(path, findings)
+        read_decisions(path)
     path = decide(tmp_path, findings)
     with pytest.raises(
         UserError, match=r"line 6: this is no finding of this audit \(foreign, sample"
     ):
-        read_decisions(path, findings.of(findings["kind"] != "foreign"))
+        read_decisions(path).match(findings.of(findings["kind"] != "foreign"))
     Path(path).write_text("kind,sample\n")
     with pytest.raises(UserError, match="has no column 'class'"):
-        read_decisions(path, findings)
+        read_decisions(path)
     with pytest.raises(UserError, match="cannot be opened"):
-        read_decisions(f"{tmp_path}/none.csv", findings)
+        read_decisions(f"{tmp_path}/none.csv")
