@@ -297,16 +297,34 @@ def embed_labelled(
         the set on rank 0, None elsewhere.
 
     Raises:
-        UserError: `source` is neither.
+        UserError: `source` is neither, or all its images are of one class, as far as that can be
+            known before they are embedded.
     """
     if index_exists(source):
-        return embed_set(embed, ShardIndex.load(source), topology, image_size, flip)
+        index = ShardIndex.load(source)
+        if index.label_column is not None:
+            refuse_one_class(source, index.label_column)
+        return embed_set(embed, index, topology, image_size, flip)
     files = list_images(source)
     labels = folder_labels(files)
+    refuse_one_class(source, labels)
     rows = embed_images(embed, files, topology, image_size, flip)
     if rows is None:
         return None
     return EmbeddedSet(rows, labels, first_of_each_class(labels))
+
+
+def refuse_one_class(source: str, labels: npt.NDArray[Any]) -> None:
+    """Refuse images among which every answer is right.
+
+    Raises:
+        UserError: they are all of one class.
+    """
+    if len(labels) and (labels == labels[0]).all():
+        raise UserError(
+            f"{source}: its images are all of one class, so that every answer would be right; name "
+            "images of two classes or more"
+        )
 
 
 def normalize_embeddings(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

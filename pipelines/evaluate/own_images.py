@@ -18,6 +18,7 @@ from pipelines.embedding.embeddings import (
     describe_protocol,
     embed_labelled,
     gallery_mask,
+    refuse_one_class,
 )
 from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.evaluate.metrics.all_pairs import compare_all_pairs
@@ -73,6 +74,7 @@ def identify_own_images(
     found = embed_labelled(embed, source, topology, image_size, flip)
     if found is None:
         return None
+    refuse_one_class(source, found.labels[found.gallery])  # of shards, tars alone may know them
     index = ShardIndex.load(source) if index_exists(source) else None
     return _compare(found, describe_protocol(index, flip), all_pairs_fars, workers, folder)
 
@@ -88,9 +90,13 @@ def identify_embeddings(
     Args:
         embedded: the rows.
         all_pairs_fars, workers, folder: see `identify_own_images`.
+
+    Raises:
+        UserError: there is nothing to compare.
     """
     labels = np.asarray(embedded.labels, np.int64)
     found = EmbeddedSet(embedded.rows, labels, gallery_mask(embedded.index, labels))
+    refuse_one_class(embedded.path, labels[found.gallery])
     protocol = describe_protocol(embedded.index, embedded.recipe.flip)
     return _compare(found, protocol, all_pairs_fars, workers, folder)
 
