@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from launcher.kubernetes.manifests import (
     PATH_ANNOTATION,
     RUN_LABEL,
@@ -177,7 +179,7 @@ class KubernetesClient:
 
         try:
             return kubernetes.config.new_client_from_config(context=self._context or None)
-        except kubernetes.config.ConfigException as error:
+        except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
             raise UserError(f"no usable kubeconfig (KUBECONFIG, --context): {error}") from error
 
     def _dashboard(self, cluster: str) -> Any:

@@ -23,6 +23,8 @@ TMP_FOLDER, HOME_FOLDER = "/tmp", "/home/mhe"  # of a pod; they end with it
 USER = 1000
 GRACE_S = 150
 _LONGEST_NAME = 40  # KubeRay adds to it, and 63 is a label's limit
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_MEMORY = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,30 @@ class KubernetesTarget:
     queue: str = ""
     memory: str = "4Gi"
     shared_memory: str = "1Gi"
+
+    def __post_init__(self) -> None:
+        """Refuse what no Kubernetes takes.
+
+        Raises:
+            UserError: names the option.
+        """
+        names = {"namespace": self.namespace, "claim": self.claim, "secret": self.secret}
+        for option, name in {**names, "queue": self.queue}.items():
+            optional = option in ("claim", "queue") and not name
+            if not optional and not _NAME.fullmatch(name):
+                raise UserError(
+                    f"--{option} {name!r}: is no name of Kubernetes; give small letters, digits, "
+                    "- and ., such as mhe-data"
+                )
+        if not re.fullmatch(r"\S+", self.image):
+            raise UserError(
+                f"--image {self.image!r}: is no image; give NAME:TAG or NAME@sha256:..."
+            )
+        if not _MEMORY.fullmatch(self.memory):
+            raise UserError(
+                f"--memory {self.memory!r}: is no amount of memory; give a number and its unit, "
+                "such as 4Gi or 500Mi"
+            )
 
 
 def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -40,6 +41,7 @@ STOP_WAIT_S = round(GRACE_S) + 10
 
 RUN_KEY, PATH_KEY = "mhe_run", "mhe_path"
 """Metadata of a job: name of its run, and where that is."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NO_AGENT = "No available agent"
 _CODES = {"succeeded": 0, "stopped": Preempted.exit_code}
 
@@ -297,6 +299,11 @@ def resolve_variables(words: list[str]) -> dict[str, str]:
     variables = {}
     for word in words:
         name, given, value = word.partition("=")
+        if not _VARIABLE.fullmatch(name):
+            raise UserError(
+                f"--env {name!r}: is no name of a variable; give NAME=VALUE, or NAME for one that "
+                "is set here"
+            )
         if not given:
             if name not in os.environ:
                 raise UserError(f"--env {name}: there is no such variable here; --env {name}=VALUE")

@@ -42,7 +42,7 @@ Claim = Annotated[
 ]
 Secret = Annotated[str, typer.Option(help="Secret whose keys become variables of the pods.")]
 Queue = Annotated[str, typer.Option(help="LocalQueue of Kueue, which starts all pods or none.")]
-Memory = Annotated[str, typer.Option(help="Memory of a worker.")]
+Memory = Annotated[str, typer.Option(help="Memory of a worker, such as 500Mi or 4Gi.")]
 
 
 @app.callback()

@@ -15,6 +15,7 @@ import yaml
 
 from launcher import cli
 from launcher.kubernetes.client import KubernetesClient
+from launcher.kubernetes.manifests import KubernetesTarget
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted
@@ -246,3 +247,41 @@ def test_the_last_rayjob_is_the_newest_and_not_the_last_by_name(api: Api, file: 
     api.log = "x"
     api.pods = {"submitter": "2030-01-02T00:00:00Z", "z-earlier": "2030-01-01T00:00:00Z"}
     assert list(client.read_output("small-1")) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--namespace", "M H E"],
+        ["--claim", "mhe_data"],
+        ["--secret", ""],
+        ["--queue", "-a"],
+        ["--image", ""],
+        ["--image", "mhe 1"],
+        ["--memory", "lots"],
+        ["--memory", "-4Gi"],
+        ["--memory", "0Gi"],
+        ["--memory", "4GB"],
+    ],
+)
+def test_what_no_kubernetes_takes_is_refused_by_its_option(
+    file: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["k8s", "render", file, *words]) == 2
+    assert f"{words[0]} {words[1]!r}: is no" in capsys.readouterr().err
+
+
+def test_a_kubeconfig_that_is_no_yaml_is_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kubeconfig").write_text("a: [")
+    monkeypatch.setattr(
+        "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", f"{tmp_path}/kubeconfig"
+    )
+    assert cli.run(["k8s", "status"]) == 2
+    assert "no usable kubeconfig" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["4Gi", "500Mi", "0.5Gi", "2G", "1000000000"])
+def test_amounts_of_memory(memory: str) -> None:
+    assert KubernetesTarget(memory=memory).memory == memory

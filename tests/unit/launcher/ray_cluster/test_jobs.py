@@ -139,6 +139,9 @@ def test_variables_are_passed_on_by_value_or_by_name(monkeypatch) -> None:
     }
     with pytest.raises(UserError, match="no such variable"):
         resolve_variables(["NOT_SET"])
+    for word in ("=3", "1X=3", "A B=3", ""):
+        with pytest.raises(UserError, match="is no name of a variable; give NAME=VALUE"):
+            resolve_variables([word])
 
 
 def test_a_dry_run_shows_everything_but_secrets(
