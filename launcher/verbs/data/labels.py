@@ -18,6 +18,7 @@ from pipelines.shards.label_set import LabelSet
 if TYPE_CHECKING:
     from pipelines.sources.label_table.build import LabelImport
 
+MOST_CLASSES = 2**63 - 1  # a label is int64
 SHOWN = 5  # classes, and faults, that the terminal names
 
 Tables = Annotated[
@@ -58,7 +59,10 @@ def from_table(
     ] = "",
     separator: Separator = "",
     num_classes: Annotated[
-        int, typer.Option(min=0, help="Classes are numbers below this, and stay; 0: find out.")
+        int,
+        typer.Option(
+            min=0, max=MOST_CLASSES, help="Classes are numbers below this, and stay; 0: find out."
+        ),
     ] = 0,
     max_bad: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of rows that may name no sample.")
@@ -86,12 +90,7 @@ def from_table(
     with resumable(), ProgressDisplay().counting("reading keys") as progress:
         made = import_labels(tables, index, out, options, progress)
     _say_import(made)
-    train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={out}"]
-    if made.labels.max_labels > 1:
-        train.append(f"data.labels_per_sample={made.labels.max_labels}")
-    console.list_next(
-        [("look at it", ["mhe", "data", "labels", "show", out]), ("train on it", train)]
-    )
+    _list_next(made.labels, shards)
 
 
 @app.command("from-classes")
@@ -129,7 +128,7 @@ def from_classes(
         (made.missing, "classes are named by no row, and their samples are left out"),
         (made.dropped, f"classes of the table are not in {escape(like)}, and are dropped"),
     )
-    console.list_next([("look at it", ["mhe", "data", "labels", "show", out])])
+    _list_next(made.labels, shards)
 
 
 @app.command()
@@ -163,6 +162,7 @@ def show(
     console.say(f"classes without a sample: {empty:,}; the largest:")
     for number in largest(summary.per_class, SHOWN):
         console.say(f"  {summary.per_class[number]:,} of {number} ({escape(names[number])})")
+    console.list_next([("train on it", _train_command(found, str(found.meta["index"])))])
 
 
 @app.command()
@@ -205,6 +205,23 @@ def _describe(found: LabelSet) -> str:
         f"[bold]{escape(found.folder)}[/]: {found.labelled:,} of {found.samples:,} samples have "
         f"classes, of {found.num_classes:,}{several}"
     )
+
+
+def _list_next(made: LabelSet, shards: str) -> None:
+    """What to do with a new label set."""
+    console.list_next(
+        [
+            ("look at it", ["mhe", "data", "labels", "show", made.folder]),
+            ("train on it", _train_command(made, shards)),
+        ]
+    )
+
+
+def _train_command(found: LabelSet, shards: str) -> list[str]:
+    """The words that train on a label set of a data set."""
+    words = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={found.folder}"]
+    several = found.max_labels > 1
+    return [*words, f"data.labels_per_sample={found.max_labels}"] if several else words
 
 
 def _say_made(made: LabelSet, *left_out: tuple[int, str]) -> None:

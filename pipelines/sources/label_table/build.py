@@ -308,7 +308,7 @@ class _Join:
             here = wanted[(wanted >= rows.first) & (wanted < last)]
             for row in here.tolist():
                 name = str(rows.samples[row - rows.first]).replace("\0", ": ")
-                faults.append(Fault(f"row {row}", f"{name[:200]} is no sample of the data set"))
+                faults.append(Fault(rows.name(row), f"{name[:200]} is no sample of the data set"))
             if last > wanted[-1]:
                 break
         return faults

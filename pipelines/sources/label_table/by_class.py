@@ -90,7 +90,7 @@ def _read_table(
     """The texts that the rows give to each class, and how many rows name none."""
     given: dict[int, list[str]] = {}
     unknown = 0
-    for rows in read_rows(tables, layout):
+    for rows in read_rows(tables, layout, "--name"):
         owners = [numbers.get(str(name), -1) for name in rows.samples]
         unknown += owners.count(-1)
         for owner in owners:

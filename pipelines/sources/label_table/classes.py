@@ -126,4 +126,4 @@ def _first(flags: Any) -> int | None:
 
 def _describe(rows: TableRows, item: int) -> str:
     row = rows.first + int(rows.item_rows[item])
-    return f"row {row}: class {str(rows.classes[item].as_py())[:40]!r}"
+    return f"{rows.name(row)}: class {str(rows.classes[item].as_py())[:40]!r}"

@@ -60,21 +60,36 @@ class TableRows(NamedTuple):
     """Consecutive rows.
 
     Attributes:
+        table: that they stand in.
         first: number of the first one, from 1, through all tables.
+        before: rows of the tables before this one.
         samples: name of each row's sample, `[n]`: keys; with a column of shards, `shard\\0key`; or
             numbers, int64.
         item_rows: int64 `[m]`, which row each class stands in, from 0.
         classes: `[m]`, int64 or string.
     """
 
+    table: str
     first: int
+    before: int
     samples: list[str] | Ints
     item_rows: Ints
     classes: Any
 
+    def name(self, row: int) -> str:
+        """The table and the number in it of a row that is counted through all tables."""
+        return f"{self.table}: row {row - self.before}"
 
-def read_rows(tables: Sequence[str], layout: TableLayout) -> Iterator[TableRows]:
+
+def read_rows(
+    tables: Sequence[str], layout: TableLayout, key_option: str = "--key"
+) -> Iterator[TableRows]:
     """The rows of tables, one after the other.
+
+    Args:
+        tables: by path or URL.
+        layout: the columns.
+        key_option: of the command, that names the column of keys.
 
     Raises:
         UserError: a table cannot be read, or lacks a column; or a row names no sample, or has a
@@ -82,24 +97,25 @@ def read_rows(tables: Sequence[str], layout: TableLayout) -> Iterator[TableRows]
     """
     first = 1
     for table in tables:
-        for batch in _batches(table, layout):
-            yield _parse(table, batch, layout, first)
+        before = first - 1
+        for batch in _batches(table, layout, key_option):
+            yield _parse(table, batch, layout, first, before)
             first += batch.num_rows
 
 
-def _batches(table: str, layout: TableLayout) -> Iterator[pa.RecordBatch]:
+def _batches(table: str, layout: TableLayout, key_option: str) -> Iterator[pa.RecordBatch]:
     kind = _kind(table)
     try:
         with _opened(table) as stream:
             if kind in _PARQUET:
                 file = parquet.ParquetFile(stream)
-                _require_columns(table, file.schema_arrow.names, layout)
+                _require_columns(table, file.schema_arrow.names, layout, key_option)
                 yield from file.iter_batches(_PARQUET_ROWS, columns=layout.columns)
                 return
             header = _first_line(stream)
             delimiter = "\t" if kind == _TSV else delimiter_of(header)
             names = next(csv.reader(io.StringIO(header), delimiter=delimiter), [])
-            _require_columns(table, names, layout)
+            _require_columns(table, names, layout, key_option)
         with _opened(table) as stream:
             batches = arrow_csv.open_csv(
                 stream,
@@ -141,8 +157,10 @@ def _first_line(stream: IO[bytes]) -> str:
     return stream.readline().decode("utf-8-sig").rstrip("\r\n")
 
 
-def _require_columns(table: str, there: Sequence[str], layout: TableLayout) -> None:
-    options = {"--key": layout.key, "--shard": layout.shard, "--label": layout.label}
+def _require_columns(
+    table: str, there: Sequence[str], layout: TableLayout, key_option: str
+) -> None:
+    options = {key_option: layout.key, "--shard": layout.shard, "--label": layout.label}
     if layout.number:
         options = {"--number": layout.number, "--label": layout.label}
     for option, name in options.items():
@@ -153,7 +171,9 @@ def _require_columns(table: str, there: Sequence[str], layout: TableLayout) -> N
             )
 
 
-def _parse(table: str, batch: pa.RecordBatch, layout: TableLayout, first: int) -> TableRows:
+def _parse(
+    table: str, batch: pa.RecordBatch, layout: TableLayout, first: int, before: int
+) -> TableRows:
     def column(name: str) -> Any:
         return batch.column(layout.columns.index(name))
 
@@ -167,9 +187,9 @@ def _parse(table: str, batch: pa.RecordBatch, layout: TableLayout, first: int) -
                 samples = ["\0".join(pair) for pair in pairs]
         item_rows, classes = _classes(column(layout.label), layout.separator)
     except (pa.ArrowException, ValueError) as error:
-        last = first + batch.num_rows - 1
-        raise UserError(f"{table}: rows {first} to {last}: {error}") from None
-    return TableRows(first, samples, item_rows, classes)
+        rows = f"rows {first - before} to {first - before + batch.num_rows - 1}"
+        raise UserError(f"{table}: {rows}: {error}") from None
+    return TableRows(table, first, before, samples, item_rows, classes)
 
 
 def _texts(column: Any) -> list[str]:

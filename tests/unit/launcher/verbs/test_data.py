@@ -199,15 +199,19 @@ def test_labels_from_a_table_are_shown_and_compared(faces: str, capsys: Captured
     words = ["--shards", "made", "--out", "made-a"]
     assert run("data", "labels", "from-table", "a.csv", *words) == 2
     assert "1 of 13 rows name no sample" in capsys.readouterr().err.replace("\n", " ")
+    huge = ("--num-classes", str(10**20))
+    assert run("data", "labels", "from-table", "a.csv", *words, *huge) == 2
+    assert "Invalid value for '--num-classes'" in capsys.readouterr().err
     assert run("data", "labels", "from-table", "a.csv", *words, "--max-bad", "0.1") == 0
     said = capsys.readouterr().out
     assert "11 of 12 samples have classes, of 2, up to 2 of them each" in said
     assert "1 rows name no sample of the data set" in said
-    assert "row 12: none is no sample of the data set" in said
+    assert "a.csv: row 12: none is no sample of the data set" in said
     assert "1 samples are named by no row" in said
     assert "mhe train CONFIG data.shards=made data.labels=made-a" in said
     assert run("data", "labels", "show", "made-a") == 0
     said = capsys.readouterr().out
+    assert "mhe train CONFIG data.shards=made data.labels=made-a" in said
     assert "digest: sha256:" in said and "7 of 1 (odd)" in said
     rows[0] = f"{keys[1]},even"
     Path("b.csv").write_text("\n".join(["key,class", *rows]))

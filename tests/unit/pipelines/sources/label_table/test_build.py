@@ -113,18 +113,31 @@ def test_what_did_not_fit_is_counted_and_named(index: ShardIndex, tmp_path: Path
     rows = [{"key": key, "class": "x"} for key in [KEYS[0], "nobody", *KEYS[3:], "else"]]
     with pytest.raises(UserError, match="2 of 13 rows name no sample") as caught:
         make(index, tmp_path / "t", rows, max_bad=0.1)
-    assert "row 2: nobody is no sample of the data set" in str(caught.value)
+    assert "t.csv: row 2: nobody is no sample of the data set" in str(caught.value)
     assert not (tmp_path / "t-out").exists()
     made = make(index, tmp_path / "t", rows, max_bad=0.2)
     assert (made.unknown, made.missing) == (2, 2)
     lines = (tmp_path / "t-out" / "skipped.tsv").read_text().split("\n")
     assert lines[1:3] == [
-        "row 2\tnobody is no sample of the data set",
-        "row 13\telse is no sample of the data set",
+        f"{tmp_path}/t.csv: row 2\tnobody is no sample of the data set",
+        f"{tmp_path}/t.csv: row 13\telse is no sample of the data set",
     ]
     assert lines[3] == f"sample 1 of {index.url(0)}\tno row names it"
     with pytest.raises(UserError, match="already exists"):
         make(index, tmp_path / "t", rows, max_bad=0.2)
+
+
+def test_of_several_tables_the_one_with_the_row_is_named(index: ShardIndex, tmp_path: Path) -> None:
+    tables = [tmp_path / "one.csv", tmp_path / "two.csv"]
+    tables[0].write_text(f"key,class\n{KEYS[0]},a\n{KEYS[1]},a\n")
+    tables[1].write_text(f"key,class\n{KEYS[2]},a\nnobody,b\n")
+    made = import_labels(
+        [str(each) for each in tables], index, str(tmp_path / "out"), LabelOptions(max_bad=1)
+    )
+    assert made.named[0].location == f"{tables[1]}: row 2"
+    tables[1].write_text(f"key,class\n{KEYS[2]},-3\n")
+    with pytest.raises(UserError, match=r"two.csv: row 1: class '-3' is negative"):
+        import_labels([str(each) for each in tables], index, str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +168,11 @@ def test_numbers_stay_if_they_are_classes_already(
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([("0", "-1")], {}, "row 1: class '-1' is negative; leave a class out by an empty cell"),
+        (
+            [("0", "-1")],
+            {},
+            "t.csv: row 1: class '-1' is negative; leave a class out by an empty cell",
+        ),
         ([("0", "-1"), ("1", "a")], {}, "row 1: class '-1' is negative"),
         ([("0", "7")], {"num_classes": 7}, r"row 1: class '7' is not in \[0, 7\)"),
         ([("0", "a")], {"num_classes": 7}, "row 1: class 'a' is no number, which --num-classes"),

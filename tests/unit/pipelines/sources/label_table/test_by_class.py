@@ -56,6 +56,9 @@ def test_a_table_of_other_classes_and_a_set_without_names_are_refused(tmp_path: 
     table.write_text("name,parts\nz,x\n")
     with pytest.raises(UserError, match="no row names a class"):
         import_class_labels([str(table)], index, str(tmp_path / "labels"), LAYOUT)
+    with pytest.raises(UserError, match="no column 'nam'; --name names one of 'name', 'parts'"):
+        wrong = LAYOUT._replace(key="nam")
+        import_class_labels([str(table)], index, str(tmp_path / "labels"), wrong)
     (tmp_path / "set" / "classes.tsv").unlink()
     with pytest.raises(UserError, match="its classes have no names"):
         import_class_labels([str(table)], index, str(tmp_path / "labels"), LAYOUT)
