@@ -27,6 +27,7 @@ from pipelines.shards.index import ShardIndex, index_exists
 
 BLOCK: Final = 128  # images per call of `embed`
 _NORMALIZED: Final = 1 << 13  # rows that are in float64 at a time
+_COMPARED: Final = 1 << 20  # labels that are read at a time; mostly the first ones decide
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +321,8 @@ def refuse_one_class(source: str, labels: npt.NDArray[Any]) -> None:
     Raises:
         UserError: they are all of one class.
     """
-    if len(labels) and (labels == labels[0]).all():
+    parts = (labels[start : start + _COMPARED] for start in range(0, len(labels), _COMPARED))
+    if len(labels) and not any((part != labels[0]).any() for part in parts):
         raise UserError(
             f"{source}: its images are all of one class, so that every answer would be right; name "
             "images of two classes or more"

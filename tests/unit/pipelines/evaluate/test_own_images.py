@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
+from pipelines.embedding.embeddings import refuse_one_class
 from pipelines.evaluate.own_images import identify_embeddings, identify_own_images
 from pipelines.evaluate.probe import probe_images
 from pipelines.shards.index import ShardIndex
@@ -50,6 +52,18 @@ def test_a_folder_of_embeddings_of_one_class_is_refused(tmp_path: Path) -> None:
     embedded = mock.Mock(index=index, rows=rows, labels=index.label_column, path="rows")
     with pytest.raises(UserError, match="rows: its images are all of one class"):
         identify_embeddings(embedded)
+
+
+def test_of_many_labels_only_as_many_are_read_as_it_takes() -> None:
+    class Column:
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, key: int | slice) -> Any:
+            assert isinstance(key, int) or (key.start == 0 and key.stop < 10**8)
+            return np.arange(1000)[key]
+
+    refuse_one_class("shards", cast(Any, Column()))
 
 
 def test_two_classes_are_compared(tmp_path: Path) -> None:
