@@ -238,6 +238,15 @@ def check_bad_fraction(
     )
 
 
+def require_two_classes(source: str, names: Sequence[str], cure: str) -> None:
+    """Raise UserError, which ends with the cure, if all images of a source are in one class."""
+    if len(names) == 1:
+        raise UserError(
+            f"{source}: its images are all of one class, {names[0]!r}, and a classifier needs two; "
+            f"{cure}"
+        )
+
+
 def dense_classes(values: Ints) -> tuple[Ints, Ints]:
     """The distinct values in order, and for each value its number among them: a class."""
     distinct = np.unique(values)  # its own numbers of the values would take four times as much

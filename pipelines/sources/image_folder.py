@@ -33,6 +33,7 @@ from pipelines.sources.convert import (
     dense_classes,
     describe_unknown_format,
     digest_texts,
+    require_two_classes,
     write_dataset,
     write_datasets,
 )
@@ -50,6 +51,10 @@ FILES_TABLE: Final = "files.tsv"
 _FILES_PER_REQUEST: Final = 64  # files that a store is asked for together
 _UNKNOWN_SIZE: Final = 1 << 16
 _MAX_SIZE: Final = (1 << 32) - 1  # a column of sizes has 4 bytes for each, one of classes too
+_WANTED: Final = (
+    "name the folder that holds a folder for each class, or say --no-classes for shards that are "
+    "embedded or clustered and not trained on"
+)
 _SIDE: Final = 32  # JPEG is read completely, and computed at a scale near this
 _WHOLE_NUMBER: Final = re.compile(r"[0-9]+")
 
@@ -178,6 +183,8 @@ def _find_images(
         sizes.append(min(file.size, _MAX_SIZE))
         labels.append(numbers.setdefault(file.label, len(numbers)))
     names, new_numbers = _sort_names(numbers, may_be_numbers=bool(lst or table))
+    if not classless and not faults:  # else the files of the other class may be among the bad ones
+        require_two_classes(scrub(table or lst or root), names, _WANTED)
     classes = new_numbers[np.frombuffer(labels, np.int32)]
     column = np.frombuffer(sizes, np.uint32)
     return _FoundImages(root, paths, column, names, classes, faults, warnings, about)
@@ -235,9 +242,8 @@ def _by_folder(
             yield ImageFile(path, name, size)
     if outside and not inside:
         raise UserError(
-            f"{root}: its {outside:,} images lie in no class folder; give each class a folder, "
-            "name the classes with --table FILE (path,class), or say --no-classes for shards that "
-            "are embedded or clustered and not trained on"
+            f"{root}: its {outside:,} images lie in no class folder; name the classes with --table "
+            f"FILE (path,class), {_WANTED}"
         )
     if outside:
         warnings.append(f"{outside:,} images are in no class folder; left out")

@@ -131,6 +131,7 @@ def test_mistakes(faces: str, capsys: Captured, words: list[str], message: str) 
         "tars/0.tar": b"",
         "notes": b"",
         "photos/a/1.jpg": jpeg(1),
+        "photos/b/1.jpg": jpeg(2),
     }.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)

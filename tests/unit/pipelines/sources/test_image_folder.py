@@ -60,6 +60,24 @@ def labels_of(out: Path | str) -> dict[bytes, int]:
     return {image: label for label, image, _ in content(str(out)).values()}
 
 
+def test_one_class_is_refused(root: Path, tmp_path: Path) -> None:
+    """Often the folder above the right one was named."""
+    out = str(tmp_path / "out")
+    above = str(root.parent)
+    words = f"{above}: its images are all of one class, 'root', .* needs two; name the folder that"
+    for refuse in (
+        lambda: import_folder(above, out),
+        lambda: import_split_folder(above, out, HeldoutSplit(images=2)),
+    ):
+        with pytest.raises(UserError, match=words):
+            refuse()
+    (tmp_path / "a.csv").write_text("path,class\ncat/a.jpg,x\nant/x[1].v2.png,x\n")
+    with pytest.raises(UserError, match=r"a\.csv: its images are all of one class, 'x'"):
+        import_folder(str(root), out, table=str(tmp_path / "a.csv"))
+    assert not Path(out).exists()
+    assert import_folder(above, out, classless=True).index.samples == len(FILES)
+
+
 def test_a_folder_is_a_class(root: Path, tmp_path: Path) -> None:
     made = import_folder(str(root), str(tmp_path / "out"))
     classes = {"ant": 0, "cat": 1, "zürich": 2}

@@ -76,7 +76,7 @@ def test_a_listing_of_a_store(listed: bool, monkeypatch: pytest.MonkeyPatch) -> 
     """Beside the columns of a list, the sizes in the store take 16 bytes a file."""
     fsspec.register_implementation("made-up", MadeUpStore, clobber=True)
     rows = (
-        ListedRow(f"row {number}", PATH.format(number // 100, number % 100), "0", "")
+        ListedRow(f"row {number}", PATH.format(number // 100, number % 100), str(number % 2), "")
         for number in range(ITEMS)
     )
     monkeypatch.setattr(image_folder, "read_list_file", lambda url: rows)
