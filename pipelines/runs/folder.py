@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.checkpoint.step_folder import describe_missing_step, step_of
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, first_line
 from pipelines.runs.no_run import describe_what_is_there
+from pipelines.storage.retry import is_transient
 from pipelines.storage.urls import is_web, list_folder
 
 RUNS_FOLDER = "runs"
+_WRITTEN = ".written"  # to see whether a store takes files
 
 
 def read_if_exists(url: str) -> str | None:
@@ -64,13 +67,17 @@ def make_run_folder(config: Config) -> None:
     """Make the folder of a run before anything else is begun; a store makes it as it is written.
 
     Raises:
-        UserError: it cannot be made or written.
+        UserError: it cannot be made or written. A store that does not answer may do so later.
     """
     filesystem, path = url_to_fs(config.run.path)
     cure = "name another folder with run.dir"
     if is_web(filesystem):
         raise UserError(f"run.dir={config.run.dir}: a web server takes no files; {cure}")
     if not isinstance(filesystem, LocalFileSystem):
+        if reason := _why_not_writable(filesystem, path):
+            raise UserError(
+                f"run.dir={config.run.dir}: {config.run.path} cannot be written ({reason}); {cure}"
+            )
         return
     try:
         os.makedirs(path, exist_ok=True)
@@ -79,6 +86,17 @@ def make_run_folder(config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir}: {reason}; {cure}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"run.dir={config.run.dir}: {path} may not be written; {cure}")
+
+
+def _why_not_writable(filesystem: Any, folder: str) -> str:
+    """What a store says when a small file is written into a folder; empty: it may be written."""
+    try:
+        filesystem.pipe_file(f"{folder}/{_WRITTEN}", b"")
+    except Exception as error:  # every store has errors of its own
+        return "" if is_transient(error) else first_line(error)
+    with suppress(Exception):  # who may not delete keeps one empty file
+        filesystem.rm_file(f"{folder}/{_WRITTEN}")
+    return ""
 
 
 def logs_folder(config: Config) -> Path:

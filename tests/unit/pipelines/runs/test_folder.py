@@ -6,8 +6,11 @@ import json
 import re
 import zlib
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from launcher import cli
 from mhe_dist.backbone.model import build_backbone
@@ -176,6 +179,71 @@ def test_a_folder_without_rights_is_refused(
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(UserError, match="may not be written; name another folder"):
         make_run_folder(config)
+
+
+class _Guarded(MemoryFileSystem):
+    """A store that refuses to be written, or fails for the moment."""
+
+    protocol = "guarded"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    error: ClassVar[Exception | None] = None
+
+    def pipe_file(self, path: str, value: bytes, **more: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        super().pipe_file(path, value, **more)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError("Access Denied"), "(Access Denied); name another"),
+        (FileNotFoundError("The specified bucket does not exist"), "(The specified bucket does"),
+        (ConnectionResetError(), ""),
+        (None, ""),
+    ],
+)
+def test_a_store_that_takes_no_files_is_refused(
+    error: Exception | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not answer may be there again when something is written."""
+    fsspec.register_implementation("guarded", _Guarded, clobber=True)
+    monkeypatch.setattr(_Guarded, "error", error)
+    url = "guarded://bucket/runs"
+    config = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": url, "name": "a"}})
+    if not reason:
+        make_run_folder(config)
+        assert not _Guarded.store
+        return
+    with pytest.raises(UserError, match=re.escape(f"{url}/a cannot be written {reason}")):
+        make_run_folder(config)
+
+
+@pytest.mark.slow
+def test_a_bucket_without_rights_is_told_as_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.mkdir("readable")
+    denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
+    statement = denied | {"Resource": "arn:aws:s3:::readable/*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    filesystem.call_s3("put_bucket_policy", Bucket="readable", Policy=policy)
+    for bucket in ("readable", "nowhere"):
+        assert cli.run(["train", "quickstart", f"run.dir=s3://{bucket}/runs"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert (
+            f"run.dir=s3://{bucket}/runs: s3://{bucket}/runs/quickstart cannot be written" in said
+        )
+    server.stop()
 
 
 @pytest.mark.parametrize("folder", ["/proc/runs", "nosuch://bucket"])
