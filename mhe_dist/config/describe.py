@@ -124,6 +124,7 @@ def _describe_scalar(annotation: Any, metadata: list[Any]) -> str:
     ]
     patterns = [p for m in metadata if (p := getattr(m, "pattern", None)) is not None]
     words += "".join(f" of the form {pattern}" for pattern in patterns)
+    words += " that is not empty" * any(getattr(m, "min_length", None) for m in metadata)
     return " ".join([words, " and ".join(bounds)]).strip()
 
 

@@ -33,7 +33,9 @@ class RunConfig(ConfigSection):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run; the same name continues the same run.",
     )
-    dir: PathText = Field("runs", description="Folder or fsspec URL that holds the runs.")
+    dir: PathText = Field(
+        "runs", min_length=1, description="Folder or fsspec URL that holds the runs."
+    )
     seed: int = Field(0, ge=0, description="The seed of everything that is drawn.")
 
     @property

@@ -62,13 +62,17 @@ def expand_path(path: str) -> str:
     """A path or URL with `~` at its beginning and `$VARIABLES` replaced.
 
     Raises:
-        PydanticCustomError: a variable is not set; the message says which.
+        PydanticCustomError: a variable is not set, or empty, so that `$DATA/x` would be `/x`; the
+            message says which.
     """
     for match in _VARIABLE.finditer(path):
         name = match[1].strip("{}")
-        if name not in os.environ:
+        if not os.environ.get(name):
+            lack = "is empty" if name in os.environ else "is not set"
             raise PydanticCustomError(
-                UNSET_VARIABLE, "the environment variable {name} is not set", {"name": name}
+                UNSET_VARIABLE,
+                "the environment variable {name} {lack}",
+                {"name": name, "lack": lack},
             )
     return os.path.expanduser(os.path.expandvars(path))
 

@@ -115,6 +115,7 @@ def test_the_three_mistakes_of_the_manual_together(file: str) -> None:
         ("data.on_bad_sample=drop", "must be one of skip, fail"),
         ("scale.zero_stage=4", "must be one of 0, 1, 2, 3"),
         ("tracking.mlflow=2", "must be true or false"),
+        ("run.dir=", "must be text that is not empty"),
         ("run.name=null", "must be text of the form ^[A-Za-z0-9][A-Za-z0-9._-]*$"),
         ("head.mhp.lengths=7", "must be a list, each item a whole number greater than 0"),
         ("optim.betas=[1, 2, 3]", "must be a list of 2, each a number at least 0 and less than 1"),
@@ -569,13 +570,18 @@ def test_lists_of_paths_are_replaced_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [mixed.shards, mixed.mix[0].shards] == ["/home/me/a", "/home/me/b"]
 
 
-def test_a_variable_that_is_not_set_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("value", "lack"), [(None, "is not set"), ("", "is empty")])
+def test_a_variable_that_is_not_set_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, lack: str
+) -> None:
     monkeypatch.delenv("NO_SUCH_PLACE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_SUCH_PLACE", value)
     with pytest.raises(ConfigErrors) as caught:
         load_config(None, ["data.shards=x", "run.dir=$NO_SUCH_PLACE/runs"])
     (mistake,) = caught.value.mistakes
     assert mistake.path == "run.dir"
-    assert mistake.message == "the environment variable NO_SUCH_PLACE is not set"
+    assert mistake.message == f"the environment variable NO_SUCH_PLACE {lack}"
 
 
 def test_a_number_as_a_name_says_quote_it(tmp_path: Path) -> None:
