@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import tempfile
@@ -15,6 +16,7 @@ import torch.multiprocessing as mp
 
 from mhe_dist.distributed.device import choose_device, prepare_rank, rank_device
 from mhe_dist.distributed.topology import connect, disconnect
+from mhe_dist.errors import RunError, UserError
 
 
 def run_ranks(
@@ -36,17 +38,39 @@ def run_ranks(
         shared: whether all ranks have the same GPU, the first one.
         timeout_s: of a collective.
         start_method: of `multiprocessing`; "forkserver" is quicker and shares what was imported.
+
+    Raises:
+        UserError: a rank raised it.
+        RunError: a rank failed otherwise; its cause holds the rank's traceback.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        settings = (fn, world_size, port, folder, gpu, shared, timeout_s, args)
+        settings = (folder, fn, world_size, port, gpu, shared, timeout_s, args)
         with _variables(choose_device(gpu).environment if start_method == "spawn" else {}):
-            mp.start_processes(_rank_main, settings, nprocs=world_size, start_method=start_method)
+            try:
+                mp.start_processes(
+                    _rank_main, settings, nprocs=world_size, start_method=start_method
+                )
+            except mp.ProcessRaisedException as error:
+                raise _error_of(Path(folder), error) from error
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)
         ]
+
+
+def _error_of(folder: Path, error: mp.ProcessRaisedException) -> Exception:
+    """What ranks raised, without their tracebacks, which are no message for a user.
+
+    A mistake comes first: other ranks may have failed for want of the one that found it.
+    """
+    said = {int(file.stem): json.loads(file.read_text()) for file in folder.glob("*.json")}
+    for is_mistake, _, message in said.values():
+        if is_mistake:
+            return UserError(message)
+    _, kind, message = said[error.error_index]
+    return RunError(f"rank {error.error_index} failed: {kind}: {message}")
 
 
 @contextmanager
@@ -64,12 +88,21 @@ def _variables(variables: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _rank_main(
+def _rank_main(rank: int, folder: str, *settings: Any) -> None:
+    try:
+        _run_rank(rank, folder, *settings)
+    except Exception as error:
+        said = [isinstance(error, UserError), type(error).__name__, str(error)]
+        Path(folder, f"{rank}.json").write_text(json.dumps(said))
+        raise
+
+
+def _run_rank(
     rank: int,
+    folder: str,
     fn: Callable[..., Any],
     world_size: int,
     port: int,
-    folder: str,
     gpu: bool,
     shared: bool,
     timeout_s: float,

@@ -48,6 +48,8 @@ def classifier(
     chosen = [name.strip() for name in kinds.split(",")]
     if wrong := [name for name in chosen if name not in KINDS]:
         raise UserError(f"--kinds {wrong[0]}: there is {', '.join(KINDS)}")
+    if top > classes:
+        raise UserError(f"--top {top}: there are {classes} classes; give at most as many")
     found: list[ClassifierCost] = []
     Path(out).mkdir(parents=True, exist_ok=True)
     for kind in chosen:

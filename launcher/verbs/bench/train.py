@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
+from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.bench.train import TrainTimes
@@ -22,7 +23,9 @@ def train(
     world_size: Annotated[int, typer.Option(min=1, help="Ranks; on a GPU each needs one.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each loop in a round.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
-    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    precision: Annotated[
+        Literal["float32", "bf16"], typer.Option(help="What the network computes in.")
+    ] = "float32",
     gpu: Annotated[bool, typer.Option("--gpu", help="Compute on GPUs, one for each rank.")] = False,
     out: Annotated[str, typer.Option(help="File or URL for the result.")] = "bench/train.json",
 ) -> None:
@@ -33,9 +36,14 @@ def train(
 
     Example: mhe bench train --backbone iresnet18
     """
+    from mhe_dist.backbone.model import check_model_name
     from pipelines.bench.train import TrainCase, measure_training
     from pipelines.storage.urls import atomic_write
 
+    try:
+        check_model_name(backbone)
+    except UserError as error:
+        raise UserError(str(error).replace("model.name=", "--backbone ", 1)) from None
     case = TrainCase(
         backbone=backbone,
         micro_batch=micro_batch,

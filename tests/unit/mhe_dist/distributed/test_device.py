@@ -16,7 +16,7 @@ from mhe_dist.distributed import device
 from mhe_dist.distributed.device import choose_device, default_device, prepare_rank, rank_device
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology, connect
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from tests import tiny
 
 
@@ -83,6 +83,20 @@ def test_a_rank_on_a_cpu_begins_with_huge_pages(monkeypatch) -> None:
     assert "GLIBC_TUNABLES" not in choose_device(gpu=True).environment
     assert run_ranks(_see_tunables, 1) == ["glibc.malloc.hugetlb=1"]
     assert "GLIBC_TUNABLES" not in os.environ
+
+
+def _raise(topology: Topology, kind: type[Exception]) -> None:
+    raise kind("a sentence\nof two lines")
+
+
+def test_what_a_rank_raises_comes_without_its_traceback() -> None:
+    with pytest.raises(UserError) as mistake:
+        run_ranks(_raise, 1, UserError)
+    assert str(mistake.value) == "a sentence\nof two lines"
+    with pytest.raises(RunError) as failure:
+        run_ranks(_raise, 1, ZeroDivisionError)
+    assert str(failure.value) == "rank 0 failed: ZeroDivisionError: a sentence\nof two lines"
+    assert "in _raise" in str(failure.value.__cause__)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
