@@ -157,7 +157,7 @@ def build_config_map(
 def manifests_to_yaml(made: list[Manifest]) -> str:
     """Manifests as YAML documents, without anchors: people read and patch them."""
     dumper = type("Plain", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
-    return yaml.dump_all(made, Dumper=dumper, sort_keys=False)
+    return yaml.dump_all(made, Dumper=dumper, sort_keys=False, allow_unicode=True)
 
 
 def rayjob_name(run: str, attempt: int) -> str:

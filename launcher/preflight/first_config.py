@@ -286,5 +286,7 @@ def _scale(machine: Machine) -> list[Setting]:
 
 def _flow(value: Any) -> str:
     """A value on one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True
+    )
     return str(text).removesuffix("\n").removesuffix("\n...")

@@ -37,6 +37,13 @@ def note(text: str) -> None:
 def show_table(title: str, table: Table) -> None:
     """Print a table below its title, which a title of the table itself would be wrapped to fit."""
     say(f"[bold]{escape(title)}[/]")
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table; what is wider than its column goes on below, so that nothing is cut off."""
+    for column in table.columns:
+        column.overflow = "fold"
     out.print(table)
 
 

@@ -65,7 +65,7 @@ def _show(found: ClassifiedImages, names: dict[int, str]) -> None:
         for number, score in zip(classes[:2], scores, strict=False):
             cells += [escape(names.get(number, str(number))), f"{score:.2f}"]
         table.add_row(*cells)
-    console.out.print(table)
+    console.print_table(table)
     if len(found.keys) > SHOWN:
         console.say(f"And {len(found.keys) - SHOWN:,} more images, in classes.csv.")
     if not names:

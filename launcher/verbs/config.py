@@ -70,7 +70,7 @@ def show(
         _print_yaml(yaml.safe_dump(config_to_dict(resolved), sort_keys=False, allow_unicode=True))
         return
     entries = describe_config(resolved)
-    console.out.print(_table(entries))
+    console.print_table(_table(entries))
     changed = sum(_is_changed(entry) for entry in entries)
     if sizes:
         console.say(escape(sizes))

@@ -31,7 +31,7 @@ def doctor() -> None:
     for name, found, advice in rows:
         mark = "[yellow]![/]" if advice else "[green]ok[/]"
         table.add_row(mark, name, escape(f"{found}. {advice}" if advice else found))
-    console.out.print(table)
+    console.print_table(table)
     count = sum(bool(advice) for *_, advice in rows)
     console.say(f"\n{count} of {len(rows)} need a look." if count else "\nReady.")
     console.list_next([("try it", ["mhe", "train", "quickstart"])])

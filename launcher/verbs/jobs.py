@@ -129,7 +129,7 @@ def list_jobs(address: Address = "") -> None:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
         table.add_row(job.id, job.run or "-", _status(job), began, _length(job))
     if found:
-        console.out.print(table)
+        console.print_table(table)
     else:
         console.say("No jobs.")
 

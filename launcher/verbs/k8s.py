@@ -136,7 +136,7 @@ def status(
     for state in found:
         row = (state.name, state.run or "-", state.job or "-", state.deployment or "-")
         table.add_row(*row, escape(state.message))
-    console.out.print(table)
+    console.print_table(table)
     if name:
         raise typer.Exit(found[0].exit_code)
 

@@ -46,7 +46,7 @@ def preflight(
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name, value in prediction_rows(prediction):
             table.add_row(name, escape(value))
-        console.out.print(table)
+        console.print_table(table)
     elif trial:
         console.say("No prediction: the data set is made when the run begins.")
     if head := (prediction.head if prediction else explain_auto(settings)):

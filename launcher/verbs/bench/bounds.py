@@ -20,4 +20,4 @@ def list_bounds(title: str, lines: Sequence[BoundedFigure]) -> None:
         verdict = "[green]holds[/]" if line.holds else "[red]does not hold[/]"
         figure, bound = (f"{value:,.3g} {line.unit}".strip() for value in (line.figure, line.bound))
         table.add_row(line.name, figure, bound, verdict)
-    console.out.print(table)
+    console.print_table(table)

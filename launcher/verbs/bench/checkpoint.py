@@ -35,5 +35,5 @@ def checkpoint(
         ("the bytes alone and fsync", times.disk_s),
     ]:
         table.add_row(what, f"{seconds:.2f}", f"{size / seconds:,.0f}")
-    console.out.print(table)
+    console.print_table(table)
     console.say(f"A save holds up training for {times.blocked:.3f} of a synchronous one.")

@@ -65,7 +65,7 @@ def classifier(
             found += measure_classifier(case, folder)
     if not found:
         raise UserError(f"--classes {classes}: no head fits into the memory that is free")
-    console.out.print(_table(found, f"{classes:,} classes, embeddings of {dim}"))
+    console.print_table(_table(found, f"{classes:,} classes, embeddings of {dim}"))
     file = Path(out, "classifier.json")
     settings = {"classes": classes, "dim": dim, "top": top, "threads": threads, "checked": checked}
     results = [asdict(cost) for cost in found]

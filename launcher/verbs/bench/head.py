@@ -119,7 +119,7 @@ def _show_measurements(results: list[HeadMeasurement], in_turn: TimesInTurn, fol
     )
 
     folder.mkdir(parents=True, exist_ok=True)
-    console.out.print(measurements_table(results))
+    console.print_table(measurements_table(results))
     console.list_rows("Ratios", time_ratios(results, in_turn))
     save_measurements(results, in_turn, folder / "head.json")
     plot_measurements(results, folder / "head.png")

@@ -46,7 +46,7 @@ def launches(
     names = [name for name in CASES if name.split()[0] == head] if head else SUMMARY
     counts = {name: partial(count_step, CASES[name]) for name in names}
     costs = _count(_engine_counts() if engine else counts)
-    console.out.print(_table(costs))
+    console.print_table(_table(costs))
     if lines:
         for name, cost in costs.items():
             console.say(f"[bold]{name}[/]\nwaits:\n{cost.ledger.waits() or '  nowhere'}")

@@ -40,5 +40,5 @@ def plan(
         table = Table(title, "", "how it was found", box=None, title_justify="left")
         for line in lines:
             table.add_row(line.name, line.figure, f"[dim]{line.source}[/]")
-        console.out.print(table)
+        console.print_table(table)
         console.out.print()

@@ -64,7 +64,7 @@ def inspect(
     table = Table("tensors" if every else "kind", "shape" if every else "tensors", "MiB", box=None)
     for row in rows:
         table.add_row(*row)
-    console.out.print(table)
+    console.print_table(table)
     if not every:
         words = ["mhe", "checkpoint", "inspect", path, "--all"]
         console.list_next([("see every tensor", words)])

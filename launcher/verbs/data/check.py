@@ -148,7 +148,7 @@ def _show(report: DatasetReport) -> None:
     table.add_row("images that their class has already", f"{report.repeated:,}")
     for name, value in about["images_per_class"].items():
         table.add_row(name.replace("_", " "), f"{value:,.6g}")
-    console.out.print(table)
+    console.print_table(table)
     for kind in MEANINGS:
         named = [problem for problem in report.problems if problem.kind == kind]
         for problem in named[:SHOWN]:

@@ -157,7 +157,7 @@ def show(
     table = Table("classes of a sample", "samples", box=None)
     for count, samples in enumerate(summary.samples_by_count.tolist()):
         table.add_row(str(count), f"{samples:,}")
-    console.out.print(table)
+    console.print_table(table)
     empty = int((summary.per_class == 0).sum())
     console.say(f"classes without a sample: {empty:,}; the largest:")
     for number in largest(summary.per_class, SHOWN):
@@ -189,7 +189,7 @@ def diff(
         ("samples with classes in B only", changes.added),
     ):
         table.add_row(what, f"{count:,}")
-    console.out.print(table)
+    console.print_table(table)
     for counts, what in ((changes.lost, "lost"), (changes.gained, "gained")):
         for number in largest(counts, SHOWN):
             console.say(f"{escape(changes.classes[number])} {what} {counts[number]:,} samples")

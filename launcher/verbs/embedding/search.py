@@ -87,7 +87,7 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
         for number, score in pairs:
             cells += [escape(_name(gallery, number)), f"{score:.3f}"]
         table.add_row(*cells)
-    console.out.print(table)
+    console.print_table(table)
     if len(queries.keys) > SHOWN:
         console.say(f"And {len(queries.keys) - SHOWN:,} more queries, in results.csv.")
     known = set(gallery.classes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, accuracy_rows
@@ -113,3 +115,18 @@ def test_the_table_of_templates_keeps_its_figures_whole(screen: io.StringIO, wid
     assert "runs/a/checkpoints/step_00012000 on IJBC" in shown
     assert "\n".join(shown).count("98.77") == 2
     assert "\n".join(shown).count("97.53 at 1.0e-0") == 2
+
+
+@WIDTHS
+def test_no_name_is_cut_off_in_a_table(screen: io.StringIO, width: int) -> None:
+    name = "runs/" + "0123456789" * 12
+    table = Table("run", "what it says", box=None)
+    table.add_row(name, "some words " * 10)
+    console.print_table(table)
+    first = "".join(line.split()[0] for line in screen.getvalue().splitlines()[1:])
+    assert name in first
+
+
+def test_every_table_of_a_verb_is_printed_whole() -> None:
+    for file in (Path(console.__file__).parents[1] / "verbs").rglob("*.py"):
+        assert not re.search(r"out\.print\((\w*_)?table\b", file.read_text()), file

@@ -12,6 +12,7 @@ from launcher.preflight.checks import check_backbone, check_data
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
+from tests import tiny
 from tests.recordio_files import items, jpeg, layout, save
 
 Captured = pytest.CaptureFixture[str]
@@ -155,3 +156,9 @@ def test_mistakes(photos: Path, capsys: Captured, words: list[str], message: str
     Path("one/a/0.jpg").write_bytes(jpeg(0, 40))
     assert cli.run(["init", *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_name_beyond_ascii_is_written_as_it_is(tmp_path: Path, capsys: Captured) -> None:
+    folder, file = tiny.write_shards(tmp_path / "Größe"), tmp_path / "a.yaml"
+    assert cli.run(["init", folder, "--workers", "2", "--no-gpu", "--out", str(file)]) == 0
+    assert f"shards: {folder}\n" in file.read_text(encoding="utf-8")
