@@ -212,7 +212,10 @@ def open_task(
             f"{index.folder}: its index holds no labels; make one that does (mhe data index), or "
             "name a label set with --labels"
         )
-    return AuditTask(run, index, found, [url.rstrip("/") for url in against], out, settings)
+    sets = [url.rstrip("/") for url in against]
+    for url in sets:  # before hours of embedding the data set, which comes first
+        ShardIndex.load(url)
+    return AuditTask(run, index, found, sets, out, settings)
 
 
 def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:

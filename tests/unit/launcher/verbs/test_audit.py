@@ -133,6 +133,14 @@ def test_decisions_are_read_before_anything_is_compared(
     assert words in said([*command(data, "fresh"), *more], capsys, 2)
 
 
+def test_sets_of_against_are_opened_before_anything_is_embedded(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.delattr(audit, "find_faults")
+    words = command(data, "fresh", "--against", f"{tmp_path}")
+    assert f"{tmp_path}: no shards here" in said(words, capsys, 2)
+
+
 def test_a_run_or_a_yaml_file_is_asked_for(data: Path, capsys: Captured) -> None:
     words = ["audit", "nothing", "--out", f"{data}/other"]
     assert "error: nothing: no YAML file, and no run at nothing" in said(words, capsys, 2)
