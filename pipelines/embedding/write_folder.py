@@ -41,6 +41,7 @@ from pipelines.embedding.folder import (
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
 from pipelines.shards.index import INDEX_FILE, ShardIndex, index_exists
 from pipelines.storage.staging import JOURNAL, Journal, lock_folder, remove_temporary_files
+from pipelines.storage.unusable_path import describe_unusable_path
 from pipelines.storage.urls import resolve_url, to_url
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
@@ -189,7 +190,9 @@ def _claimed(out: str, recipe: EmbeddingsRecipe) -> Iterator[EmbeddingsFolder]:
         path.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(path / JOURNAL, out)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error})") from error
+        # The folder of mhe cluster and mhe audit is another option's, or has its name from --out.
+        reason = describe_unusable_path(error) or f"{out}: cannot be written ({error})"
+        raise UserError(reason) from error
     try:
         parts: Sequence[EmbeddingsPart] = []
         if has_manifest:

@@ -219,6 +219,7 @@ def test_what_cannot_work_is_refused_before_any_worker_starts(
     refused(tmp_path / "photos" / "a.jpg", "is a file; name a folder")
     refused(tmp_path / "a", "follows the index of shards", str(tmp_path / "photos"))
     refused(tmp_path / "a", "--dtype float8: choose float32 or float16", dtype="float8")
+    refused("/proc/made", "^/proc/made: is not there, and nothing can be made below /proc/")
     refused("memory://bucket/a", "written in place and mapped, which a store cannot")
     lock = module.lock_folder(whole / ".partial", "held")
     refused(whole, "another process is making it right now")
