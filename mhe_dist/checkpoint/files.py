@@ -152,7 +152,7 @@ class CheckpointFolder:
         for _ in self._attempts():
             try:
                 return self._read_manifest()
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:  # stores raise what they like: gcsfs no OSError
                 reason = f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
                 if isinstance(error, FileNotFoundError):  # a folder that is still to be written
                     break
@@ -203,7 +203,7 @@ class CheckpointFolder:
             with self.fs.open(self._path_of(name), "rb") as file:
                 while chunk := file.read(_CHUNK):
                     size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        except OSError as error:
+        except Exception as error:  # see `manifest`
             return f"{name} cannot be read: {error}"
         if size != entry.bytes:
             return f"{name} gave {size} bytes, {MANIFEST} says {entry.bytes}"
@@ -219,7 +219,7 @@ class CheckpointFolder:
         for _ in self._attempts():
             try:
                 stored = self.fs.cat_file(self._path_of(name), start=begin, end=end)
-            except OSError as error:
+            except Exception as error:  # see `manifest`
                 fault = f"cannot be read: {error}"
                 continue
             if _is_intact(stored):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gcsfs.retry import HttpError
 
 from mhe_dist.checkpoint import files
 from mhe_dist.checkpoint.files import CheckpointFolder, FileEntry
@@ -55,7 +57,9 @@ def answers(monkeypatch: pytest.MonkeyPatch, folder: CheckpointFolder, method: s
     monkeypatch.setattr(folder.fs, method, call)
 
 
-@pytest.mark.parametrize("answer", [io.BytesIO(DATA[:100]), TimeoutError("slow")])
+@pytest.mark.parametrize(
+    "answer", [io.BytesIO(DATA[:100]), TimeoutError("slow"), HttpError({"code": 503})]
+)
 def test_tensors_that_came_short_are_read_again(
     monkeypatch: pytest.MonkeyPatch, folder: CheckpointFolder, waits: list[float], answer: Any
 ) -> None:
@@ -64,12 +68,25 @@ def test_tensors_that_came_short_are_read_again(
     assert len(waits) == 1
 
 
-@pytest.mark.parametrize("answer", [b'{"format": 1, "fi', b"", TimeoutError("slow")])
+@pytest.mark.parametrize(
+    "answer", [b'{"format": 1, "fi', b"", TimeoutError("slow"), HttpError({"code": 503})]
+)
 def test_a_manifest_that_came_short_is_read_again(
     monkeypatch: pytest.MonkeyPatch, folder: CheckpointFolder, waits: list[float], answer: Any
 ) -> None:
     answers(monkeypatch, folder, "cat_file", answer)
     assert folder.manifest()["a.distcp"] == ENTRY
+    assert len(waits) == 1
+
+
+def test_rows_that_a_store_fails_to_give_are_read_again(
+    monkeypatch: pytest.MonkeyPatch, folder: CheckpointFolder, waits: list[float]
+) -> None:
+    stored = io.BytesIO()
+    torch.save(torch.arange(9), stored)
+    folder._put("b.distcp", stored.getvalue())
+    answers(monkeypatch, folder, "cat_file", HttpError({"code": 503}))
+    assert folder.find_fault_of_zip("b.distcp", 0, len(stored.getvalue())) is None
     assert len(waits) == 1
 
 
