@@ -16,6 +16,7 @@ import pytest
 from mhe_dist.config.write import config_to_yaml
 from pipelines.pretrain import __main__ as command
 from tests import tiny
+from tests.waiting import WATCHDOG_S
 
 SENTENCE = "interrupted; the same command goes on from the newest complete checkpoint\n"
 
@@ -59,14 +60,15 @@ def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
             text=True,
             start_new_session=True,
         )
-        killer = threading.Timer(500, process.kill)
+        killer = threading.Timer(WATCHDOG_S, process.kill)
         killer.start()
         connection = silent.accept()[0]  # MLflow's client asks, and waits
         os.killpg(process.pid, signal.SIGINT)
         stderr = process.communicate()[1]
         killer.cancel()
         connection.close()
-    assert (process.returncode, stderr.splitlines()[-1:]) == (130, [SENTENCE.strip()])
+    assert process.returncode == 130
+    assert SENTENCE in stderr  # the thread that speaks with MLflow may have the last word
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):  # nothing of its session runs on
         os.killpg(process.pid, 0)
