@@ -91,6 +91,10 @@ class Checkpoint:
             # With collectives DCP would ask all ranks to load the same names.
             dcp.load(tensors, storage_reader=FsspecReader(self.path), no_dist=True)
         except dcp.CheckpointException as error:
+            for cause, _ in error.failures.values():
+                # Ctrl-C, or a command that is asked to stop, is no damage of the files.
+                if not isinstance(cause, Exception) or hasattr(cause, "exit_code"):
+                    raise cause from None
             raise RunError(f"{self.path}: {first_failure(error)}") from error
         return tensors
 
