@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mhe_dist.checkpoint.store import CheckpointStore
+import warnings
+
+from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.distributed.topology import Topology
@@ -35,7 +37,9 @@ def write_untrained_run(config: Config) -> str:
     store = CheckpointStore(f"{path}/checkpoints", Topology())
     about = {"step": 0, "run_id": None, "config": masked(config_to_dict(config))}
     store.save(0, {f"model.{name}": tensor for name, tensor in weights.items()}, {}, about)
-    saved = store.wait()
+    with warnings.catch_warnings():  # that a training goes on: there is none
+        warnings.simplefilter("ignore", CheckpointWarning)
+        saved = store.wait()
     if saved is None or saved.error:
         raise RunError(f"{path}: the backbone cannot be written ({saved and saved.error})")
     save_config(config, f"{path}/config.yaml")

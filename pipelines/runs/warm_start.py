@@ -7,6 +7,7 @@ workers was, and whichever seed placed them (mhe_dist/bank/repartition.py).
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from mhe_dist.bank.repartition import move_rows
 from mhe_dist.checkpoint.reader import Checkpoint, open_step_folder
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.step_folder import step_of
-from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.distributed.topology import Topology
@@ -226,7 +227,9 @@ def grow_checkpoint(checkpoint: Checkpoint, num_classes: int, root: str) -> str:
         }
         store = CheckpointStore(root, topology, RetentionPolicy(last=1 << 30))
         store.save(checkpoint.step, backbone | state.replicated, state.owned, run)
-        saved = store.wait()
+        with warnings.catch_warnings():  # that a training goes on: there is none
+            warnings.simplefilter("ignore", CheckpointWarning)
+            saved = store.wait()
     if saved is None or saved.error is not None:
         raise UserError(f"{root}: {saved.error if saved else 'nothing was written'}")
     return saved.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.checkpoint.files import CheckpointFolder
+from mhe_dist.checkpoint.store import CheckpointWarning
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
@@ -160,6 +162,9 @@ def test_what_cannot_be_taken_over_is_refused(trained: Config, tmp_path: Path) -
         grow_checkpoint(checkpoint, 20, str(tmp_path / "less"))
     with pytest.raises(UserError, match="no complete checkpoint"):
         find_checkpoint(str(tmp_path))
+    with warnings.catch_warnings(), pytest.raises(UserError, match="/proc/grown"):
+        warnings.simplefilter("error", CheckpointWarning)  # no training goes on
+        grow_checkpoint(checkpoint, 40, "/proc/grown")
     (tmp_path / "step_00000001").mkdir()
     with pytest.raises(UserError, match=r"not a complete checkpoint: no manifest\.json"):
         find_checkpoint(str(tmp_path / "step_00000001"))
