@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.sequential import read_in_order
-from pipelines.embedding.image_files import folder_labels, list_images
+from pipelines.embedding.image_files import folder_classes, list_images
 from pipelines.shards.index import ShardIndex, index_exists
 
 BLOCK: Final = 128  # images per call of `embed`
@@ -42,11 +42,13 @@ class EmbeddedSet(NamedTuple):
         embeddings: float32 `[N, D]`, with their norms.
         labels: int64 `[N]`.
         gallery: bool `[N]`: enrolled; all others are probes.
+        folders: names of the classes by their numbers, of a folder of images.
     """
 
     embeddings: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
     gallery: npt.NDArray[np.bool_]
+    folders: Sequence[str] = ()
 
 
 class Images(Protocol):
@@ -288,11 +290,21 @@ def first_of_each_class(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
 
 
 def embed_labelled(
-    embed: Embed, source: str, topology: Topology, image_size: int, flip: bool = False
+    embed: Embed,
+    source: str,
+    topology: Topology,
+    image_size: int,
+    flip: bool = False,
+    may_be_one_class: bool = False,
 ) -> EmbeddedSet | None:
     """Embed a set of shards, or a folder that holds a folder of images for each class.
 
     All ranks must call. Of a folder, the first image of each class is enrolled.
+
+    Args:
+        embed, topology, image_size, flip: see `embed_images`.
+        source: folder or URL.
+        may_be_one_class: take images that are all of one class, too.
 
     Returns:
         the set on rank 0, None elsewhere.
@@ -303,16 +315,17 @@ def embed_labelled(
     """
     if index_exists(source):
         index = ShardIndex.load(source)
-        if index.label_column is not None:
+        if index.label_column is not None and not may_be_one_class:
             refuse_one_class(source, index.label_column)
         return embed_set(embed, index, topology, image_size, flip)
     files = list_images(source)
-    labels = folder_labels(files)
-    refuse_one_class(source, labels)
+    folders, labels = folder_classes(files)
+    if not may_be_one_class:
+        refuse_one_class(source, labels)
     rows = embed_images(embed, files, topology, image_size, flip)
     if rows is None:
         return None
-    return EmbeddedSet(rows, labels, first_of_each_class(labels))
+    return EmbeddedSet(rows, labels, first_of_each_class(labels), folders)
 
 
 def refuse_one_class(source: str, labels: npt.NDArray[Any]) -> None:

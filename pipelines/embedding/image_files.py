@@ -98,8 +98,8 @@ def list_images(root: str, skip_bad: bool = False) -> ImageFiles:
     return ImageFiles(root, paths, skip_bad)
 
 
-def folder_labels(files: ImageFiles) -> Ints:
-    """The class of each file: its top folder below the root; folders are numbered by name.
+def folder_classes(files: ImageFiles) -> tuple[list[str], Ints]:
+    """The classes, which are the top folders below the root, by name; and each file's number there.
 
     Raises:
         UserError: a file is in no such folder.
@@ -107,5 +107,5 @@ def folder_labels(files: ImageFiles) -> Ints:
     for path in files.paths:
         if "/" not in path:
             raise UserError(f"{files.root}/{path}: is in no folder; there is one folder per class")
-    names = [path.partition("/")[0] for path in files.paths]
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+    names, labels = np.unique([path.partition("/")[0] for path in files.paths], return_inverse=True)
+    return names.tolist(), labels.astype(np.int64)

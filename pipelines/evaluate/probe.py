@@ -9,7 +9,13 @@ import numpy.typing as npt
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.embedding.embeddings import Embed, embed_labelled, normalize_embeddings
+from pipelines.data.mixture.class_list import names_of
+from pipelines.embedding.embeddings import (
+    Embed,
+    EmbeddedSet,
+    embed_labelled,
+    normalize_embeddings,
+)
 
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -25,24 +31,45 @@ def probe_images(
     Args:
         embed: see `embeddings.Embed`.
         source: shards or a folder per class (`embeddings.embed_labelled`).
-        test: the same, with the same classes; empty: a fifth of each class of `source`.
+        test: the same, of classes of `source` by their names; empty: a fifth of each class of
+            `source`.
         topology, image_size: see `embeddings.embed_images`.
         k: see `probe_embeddings`.
 
     Returns:
         The accuracies on rank 0, None elsewhere.
+
+    Raises:
+        UserError: `source` is of one class, or `test` has a class that it lacks.
     """
     found = embed_labelled(embed, source, topology, image_size)
-    other = embed_labelled(embed, test, topology, image_size) if test else None
+    other = None
+    if test:
+        other = embed_labelled(embed, test, topology, image_size, may_be_one_class=True)
     if found is None:
         return None
     rows, labels = found.embeddings, found.labels
     if other is not None:
-        return probe_embeddings(rows, labels, other.embeddings, other.labels, k)
+        numbers = {name: number for number, name in _class_names(source, found).items()}
+        names = _class_names(test, other)
+        if unknown := sorted(set(names.values()) - numbers.keys()):
+            raise UserError(
+                f"--test {test}: its class {unknown[0]!r} is none of {source}, whose classes a "
+                "probe tells apart; leave it out, or name the same classes alike"
+            )
+        test_labels = np.array([numbers[names[label]] for label in other.labels.tolist()])
+        return probe_embeddings(rows, labels, other.embeddings, test_labels, k)
     train_rows, test_rows = split_by_class(labels)
     return probe_embeddings(
         rows[train_rows], labels[train_rows], rows[test_rows], labels[test_rows], k
     )
+
+
+def _class_names(source: str, found: EmbeddedSet) -> dict[int, str]:
+    """The names of the classes that images have, by number; a number, where a class has none."""
+    labels = set(found.labels.tolist())
+    names = dict(enumerate(found.folders)) or names_of(source, labels)
+    return {label: names.get(label, str(label)) for label in labels}
 
 
 def probe_embeddings(

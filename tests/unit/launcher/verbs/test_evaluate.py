@@ -116,8 +116,9 @@ def test_an_image_that_is_none_is_a_mistake(run: str, photos: Path, capsys: Capt
 def test_a_probe(run: str, photos: Path, capsys: Captured) -> None:
     words = ["evaluate", "probe", run, "--images", str(photos), "--k", "3"]
     assert "majority 20.00" in " ".join(said(words, capsys).replace("│", "").split())
-    both = said([*words, "--test", str(Path(run).parent / "heldout")], capsys)
-    assert "linear" in both
+    assert "linear" in said([*words, "--test", str(photos)], capsys)
+    other = str(Path(run).parent / "heldout")
+    assert f"--test {other}: its class" in said([*words, "--test", other], capsys, 2)
 
 
 def test_pairs_of_a_table(

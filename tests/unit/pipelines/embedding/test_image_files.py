@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mhe_dist.errors import UserError
-from pipelines.embedding.image_files import folder_labels, list_images
+from pipelines.embedding.image_files import folder_classes, list_images
 
 
 def test_files_that_cannot_be_read_stop_or_are_marked(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_files_that_cannot_be_read_stop_or_are_marked(tmp_path: Path) -> None:
     assert files.bad.tolist() == [0, 1]
     Image.new("L", (8, 8)).save(tmp_path / "3.png")
     with pytest.raises(UserError, match=r"3\.png: is in no folder"):
-        folder_labels(list_images(str(tmp_path)))
+        folder_classes(list_images(str(tmp_path)))
     with pytest.raises(UserError, match="holds no image"):
         (tmp_path / "empty").mkdir()
         list_images(str(tmp_path / "empty"))

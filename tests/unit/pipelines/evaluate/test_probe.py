@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
+from torch import Tensor
 
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.probe import probe_embeddings, split_by_class
+from pipelines.evaluate.probe import probe_embeddings, probe_images, split_by_class
+from tests import tiny
 
 
 def test_probes_tell_a_good_embedding_from_a_bad_one() -> None:
@@ -38,3 +44,40 @@ def test_the_nearest_neighbours_vote_by_the_cosine() -> None:
         train, np.array([0, 1, 1, 0]), np.array([[3, 0.1]], np.float32), np.array([1]), 3
     )
     assert found["knn"] == 1.0
+
+
+COLOURS = {"blue": (0, 0, 250), "green": (0, 250, 0), "red": (250, 0, 0)}
+
+
+def mean_colour(images: Tensor) -> Tensor:
+    return images.float().mean(dim=(2, 3))
+
+
+def photos(folder: Path, **classes: str) -> str:
+    """Four images of a colour in the folder of each class."""
+    for name, colour in classes.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            image = Image.new("RGB", (8, 8), COLOURS[colour])
+            image.save(folder / name / f"{number}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("few", [("green", "red"), ("red",)])
+def test_classes_of_a_second_folder_are_those_of_the_first_by_their_names(
+    few: tuple[str, ...], tmp_path: Path
+) -> None:
+    train = photos(tmp_path / "train", blue="blue", green="green", red="red")
+    test = photos(tmp_path / "test", **{name: name for name in few})
+    found = probe_images(mean_colour, train, test, Topology(), 8, k=3)
+    assert found is not None and found["knn"] == found["linear"] == 1.0
+    photos(tmp_path / "test", grey="blue")
+    with pytest.raises(UserError, match=f"--test {test}: its class 'grey' is none of {train}"):
+        probe_images(mean_colour, train, test, Topology(), 8, k=3)
+
+
+def test_classes_of_shards_are_named_by_their_table_or_their_numbers(tmp_path: Path) -> None:
+    train = tiny.write_shards(tmp_path / "train", classes=4)
+    test = tiny.write_shards(tmp_path / "test", classes=3)
+    found = probe_images(mean_colour, train, test, Topology(), tiny.SIDE, k=3)
+    assert found is not None and found["knn"] > found["majority"]
