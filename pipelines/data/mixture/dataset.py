@@ -73,8 +73,9 @@ class MixedDataset:
             return self.index.samples
         if self.max_labels > 1:
             return sum(map(len, self._labelled()))
-        counts = self._class_counts[1]
-        return int((np.minimum(counts, self.per_class) if self.per_class else counts).sum())
+        if self.per_class:
+            return int(np.minimum(self._count_classes()[1], self.per_class).sum())
+        return self._count_chosen()
 
     def count_images(self) -> Ints:
         """Images of each of its classes in the mixture, int64 `[num_classes]`.
@@ -87,7 +88,7 @@ class MixedDataset:
             for _, lists in self._lists():
                 counts += np.bincount(distinct_labels(lists)[1], minlength=self.num_classes)
             return counts
-        classes, counts = self._class_counts
+        classes, counts = self._count_classes()
         inside = (classes >= 0) & (classes < self._all_classes)
         return np.bincount(
             self._positions(classes[inside]), counts[inside], self.num_classes
@@ -205,7 +206,7 @@ class MixedDataset:
         A few classes at a time, about `_POOL` images or a sixteenth of all, so that all labels are
         read several times.
         """
-        classes, counts = self._class_counts
+        classes, counts = self._count_classes()
         ends = np.cumsum(counts)
         images = int(ends[-1]) if len(ends) else 0
         size = max(_POOL, -(-images // _MOST_POOLS))
@@ -247,11 +248,21 @@ class MixedDataset:
         labels &= (1 << bits) - 1
         return labels
 
-    @cached_property
-    def _class_counts(self) -> tuple[Ints, Ints]:
+    def _count_chosen(self) -> int:
+        """Images of the chosen classes, in memory of a byte for each class."""
+        is_chosen = np.zeros(self._all_classes, bool)
+        is_chosen[slice(None) if self.classes is None else self.classes] = True
+        count = 0
+        for _, labels in self._parts():
+            inside = labels[(labels >= 0) & (labels < len(is_chosen))]
+            count += np.count_nonzero(is_chosen[inside])
+        return count
+
+    def _count_classes(self) -> tuple[Ints, Ints]:
         """The chosen classes that have images, int64, sorted, and how many each has.
 
-        A label out of range is a class here; its images are bad samples.
+        A label out of range is a class here; its images are bad samples. Nobody keeps them: every
+        rank has the data set, and there may be as many classes as a process has room for.
         """
         total, others = np.zeros(self._all_classes, np.int64), [np.empty(0, np.int64)]
         for _, labels in self._parts():

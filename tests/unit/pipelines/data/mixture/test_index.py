@@ -7,7 +7,7 @@ import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines.data.mixture import dataset, drawn
 from pipelines.data.mixture.class_list import find_other_name, read_classes
-from pipelines.data.mixture.dataset import draw_at_most
+from pipelines.data.mixture.dataset import MixedDataset, draw_at_most
 from pipelines.data.mixture.index import (
     Mixture,
     label_digests,
@@ -530,3 +530,20 @@ def test_choices_that_cannot_be_made_are_refused(shards: str, tmp_path: Path) ->
     unlabelled = save(tmp_path / "unlabelled", labels=False)
     with pytest.raises(UserError, match=r"0.tar: the index does not hold its labels"):
         opened(unlabelled, images_per_class=1)
+
+
+@pytest.mark.parametrize(("per_class", "most"), [(0, 3), (2, 60)])
+def test_a_rank_keeps_nothing_of_a_size_that_grows_with_the_classes(
+    per_class: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept 16 bytes for each class; of the images of a pass it needs their number alone."""
+    labels = np.random.default_rng(0).integers(0, MANY, 900)
+    parts = [(0, labels[:500]), (500, labels[500:])]
+    monkeypatch.setattr(MixedDataset, "_parts", lambda self: iter(parts))
+    chosen = np.arange(0, MANY, 2)
+    source = MixedDataset(ShardIndex("set", MANY, []), None, 0, chosen, per_class, "data")
+    assert peak_of(lambda: source.pass_samples) < most
+    counts = np.bincount(labels, minlength=MANY)[chosen]
+    assert source.pass_samples == (np.minimum(counts, per_class) if per_class else counts).sum()
+    kept = set(vars(source)) - {each.name for each in fields(MixedDataset)}
+    assert kept == {"pass_samples"}
