@@ -10,6 +10,7 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
+from launcher.verbs.outputs import usable_folder
 
 if TYPE_CHECKING:
     from pipelines.evaluate.classify import ClassifiedImages
@@ -22,7 +23,10 @@ def classify(
     images: Annotated[str, typer.Option(help="Folder of images, or a set of shards.")],
     top: Annotated[int, typer.Option(min=1, max=100, help="Classes of each image.")] = 5,
     out: Annotated[
-        str, typer.Option(help="Folder for sheet and table; those of before are replaced.")
+        str,
+        typer.Option(
+            help="Folder for sheet and table; those of before are replaced.", callback=usable_folder
+        ),
     ] = "classified",
     gpu: GpuOption = None,
 ) -> None:

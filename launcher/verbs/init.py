@@ -18,6 +18,7 @@ from launcher.preflight.first_config import Machine, write_first_config
 from launcher.preflight.machine import list_gpus
 from launcher.preflight.own_data import OwnData, make_name, survey_data
 from launcher.terminal import console
+from launcher.verbs.outputs import usable_file
 from mhe_dist.config.load import COMMAND_LINE, Check, load_config
 from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.errors import UserError
@@ -37,7 +38,9 @@ def init(
             "or Parquet table of path and class.",
         ),
     ],
-    out: Annotated[str, typer.Option(help="The file; NAME.yaml if left out.")] = "",
+    out: Annotated[
+        str, typer.Option(help="The file; NAME.yaml if left out.", callback=usable_file)
+    ] = "",
     name: Annotated[str, typer.Option(help="Of the run; that of the data if left out.")] = "",
     root: Annotated[
         str, typer.Option(help="Folder that a table's paths are below; its own if left out.")

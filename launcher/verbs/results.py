@@ -13,6 +13,7 @@ from rich.markup import escape
 from launcher.terminal import console
 from launcher.terminal.commands import loading_code, serving_command
 from launcher.verbs.evaluate.shared import RunName, classes_of
+from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
@@ -49,7 +50,10 @@ def export(
         list[Format], typer.Option(help="Format; repeat it for several. With --classify: onnx.")
     ] = DEFAULT_FORMATS,
     out: Annotated[
-        str, typer.Option(help="Folder for the files; export/ of the run if left out.")
+        str,
+        typer.Option(
+            help="Folder for the files; export/ of the run if left out.", callback=usable_folder
+        ),
     ] = "",
     classify: Annotated[
         int,
@@ -213,7 +217,10 @@ def report(
     ],
     out: Annotated[
         str,
-        typer.Option(help="The page; report.html of the run, or comparison.html, if left out."),
+        typer.Option(
+            help="The page; report.html of the run, or comparison.html, if left out.",
+            callback=usable_file,
+        ),
     ] = "",
 ) -> None:
     """Write one HTML page about a run, or one that compares several.

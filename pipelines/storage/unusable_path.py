@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from typing import Final
 
@@ -18,6 +19,48 @@ _FAULTS: Final = {
 }
 _UNFINISHED: Final = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp$")  # of a file that is being made
 _SYSTEM: Final = "/proc/"  # where the system says "no such file" of whatever is to be made
+
+
+def require_usable(path: str, is_folder: bool) -> None:
+    """Raise what the system would raise if this file or folder of this machine were written now.
+
+    Nothing is made. A URL, and an empty path, are not looked at.
+
+    Args:
+        path: of what is to be written; it may exist.
+        is_folder: whether it is a folder.
+
+    Raises:
+        OSError: as `describe_unusable_path` describes it.
+    """
+    if not path or "://" in path:
+        return
+    there = path
+    while not _is_there(there):
+        there = os.path.dirname(there.rstrip("/")) or os.curdir
+    if path.startswith(_SYSTEM) and there != path:
+        raise _error(errno.ENOENT, path)
+    if os.path.isdir(there):
+        if there == path and not is_folder:
+            raise _error(errno.EISDIR, path)
+    elif there != path or is_folder:
+        raise _error(errno.ENOTDIR, there)
+    if not os.access(there, os.W_OK):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        raise _error(errno.EROFS if read_only else errno.EACCES, there)
+
+
+def _is_there(path: str) -> bool:
+    """Whether something has that path; raises what is wrong with the path itself."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):  # what is in the way is found further up
+        return False
+    return True
+
+
+def _error(number: int, path: str) -> OSError:
+    return OSError(number, os.strerror(number), path)
 
 
 def explain_unreadable(error: Exception) -> str:

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def classifier(
     ] = 256,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the processor.")] = 1,
     kinds: Annotated[str, typer.Option(help="Of full, mhp, mhc; with commas.")] = "full,mhp,mhc",
-    out: Annotated[str, typer.Option(help="Folder for classifier.json.")] = "runs/bench",
+    out: Annotated[
+        str, typer.Option(help="Folder for classifier.json.", callback=usable_folder)
+    ] = "runs/bench",
 ) -> None:
     """Measure what a head costs once it is exported: size, time of an answer, the best class found.
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.outputs import usable_file
 
 if TYPE_CHECKING:
     from pipelines.bench.data import LoaderComparison
@@ -23,7 +24,9 @@ def data(
     images: Annotated[int, typer.Option(min=1000, help="How many photos to make up.")] = 20_000,
     workers: Annotated[int, typer.Option(min=1, help="Loader processes.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="How often each reads everything.")] = 5,
-    out: Annotated[str, typer.Option(help="File or URL for the result.")] = "bench/data.json",
+    out: Annotated[
+        str, typer.Option(help="File or URL for the result.", callback=usable_file)
+    ] = "bench/data.json",
 ) -> None:
     """Measure images/s of the loader beside other readers, in turns, on the same shards.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.terminal import console
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def head(
         float, typer.Option(min=0, help="No step of a case is begun after this long.")
     ] = 60.0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Compute on GPUs, one for each rank.")] = False,
-    out: Annotated[str, typer.Option(help="Folder for head.json and head.png.")] = "runs/bench",
+    out: Annotated[
+        str, typer.Option(help="Folder for head.json and head.png.", callback=usable_folder)
+    ] = "runs/bench",
 ) -> None:
     """Measure a step of each head: time, memory, traffic, beside the bare matrix products.
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.verbs.outputs import usable_file
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def train(
         Literal["float32", "bf16"], typer.Option(help="What the network computes in.")
     ] = "float32",
     gpu: Annotated[bool, typer.Option("--gpu", help="Compute on GPUs, one for each rank.")] = False,
-    out: Annotated[str, typer.Option(help="File or URL for the result.")] = "bench/train.json",
+    out: Annotated[
+        str, typer.Option(help="File or URL for the result.", callback=usable_file)
+    ] = "bench/train.json",
 ) -> None:
     """Measure images/s of training beside DistributedDataParallel around the same network.
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import RunName
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists
 
@@ -18,7 +19,12 @@ Url = Annotated[str, typer.Argument(metavar="URL", help="A step_* folder, or a r
 def grow(
     run: RunName,
     classes: Annotated[int, typer.Option(help="The new number of classes.", min=1)],
-    out: Annotated[str, typer.Option(help="Folder or URL of the run that goes on with them.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder or URL of the run that goes on with them.", callback=usable_folder
+        ),
+    ],
 ) -> None:
     """Let a run go on with more classes: a new run begins where its newest checkpoint ends.
 

@@ -12,6 +12,7 @@ from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import check, convert, labels
 from launcher.verbs.data.convert import Processes
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex
 
@@ -31,7 +32,12 @@ app.command()(convert.folder)
 
 @app.command()
 def glyphs(
-    out: Annotated[str, typer.Option(help="Folder for the shards; train/ and heldout/ are made.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for the shards; train/ and heldout/ are made.", callback=usable_folder
+        ),
+    ],
     fonts: Annotated[
         str, typer.Option(help="Folder with fonts in or below it; those of matplotlib if left out.")
     ] = "",

@@ -13,6 +13,7 @@ from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
+from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS
@@ -39,7 +40,11 @@ def index(
         list[str], typer.Argument(metavar="URL...", help="Tars ({000..099}, *), or their folders.")
     ],
     out: Annotated[
-        str, typer.Option(help="Folder or URL for index.json; beside the tars if left out.")
+        str,
+        typer.Option(
+            help="Folder or URL for index.json; beside the tars if left out.",
+            callback=usable_folder,
+        ),
     ] = "",
     image: Annotated[
         str, typer.Option(help="Extensions of the image, the best first: jpg,png.")
@@ -87,7 +92,11 @@ def index(
 def verify(
     data: Urls,
     out: Annotated[
-        str, typer.Option(help="Folder or URL for the report (JSON, PNG); replaced if there.")
+        str,
+        typer.Option(
+            help="Folder or URL for the report (JSON, PNG); replaced if there.",
+            callback=usable_folder,
+        ),
     ] = "verify",
     processes: Processes = 0,
     address: AddressOption = "",
@@ -161,7 +170,7 @@ def _show(report: DatasetReport) -> None:
 
 def show(
     data: Annotated[str, typer.Argument(metavar="URL", help="Folder or URL of a data set.")],
-    out: Annotated[str, typer.Option(help="The picture, PNG.")] = "sheet.png",
+    out: Annotated[str, typer.Option(help="The picture, PNG.", callback=usable_file)] = "sheet.png",
     classes: Annotated[int, typer.Option(min=1, help="Classes, one per row.")] = 8,
     images: Annotated[int, typer.Option(min=1, help="Images of a class, at most.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Another seed draws other classes.")] = 0,

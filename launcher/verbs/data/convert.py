@@ -17,13 +17,17 @@ from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
 from launcher.terminal.commands import as_typed, invoked_command
 from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
 
 MIB = 1 << 20
 
-Out = Annotated[str, typer.Option(help="Folder or URL for the shards; it must not exist.")]
+Out = Annotated[
+    str,
+    typer.Option(help="Folder or URL for the shards; it must not exist.", callback=usable_folder),
+]
 ShardMib = Annotated[float, typer.Option(min=0.01, help="About how large a tar is, in MiB.")]
 Shuffle = Annotated[
     bool, typer.Option(help="In a random order over all classes, which training needs.")

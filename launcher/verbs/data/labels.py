@@ -11,6 +11,7 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import Processes, resumable
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.limits import available_cores
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
@@ -26,7 +27,10 @@ Tables = Annotated[
 ]
 Shards = Annotated[str, typer.Option(help="Folder or URL of the data set.")]
 NewLabelSet = Annotated[
-    str, typer.Option(help="Folder or URL for the label set; it must not exist.")
+    str,
+    typer.Option(
+        help="Folder or URL for the label set; it must not exist.", callback=usable_folder
+    ),
 ]
 Separator = Annotated[
     str, typer.Option(help="What stands between the classes of a text, if it has several.")

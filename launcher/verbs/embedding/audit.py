@@ -27,6 +27,7 @@ from launcher.verbs.embedding.shared import (
     watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.runs.trained import read_trained_config
@@ -81,7 +82,9 @@ def audit(
     shards: Shards = "",
     labels: Labels = "",
     against: Against = None,
-    out: Annotated[str, typer.Option(help="Folder for what is found, on this machine.")] = "audit",
+    out: Annotated[
+        str, typer.Option(help="Folder for what is found, on this machine.", callback=usable_folder)
+    ] = "audit",
     false_rate: FalseRate = 0.01,
     apply: Apply = "merge,split,relabel,drop",
     decisions: DecisionsOption = "",

@@ -22,6 +22,7 @@ from launcher.verbs.embedding.shared import (
     watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.report.charts.numbers import format_share
@@ -87,7 +88,11 @@ def cluster(
     shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder or URL of the data set.")],
     classes: Classes,
     out: Annotated[
-        str, typer.Option(help="Folder for the label set, on this machine; it must not exist.")
+        str,
+        typer.Option(
+            help="Folder for the label set, on this machine; it must not exist.",
+            callback=usable_folder,
+        ),
     ],
     model: Model = "",
     embeddings: EmbeddingsOption = "",

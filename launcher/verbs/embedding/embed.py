@@ -18,6 +18,7 @@ from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import resumable
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
+from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import read_trained_config
 
@@ -44,7 +45,8 @@ def embed(
     out: Annotated[
         str,
         typer.Option(
-            help="A file, .npz or .parquet (key, class, vector); without a suffix a folder."
+            help="A file, .npz or .parquet (key, class, vector); without a suffix a folder.",
+            callback=lambda out: (usable_file if os.path.splitext(out)[1] else usable_folder)(out),
         ),
     ] = "embeddings.npz",
     flip: Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")] = False,

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
+from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 from pipelines.report.charts.numbers import format_share
 
@@ -30,7 +31,11 @@ def search(
     query: Annotated[str, typer.Option(help="What is looked for: folder of images, or shards.")],
     top: Annotated[int, typer.Option(min=1, max=100, help="Entries of each query.")] = 5,
     out: Annotated[
-        str, typer.Option(help="Folder for page, sheet and table; those of before are replaced.")
+        str,
+        typer.Option(
+            help="Folder for page, sheet and table; those of before are replaced.",
+            callback=usable_folder,
+        ),
     ] = "search",
     exact: Annotated[
         bool, typer.Option("--exact", help="Compare every pair, however long it takes.")

@@ -15,6 +15,7 @@ from launcher.reproduce.studies import STUDIES
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.config import Overrides
+from launcher.verbs.outputs import usable_file, usable_folder
 from launcher.verbs.studies.run_keys import refuse_run_keys
 from launcher.verbs.studies.run_labels import audit_clean_data, make_labels
 from launcher.verbs.train import train_to_end
@@ -40,11 +41,14 @@ def reproduce(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="Without training, only the page is written.")
     ] = True,
-    out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/reproduce",
+    out: Annotated[
+        str, typer.Option(help="Folder of the runs.", callback=usable_folder)
+    ] = "runs/reproduce",
     page: Annotated[
         str,
         typer.Option(
-            help="The page, plots beside it; results.md in the folder of the runs if left out."
+            help="The page, plots beside it; results.md in the folder of the runs if left out.",
+            callback=usable_file,
         ),
     ] = "",
 ) -> None:

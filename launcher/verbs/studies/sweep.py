@@ -27,6 +27,7 @@ from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.outputs import usable_folder
 from launcher.verbs.studies.run_keys import mistakes_named, refuse_run_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -63,7 +64,9 @@ def sweep(
     ] = True,
     parallel: Annotated[int, typer.Option(min=1, help="Trials that train at the same time.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    out: Annotated[str, typer.Option(help="Folder of the runs.")] = "runs/sweep",
+    out: Annotated[
+        str, typer.Option(help="Folder of the runs.", callback=usable_folder)
+    ] = "runs/sweep",
 ) -> None:
     """Try settings: train a config with many of them, and compare the runs.
 

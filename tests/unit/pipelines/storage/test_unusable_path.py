@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from mhe_dist.errors import UserError
-from pipelines.storage.unusable_path import describe_unusable_path, explain_unreadable
+from pipelines.storage.unusable_path import (
+    describe_unusable_path,
+    explain_unreadable,
+    require_usable,
+)
 from pipelines.storage.urls import RangeReader, atomic_write
 
 
@@ -43,3 +47,32 @@ def test_a_file_that_is_being_made_is_named_as_it_will_be() -> None:
     name = f"a/.b.png.{'0' * 32}.tmp"
     said = describe_unusable_path(PermissionError(errno.EACCES, "denied", name))
     assert said.startswith("a/b.png: may not be read or written")
+
+
+def said_of(path: str, is_folder: bool) -> str:
+    try:
+        require_usable(path, is_folder)
+    except OSError as error:
+        return describe_unusable_path(error)
+    return ""
+
+
+def test_what_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path in ("new", "folder", "folder/", "folder/a/b", f"{tmp_path}/a/b", "s3://b/file/c", ""):
+        assert said_of(path, is_folder=True) == "", path
+    for path in ("new.json", "file", "folder/a.json", f"{tmp_path}/a/b.json"):
+        assert said_of(path, is_folder=False) == "", path
+    for path in ("file", "file/a", "file/a/b"):
+        assert said_of(path, is_folder=True).startswith("file: a file stands where a folder")
+    assert said_of("file/a.json", is_folder=False).startswith("file: a file stands where a folder")
+    assert said_of("folder", is_folder=False).startswith("folder: a folder stands where a file")
+    assert "/proc/a/b: is not there" in said_of("/proc/a/b", is_folder=True)
+    assert "the name is too long" in said_of(f"folder/{'a' * 300}", is_folder=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "folder")
+    assert said_of("folder/a", is_folder=True).startswith("folder: may not be read or written")
+    assert [each.name for each in tmp_path.iterdir() if each.name.startswith("n")] == []

@@ -532,9 +532,9 @@ def test_choices_that_cannot_be_made_are_refused(shards: str, tmp_path: Path) ->
         opened(unlabelled, images_per_class=1)
 
 
-@pytest.mark.parametrize(("per_class", "most"), [(0, 3), (2, 60)])
+@pytest.mark.parametrize(("per_class", "bound"), [(0, 3), (2, 60)])
 def test_a_rank_keeps_nothing_of_a_size_that_grows_with_the_classes(
-    per_class: int, most: float, monkeypatch: pytest.MonkeyPatch
+    per_class: int, bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It kept 16 bytes for each class; of the images of a pass it needs their number alone."""
     labels = np.random.default_rng(0).integers(0, MANY, 900)
@@ -542,7 +542,7 @@ def test_a_rank_keeps_nothing_of_a_size_that_grows_with_the_classes(
     monkeypatch.setattr(MixedDataset, "_parts", lambda self: iter(parts))
     chosen = np.arange(0, MANY, 2)
     source = MixedDataset(ShardIndex("set", MANY, []), None, 0, chosen, per_class, "data")
-    assert peak_of(lambda: source.pass_samples) < most
+    assert peak_of(lambda: source.pass_samples) < bound
     counts = np.bincount(labels, minlength=MANY)[chosen]
     assert source.pass_samples == (np.minimum(counts, per_class) if per_class else counts).sum()
     kept = set(vars(source)) - {each.name for each in fields(MixedDataset)}
