@@ -7,6 +7,7 @@ and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it 
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from importlib import import_module, metadata
 from typing import Annotated, Any
@@ -132,6 +133,8 @@ def load_verb(name: str) -> Any:
     return typer.main.get_group(host).commands[name]
 
 
+INTERRUPTED = 128 + signal.SIGINT  # an exit code
+
 SUBMITTED = ("embed", "cluster", "audit", "evaluate", "data")
 """Verbs that `mhe submit` takes with their own words, instead of a config."""
 
@@ -171,6 +174,14 @@ class VerbGroup(TyperGroup):
         for name, (_, summary) in VERBS.items():
             self.add_command(DeferredCommand(name, help=summary))
 
+    def invoke(self, context: Any) -> Any:
+        """Call the verb; Ctrl-C, where it has no words of its own for that, is told in one."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            console.err.print("[yellow]Interrupted.[/]")
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
     name="mhe",
@@ -209,7 +220,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
-    sys.exit(run([word for word in arguments if word != "--debug"], debug))
+    code = run([word for word in arguments if word != "--debug"], debug)
+    # What libraries do as the process ends, Ctrl-C would break off with a traceback of theirs.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
 
 
 def run(arguments: list[str], debug: bool = False) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,6 +112,29 @@ def test_what_comes_before_ray_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()[-500:]
+
+
+def test_ctrl_c_is_told_where_a_verb_has_no_words_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.verbs.doctor.findings", interrupt)
+    assert cli.run(["doctor"]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_ctrl_c_while_the_process_ends_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What libraries do then is not to be broken off with a traceback of theirs."""
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["mhe", "--version"])
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_help_alone_imports_no_verb() -> None:
