@@ -139,8 +139,7 @@ def status(job_id: JobName, address: Address = "") -> None:
 
     Example: mhe status quickstart
     """
-    cluster = Cluster(address)
-    job = cluster.find(job_id)
+    cluster, job = _find_job(job_id, address, _local_run(job_id, address))
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
     for name, value in _facts(job, cluster):
         console.say(f"  {name}: {escape(value)}")
@@ -190,11 +189,26 @@ def _local_log(run: str) -> tuple[Path | None, str]:
     return None, f"{path} has no log: mhe train writes {log} where it trains; {see} shows the run"
 
 
+def _local_run(name: str, address: str) -> str:
+    """What to say of a run of this machine where a job is asked for; empty: there is none."""
+    if address or os.environ.get(ADDRESS_VARIABLE):
+        return ""
+    try:
+        path = find_run(name)
+    except UserError:
+        return ""
+    see = command_line(["mhe", "logs", name])
+    return (
+        f"{path} is a run of this machine: {see} shows how it does; Ctrl-C where it is trained, or "
+        "SIGTERM to that process, lets it save and stop"
+    )
+
+
 def _find_job(name: str, address: str, missing: str) -> tuple[Cluster, Job]:
     """A job of a cluster, which a run of this machine would come before.
 
     Args:
-        missing: why no run of this machine is shown; empty: a job was asked for.
+        missing: what to say of a run of this machine, or why there is none; empty: nothing.
 
     Raises:
         UserError: there is no such job.
@@ -230,8 +244,7 @@ def stop(
 
     Example: mhe stop quickstart
     """
-    cluster = Cluster(address)
-    job = cluster.find(job_id)
+    cluster, job = _find_job(job_id, address, _local_run(job_id, address))
     if job.is_over:
         console.say(f"{escape(job.id)} has {_status(job)} already.")
         return

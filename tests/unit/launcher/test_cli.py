@@ -330,6 +330,12 @@ def test_a_run_without_a_log_is_told_as_such_before_a_cluster_is(
     said = capsys.readouterr().err
     assert said.startswith("error: runs/a has no log: mhe train writes runs/a/logs/run.log")
     assert "mhe report runs/a" in said and "Nor is it a job: no Ray cluster answers" in said
+    for verb in ("status", "stop"):
+        assert cli.run([verb, "a"]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert said.startswith("error: runs/a is a run of this machine: ")
+        assert "mhe logs a shows how it does" in said
+        assert "Nor is it a job: no Ray cluster answers" in said
     assert cli.run(["logs", "b"]) == 2
     assert capsys.readouterr().err.startswith("error: no run at b or runs/b")
 
