@@ -178,9 +178,9 @@ class VerbGroup(TyperGroup):
         """Call the verb; Ctrl-C, where it has no words of its own for that, is told in one."""
         try:
             return super().invoke(context)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             console.err.print("[yellow]Interrupted.[/]")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(getattr(stop, "exit_code", INTERRUPTED)) from None  # of other signals
 
 
 app = typer.Typer(

@@ -20,8 +20,11 @@ REPEAT_S = 3.0
 """`timeout` and others tell a process and then its group: that is one request, not impatience."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Somebody asked the command to stop.
+
+    No `Exception`: what a store, a decoder or a library does about errors of any kind, such as to
+    try again or to leave an image out, it must not do about this.
 
     Attributes:
         signum: number of the signal.

@@ -92,8 +92,7 @@ class Checkpoint:
             dcp.load(tensors, storage_reader=FsspecReader(self.path), no_dist=True)
         except dcp.CheckpointException as error:
             for cause, _ in error.failures.values():
-                # Ctrl-C, or a command that is asked to stop, is no damage of the files.
-                if not isinstance(cause, Exception) or hasattr(cause, "exit_code"):
+                if not isinstance(cause, Exception):  # Ctrl-C is no damage of the files
                     raise cause from None
             raise RunError(f"{self.path}: {first_failure(error)}") from error
         return tensors

@@ -114,14 +114,18 @@ def test_what_comes_before_ray_loads_no_heavy_library() -> None:
     assert done.returncode == 0, done.stderr.decode()[-500:]
 
 
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(KeyboardInterrupt(), 130), (Interrupted(signal.SIGTERM), 128 + signal.SIGTERM)],
+)
 def test_ctrl_c_is_told_where_a_verb_has_no_words_for_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    raised: KeyboardInterrupt, code: int, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr("launcher.verbs.doctor.findings", interrupt)
-    assert cli.run(["doctor"]) == 130
+    assert cli.run(["doctor"]) == code
     assert capsys.readouterr().err == "Interrupted.\n"
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from launcher import signals
 from launcher.signals import SIGNALS, Interrupted, interruptible, signals_deferred, signals_ignored
+from pipelines.data.decode import decode_image
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -18,6 +19,19 @@ def test_a_signal_becomes_an_exception_with_the_exit_code(signum: signal.Signals
         signal.raise_signal(signum)
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) == before
+
+
+def test_an_image_that_is_decoded_meanwhile_is_not_taken_for_a_damaged_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What stands for errors of any kind in other people's code does not stand for this."""
+
+    def decode(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("pipelines.data.decode._by_pillow", decode)
+    with pytest.raises(Interrupted), interruptible():
+        decode_image(b"not decoded", 8)
 
 
 def test_a_deferred_signal_is_raised_where_it_is_safe() -> None:
