@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import pytest
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.utils import send_file
 from werkzeug.wrappers import Request, Response
@@ -162,3 +163,25 @@ def files(folder: Path) -> Any:
         return send_file(path, request.environ, mimetype="application/x-tar", conditional=True)
 
     return app
+
+
+@contextmanager
+def s3_bucket(name: str) -> Iterator[str]:
+    """URL of an empty bucket of an S3 server of this process, which the environment names.
+
+    What s3fs keeps of a store it keeps under no address: another test would ask this server.
+    """
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    s3fs = pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(variable, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        fsspec.filesystem("s3").mkdir(name)
+        yield f"s3://{name}"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -30,6 +30,7 @@ from pipelines.runs.folder import (
 )
 from pipelines.runs.warm_start import find_checkpoint
 from tests import tiny
+from tests.stores import s3_bucket
 
 
 @pytest.fixture
@@ -221,29 +222,17 @@ def test_a_store_that_takes_no_files_is_refused(
 
 
 @pytest.mark.slow
-def test_a_bucket_without_rights_is_told_as_a_mistake(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
-    filesystem.mkdir("readable")
+def test_a_bucket_without_rights_is_told_as_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     denied = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
     statement = denied | {"Resource": "arn:aws:s3:::readable/*"}
     policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    filesystem.call_s3("put_bucket_policy", Bucket="readable", Policy=policy)
-    for bucket in ("readable", "nowhere"):
-        assert cli.run(["train", "quickstart", f"run.dir=s3://{bucket}/runs"]) == 2
-        said = " ".join(capsys.readouterr().err.split())
-        assert (
-            f"run.dir=s3://{bucket}/runs: s3://{bucket}/runs/quickstart cannot be written" in said
-        )
-    server.stop()
+    with s3_bucket("readable"):
+        fsspec.filesystem("s3").call_s3("put_bucket_policy", Bucket="readable", Policy=policy)
+        for bucket in ("readable", "nowhere"):
+            folder = f"s3://{bucket}/runs"
+            assert cli.run(["train", "quickstart", f"run.dir={folder}"]) == 2
+            said = " ".join(capsys.readouterr().err.split())
+            assert f"run.dir={folder}: {folder}/quickstart cannot be written" in said
 
 
 @pytest.mark.parametrize("folder", ["/proc/runs", "nosuch://bucket"])

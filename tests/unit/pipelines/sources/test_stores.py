@@ -22,7 +22,7 @@ from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import Processes
 from tests.recordio_files import content, items, jpeg, layout, save
-from tests.stores import serving
+from tests.stores import s3_bucket, serving
 
 SMALL = ImportOptions(shard_bytes=50_000)
 
@@ -30,17 +30,8 @@ SMALL = ImportOptions(shard_bytes=50_000)
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """URL of a bucket of an S3 server of this process; credentials come from the environment."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
-        yield "s3://bucket"
-    server.stop()
+    with s3_bucket("bucket") as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -180,7 +180,9 @@ def test_no_class_of_a_list_is_lost(file: Path) -> None:
 def test_no_row_of_a_table_is_lost(file: Path) -> None:
     table = file.with_suffix(".csv")
     table.write_text("key,class\n" + "".join(f"{n:08d},{n}\n" for n in range(20_000)))
-    found = [name for rows in read_rows([f"counted://{table}"], TableLayout()) for name in rows[1]]
+    found = [
+        name for rows in read_rows([f"counted://{table}"], TableLayout()) for name in rows.samples
+    ]
     assert len(found) == 20_000
 
 
