@@ -17,6 +17,12 @@ def stretched(seconds: float) -> float:
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+def processor_s() -> float:
+    """Seconds of processors that processes of this one have taken which have ended."""
+    taken = os.times()
+    return taken.children_user + taken.children_system
+
+
 def wait_for(condition: Callable[[], object], every_s: float = 0.02) -> None:
     """Wait until a condition is true."""
     deadline = time.monotonic() + WATCHDOG_S
