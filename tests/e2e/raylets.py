@@ -20,6 +20,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 END_S = 30.0
+AGENT_PORTS = (
+    *("dashboard_agent_listen_port", "metrics_agent_port"),
+    *("metrics_export_port", "runtime_env_agent_port"),
+)
 PORTS = range(20_000, 32_000)  # what Ray gives to nobody and the system to nobody
 
 
@@ -100,12 +104,14 @@ def serve() -> None:
             answer = ""
         else:
             options = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 0}
+            # Of itself the head's dashboard agent takes a fixed port: a second cluster on this
+            # machine would start, and never take a job. For ports that agents choose, a raylet
+            # waits 15 s, which the imports of an agent take on a busy machine.
+            options |= dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
             if verb == "head":
+                (dashboard,) = _free_ports(1)
                 options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
-                # Left to itself the head's agent takes a fixed port: a second cluster on this
-                # machine would start, and never take a job.
-                dashboard, agent = _free_ports(2)
-                options |= {"dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
+                options |= {"dashboard_port": dashboard}
             else:  # as on two machines: else one node's copy of a job's code replaces the other's
                 options["temp_dir"] = f"{os.environ['RAY_TMPDIR']}/{len(nodes)}"
             node = cluster.add_node(object_store_memory=100 * 2**20, **options)
