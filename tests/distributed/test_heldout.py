@@ -70,7 +70,8 @@ def embedded(topology, folder, empty):
     """(sizes of the calls, embeddings, labels, gallery), metrics and error of this rank."""
     embed = Embed()
     found = embed_set(embed, ShardIndex.load(folder), topology, SIDE, block=BLOCK)
-    rows = () if found is None else tuple(torch.from_numpy(part) for part in found)
+    arrays = () if found is None else (found.embeddings, found.labels, found.gallery)
+    rows = tuple(torch.from_numpy(part) for part in arrays)
     metrics = evaluate(Embed(), config(folder), topology).metrics
     try:
         evaluate(Embed(), config(empty), topology)
