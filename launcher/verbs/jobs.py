@@ -163,7 +163,7 @@ def logs(
     Example: mhe logs quickstart -f
     """
     missing = ""
-    if not address and not os.environ.get(ADDRESS_VARIABLE):
+    if not _names_cluster(address):
         log, missing = _local_log(job_id)
         if log is not None:
             _show_local(log, follow)
@@ -172,6 +172,11 @@ def logs(
     if follow:
         follow_job(cluster, job.id)
     replay_log(cluster.read_output(job.id).splitlines())
+
+
+def _names_cluster(address: str) -> bool:
+    """Whether the user names a cluster: then a name is that of a job, and of no run here."""
+    return bool(address or os.environ.get(ADDRESS_VARIABLE))
 
 
 def _local_log(run: str) -> tuple[Path | None, str]:
@@ -191,7 +196,7 @@ def _local_log(run: str) -> tuple[Path | None, str]:
 
 def _local_run(name: str, address: str) -> str:
     """What to say of a run of this machine where a job is asked for; empty: there is none."""
-    if address or os.environ.get(ADDRESS_VARIABLE):
+    if _names_cluster(address):
         return ""
     try:
         path = find_run(name)

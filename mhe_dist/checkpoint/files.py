@@ -21,7 +21,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
 
-MANIFEST = "manifest.json"
+from mhe_dist.checkpoint.step_folder import MANIFEST
+
 RUN = "run.json"
 SCORES = "scores.json"
 FORMAT = 1

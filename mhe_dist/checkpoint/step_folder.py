@@ -7,7 +7,7 @@ import re
 import fsspec
 
 _NAME = re.compile(r"step_(\d+)")
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"  # written last: where it is, the checkpoint is complete
 _NAMED = 8  # of many checkpoints, the newest ones
 
 
@@ -36,7 +36,7 @@ def describe_siblings(url: str) -> str:
     steps = sorted(
         (step, each.rpartition("/")[2])
         for each in listed
-        if (step := step_of(each)) is not None and filesystem.exists(f"{each}/{_MANIFEST}")
+        if (step := step_of(each)) is not None and filesystem.exists(f"{each}/{MANIFEST}")
     )
     if not steps:
         return f"{parent} holds no complete one"

@@ -14,7 +14,7 @@ import yaml
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mhe_dist.checkpoint.step_folder import describe_missing_step, step_of
+from mhe_dist.checkpoint.step_folder import MANIFEST, describe_missing_step, step_of
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError, first_line
 from pipelines.runs.no_run import describe_what_is_there
@@ -150,7 +150,7 @@ def newest_checkpoint(path: str) -> str | None:
     names = (name.rpartition("/")[2] for name in reversed(list_folder(folder)))
     steps = (name for name in names if name.startswith("step_"))
     return next(
-        (f"{folder}/{name}" for name in steps if url_exists(f"{folder}/{name}/manifest.json")), None
+        (f"{folder}/{name}" for name in steps if url_exists(f"{folder}/{name}/{MANIFEST}")), None
     )
 
 

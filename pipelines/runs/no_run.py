@@ -7,7 +7,7 @@ import shlex
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import find_config
 from mhe_dist.errors import UserError
-from pipelines.shards.index import INDEX_FILE
+from pipelines.shards.index import index_exists
 from pipelines.storage.urls import list_folder, resolve_url
 
 RUN_CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
@@ -28,7 +28,7 @@ def describe_what_is_there(given: str, runs_folder: str) -> str:
         return f"{given} lies in the run {run}: name that"
     if find_config(given).is_file():
         return _describe_file(given)
-    if _exists(f"{given}/{INDEX_FILE}"):
+    if index_exists(given):
         return f"{given} is a data set: name the run that trained on it"
     for folder in (given, runs_folder):
         if runs := _runs_in(folder):

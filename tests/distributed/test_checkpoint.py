@@ -19,9 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch import Tensor
 
 from mhe_dist.checkpoint import files as checkpoint_files
-from mhe_dist.checkpoint.files import MANIFEST
 from mhe_dist.checkpoint.reader import Checkpoint
 from mhe_dist.checkpoint.retention import RetentionPolicy
+from mhe_dist.checkpoint.step_folder import MANIFEST
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
