@@ -7,8 +7,10 @@ release that was checked; after an update of Ray, check this file.
 from __future__ import annotations
 
 import logging
+import random
 import re
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +24,7 @@ from pipelines.loader.shield import sigterm_held_back
 
 LEASE_S, RENEWAL_S = 15, 3
 KILLED_WITHIN_S = 5.0
+AGENT_PORTS = range(20_000, 30_000)  # above Ray's own, below what systems and Kubernetes hand out
 _DEAD_NODE = re.compile(r"node with node id: \w+ and address: (\S+) .* has been marked dead")
 _NOISY_LOGGERS = (  # they report each upload and each lost connection
     "ray.dashboard.modules.dashboard_sdk",
@@ -42,15 +45,27 @@ def start_local_ray(
     What would scale the cluster or collect its processes' output for this one is left out, and the
     dashboard, unless it is asked for: then its link is returned, else an empty text.
 
-    Checked with Ray 2.60.0: the arguments `_node_ip_address` and `_temp_dir` of `ray.init`, and
-    `RayParams`, which it makes; no process of Ray sets its signal mask anew.
+    The ports of a node's agents are given: for ports that they choose, Ray waits until they have
+    imported all that they need, and gives up after 15 s, which a busy machine takes.
+
+    Checked with Ray 2.60.0: the arguments `_node_ip_address`, `_temp_dir` and
+    `_metrics_export_port` of `ray.init`, and `RayParams`, which it makes; no process of Ray sets
+    its signal mask anew.
     """
     import ray
     from ray._private import parameter
 
+    metrics, *agents = free_ports(4)
     module: Any = parameter
     all_services = module.RayParams
-    module.RayParams = partial(all_services, no_monitor=True, include_log_monitor=False)
+    module.RayParams = partial(
+        all_services,
+        no_monitor=True,
+        include_log_monitor=False,
+        metrics_agent_port=agents[0],
+        runtime_env_agent_port=agents[1],
+        dashboard_agent_listen_port=agents[2],
+    )
     try:
         with _sigterm_kept():
             context = ray.init(
@@ -62,11 +77,28 @@ def start_local_ray(
                 logging_level=logging.ERROR,
                 object_store_memory=object_store_bytes,
                 _node_ip_address="127.0.0.1",
+                _metrics_export_port=metrics,
                 _temp_dir=folder,
             )
     finally:
         module.RayParams = all_services
     return f"http://{context.dashboard_url}" if dashboard else ""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on: at random, as two clusters may start at once.
+
+    Raises:
+        OSError: there are not as many.
+    """
+    free: list[int] = []
+    for port in random.sample(AGENT_PORTS, len(AGENT_PORTS)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                free.append(port)
+        if len(free) == count:
+            return free
+    raise OSError(f"fewer than {count} of the ports {AGENT_PORTS[0]} to {AGENT_PORTS[-1]} are free")
 
 
 def connect(address: str, namespace: str, environment: dict[str, Any] | None = None) -> None:

@@ -47,10 +47,11 @@ def init(
     ] = "",
     heldout: Annotated[str, typer.Option(help="Held-out shards, if there are any.")] = "",
     classes: Annotated[
-        int, typer.Option(min=0, help="Number of classes, where the data does not say it.")
+        int,
+        typer.Option(min=0, max=10**12, help="Number of classes, where the data does not say it."),
     ] = 0,
     workers: Annotated[
-        int, typer.Option(min=0, help="Workers; 0: one per GPU, or per core, at most 8.")
+        int, typer.Option(min=0, max=2**16, help="Workers; 0: one per GPU, or per core, at most 8.")
     ] = 0,
     gpu: Annotated[
         bool | None, typer.Option(help="For GPUs or not; left out: as this machine is.")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from pydantic_core import ErrorDetails
 
 from mhe_dist.config.describe import all_keys, describe_type, suggest
-from mhe_dist.config.section import INAPPLICABLE, UNSET_VARIABLE, Inapplicable
+from mhe_dist.config.section import INAPPLICABLE, TOO_LARGE, UNSET_VARIABLE, Inapplicable
 from mhe_dist.errors import UserError
 
 RENAMED: dict[str, str] = {}
@@ -70,7 +70,7 @@ def explain_error(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistak
     items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
     path = f"{key.path}[{items}]" if items else key.path
     message = f"must be {describe_type(key)}"
-    if detail["type"] == UNSET_VARIABLE:
+    if detail["type"] in (UNSET_VARIABLE, TOO_LARGE):
         message = detail["msg"]
     elif detail["type"] == "string_type" and isinstance(value, bool | int | float):
         kind = "truth value" if isinstance(value, bool) else "number"

@@ -226,6 +226,11 @@ class EvaluateConfig(ConfigSection):
         "", description="Label set of the shards that `labels` names, by the training's class ids."
     )
 
+    @property
+    def has_sets(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.shards or self.verification or self.classification or self.labels)
+
 
 class CheckpointConfig(ConfigSection):
     """When to save and what to keep."""

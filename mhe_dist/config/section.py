@@ -88,6 +88,7 @@ PathTexts = Annotated[list[str], AfterValidator(expand_paths)]
 
 INAPPLICABLE = "inapplicable"  # pydantic's type of the error
 UNSET_VARIABLE: Final = "unset_variable"  # likewise
+TOO_LARGE: Final = "too_large"  # likewise
 NO_NUMBER: Final = "no_number"  # likewise
 
 
@@ -164,6 +165,15 @@ class ConfigSection(BaseModel):
             raise ValueError("is not a number")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_64_bits(cls, value: Any) -> Any:
+        """No tensor, array or file of a run holds a larger number."""
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise PydanticCustomError(TOO_LARGE, "must be a number of at most 63 bits")
+        return value
+
     @model_validator(mode="wrap")
     @classmethod
     def _refuse_inapplicable(cls, values: Any, validate: ModelWrapValidatorHandler[Any]) -> Any:
@@ -217,7 +227,7 @@ def _error(key: str, value: Any, reason: Inapplicable) -> InitErrorDetails:
 
 def _again(found: ErrorDetails) -> InitErrorDetails:
     """A finding inside a section, to be raised once more."""
-    if found["type"] in (INAPPLICABLE, UNSET_VARIABLE, NO_NUMBER):
+    if found["type"] in (INAPPLICABLE, UNSET_VARIABLE, TOO_LARGE, NO_NUMBER):
         context = {"reason": found["msg"], **found.get("ctx", {})}
         error = PydanticCustomError(found["type"], "{reason}", context)
         return InitErrorDetails(type=error, loc=found["loc"], input=found["input"])

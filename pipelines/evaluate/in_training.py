@@ -41,12 +41,6 @@ class TrainedHead:
         return TrainingLabels.of(self.index)
 
 
-def has_evaluation(settings: EvaluateConfig) -> bool:
-    """Whether the config asks for an evaluation."""
-    wanted = (settings.shards, settings.verification, settings.classification, settings.labels)
-    return any(wanted)
-
-
 def refuse_unusable_sets(
     settings: EvaluateConfig,
     data: DataConfig,

@@ -32,7 +32,6 @@ from pipelines.evaluate.heldout import Evaluation
 from pipelines.evaluate.in_training import (
     TrainedHead,
     evaluate_in_training,
-    has_evaluation,
     refuse_unusable_sets,
 )
 from pipelines.loader.loader import Loader
@@ -152,7 +151,7 @@ class Run:
             Preempted: a rank was told to stop meanwhile; nothing is recorded.
         """
         config = self.config
-        if not has_evaluation(config.evaluate):
+        if not config.evaluate.has_sets:
             return Evaluation({}, {})
         with self.recorder.phase("evaluate"):
             evaluation = evaluate_in_training(
@@ -195,7 +194,7 @@ class Run:
     def _refuse_unusable_sets(self) -> None:
         """What would make an evaluation fail hours later is said now."""
         config = self.config
-        if has_evaluation(config.evaluate):
+        if config.evaluate.has_sets:
             refuse_unusable_sets(
                 config.evaluate,
                 config.data,

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from launcher.ray_cluster.ray_internals import free_ports
 
 ROOT = Path(__file__).parents[2]
 END_S = 30.0
@@ -24,7 +24,6 @@ AGENT_PORTS = (
     *("dashboard_agent_listen_port", "metrics_agent_port"),
     *("metrics_export_port", "runtime_env_agent_port"),
 )
-PORTS = range(20_000, 32_000)  # what Ray gives to nobody and the system to nobody
 
 
 class Raylets:
@@ -107,9 +106,9 @@ def serve() -> None:
             # Of itself the head's dashboard agent takes a fixed port: a second cluster on this
             # machine would start, and never take a job. For ports that agents choose, a raylet
             # waits 15 s, which the imports of an agent take on a busy machine.
-            options |= dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
+            options |= dict(zip(AGENT_PORTS, free_ports(len(AGENT_PORTS)), strict=True))
             if verb == "head":
-                (dashboard,) = _free_ports(1)
+                (dashboard,) = free_ports(1)
                 options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
                 options |= {"dashboard_port": dashboard}
             else:  # as on two machines: else one node's copy of a job's code replaces the other's
@@ -122,18 +121,6 @@ def serve() -> None:
         sys.stdout.write(json.dumps({"answer": answer}) + "\n")
         sys.stdout.flush()
     cluster.shutdown()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, drawn at random, so that two clusters seldom want the same."""
-    free = []
-    for port in random.sample(PORTS, len(PORTS)):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                free.append(port)
-        if len(free) == count:
-            return free
-    raise OSError("no free port")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,13 @@ from mhe_dist.config.load import load_config
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    classes: Annotated[int, typer.Option(min=2, help="Classes of the data.")] = 1_000_000,
-    samples: Annotated[int, typer.Option(min=1, help="Images, in tars of 10,000.")] = 10_000_000,
-    per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    classes: Annotated[
+        int, typer.Option(min=2, max=10**12, help="Classes of the data.")
+    ] = 1_000_000,
+    samples: Annotated[
+        int, typer.Option(min=1, max=10**12, help="Images, in tars of 10,000.")
+    ] = 10_000_000,
+    per_node: Annotated[int, typer.Option(min=1, max=2**16, help="GPUs of a node.")] = 8,
     write_rate: Annotated[
         float, typer.Option(min=0.001, help="GB/s that a node writes into the checkpoints' store.")
     ] = 1.0,

@@ -35,7 +35,8 @@ def reproduce(
     study: Annotated[Name, typer.Argument(help="The comparison.")],
     overrides: Overrides = None,
     seeds: Annotated[
-        int, typer.Option(min=0, help="Seeds of each variant; 0: as many as the study has.")
+        int,
+        typer.Option(min=0, max=1000, help="Seeds of each variant; 0: as many as the study has."),
     ] = 0,
     only: Annotated[str, typer.Option(metavar="NAME,...", help="Train these variants only.")] = "",
     train: Annotated[

@@ -111,8 +111,11 @@ def _check(plan: SweepPlan, file: str) -> Config:
     named = [f"run.name={settings.name}", f"run.dir={Path(settings.out).parent}"]
     with mistakes_named({"run.name": "the end of --out"}):
         base = load_config(settings.config, [*settings.overrides, *named], [check_data])
-    if not base.evaluate.shards:
-        raise UserError("evaluate.shards is empty: trials are compared by held-out figures")
+    if not base.evaluate.has_sets:
+        raise UserError(
+            "nothing is evaluated: trials are compared by held-out figures; set evaluate.shards, "
+            "verification, classification or labels"
+        )
     if plan.stop_early and not base.evaluate.every_steps:
         raise UserError(
             "evaluate.every_steps=0: there is nothing to stop a trial early by; set it, or give "

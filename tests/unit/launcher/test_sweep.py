@@ -135,6 +135,17 @@ def test_without_evaluations_on_the_way_nothing_is_stopped_early(tmp_path: Path)
         sweep._check(plan(tmp_path, settings=settings), "space.yaml")
 
 
+def test_trials_are_compared_by_whatever_is_evaluated(tmp_path: Path) -> None:
+    def check(*overrides: str) -> None:
+        settings = plan(tmp_path).settings._replace(overrides=("evaluate.shards=", *overrides))
+        sweep._check(plan(tmp_path, settings=settings, stop_early=False), "space.yaml")
+
+    with pytest.raises(UserError, match=r"nothing is evaluated.* evaluate\.shards, verif"):
+        check()
+    with pytest.raises(UserError, match=r"evaluate\.classification=there .*: there is no index"):
+        check("evaluate.classification=there")
+
+
 class Task:
     """A run on Ray, seen from a trial: its events come one after the other."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +75,30 @@ def test_the_dashboard_is_started_on_loopback_and_only_when_it_is_asked_for(
     assert link == ("http://127.0.0.1:8266" if dashboard else "")
     assert given["include_dashboard"] is dashboard
     assert given["dashboard_host"] == given["_node_ip_address"] == "127.0.0.1"
+
+
+def test_ray_waits_for_no_port_of_a_node_s_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private import parameter
+
+    taken = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(ray_internals, "AGENT_PORTS", range(taken.getsockname()[1], 2**16))
+    monkeypatch.setattr(random, "sample", lambda ports, _: ports)  # the taken one comes first
+    ports: list[int | None] = []
+
+    def init(*, _metrics_export_port: int, **_: Any) -> Any:
+        node = parameter.RayParams(metrics_export_port=_metrics_export_port)
+        ports.extend((node.metrics_agent_port, node.metrics_export_port))
+        ports.extend((node.runtime_env_agent_port, node.dashboard_agent_listen_port))
+        return SimpleNamespace(dashboard_url="")
+
+    monkeypatch.setattr(ray, "init", init)
+    with taken:
+        ray_internals.start_local_ray(1, 100, str(tmp_path))
+        assert len(set(ports)) == 4
+        assert all(port and port > taken.getsockname()[1] for port in ports)
 
 
 def test_a_cluster_that_answers_and_is_of_no_use_says_what_to_do(

@@ -143,6 +143,16 @@ def test_the_item_of_a_list_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    "key",
+    ["run.seed", "train.max_steps", "head.groups", "head.mhs.extra_heads", "scale.max_failures"],
+)
+def test_a_number_that_64_bits_do_not_hold_is_refused(key: str) -> None:
+    says = "(command line): must be a number of at most 63 bits"
+    assert mistakes(None, f"{key}={10**20}") == [f"{key}={10**20} {says}"]
+    assert mistakes(None, "head.kind=mhp", f"head.mhp.lengths=[9, {2**63}]")[0].endswith(says)
+
+
+@pytest.mark.parametrize(
     "key, hint",
     [
         ("hed.kind", "did you mean head.kind?"),

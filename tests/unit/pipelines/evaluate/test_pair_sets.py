@@ -10,7 +10,7 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
-from pipelines.evaluate.in_training import evaluate_in_training, has_evaluation
+from pipelines.evaluate.in_training import evaluate_in_training
 from pipelines.evaluate.metrics.bootstrap import bootstrap_interval
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
 from pipelines.evaluate.metrics.verification import roc_curve, tar_at_far, ten_fold_accuracy
@@ -82,7 +82,7 @@ def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     assert low <= found.metrics["accuracy"] <= high
     assert found.to_dict()["pairs"] == 40
     config = tiny.config(tmp_path, "unused", evaluate={"verification": [str(tmp_path / "lfw.bin")]})
-    assert has_evaluation(config.evaluate)
+    assert config.evaluate.has_sets
     seed = config.run.seed
     evaluation = evaluate_in_training(embed, config.evaluate, config.data, seed, Topology())
     during = evaluation.metrics
