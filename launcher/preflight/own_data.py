@@ -18,6 +18,7 @@ HELDOUT_SHARE: Final = 10  # one class of so many is held out
 MOST_HELDOUT: Final = 1000  # classes; more would not make a figure surer
 _FEWEST_CLASSES: Final = 20  # of a set of which some are held out
 _LOOKED_AT: Final = 32  # images whose size is looked up
+SHARDS, FOLDER, TABLE = "shards", "a folder of images", "a table of images"
 _TABLES: Final = (".csv", ".tsv", ".parquet")
 
 
@@ -60,9 +61,24 @@ def survey_data(source: str, root: str = "", classes: int = 0) -> OwnData:
         classes: number of classes, where the source does not say it.
 
     Raises:
-        UserError: it is none of these, or the number of classes is not known.
+        UserError: it is none of these, the number of classes is not known, or an argument is given
+            that it has no use for.
     """
-    source = source.rstrip("/")
+    found = _find_data(source.rstrip("/"), root, classes)
+    if root and found.kind != TABLE:
+        raise UserError(
+            f"--root {root}: a table's paths may lie below another folder, and {source} is "
+            f"{found.kind}; leave it out"
+        )
+    if classes and found.kind in (SHARDS, FOLDER, TABLE):
+        raise UserError(
+            f"--classes {classes}: {source} says its classes itself, {found.classes:,} to train "
+            "on; leave it out"
+        )
+    return found
+
+
+def _find_data(source: str, root: str, classes: int) -> OwnData:
     if index_exists(source):
         return _from_shards(source, "")
     if index_exists(f"{source}/train"):
@@ -95,7 +111,7 @@ def _from_shards(shards: str, heldout: str) -> OwnData:
             f"{shards}: its images are in no class (mhe data folder --no-classes); a run needs some"
         )
     side = _usual_side(_images_of_shards(index))
-    return OwnData("shards", index.num_classes, index.samples, side, shards, heldout)
+    return OwnData(SHARDS, index.num_classes, index.samples, side, shards, heldout)
 
 
 def _from_folder(root: str) -> OwnData:
@@ -111,7 +127,7 @@ def _from_folder(root: str) -> OwnData:
         raise UserError(f"{root}: {what}; {_WANTED}")
     counts = Counter(path.partition("/")[0] for path in inside)
     side = _usual_side(_images_of_files(root, inside))
-    return _converted("a folder of images", root, ["--root", root], counts, side)
+    return _converted(FOLDER, root, ["--root", root], counts, side)
 
 
 def _from_table(table: str, root: str) -> OwnData:
@@ -122,7 +138,7 @@ def _from_table(table: str, root: str) -> OwnData:
         raise UserError(f"{table}: no row names a path and a class")
     side = _usual_side(_images_of_files(root, [row.path for row in rows]))
     words = ["--root", root, "--table", table]
-    return _converted("a table of images", table, words, Counter(row.label for row in rows), side)
+    return _converted(TABLE, table, words, Counter(row.label for row in rows), side)
 
 
 def _converted(

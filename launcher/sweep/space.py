@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from mhe_dist.config.describe import all_keys
 from mhe_dist.errors import UserError
 
 RANGES: Final = ("uniform", "loguniform", "randint", "lograndint")
@@ -37,7 +38,18 @@ def read_space(file: str) -> Space:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: it should hold lines such as {_EXAMPLE}")
-    return {str(key): _read_values(f"{file}: {key}", values) for key, values in content.items()}
+    return {key: _read_values(f"{file}: {key}", values) for key, values in _flatten(content)}
+
+
+def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and what they hold; blocks may be nested as in a config."""
+    sections = {key.path for key in all_keys() if key.section}
+    for name, values in content.items():
+        key = f"{prefix}{name}"
+        if key in sections and isinstance(values, dict):
+            yield from _flatten(values, f"{key}.")
+        else:
+            yield key, values
 
 
 def _read_values(where: str, values: Any) -> list[Any] | dict[str, list[Any]]:

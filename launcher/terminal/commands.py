@@ -10,17 +10,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mhe_dist.redact import scrub
+
 PROGRAM_FOLDER = Path(sys.executable).parent
 
 
 def command_line(words: Sequence[str]) -> str:
     """A command as one pastes it: its program as the shell finds it, every word quoted as needed.
 
+    What it holds of secrets is replaced, as in all that is printed.
+
     Args:
         words: of the command; the first one names a program of this environment: mhe, mlflow,
             python.
     """
-    return shlex.join([locate_program(words[0]), *words[1:]])
+    return shlex.join([locate_program(words[0]), *map(scrub, words[1:])])
 
 
 def serving_command(model: str) -> str:

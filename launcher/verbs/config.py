@@ -59,6 +59,11 @@ def show(
     Example: mhe config quickstart > mine.yaml
     """
     if schema:
+        if config is not None:
+            raise typer.BadParameter(
+                "the schema is that of every run: give no file or setting with it",
+                param_hint="--schema",
+            )
         sys.stdout.write(f"{json.dumps(json_schema(), indent=2)}\n")
         return
     if config is None:

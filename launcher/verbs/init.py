@@ -23,6 +23,7 @@ from mhe_dist.config.load import COMMAND_LINE, Check, load_config
 from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
+from mhe_dist.redact import scrub
 from pipelines.storage.urls import atomic_write
 
 MOST_WORKERS = 8  # of a machine without GPUs, unless told otherwise
@@ -129,4 +130,5 @@ def _header(data: OwnData, machine: Machine, target: str) -> list[str]:
     rows = [("Written by", ["mhe", *sys.argv[1:]]), ("Shards", data.command)]
     rows += [("Command", ["mhe", "train", target]), ("Every key", ["mhe", "config", target])]
     about = textwrap.wrap(f"{_describe(data, machine)}.", 96)
-    return [*about, "", *(f"{what + ':':<12}{shlex.join(words)}" for what, words in rows if words)]
+    commands = [(what, shlex.join(words)) for what, words in rows if words]
+    return [*about, "", *(f"{what + ':':<12}{scrub(command)}" for what, command in commands)]

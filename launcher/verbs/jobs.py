@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -106,6 +107,7 @@ def submit(
         with staging_folder() as folder:
             sent = build_submission(settings, resolve_address(address), 1, variables, folder)
             _show(settings, sent, resolve_address(address))
+        list_sending()
         return
     cluster = Cluster(address)
     cluster.refuse_running(settings)
@@ -281,6 +283,12 @@ def show_submission(sent: Submission, address: str, placement: Iterable[str] = (
     )
     for name in files:
         console.say(f"  {escape(name)}")
+
+
+def list_sending() -> None:
+    """End a command that only showed what it would send with the one that sends it."""
+    words = [word for word in sys.argv[1:] if word != "--dry-run"]
+    console.list_next([("send it", ["mhe", *words])])
 
 
 def _show(config: Config, sent: Submission, address: str) -> None:

@@ -11,7 +11,7 @@ from launcher.ray_cluster.dashboard import resolve_address
 from launcher.ray_cluster.jobs import Cluster, resolve_variables, staging_folder
 from launcher.tasks.submitted import SpreadCommand, prepare_command
 from launcher.terminal import console
-from launcher.verbs.jobs import Address, address_option, follow_job, show_submission
+from launcher.verbs.jobs import Address, address_option, follow_job, list_sending, show_submission
 
 
 def submit_command(
@@ -45,6 +45,7 @@ def submit_command(
         where = resolve_address(address)
         with staging_folder() as folder:
             show_submission(prepare_command(command, where, 1, variables, _width(), folder), where)
+        list_sending()
         return
     cluster = Cluster(address)
     with staging_folder() as folder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ def write_onnx(
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.tmp"
-    with warnings.catch_warnings(), _plain_attention(network):
+    with warnings.catch_warnings(), _silent_exporter(), _plain_attention(network):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
@@ -119,6 +120,23 @@ def _plain_attention(network: nn.Module) -> Iterator[None]:
             module.fused_attn = True
 
 
+@contextmanager
+def _silent_exporter() -> Iterator[None]:
+    """Within, the exporter logs nothing of operator sets that it cannot convert to.
+
+    It goes on with another one, which `_finish_onnx` looks at.
+    """
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def _requested_opset(wanted: int) -> int | None:
     """The operator set to ask the exporter for; below 18, torch 2.8 finds not one operator.
 
@@ -142,6 +160,8 @@ def _finish_onnx(path: str, about: Mapping[str, str], wanted: int) -> None:
     found = {each.domain: each.version for each in model.opset_import}[""]
     if wanted and found != wanted:
         os.unlink(path)
-        raise UserError(f"--opset {wanted}: this model can be written in opset {found} only")
+        raise UserError(
+            f"--opset {wanted}: this model cannot be written in it; left out, it would be {found}"
+        )
     onnx.helper.set_model_props(model, dict(about))
     onnx.save(model, path)

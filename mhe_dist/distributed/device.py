@@ -77,15 +77,16 @@ def rank_device(gpu: bool) -> torch.device:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if not torch.cuda.is_available():
         raise UserError(
-            "scale.gpu=true, but torch sees no GPU here: install a driver and a CUDA build of "
-            f"torch (this is {torch.__version__}), look at CUDA_VISIBLE_DEVICES "
-            f"({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), or set scale.gpu=false"
+            "scale.gpu=true or --gpu, but torch sees no GPU here: install a driver and a CUDA "
+            f"build of torch (this is {torch.__version__}), look at CUDA_VISIBLE_DEVICES "
+            f"({os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}), or use the CPU "
+            "(scale.gpu=false, no --gpu)"
         )
     if number >= (count := torch.cuda.device_count()):
         raise UserError(
-            f"scale.gpu=true, but rank {number} of this node has no GPU: torch sees {count}. Start "
-            f"at most {count} ranks on it (scale.workers, torchrun --nproc-per-node), or set "
-            "scale.gpu=false"
+            f"scale.gpu=true or --gpu, but rank {number} of this node has no GPU: torch sees "
+            f"{count}. Start at most {count} ranks on it (scale.workers, --world-size, torchrun "
+            "--nproc-per-node), or use the CPU (scale.gpu=false, no --gpu)"
         )
     return torch.device("cuda", number)
 

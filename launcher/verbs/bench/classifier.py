@@ -74,6 +74,8 @@ def classifier(
     results = [asdict(cost) for cost in found]
     file.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
     console.list_rows("Where it is", [("figures", str(file))])
+    export = ["mhe", "export", "RUN", "--classify", str(top)]
+    console.list_next([("export one with its backbone", export)])
 
 
 def _table(costs: list[ClassifierCost], title: str) -> Table:

@@ -257,6 +257,7 @@ def test_config_prints_the_schema(capsys: Captured) -> None:
     assert cli.run(["config", "--schema"]) == 0
     assert capsys.readouterr().out == (ROOT / "configs" / "schema.json").read_text()
     assert cli.run(["config"]) == 2
+    assert cli.run(["config", "quickstart", "--schema"]) == 2
 
 
 def test_a_complete_run_is_shown_and_left_alone(

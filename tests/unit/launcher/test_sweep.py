@@ -71,6 +71,15 @@ def test_a_space_that_is_none(tmp_path: Path, text: str, says: str) -> None:
     assert "space.yaml" in str(error.value)
 
 
+def test_blocks_may_be_nested_as_in_a_config(tmp_path: Path) -> None:
+    text = "optim: {lr: [0.1, 0.2]}\nhead: {margin.m: [0.3], mhs: {length: {randint: [2, 9]}}}\n"
+    assert space.read_space(written(tmp_path, text)) == {
+        "optim.lr": [0.1, 0.2],
+        "head.margin.m": [0.3],
+        "head.mhs.length": {"randint": [2, 9]},
+    }
+
+
 def test_ranges_hold_both_ends() -> None:
     tried = space.to_tune({"head.mhs.length": {"randint": [2, 3]}, "run.seed": [0, 1]})
     assert {tried["head.mhs.length"].sample() for _ in range(40)} == {2, 3}

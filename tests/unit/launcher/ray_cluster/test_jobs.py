@@ -151,7 +151,9 @@ def test_a_dry_run_shows_everything_but_secrets(
     file = tmp_path / "a.yaml"
     save_config(config, str(file))
     uri = f"tracking.uri=https://me:{SECRET}@mlflow.example"
-    assert cli.run(["submit", str(file), uri, "--dry-run", "--env", "NCCL_DEBUG=INFO"]) == 0
+    words = ["submit", str(file), uri, "--dry-run", "--env", "NCCL_DEBUG=INFO"]
+    monkeypatch.setattr(sys, "argv", ["mhe", *words])
+    assert cli.run(words) == 0
     said = capsys.readouterr().out
     for part in (
         "launcher.job run run.yaml",
@@ -160,6 +162,7 @@ def test_a_dry_run_shows_everything_but_secrets(
         "NCCL_DEBUG=INFO",
         "mhe_dist/train/loop.py",
         "uri: https://***@mlflow.example",
+        f"submit {file} 'tracking.uri=https://***@mlflow.example' --env NCCL_DEBUG=INFO",
     ):
         assert part in said
     assert SECRET not in said

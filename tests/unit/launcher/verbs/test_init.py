@@ -143,6 +143,8 @@ def test_the_folder_of_the_file_is_made(photos: Path) -> None:
             ["bad.yaml"],
             "bad.yaml: is a file of no kind that mhe init knows; give mhe init a folder",
         ),
+        (["photos", "--root", "photos"], "photos is a folder of images; leave it out"),
+        (["photos", "--classes", "7"], "--classes 7: photos says its classes itself"),
         (["one"], "one: its images are all of one class, 'a', and a classifier needs two"),
     ],
 )

@@ -61,7 +61,9 @@ def test_cuda_without_a_number_is_the_current_gpu_of_the_process(monkeypatch) ->
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"scale.gpu=true, but torch sees no GPU.*scale.gpu=false"):
+    with pytest.raises(
+        UserError, match=r"scale.gpu=true or --gpu, but torch sees no GPU.*scale.gpu=false"
+    ):
         rank_device(gpu=True)
 
 
@@ -135,4 +137,4 @@ def test_torchrun_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "error: scale.gpu=true, but torch sees no GPU here" in done.stderr
+    assert "error: scale.gpu=true or --gpu, but torch sees no GPU here" in done.stderr
