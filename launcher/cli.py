@@ -245,11 +245,13 @@ def run(arguments: list[str], debug: bool = False) -> int:
 
 def _mistake(error: Exception) -> str:
     """What the user can cure, in words; empty: it is a failure."""
-    if isinstance(error, OSError):
-        from pipelines.storage.unusable_path import describe_unusable_path
+    if isinstance(error, UserError):
+        return str(error)
+    from pipelines.storage.unusable_path import describe_missing_credentials, describe_unusable_path
 
+    if isinstance(error, OSError):
         return describe_unusable_path(error)
-    return str(error) if isinstance(error, UserError) else ""
+    return describe_missing_credentials(error)
 
 
 def _message(error: Exception, words: list[str]) -> str:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from mhe_dist.errors import RunError, UserError
+from pipelines.storage.unusable_path import describe_missing_credentials
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
 
     Raises:
         RunError: a transient fault each time; names the attempts and the last fault.
+        UserError: the store wants credentials that it does not find.
         Exception: any other fault, as the store raised it.
     """
     wait, attempt = FIRST_WAIT_S, 0
@@ -101,6 +103,7 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
             return call()
         except Exception as error:  # stores raise what they like
             if not is_transient(error):
+                _refuse_missing_credentials(error, url)
                 raise
             if attempt > retries:
                 raise RunError(
@@ -114,13 +117,23 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
 
 @contextmanager
 def errors_naming(url: str) -> Iterator[None]:
-    """Turn whatever a store raises into a RunError that names the URL."""
+    """Turn whatever a store raises into a RunError that names the URL.
+
+    Raises:
+        UserError: instead, where the store wants credentials that it does not find.
+    """
     try:
         yield
     except (RunError, UserError):
         raise
     except Exception as error:  # stores raise what they like
+        _refuse_missing_credentials(error, url)
         raise RunError(f"{url}: cannot be read ({describe_error(error)})") from error
+
+
+def _refuse_missing_credentials(error: Exception, url: str) -> None:
+    if lack := describe_missing_credentials(error, url):
+        raise UserError(lack) from error
 
 
 def is_transient(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""Paths that the system refuses, in words: what stands in the way, and what to do about it."""
+"""Paths and URLs that are refused, in words: what stands in the way, and what to do about it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ _FAULTS: Final = {
     errno.ELOOP: "symbolic links lead in a circle; give another path",
     errno.ENAMETOOLONG: "the name is too long; give a shorter one",
 }
+# Of optional packages (botocore, google-auth), so by name.
+_NO_CREDENTIALS: Final = frozenset(
+    {
+        "CredentialRetrievalError",
+        "DefaultCredentialsError",
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "ProfileNotFound",
+    }
+)
 _UNFINISHED: Final = re.compile(r"\.([^/]+)\.[0-9a-f]{32}\.tmp$")  # of a file that is being made
 _SYSTEM: Final = "/proc/"  # where the system says "no such file" of whatever is to be made
 
@@ -69,6 +79,22 @@ def explain_unreadable(error: Exception) -> str:
         return "there is no such file"
     known = _FAULTS.get(error.errno or 0) if isinstance(error, OSError) else None
     return known or str(error) or type(error).__name__
+
+
+def describe_missing_credentials(error: BaseException, url: str = "") -> str:
+    """What a store wants, of an error of its library; empty: the error is another one.
+
+    Args:
+        error: that a request raised.
+        url: of the request, where it is known.
+    """
+    if type(error).__name__ not in _NO_CREDENTIALS:
+        return ""
+    return (
+        f"{url or 'a store'}: there are no credentials for it ({error}); give them as its own "
+        "tools want them (s3://: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+        "gs://: GOOGLE_APPLICATION_CREDENTIALS)"
+    )
 
 
 def describe_unusable_path(error: OSError) -> str:

@@ -75,10 +75,10 @@ def reproduce(
     count = seeds or chosen.seeds
     refuse_run_keys(overrides or [], "command line")
     plans = list(plan_runs(chosen, chosen.select_variants(names), count))
-    configs = [settings(plan, overrides or [], out) for plan in plans] if train else []
+    configs = [settings(plan, overrides or [], out) for plan in plans] if train or overrides else []
     target = page or f"{out.rstrip('/')}/results.md"
     written = write_study_page(target, out, chosen, count)
-    for number, (plan, config) in enumerate(zip(plans, configs, strict=False), 1):
+    for number, (plan, config) in enumerate(zip(plans, configs if train else (), strict=False), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(plan, config, overrides or [], out)
         written = write_study_page(target, out, chosen, count)

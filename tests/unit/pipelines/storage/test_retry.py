@@ -19,10 +19,10 @@ import pytest
 import s3fs.errors
 from aiohttp import http_exceptions
 
-from mhe_dist.errors import RunError
+from mhe_dist.errors import RunError, UserError
 from pipelines.storage import retry
 from pipelines.storage.ranges import locate_file, read_range
-from pipelines.storage.retry import is_transient, with_retries
+from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from tests.stores import Counted, Faulty, files, served
 
 
@@ -207,3 +207,14 @@ def test_waiting_is_told_to_those_who_listen(
     with caplog.at_level(logging.INFO):
         with_retries(Call(TimeoutError("slow")), "s3://b/x")
     assert "s3://b/x: attempt 1 failed with TimeoutError: slow" in caplog.text
+
+
+def test_missing_credentials_are_told_with_their_cure() -> None:
+    def ask() -> None:
+        raise botocore.exceptions.NoCredentialsError
+
+    cure = pytest.raises(UserError, match=r"s3://b/x: there are no credentials.*AWS_PROFILE")
+    with cure:
+        with_retries(ask, "s3://b/x")
+    with cure, errors_naming("s3://b/x"):
+        ask()
