@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -229,6 +230,25 @@ def test_in_any_other_folder_the_smallest_family_is_held_out(fonts: Path) -> Non
     known, unseen = split_fonts(faces, settings)
     assert len({face.family for face in faces if face.name in unseen}) == 1
     assert sorted([*known, *unseen]) == sorted(f"{name}.ttf" for name in FILES)
+
+
+def test_a_font_leaves_nothing_to_the_garbage_collector_and_does_not_call_it() -> None:
+    """A collection takes a second in a process that holds much, and there are thousands of fonts."""
+    collections: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    gc.collect()
+    gc.disable()
+    gc.callbacks.append(note)
+    try:
+        assert open_faces(Path(matplotlib_fonts()) / "DejaVuSans.ttf")
+        assert not collections
+        assert gc.collect() == 0
+    finally:
+        gc.callbacks.remove(note)
+        gc.enable()
 
 
 def test_damaged_fonts_are_left_out(fonts: Path, tmp_path: Path) -> None:
