@@ -233,7 +233,7 @@ def test_in_any_other_folder_the_smallest_family_is_held_out(fonts: Path) -> Non
 
 
 def test_a_font_leaves_nothing_to_the_garbage_collector_and_does_not_call_it() -> None:
-    """A collection takes a second in a process that holds much, and there are thousands of fonts."""
+    """A collection takes a second in a process that holds much; there are thousands of fonts."""
     collections: list[str] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
