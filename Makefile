@@ -93,14 +93,16 @@ logged = @$(spin); $(1) >$(LOG) 2>&1 || { stop; tail -n 20 $(LOG); \
 $(OLDEST_INSTALLED): PYTHON_VERSION := 3.10
 $(INSTALLED): pyproject.toml constraints.txt
 $(OLDEST_INSTALLED): pyproject.toml constraints-oldest.txt
+# pip would compile 27,000 files on one core; compileall fails where one is for another Python.
 $(INSTALLED) $(OLDEST_INSTALLED):
 	@test -x $(@D)/bin/python || { echo "Making a virtual environment in $(@D)."; \
 	  $(PYTHON) -m venv $(@D); } || { rm -rf $(@D); \
 	  echo "$(PYTHON) cannot make a virtual environment: install Python $(PYTHON_VERSION) with its venv module" \
 	  "(Debian, Ubuntu: apt install python3-venv), or name one: make $(MAKECMDGOALS) PYTHON=..."; exit 1; }
 	@echo "Installing the pinned dependencies in $(@D): a few minutes, 7 GB."
-	$(call logged,$(@D)/bin/python -m pip install --disable-pip-version-check \
-	  -c $(filter constraints%,$^) -e '.[$(EXTRAS)]')
+	$(call logged,{ $(@D)/bin/python -m pip install --disable-pip-version-check --no-compile \
+	  -c $(filter constraints%,$^) -e '.[$(EXTRAS)]' && \
+	  { $(@D)/bin/python -m compileall -q -j 0 $(@D)/lib || true; }; })
 	@touch $@
 
 # Twenty small packages that no test needs.
