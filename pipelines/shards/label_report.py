@@ -10,7 +10,7 @@ import numpy as np
 from mhe_dist.errors import UserError
 from pipelines.shards.label_set import Ints, LabelLists, LabelSet
 from pipelines.shards.tables import CLASSES_FILE
-from pipelines.storage.unusable_path import explain_unreadable
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import resolve_url
 
 PART: Final = 1 << 20  # samples that are in memory together
@@ -155,7 +155,7 @@ def read_class_names(labels: LabelSet) -> list[str]:
         lines = filesystem.cat_file(path).decode().split("\n")[1:-1]
     except (OSError, ValueError) as error:
         path = f"{labels.folder}/{CLASSES_FILE}"
-        raise UserError(f"{path}: cannot be read: {explain_unreadable(error)}") from error
+        raise UserError(f"{path}: cannot be read: {explain_fault(error)}") from error
     names = [line.split("\t")[-1] for line in lines]
     if len(names) != labels.num_classes or len(set(names)) != len(names):
         raise UserError(

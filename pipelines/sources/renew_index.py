@@ -16,6 +16,7 @@ from pipelines.shards.shard import Shard, write_columns
 from pipelines.sources.convert import ImportResult
 from pipelines.sources.webdataset import number_labels
 from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout, ScanTask, scan_tar
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
 
 
@@ -54,7 +55,8 @@ def renew_index(
             _mend(index, workers, progress)
     except (OSError, NotImplementedError) as error:
         raise UserError(
-            f"{index.folder}: cannot be written ({error}); copy the data set to where it can"
+            f"{index.folder}: no index can be written ({explain_fault(error)}); copy the data set "
+            "to where one can"
         ) from error
     return ImportResult(ShardIndex.load(index.folder), [], [], [note])
 

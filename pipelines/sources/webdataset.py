@@ -29,6 +29,7 @@ from pipelines.sources.webdataset_tar import (
     scan_tar,
 )
 from pipelines.storage.staging import Journal
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
 
@@ -109,7 +110,9 @@ def _journal(folder: str, recipe: Any) -> Journal:
     try:
         return Journal(f"{folder}/{_JOURNAL}", recipe)
     except (OSError, NotImplementedError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); choose another --out") from error
+        raise UserError(
+            f"{folder}: no index can be written ({explain_fault(error)}); choose another --out"
+        ) from error
 
 
 def expand_tars(given: Sequence[str]) -> list[str]:

@@ -73,8 +73,8 @@ def _error(number: int, path: str) -> OSError:
     return OSError(number, os.strerror(number), path)
 
 
-def explain_unreadable(error: Exception) -> str:
-    """Why a file that a user named could not be read, without the system's numbers."""
+def explain_fault(error: Exception) -> str:
+    """Why a path that a user named could not be read or written, without the system's numbers."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     known = _FAULTS.get(error.errno or 0) if isinstance(error, OSError) else None

@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
 from pipelines.storage.retry import errors_naming, truncated_read, with_retries
-from pipelines.storage.unusable_path import explain_unreadable
+from pipelines.storage.unusable_path import explain_fault
 
 TEMPORARY_SUFFIX: Final = ".tmp"  # ends the name of a file that is not complete yet
 NO_RANGES: Final = "the server gives whole files only, no parts of them: download it first"
@@ -182,7 +182,7 @@ class RangeReader:
                 self.size = int(self._stream.size)
         except (OSError, TypeError) as error:  # TypeError: a server that tells no size
             self.close()
-            raise UserError(f"{url}: cannot be opened: {explain_unreadable(error)}") from error
+            raise UserError(f"{url}: cannot be opened: {explain_fault(error)}") from error
 
     def _open(self) -> Any:
         return self._filesystem.open(

@@ -11,7 +11,7 @@ import pytest
 from mhe_dist.errors import UserError
 from pipelines.storage.unusable_path import (
     describe_unusable_path,
-    explain_unreadable,
+    explain_fault,
     require_usable,
 )
 from pipelines.storage.urls import RangeReader, atomic_write
@@ -35,8 +35,8 @@ def test_a_file_that_cannot_be_opened_is_told_without_numbers(tmp_path: Path) ->
     assert str(caught.value) == f"{tmp_path}/lfw.bin: cannot be opened: there is no such file"
     with pytest.raises(UserError, match=r"cannot be opened: a folder stands where a file"):
         RangeReader(str(tmp_path))
-    assert explain_unreadable(OSError()) == "OSError"
-    assert explain_unreadable(TypeError("no size")) == "no size"
+    assert explain_fault(OSError()) == "OSError"
+    assert explain_fault(TypeError("no size")) == "no size"
 
 
 def test_a_missing_file_elsewhere_is_told_by_who_opens_it() -> None:
