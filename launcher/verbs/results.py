@@ -95,17 +95,21 @@ def export(
     formats = _formats(to if _was_given(context, "to") else None, classify, normalize)
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
-    options, paths = ExportOptions(opset, fp16, normalize, uint8), dict[Format, str]()
+    options = ExportOptions(opset, fp16, normalize, uint8)
     write = _writer(backbone, formats, classify, folder, options)
     console.say(f"From {escape(backbone.checkpoint)}:")
-    for name in formats:
-        with console.out.status(f"writing {name.value} into {folder}"):
-            path, difference = write(name.value)
-        paths[name] = path
-        console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
+    paths = {name: _write(name, write, folder) for name in formats}
     if normalize and (Format.TIMM in formats or Format.HUB_FOLDER in formats):
         console.say("  the timm folder holds a plain timm model: normalise its embeddings yourself")
     console.list_next(_next_steps(paths, backbone.config.model.name))
+
+
+def _write(name: Format, write: Callable[[str], tuple[str, float]], folder: str) -> str:
+    """Write one format, and say where it is; its path."""
+    with console.out.status(f"writing {name.value} into {folder}"):
+        path, difference = write(name.value)
+    console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
+    return path
 
 
 def _was_given(context: typer.Context, option: str) -> bool:

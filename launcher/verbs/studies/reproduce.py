@@ -35,8 +35,7 @@ def reproduce(
     study: Annotated[Name, typer.Argument(help="The comparison.")],
     overrides: Overrides = None,
     seeds: Annotated[
-        int,
-        typer.Option(min=0, max=1000, help="Seeds of each variant; 0: as many as the study has."),
+        int, typer.Option(min=0, max=1000, help="Seeds of each variant; 0: the study's own number.")
     ] = 0,
     only: Annotated[str, typer.Option(metavar="NAME,...", help="Train these variants only.")] = "",
     train: Annotated[
