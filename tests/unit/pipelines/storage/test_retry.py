@@ -210,11 +210,11 @@ def test_waiting_is_told_to_those_who_listen(
 
 
 def test_missing_credentials_are_told_with_their_cure() -> None:
-    def ask() -> None:
+    def refuse() -> None:
         raise botocore.exceptions.NoCredentialsError
 
     cure = pytest.raises(UserError, match=r"s3://b/x: there are no credentials.*AWS_PROFILE")
     with cure:
-        with_retries(ask, "s3://b/x")
+        with_retries(refuse, "s3://b/x")
     with cure, errors_naming("s3://b/x"):
-        ask()
+        refuse()
