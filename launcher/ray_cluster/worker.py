@@ -14,7 +14,7 @@ from launcher.ray_cluster.mailbox import CRASHED, EventSender, errors_scrubbed, 
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import ScrubbingFormatter, scrub
-from pipelines.pretrain import preemption
+from pipelines.pretrain import garbage, preemption
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(config: Config, send: EventSender, command: str) -> None:
-    from pipelines.pretrain.main import run_pretraining
+    with garbage.put_off():
+        from pipelines.pretrain.main import run_pretraining
 
     run_pretraining(config, on_event=send, command=command)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from pipelines.pretrain import preemption
+from pipelines.pretrain import garbage, preemption
 
 INTERRUPTED = 130  # the exit code that shells give to what Ctrl-C ended
 
@@ -24,11 +24,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    from mhe_dist.config.load import load_config
-    from mhe_dist.distributed.device import prepare_rank
-    from mhe_dist.errors import Preempted, UserError
-    from mhe_dist.redact import scrub
-    from pipelines.pretrain.main import run_pretraining
+    with garbage.put_off():
+        from mhe_dist.config.load import load_config
+        from mhe_dist.distributed.device import prepare_rank
+        from mhe_dist.errors import Preempted, UserError
+        from mhe_dist.redact import scrub
+        from pipelines.pretrain.main import run_pretraining
 
     try:
         if preemption.requested():

@@ -6,6 +6,7 @@ and under `torchrun -m pipelines.pretrain CONFIG`. A process may run it several 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +21,8 @@ from mhe_dist.engine.engine import leave_process_group
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.base import Status
 from mhe_dist.train.divergence import Divergence
-from pipelines.pretrain import preemption
-from pipelines.pretrain.exclusive import run_locked
+from pipelines.pretrain import garbage, preemption
+from pipelines.pretrain.exclusive import RunLock, run_locked
 from pipelines.pretrain.finish import finish_run
 from pipelines.pretrain.recorder import EventHandler, ignore_event
 from pipelines.pretrain.rollback import roll_back
@@ -51,9 +52,14 @@ def run_pretraining(
         _connected(config.scale) as topology,
         run_locked(config.run.path, topology, command, on_event) as lock,
     ):
-        while (summary := _attempt(Run(config, topology, on_event, lock.check))) is None:
-            pass
+        while (summary := _attempt(_build(config, topology, on_event, lock))) is None:
+            gc.collect()  # the run that diverged, whose parts know one another
     return summary
+
+
+def _build(config: Config, topology: Topology, on_event: EventHandler, lock: RunLock) -> Run:
+    with garbage.put_off():
+        return Run(config, topology, on_event, lock.check)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from pipelines.evaluate.in_training import (
     refuse_unusable_sets,
 )
 from pipelines.loader.loader import Loader
-from pipelines.pretrain import preemption
+from pipelines.pretrain import garbage, preemption
 from pipelines.pretrain.checkpointing import Checkpointer, retention_policy
 from pipelines.pretrain.recorder import EventHandler, Recorder, doubtful_settings, tracked_datasets
 from pipelines.pretrain.restarts import Restart, RunProgress, read_restart, read_skipped_steps
@@ -134,7 +134,7 @@ class Run:
         batches = self.open_loader(self.progress.step, self.total_steps)
         skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
-        with batches.reporting_dead_workers():
+        with batches.reporting_dead_workers(), garbage.of_new_objects():
             for info in self.restart.recorded(self.progress.step, steps, self.recorder):
                 self.recorder.add_step(info)
                 self.progress.step = info.step + 1
