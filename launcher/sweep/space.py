@@ -26,7 +26,7 @@ def read_space(file: str) -> Space:
     """Read the YAML of a space.
 
     Raises:
-        UserError: it is no such file, or a key has neither values nor a range.
+        UserError: it is no such file, or a key has neither values nor a range, or stands twice.
     """
     try:
         content = yaml.safe_load(Path(file).read_text())
@@ -38,7 +38,12 @@ def read_space(file: str) -> Space:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(f"{file}: it should hold lines such as {_EXAMPLE}")
-    return {key: _read_values(f"{file}: {key}", values) for key, values in _flatten(content)}
+    space: Space = {}
+    for key, values in _flatten(content):
+        if key in space:
+            raise UserError(f"{file}: {key} stands there twice; keep one")
+        space[key] = _read_values(f"{file}: {key}", values)
+    return space
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -62,6 +62,7 @@ def test_settings_are_what_a_command_line_takes() -> None:
         ("optim.lr: {loguniform: [0, 1]}", "loguniform takes two numbers above 0"),
         ("head.mhs.length: {randint: [1.5, 4]}", "randint takes two whole numbers"),
         ("optim.lr: {uniform: [.nan, 1]}", "uniform takes two numbers"),
+        ("optim.lr: [0.1]\noptim: {lr: [0.2]}", "optim.lr stands there twice"),
     ],
 )
 def test_a_space_that_is_none(tmp_path: Path, text: str, says: str) -> None:
