@@ -30,6 +30,7 @@ from pipelines.sources.convert import (
     NewDataset,
     dense_classes,
     describe_unknown_format,
+    require_two_classes,
     write_dataset,
 )
 from pipelines.sources.recordio import (
@@ -73,7 +74,7 @@ def import_recordio(
         writing: called with the finished tars and their number.
 
     Raises:
-        UserError: no such file, a damaged index, an output that exists.
+        UserError: no such file, a damaged index, a single class, an output that exists.
         RunError: more bad records than the options allow.
     """
     require_absent_or_resumable(out)
@@ -84,6 +85,8 @@ def import_recordio(
     keys, starts, stops = (records.column(name) for name in ("keys", "starts", "stops"))
     warnings = _warnings(records, distinct, _announced_classes(rec))
     names = [str(label) for label in distinct.tolist()]
+    if not records.faults:  # else the records of the other class may be among the bad ones
+        require_two_classes(scrub(rec), names, "give the file that has all of them")
     found = FoundSamples(names, classes, records.column("sizes"), records.faults, warnings)
 
     def task(chosen: Ints) -> _RecordTask:

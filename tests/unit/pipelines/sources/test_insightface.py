@@ -112,7 +112,7 @@ def test_shards_and_records_behind_urls(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "prop", "words"),
     [
-        ([([16777216.0], jpeg(0))], None, "float32"),
+        ([([16777216.0], jpeg(0)), ([0.0], jpeg(1))], None, "float32"),
         (items(), b"4,112,112", "property says 4 classes, the images have 3"),
         (items(), b"20000000,112,112", "float32"),
         (items(), b"three", None),
@@ -165,6 +165,13 @@ def test_a_missing_file_is_a_mistake(tmp_path: Path, rec: str) -> None:
 def test_no_image_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image here"):
         import_recordio(save(tmp_path / "a", b"", b""), str(tmp_path / "out"))
+
+
+def test_a_single_class_is_a_mistake(tmp_path: Path) -> None:
+    rec = save(tmp_path / "a", *layout([([7.0], jpeg(0)), ([7.0], jpeg(1))]))
+    with pytest.raises(UserError, match=r"train\.rec: its images are all of one class, '7', and"):
+        import_recordio(rec, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 IMAGES = items()
