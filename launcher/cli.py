@@ -7,8 +7,10 @@ and has saved, 130 interrupted by Ctrl-C. Commands that follow a job exit as it 
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+from difflib import get_close_matches
 from importlib import import_module, metadata
 from typing import Annotated, Any
 
@@ -149,6 +151,15 @@ def load_submitting(verb: str) -> Any:
     return typer.main.get_group(host).commands[verb]
 
 
+def _refuse_misspelt_verb(word: str) -> None:
+    """Tell a slip in one of `SUBMITTED` before what follows is taken for options of a run."""
+    near = get_close_matches(word.lower(), SUBMITTED, 1)
+    if near and word.isalpha() and not os.path.exists(word):
+        raise UserError(
+            f"mhe submit {word}: there is no such file; did you mean mhe submit {near[0]}?"
+        )
+
+
 class DeferredCommand(TyperCommand):
     """A verb that `mhe --help` lists without importing it, and that is imported when it is called.
 
@@ -163,6 +174,8 @@ class DeferredCommand(TyperCommand):
             extra["obj"] = load_verb(args[0])
             command = load_submitting(args[0])
             return command.make_context(f"submit {args[0]}", args[1:], parent=parent, **extra)
+        if self.name == "submit" and args:
+            _refuse_misspelt_verb(args[0])
         return load_verb(str(self.name)).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -19,6 +19,7 @@ from launcher.signals import Interrupted
 from launcher.terminal import console
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.shipped import shipped_configs
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import read_run_config
@@ -178,6 +179,29 @@ def test_wrong_usage_is_a_mistake(words: list[str]) -> None:
 def test_a_missing_file_is_a_mistake(capsys: Captured) -> None:
     assert cli.run(["config", QUICKSTART.replace("start", "strat")]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["embd", "quickstart", "--images", "x"], ["embd"], ["Embed"]])
+def test_a_slip_in_a_command_that_is_submitted_is_told(words: list[str], capsys: Captured) -> None:
+    assert cli.run(["submit", *words]) == 2
+    assert f"{words[0]}: there is no such file; did you mean mhe submit embed?" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
+@pytest.mark.parametrize("name", ["dat.yaml", *shipped_configs()])
+def test_no_config_is_taken_for_a_command_that_is_submitted(name: str, capsys: Captured) -> None:
+    assert cli.run(["submit", name, "hed.kind=mhs"]) == 2
+    assert "did you mean mhe submit" not in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_config_with_a_name_like_that_of_a_command_is_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("embd").write_text("hed: {kind: mhs}\n")
+    assert cli.run(["submit", "embd"]) == 2
+    assert "did you mean head" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
