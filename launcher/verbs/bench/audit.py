@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.bench.bounds import list_bounds
+from launcher.verbs.outputs import scratch_folder
 
 
 def audit(
@@ -31,11 +30,10 @@ def audit(
     """
     from pipelines.bench.scale.audit import measure_audit
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary,
+        scratch_folder(folder) as temporary,
         ProgressDisplay() as display,
         display.counting("auditing") as progress,
     ):
-        lines = measure_audit(Path(temporary), images, dim, progress)
+        lines = measure_audit(temporary, images, dim, progress)
     list_bounds(f"{images:,} images of width {dim}", lines)

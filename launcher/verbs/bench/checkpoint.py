@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.verbs.outputs import scratch_folder
 
 
 def checkpoint(
@@ -23,9 +22,8 @@ def checkpoint(
     """
     from pipelines.bench.checkpoint import MIB, measure_saves
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary:
-        times = measure_saves(Path(temporary), mib * MIB, rounds)
+    with scratch_folder(folder) as temporary:
+        times = measure_saves(temporary, mib * MIB, rounds)
     table = Table("what", "seconds", "MiB/s", box=None)
     size = times.bytes / MIB
     for what, seconds in [

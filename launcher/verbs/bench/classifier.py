@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.outputs import usable_folder
+from launcher.verbs.outputs import scratch_folder, usable_folder
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ def classifier(
     if top > classes:
         raise UserError(f"--top {top}: there are {classes} classes; give at most as many")
     found: list[ClassifierCost] = []
-    Path(out).mkdir(parents=True, exist_ok=True)
     for kind in chosen:
         case = ClassifierCase(kind, classes, dim, top, checked, threads)
         if not fits_in_memory(case):
@@ -62,14 +60,15 @@ def classifier(
             console.say(f"[yellow]left out:[/] {kind}, {classes:,} classes needs {needed}")
             continue
         with (
-            tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=out) as folder,
+            scratch_folder(out) as folder,
             console.out.status(f"{kind}, {classes:,} classes"),
         ):
-            found += measure_classifier(case, folder)
+            found += measure_classifier(case, str(folder))
     if not found:
         raise UserError(f"--classes {classes}: no head fits into the memory that is free")
     console.print_table(_table(found, f"{classes:,} classes, embeddings of {dim}"))
     file = Path(out, "classifier.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
     settings = {"classes": classes, "dim": dim, "top": top, "threads": threads, "checked": checked}
     results = [asdict(cost) for cost in found]
     file.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from launcher.terminal import console
 from launcher.verbs.bench.bounds import list_bounds
+from launcher.verbs.outputs import scratch_folder
 
 
 def index(
@@ -26,10 +25,9 @@ def index(
     """
     from pipelines.bench.scale.index import measure_index
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(prefix="mhe-bench-", dir=folder) as temporary,
+        scratch_folder(folder) as temporary,
         console.out.status("measuring"),
     ):
-        lines = measure_index(Path(temporary), samples)
+        lines = measure_index(temporary, samples)
     list_bounds(f"{samples:,} samples", lines)

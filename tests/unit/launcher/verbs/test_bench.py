@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher import cli
@@ -22,3 +24,28 @@ def test_mistakes_in_options(
 ) -> None:
     assert cli.run(["bench", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["audit", "--images", "10_000_000_000_000", "--folder"], "choose another folder"),
+        (["index", "--samples", "10_000_000_000_000", "--folder"], "choose another folder"),
+        (["classifier", "--classes", "10_000_000_000_000", "--out"], "no head fits"),
+    ],
+)
+def test_what_is_refused_leaves_no_folder(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for folder in (tmp_path / "new" / "below", there):
+        assert cli.run(["bench", *words, str(folder)]) == 2
+        assert says in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.rglob("*")) == [there]
+
+
+def test_a_measurement_leaves_no_folder(tmp_path: Path) -> None:
+    words = ["checkpoint", "--mib", "1", "--rounds", "1", "--folder", str(tmp_path / "new")]
+    assert cli.run(["bench", *words]) == 0
+    assert not list(tmp_path.iterdir())
