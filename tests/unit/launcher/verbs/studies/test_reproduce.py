@@ -321,6 +321,12 @@ def test_a_name_for_all_runs_is_refused(trainer: Trainer, capsys: Captured) -> N
     assert not trainer.trained
 
 
+def test_settings_are_checked_where_nothing_is_trained(trainer: Trainer, capsys: Captured) -> None:
+    assert mhe("paper100", "--no-train", "optim.lrr=1") == 2
+    assert "optim.lrr=1 (command line): there is no such key" in capsys.readouterr().err
+    assert not Path("runs/reproduce/results.md").exists()
+
+
 def test_a_file_that_is_no_page_is_not_replaced_by_one(trainer: Trainer, capsys: Captured) -> None:
     config = Path("run.yaml")
     config.write_text("data: {shards: mine}\n")
