@@ -27,26 +27,32 @@ if "MHE_CACHE_DIR" not in os.environ:
 HEADS_ALONE = ("test_heads_exact.py", "test_level_heads.py")
 run_ranks = partial(local_ranks.run_ranks, start_method="forkserver")
 
-gc.disable()  # until all tests are collected
-
 # How long an example takes says how busy the machine is.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while the tests are imported."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Choose what ranks have imported, and keep what is imported here out of garbage collection.
 
     Ranks are forked from one process that has imported what they need: seconds less for each. A
-    garbage collection that walks through all modules takes half a second; while they are imported
-    there is none.
+    garbage collection that walks through all modules takes half a second.
     """
     heads_alone = all("unit" in i.path.parts or i.path.name in HEADS_ALONE for i in session.items)
     preload = "tests.preload_heads" if heads_alone else "tests.preload"
     multiprocessing.set_forkserver_preload([preload])
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
