@@ -33,15 +33,15 @@ def serving_command(model: str) -> str:
     MLflow starts `uvicorn` by its name, so the shell has to find what is beside it.
     """
     words = ["mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
-    program = locate_program("mlflow")
+    program, command = locate_program("mlflow"), shlex.join(map(scrub, words))
     if program == "mlflow":
-        return shlex.join(words)
-    return f'PATH={shlex.quote(str(Path(program).parent.absolute()))}:"$PATH" {shlex.join(words)}'
+        return command
+    return f'PATH={shlex.quote(str(Path(program).parent.absolute()))}:"$PATH" {command}'
 
 
-def invoked_command() -> str:
-    """The command that this process was started with."""
-    return command_line(["mhe", *sys.argv[1:]])
+def invoked_command(without: str | None = None) -> str:
+    """The command that this process was started with, but for an option, such as "--dry-run"."""
+    return command_line(["mhe", *(word for word in sys.argv[1:] if word != without)])
 
 
 def locate_program(name: str) -> str:

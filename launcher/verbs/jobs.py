@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +34,7 @@ from launcher.ray_cluster.jobs import (
 from launcher.ray_cluster.ray_internals import is_token_auth_enabled
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
-from launcher.terminal.commands import command_line
+from launcher.terminal.commands import command_line, invoked_command
 from launcher.terminal.event_log import parse_event, split_lines
 from launcher.terminal.progress import format_duration
 from launcher.terminal.replay import replay_log
@@ -287,8 +286,7 @@ def show_submission(sent: Submission, address: str, placement: Iterable[str] = (
 
 def list_sending() -> None:
     """End a command that only showed what it would send with the one that sends it."""
-    words = [word for word in sys.argv[1:] if word != "--dry-run"]
-    console.list_next([("send it", ["mhe", *words])])
+    console.list_next([("send it", invoked_command(without="--dry-run"))])
 
 
 def _show(config: Config, sent: Submission, address: str) -> None:
