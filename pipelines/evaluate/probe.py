@@ -55,7 +55,7 @@ def probe_images(
         if unknown := sorted(set(names.values()) - numbers.keys()):
             raise UserError(
                 f"--test {test}: its class {unknown[0]!r} is none of {source}, whose classes a "
-                "probe tells apart; leave it out, or call the same classes the same"
+                "probe tells apart; leave it out, or give the same class the same name"
             )
         test_labels = np.array([numbers[names[label]] for label in other.labels.tolist()])
         return probe_embeddings(rows, labels, other.embeddings, test_labels, k)
