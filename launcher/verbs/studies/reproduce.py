@@ -77,8 +77,7 @@ def reproduce(
     configs = [settings(plan, overrides or [], out) for plan in plans] if train or overrides else []
     target = page or f"{out.rstrip('/')}/results.md"
     written = write_study_page(target, out, chosen, count)
-    trained = zip(plans, configs, strict=True) if train else ()
-    for number, (plan, config) in enumerate(trained, 1):
+    for number, (plan, config) in enumerate(zip(plans, configs, strict=True) if train else (), 1):
         console.say(f"[bold]{number}/{len(plans)}  {escape(plan.name)}[/]")
         _train(plan, config, overrides or [], out)
         written = write_study_page(target, out, chosen, count)
