@@ -31,8 +31,8 @@ from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs.folder import absolute_path, is_local
 from pipelines.storage.full_disk import existing_folder
 
-DEADLINE_S = 10.0
-MLFLOW_S = 5.0
+DEADLINE_S = 30.0
+MLFLOW_S = 15.0
 PROBE = ".mhe-probe"
 Problems = list[tuple[str, str]]
 

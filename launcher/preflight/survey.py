@@ -10,13 +10,14 @@ from launcher.preflight.machine import list_gpus
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import CostPrediction, find_obstacles, find_shortages, predict_cost
 from launcher.preflight.trial_process import TRIAL_S, measure_trial
-from launcher.ray_cluster.jobs import POLL_S, Cluster, build_submission, staging_folder
+from launcher.ray_cluster.connection import NODES_S
+from launcher.ray_cluster.jobs import POLL_S, Cluster, Job, build_submission, staging_folder
 from launcher.terminal import console
 from launcher.terminal.event_log import parse_event
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
-NODES_S = 60.0  # what stands in the way is reported as soon as it is known
+START_S = 60.0  # of a job
 
 
 def assess(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> CostPrediction | None:
@@ -79,23 +80,30 @@ def survey_cluster(config: Config, cluster: Cluster, trial: bool) -> Iterator[di
 
 def _events(cluster: Cluster, job_id: str) -> Iterator[dict[str, Any]]:
     """The events of the job, each as soon as it is there."""
-    deadline, seen = time.monotonic() + NODES_S, 0
+    deadline, seen = time.monotonic() + START_S + NODES_S, 0
     while True:
         job = cluster.find(job_id)
-        lines = cluster.read_output(job_id).splitlines() if job.status != "pending" else []
-        events = [event for line in lines if (event := parse_event(line))]
+        output = cluster.read_output(job_id) if job.status != "pending" else ""
+        events = [event for line in output.splitlines() if (event := parse_event(line))]
         for event in events[seen:]:
             deadline = time.monotonic() + TRIAL_S
             yield event
         seen = len(events)
         if job.is_over and seen < 2:
-            raise RunError(f"preflight on {cluster.address} failed: {job.message.strip()}")
+            raise _failure(cluster.address, job, output)
         if time.monotonic() > deadline:
             raise UserError(
                 f"{cluster.address} did not answer in time: mhe jobs shows what keeps it busy; "
                 f"--no-preflight goes without"
             )
         time.sleep(POLL_S)
+
+
+def _failure(address: str, job: Job, output: str) -> UserError | RunError:
+    """What ended a job too early, in the words of `launcher.job` if it had any."""
+    _, worded, message = f"\n{output}".rpartition("\nerror: ")
+    kind = UserError if worded and job.exit_code == 2 else RunError
+    return kind(f"preflight on {address}: {(message if worded else job.message).strip()}")
 
 
 def _refuse(found: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,8 @@ from pipelines.runs.folder import logs_folder
 Answer = TypeVar("Answer")
 
 OWN_CLUSTER: Final = "auto"  # the one that started this process
-NODES_S: Final = 40.0
+NODES_S: Final = 180.0  # a process on a busy node or a slow disk takes a minute to import Ray
+_LOOK_EVERY_S: Final = 2.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
 LONGEST_TEMPORARY_FOLDER = 24
 
@@ -56,7 +58,7 @@ def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[An
     """Call a function on each living node of this process's cluster: Ray's node, and its answer.
 
     Raises:
-        UserError: names the nodes that do not answer in time.
+        UserError: names the nodes that do not answer in time, or that left the cluster meanwhile.
     """
     import ray
 
@@ -66,11 +68,20 @@ def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[An
             here = {"ray.io/node-id": node["NodeID"]}
             task: Any = ray.remote(num_cpus=0, max_retries=0, label_selector=here)(function)
             nodes[task.remote(*arguments)] = node
-    ready, silent = ray.wait(list(nodes), num_returns=len(nodes), timeout=NODES_S)
-    if silent:
-        names = ", ".join(nodes[task]["NodeManagerHostname"] for task in silent)
-        raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
-    return [(nodes[task], ray.get(task)) for task in ready]
+    silent, deadline = list(nodes), time.monotonic() + NODES_S
+    while silent:
+        _, silent = ray.wait(silent, num_returns=len(silent), timeout=_LOOK_EVERY_S)
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if gone := [task for task in silent if nodes[task]["NodeID"] not in alive]:
+            raise UserError(f"these nodes left the cluster meanwhile: {_hosts(nodes, gone)}")
+        if silent and time.monotonic() > deadline:
+            names = _hosts(nodes, silent)
+            raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
+    return [(node, ray.get(task)) for task, node in nodes.items()]
+
+
+def _hosts(nodes: dict[Any, Any], tasks: list[Any]) -> str:
+    return ", ".join(nodes[task]["NodeManagerHostname"] for task in tasks)
 
 
 def _connect(address: str, environment: dict[str, Any] | None) -> None:

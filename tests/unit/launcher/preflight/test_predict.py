@@ -26,6 +26,7 @@ from launcher.preflight.predict import (
 )
 from launcher.preflight.trial_process import measure_trial
 from launcher.ray_cluster.code_package import with_absolute_paths
+from launcher.ray_cluster.jobs import Job
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.engine import settings
@@ -221,6 +222,42 @@ def test_a_slow_precision_is_told_once_before_the_trial(
         yield {"measured": None}
 
     assert survey.assess(chosen, events(), trial=True) is None
+
+
+class Jobs:
+    """A cluster whose only job has ended."""
+
+    address = "http://127.0.0.1:8265"
+
+    def __init__(self, code: int, output: str) -> None:
+        self._code, self._output = code, output
+
+    def find(self, job_id: str) -> Job:
+        message = f"Job entrypoint command failed with exit code {self._code}, last available logs"
+        return Job(job_id, "", "", "failed", self._code, 0.0, 0.0, message, {})
+
+    def read_output(self, job_id: str) -> str:
+        return self._output
+
+
+LOG = "job_manager.py:581 -- Runtime env is setting up.\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "kind", "message"),
+    [
+        (Jobs(2, f"{LOG}error: left:\n  b\n"), UserError, "left:\n  b"),
+        (Jobs(1, f"{LOG}error: RayError: lost\n"), RunError, "RayError: lost"),
+        (Jobs(2, LOG), RunError, "failed with exit code 2, last available logs"),
+    ],
+)
+def test_a_job_that_fails_is_told_in_its_own_words(
+    job: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind) as failed:
+        list(survey._events(job, "id"))
+    assert str(failed.value).startswith(f"preflight on {job.address}: ")
+    assert str(failed.value).endswith(message)
 
 
 @pytest.mark.slow

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher.ray_cluster import ray_internals
+from launcher.ray_cluster import connection, ray_internals
 from launcher.ray_cluster.connection import (
     _check_gpus,
     _move_logs,
+    ask_nodes,
     existing_cluster,
     local_cluster,
 )
@@ -129,3 +130,65 @@ def test_a_cluster_that_did_not_start_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "ray").mkdir()
     _move_logs(tmp_path / "ray", tmp_path / "kept")
     assert not list(tmp_path.iterdir())
+
+
+class Nodes:
+    """Ray's functions for a cluster whose nodes take a while to answer, by a clock of their own."""
+
+    def __init__(self, answers_at: dict[str, float], dies_at: dict[str, float]) -> None:
+        self.now = 0.0
+        self._answers_at, self._dies_at = answers_at, dies_at
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": name, "NodeManagerHostname": name, "Alive": self._ends(name) > self.now}
+            for name in self._answers_at
+        ]
+
+    def remote(self, label_selector: dict[str, str], **_: Any) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda: label_selector["ray.io/node-id"])
+
+    def wait(self, tasks: list[str], num_returns: int, timeout: float) -> Any:
+        last = max(self._answers_at[task] for task in tasks)
+        self.now = min(self.now + timeout, max(self.now, last))
+        done = [task for task in tasks if self._answers_at[task] <= self.now]
+        return done, [task for task in tasks if task not in done]
+
+    def get(self, task: str) -> str:
+        return f"answer of {task}"
+
+    def _ends(self, name: str) -> float:
+        return self._dies_at.get(name, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("answers_at", "dies_at", "refusal", "after_s"),
+    [
+        ({"a": 1.0, "b": 100.0}, {}, "", 100.0),
+        ({"a": 1.0, "b": 1e9, "c": 1e9}, {}, "do not answer within 180 s: b, c", 185.0),
+        ({"a": 1.0, "b": 1e9, "c": 50.0}, {"b": 30.0}, "left the cluster meanwhile: b", 35.0),
+    ],
+    ids=["busy", "hung", "lost"],
+)
+def test_a_busy_node_has_time_to_answer_and_a_lost_one_is_named_at_once(
+    answers_at: dict[str, float],
+    dies_at: dict[str, float],
+    refusal: str,
+    after_s: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    cluster = Nodes(answers_at, dies_at)
+    for name in ("nodes", "remote", "wait", "get"):
+        monkeypatch.setattr(ray, name, getattr(cluster, name))
+    monkeypatch.setattr(connection, "time", SimpleNamespace(monotonic=lambda: cluster.now))
+    if refusal:
+        with pytest.raises(UserError, match=refusal):
+            ask_nodes(str)
+    else:
+        answers = ask_nodes(str)
+        assert [(node["NodeID"], answer) for node, answer in answers] == [
+            (name, f"answer of {name}") for name in answers_at
+        ]
+    assert cluster.now <= after_s
