@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.survey import assess, survey_cluster
 from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster, Job, resolve_variables
@@ -51,7 +51,7 @@ def train(
         Preempted: SIGTERM came; the run is saved and goes on when called again.
         KeyboardInterrupt: Ctrl-C, or the notebook's button; without a save.
     """
-    found = resolve_config(config, overrides, [check_data, check_backbone], **sections)
+    found = resolve_config(config, overrides, [check_data, check_names], **sections)
     changes = refuse_changed_config(found)
     if not changes and (done := read_summary(found.run.path)) is not None:
         return done
@@ -92,7 +92,7 @@ def submit(
         UserError: the config is wrong, a variable looks like a secret, no cluster answers, a job is
             training this run, or the preflight found what stands in its way.
     """
-    found = with_absolute_paths(resolve_config(config, overrides, [check_backbone], **sections))
+    found = with_absolute_paths(resolve_config(config, overrides, [check_names], **sections))
     passed = resolve_variables([f"{name}={value}" for name, value in (variables or {}).items()])
     cluster = Cluster(address)
     cluster.refuse_running(found)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from launcher import cli, execute
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import find_obstacles, workers_per_node
 from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
 
 def run(file: str) -> None:
     """Train, evaluate and export the run of a YAML file on this cluster."""
-    config = load_config(file, checks=[check_data, check_backbone])
+    config = load_config(file, checks=[check_data, check_names])
     changes = refuse_changed_config(config)
     lines = EventLogWriter(sys.stdout)
     if not changes and (done := read_summary(config.run.path)) is not None:

@@ -1,4 +1,7 @@
-"""The kinds of trouble that the command line tells apart."""
+"""The kinds of trouble that the command line tells apart, and words that messages share."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class UserError(Exception):
@@ -17,6 +20,14 @@ class Preempted(Exception):
     """
 
     exit_code = 75
+
+
+def list_choices(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is unknown: the one that was probably meant, and those there are."""
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}? There are" if near else "there are"
+    return f"{hint} {', '.join(names)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from launcher.terminal.commands import command_line
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
-from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.config.schema import Config, EvaluateConfig
+from mhe_dist.errors import UserError, list_choices
 from pipelines.runs.folder import url_exists
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import INDEX_FILE, index_exists, name_data_sets
@@ -70,20 +70,40 @@ def check_data(config: Config) -> Iterable[Mistake]:
             yield "evaluate.verification", f"{path} does not exist; give InsightFace .bin files"
 
 
-def check_backbone(config: Config) -> Iterable[Mistake]:
-    """What is wrong with the name of the backbone (a check of `mhe_dist.config.load.load_config`).
+def check_names(config: Config) -> Iterable[Mistake]:
+    """What names nothing: the backbone, or the figure of the best checkpoint.
+
+    A check of `mhe_dist.config.load.load_config`. Without it, a run of a figure that no evaluation
+    gives would end without the checkpoint that it was to keep.
+    """
+    yield from _backbone_mistakes(config.model.name)
+    figure = config.checkpoint.keep_best.removeprefix("-")
+    if figure and (problem := explain_unknown_figure(figure, config.evaluate)):
+        yield "checkpoint.keep_best", problem
+
+
+def _backbone_mistakes(name: str) -> Iterable[Mistake]:
+    """What is wrong with the name of a backbone.
 
     timm itself takes seconds to import, so it is asked only about a name that its source does not
     define in the usual way.
     """
-    if _defined_by_timm(config.model.name):
+    if _defined_by_timm(name):
         return
     from mhe_dist.backbone.model import check_model_name
 
     try:
-        check_model_name(config.model.name)
+        check_model_name(name)
     except UserError as error:
         yield "model.name", str(error).partition(": ")[2]
+
+
+def explain_unknown_figure(name: str, settings: EvaluateConfig) -> str:
+    """That no evaluation of a run gives a figure, and those there are; empty: one may give it."""
+    from pipelines.evaluate.in_training import figure_names  # it imports torch
+
+    names = figure_names(settings)
+    return "" if name in names else f"no evaluation gives it; {list_choices(name, names)}"
 
 
 def _defined_by_timm(name: str) -> bool:

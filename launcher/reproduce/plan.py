@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, list_choices
 from pipelines.report.comparison import RECOGNITION, Claim, Measure
 from pipelines.sources.planted.faults import FaultRates
 
@@ -87,9 +86,7 @@ class Study:
         known = {variant.name: variant for variant in self.variants}
         for name in only:
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}? There are" if near else "there are"
-                raise UserError(f"--only {name}: {hint} {', '.join(known)}")
+                raise UserError(f"--only {name}: {list_choices(name, known)}")
         return [known[name] for name in dict.fromkeys(only)] if only else list(self.variants)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from mhe_dist.config.describe import all_keys
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, list_choices
 
 RANGES: Final = ("uniform", "loguniform", "randint", "lograndint")
 """Kinds of ranges, by Ray Tune's names: `{kind: [lowest, highest]}`, both included."""
@@ -64,9 +63,7 @@ def _read_values(where: str, values: Any) -> list[Any] | dict[str, list[Any]]:
         raise UserError(f"{where}: give a list of values, or one range, such as {_EXAMPLE}")
     ((kind, bounds),) = values.items()
     if kind not in RANGES:
-        near = get_close_matches(str(kind), RANGES, 1)
-        hint = f"did you mean {near[0]}? There are" if near else "there are"
-        raise UserError(f"{where}: no range is called {kind}; {hint} {', '.join(RANGES)}")
+        raise UserError(f"{where}: no range is called {kind}; {list_choices(str(kind), RANGES)}")
     whole = kind.endswith("randint")
     if not _are_bounds(bounds, int if whole else (int, float), kind.startswith("log")):
         numbers = "whole numbers" if whole else "numbers"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.first_config import Machine, write_first_config
 from launcher.preflight.machine import list_gpus
 from launcher.preflight.own_data import OwnData, make_name, survey_data
@@ -75,7 +75,7 @@ def init(
         raise UserError(f"{target}: exists already; give another name with --out, or delete it")
     machine = _machine(workers, gpu)
     text = write_first_config(data, machine, name, _header(data, machine, target))
-    _refuse_mistakes(text, [check_backbone] if data.command else [check_backbone, check_data])
+    _refuse_mistakes(text, [check_names] if data.command else [check_names, check_data])
     with atomic_write(target) as stream:
         stream.write(text.encode())
     console.say(f"{escape(target)}: {escape(_describe(data, machine))}")

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.checks import check_backbone
+from launcher.preflight.checks import check_names
 from launcher.preflight.survey import assess, survey_cluster
 from launcher.ray_cluster.code_package import SETTINGS_FILE, with_absolute_paths
 from launcher.ray_cluster.dashboard import (
@@ -100,7 +100,7 @@ def submit(
 
     Example: mhe submit quickstart --address http://127.0.0.1:8265 --follow
     """
-    settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
+    settings = with_absolute_paths(load_config(config, overrides or [], [check_names]))
     variables = resolve_variables(env or [])
     if dry_run:
         with staging_folder() as folder:

@@ -18,7 +18,7 @@ from launcher.kubernetes.manifests import (
     build_rayjob,
     manifests_to_yaml,
 )
-from launcher.preflight.checks import check_backbone
+from launcher.preflight.checks import check_names
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.commands import command_line
@@ -196,7 +196,7 @@ def _where(namespace: str, context: str) -> list[str]:
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
-    return load_config(config, overrides or [], [check_backbone])
+    return load_config(config, overrides or [], [check_names])
 
 
 def _with_pod_paths(config: Config, claim: str) -> PlacedConfig:

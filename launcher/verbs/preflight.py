@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.checks import check_backbone
+from launcher.preflight.checks import check_names
 from launcher.preflight.predict import prediction_rows
 from launcher.preflight.survey import assess, survey_cluster, survey_machine
 from launcher.ray_cluster.code_package import with_absolute_paths
@@ -35,7 +35,7 @@ def preflight(
 
     Example: mhe preflight quickstart --address http://127.0.0.1:8265
     """
-    settings = with_absolute_paths(load_config(config, overrides or [], [check_backbone]))
+    settings = with_absolute_paths(load_config(config, overrides or [], [check_names]))
     events = (
         survey_cluster(settings, Cluster(address), trial)
         if address

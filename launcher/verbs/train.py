@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
@@ -51,7 +51,7 @@ def train(
     """
     try:
         with interruptible():
-            settings = load_config(config, overrides or [], [check_data, check_backbone])
+            settings = load_config(config, overrides or [], [check_data, check_names])
             changes = refuse_changed_config(settings)
             done = None if changes else read_summary(settings.run.path)
     except Interrupted as stop:

@@ -354,12 +354,11 @@ def validate_combinations(config: Config) -> list[str]:
             "weights layer by layer"
         )
     evaluate = config.evaluate
-    evaluated = evaluate.every_steps and (evaluate.shards or evaluate.verification)
-    if config.checkpoint.keep_best and not evaluated:
+    if config.checkpoint.keep_best and not (evaluate.every_steps and evaluate.has_sets):
         wrong.append(
-            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.shards or "
-            "evaluate.verification, and evaluate.every_steps: without evaluations no checkpoint "
-            "has a score"
+            f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.every_steps, and "
+            "evaluate.shards, verification, classification or labels: without evaluations no "
+            "checkpoint has a score"
         )
     if config.optim.final_lr > config.optim.lr:
         wrong.append(

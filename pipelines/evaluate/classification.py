@@ -104,6 +104,12 @@ def evaluate_classification(
     return broadcast_from_first(figures, topology)
 
 
+def classification_figure_names() -> list[str]:
+    """What `evaluate_classification` may call its figures, but for `beam_recall`."""
+    shares = [*(f"top{k}" for k in TOP), "samples"]
+    return [*shares, "unknown", *(f"{name}/{key}" for name in SHOTS for key in shares)]
+
+
 def _name_unknown(labels: Ints, folder: str, num_classes: int) -> float:
     """Say which classes are none of the run's, if there are any; the number of their images."""
     if len(labels):

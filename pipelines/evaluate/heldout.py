@@ -114,6 +114,14 @@ def evaluate_heldout(
     return Evaluation(metrics, result.details, describe_protocol(index, settings.flip))
 
 
+def heldout_figure_names(settings: EvaluateConfig) -> list[str]:
+    """What `evaluate_heldout` may call its metrics."""
+    found = [*(f"rank{k}" for k in RANKS), *map(tar_name, FARS)]
+    sizes = ["probes", "gallery", "pairs", "impostors"]
+    parts = [f"{name}/{key}" for name in settings.typefaces for key in (*found, "probes")]
+    return [*found, "accuracy", "accuracy_std", "chance", *sizes, *parts]
+
+
 def refuse_unusable_set(settings: EvaluateConfig, seed: int) -> None:
     """Refuse held-out shards from which no figure could be computed; reads their index alone.
 

@@ -14,12 +14,22 @@ from mhe_dist.heads.base import Head
 from pipelines.embedding.embeddings import Embed, raise_together
 from pipelines.evaluate.classification import (
     TrainingLabels,
+    classification_figure_names,
     evaluate_classification,
     refuse_other_classes,
 )
-from pipelines.evaluate.heldout import Evaluation, evaluate_heldout, refuse_unusable_set
-from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
-from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
+from pipelines.evaluate.heldout import (
+    Evaluation,
+    evaluate_heldout,
+    heldout_figure_names,
+    refuse_unusable_set,
+)
+from pipelines.evaluate.label_prediction import (
+    evaluate_labels,
+    label_figure_names,
+    open_evaluated_labels,
+)
+from pipelines.evaluate.pair_sets import pair_figure_names, read_bin_sets, verify_pair_sets
 from pipelines.shards.index import ShardIndex
 
 
@@ -75,6 +85,17 @@ def refuse_unusable_sets(
     except (UserError, RunError, OSError) as error:
         failure = error
     raise_together(failure, topology)
+
+
+def figure_names(settings: EvaluateConfig) -> list[str]:
+    """What `evaluate_in_training` may call its metrics; large FARs of large sets are left out."""
+    names = heldout_figure_names(settings) if settings.shards else []
+    names += pair_figure_names(settings.verification)
+    if settings.classification:
+        names += [f"classification/{name}" for name in classification_figure_names()]
+    if settings.labels:
+        names += [f"labels/{name}" for name in label_figure_names()]
+    return names
 
 
 def evaluate_in_training(

@@ -16,6 +16,7 @@ from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.evaluate.classification import SHOTS, TrainingLabels
 from pipelines.evaluate.metrics.label_ranking import (
     KS,
+    RANKED,
     Floats,
     Ints,
     find_labels,
@@ -98,6 +99,18 @@ def evaluate_labels(
             figures |= _shot_recalls(predicted, lists, training.counts)
             figures |= _frequent_figures(lists, training.counts, weights)
     return broadcast_from_first(figures, topology)
+
+
+def label_figure_names() -> list[str]:
+    """What `evaluate_labels` may call its figures."""
+    ranked = [f"{name}@{k}" for name in RANKED for k in KS]
+    shots = [*(f"recall@{k}" for k in KS), "labels"]
+    return [
+        *ranked,
+        "samples",
+        *(f"{name}/{key}" for name in SHOTS for key in shots),
+        *(f"frequent/{key}" for key in ranked),
+    ]
 
 
 def _frequent_figures(lists: LabelLists, counts: Ints, weights: Floats | None) -> dict[str, float]:

@@ -98,6 +98,12 @@ def read_bin_sets(paths: Sequence[str]) -> list[PairSet]:
     return sets
 
 
+def pair_figure_names(paths: Sequence[str]) -> list[str]:
+    """What the metrics of `.bin` files are called, without intervals."""
+    keys = ["accuracy", "accuracy_std", "threshold", *map(tar_name, FARS)]
+    return [f"{PurePosixPath(path).stem}/{key}" for path in paths for key in keys]
+
+
 def read_table_set(table: str, root: str) -> PairSet:
     """Read the pairs of a CSV file (`image_files.read_pairs`); the set is named by the file.
 

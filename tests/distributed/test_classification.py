@@ -38,7 +38,7 @@ from pipelines.evaluate.classification import (
     read_training_labels,
     refuse_other_classes,
 )
-from pipelines.evaluate.in_training import refuse_unusable_sets
+from pipelines.evaluate.in_training import figure_names, refuse_unusable_sets
 from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.checkpoints import class_centres
@@ -345,6 +345,10 @@ def test_a_run_records_the_figures_and_learns_the_same(
     ranked = rank_labels(Topology(), run.run.path, shards, url)
     during |= {f"labels/{name}": value for name, value in ranked.items()}
     assert summary["heldout"] == during
+    missing = set(figure_names(watched.evaluate)) - set(during)
+    assert set(during) <= set(figure_names(watched.evaluate))
+    # All classes have twelve images.
+    assert all("many_shot/" in name or "medium_shot/" in name for name in missing)
     records = read_records(f"{watched.run.path}/metrics.jsonl")
     for name in ("classification/top1", "labels/p@1"):
         steps = [record["step"] for record in records if f"heldout/{name}" in record]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from launcher.reproduce.page import compare_variants, write_study_page
 from launcher.reproduce.plan import PlannedRun, plan_runs
 from launcher.reproduce.studies import STUDIES
@@ -111,7 +111,7 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
     Raises:
         UserError: an override is wrong, or the run was begun with other settings.
     """
-    words, checks = [*plan.overrides, *overrides, f"run.dir={out}"], [check_data, check_backbone]
+    words, checks = [*plan.overrides, *overrides, f"run.dir={out}"], [check_data, check_names]
     if plan.planted:
         words.append(f"data.shards={out}/{plan.planted}/train")
     if plan.variant.clustered_by:
@@ -120,7 +120,7 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
         labels = f"{out}/{plan.labels}"
         words.append(f"data.labels={labels}")
         if not label_set_exists(labels):
-            checks = [check_backbone]  # the labels are made when it is their turn
+            checks = [check_names]  # the labels are made when it is their turn
     config = load_config(plan.study.file, words, checks)
     refuse_changed_config(config)
     return config

@@ -12,7 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher import execute
-from launcher.preflight.checks import check_backbone, check_data, check_selection
+from launcher.preflight.checks import (
+    check_data,
+    check_names,
+    check_selection,
+    explain_unknown_figure,
+)
 from launcher.signals import Interrupted, interruptible
 from launcher.sweep.space import (
     as_overrides,
@@ -107,7 +112,7 @@ def _check(plan: SweepPlan, file: str) -> Config:
     refuse_run_keys(settings.overrides, "command line")
     for drawn in example_overrides(plan.space):
         with mistakes_named(dict.fromkeys(plan.space, file)):
-            load_config(settings.config, [*settings.overrides, *drawn], [check_backbone])
+            load_config(settings.config, [*settings.overrides, *drawn], [check_names])
     named = [f"run.name={settings.name}", f"run.dir={Path(settings.out).parent}"]
     with mistakes_named({"run.name": "the end of --out"}):
         base = load_config(settings.config, [*settings.overrides, *named], [check_data])
@@ -116,6 +121,8 @@ def _check(plan: SweepPlan, file: str) -> Config:
             "nothing is evaluated: trials are compared by held-out figures; set evaluate.shards, "
             "verification, classification or labels"
         )
+    if problem := explain_unknown_figure(plan.metric, base.evaluate):
+        raise UserError(f"--metric {plan.metric}: {problem}")
     if plan.stop_early and not base.evaluate.every_steps:
         raise UserError(
             "evaluate.every_steps=0: there is nothing to stop a trial early by; set it, or give "

@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 KS: Final = (1, 3, 5)
+RANKED: Final = ("p", "recall", "ndcg", "psp")
 # A and B of the propensities: what the paper takes where nothing is known of a data set.
 _A: Final = 0.55
 _B: Final = 1.5

@@ -115,6 +115,10 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
             {"space": {"run.name": ["a", "b"]}},
             "run.name (space.yaml): each run gets a name of its own",
         ),
+        (
+            {"metric": "rank-1"},
+            "--metric rank-1: no evaluation gives it; did you mean rank1? There are rank1, rank5,",
+        ),
     ],
 )
 def test_mistakes_before_ray(tmp_path: Path, other: dict[str, Any], says: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight.checks import check_data
+from launcher.preflight.checks import check_data, check_names
 from mhe_dist.config.schema import Config
 
 
@@ -105,3 +105,17 @@ def test_the_message_names_the_cure() -> None:
     ((_, message),) = check_data(config(data={"shards": "/nowhere"}))
     assert "index.json" in message
     assert "data.glyphs" in message
+
+
+def test_the_best_checkpoint_is_that_of_a_figure_that_there_is() -> None:
+    def mistakes(best: str, **evaluate: Any) -> list[tuple[str, str]]:
+        settings = {"every_steps": 5, "shards": "data/heldout", **evaluate}
+        return list(check_names(config(checkpoint={"keep_best": best}, evaluate=settings)))
+
+    ((key, problem),) = mistakes("-rank1_")
+    assert key == "checkpoint.keep_best"
+    assert problem.startswith("no evaluation gives it; did you mean rank1? There are rank1, ")
+    assert mistakes("lfw/accuracy") and mistakes("classification/top1") and mistakes("hard/rank1")
+    sets = {"verification": ["faces/lfw.bin"], "classification": "x", "typefaces": {"hard": "a*"}}
+    for best in ("lfw/accuracy", "classification/top1", "hard/rank1", "-accuracy_std", ""):
+        assert mistakes(best, **sets) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from launcher.preflight.checks import check_backbone, check_data
+from launcher.preflight.checks import check_data, check_names
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
@@ -48,7 +48,7 @@ def test_a_folder_of_images(photos: Path, capsys: Captured) -> None:
     assert "mhe data folder --root photos --out data/photos --heldout-classes 2" in said
     assert (config.data.image_size, config.head.kind, config.scale.workers) == (32, "full", 2)
     make_shards()
-    load_config("photos.yaml", [], [check_data, check_backbone])
+    load_config("photos.yaml", [], [check_data, check_names])
     assert ShardIndex.load(config.data.shards).num_classes == 22
     assert ShardIndex.load(config.evaluate.shards).num_classes == 2
     assert cli.run(["init", "photos"]) == 2

@@ -281,8 +281,10 @@ def test_workers_may_be_a_range_of_those_that_divide_the_micro_batches() -> None
 
 
 def test_the_best_checkpoint_needs_evaluations() -> None:
-    with pytest.raises(UserError, match=r"checkpoint\.keep_best=rank1 needs evaluate\.shards"):
-        load_config(None, ["data.shards=x", "checkpoint.keep_best=rank1"])
+    words = ["data.shards=x", "checkpoint.keep_best=rank1", "evaluate.every_steps=5"]
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best=rank1 needs evaluate\.every_steps"):
+        load_config(None, words)
+    load_config(None, [*words, "evaluate.classification=y"])
 
 
 def test_a_network_is_compiled_whole() -> None:

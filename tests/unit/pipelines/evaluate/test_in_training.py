@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
-from pipelines.evaluate.in_training import refuse_unusable_sets
+from pipelines.evaluate.in_training import evaluate_in_training, figure_names, refuse_unusable_sets
 from pipelines.shards.writer import Sample, ShardWriter
 from tests import tiny
 
@@ -70,6 +71,20 @@ def test_a_usable_set_is_taken(tmp_path: Path) -> None:
         {},
     ):
         assert refuse(**settings) is None
+
+
+def test_figures_are_known_by_name_before_there_are_any(tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "set", TWELVE_PAIRS, FONTS)
+    lfw = tiny.write_bin(tmp_path / "lfw.bin")
+    settings = EvaluateConfig(shards=folder, verification=[lfw], typefaces={"easy": "Song*"})
+    data = DataConfig(shards="unused", image_size=16)
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1).float() + torch.arange(768)
+
+    found = evaluate_in_training(embed, settings, data, 0, Topology())
+    assert set(found.metrics) == set(figure_names(settings))
+    assert figure_names(EvaluateConfig()) == []
 
 
 def test_a_damaged_verification_set_is_refused(tmp_path: Path) -> None:
