@@ -23,7 +23,7 @@ class Preempted(Exception):
 
 
 def list_choices(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is unknown: the one that was probably meant, and those there are."""
+    """A hint for a name that is unknown: the one that is most like it, and all that there are."""
     names = list(known)
     near = get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]}? There are" if near else "there are"

@@ -28,6 +28,8 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the node's address
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A node ends itself where the agent that sets processes up has not answered by then (30 s).
+    "RAY_agent_register_timeout_ms": "180000",
 }
 
 

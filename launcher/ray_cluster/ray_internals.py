@@ -26,6 +26,7 @@ LEASE_S, RENEWAL_S = 15, 3
 KILLED_WITHIN_S = 5.0
 AGENT_PORTS = range(20_000, 30_000)  # above Ray's own, below what systems and Kubernetes hand out
 _DEAD_NODE = re.compile(r"node with node id: \w+ and address: (\S+) .* has been marked dead")
+_AGENT_PORT = re.compile(r"--listen-port=([1-9]\d*)")
 _NOISY_LOGGERS = (  # they report each upload and each lost connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -45,8 +46,7 @@ def start_local_ray(
     What would scale the cluster or collect its processes' output for this one is left out, and the
     dashboard, unless it is asked for: then its link is returned, else an empty text.
 
-    The ports of a node's agents are given: for ports that they choose, Ray waits until they have
-    imported all that they need, and gives up after 15 s, which a busy machine takes.
+    The ports of a node's agents are given, see `agents_not_awaited`.
 
     Checked with Ray 2.60.0: the arguments `_node_ip_address`, `_temp_dir` and
     `_metrics_export_port` of `ray.init`, and `RayParams`, which it makes; no process of Ray sets
@@ -67,7 +67,7 @@ def start_local_ray(
         dashboard_agent_listen_port=agents[2],
     )
     try:
-        with _sigterm_kept():
+        with _sigterm_kept(), agents_not_awaited():
             context = ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -83,6 +83,35 @@ def start_local_ray(
     finally:
         module.RayParams = all_services
     return f"http://{context.dashboard_url}" if dashboard else ""
+
+
+@contextmanager
+def agents_not_awaited() -> Iterator[None]:
+    """Nodes that this process starts do not wait for agents whose ports are given.
+
+    For a port that an agent chooses, a node waits until the agent has imported all that it needs,
+    and ends itself after 15 s, which a busy machine or a slow disk takes. Of the port of the
+    dashboard's agent Ray tells the agent alone; here the node hears of it, too.
+
+    Checked with Ray 2.60.0: `ray._private.services.start_ray_process(command, process_type, ...)`,
+    the node's option `--dashboard_agent_listen_port`, and `--listen-port` in the command of its
+    agent.
+    """
+    from ray._private import ray_constants, services
+
+    start = services.start_ray_process
+
+    def _start(command: list[str], process_type: str, *rest: Any, **options: Any) -> Any:
+        given = _AGENT_PORT.search(" ".join(command))
+        if process_type == ray_constants.PROCESS_TYPE_RAYLET and given:
+            command = [*command, f"--dashboard_agent_listen_port={given[1]}"]
+        return start(command, process_type, *rest, **options)
+
+    services.start_ray_process = _start
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
 
 
 def free_ports(count: int) -> list[int]:

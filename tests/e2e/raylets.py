@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster.ray_internals import free_ports
+from launcher.ray_cluster.environment import LOCAL_ENVIRONMENT
+from launcher.ray_cluster.ray_internals import agents_not_awaited, free_ports
 
 ROOT = Path(__file__).parents[2]
 END_S = 30.0
@@ -45,6 +46,7 @@ class Raylets:
             "RAY_TMPDIR": self._folder,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the nodes' address
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_agent_register_timeout_ms": LOCAL_ENVIRONMENT["RAY_agent_register_timeout_ms"],
             "RAY_health_check_period_ms": "1000",  # a lost node is noticed in seconds
             "RAY_health_check_timeout_ms": "2000",
             "RAY_health_check_failure_threshold": "3",
@@ -104,8 +106,7 @@ def serve() -> None:
         else:
             options = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "num_gpus": 0}
             # Of itself the head's dashboard agent takes a fixed port: a second cluster on this
-            # machine would start, and never take a job. For ports that agents choose, a raylet
-            # waits 15 s, which the imports of an agent take on a busy machine.
+            # machine would start, and never take a job.
             options |= dict(zip(AGENT_PORTS, free_ports(len(AGENT_PORTS)), strict=True))
             if verb == "head":
                 (dashboard,) = free_ports(1)
@@ -113,7 +114,8 @@ def serve() -> None:
                 options |= {"dashboard_port": dashboard}
             else:  # as on two machines: else one node's copy of a job's code replaces the other's
                 options["temp_dir"] = f"{os.environ['RAY_TMPDIR']}/{len(nodes)}"
-            node = cluster.add_node(object_store_memory=100 * 2**20, **options)
+            with agents_not_awaited():
+                node = cluster.add_node(object_store_memory=100 * 2**20, **options)
             nodes[node.unique_id] = node
             answer = node.unique_id
             if verb == "head":

@@ -8,15 +8,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.ray_cluster.environment import LOCAL_ENVIRONMENT
 from tests.hosts.host import ROOT, Host, hosts, until_answers
 from tests.hosts.wire import Wire
 
 BUCKET = "s3://bucket"
 _GCS, _DASHBOARD, _STORE = 6379, 8265, 5000
-_NODE = ("--block", "--num-cpus=1", f"--object-store-memory={100 * 2**20}")
+_START = ("python", str(Path(__file__).with_name("ray_start.py")), "start")
+_NODE = (
+    *("--block", "--num-cpus=1", f"--object-store-memory={100 * 2**20}"),
+    *("--dashboard-agent-grpc-port=20001", "--metrics-export-port=20002"),
+    "--runtime-env-agent-port=20003",
+)
 _RAY = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_agent_register_timeout_ms": LOCAL_ENVIRONMENT["RAY_agent_register_timeout_ms"],
     # A host that is silent for 20 s is lost; by default for a minute.
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
@@ -60,9 +67,9 @@ class HostCluster:
         for host in (self.other, self.desk):
             host.check("mkdir", "/tmp/home/.ray")
             host.check("sh", "-c", 'printf %s "$1" >/tmp/home/.ray/auth_token', "sh", token)
-        self._start(self.head, "ray", "start", "--head", "--dashboard-host=0.0.0.0", *_NODE)
+        self._start(self.head, *_START, "--head", "--dashboard-host=0.0.0.0", *_NODE)
         until_answers(self.other, self.head.address, _GCS)
-        self._start(self.other, "ray", "start", f"--address={self.head.address}:{_GCS}", *_NODE)
+        self._start(self.other, *_START, f"--address={self.head.address}:{_GCS}", *_NODE)
         until_answers(self.desk, self.head.address, _DASHBOARD)
 
     def start_store(self) -> None:

@@ -78,7 +78,7 @@ def test_the_dashboard_is_started_on_loopback_and_only_when_it_is_asked_for(
     assert given["dashboard_host"] == given["_node_ip_address"] == "127.0.0.1"
 
 
-def test_ray_waits_for_no_port_of_a_node_s_agents(
+def test_a_node_s_agents_get_ports_that_are_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray

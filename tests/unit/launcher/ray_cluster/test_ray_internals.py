@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,3 +94,34 @@ def test_a_callback_runs_a_function_on_all_workers() -> None:
 def test_the_client_s_token_and_loggers_are_there() -> None:
     ray_internals.quiet_job_client()
     assert ray_internals.is_token_auth_enabled() in (True, False)
+
+
+SLOW_AGENTS = """
+import sys, time
+if any(script in " ".join(sys.orig_argv) for script in ("dashboard/agent.py", "agent/main.py")):
+    time.sleep(20)
+"""
+START = """
+import os, sys
+from launcher.ray_cluster import environment, ray_internals
+os.environ.update(environment.DRIVER_ENVIRONMENT | environment.LOCAL_ENVIRONMENT)
+ray_internals.start_local_ray(1, 100 * 2**20, sys.argv[1])
+import ray
+print(ray.get(ray.remote(lambda: "a task").remote()))
+ray_internals.end_local_ray()
+"""
+
+
+@pytest.mark.slow
+def test_ray_starts_where_a_node_s_agents_take_long(tmp_path: Path) -> None:
+    Path(tmp_path, "sitecustomize.py").write_text(SLOW_AGENTS)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with tempfile.TemporaryDirectory(prefix="mhe-", dir="/tmp") as files:
+        started = subprocess.run(
+            [sys.executable, "-c", START, files],
+            env=variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert started.stdout == "a task\n", started.stderr
