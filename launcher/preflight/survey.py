@@ -13,7 +13,7 @@ from launcher.preflight.trial_process import TRIAL_S, measure_trial
 from launcher.ray_cluster.connection import NODES_S
 from launcher.ray_cluster.jobs import POLL_S, Cluster, Job, build_submission, staging_folder
 from launcher.terminal import console
-from launcher.terminal.event_log import parse_event
+from launcher.terminal.event_log import parse_error, parse_event
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 
@@ -101,9 +101,9 @@ def _events(cluster: Cluster, job_id: str) -> Iterator[dict[str, Any]]:
 
 def _failure(address: str, job: Job, output: str) -> UserError | RunError:
     """What ended a job too early, in the words of `launcher.job` if it had any."""
-    _, worded, message = f"\n{output}".rpartition("\nerror: ")
-    kind = UserError if worded and job.exit_code == 2 else RunError
-    return kind(f"preflight on {address}: {(message if worded else job.message).strip()}")
+    message = parse_error(output)
+    kind = UserError if message and job.exit_code == 2 else RunError
+    return kind(f"preflight on {address}: {message or job.message.strip()}")
 
 
 def _refuse(found: list[str]) -> None:

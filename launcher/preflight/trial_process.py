@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.ray_cluster.code_package import SETTINGS_FILE, with_absolute_paths
 from launcher.ray_cluster.environment import worker_environment
+from launcher.terminal.event_log import parse_error
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
 from mhe_dist.errors import RunError, UserError
@@ -36,8 +37,8 @@ def measure_trial(config: Config, workers: int) -> dict[str, Any] | None:
             {**os.environ, **worker_environment(config)},
         )
     lines = done.stdout.strip().splitlines()
-    if done.returncode == 2:  # a mistake, which `launcher.job` words in its last line
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+    if done.returncode == 2:  # a mistake
+        raise UserError(parse_error(done.stderr))
     if done.returncode or not lines:
         raise RunError("the trial failed: " + "\n".join(done.stderr.strip().splitlines()[-3:]))
     measured: dict[str, Any] | None = json.loads(lines[-1])

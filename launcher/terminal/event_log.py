@@ -54,6 +54,12 @@ def parse_event(line: str) -> Event | None:
     return event if isinstance(event, dict) else None
 
 
+def parse_error(log: str) -> str:
+    """The error that a job's log ends with, as `launcher.job` worded it; empty: there is none."""
+    _, found, message = f"\n{log}".rpartition("\nerror: ")
+    return message.strip() if found else ""
+
+
 def split_lines(chunks: Iterator[str]) -> Iterator[str]:
     """Whole lines, without their ends, of a text that arrives in pieces."""
     rest = ""

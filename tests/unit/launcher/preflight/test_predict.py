@@ -287,11 +287,14 @@ def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
 
 
 def test_a_mistake_that_a_trial_finds_is_told_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit code 2 of `launcher.job` is a mistake; its last line words it."""
+    """Exit code 2 of `launcher.job` is a mistake, which it words at its end."""
     said = "a warning of some library\nerror: model.name=x cannot train on images of 3 x 9 x 9\n"
     done = subprocess.CompletedProcess([], 2, "", said)
     monkeypatch.setattr(trial_process, "_run", lambda *_: done)
     with pytest.raises(UserError, match=r"^model\.name=x cannot train on images of 3 x 9 x 9$"):
+        measure_trial(tiny.config(Path("runs"), "train"), 1)
+    done.stderr = "error: 2 mistakes:\n  run.nam=x: one\n  data.shard=y: another\n"
+    with pytest.raises(UserError, match=r"^2 mistakes:\n  run\.nam=x: one\n  data\.shard=y: anot"):
         measure_trial(tiny.config(Path("runs"), "train"), 1)
 
 
