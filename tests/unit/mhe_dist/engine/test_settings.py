@@ -14,6 +14,7 @@ from mhe_dist.engine.settings import (
     explain_slow_precision,
     make_optimizer,
     resolve_head_matmul,
+    resolve_precision,
 )
 from tests.conftest import run_ranks
 
@@ -52,9 +53,27 @@ def test_vectors_decay_if_the_config_says_so(decay_vectors: bool, of_vectors: fl
 
 
 @pytest.mark.parametrize(
+    ("computes", "avx512", "multiplies", "best"),
+    [
+        (True, True, True, "bf16"),  # AMX, Zen 4
+        (True, True, False, "float32"),  # Skylake to Ice Lake: oneDNN computes it in float32
+        (True, False, False, "bf16"),  # ARM with bf16
+        (False, False, False, "float32"),  # AVX2
+    ],
+)
+def test_a_cpu_that_cannot_multiply_bf16_takes_float32(
+    monkeypatch: pytest.MonkeyPatch, computes: bool, avx512: bool, multiplies: bool, best: str
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: computes)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
+    assert resolve_precision("auto", torch.device("cpu")) == best
+
+
+@pytest.mark.parametrize(
     ("setting", "best", "device", "said"),
     [
-        ("bf16", "float32", "cpu", "this CPU has no bf16 instructions, so bf16 is 10 to 40 times"),
+        ("bf16", "float32", "cpu", "this CPU has no bf16 instructions, so bf16 is 2 to 40 times"),
         ("bf16", "float32", "cuda", "this GPU has no bf16 instructions"),
         ("bf16", "bf16", "cpu", ""),
         ("auto", "float32", "cpu", ""),
