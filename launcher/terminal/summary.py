@@ -43,6 +43,8 @@ def summary_rows(summary: dict[str, Any]) -> Iterator[Row]:
         yield "protocol of rank-1, TAR", summary["protocol"]
     yield "bad samples", f"{summary.get('bad_samples', 0):,}"
     yield "speed", f"{summary['images_per_s']:,.0f} images/s"
+    if "device" in summary:  # runs of earlier versions do not say it
+        yield "device", summary["device"]
     phases = summary["phases"].items()
     yield "time", ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in phases)
     for failure in summary.get("failed_checkpoints", []):

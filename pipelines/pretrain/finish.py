@@ -14,6 +14,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.errors import Preempted
 from mhe_dist.redact import masked
+from mhe_dist.tracking.environment import device_name
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
 from pipelines.data.mixture.index import label_digests
@@ -157,6 +158,7 @@ def _summary(
         "samples": run.samples,
         "labels": label_digests(run.index),
         "world_size": run.topology.world_size,
+        "device": device_name(run.topology.device),
         "precision": run.engine.precision,
         "bad_samples": run.bad_samples.total.count,
         "resumed_from": progress.resumed_from,

@@ -21,7 +21,7 @@ from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from mhe_dist.redact import masked
 from mhe_dist.tracking.base import Tracker
-from mhe_dist.tracking.environment import environment_tags
+from mhe_dist.tracking.environment import device_name, environment_tags
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.train import schedule
 from mhe_dist.train.divergence import Guard
@@ -376,6 +376,7 @@ class Run:
             "data_digest": self.index.digest,
             **{f"{key}.digest": value for key, value in label_digests(self.index).items()},
             "world_size": str(self.topology.world_size),
+            "device": device_name(self.topology.device),
             "precision": self.engine.precision,
             "checkpoints": f"{self.config.run.path}/checkpoints",
         }

@@ -66,9 +66,10 @@ def write_run_page(run: str, out: str) -> list[str]:
 
 def _subtitle(config: Config, records: Records, summary: dict[str, Any]) -> str:
     data = f"{summary['classes']:,} classes, {summary['samples']:,} images; " if summary else ""
-    state = (
-        "complete" if summary else f"under way or interrupted, {steps_done(records):,} steps so far"
-    )
+    state = f"under way or interrupted, {steps_done(records):,} steps so far"
+    if summary:
+        device = summary.get("device")  # runs of earlier versions do not say it
+        state = f"complete, on {device}" if device else "complete"
     return f"{data}{config.model.name} under {config.head.kind}, {config.head.margin.kind}; {state}"
 
 

@@ -128,6 +128,8 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
     if run.summary:
         yield "minutes in all", f"{sum(run.summary['phases'].values()) / 60:.1f}"
         yield "workers", str(run.summary["world_size"])
+        if "device" in run.summary:  # runs of earlier versions do not say it
+            yield "device", run.summary["device"]
         yield "images", f"{run.summary['samples']:,}"
         yield "classes", f"{run.summary['classes']:,}"
 

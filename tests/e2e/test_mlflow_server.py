@@ -49,9 +49,14 @@ def test_what_a_run_leaves_on_a_server(
     run = client.get_run(summary["mlflow"]["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["optim.lr"] == "0.02"
-    assert {"git_commit", "data_digest", "world_size", "version.torch", "checkpoints"} <= set(
-        run.data.tags
-    )
+    assert {
+        "git_commit",
+        "data_digest",
+        "world_size",
+        "device",
+        "version.torch",
+        "checkpoints",
+    } <= set(run.data.tags)
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 24
     kept = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert {"config.yaml", "plots", "evaluation.npz", "model"} <= kept

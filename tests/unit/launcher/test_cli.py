@@ -47,6 +47,7 @@ VERBS = [
 SUMMARY = {
     **{"run": "runs/a", "steps": 20, "classes": 50, "samples": 300, "world_size": 2},
     **{"resumed_from": None, "images_per_s": 812.4, "phases": {"train": 65.2, "export": 3.0}},
+    "device": "NVIDIA H200",
     "training": {"loss": 1.25},
     "heldout": {"rank1": 0.85, "chance": 0.002, "accuracy": 0.97, "tar@far=1e-3": 0.5},
     "exports": {"timm": {"path": "runs/a/export/timm", "max_difference": 0.0}},
@@ -342,7 +343,8 @@ def test_a_local_run_can_be_followed_by_its_name(
     monkeypatch.setattr(execute, "train_locally", train)
     monkeypatch.setattr(console, "capture_logs", nullcontext)
     assert cli.run(["train", "a.yaml", "--dashboard"]) == 0
-    assert "Ray's dashboard: http://127.0.0.1:8265" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Ray's dashboard: http://127.0.0.1:8265" in shown and "NVIDIA H200" in shown
     for options in ([], ["-f"]):
         assert cli.run(["logs", "a", *options]) == 0
         shown = capsys.readouterr().out

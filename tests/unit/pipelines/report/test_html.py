@@ -102,6 +102,7 @@ def test_everything_is_on_the_page_and_nothing_else_is_needed(run: str, tmp_path
 
 def test_figures_say_which_protocol_they_are_of(run: str, tmp_path: Path) -> None:
     summary = {"classes": 5, "samples": 60, "world_size": 1, "phases": {}, "exports": {}}
+    summary |= {"device": "NVIDIA H200"}
     protocol = "enrolled: the first image of each class in the order of the shards"
     Path(run, "summary.json").write_text(json.dumps(summary | {"protocol": protocol}))
     results = {"step": 24, "results": {"protocol": "enrolled: by file name", "rank1": 0.9026}}
@@ -110,6 +111,7 @@ def test_figures_say_which_protocol_they_are_of(run: str, tmp_path: Path) -> Non
     seen = Seen()
     seen.feed((tmp_path / "page.html").read_text())
     text = " ".join(seen.text.split())
+    assert "; complete, on NVIDIA H200 " in text
     assert f"the ROC of the last ({protocol})" in text
     assert "protocol enrolled: by file name rank1 90.26%" in text
 

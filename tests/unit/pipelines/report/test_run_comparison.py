@@ -46,8 +46,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         make_run(folder, "wide", 0.75, optim={"lr": 0.2}),
         make_run(folder, "narrow", 0.5, head={"kind": "full"}),
     ]
-    for run, protocol in zip(found, ["first by name", "first of the shards"], strict=True):
-        Path(run, "summary.json").write_text(json.dumps(SUMMARY | {"protocol": protocol}))
+    summaries = [
+        {"protocol": "first by name", "device": "NVIDIA H200"},
+        {"protocol": "first of the shards"},
+    ]
+    for run, own in zip(found, summaries, strict=True):
+        Path(run, "summary.json").write_text(json.dumps(SUMMARY | own))
     config = tiny.config(folder, "unused", run={"name": "young"})
     save_config(config, f"{config.run.path}/config.yaml")
     return [*found, config.run.path]
@@ -76,6 +80,7 @@ def test_figures_stand_side_by_side_with_their_protocols(page: str) -> None:
     assert figures["protocol of rank-1, TAR"] == ["first by name", "first of the shards", "-"]
     assert figures["brush: rank-1"] == ["50.00%", "50.00%", "-"]
     assert figures["steps"] == ["12", "12", "0, not complete"]
+    assert figures["device"] == ["NVIDIA H200", "-", "-"]
     assert figures["training loss, last step"] == ["2.900", "2.900", "-"]
 
 
