@@ -22,6 +22,7 @@ Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
 
 TRAIN, HELDOUT = "train", "heldout"
+_IRESNETS = "iresnet"  # what the names of our own backbones begin with
 _LOOKED_INTO = 20  # class folders in which images are looked for
 
 
@@ -71,12 +72,14 @@ def check_data(config: Config) -> Iterable[Mistake]:
 
 
 def check_names(config: Config) -> Iterable[Mistake]:
-    """What names nothing: the backbone, or the figure of the best checkpoint.
+    """What names nothing, the backbone or the figure of the best checkpoint; a neck that cannot be.
 
     A check of `mhe_dist.config.load.load_config`. Without it, a run of a figure that no evaluation
     gives would end without the checkpoint that it was to keep.
     """
     yield from _backbone_mistakes(config.model.name)
+    if config.model.name.startswith(_IRESNETS) and config.model.neck == "batchnorm":
+        yield "model.neck", f"{config.model.name} ends with a BatchNorm of its own; give none"
     figure = config.checkpoint.keep_best.removeprefix("-")
     if figure and (problem := explain_unknown_figure(figure, config.evaluate)):
         yield "checkpoint.keep_best", problem
@@ -85,10 +88,10 @@ def check_names(config: Config) -> Iterable[Mistake]:
 def _backbone_mistakes(name: str) -> Iterable[Mistake]:
     """What is wrong with the name of a backbone.
 
-    timm itself takes seconds to import, so it is asked only about a name that its source does not
-    define in the usual way.
+    timm itself takes seconds to import, so it is asked only about a name that no source defines in
+    the usual way.
     """
-    if _defined_by_timm(name):
+    if _defined_in_source(name):
         return
     from mhe_dist.backbone.model import check_model_name
 
@@ -106,12 +109,14 @@ def explain_unknown_figure(name: str, settings: EvaluateConfig) -> str:
     return "" if name in names else f"no evaluation gives it; {list_choices(name, names)}"
 
 
-def _defined_by_timm(name: str) -> bool:
-    """Whether a file of timm's models registers that name."""
+def _defined_in_source(name: str) -> bool:
+    """Whether a file of timm's models, or of ours, registers that name."""
+    ours = find_spec("mhe_dist.backbone.iresnet")
+    files = [Path(ours.origin)] if ours and ours.origin else []
     found = find_spec("timm")
-    folders = (found.submodule_search_locations or []) if found else []
+    for folder in (found.submodule_search_locations or []) if found else []:
+        files += Path(folder, "models").glob("*.py")
     definition = f"@register_model\ndef {name}("
-    files = (file for folder in folders for file in Path(folder, "models").glob("*.py"))
     return any(definition in file.read_text(encoding="utf-8") for file in files)
 
 

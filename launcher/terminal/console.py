@@ -56,9 +56,10 @@ def list_next(rows: Iterable[tuple[str, str | Sequence[str]]]) -> None:
 
 
 def list_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print `(what it is, path or command)` rows under a title."""
-    rows = list(rows)
-    width = max((len(what) for what, _ in rows), default=0)
+    """Print `(what it is, path or command)` rows under a title; nothing without rows."""
+    if not (rows := list(rows)):
+        return
+    width = max(len(what) for what, _ in rows)
     say(f"\n[bold]{title}[/]")
     for what, command in rows:
         say(f"  {escape(what.ljust(width))}  [cyan]{escape(command)}[/]")

@@ -198,11 +198,13 @@ def _show(plan: SweepPlan, trials: list[TrialResult]) -> None:
         cells = [trial.run, *drawn, f"{trial.step:,}", value, trial.state]
         table.add_row(*map(escape, cells))
     console.show_table("Trials, the best first", table)
-    out, best = plan.settings.out, ranked[0]
+    out = plan.settings.out
     console.list_rows("Where it is", [("table", f"{out}/{RESULTS_FILE}"), ("runs", out)])
     finished = [f"{out}/{trial.run}" for trial in ranked if trial.complete]
-    settings = [*plan.settings.overrides, *as_overrides(best.drawn)]
-    steps = [("train the best", ["mhe", "train", plan.settings.config, *settings, "run.name=best"])]
+    steps = []
+    if ranked[0].value is not None:
+        settings = [*plan.settings.overrides, *as_overrides(ranked[0].drawn), "run.name=best"]
+        steps.append(("train the best", ["mhe", "train", plan.settings.config, *settings]))
     if finished:
         steps.append(("look at the best", ["mhe", "report", *finished[:3]]))
     console.list_next(steps)

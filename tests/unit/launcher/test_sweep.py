@@ -300,6 +300,8 @@ def test_the_table_has_the_best_first(tmp_path: Path, capsys: pytest.CaptureFixt
     sweep._show(plan(tmp_path), trials)
     shown = capsys.readouterr().out
     assert "mhe train quickstart run.seed=2 run.name=best" in " ".join(shown.split())
+    sweep._show(plan(tmp_path), trials[1:2])
+    assert "Next" not in capsys.readouterr().out, "no trial is the best"
     assert [t.run for t in sweep._rank(plan(tmp_path, mode="min"), trials)][:2] == [
         "sweep-00003",
         "sweep-00002",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from launcher.preflight.checks import check_data, check_names
 from mhe_dist.config.schema import Config
+from tests.waiting import WATCHDOG_S
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -119,3 +122,25 @@ def test_the_best_checkpoint_is_that_of_a_figure_that_there_is() -> None:
     sets = {"verification": ["faces/lfw.bin"], "classification": "x", "typefaces": {"hard": "a*"}}
     for best in ("lfw/accuracy", "classification/top1", "hard/rank1", "-accuracy_std", ""):
         assert mistakes(best, **sets) == []
+
+
+def test_a_neck_behind_the_batchnorm_of_an_iresnet_is_refused_before_anything_starts() -> None:
+    def mistakes(**model: str) -> list[tuple[str, str]]:
+        return list(check_names(config(model=model)))
+
+    ((key, problem),) = mistakes(name="iresnet50")  # the default is a neck
+    assert (key, problem) == ("model.neck", "iresnet50 ends with a BatchNorm of its own; give none")
+    assert mistakes(name="iresnet50", neck="none") == mistakes(name="resnet50") == []
+    ((key, problem),) = mistakes(name="iresnet51", neck="none")
+    assert key == "model.name" and "or iresnet50 or" in problem
+
+
+def test_names_of_our_backbones_are_known_without_importing_torch() -> None:
+    code = (
+        "import sys; from launcher.preflight.checks import check_names; "
+        "from mhe_dist.config.schema import Config; "
+        "model = {'name': 'iresnet50', 'neck': 'none'}; "
+        "config = Config.model_validate({'data': {'shards': 'x'}, 'model': model}); "
+        "assert list(check_names(config)) == []; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=WATCHDOG_S)
