@@ -177,12 +177,12 @@ def _cure(key: str, glyphs: bool) -> str:
 
 
 def check_selection(config: Config) -> None:
-    """Refuse a choice of sets, classes and images that cannot be trained on.
+    """Refuse a choice of sets, classes and images that cannot be trained on, or by this head.
 
     Reads the indexes, if anything is chosen.
 
     Raises:
-        UserError: names the file and the cure.
+        UserError: names the file or the key, and the cure.
     """
     from pipelines.data.mixture.index import (
         needs_mixture,
@@ -197,3 +197,8 @@ def check_selection(config: Config) -> None:
                 f"data.streams={config.data.streams}: an epoch has {samples_per_epoch(chosen)} "
                 "samples only; choose more of them, or give at most that many streams"
             )
+    if config.head.lengths:
+        from mhe_dist.heads.multilevel.base import MixedRadix  # it imports torch
+
+        classes = open_training_index(config.data, config.run.seed).num_classes
+        MixedRadix.of(classes, config.head.lengths, f"head.{config.head.kind}.lengths")

@@ -232,6 +232,11 @@ class HeadConfig(ConfigSection):
         return chosen_number(GROUPS_KEY, self.groups)
 
     @property
+    def lengths(self) -> list[int]:
+        """Of the levels of mhp and mhc, most significant first; empty: balanced, or no levels."""
+        return {"mhp": self.mhp.lengths, "mhc": self.mhc.lengths}.get(self.kind, [])
+
+    @property
     def gathers(self) -> bool:
         """Whether every rank scores the embeddings of all ranks."""
         return self.kind in ("full", "partial_fc") or (

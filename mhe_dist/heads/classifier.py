@@ -41,8 +41,7 @@ def classifier_bytes(config: HeadConfig, num_classes: int, dim: int, itemsize: i
     """
     rows, projections = num_classes, 0
     if config.kind in ("mhp", "mhc"):
-        lengths = config.mhp.lengths if config.kind == "mhp" else config.mhc.lengths
-        radix = MixedRadix.of(num_classes, lengths, f"head.{config.kind}.lengths")
+        radix = MixedRadix.of(num_classes, config.lengths, f"head.{config.kind}.lengths")
         first, *lower = (
             min(length, radix.prefixes(level)) for level, length in enumerate(radix.lengths)
         )

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from launcher.preflight.checks import check_data, check_names
+from launcher.preflight.checks import check_data, check_names, check_selection
 from mhe_dist.config.schema import Config
+from mhe_dist.errors import UserError
+from tests import tiny
 from tests.waiting import WATCHDOG_S
 
 
@@ -144,3 +146,19 @@ def test_names_of_our_backbones_are_known_without_importing_torch() -> None:
         "assert list(check_names(config)) == []; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=WATCHDOG_S)
+
+
+@pytest.mark.parametrize("kind", ["mhp", "mhc"])
+def test_lengths_that_hold_too_few_classes_are_refused_before_anything_starts(
+    kind: str, tmp_path: Path
+) -> None:
+    def chosen(lengths: list[int]) -> Config:
+        head = {"kind": kind, kind: {"lengths": lengths}}
+        return config(data={"shards": shards}, head=head)
+
+    shards = tiny.write_shards(tmp_path, classes=5)
+    message = rf"head\.{kind}\.lengths=\[2, 2\]: the product 4 .* 5 classes of data\.shards"
+    with pytest.raises(UserError, match=message):
+        check_selection(chosen([2, 2]))
+    check_selection(chosen([3, 2]))
+    check_selection(chosen([]))
