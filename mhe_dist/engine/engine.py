@@ -27,9 +27,9 @@ from mhe_dist.engine.deepspeed_import import import_deepspeed
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype, sum_in_float64
 from mhe_dist.engine.gradient_sums import GradientSum, SharedSum, WholeSum
 from mhe_dist.engine.settings import (
+    agree_precision,
     deepspeed_settings,
     make_optimizer,
-    resolve_precision,
     set_float_kernels,
 )
 from mhe_dist.engine.zero_state import ZeroState
@@ -65,7 +65,7 @@ class Engine:
         """
         self.model = model.to(topology.device)
         self._normalization = getattr(model, "normalization", SYMMETRIC)
-        self.precision = resolve_precision(train.precision, topology.device)
+        self.precision = agree_precision(train.precision, topology)
         set_float_kernels(self.precision)
         self._topology, self._stage, self._seed = topology, zero_stage, seed
         self._clip_norm = optim.clip_norm

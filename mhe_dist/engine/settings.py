@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from mhe_dist.config.schema import OptimConfig
+from mhe_dist.distributed.collectives import all_reduce
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.exact_reduce import EXACT_DTYPE, sum_dtype
 
 _LARGEST_BUCKET = 50_000_000  # elements of one gradient reduction; DeepSpeed allocates that many
@@ -26,6 +28,17 @@ def resolve_precision(setting: str, device: torch.device) -> str:
     else:
         supported = _cpu_multiplies_bf16()
     return "bf16" if supported else "float32"
+
+
+def agree_precision(setting: str, topology: Topology) -> str:
+    """What `train.precision` comes to for all ranks; all must call.
+
+    `auto` is float32 where one of them has no bf16 instructions: a rank sends its gradients in a
+    type that follows from the precision.
+    """
+    lacking = resolve_precision(setting, topology.device) == "float32"
+    found = all_reduce(torch.tensor(int(lacking)), topology, "max")
+    return "float32" if found.item() else "bf16"
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.engine.settings import explain_slow_precision
+from mhe_dist.engine.settings import explain_slow_precision, resolve_precision
 from mhe_dist.redact import masked, scrub
 from mhe_dist.tracking.base import HELDOUT, TrackedDataset, Tracker
 from mhe_dist.train.loop import StepInfo
@@ -201,10 +201,28 @@ class Recorder:
         self.phases[name] = self.phases.get(name, 0.0) + seconds
 
 
-def doubtful_settings(config: Config, classes: int, device: torch.device) -> Iterator[str]:
-    """What a run warns of before its first step, though it goes on."""
-    if slow := explain_slow_precision(config.train.precision, device):
+def doubtful_settings(
+    config: Config, classes: int, device: torch.device, before: str | None, precision: str
+) -> Iterator[str]:
+    """What a run warns of before its first step, though it goes on.
+
+    Args:
+        config: of the run.
+        classes: C.
+        device: of the first rank.
+        before: "bf16" or "float32", in which the run was trained so far; None: nobody knows.
+        precision: in which it is trained now.
+    """
+    setting = config.train.precision
+    if slow := explain_slow_precision(setting, device):
         yield slow
+    if resolve_precision(setting, device) != precision:
+        yield "train.precision=auto: float32, since a rank has no bf16 instructions; others have"
+    if setting == "auto" and before not in (None, precision):
+        yield (
+            f"train.precision=auto: {precision} on these workers, {before} so far; to go on with "
+            f"that: train.precision={before} 'resume.allow=[train.precision]'"
+        )
     if classes == 1:
         shards = config.data.shards
         yield f"data.shards={shards}: there is one class only, and nothing to tell it from"

@@ -32,12 +32,14 @@ class RunProgress:
         images: of earlier processes.
         resumed_from: checkpoint that this process took up.
         scored: whether the model of that was evaluated.
+        precision: "bf16" or "float32", in which that was trained; None: nobody knows.
     """
 
     step: int = 0
     images: int = 0
     resumed_from: str | None = None
     scored: bool = False
+    precision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,9 @@ class Run:
         if self.changes:
             changes = {key: [old, new] for key, old, new in self.changes}
             self.recorder.emit("settings_changed", step=self.progress.step, changes=changes)
-        for message in doubtful_settings(self.config, self.index.num_classes, self.topology.device):
+        precisions = (self.progress.precision, self.engine.precision)
+        device, classes = self.topology.device, self.index.num_classes
+        for message in doubtful_settings(self.config, classes, device, *precisions):
             self.recorder.warn(self.progress.step, message)
         if self._evaluation_due(self.progress.step) and self._resumes_unscored():
             self._evaluate_again()
@@ -320,6 +322,7 @@ class Run:
             "labels": label_digests(self.index),
             "classes": self.index.num_classes,
             "samples": self.samples,
+            "precision": self.engine.precision,
             "row_ranges": self.head.row_ranges(),
             "run_id": self.tracker.run_id,
             "scores": self.recorder.scores(self.progress.step),
@@ -360,7 +363,8 @@ class Run:
             )
         self._load(checkpoint)
         scored = bool(checkpoint.scores)
-        progress = RunProgress(found["step"], found["images"], checkpoint.path, scored)
+        precision = found.get("precision")
+        progress = RunProgress(found["step"], found["images"], checkpoint.path, scored, precision)
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mhe_dist.backbone.model import compile_in_place
 from mhe_dist.backbone.normalization import Normalization, normalize_images
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology, disconnect
+from mhe_dist.engine import settings
 from mhe_dist.engine.engine import Engine
 from mhe_dist.errors import UserError
 
@@ -365,6 +367,17 @@ def alone(_: Topology) -> dict[Any, Any]:
             "net": expected,
         }
     return results
+
+
+def train_where_one_rank_has_bf16(topology: Topology) -> str:
+    with mock.patch.object(settings, "_cpu_multiplies_bf16", lambda: topology.is_first):
+        engine = make_engine(make_net(), topology, **{"train.precision": "auto"})
+    train(engine, topology, range(2))
+    return engine.precision
+
+
+def test_ranks_agree_on_what_the_precision_is(run_distributed) -> None:
+    assert run_distributed(train_where_one_rank_has_bf16, 2) == ["float32", "float32"]
 
 
 def test_one_rank_alone(run_distributed) -> None:

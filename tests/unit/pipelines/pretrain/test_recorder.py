@@ -71,10 +71,21 @@ def test_what_is_told_has_no_secrets() -> None:
 
 
 def test_what_a_run_says_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "resolve_precision", lambda *_: "float32")
+    def said(classes: int, before: str | None, precision: str) -> list[str]:
+        config = Config.model_validate(values)
+        return list(doubtful_settings(config, classes, torch.device("cpu"), before, precision))
+
+    supported = False
+    monkeypatch.setattr(settings, "_cpu_multiplies_bf16", lambda: supported)
     values = {"data": {"shards": "one"}, "train": {"precision": "bf16"}}
-    slow, single = doubtful_settings(Config.model_validate(values), 1, torch.device("cpu"))
+    slow, single = said(1, "bf16", "bf16")
     assert slow.startswith("train.precision=bf16: this CPU has no bf16 instructions")
     assert single.startswith("data.shards=one: there is one class only")
     values["train"] = {"precision": "auto"}
-    assert not list(doubtful_settings(Config.model_validate(values), 2, torch.device("cpu")))
+    assert not said(2, None, "float32") and not said(2, "float32", "float32")
+    (other,) = said(2, "bf16", "float32")
+    assert other.startswith("train.precision=auto: float32 on these workers, bf16 so far; to go on")
+    supported = True
+    (lacking,) = said(2, None, "float32")
+    assert lacking.startswith("train.precision=auto: float32, since a rank has no bf16")
+    assert not said(2, "bf16", "bf16")
