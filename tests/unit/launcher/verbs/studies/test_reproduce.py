@@ -117,6 +117,7 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     (tmp_path / "shards" / "index.json").write_text("{}")
     trainer = Trainer()
     monkeypatch.setattr(execute, "train_locally", trainer)
+    monkeypatch.setattr(execute, "check_selection", lambda config: None)
     monkeypatch.setattr(console, "capture_logs", lambda log: nullcontext())
     return trainer
 
@@ -163,7 +164,6 @@ def test_without_labels_each_round_clusters_what_the_one_before_embeds(
         lambda config: untrained.append((config.run.path, config.run.seed, config.data.labels)),
     )
     monkeypatch.setattr(reproduce, "check_data", lambda config: ())
-    monkeypatch.setattr(execute, "check_selection", lambda config: None)
     trainer.stop_after = 2
     assert mhe("unlabelled") == 130
     trainer.stop_after = 9
@@ -215,7 +215,6 @@ def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
     monkeypatch.setattr(run_labels, "_plant", plant)
     monkeypatch.setattr(run_labels, "_audit", audit)
     monkeypatch.setattr(reproduce, "check_data", lambda config: ())
-    monkeypatch.setattr(execute, "check_selection", lambda config: None)
     trainer.stop_after = 4
     assert mhe("noise", "--seeds", "1") == 130
     trainer.stop_after = 9
