@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.reproduce.studies import PAPER, SMALL, Study
+from launcher.reproduce.studies import FULL, PAPER, SMALL, Study
 from mhe_dist.config.auto.head_score import score_head
 from mhe_dist.config.auto.head_sizes import (
     HeadDemand,
@@ -58,7 +58,9 @@ def measured(study: Study) -> dict[str, tuple[float, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("study", "classes"), [(SMALL, 6_000), (PAPER, 100)], ids=["small", "paper"]
+    ("study", "classes"),
+    [(SMALL, 6_000), (PAPER, 100), (FULL, 93_966)],
+    ids=["small", "paper", "full"],
 )
 def test_the_page_says_how_far_it_holds_in_other_studies(study: Study, classes: int) -> None:
     figures, heads = measured(study), []
