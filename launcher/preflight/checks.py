@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from launcher.terminal.commands import command_line
+from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
 from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.errors import UserError, list_choices
@@ -22,7 +23,6 @@ Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
 
 TRAIN, HELDOUT = "train", "heldout"
-_IRESNETS = "iresnet"  # what the names of our own backbones begin with
 _LOOKED_INTO = 20  # class folders in which images are looked for
 
 
@@ -78,7 +78,7 @@ def check_names(config: Config) -> Iterable[Mistake]:
     gives would end without the checkpoint that it was to keep.
     """
     yield from _backbone_mistakes(config.model.name)
-    if config.model.name.startswith(_IRESNETS) and config.model.neck == "batchnorm":
+    if is_iresnet(config.model.name) and config.model.neck == "batchnorm":
         yield "model.neck", f"{config.model.name} ends with a BatchNorm of its own; give none"
     figure = config.checkpoint.keep_best.removeprefix("-")
     if figure and (problem := explain_unknown_figure(figure, config.evaluate)):
@@ -190,15 +190,16 @@ def check_selection(config: Config) -> None:
         samples_per_epoch,
     )
 
-    if needs_mixture(config.data):
-        chosen = open_training_index(config.data, config.run.seed)
-        if samples_per_epoch(chosen) < config.data.streams:
-            raise UserError(
-                f"data.streams={config.data.streams}: an epoch has {samples_per_epoch(chosen)} "
-                "samples only; choose more of them, or give at most that many streams"
-            )
-    if config.head.lengths:
+    head, mixed = config.head, needs_mixture(config.data)
+    if not (mixed or head.lengths):
+        return
+    chosen = open_training_index(config.data, config.run.seed)
+    if mixed and samples_per_epoch(chosen) < config.data.streams:
+        raise UserError(
+            f"data.streams={config.data.streams}: an epoch has {samples_per_epoch(chosen)} "
+            "samples only; choose more of them, or give at most that many streams"
+        )
+    if head.lengths:
         from mhe_dist.heads.multilevel.base import MixedRadix  # it imports torch
 
-        classes = open_training_index(config.data, config.run.seed).num_classes
-        MixedRadix.of(classes, config.head.lengths, f"head.{config.head.kind}.lengths")
+        MixedRadix.of(chosen.num_classes, head.lengths, f"head.{head.kind}.lengths")

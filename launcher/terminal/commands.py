@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.redact import scrub
 
 PROGRAM_FOLDER = Path(sys.executable).parent
@@ -72,7 +73,7 @@ def loading_code(export: str, path: str, model: str = "") -> str:
     """
     where = json.dumps(path if export != "timm" else f"local-dir:{path}")
     if export == "timm":
-        ours = "mhe_dist.backbone.iresnet, " if model.startswith("iresnet") else ""
+        ours = "mhe_dist.backbone.iresnet, " if is_iresnet(model) else ""
         return f"import {ours}timm; timm.create_model({where}, pretrained=True)"
     if export == "onnx":
         return f"import onnxruntime; onnxruntime.InferenceSession({where})"

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.config.schema import Config
 from pipelines.storage.urls import atomic_write
 
@@ -146,7 +147,7 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
     side, where = trained.config.data.image_size, json.dumps(path)
     folder = json.dumps(f"local-dir:{path}")
     ours = ""
-    if trained.config.model.name.startswith("iresnet"):
+    if is_iresnet(trained.config.model.name):
         ours = "import mhe_dist.backbone.iresnet  # which timm does not have\n"
     code = {
         "timm": f"{ours}import timm\nnet = timm.create_model({folder}, pretrained=True).eval()",
