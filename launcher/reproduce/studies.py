@@ -171,9 +171,9 @@ FULL = Study(
         "three font files have; the network of `mhe reproduce heads`, compiled, and as many steps "
         "for each head: three epochs. The margin is that of `head.margin.m: auto`, the learning "
         "rate of the rows the one that `results/heads-search.csv` chose for the head at 6,000 "
-        "classes; no other ones were tried. The runs kept in `results/` were trained in bf16 on two "
-        "CPU cores: the full softmax and the tenth of MHS on some with AMX, the other two on some "
-        "with AVX-512 BF16, so compare speeds within each pair."
+        "classes; no other ones were tried. The runs kept in `results/` were trained in bf16 on "
+        "two CPU cores: the full softmax and the tenth of MHS on some with AMX, the other two on "
+        "some with AVX-512 BF16, so compare speeds within each pair."
     ),
     config="glyphs_cjk_full.yaml",
     variants=(
