@@ -172,8 +172,8 @@ FULL = Study(
         "for each head: three epochs. The margin is that of `head.margin.m: auto`, the learning "
         "rate of the rows the one that `results/heads-search.csv` chose for the head at 6,000 "
         "classes; no other ones were tried. The runs kept in `results/` were trained in bf16 on "
-        "two CPU cores: the full softmax and the tenth of MHS on some with AMX, the other two on "
-        "some with AVX-512 BF16, so compare speeds within each pair."
+        "two CPU cores; those that name no device, on cores with AMX or with AVX-512 BF16: the "
+        "full softmax and the tenth of MHS on the former, the other two on the latter."
     ),
     config="glyphs_cjk_full.yaml",
     variants=(

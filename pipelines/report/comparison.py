@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
         images_per_s: over all workers, while training.
         train_s: seconds of training; of a resumed run, those since the last resume.
         steps, epochs: length of the run.
+        device: what computed; empty: the run recorded none.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class Outcome(NamedTuple):
     train_s: float
     steps: int
     epochs: float
+    device: str = ""
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class Outcome(NamedTuple):
             summary["phases"].get("train", 0.0),
             summary["steps"],
             summary["steps"] * batch / summary["samples"],
+            summary.get("device") or "",
         )
 
 
@@ -141,6 +144,16 @@ class VariantResult:
     def mean(self, attribute: str) -> float:
         """Mean of an attribute of the outcomes."""
         return statistics.fmean(getattr(outcome, attribute) for outcome in self.outcomes)
+
+    def by_device(self) -> dict[str, VariantResult]:
+        """The complete runs of each device: only among these can speeds be averaged."""
+        devices = dict.fromkeys(outcome.device for outcome in self.outcomes)
+        return {
+            device: VariantResult(
+                self.name, self.title, [each for each in self.outcomes if each.device == device]
+            )
+            for device in devices
+        }
 
 
 class Claim(NamedTuple):

@@ -28,8 +28,8 @@ complete runs than the section here.
 - classes seen: number of classes in the softmax of a sample, mean over the run.
 - head, ms: time that a step spends in the head, median over the run. images/s: of all workers
   together, while training. memory: of the largest worker process, libraries included. minutes: of
-  training; of an interrupted run, since the last resume. Times can be compared only if the machine
-  had nothing else to do during any of the runs; this is not checked.
+  training; of an interrupted run, since the last resume. Times can be compared only on one kind of
+  device, and if the machine had nothing else to do during any of the runs; this is not checked.
 """
 
 
@@ -195,8 +195,21 @@ def _table(section: ComparisonSection, complete: Sequence[VariantResult]) -> Ite
         ["head", "seeds", "classes seen", *cells], [_reached(section, each) for each in complete]
     )
     yield ""
-    costs = ["head", "head, ms", "images/s", "memory, GiB", "steps", "epochs", "minutes"]
-    yield from _rows(costs, [_cost(each) for each in complete])
+    yield from _cost_table(complete)
+
+
+def _cost_table(complete: Sequence[VariantResult]) -> Iterator[str]:
+    """What the runs cost: a row for each variant, and for each of its devices if one is known."""
+    costs = ["head, ms", "images/s", "memory, GiB", "steps", "epochs", "minutes"]
+    if not any(outcome.device for each in complete for outcome in each.outcomes):
+        yield from _rows(["head", *costs], [[each.title, *_cost(each)] for each in complete])
+        return
+    rows = [
+        [each.title, device or "not recorded", *_cost(part)]
+        for each in complete
+        for device, part in each.by_device().items()
+    ]
+    yield from _rows(["head", "device", *costs], rows)
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -217,7 +230,6 @@ def _reached(section: ComparisonSection, each: VariantResult) -> list[str]:
 
 def _cost(each: VariantResult) -> list[str]:
     return [
-        each.title,
         f"{1000 * each.mean('head_s'):.1f}",
         f"{each.mean('images_per_s'):,.0f}",
         f"{each.mean('memory_gib'):.2f}",

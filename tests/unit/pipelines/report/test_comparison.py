@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +40,7 @@ def test_an_outcome_is_what_the_run_left_behind() -> None:
         "phases": {"train": 120.0},
         "steps": 30,
         "samples": 1000,
+        "device": "NVIDIA H200",
     }
     records = [
         {"step": 0, "loss": 3.0},
@@ -47,8 +50,12 @@ def test_an_outcome_is_what_the_run_left_behind() -> None:
         {"step": 29, "heldout/rank1": 0.5},
     ]
     found = Outcome.of(4, 64, summary, records)
-    assert found == Outcome(4, {"rank1": 0.5}, 200.0, 0.02, 1.2, 800.0, 120.0, 30, 1.92)
+    assert found == Outcome(
+        4, {"rank1": 0.5}, 200.0, 0.02, 1.2, 800.0, 120.0, 30, 1.92, "NVIDIA H200"
+    )
     assert np.isnan(Outcome.of(4, 64, summary, []).head_s)
+    del summary["device"]
+    assert Outcome.of(4, 64, summary, records) == found._replace(device="")
 
 
 def test_a_spread_is_the_mean_and_both_ends() -> None:
@@ -158,6 +165,31 @@ def test_labels_are_compared_with_a_guess_of_the_most_frequent(tmp_path: Path) -
 
 def rows(page: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+
+
+def test_speeds_of_two_devices_are_not_averaged(tmp_path: Path) -> None:
+    """One seed on a faster machine: before, the page had the mean of both as the head's time."""
+    both = compared("full", (0.99, 0.60), (0.97, 0.64), (0.98, 0.62))
+    changes: tuple[dict[str, Any], ...] = (
+        {"device": "A, AMX", "head_s": 0.01},
+        {"device": "B, AVX2", "head_s": 0.04},
+        {"device": "A, AMX", "head_s": 0.02},
+    )
+    outcomes = [
+        each._replace(**change) for each, change in zip(both.outcomes, changes, strict=True)
+    ]
+    results = [replace(both, outcomes=outcomes), compared("old", (0.99, 0.60))]
+    section = ComparisonSection("two", "Two", "What it is.", "mhe reproduce two", results, FACES)
+    write_comparison_page([section], str(tmp_path / "results.md"))
+    figures, costs = (
+        (tmp_path / "results.md").read_text().split("\n## ")[1].split("\n| head | device")
+    )
+    assert rows(figures)[1][:4] == ["FULL", "3", "1,234", "98.00 (97.00 to 99.00)"]
+    assert [row[:3] for row in rows(costs)] == [
+        ["FULL", "A, AMX", "15.0"],
+        ["FULL", "B, AVX2", "40.0"],
+        ["OLD", "not recorded", "12.5"],
+    ]
 
 
 def test_the_page_has_tables_a_picture_and_what_is_missing(tmp_path: Path) -> None:
