@@ -104,7 +104,7 @@ VERBS = {  # name: where it is, and the first sentence of its help
     ),
     "doctor": (
         "launcher.verbs.doctor:doctor",
-        "Check this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.",
+        "Check this machine: versions, processor, memory, GPUs, shared memory, compiler, ports.",
     ),
     "evaluate": (
         "launcher.verbs.evaluate.app:app",

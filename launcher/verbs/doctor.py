@@ -6,8 +6,9 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,14 +16,20 @@ from rich.table import Table
 from launcher.preflight.machine import PACKAGES, list_gpus
 from launcher.terminal import console
 from mhe_dist.limits import available_cores, available_memory
+from mhe_dist.tracking.environment import device_name, processor_name
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 Row = tuple[str, str, str]
 """What was checked, what was found, and what to do about it; empty if nothing."""
+INSTALL = "pip install -c constraints.txt -e ."
+NO_CUDA = "install a CUDA build of torch for this driver, or look at CUDA_VISIBLE_DEVICES"
 
 
 def doctor() -> None:
-    """Check this machine: versions, cores, memory, GPUs, shared memory, compiler, ports.
+    """Check this machine: versions, processor, memory, GPUs, shared memory, compiler, ports.
 
     It changes nothing. For what a run would miss it names the cure.
     """
@@ -46,7 +53,8 @@ def findings() -> Iterator[Row]:
     yield _free("memory", available_memory(), 4, "a run needs about 4 GiB")
     yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
     yield _shared_memory()
-    yield "GPUs", "; ".join(list_gpus()) or "none: runs use the CPU (scale.gpu=false)", ""
+    yield _processor()
+    yield _gpus(list_gpus())
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "C++ compiler", compiler or "none; not needed", ""
     yield _loopback()
@@ -56,7 +64,43 @@ def _version(package: str) -> Row:
     try:
         return package, metadata.version(package), ""
     except metadata.PackageNotFoundError:
-        return package, "missing", "pip install -c constraints.txt -e ."
+        return package, "missing", INSTALL
+
+
+def _processor() -> Row:
+    """Its name, what it multiplies with, and the precision that runs on it take by themselves."""
+    name = "processor"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return name, f"{processor_name()}; torch cannot be imported: {error}", INSTALL
+    cpu = torch.device("cpu")
+    return name, f"{device_name(cpu)}: {_precision(cpu)}", ""
+
+
+def _gpus(names: Sequence[str]) -> Row:
+    """The GPUs that the driver names, and whether torch sees as many.
+
+    Args:
+        names: what the driver says of each.
+    """
+    if not names:
+        return "GPUs", "none: runs use the CPU (scale.gpu=false)", ""
+    found = "; ".join(names)
+    try:
+        import torch
+    except (ImportError, OSError):  # told with the processor
+        return "GPUs", found, ""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if seen == len(names):
+        return "GPUs", f"{found}: {_precision(torch.device('cuda'))}", ""
+    return "GPUs", f"{found}; torch {torch.__version__} sees {seen} of {len(names)}", NO_CUDA
+
+
+def _precision(device: torch.device) -> str:
+    from mhe_dist.engine.settings import resolve_precision
+
+    return f"train.precision=auto is {resolve_precision('auto', device)}"
 
 
 def _free(name: str, available: int, wanted: int, why: str) -> Row:
