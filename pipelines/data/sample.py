@@ -171,6 +171,9 @@ def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
 
     `tarfile`, which webdataset reads with, takes ten times as long, and more than decoding. Long
     names, sparse files, links and damaged headers are left to it.
+
+    Raises:
+        BadSampleError: a member has a negative size.
     """
     files = []
     at = 0
@@ -189,6 +192,8 @@ def _plain_members(raw: memoryview) -> list[dict[str, Any]] | None:
         counted = (zlib.adler32(header) & 0xFFFF) - 1 - sum(header[148:156]) + 8 * 32
         if (checksum - counted) % _ADLER:
             return None
+        if size < 0:  # the next header would not lie behind this one
+            raise BadSampleError(f"not a sample of a tar (a member of {size} bytes)")
         at += _BLOCK
         if at + size > len(raw):
             return None

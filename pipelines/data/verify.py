@@ -227,6 +227,8 @@ class _ShardFindings:
         except ImageDecodeError as error:
             self.add("image", location, str(error))
             return
+        if not 0 <= encoded.label < self._index.num_classes:
+            return
         self._labels[number] = encoded.label
         digest = hashlib.blake2b(encoded.data, digest_size=_DIGEST).digest()
         self._digests[number] = np.frombuffer(digest, "<u8")

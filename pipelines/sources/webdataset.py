@@ -28,7 +28,7 @@ from pipelines.sources.webdataset_tar import (
     ScanTask,
     scan_tar,
 )
-from pipelines.storage.staging import Journal
+from pipelines.storage.staging import Journal, is_begun
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
@@ -103,7 +103,9 @@ def index_shards(
 
 def _journal(folder: str, recipe: Any) -> Journal:
     """The journal of an attempt, unless the folder is indexed already."""
-    for name in (INDEX_FILE, CLASSES_FILE):
+    # An attempt writes the index last, so a table of classes may be its own.
+    is_own = is_begun(f"{folder}/{_JOURNAL}", recipe)
+    for name in (INDEX_FILE,) if is_own else (INDEX_FILE, CLASSES_FILE):
         filesystem, path = resolve_url(f"{folder}/{name}")
         if filesystem.exists(path):
             raise UserError(f"{folder}/{name}: already exists; delete it or choose another --out")

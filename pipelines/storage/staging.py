@@ -24,6 +24,7 @@ from pipelines.storage.urls import (
     TEMPORARY_SUFFIX,
     atomic_write,
     is_local,
+    list_folder,
     require_absent,
     resolve_url,
 )
@@ -50,11 +51,9 @@ class Journal:
         self._filesystem, self._path = resolve_url(url)
         self._known: set[int] = set()
         if ended_with_other_recipe(url, recipe):
-            for name in self._filesystem.ls(self._path, detail=False):
-                if name.endswith(".json"):  # the lock of a `Staging` stays
-                    self._filesystem.rm(name)
-            self._filesystem.invalidate_cache()
+            self._filesystem.rm(f"{self._path}/{_RECIPE}")
         if not self._filesystem.exists(f"{self._path}/{_RECIPE}"):
+            self._clear()
             self._write(_RECIPE, {"digest": _digest(recipe), "recipe": recipe})
             return
         if not _is_recipe(url, recipe):
@@ -91,6 +90,13 @@ class Journal:
         if self._filesystem.exists(self._path):
             self._filesystem.rm(self._path, recursive=True)
 
+    def _clear(self) -> None:
+        """Remove what has no recipe: results of an attempt that was being removed when it ended."""
+        for path in list_folder(self.url):
+            if path.endswith(".json"):  # the lock of a `Staging` stays
+                self._filesystem.rm(path)
+        self._filesystem.invalidate_cache()
+
     def _write(self, name: str, content: dict[str, Any]) -> None:
         with atomic_write(f"{self.url}/{name}") as stream:
             stream.write(json.dumps(content).encode())
@@ -120,6 +126,12 @@ def ended_with_other_recipe(journal: str, recipe: Any) -> bool:
     if not all(filesystem.exists(f"{path}/{name}") for name in (_RECIPE, _ENDED)):
         return False
     return not _is_recipe(journal, recipe)
+
+
+def is_begun(journal: str, recipe: Any) -> bool:
+    """Whether there is an attempt with a recipe, to go on with."""
+    filesystem, path = resolve_url(journal)
+    return filesystem.exists(f"{path}/{_RECIPE}") and _is_recipe(journal, recipe)
 
 
 def require_absent_or_resumable(target: str) -> None:

@@ -174,8 +174,8 @@ class MixedDataset:
             return label
         number = int(self.index.starts[shard]) + position
         ids = self.labels.lists(number, number + 1).class_ids
-        if self.classes is not None and self.max_labels > 1:
-            ids = ids[np.isin(ids, self.classes)]
+        if self.max_labels > 1:
+            ids = ids[self._is_chosen(ids)]
         if not len(ids):
             raise BadSampleError(f"{self.labels.folder} gives it 0 classes")
         return int(ids[0])
@@ -184,9 +184,16 @@ class MixedDataset:
         """Without labels of classes that were not chosen; the others in their new numbers."""
         if self.classes is None:
             return lists
-        kept = np.isin(lists.class_ids, self.classes)
+        kept = self._is_chosen(lists.class_ids)
         before = np.append(0, np.cumsum(kept))
         return LabelLists(before[lists.ends], self._positions(lists.class_ids[kept]))
+
+    def _is_chosen(self, class_ids: Ints) -> npt.NDArray[np.bool_]:
+        """Which of some classes are chosen; for a few, `np.isin` would read all that are."""
+        if self.classes is None or not len(self.classes):
+            return np.full(len(class_ids), self.classes is None)
+        near = np.searchsorted(self.classes, class_ids)
+        return self.classes[np.minimum(near, len(self.classes) - 1)] == class_ids
 
     def _labelled(self) -> Iterator[Ints]:
         """Numbers of the images in any of the chosen classes, sorted, part by part."""
@@ -268,10 +275,9 @@ class MixedDataset:
         for _, labels in self._parts():
             inside = (labels >= 0) & (labels < len(total))
             np.add.at(total, labels[inside], 1)
-            others.append(labels[~inside].astype(np.int64))
+            if self.labels is None:  # in a label set, a label out of range stands for none
+                others.append(labels[~inside].astype(np.int64))
         outside, sizes = np.unique(np.concatenate(others), return_counts=True)
-        if self.labels is not None:  # there, a label out of range stands for none
-            outside, sizes = outside[:0], sizes[:0]
         classes = np.flatnonzero(total)
         below = outside < 0
         classes, counts = (
@@ -279,7 +285,7 @@ class MixedDataset:
             for other, known in ((outside, classes), (sizes, total[classes]))
         )
         if self.classes is not None:
-            chosen = np.isin(classes, self.classes)
+            chosen = self._is_chosen(classes)
             classes, counts = classes[chosen], counts[chosen]
         return classes, counts
 

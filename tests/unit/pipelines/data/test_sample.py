@@ -87,6 +87,19 @@ def test_damage_has_a_name(members: dict[str, bytes], words: str) -> None:
         decode_sample(raw, len(raw), 8, 10)
 
 
+@pytest.mark.parametrize("size", [b"-0000001000", b"-0000002000", b"-1         "])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_member_of_negative_size_is_damage(size: bytes, alone: bool) -> None:
+    """Its header with a good checksum was read again and again, without end."""
+    header = bytearray(tar({"k.jpg": b""})[:512])
+    header[124:136] = size.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    raw = memoryview(bytes(header) + bytes(tar({"k.cls": b"1"})))
+    with pytest.raises(BadSampleError):
+        parse_members(raw, alone)
+
+
 def test_a_short_read_is_damage_whatever_is_left() -> None:
     raw = tar({"k.jpg": JPEG, "k.cls": b"1"})
     for length in range(0, len(raw), 100):

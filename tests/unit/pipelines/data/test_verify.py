@@ -19,6 +19,8 @@ from pipelines.report.figures import save_figure
 from pipelines.report.sheets.sample_sheet import class_names, draw_sample_sheet
 from pipelines.report.verification import draw_class_sizes, verification_summary
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.shards.shard import Shard
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import HERE, Processes, Workers
@@ -229,6 +231,27 @@ def test_a_damaged_column_is_a_finding(index: ShardIndex, tmp_path: Path) -> Non
     report = read(ShardIndex.load(index.folder), tmp_path)
     assert report.counts["column"] == 1
     assert DataProblem("column", str(path), "is damaged") in report.problems
+
+
+@pytest.mark.parametrize("label", [2**24, CLASSES, -7])
+def test_a_label_that_no_class_has_is_a_finding(
+    index: ShardIndex, tmp_path: Path, label: int
+) -> None:
+    """It took memory for as many classes as that, or ended in a traceback, after all was read."""
+    first, *others = index.shards
+    labels = [int(each) for each in first.labels]
+    labels[1] = label
+    changed = Shard(
+        *(first.url, first.samples, first.bytes, first.checksum),
+        *(pack_offsets(first.offsets), pack_labels(labels)),
+    )
+    theirs = {"fields": {"image": ["jpg"], "label": "cls"}}
+    report = read(replace(index, shards=[changed, *others], meta=theirs), tmp_path)
+    assert report.counts["label"] == 1
+    assert [each.reason for each in report.problems if each.kind == "label"] == [
+        f"{label} is not in [0, {CLASSES})"
+    ]
+    assert report.per_class.tolist() == [4, 3, 4, 3]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

@@ -319,6 +319,29 @@ def test_an_interrupted_index_goes_on(tmp_path: Path) -> None:
         index_shards([folder])
 
 
+def test_an_index_that_was_interrupted_while_it_was_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own table of classes stood in its way: "already exists; delete it"."""
+    folder = save(tmp_path / "set", *(tar(*pair(f"k{n}", n, f"c{n}")) for n in range(3)))
+
+    def stop(self: ShardIndex) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardIndex, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index_shards([folder])
+    assert (tmp_path / "set" / "classes.tsv").exists()
+    seen: list[int] = []
+    index_shards([folder], progress=lambda done, _: seen.append(done))
+    assert seen == [3], "no tar is read again"
+    assert read(folder) == {f"k{n}": n for n in range(3)}
+    (tmp_path / "set" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"classes\.tsv: already exists"):
+        index_shards([folder])
+
+
 def test_processes_find_what_one_would(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", *(tar(*pair(f"k{n}", n, f"c{n}")) for n in range(3)))
     one = index_shards([folder], str(tmp_path / "one")).index

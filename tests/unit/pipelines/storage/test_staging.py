@@ -1,0 +1,54 @@
+"""Journals of interrupted attempts: whose results they hold, whatever moment ended the attempt."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from mhe_dist.errors import UserError
+from pipelines.storage.staging import Journal
+
+PARTS = 5
+
+
+def ended(folder: Path) -> str:
+    """The journal of an attempt with recipe `A` that made every part and was refused."""
+    journal = Journal(str(folder / "journal"), "A")
+    for number in range(PARTS):
+        journal.record(number, f"A{number}")
+    journal.mark_ended()
+    return journal.url
+
+
+@pytest.mark.parametrize("removals", range(PARTS + 2))
+def test_results_of_a_recipe_are_never_those_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removals: int
+) -> None:
+    """Killed while it removes a refused attempt: what was left counted as results of the next."""
+    url, count = ended(tmp_path), itertools.count()
+    remove = LocalFileSystem.rm
+
+    def stop_after_some(self: LocalFileSystem, path: str, **options: bool) -> None:
+        if next(count) == removals:
+            raise KeyboardInterrupt
+        remove(self, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "rm", stop_after_some)
+        with pytest.raises(KeyboardInterrupt):
+            Journal(url, "B")
+    begun = Journal(url, "B")
+    assert len(begun) == 0
+    begun.record(2, "B2")
+    again = Journal(url, "B")
+    assert [again.get(number) for number in range(PARTS)] == [None, None, "B2", None, None]
+    with pytest.raises(UserError, match="interrupted attempt with another source"):
+        Journal(url, "A")
+
+
+def test_an_ended_attempt_stays_for_its_own_recipe(tmp_path: Path) -> None:
+    again = Journal(ended(tmp_path), "A")
+    assert [again.get(number) for number in range(PARTS)] == [f"A{n}" for n in range(PARTS)]
