@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import IO, Any, Final
 
 import fsspec
@@ -89,14 +89,15 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
     """Write a file that appears at `url`, complete, when the block ends without an error.
 
     For an object store the bytes are collected in a temporary file of this machine, because closing
-    a half-written object would make it appear.
+    a half-written object would make it appear. It has no name, so that nothing is left of it
+    however this process ends.
     """
     filesystem, path = resolve_url(url)
     if not is_local(filesystem):
-        with NamedTemporaryFile() as stream:
+        with TemporaryFile() as stream:
             yield stream
             stream.flush()
-            filesystem.put_file(stream.name, path)
+            filesystem.put_file(f"/proc/self/fd/{stream.fileno()}", path)
         return
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
