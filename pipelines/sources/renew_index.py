@@ -14,7 +14,7 @@ from mhe_dist.errors import UserError
 from pipelines.shards.index import INDEX_FILE, ShardIndex, index_exists
 from pipelines.shards.shard import Shard, write_columns
 from pipelines.sources.convert import ImportResult
-from pipelines.sources.webdataset import number_labels
+from pipelines.sources.webdataset import compact_values, number_labels
 from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout, ScanTask, scan_tar
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
@@ -98,6 +98,8 @@ def _scan(index: ShardIndex, workers: Workers, progress: Progress) -> Sequence[S
         for number in range(len(index.shards))
     ]
 
+    texts: dict[str, str] = {}
+
     def _compare(number: int, result: dict[str, Any]) -> None:
         shard = index.shards[number]
         for name in ("bytes", "checksum", "samples"):
@@ -107,6 +109,7 @@ def _scan(index: ShardIndex, workers: Workers, progress: Progress) -> Sequence[S
                     f"{getattr(shard, name)}: the tar was changed; delete {INDEX_FILE}, and index "
                     "the tars anew"
                 )
+        result["values"] = compact_values(result["values"], texts)
 
     results = run_tasks(scan_tar, tasks, workers, record=_compare, progress=progress)
     ordered = [(task.url, result) for task, result in zip(tasks, results, strict=True)]

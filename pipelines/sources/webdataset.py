@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from braceexpand import braceexpand
 
 from mhe_dist.errors import UserError
@@ -20,6 +21,7 @@ from pipelines.shards.packing import pack_labels, unpack_labels
 from pipelines.shards.shard import Shard
 from pipelines.shards.tables import CLASSES_FILE, class_table, skipped_table, write_table
 from pipelines.sources.convert import ImportResult, check_bad_fraction
+from pipelines.sources.text_column import TextColumn
 from pipelines.sources.webdataset_tar import (
     DEFAULT_LAYOUT,
     INTEGER,
@@ -32,6 +34,10 @@ from pipelines.storage.staging import Journal, is_begun
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
+
+Ints = npt.NDArray[np.int64]
+Values = Ints | list[str]
+"""The distinct labels of a tar: numbers if all of them are written as numbers are, else texts."""
 
 _JOURNAL: Final = ".index.partial"
 _SHOWN: Final = 20  # damaged tars that a message names
@@ -185,21 +191,22 @@ def _scan_all(
     tasks: list[ScanTask], journal: Journal, workers: Workers, progress: Progress
 ) -> list[tuple[str, dict[str, Any]]]:
     """What is in each tar; finished ones are taken from the journal unless the tar has changed."""
-    named = 0
+    named, texts = 0, dict[str, str]()
 
-    def limit_names(found: dict[str, Any]) -> dict[str, Any]:
+    def compact(found: dict[str, Any]) -> dict[str, Any]:
         nonlocal named
         named += _forget_names(found, MOST_NAMED - named)
+        found["values"] = compact_values(found["values"], texts)
         return found
 
     def finished(number: int) -> dict[str, Any] | None:
         kept = _finished_result(journal, number, tasks[number].url)
-        return None if kept is None else limit_names(kept)
+        return None if kept is None else compact(kept)
 
     def record(number: int, found: dict[str, Any]) -> None:
         if not found["damage"]:
             journal.record(number, found)
-        limit_names(found)
+        compact(found)
 
     results = run_tasks(scan_tar, tasks, workers, finished, record, progress)
     return [(task.url, found) for task, found in zip(tasks, results, strict=True)]
@@ -222,23 +229,85 @@ def _finished_result(journal: Journal, number: int, url: str) -> dict[str, Any] 
 
 
 def number_labels(
-    results: list[tuple[str, dict[str, Any]]], folder: str, num_classes: int
-) -> tuple[list[Shard], list[str], int]:
-    """The shards with labels in `[0, C)`; the classes' names, if they were no such numbers; C."""
-    values = sorted({value for _, found in results for value in found["values"]})
+    results: Sequence[tuple[str, dict[str, Any]]], folder: str, num_classes: int
+) -> tuple[list[Shard], Sequence[str], int]:
+    """The shards with labels in `[0, C)`; the classes' names, if they were no such numbers; C.
+
+    Args:
+        results: url and content of each tar, whose `values` are those of `compact_values`.
+        folder: of the index.
+        num_classes: C, if it is known; else 0.
+    """
+    classes = number_classes([found["values"] for _, found in results], num_classes)
+    shards = []
+    for (url, found), class_ids in zip(results, classes.by_tar, strict=True):
+        labels = class_ids[unpack_labels(found["codes"], found["samples"])]
+        fields = {key: found[key] for key in ("samples", "bytes", "checksum", "blocks")}
+        relative = url.removeprefix(f"{folder}/")
+        shards.append(Shard(url=relative, classes=pack_labels(labels), **fields))
+    return shards, classes.names, classes.num_classes
+
+
+class ClassIds(NamedTuple):
+    """What the labels of some tars become.
+
+    Attributes:
+        by_tar: for each tar the class ids of its distinct labels, int64.
+        names: labels by class id; empty: the labels are class ids already.
+        num_classes: C.
+    """
+
+    by_tar: list[Ints]
+    names: Sequence[str]
+    num_classes: int
+
+
+def compact_values(values: Sequence[str], known: dict[str, str]) -> Values:
+    """The distinct labels of a tar, to be kept: 8 bytes each, and a text once for all tars.
+
+    Shuffled tars of many classes have about as many of them as samples.
+
+    Args:
+        values: as texts.
+        known: texts of all tars; new ones are added.
+    """
+    if all(INTEGER.fullmatch(value) and str(int(value)) == value for value in values):
+        return np.array([int(value) for value in values], np.int64)
+    return [known.setdefault(value, value) for value in values]
+
+
+def number_classes(tars: Sequence[Values], num_classes: int) -> ClassIds:
+    """Number the labels of some tars: in their order, numbers by their size.
+
+    Args:
+        tars: the distinct labels of each, from `compact_values`.
+        num_classes: C, if the labels are numbers in `[0, C)` already; 0: find out.
+    """
+    numbers = [values for values in tars if not isinstance(values, list)]
+    if len(numbers) < len(tars):
+        return _number_texts([_as_texts(values) for values in tars], num_classes)
+    if num_classes:
+        return ClassIds(numbers, [], num_classes)
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *numbers]))
+    if np.array_equal(found, np.arange(len(found))):
+        return ClassIds(numbers, [], len(found))
+    ids = [np.searchsorted(found, values).astype(np.int64) for values in numbers]
+    return ClassIds(ids, TextColumn(map(str, found)), len(found))
+
+
+def _number_texts(tars: Sequence[list[str]], num_classes: int) -> ClassIds:
+    values = sorted({value for tar in tars for value in tar})
     numbers = _as_numbers(values)
     if numbers is not None:
         values = [value for _, value in sorted(zip(numbers, values, strict=True))]
     is_mapped = not num_classes and (numbers is None or sorted(numbers) != list(range(len(values))))
-    number = {v: n if is_mapped else int(v) for n, v in enumerate(values)}
-    shards = []
-    for url, found in results:
-        codes = unpack_labels(found["codes"], found["samples"])
-        labels = np.array([number[value] for value in found["values"]], np.int64)[codes]
-        fields = {key: found[key] for key in ("samples", "bytes", "checksum", "blocks")}
-        relative = url.removeprefix(f"{folder}/")
-        shards.append(Shard(url=relative, classes=pack_labels(labels), **fields))
-    return shards, values if is_mapped else [], num_classes or len(values)
+    number = {value: n if is_mapped else int(value) for n, value in enumerate(values)}
+    by_tar = [np.array([number[value] for value in tar], np.int64) for tar in tars]
+    return ClassIds(by_tar, values if is_mapped else [], num_classes or len(values))
+
+
+def _as_texts(values: Values) -> list[str]:
+    return values if isinstance(values, list) else [str(value) for value in values.tolist()]
 
 
 def _as_numbers(values: Sequence[str]) -> list[int] | None:

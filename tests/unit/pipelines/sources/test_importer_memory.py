@@ -14,11 +14,15 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 from pyarrow import parquet
 
-from pipelines.sources import convert, image_folder, insightface, recordio
+from pipelines.shards.packing import pack_labels, pack_offsets
+from pipelines.sources import convert, image_folder, insightface, recordio, webdataset
 from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.sources.recordio import Frame, ImageRecord
 from pipelines.sources.text_column import TextColumn
+from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, ScanTask
+from pipelines.storage.staging import Journal
+from pipelines.storage.worker_pool import HERE, no_progress
 
 ITEMS = 100_000
 MOST = 64 + 6  # bytes of an item, and 0.6 MB that do not grow with their number
@@ -109,6 +113,41 @@ def test_an_index_of_records(monkeypatch: pytest.MonkeyPatch) -> None:
         return records, insightface.dense_classes(records.column("labels"))
 
     assert peak(_scan) <= MOST
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "is_given", "bound"),
+    [("{}", 10**8, True, 25), ("{}", 10**8, False, 55), ("person {:08d}", 5_000, False, 35)],
+)
+def test_labels_of_shuffled_tars(
+    label: str,
+    classes: int,
+    is_given: bool,
+    bound: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tar of shuffled samples has about as many different labels as samples: 193 bytes each."""
+    rng = np.random.default_rng(0)
+    numbers = np.stack([rng.choice(classes, 5_000, replace=False) for _ in range(ITEMS // 5_000)])
+    tars = {f"{n:03d}.tar": row.tolist() for n, row in enumerate(numbers)}
+
+    def _scan_tar(task: ScanTask) -> dict[str, Any]:
+        row = tars[task.url]
+        values = [label.format(number) for number in row]
+        codes, blocks = pack_labels(range(len(row))), pack_offsets(range(0, 1, 512))
+        about = {"bytes": 1, "checksum": "sha256:", "faults": [], "damage": ""}
+        return {"samples": len(row), "values": values, "codes": codes, "blocks": blocks} | about
+
+    monkeypatch.setattr(webdataset, "scan_tar", _scan_tar)
+    tasks = [ScanTask(url, DEFAULT_LAYOUT) for url in tars]
+
+    def _index() -> Any:
+        journal = Journal(str(tmp_path / "journal"), label)
+        results = webdataset._scan_all(tasks, journal, HERE, no_progress)
+        return webdataset.number_labels(results, "", classes if is_given else 0)
+
+    assert peak(_index) <= bound
 
 
 def test_texts_come_back_by_number() -> None:
