@@ -35,12 +35,18 @@ VARIANTS: dict[str, dict] = {
     "host": {"bank": {"memory": "host"}},
     "file": {"bank": {"memory": "file"}},
     "correction": {"mhs": {"correction": True}},
+    # Of some samples every extra negative is dropped.
+    "filter and correction": {
+        "margin": {"filter": 0.01},
+        "mhs": {"correction": True, "length": 2, "extra_heads": 1},
+    },
     "own": {"mhs": {"negatives": "own"}},
     "all extra": {"mhs": {"extra_heads": 50}},
     "one per class": {"partial_fc": {"rate": 1e-9}},
 }
 ONLY = {  # what a variant is about; elsewhere it is all heads
     "correction": ("route", "gather", "gather_own_plus"),
+    "filter and correction": ("route", "gather_own_plus"),
     "own": ("route", "gather"),
     "all extra": ("route", "gather", "gather_own_plus"),
     "one per class": ("partial_fc",),

@@ -271,7 +271,9 @@ class _ExtraPart:
         if self.correction:
             logits[inside, column] = scaled
             self._correct(logits, inside, column)
-            peak, own = logits.amax(-1), with_margin
+            # The filter may drop all of them, and -inf less -inf is no number.
+            lowest = torch.finfo(logits.dtype).min
+            peak, own = logits.amax(-1).clamp_min_(lowest), with_margin
         else:
             peak, own = highest, torch.maximum(scaled, with_margin)
         logits[inside, column] = with_margin
