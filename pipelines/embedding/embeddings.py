@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mhe_dist.distributed.failures import raise_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from pipelines.data.sequential import read_in_order
@@ -166,29 +167,6 @@ def map_images(
                 out[begin : begin + block] = part[: images.count - begin].numpy()
     raise_together(failure, topology)
     return out
-
-
-def raise_together(failure: Exception | None, topology: Topology) -> None:
-    """Raise the first rank's failure on all of them, if there is one; all ranks must call.
-
-    A rank that raised alone would leave the others waiting for it.
-
-    Raises:
-        UserError, RunError: some rank had a failure; a UserError only if that was one.
-    """
-    if topology.world_size == 1:
-        if failure is not None:
-            raise failure
-        return
-    mine = None if failure is None else (isinstance(failure, UserError), str(failure))
-    found: list[tuple[bool, str] | None] = [None] * topology.world_size
-    dist.all_gather_object(found, mine, group=topology.host_group)
-    for rank, other in enumerate(found):
-        if other is not None:
-            is_user, message = other
-            raise (UserError if is_user else RunError)(message) from (
-                failure if rank == topology.rank else None
-            )
 
 
 def embed_set(

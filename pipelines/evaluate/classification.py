@@ -17,13 +17,14 @@ from torch import Tensor
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from pipelines.data.mixture.class_list import find_other_name
 from pipelines.data.mixture.index import Mixture, needs_mixture, open_training_index
-from pipelines.embedding.embeddings import Embed, ShardImages, map_images, raise_together
+from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.shards.index import ShardIndex
 
 Ints = npt.NDArray[np.int64]
@@ -90,17 +91,15 @@ def evaluate_classification(
     predicted = map_images(_predict, images, topology, image_size)
     labels = images.join_labels(topology)
     figures: dict[str, float] = {}
-    failure: Exception | None = None
-    if predicted is not None:
-        known = (labels >= 0) & (labels < num_classes)
-        if known.any():
+    with failing_together(topology):
+        if predicted is not None:
+            known = (labels >= 0) & (labels < num_classes)
+            if not known.any():
+                raise UserError(
+                    f"{index.folder}: no image is of one of the {num_classes:,} classes of the run"
+                )
             figures = _figures(predicted[known], labels[known], training_counts)
             figures["unknown"] = _name_unknown(labels[~known], index.folder, num_classes)
-        else:
-            failure = UserError(
-                f"{index.folder}: no image is of one of the {num_classes:,} classes of the run"
-            )
-    raise_together(failure, topology)
     return broadcast_from_first(figures, topology)
 
 

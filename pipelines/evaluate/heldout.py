@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import failing_together, raise_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from pipelines.embedding.embeddings import (
@@ -23,7 +24,6 @@ from pipelines.embedding.embeddings import (
     embed_set,
     gallery_mask,
     normalize_embeddings,
-    raise_together,
 )
 from pipelines.evaluate.metrics.hard_cases import IdentifiedSet, find_hard_cases
 from pipelines.evaluate.metrics.identification import Identification, identify
@@ -94,7 +94,8 @@ def evaluate_heldout(
     Raises:
         UserError: there is no such set, or it is too small to evaluate on.
     """
-    index = ShardIndex.load(settings.shards)
+    with failing_together(topology):
+        index = ShardIndex.load(settings.shards)
     embedded = embed_set(embed, index, topology, image_size, settings.flip)
     result = Evaluation({}, {})
     failure: Exception | None = None

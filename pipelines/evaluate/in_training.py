@@ -8,10 +8,10 @@ from functools import cached_property
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import failing_together
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
-from pipelines.embedding.embeddings import Embed, raise_together
+from pipelines.embedding.embeddings import Embed
 from pipelines.evaluate.classification import (
     TrainingLabels,
     classification_figure_names,
@@ -70,8 +70,7 @@ def refuse_unusable_sets(
     Raises:
         UserError, RunError: a set cannot be used; on all ranks.
     """
-    failure: Exception | None = None
-    try:
+    with failing_together(topology):
         if settings.shards and topology.is_first:
             refuse_unusable_set(settings, seed)
         if settings.classification and topology.is_first:
@@ -82,9 +81,6 @@ def refuse_unusable_sets(
         for each in read_bin_sets(settings.verification):
             for number in range(topology.rank, each.images.count, topology.world_size):
                 each.images.read(number, number + 1, data.image_size)
-    except (UserError, RunError, OSError) as error:
-        failure = error
-    raise_together(failure, topology)
 
 
 def figure_names(settings: EvaluateConfig) -> list[str]:
@@ -125,7 +121,7 @@ def evaluate_in_training(
         with_pictures: see `evaluate_heldout`.
 
     Raises:
-        UserError: a set cannot be used.
+        UserError, RunError: a set cannot be used, or read by some rank; on all ranks.
     """
     evaluation = Evaluation({}, {})
     if settings.shards:
@@ -134,7 +130,8 @@ def evaluate_in_training(
         )
     metrics = dict(evaluation.metrics)
     if settings.verification:
-        sets = read_bin_sets(settings.verification)
+        with failing_together(topology):
+            sets = read_bin_sets(settings.verification)
         results = verify_pair_sets(embed, sets, topology, data.image_size, with_intervals=False)
         found = {name: value for each in results for name, value in each.named_metrics().items()}
         metrics |= broadcast_from_first(found, topology)
@@ -155,16 +152,18 @@ def _evaluate_head(
     metrics: dict[str, float] = {}
     if not (settings.classification or settings.labels):
         return metrics
-    # The first rank computes the figures.
-    training = trained.training_labels if topology.is_first else None
+    with failing_together(topology):  # the first rank computes the figures
+        training = trained.training_labels if topology.is_first else None
     if settings.classification:
-        index = ShardIndex.load(settings.classification)
+        with failing_together(topology):
+            index = ShardIndex.load(settings.classification)
         counts = None if training is None else training.counts
         figures = evaluate_classification(embed, head, index, classes, topology, size, counts)
         metrics |= {f"classification/{name}": value for name, value in figures.items()}
     if settings.labels:
-        index = ShardIndex.load(settings.labels)
-        labels = open_evaluated_labels(settings.label_set, index, data, classes)
+        with failing_together(topology):
+            index = ShardIndex.load(settings.labels)
+            labels = open_evaluated_labels(settings.label_set, index, data, classes)
         figures = evaluate_labels(embed, head, index, labels, topology, size, training)
         metrics |= {f"labels/{name}": value for name, value in figures.items()}
     return metrics

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
@@ -83,6 +84,9 @@ def evaluate_labels(
         labels: of that set, see `open_evaluated_labels`.
         topology, image_size: see `embeddings.map_images`.
         training: of the run.
+
+    Raises:
+        UserError: the label set is damaged.
     """
 
     def _predict(pixels: Tensor) -> Tensor:
@@ -90,14 +94,15 @@ def evaluate_labels(
 
     predicted = map_images(_predict, ShardImages(index), topology, image_size)
     figures: dict[str, float] = {}
-    if predicted is not None:
-        lists = labels.lists(0, labels.samples)
-        weights = None if training is None else 1 / propensities(*training)
-        figures = rank_figures(predicted, lists, weights)
-        figures["samples"] = float(labels.labelled)
-        if training is not None:
-            figures |= _shot_recalls(predicted, lists, training.counts)
-            figures |= _frequent_figures(lists, training.counts, weights)
+    with failing_together(topology):
+        if predicted is not None:
+            lists = labels.lists(0, labels.samples)
+            weights = None if training is None else 1 / propensities(*training)
+            figures = rank_figures(predicted, lists, weights)
+            figures["samples"] = float(labels.labelled)
+            if training is not None:
+                figures |= _shot_recalls(predicted, lists, training.counts)
+                figures |= _frequent_figures(lists, training.counts, weights)
     return broadcast_from_first(figures, topology)
 
 

@@ -174,7 +174,7 @@ class Run:
         """Like `evaluate`, but one that fails is a warning; None stands for it.
 
         What is trained is worth more. It fails on all ranks, so that all go on
-        (`pipelines.embedding.embeddings.raise_together`).
+        (`mhe_dist.distributed.failures`).
         """
         try:
             return self.evaluate(with_pictures)
