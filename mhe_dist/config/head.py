@@ -255,8 +255,8 @@ class HeadConfig(ConfigSection):
             "image; full, partial_fc, mhs, and mhc with head.objective=multi_label learn several"
         ]
 
-    def validate_combinations(self, workers: int) -> list[str]:
-        """Say which values contradict one another, or that many workers."""
+    def validate_combinations(self, workers: int, run_dir: str = "") -> list[str]:
+        """Say which values contradict one another, that many workers, or the folder of the runs."""
         wrong = []
         if self.kind != "mhp" and self.groups != AUTO and self.groups < workers:
             wrong.append(f"head.groups={self.groups} is less than scale.workers={workers}")
@@ -265,6 +265,12 @@ class HeadConfig(ConfigSection):
             wrong.append(
                 "head.mhs.negatives=batch needs head.mhs.exchange=gather: with route a sample "
                 "meets only its own head and the extra ones"
+            )
+        key, folder = ("head.bank.path", self.bank.path) if self.bank.path else ("run.dir", run_dir)
+        if self.bank.memory == "file" and "://" in folder:
+            wrong.append(
+                f"head.bank.memory=file maps files, but {key}={folder} is a URL; let "
+                "head.bank.path name a folder of a disk of each host"
             )
         if self.margin.m == AUTO and not self._has_margin_rule:
             wrong.append(

@@ -342,7 +342,8 @@ def validate_combinations(config: Config) -> list[str]:
             "or neither"
         )
     wrong += config.head.refuse_several_labels(data.labels_per_sample)
-    wrong += config.head.validate_combinations(max(config.group_sizes(), default=scale.workers))
+    workers = max(config.group_sizes(), default=scale.workers)
+    wrong += config.head.validate_combinations(workers, config.run.dir)
     if config.optim.ema and config.scale.zero_stage == 3:
         wrong.append(
             f"optim.ema={config.optim.ema} needs whole weights on each rank, but "

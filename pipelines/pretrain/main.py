@@ -13,12 +13,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mhe_dist.config.schema import Config, ScaleConfig
+from mhe_dist.config.schema import Config, ScaleConfig, TrainConfig
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.distributed.watchdog import watched
 from mhe_dist.engine.engine import leave_process_group
-from mhe_dist.errors import Preempted
+from mhe_dist.errors import Preempted, UserError
 from mhe_dist.tracking.base import Status
 from mhe_dist.train.divergence import Divergence
 from pipelines.pretrain import garbage, preemption
@@ -48,13 +48,25 @@ def run_pretraining(
         Stuck: a rank did not come to a collective within `scale.timeout_s`.
         Diverged: the run no longer learns (`pipelines.pretrain.rollback`).
     """
-    with (
-        _connected(config.scale) as topology,
-        run_locked(config.run.path, topology, command, on_event) as lock,
-    ):
-        while (summary := _attempt(_build(config, topology, on_event, lock))) is None:
-            gc.collect()  # the run that diverged, whose parts know one another
+    with _connected(config.scale) as topology:
+        _refuse_ranks(config.train, topology.world_size)
+        with run_locked(config.run.path, topology, command, on_event) as lock:
+            while (summary := _attempt(_build(config, topology, on_event, lock))) is None:
+                gc.collect()  # the run that diverged, whose parts know one another
     return summary
+
+
+def _refuse_ranks(train: TrainConfig, ranks: int) -> None:
+    """Refuse a number of ranks that a step cannot be shared by; `torchrun` starts any number."""
+    count = train.micro_batches
+    if count % ranks:
+        fitting = [str(number) for number in range(1, count + 1) if count % number == 0]
+        raise UserError(
+            f"{ranks} ranks cannot share the {count} micro-batches of a step (train.global_batch="
+            f"{train.global_batch} / train.micro_batch={train.micro_batch}); start "
+            f"{', '.join(fitting)} ranks (torchrun --nproc-per-node, scale.workers), or change "
+            "the sizes"
+        )
 
 
 def _build(config: Config, topology: Topology, on_event: EventHandler, lock: RunLock) -> Run:

@@ -215,6 +215,17 @@ def test_contradictions_are_reported_although_other_keys_are_wrong() -> None:
     ]
 
 
+def test_row_files_lie_on_a_disk() -> None:
+    """They lay in a folder called `s3:` behind each worker's working folder."""
+    file = "head.bank.memory=file"
+    (wrong,) = mistakes(None, file, "run.dir=s3://b/runs")
+    assert "but run.dir=s3://b/runs is a URL; let head.bank.path name a folder of a disk" in wrong
+    (wrong,) = mistakes(None, file, "head.bank.path=s3://b/rows")
+    assert "but head.bank.path=s3://b/rows is a URL" in wrong
+    load_config(None, ["data.shards=x", file, "run.dir=s3://b/runs", "head.bank.path=/rows"])
+    load_config(None, ["data.shards=x", "run.dir=s3://b/runs"])
+
+
 @pytest.mark.parametrize(
     ("head", "named"),
     [

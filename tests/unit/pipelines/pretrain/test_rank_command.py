@@ -8,13 +8,18 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_yaml
+from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import UserError
 from pipelines.pretrain import __main__ as command
+from pipelines.pretrain.main import run_pretraining
 from tests import tiny
 from tests.waiting import WATCHDOG_S
 
@@ -72,3 +77,18 @@ def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):  # nothing of its session runs on
         os.killpg(process.pid, 0)
+
+
+def _train(topology: Topology, config: Config) -> None:
+    run_pretraining(config)
+
+
+def test_ranks_that_cannot_share_a_step_are_told_at_once(
+    run_distributed: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    """`torchrun` starts any number; it ended in the traceback of a product of shapes."""
+    sizes = {"global_batch": 16, "micro_batch": 4}
+    config = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train"), train=sizes)
+    with pytest.raises(UserError, match=r"3 ranks cannot share the 4 micro-.* start 1, 2, 4 ranks"):
+        run_distributed(_train, 3, config)
+    assert not (tmp_path / "runs").exists(), "before anything is made"
