@@ -214,12 +214,23 @@ class Bank:
         for field, rows in values.items():
             self._put(field, units, rows, step)
 
-    def load(self, units: Tensor, values: dict[str, Tensor]) -> None:
-        """Store fields as they were saved, bit for bit, and mark `units` as touched."""
-        local = units - self.units.start
-        for field, rows in values.items():
-            self._store[field].put(local.numpy(), rows)
-        self._touched[local.numpy()] = True
+    def load(self, units: Tensor, saved: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Store fields as they were saved, bit for bit, and mark `units` as touched.
+
+        Args:
+            units: whose rows they are.
+            saved: by name, which begins with `prefix`; also other tensors. Row state that is not
+                among them, as the momentum of a run that had none, is zero, as it was at first.
+            prefix: see `saved`.
+        """
+        local = (units - self.units.start).numpy()
+        for field, store in self._store.items():
+            rows = saved.get(prefix + field)
+            if rows is None and field != "weight":
+                store.allocate(local)
+            else:
+                store.put(local, saved[prefix + field])
+        self._touched[local] = True
 
     def put_rows(self, field: str, units: Tensor, slots: Tensor, rows: Tensor) -> None:
         """Store single rows `[n, columns]` in slots `[n]` of touched `units` `[n]`, bit for bit."""

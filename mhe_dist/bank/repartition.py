@@ -89,7 +89,9 @@ def _exchange(
     arrived = all_to_all(torch.stack([heads, slots], 1)[order], send, receive, topology)
     heads, slots = arrived.unbind(1)
     new.touch(torch.unique(heads))
-    for field, rows in old.saved(units).items():
+    saved = old.saved(units)
+    for field in filter(saved.__contains__, new.fields):  # state that one of them lacks stays zero
+        rows = saved[field]
         leaving = rows.tensor().flatten(0, 1)[known][order].contiguous()
         # As bytes: not every backend carries every type.
         moved = all_to_all(leaving.view(torch.uint8), send, receive, topology).view(rows.dtype)

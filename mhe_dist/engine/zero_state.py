@@ -87,6 +87,7 @@ class ZeroState:
         Raises:
             UserError: names or shapes are not those of this model and optimizer; lists them.
         """
+        tensors = self._with_own_moments(tensors)
         refuse_mismatch(
             self._shapes() | tensor_shapes(extra),
             tensor_shapes(tensors),
@@ -106,6 +107,16 @@ class ZeroState:
         for name, tensor in extra.items():
             tensor.copy_(tensors[name])
         self._update_forward_weights()
+
+    def _with_own_moments(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What was saved, as a run of this momentum saves it: one of zero has no moments of SGD."""
+        moments = {f"optim.{name}.{each}" for name in self._trained for each in MOMENTS["sgd"]}
+        if self._adamw or bool(self._moments) == bool(moments & tensors.keys()):
+            return tensors
+        if not self._moments:
+            return {name: tensor for name, tensor in tensors.items() if name not in moments}
+        shapes = self._shapes()
+        return {**tensors, **{name: torch.zeros(shapes[name]) for name in moments}}
 
     def _shapes(self) -> Shapes:
         """Names and shapes of what `gather` gives, without communication."""

@@ -309,8 +309,7 @@ class RowHead(Head):
         self.bank.forget()
         for group in self.groups:
             prefix = f"rows/{group:05d}/"
-            fields = {field: tensors[prefix + field] for field in self.bank.fields}
-            self.bank.load(tensors[prefix + "units"], fields)
+            self.bank.load(tensors[prefix + "units"], tensors, prefix)
         if self.norms.needed:
             self.norms.running = tensors["norms"].to(self.topology.device)
 

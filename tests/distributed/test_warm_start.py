@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -122,6 +123,54 @@ def test_a_new_run_begins_with_another_s_backbone_and_rows(
         taken = torch.equal(new["state"][name], tensor)
         assert taken if name.startswith("model.") else not new["state"][name].any()
     assert torch.equal(new["rows"]["weight"], old["rows"]["weight"]) is with_rows
+
+
+def with_momentum(config: Config, momentum: float, steps: int) -> Config:
+    """The same run, which goes on with another momentum of backbone and rows."""
+    changed = config.model_copy(deep=True)
+    changed.optim.momentum = changed.head.optim.momentum = momentum
+    changed.train.max_steps = steps
+    changed.resume.allow = ["optim.momentum", "head.optim.momentum", "train.max_steps"]
+    return changed
+
+
+def test_a_momentum_from_and_to_zero_changes_what_is_kept_and_nothing_else(
+    trained: Config, tmp_path: Path
+) -> None:
+    """By name it may change; a run without momentum ended in `KeyError: rows/00000/momentum`."""
+    old, config = begun(trained), trained.model_copy(deep=True)
+    shutil.copytree(trained.run.path, tmp_path / config.run.name)
+    config.run.dir = str(tmp_path)
+    without = begun(with_momentum(config, 0.0, 12), workers=2)
+    assert torch.equal(without["rows"].pop("weight"), old["rows"]["weight"])
+    assert not without["rows"]
+    assert without["state"].keys() == {name for name in old["state"] if name.startswith("model.")}
+    assert all(torch.equal(found, old["state"][name]) for name, found in without["state"].items())
+
+    run_ranks(train, 1, with_momentum(config, 0.0, 12).model_dump())
+    ended = begun(with_momentum(config, 0.0, 12))
+    again = begun(with_momentum(config, 0.9, 14), workers=2)
+    assert torch.equal(again["rows"]["weight"], ended["rows"]["weight"])
+    assert not again["rows"]["momentum"].any()
+    for name, found in again["state"].items():
+        kept = ended["state"].get(name)
+        assert torch.equal(found, kept) if kept is not None else not found.any(), name
+    assert again["state"].keys() == old["state"].keys()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rows_are_taken_over_by_a_head_of_another_momentum(
+    trained: Config, tmp_path: Path, momentum: float
+) -> None:
+    first, config = trained.model_copy(deep=True), trained.model_copy(deep=True)
+    first.run.dir = str(tmp_path / "first")
+    first.head.optim.momentum, first.train.max_steps = 0.9 - momentum, 4
+    run_ranks(train, 1, first.model_dump())
+    config.run.dir, config.head.init_from = str(tmp_path / "second"), first.run.path
+    config.head.optim.momentum = momentum
+    old, new = begun(first), begun(config, workers=2)
+    assert torch.equal(new["rows"]["weight"], old["rows"]["weight"])
+    assert momentum == 0 or not new["rows"]["momentum"].any()
 
 
 def files_read(topology: Topology, config: dict[str, Any]) -> list[str]:

@@ -102,8 +102,7 @@ class ReplicatedRows:
 
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Restore the tensors that `state` gave."""
-        fields = {field: tensors[f"{name}/{field}"] for field in self.bank.fields}
-        self.bank.load(self.unit, fields)
+        self.bank.load(self.unit, tensors, f"{name}/")
 
 
 class SharedLevel:
@@ -240,8 +239,7 @@ class ShardedLevel:
         self.bank.forget()
         for group in self.groups:
             prefix = f"rows/{group:05d}/{name}/"
-            fields = {field: tensors[prefix + field] for field in self.bank.fields}
-            self.bank.load(tensors[prefix + "units"], fields)
+            self.bank.load(tensors[prefix + "units"], tensors, prefix)
 
     def row_ranges(self, name: str) -> dict[str, tuple[int, int]]:
         """Range of the level's classes in each group."""
