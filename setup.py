@@ -9,7 +9,7 @@ setup(
     ],
     package_dir={"mhe_dist.configs": "configs"},
     package_data={
-        "": ["*.j2", "*.css", "*.js"],  # of the pages, in whichever room
+        "": ["*.j2", "*.css", "*.js"],  # of pages, in whichever room; jobs get the same
         "mhe_dist.configs": ["*.yaml", "schema.json"],
     },
 )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from mhe_dist.config.data import MixConfig
 from mhe_dist.config.schema import Config
+from mhe_dist.config.section import ConfigSection, path_keys
 from mhe_dist.config.shipped import FOLDER
 from mhe_dist.config.write import config_to_yaml
 from pipelines.runs.folder import absolute_path
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
 SETTINGS_FILE = "run.yaml"
-_SQLITE = "sqlite:///"
-_DATA_PATHS = ("shards", "labels", "classes")  # of each data set
+_SUFFIXES = (".py", ".j2", ".css", ".js")  # setup.py puts the same into the wheel
+_SQLITE = re.compile(r"sqlite(\+\w+)?:///")  # with a driver or without
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:
-    """A copy in which every path and URL of data, weights and results is changed.
+    """A copy in which every path and URL is changed.
 
     Args:
         config: of the run.
@@ -88,36 +87,38 @@ def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:
             are left out. Of `tracking.uri` it is given a path only: the file of an SQLite store.
     """
     copy = config.model_copy(deep=True)
-    sections: list[tuple[str, BaseModel, tuple[str, ...]]] = [
-        ("run", copy.run, ("dir",)),
-        ("data", copy.data, _DATA_PATHS),
-        *((f"data.mix.{number}", mix, _DATA_PATHS) for number, mix in _mixed(copy)),
-        ("data.remote", copy.data.remote, ("cache_dir",)),
-        ("model", copy.model, ("init_from",)),
-        ("head", copy.head, ("init_from",)),
-        ("head.bank", copy.head.bank, ("path",)),
-        ("evaluate", copy.evaluate, ("shards",)),
-    ]
-    if copy.data.glyphs is not None:
-        sections.append(("data.glyphs", copy.data.glyphs, ("fonts",)))
-    for prefix, section, names in sections:
-        for name in names:
-            if path := getattr(section, name):
-                setattr(section, name, change(f"{prefix}.{name}", path))
-    key = "evaluate.verification"
-    copy.evaluate.verification = [change(key, path) for path in copy.evaluate.verification]
-    if copy.tracking.uri.startswith(_SQLITE):
-        file = copy.tracking.uri.removeprefix(_SQLITE)
-        copy.tracking.uri = f"{_SQLITE}{change('tracking.uri', file)}"
+    _map_section(copy, "", change)
+    if match := _SQLITE.match(copy.tracking.uri):
+        file = copy.tracking.uri[match.end() :]
+        copy.tracking.uri = f"{match[0]}{change('tracking.uri', file)}"
     return copy
 
 
-def _mixed(config: Config) -> Iterable[tuple[int, MixConfig]]:
-    return enumerate(config.data.mix)
+def _map_section(section: ConfigSection, prefix: str, change: Callable[[str, str], str]) -> None:
+    """Change the paths of a section and of those inside it; the schema says which keys are paths.
+
+    Args:
+        section: is changed.
+        prefix: of its dotted keys.
+        change: see `map_paths`.
+    """
+    paths = path_keys(type(section))
+    for name, value in section:
+        key = f"{prefix}{name}"
+        if name in paths and isinstance(value, list):
+            setattr(section, name, [change(key, path) for path in value])
+        elif name in paths and value:
+            setattr(section, name, change(key, value))
+        elif isinstance(value, ConfigSection):
+            _map_section(value, f"{key}.", change)
+        elif isinstance(value, list):
+            for number, entry in enumerate(value):
+                if isinstance(entry, ConfigSection):
+                    _map_section(entry, f"{key}.{number}.", change)
 
 
 def _sources(package: Path) -> Iterator[Path]:
-    """The code of a package, and the templates beside it."""
+    """The code of a package, and what pages are made of beside it."""
     for path in sorted(package.rglob("*")):
-        if path.suffix in (".py", ".j2") and "__pycache__" not in path.parts:
+        if path.suffix in _SUFFIXES and "__pycache__" not in path.parts:
             yield path

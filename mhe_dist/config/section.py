@@ -242,6 +242,16 @@ def section_of(annotation: Any) -> type[ConfigSection] | None:
     return None
 
 
+def path_keys(section: type[ConfigSection]) -> set[str]:
+    """The keys of a section that hold paths or URLs: a `PathText` or a list of them."""
+    expanded = {get_args(kind)[1] for kind in (PathText, PathTexts)}
+    return {
+        name
+        for name, field in section.model_fields.items()
+        if any(item in field.metadata for item in expanded)
+    }
+
+
 def inapplicable_keys(
     section: type[ConfigSection], values: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Inapplicable]]:

@@ -52,6 +52,16 @@ def test_every_relative_path_goes_to_the_claim() -> None:
     assert "data.mix.0.shards=./more" in str(refused.value)
 
 
+def test_what_is_evaluated_during_training_goes_to_the_claim() -> None:
+    sets = {"classification": "more", "labels": "tagged", "label_set": "tags"}
+    there = place_on_claim(config(evaluate=sets), "c").config.evaluate
+    placed = (there.classification, there.labels, there.label_set)
+    assert placed == ("/data/more", "/data/tagged", "/data/tags")
+    for key in sets:
+        with pytest.raises(UserError, match=rf"evaluate\.{key}=/home/me: is in no pod"):
+            place_on_claim(config(evaluate=sets | {key: "/home/me"}), "c")
+
+
 def test_urls_stay_and_need_no_claim() -> None:
     placed = place_on_claim(config(tracking={"uri": "http://mlflow:5000"}), "")
     assert placed.config == config(tracking={"uri": "http://mlflow:5000"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import subprocess
@@ -16,20 +17,23 @@ import requests
 from aiohttp import ServerDisconnectedError
 from ray.job_submission import JobStatus
 
-import pipelines
 from launcher import cli
 from launcher.ray_cluster import jobs
 from launcher.ray_cluster.code_package import PACKAGES, with_absolute_paths
 from launcher.ray_cluster.dashboard import ADDRESS_VARIABLE, resolve_address
 from launcher.ray_cluster.jobs import Submission, _to_job, build_submission, resolve_variables
 from launcher.terminal.event_log import EventLogWriter, parse_event, split_lines
+from mhe_dist.config.describe import all_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.section import path_keys
 from mhe_dist.config.shipped import SCHEMA, shipped_configs
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, RunError, UserError
 from tests import tiny
 
+ROOT = Path(__file__).parents[4]
+DATA = "package_data"  # of setup.py
 SECRET = "correct-horse-battery"
 
 
@@ -54,13 +58,26 @@ def test_the_code_and_the_settings_travel_and_nothing_else(config: Config, tmp_p
     assert {name.partition("/")[0] for name in sent.files} == {*PACKAGES, "run.yaml"}
     names = [SCHEMA, *(f"{name}.yaml" for name in shipped_configs())]
     configs = {f"mhe_dist/configs/{name}" for name in names}
-    data = {name for name in sent.files if not name.endswith(".py")}
-    root = Path(pipelines.__path__[0])
-    templates = {str(path.relative_to(root.parent)) for path in root.rglob("*.j2")}
-    assert "pipelines/report/page.html.j2" in templates
-    assert data == configs | templates | {"run.yaml"}
+    files = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"pipelines/report/page.html.j2", "pipelines/report/audit/audit.css"} < files
+    assert {*sent.files} == configs | files | {"run.yaml"}
     assert sent.bytes == sum((sent.folder / name).stat().st_size for name in sent.files)
     assert load_config(str(sent.folder / "run.yaml")) == config
+
+
+def test_the_wheel_holds_the_kinds_of_files_that_travel(config: Config, tmp_path: Path) -> None:
+    sent = prepare(config, tmp_path / "sent").package
+    kinds = {Path(name).suffix for name in sent.files if name.partition("/")[0] in PACKAGES}
+    setup = ast.walk(ast.parse((ROOT / "setup.py").read_text()))
+    [data] = [word.value for word in setup if isinstance(word, ast.keyword) and word.arg == DATA]
+    patterns = ast.literal_eval(data)
+    of_configs = {".yaml", ".json"}
+    assert {f"*{kind}" for kind in kinds - of_configs - {".py"}} == {*patterns[""]}
 
 
 def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Path) -> None:
@@ -72,6 +89,9 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
             "evaluate": {
                 "shards": "s3://bucket/heldout",
                 "verification": ["lfw.bin", "s3://bucket/cfp.bin"],
+                "classification": "more",
+                "labels": "tagged",
+                "label_set": "tags",
             },
             "tracking": {"uri": "sqlite:///runs/mlflow.db"},
             "model": {"init_from": "r50.pth"},
@@ -86,7 +106,36 @@ def test_local_paths_hold_in_any_folder_and_urls_stay(monkeypatch, tmp_path: Pat
     assert there.head.bank.path == ""
     assert there.model.init_from == f"{tmp_path}/r50.pth"
     assert there.evaluate.verification == [f"{tmp_path}/lfw.bin", "s3://bucket/cfp.bin"]
+    assert there.evaluate.classification == f"{tmp_path}/more"
+    assert there.evaluate.labels == f"{tmp_path}/tagged"
+    assert there.evaluate.label_set == f"{tmp_path}/tags"
     assert config.run.dir == "runs"
+
+
+def test_a_database_is_a_path_whatever_its_driver(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data, uri = {"shards": "s3://bucket/train"}, "sqlite+pysqlite:///mlflow.db"
+    config = Config.model_validate({"data": data, "tracking": {"uri": uri}})
+    there = f"sqlite+pysqlite:///{tmp_path}/mlflow.db"
+    assert with_absolute_paths(config).tracking.uri == there
+
+
+def test_every_text_of_the_config_is_a_path_that_is_placed_or_none() -> None:
+    """A new key belongs to `PathText`, or into the list here."""
+    no_paths = {
+        *("run.name", "model.name", "scale.accelerator_type", "checkpoint.keep_best"),
+        *("data.glyphs.heldout_fonts", "evaluate.typefaces", "resume.allow"),
+        *("tracking.uri", "tracking.experiment"),  # `map_paths` looks into the uri by itself
+    }
+    texts, placed = set(), set()
+    for key in all_keys():
+        parent, _, name = key.path.rpartition(".")
+        if key.field.annotation in (str, list[str], dict[str, str]):
+            texts.add(key.path)
+            section = next((each.section for each in all_keys() if each.path == parent), None)
+            placed |= {key.path} if name in path_keys(section or Config) else set()
+    assert {"data.mix.shards", "evaluate.label_set", "head.bank.path"} < placed
+    assert texts - placed == no_paths
 
 
 def test_a_job_says_what_it_runs(config: Config, tmp_path: Path) -> None:
