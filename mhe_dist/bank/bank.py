@@ -165,10 +165,12 @@ class Bank:
         fresh = fresh + local.start if isinstance(local, slice) else np.unique(local[fresh])
         chunk = max(1, chunk_values(self.device) // (self.length * self.width))
         for start in range(0, len(fresh), chunk):
-            numbers = torch.from_numpy(fresh[start : start + chunk] + self.units.start)
+            part = fresh[start : start + chunk]
+            numbers = torch.from_numpy(part + self.units.start)
+            self._store["weight"].reserve(part)
             self._put("weight", numbers, self._initial(numbers), step=-1)
             for name in self.fields[1:]:
-                self._store[name].allocate(numbers.numpy() - self.units.start)
+                self._store[name].allocate(part)
         self._touched[fresh] = True
 
     def read(self, units: Units, field: str = "weight") -> Tensor:
@@ -229,6 +231,7 @@ class Bank:
             if rows is None and field != "weight":
                 store.allocate(local)
             else:
+                store.reserve(local)
                 store.put(local, saved[prefix + field])
         self._touched[local] = True
 

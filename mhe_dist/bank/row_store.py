@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from io import FileIO
 from itertools import pairwise
@@ -45,7 +47,7 @@ class RowStore:
         shape, dtype: of the rows.
         memory: `device` where they are used, `host` in RAM (pinned for a GPU), `file` in `path`.
         device: where they are used.
-        path: of the file, which is overwritten; for `file` alone.
+        path: where the file is made, which has no name once it is open; for `file` alone.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RowStore:
     ) -> None:
         self._map: mmap.mmap | None = None
         self._file: FileIO | None = None
+        self._path = path
         self._used = 0
         self.shape, self.dtype = shape, dtype
         if 0 in shape or (memory == "device" and device.type != "cpu"):
@@ -137,8 +140,8 @@ class RowStore:
         if self._remote is not None and rows.device.type != self.device.type:
             self._remote.put(local, rows)
         elif not isinstance(local, slice):
-            if self._file is not None and self.unit_bytes >= LEAST_WRITTEN_BYTES:
-                self._write_units(self._file, local, rows)
+            if self._is_written_by_system:
+                self._write_units(local, rows)
                 return
             self._count(rows)
             where = to_device(torch.from_numpy(local), self.device)
@@ -147,25 +150,52 @@ class RowStore:
             self.rows[local].copy_(rows)
 
     def allocate(self, local: npt.NDArray[np.int64]) -> None:
-        """Let a file have room for large units that were never written: they stay zeros.
+        """Let a file have room for units that were never written: they stay zeros.
 
         Raises:
             RunError: the disk is full.
         """
-        in_use_here = self._file is not None and self._remote is None
-        if in_use_here and self.unit_bytes >= LEAST_WRITTEN_BYTES:
+        if self._is_written_by_system:
             self.put(local, torch.zeros((len(local), *self.shape[1:]), dtype=self.dtype))
+        else:
+            self.reserve(local)
 
-    def _write_units(self, file: FileIO, local: npt.NDArray[np.int64], rows: Tensor) -> None:
+    def reserve(self, local: npt.NDArray[np.int64]) -> None:
+        """Let a file have room for units that are going to be written through its mapping.
+
+        Without room, the first write of a page there would end the process with SIGBUS.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        if self._file is None or self._is_written_by_system:
+            return
+        with self._explaining_full_disk():
+            for start, stop in self._pages_of(local):
+                os.posix_fallocate(self._file.fileno(), start, stop - start)
+
+    @property
+    def _is_written_by_system(self) -> bool:
+        """Whether units of the file are written to it, not through its mapping."""
+        is_used_here = self._file is not None and self._remote is None
+        return is_used_here and self.unit_bytes >= LEAST_WRITTEN_BYTES
+
+    def _write_units(self, local: npt.NDArray[np.int64], rows: Tensor) -> None:
         """Write units to the file; what is mapped of it shows them at once."""
+        assert self._file is not None, "_is_written_by_system"
         size = self.unit_bytes
         data = rows.to(self.dtype).contiguous().view(torch.uint8).view(-1).numpy().data
-        try:
+        with self._explaining_full_disk():
             for number, unit in enumerate(local.tolist()):
-                _write_all(file, data[number * size : (number + 1) * size], unit * size)
+                _write_all(self._file, data[number * size : (number + 1) * size], unit * size)
+
+    @contextmanager
+    def _explaining_full_disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise RunError(
-                f"{file.name!s}: rows cannot be written: {error.strerror}. "
+                f"{self._path!s}: rows cannot be written: {error.strerror}. "
                 "head.bank.memory=file needs room for all rows that steps touch, and their state: "
                 "make room, or let head.bank.path name a larger disk"
             ) from error
@@ -196,14 +226,18 @@ class RowStore:
 
     def _advise(self, pages: mmap.mmap, local: npt.NDArray[np.int64], advice: int) -> None:
         """Tell the system about the pages of distinct units; not all systems know every advice."""
+        with suppress(OSError):
+            for start, stop in self._pages_of(local):
+                pages.madvise(advice, start, stop - start)
+
+    def _pages_of(self, local: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        """Bytes from the page of its first unit to its end, for each run of distinct units."""
         local = np.sort(local)
         cuts = np.flatnonzero(np.diff(local) > 1) + 1
-        with suppress(OSError):
-            for first, last in pairwise([0, *cuts.tolist(), len(local)]):
-                if last > first:
-                    start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                    stop = (int(local[last - 1]) + 1) * self.unit_bytes
-                    pages.madvise(advice, start, stop - start)
+        for first, last in pairwise([0, *cuts.tolist(), len(local)]):
+            if last > first:
+                start = int(local[first]) * self.unit_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                yield start, (int(local[last - 1]) + 1) * self.unit_bytes
 
     def release(self) -> None:
         """At the end of a step: free what the step needed alone.
@@ -228,18 +262,22 @@ class RowStore:
 def _sparse_file(path: Path, size: int) -> FileIO:
     """A file of zeros whose blocks are allocated when they are written.
 
+    It has no name: it ends with the process, however that ends, and a run that goes on with fewer
+    workers finds none of it.
+
     Raises:
         UserError: it cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        file = FileIO(path, "w+")
+        descriptor, name = tempfile.mkstemp(path.suffix, f"{path.stem}-", path.parent)
     except OSError as error:
         raise UserError(
             f"head.bank.path: {path} cannot be made ({error.strerror}); name a folder of each "
             "worker's machine that can be written, or use head.bank.memory=host"
         ) from error
+    os.unlink(name)
+    file = FileIO(descriptor, "r+")
     file.truncate(size)
     return file
 

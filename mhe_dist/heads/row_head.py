@@ -199,7 +199,7 @@ class RowHead(Head):
             compute_dtype=self.spec.dtype,
             memory=config.memory,
             device=self.topology.device,
-            folder=self.spec.folder and Path(self.spec.folder) / f"groups_{self.groups.start:05d}",
+            folder=self.spec.folder,
             seed=self.spec.seed,
         )
 

@@ -9,7 +9,6 @@ updated sparsely. The `bank` block of the config (memory, dtype) concerns sharde
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -190,7 +189,7 @@ class ShardedLevel:
             compute_dtype=spec.dtype,
             memory=config.memory,
             device=topology.device,
-            folder=spec.folder and Path(spec.folder) / f"{purpose}_{self.groups.start:05d}",
+            folder=spec.folder,
             seed=seeds.derive(spec.seed, purpose),
         )
         self._pending: list[tuple[Tensor, GradientFactors]] = []

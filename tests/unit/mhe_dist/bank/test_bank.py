@@ -137,11 +137,52 @@ def test_a_file_bank_of_10_to_the_8_rows_starts_at_once_and_is_sparse(tmp_path: 
     rows.write(some, {"momentum": torch.ones(10, 100, 64)}, step=0)
     rows.forget()
     assert time.perf_counter() - started < stretched(2.0)
-    files = list(tmp_path.iterdir())
-    assert sum(path.stat().st_size for path in files) == rows.bytes == 2 * 10**8 * 64 * 4
-    assert (
-        sum(path.stat().st_blocks * 512 for path in files) < 2 * 10 * 100 * 64 * 4 + 2 * 10 * 8192
-    )
+    files = open_files(rows)
+    assert sum(file.st_size for file in files) == rows.bytes == 2 * 10**8 * 64 * 4
+    assert sum(file.st_blocks * 512 for file in files) < 2 * 10 * 100 * 64 * 4 + 2 * 10 * 8192
+    assert not list(tmp_path.iterdir()), "they have no names, and end with the process"
+
+
+def open_files(rows: Bank) -> list[os.stat_result]:
+    """The files of a bank."""
+    return [os.fstat(store._file.fileno()) for store in rows._store.values()]
+
+
+@pytest.mark.parametrize("least", [1 << 14, 1 << 40], ids=["used here", "used on a GPU"])
+@pytest.mark.parametrize("length", [1, 128])
+def test_units_have_room_on_the_disk_before_they_are_written_through_a_mapping(
+    length: int, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write without room ended the process with SIGBUS, and named no file."""
+    monkeypatch.setattr(row_store, "LEAST_WRITTEN_BYTES", least)
+    some = torch.arange(0, 4096, 64)
+
+    def made(folder: str) -> Bank:
+        return Bank(
+            range(4096),
+            length,
+            64,
+            lambda numbers: torch.zeros(len(numbers), length, 64),
+            {"momentum": None},
+            memory="file",
+            folder=tmp_path / folder,
+        )
+
+    rows = made("room")
+    rows.touch(some)
+    for file in open_files(rows):
+        assert file.st_blocks * 512 >= len(some) * min(4096, length * 64 * 4)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for call in ("pwrite", "posix_fallocate"):
+        monkeypatch.setattr(os, call, full)
+    with pytest.raises(RunError, match=r"weight.rows.*No space left.*head.bank.path"):
+        made("full").touch(some)
+    saved = {name: torch.zeros(len(some), length, 64) for name in rows.fields}
+    with pytest.raises(RunError, match=r"weight.rows.*No space left.*head.bank.path"):
+        made("full").load(some, saved)
 
 
 def test_file_memory_needs_a_folder() -> None:
@@ -315,5 +356,5 @@ def big(units: Tensor) -> Tensor:
 def rss_of(path: Path) -> int:
     """Resident bytes of this process's mapping of a file."""
     lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-    next(line for line in lines if line.endswith(str(path)))
+    next(line for line in lines if f"{path.parent}/{path.stem}-" in line)
     return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
