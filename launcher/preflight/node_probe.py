@@ -28,6 +28,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
+from mhe_dist.web_address import is_web_address
 from pipelines.runs.folder import absolute_path, is_local
 from pipelines.storage.full_disk import existing_folder
 
@@ -126,6 +127,9 @@ def _mlflow(config: Config) -> Iterable[tuple[str, str]]:
         yield "tracking.uri", str(error)
         return
     if not uri.startswith(("http://", "https://")):
+        return
+    if not is_web_address(uri):
+        yield "tracking.uri", f"{uri} is no address of a server: give http(s)://host:port"
         return
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=MLFLOW_S) as answer:

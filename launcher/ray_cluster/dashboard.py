@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from launcher.ray_cluster import ray_internals
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import scrub
+from mhe_dist.web_address import is_web_address
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
@@ -23,13 +24,13 @@ def resolve_address(address: str) -> str:
     """The address as given, else that of the environment, else that of this machine.
 
     Raises:
-        UserError: it is no `http(s)://` URL.
+        UserError: it is no `http(s)://` URL, or has a port that there is not.
     """
+    source = "--address" if address else ADDRESS_VARIABLE
     address = address or os.environ.get(ADDRESS_VARIABLE, "") or DEFAULT_ADDRESS
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if not is_web_address(address):
         raise UserError(
-            f"--address={scrub(address)}: give the cluster's dashboard, http://HEAD:8265"
+            f"{source}={scrub(address)}: give the cluster's dashboard, http://HEAD:8265"
         )
     return address.rstrip("/")
 
@@ -92,7 +93,7 @@ def _check_reachable(address: str) -> None:
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((str(parts.hostname), port), CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, such as a..b
         raise UserError(
             f"no Ray cluster answers at {scrub(address)} ({error}). Name the dashboard of a "
             f"running one with --address or {ADDRESS_VARIABLE}, or start one here: "

@@ -32,6 +32,7 @@ from mhe_dist.tracking.mlflow_client import (
     is_permanent,
 )
 from mhe_dist.tracking.spool import MetricRecord, Spool
+from mhe_dist.web_address import is_web_address
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ class MlflowTracker:
             UserError: MLflow has no store for that URI.
         """
         scheme = uri.partition(":")[0].partition("+")[0]
-        if scheme not in _SCHEMES:
+        is_web = scheme in ("http", "https")
+        if scheme not in _SCHEMES or (is_web and not is_web_address(uri)):
             raise UserError(
                 f"tracking.uri={scrub(uri)!r} is no MLflow tracking URI: give http(s)://host:port "
                 "of a server, sqlite:///file.db or another database; or set tracking.mlflow=false"

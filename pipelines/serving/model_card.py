@@ -20,6 +20,7 @@ _ANSWERS: Final = (
     "The classes are int64 `[N, k]`, the best first; their names, where they are known, are in "
     "`class_names.tsv`. The scores `[N, k]` are the head's."
 )
+_TAG: Final = "mhe"
 _TASK: Final = "image-feature-extraction"
 _COUNTS: Final = ("gallery", "probes", "pairs", "impostors", "genuine")
 _SECTIONS: Final = ("model", "head", "optim", "train")  # those without paths of a user's machines
@@ -66,6 +67,12 @@ def write_model_card(folder: str, trained: TrainedModel, exports: Mapping[str, s
     return f"{folder}/{CARD}"
 
 
+def is_model_card(text: str) -> bool:
+    """Whether a file begins as the cards here do, whatever has been added to it since."""
+    header = text.partition("\n---")[0]
+    return header.startswith("---\n") and f"- {_TAG}" in header.splitlines()
+
+
 def model_card(trained: TrainedModel, exports: Mapping[str, str]) -> str:
     """The text of a card, its YAML header included."""
     parts = [
@@ -97,7 +104,7 @@ def _header(trained: TrainedModel) -> str:
         license="unknown",
         library_name="timm",
         pipeline_tag=_TASK,
-        tags=["timm", "image-embeddings", "metric-learning", "mhe"],
+        tags=["timm", "image-embeddings", "metric-learning", _TAG],
         model_name=trained.config.run.name if results else None,
         eval_results=results or None,
     )

@@ -17,6 +17,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
+from mhe_dist.web_address import is_web_address
 from pipelines.storage.retry import errors_naming, truncated_read, with_retries
 from pipelines.storage.unusable_path import explain_fault
 
@@ -29,8 +30,11 @@ def resolve_url(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
     Raises:
-        UserError: no such protocol, or the package that speaks it is not installed.
+        UserError: no such protocol, or the package that speaks it is not installed, or a web
+            address with a port that there is not.
     """
+    if url.startswith(("http://", "https://")) and not is_web_address(url):
+        raise UserError(f"{url}: is no address of a server: give http(s)://host:port/...")
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

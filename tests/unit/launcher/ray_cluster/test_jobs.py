@@ -227,6 +227,23 @@ def test_an_address_comes_from_the_option_the_environment_or_this_machine(monkey
         resolve_address("head:6379")
 
 
+@pytest.mark.parametrize("port", ["99999", "abc", "0", "-1"])
+def test_a_port_that_cannot_be_is_a_mistake(port: str, monkeypatch, capsys) -> None:
+    address = f"http://127.0.0.1:{port}"
+    for words in (["jobs"], ["status", "x"]):
+        assert cli.run([*words, "--address", address]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"--address={address}: give the cluster's dashboard, http://HEAD:8265" in said
+    monkeypatch.setenv(ADDRESS_VARIABLE, address)
+    assert cli.run(["jobs"]) == 2
+    assert f"{ADDRESS_VARIABLE}={address}: give" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_host_that_no_machine_can_be_called_is_a_mistake(capsys) -> None:
+    assert cli.run(["jobs", "--address", "http://a..b:8265"]) == 2
+    assert "no Ray cluster answers at http://a..b:8265" in capsys.readouterr().err
+
+
 def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:
     assert cli.run(["jobs", "--address", "http://127.0.0.1:1"]) == 2
     assert "ray start --head --disable-usage-stats" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 from launcher import cli
 from launcher.verbs.results import Format, _next_steps
 from tests import tiny
+from tests.terminal import said
 
 
 def test_the_next_steps_name_the_files_that_were_written() -> None:
@@ -46,3 +47,28 @@ def test_what_cannot_be_exported_with_the_head(
     run = tiny.trained_run(tmp_path, "unused")
     assert cli.run(["export", run.run.path, "--classify", "5", *words]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_lies_in_the_folder_is_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for MLflow, what a user has in `mlflow/` and `hub/`, the README of a project."""
+    run = Path(tiny.trained_run(tmp_path, "unused").run.path)
+    project = tmp_path / "project"
+    names = ["mlflow/mine", "hub/mine", "README.md"]
+    theirs = [run / "mlflow" / "waiting.jsonl", *(project / name for name in names)]
+    for file in theirs:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    monkeypatch.chdir(project)
+    export = ["export", str(run)]
+    for folder in (str(run), f"{run}/"):
+        assert "is the folder of a run" in said(
+            [*export, "--to", "mlflow", "--out", folder], capsys, 2
+        )
+    formats = [word for name in ("mlflow", "hub-folder") for word in ("--to", name)]
+    refused = said([*export, *formats, "--out", str(project)], capsys, 2)
+    assert "README.md, mlflow/, hub/ there was not written by mhe export" in refused
+    assert "--out=.: README.md" in said([*export, "--to", "timm", "--out", "."], capsys, 2)
+    assert {file.read_text() for file in theirs} == {"mine"}
+    assert sorted(path.name for path in project.iterdir()) == ["README.md", "hub", "mlflow"]

@@ -38,7 +38,8 @@ from pipelines.runs.trained import TrainedBackbone
 from pipelines.serving import exports
 from pipelines.serving.exports import write_format
 from pipelines.serving.mlflow_model import standalone_script
-from pipelines.serving.model_card import TrainedModel, model_card
+from pipelines.serving.model_card import TrainedModel, is_model_card, model_card
+from pipelines.serving.output_folder import refuse_overwriting
 from tests import tiny
 from tests.rank_processes import free_port
 from tests.waiting import WATCHDOG_S
@@ -98,6 +99,12 @@ def exported(
         assert QUIET_ENVIRONMENT.items() <= os.environ.items(), "no telemetry, no bars"
     assert difference < 1e-4, "its own normalisation is that of the training"
     yield path, TrainedBackbone(trained.config, "", "", 7, None, trained.model)
+
+
+def test_what_was_exported_may_be_exported_again(hub: Path, exported: Any) -> None:
+    assert is_model_card((hub / "README.md").read_text())
+    refuse_overwriting(str(hub.parent), ["hub-folder"])
+    refuse_overwriting(str(Path(exported[0]).parent), ["mlflow"])
 
 
 @pytest.fixture(scope="module")
