@@ -58,7 +58,8 @@ def search(
         exact: compare every pair, however long it takes.
 
     Raises:
-        UserError: one of them is empty, or they are not of the same backbone.
+        UserError: one of them is empty, they are not of the same backbone, or the gallery is a file
+            of a source that has changed since, and its keys do not tell which image is which.
     """
     for name, each in (("--gallery", gallery), ("--query", queries)):
         if not len(each.rows):
@@ -68,11 +69,7 @@ def search(
             f"--gallery {gallery.source}: its embeddings have {gallery.rows.shape[1]} numbers, "
             f"those of this run {queries.rows.shape[1]}; embed it with the same run"
         )
-    numbers_of = {key: number for number, key in enumerate(gallery.keys)}
-    own = [numbers_of.get(key, -1) for key in queries.keys]
-    if gallery.source != queries.source:
-        own = [-1] * len(queries.keys)
-    excluded = torch.tensor(own)
+    excluded = torch.tensor(_own_entries(gallery, queries))
     count = min(top, len(gallery.rows) - int(bool((excluded >= 0).any())))
     rows, entries = _unit(queries), _unit(gallery)
     if not exact and is_worth_it(len(entries), len(rows), rows.shape[1]):
@@ -89,6 +86,27 @@ def search(
             return SearchResult(*found)
     scores, numbers = _search_exactly(rows, entries, excluded, count)
     return SearchResult(numbers.numpy(), scores.numpy())
+
+
+def _own_entries(gallery: EmbeddedImages, queries: EmbeddedImages) -> list[int]:
+    """For each query the number of the gallery entry that is the same image; -1: there is none.
+
+    Keys of shards may repeat from tar to tar, so an unchanged source is matched by position.
+
+    Raises:
+        UserError: see `search`.
+    """
+    if gallery.source != queries.source:
+        return [-1] * len(queries.keys)
+    if gallery.keys == queries.keys:
+        return list(range(len(queries.keys)))
+    if any(len(set(each.keys)) < len(each.keys) for each in (gallery, queries)):
+        raise UserError(
+            f"{gallery.source}: has changed since the file of --gallery was written, and several "
+            "of its images have the same key, so that a query could find itself: embed it again"
+        )
+    numbers_of = {key: number for number, key in enumerate(gallery.keys)}
+    return [numbers_of.get(key, -1) for key in queries.keys]
 
 
 def _search_exactly(

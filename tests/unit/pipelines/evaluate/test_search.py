@@ -43,6 +43,25 @@ def test_in_one_source_each_finds_others_only() -> None:
     np.testing.assert_array_equal(again.numbers[:, 0], np.arange(20))
 
 
+def test_keys_that_repeat_from_tar_to_tar_do_not_hide_the_query_itself() -> None:
+    gallery = images(20, "g", 1)
+    gallery = gallery._replace(keys=[f"{number % 10:06d}" for number in range(20)])
+    found = search(gallery, gallery, 19)
+    assert not (found.numbers == np.arange(20)[:, None]).any()
+    assert found.scores.max() < 0.999
+
+
+def test_a_gallery_of_before_the_source_changed_is_matched_by_key_or_refused() -> None:
+    now = images(20, "g", 1)
+    before = now._replace(rows=now.rows[5:], keys=now.keys[5:], classes=now.classes[5:])
+    found = search(before, now, 14)
+    assert (found.numbers[:5] < 15).all() and found.scores[:5].max() < 0.999
+    assert not (found.numbers[5:] == np.arange(15)[:, None]).any()
+    again = [f"{number % 10:06d}" for number in range(20)]
+    with pytest.raises(UserError, match=r"g: has changed since the file of --gallery.*embed it"):
+        search(before._replace(keys=again[5:]), now._replace(keys=again), 3)
+
+
 def test_nothing_to_compare_is_a_mistake() -> None:
     with pytest.raises(UserError, match="--query q: no image"):
         search(images(3, "g", 1), images(0, "q", 1), 1)
