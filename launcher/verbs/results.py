@@ -18,6 +18,7 @@ from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
 from pipelines.runs.folder import config_at, find_run, read_heldout_figures, read_run_config
+from pipelines.runs.lock import refuse_trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -257,13 +258,15 @@ def report(
 def sync(run: RunName) -> None:
     """Send the metrics of a run to MLflow that did not reach it, because it was down at the end.
 
-    A run that is still going sends them by itself. Where runs were copied or moved together with
-    the database beside them, it finds their artifacts again afterwards.
+    A run that is still going sends them by itself, and is refused. Nothing else of MLflow's run
+    changes, but for how it ended, if MLflow was not told that. Where runs were copied or moved
+    together with the database beside them, it finds their artifacts again afterwards.
 
     Example: mhe sync quickstart
     """
     path = find_run(run)
     config = config_at(stored_config(read_run_config(path) or {}), path)
+    refuse_trained(path, "it sends what waits for MLflow by itself; mhe sync is for afterwards")
     if moved := follow_moved_artifacts(config):
         console.say(f"MLflow now has the new place of the artifacts of {moved:,} runs.")
     sent = sync_mlflow(config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,18 +94,20 @@ def follow_moved_artifacts(config: Config) -> int:
 def sync_mlflow(config: Config) -> int:
     """Send the metrics of a run that wait on disk for MLflow; the number of records.
 
+    MLflow's run stays as it is otherwise; how it ended is told if MLflow was not reached for that.
+
     Raises:
         RunError: MLflow has not taken all of them.
     """
     spool = _spool(config)
     waiting = 0 if spool is None else len(spool)
-    if spool is not None and waiting:
+    if spool is not None and (waiting or spool.end):
         tracker = _mlflow(config, None)
-        tracker.start(config.model_dump(mode="json"), {}, step=sys.maxsize)
-        tracker.close(patient=True)
-        if len(spool):
-            cause = tracker.problem or "see the log"
-            raise RunError(f"{len(spool)} of {waiting} records still wait: {cause}")
+        tracker.send_waiting(config.model_dump(mode="json"))
+        if len(spool) or spool.end:
+            left = f"{len(spool)} of {waiting} records still wait"
+            left = left if len(spool) else "how the run ended is still to be told"
+            raise RunError(f"{left}: {tracker.problem or 'see the log'}")
     return waiting
 
 

@@ -1,8 +1,9 @@
 """MLflow as a tracker: a step never waits for it, and no outage loses a value.
 
 `log` puts a record into a queue and on disk (`spool.py`); one thread sends what has gathered there,
-in order. While the server cannot be reached the thread keeps trying; what has not arrived when the
-process ends, whatever ended it, is sent when the run goes on, or by `mhe sync`.
+in order. While the server cannot be reached, or takes nothing for want of a valid token, the thread
+keeps trying; what has not arrived when the process ends, whatever ended it or why MLflow refused
+it, is sent when the run goes on, or by `mhe sync`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import os
 import queue
 import re
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 from mhe_dist.errors import UserError
@@ -31,7 +34,7 @@ from mhe_dist.tracking.mlflow_client import (
     NoteEntry,
     is_permanent,
 )
-from mhe_dist.tracking.spool import MetricRecord, Spool
+from mhe_dist.tracking.spool import MetricRecord, RunEnd, Spool
 from mhe_dist.web_address import is_web_address
 
 logger = logging.getLogger(__name__)
@@ -96,7 +99,7 @@ class MlflowTracker:
             )
         quiet_mlflow()
         self._spool = spool
-        run_id = (spool.run_id if spool else None) or run_id
+        run_id = (None if spool is None else spool.run_id) or run_id
         self._store = MlflowStore(
             uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
         )
@@ -107,7 +110,7 @@ class MlflowTracker:
         self._patient = False
         self._lost = 0
         self._down = False
-        self._cut_short = False
+        self._cut_short = False  # whether some metrics have not arrived
         self._problem, self._last_error = "", ""
         self._thread = threading.Thread(target=self._run_thread, name="mlflow-tracker", daemon=True)
 
@@ -133,13 +136,33 @@ class MlflowTracker:
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Begin to open the run. MLflow is imported here, on the caller's thread: about 2 s."""
+        if self._spool is not None:
+            self._spool.end = None
+        self._start(config, tags, step)
+
+    def send_waiting(self, config: Mapping[str, Any]) -> None:
+        """Send what waits on disk, and nothing else: a run that MLflow knows stays as it is.
+
+        How it ended is told if that waits, too. This takes as long as MLflow takes something in
+        each half minute.
+
+        Args:
+            config: of the run, for one that MLflow does not know yet.
+        """
+        end = None if self._spool is None else self._spool.end
+        self._store.as_found = True
+        self._patient = True
+        self._start(config, {}, sys.maxsize)
+        self._close(EndEntry(end.status, end.time_ms) if end else EndEntry(None))
+
+    def _start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int) -> None:
         import mlflow  # noqa: F401
 
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # logs every retry twice
 
         params = {key: str(value) for key, value in flat(masked(config)).items()}
         self._store.describe(params, {key: scrub(str(value)) for key, value in tags.items()})
-        waiting = self._spool.pending(step) if self._spool else []
+        waiting = [] if self._spool is None else self._spool.pending(step)
         self._queue.maxsize = _QUEUE_LIMIT + len(waiting)  # they are in memory already
         for record in waiting:
             self._put(record)
@@ -173,19 +196,19 @@ class MlflowTracker:
         """Queue the text; MLflow shows it as the run's description."""
         self._put(NoteEntry(scrub(text)))
 
-    def close(self, status: Status = "finished", patient: bool = False) -> None:
-        """Send what is queued and mark the run; wait for that half a minute at most.
-
-        Args:
-            status: how the run ended.
-            patient: wait as long as MLflow takes something in each half minute.
-        """
+    def close(self, status: Status = "finished") -> None:
+        """Send what is queued and mark the run; wait for that half a minute at most."""
         if not self._thread.is_alive() or self._closing.is_set():
             return
-        self._patient = patient
+        end = RunEnd(status, int(time.time() * 1000))
+        if self._spool is not None:
+            self._spool.end = end  # until MLflow has it
+        self._close(EndEntry(*end))
+
+    def _close(self, end: EndEntry) -> None:
         self._deadline = time.monotonic() + _CLOSE_S
         self._closing.set()
-        self._put(EndEntry(status))
+        self._put(end)
         while self._thread.is_alive() and time.monotonic() < self._deadline + _GRACE_S:
             self._thread.join(self._deadline + _GRACE_S - time.monotonic())
         if self._lost or self._thread.is_alive():
@@ -199,10 +222,11 @@ class MlflowTracker:
             self._problem = self._problem or problem
 
     def _how_to_send(self) -> str:
-        if self._spool is None:
+        """The command that sends what is kept on disk; empty where nothing is."""
+        if self._spool is None or not len(self._spool):
             return ""
         command = shlex.join(["mhe", "sync", str(self._spool.folder.parent)])
-        return f", and `{command}` sends them later"
+        return f", and `{command}` {'asks again' if self._problem else 'sends them later'}"
 
     def _put(self, entry: Entry) -> None:
         try:
@@ -215,20 +239,28 @@ class MlflowTracker:
         """The thread: open the run, then send what comes until the end of the record."""
         opened = self._retry(self._store.open)
         self._cut_short |= not opened
-        if self._spool and self._store.run_id:
+        if self._spool is not None and self._store.run_id:
             self._spool.run_id = self._store.run_id
         self._attempted.set()
         while True:
             entries = self._next_entries()
-            for send, count in self._store.calls(entries):
-                if not (opened and self._retry(send)):
-                    self._lost += count
+            for kind, group in groupby(entries, type):
+                for send, count in self._store.calls(list(group)):
+                    if opened and self._retry(send, optional=kind is not MetricRecord):
+                        self._arrived(kind)
+                    else:
+                        self._lost += count
+                        self._cut_short |= kind is MetricRecord
             self._clear_spool()
             if any(isinstance(entry, EndEntry) for entry in entries):
                 return
 
+    def _arrived(self, kind: type[Entry]) -> None:
+        if self._spool is not None and kind is EndEntry:
+            self._spool.end = None
+
     def _clear_spool(self) -> None:
-        """Empty the spool if all that was queued has arrived; what MLflow refuses stays refused."""
+        """Empty the spool if all metrics that were queued have arrived."""
         if self._spool is None or self._cut_short:
             return
         with self._spool.lock:
@@ -246,8 +278,13 @@ class MlflowTracker:
                 break
         return entries
 
-    def _retry(self, send: Callable[[], None]) -> bool:
-        """Call `send` until it succeeds; False when it never will, or when time is up."""
+    def _retry(self, send: Callable[[], None], optional: bool = False) -> bool:
+        """Call `send` until it succeeds; False when it never will, or when time is up.
+
+        Args:
+            send: what to call.
+            optional: see `is_permanent`.
+        """
         pause = _PAUSE_S
         while True:
             try:
@@ -258,7 +295,7 @@ class MlflowTracker:
                 return True
             except Exception as error:  # a thread's last defence: nothing here may end the run
                 message = self._last_error = scrub(str(error))[:MESSAGE_LENGTH]
-                if is_permanent(error):
+                if is_permanent(error, optional):
                     logger.warning("MLflow refuses: %s", message)
                     self._problem = self._problem or (
                         f"MLflow at {scrub(self._store.uri)} refuses values, and is not asked "
@@ -270,7 +307,6 @@ class MlflowTracker:
             self._down = True
             self._attempted.set()
             if time.monotonic() + pause > self._deadline:
-                self._cut_short = True
                 return False
             pause = self._pause(pause)
 

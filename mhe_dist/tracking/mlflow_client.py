@@ -70,9 +70,15 @@ class NoteEntry:
 
 @dataclass(frozen=True)
 class EndEntry:
-    """The last entry of the queue."""
+    """The last entry of the queue.
 
-    status: Status
+    Attributes:
+        status: how the run ended; None: MLflow's own word on that stays.
+        time_ms: when it ended.
+    """
+
+    status: Status | None
+    time_ms: int | None = None
 
 
 def is_constant(name: str) -> bool:
@@ -96,6 +102,7 @@ class MlflowStore:
         self._tags: dict[str, str] = {}
         self._client: Any = None
         self.step = 0  # first one that this process records
+        self.as_found = False  # whether a run that exists stays as it is, but for its values
         self._request = uuid.uuid4().hex
         self._is_ours = False  # whether this process made the run
         self._child_id: str | None = None  # of the child run of a process that goes on
@@ -111,7 +118,10 @@ class MlflowStore:
             self._tags["mlflow.source.git.commit"] = tags["git_commit"].partition("-")[0]
 
     def open(self) -> None:
-        """Find or make the experiment and the run, mark it as running, log params and tags."""
+        """Find or make the experiment and the run, mark it as running, log params and tags.
+
+        Of a run that stays as it was found, only one that is made here gets params and tags.
+        """
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(self.uri)
@@ -120,6 +130,8 @@ class MlflowStore:
             self.experiment_id = self._find_experiment()
             self.run_id, logged = self._create_once(self._request, self._run_name, {}), {}
             self._is_ours = True
+        elif self.as_found and not self._is_ours:
+            return
         elif not self._is_ours:
             self._client.update_run(self.run_id, status="RUNNING")
             self._child_id = self._create_child()
@@ -128,7 +140,8 @@ class MlflowStore:
         }
         self._log_params({k: v for k, v in self._params.items() if k not in logged})
         self._log_tags(self._tags | {f"changed.{key}": value for key, value in changed.items()})
-        self._system = start_system_metrics(self.uri, self.run_id)
+        if not self.as_found:
+            self._system = start_system_metrics(self.uri, self.run_id)
 
     def calls(self, entries: list[Any]) -> list[tuple[Callable[[], None], int]]:
         """What to call for these entries, in order, and how many entries each call carries."""
@@ -149,7 +162,7 @@ class MlflowStore:
             elif isinstance(entry, NoteEntry):
                 calls.append((partial(self._log_note, entry.text), 1))
             else:
-                calls.append((partial(self._end, entry.status), 1))
+                calls.append((partial(self._end, entry), 1))
         return calls + self._metric_calls(records)
 
     def _metric_calls(self, records: list[MetricRecord]) -> list[tuple[Callable[[], None], int]]:
@@ -307,11 +320,13 @@ class MlflowStore:
         found = self._client.search_runs([self.experiment_id], _of_request(request))
         return [str(run.info.run_id) for run in found]
 
-    def _end(self, status: Status) -> None:
+    def _end(self, entry: EndEntry) -> None:
         if self._system:
             self._system.finish()
+        if entry.status is None:
+            return
         for run_id in filter(None, (self._child_id, self.run_id)):
-            self._client.set_terminated(run_id, status.upper())
+            self._client.set_terminated(run_id, entry.status.upper(), entry.time_ms)
 
 
 def _of_request(request: str) -> str:
@@ -319,13 +334,28 @@ def _of_request(request: str) -> str:
     return f"tags.`{_REQUEST}` = '{request}'"
 
 
-def is_permanent(error: Exception) -> bool:
-    """Whether trying again cannot help: the request is wrong, not the connection."""
+_UNTIL_RENEWED = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED")  # 401: an expired token
+_UNTIL_MENDED = ("PERMISSION_DENIED", "ENDPOINT_NOT_FOUND", "NOT_FOUND")
+"""403 and 404, often by a proxy before the server. A run that is not there has another code."""
+
+
+def is_permanent(error: Exception, optional: bool = False) -> bool:
+    """Whether trying again cannot help: the request is wrong, not the connection.
+
+    Args:
+        error: what the call raised.
+        optional: whether the values of the run are sent without this, too: where a server forbids
+            it or does not know it, waiting for that would hold them up.
+    """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         if "database schema" in str(error):  # of another version, and an "internal error"
             return True
+        if error.error_code in _UNTIL_RENEWED:
+            return False
+        if error.error_code in _UNTIL_MENDED:
+            return optional
         status = error.get_http_status_code()
         return 400 <= status < 500 and status not in (408, 429)
     if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):

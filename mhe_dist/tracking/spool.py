@@ -16,6 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
+from mhe_dist.tracking.base import Status
+
 logger = logging.getLogger(__name__)
 
 
@@ -27,8 +29,15 @@ class MetricRecord(NamedTuple):
     metrics: dict[str, float]
 
 
+class RunEnd(NamedTuple):
+    """How and when a run ended: the status of `base.Status`, and milliseconds."""
+
+    status: Status
+    time_ms: int
+
+
 class Spool:
-    """One file of JSON lines, and the id of the run that they belong to beside it.
+    """One file of JSON lines, and beside it the id of their run, and its end if that waits, too.
 
     Attributes:
         folder: where it is, in the folder of the run.
@@ -39,6 +48,7 @@ class Spool:
         """Args: folder: made when it is missing."""
         self.folder, self.lock = folder, threading.RLock()
         self._file, self._id = folder / "waiting.jsonl", folder / "run_id"
+        self._end = folder / "end.json"
         self._failed = False
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -54,6 +64,23 @@ class Spool:
             self._id.write_text(run_id)
         except OSError as error:  # the checkpoints know the id, too
             logger.warning("the id of MLflow's run cannot be kept in %s: %s", self._id, error)
+
+    @property
+    def end(self) -> RunEnd | None:
+        """How the run ended, if MLflow was not told so far."""
+        try:
+            return RunEnd(*json.loads(self._end.read_text()))
+        except (OSError, ValueError, TypeError):  # none, or torn by a full disk
+            return None
+
+    @end.setter
+    def end(self, end: RunEnd | None) -> None:
+        """Keep the end until MLflow is told, if the disk has room; None: it was, or goes on."""
+        with suppress(OSError):
+            if end is None:
+                self._end.unlink(missing_ok=True)
+            else:
+                self._end.write_text(json.dumps(end))
 
     def pending(self, step: int) -> list[MetricRecord]:
         """The records that wait; those of steps >= `step`, recorded anew later, are dropped."""

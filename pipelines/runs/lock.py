@@ -103,6 +103,24 @@ def refuse_locked(path: str, waiting: Callable[[str], None]) -> None:
         time.sleep(POLL_S)
 
 
+def refuse_trained(path: str, instead: str) -> None:
+    """Refuse what nobody may do to a run while a process trains it.
+
+    Args:
+        path: of the run, any fsspec URL.
+        instead: what happens or helps instead; ends the message.
+
+    Raises:
+        UserError: it is locked, as far as that can be known; see `is_locked`.
+    """
+    if is_locked(path):
+        holder = _read_holder(Path(absolute_path(path)) / LOCK_FILE)
+        raise UserError(
+            f"{path} is being trained by {holder or 'another process'} ({LOCK_FILE} in it): "
+            f"{instead}"
+        )
+
+
 def is_locked(path: str) -> bool:
     """Whether a process trains the run at a path; not known, so False, of one in a store."""
     if not is_local(path):
