@@ -100,14 +100,22 @@ def differing(run: Config, other: Config) -> list[str]:
     return [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
-def trained_run(folder: Path, shards: str, **changes: dict[str, object]) -> Config:
-    """A run with one checkpoint of an untrained backbone, made without training."""
+def trained_run(
+    folder: Path, shards: str, run_id: str | None = None, **changes: dict[str, object]
+) -> Config:
+    """A run with one checkpoint of an untrained backbone, made without training.
+
+    Args:
+        folder: of the runs.
+        shards, changes: see `config`.
+        run_id: of the run in MLflow.
+    """
     settings = config(folder, shards, **changes)
     torch.manual_seed(1)
     model = build_backbone(settings.model, settings.data.image_size)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     store = CheckpointStore(f"{settings.run.path}/checkpoints", Topology())
-    store.save(24, state, {}, {"step": 24, "run_id": None})
+    store.save(24, state, {}, {"step": 24, "run_id": run_id})
     store.wait()
     save_config(settings, f"{settings.run.path}/config.yaml")
     return settings

@@ -65,7 +65,7 @@ def heldout(
         bool | None, typer.Option(help="Add the embedding of the mirrored image.")
     ] = None,
     gpu: GpuOption = None,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
     address: AddressOption = "",
 ) -> None:
     """Held-out classes of a shard set, 1:1 and 1:N.
@@ -120,7 +120,7 @@ def verification(
     images: Annotated[str, typer.Option(help="Folder of the images of --pairs.")] = ".",
     flip: FlipOption = True,
     gpu: GpuOption = None,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
     address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
@@ -139,7 +139,7 @@ def verification(
     if pairs:
         pair_sets.append(read_table_set(pairs, images))
     what = f"embedding {sum(each.images.count for each in pair_sets):,} images"
-    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+    with EvaluatedBackbone.open(run, gpu, workers, address, mlflow=mlflow) as opened:
         backbone, topology = opened.backbone, opened.topology
         with spinner(topology, what):
             results = verify_pair_sets(opened.embed, pair_sets, topology, opened.image_size, flip)
@@ -162,7 +162,7 @@ def ijb(
     run: RunName,
     root: Annotated[str, typer.Option(help="Folder that holds loose_crop/ and meta/.")],
     gpu: GpuOption = None,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
     address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
@@ -174,7 +174,7 @@ def ijb(
     from pipelines.evaluate.sets.ijb_files import load_ijb
 
     ijb_set = load_ijb(root)
-    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+    with EvaluatedBackbone.open(run, gpu, workers, address, mlflow=mlflow) as opened:
         backbone, topology = opened.backbone, opened.topology
         with spinner(topology, f"embedding {ijb_set.count:,} faces of {root}"):
             result = evaluate_ijb(

@@ -42,7 +42,7 @@ def classification(
     """
     from pipelines.evaluate.classification import evaluate_classification, refuse_other_classes
 
-    opened = EvaluatedHead.open(run, shards, gpu)
+    opened = EvaluatedHead.open(run, shards, gpu, mlflow)
     backbone, topology, data = opened.backbone, opened.topology, opened.backbone.config.data
     refuse_other_classes(opened.index, data)
     training = opened.training_labels()

@@ -32,7 +32,7 @@ def labels(
     """
     from pipelines.evaluate.label_prediction import evaluate_labels, open_evaluated_labels
 
-    opened = EvaluatedHead.open(run, shards, gpu)
+    opened = EvaluatedHead.open(run, shards, gpu, mlflow)
     backbone, topology, data = opened.backbone, opened.topology, opened.backbone.config.data
     found = open_evaluated_labels(labels, opened.index, data, opened.classes)
     training = opened.training_labels()

@@ -48,7 +48,7 @@ def identification(
     all_pairs: Annotated[
         bool, typer.Option("--all-pairs", help="Also TAR at FAR over all pairs of images.")
     ] = False,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
     address: AddressOption = "",
     flip: Annotated[
         bool | None, typer.Option(help="Add the mirrored image; as the run does if left out.")
@@ -74,7 +74,7 @@ def identification(
     what = "comparing" if is_embedded else "embedding"
     with (
         resumable() if is_embedded else nullcontext(),
-        EvaluatedBackbone.open(run, gpu, workers, address, folder) as opened,
+        EvaluatedBackbone.open(run, gpu, workers, address, folder, mlflow) as opened,
         spinner(opened.topology, f"{what} {images}"),
     ):
         backbone, fars = opened.backbone, FARS if all_pairs else ()
@@ -161,7 +161,7 @@ def probe(
     ] = "",
     k: Annotated[int, typer.Option(min=1, help="Neighbours of the k-NN.")] = 20,
     gpu: GpuOption = None,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = None,
     address: AddressOption = "",
     mlflow: MlflowOption = True,
 ) -> None:
@@ -171,7 +171,7 @@ def probe(
     """
     from pipelines.evaluate.probe import probe_images
 
-    with EvaluatedBackbone.open(run, gpu, workers, address) as opened:
+    with EvaluatedBackbone.open(run, gpu, workers, address, mlflow=mlflow) as opened:
         backbone, topology = opened.backbone, opened.topology
         with spinner(topology, f"embedding {images}"):
             result = probe_images(opened.embed, images, test, topology, opened.image_size, k)

@@ -40,9 +40,11 @@ RunName = Annotated[
 FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
 GpuOption = Annotated[bool | None, typer.Option(help="Compute on a GPU; left out: as the run did.")]
 WorkersOption = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=0, help="Embed and compare at the same time; 0: one per core, or per GPU. 1: here."
+        min=0,
+        help="Embed and compare at the same time; 0: one per core, or per GPU. Left out: 1, here; "
+        "with --address 0.",
     ),
 ]
 MlflowOption = Annotated[
@@ -99,24 +101,35 @@ class EvaluatedBackbone:
     @staticmethod
     @contextmanager
     def open(
-        run: str, gpu: bool | None, workers: int = 1, address: str = "", folder: str = ""
+        run: str,
+        gpu: bool | None,
+        workers: int | None = None,
+        address: str = "",
+        folder: str = "",
+        mlflow: bool = False,
     ) -> Iterator[EvaluatedBackbone]:
         """Join the ranks, or choose workers, for the length of a `with` block.
 
         Args:
             run, gpu: see `join_ranks`.
             workers, address: see `choose_workers`; one worker without an address is this process.
+                Left out: one, or with an address as many as there is room for.
             folder: for what the workers share; left out: a temporary one of this machine, or of
                 the run where they are on other nodes.
+            mlflow: see `refuse_unknown_mlflow`.
 
         Raises:
-            UserError: torchrun has started this process, and workers are asked for, too.
+            UserError: torchrun has started this process, and workers are asked for, too; or see
+                `refuse_unknown_mlflow`.
         """
         from pipelines.storage.worker_pool import HERE
 
+        if workers is None:
+            workers = 0 if address else 1
         if workers == 1 and not address:
             topology = join_ranks(run, gpu)
             backbone = load_trained_backbone(run, topology=topology)
+            refuse_unknown_mlflow(backbone, topology, mlflow)
             yield EvaluatedBackbone(backbone, topology, backbone.embed, HERE, folder)
             return
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -128,6 +141,7 @@ class EvaluatedBackbone:
         gpu = read_trained_config(run).scale.gpu if gpu is None else gpu
         topology = join_ranks(run, False)
         backbone = load_trained_backbone(run, topology=topology)
+        refuse_unknown_mlflow(backbone, topology, mlflow)
         with (
             choose_workers(workers, gpu, address) as chosen,
             _shared_folder(folder, backbone, address) as shared,
@@ -154,6 +168,37 @@ def _shared_folder(folder: str, backbone: TrainedBackbone, address: str) -> Iter
     parent = Path(backbone.path).absolute() if address else None
     with tempfile.TemporaryDirectory(prefix=".compared-", dir=parent) as made:
         yield made
+
+
+def refuse_unknown_mlflow(backbone: TrainedBackbone, topology: Topology, wanted: bool) -> None:
+    """Refuse to begin an evaluation whose figures could not be added to the run in MLflow.
+
+    The first rank looks: it is the one that adds them.
+
+    Args:
+        backbone: what is evaluated.
+        topology: the ranks.
+        wanted: whether the figures are to be added.
+
+    Raises:
+        UserError: no MLflow server is known here, and the run is where no database can be.
+    """
+    from mhe_dist.tracking.factory import mlflow_uri
+
+    if not (wanted and topology.is_first and is_in_mlflow(backbone)):
+        return
+    try:
+        mlflow_uri(config_at(backbone.config, backbone.path))
+    except UserError as error:
+        raise UserError(
+            f"the figures of {backbone.path} cannot be added to its run in MLflow ({error}): name "
+            "the server by MLFLOW_TRACKING_URI, or add --no-mlflow"
+        ) from error
+
+
+def is_in_mlflow(backbone: TrainedBackbone) -> bool:
+    """Whether a run has a record in MLflow."""
+    return bool(backbone.run_id and backbone.config.tracking.mlflow)
 
 
 def classes_of(backbone: TrainedBackbone) -> int:
@@ -185,12 +230,19 @@ class EvaluatedHead:
     topology: Topology
 
     @staticmethod
-    def open(run: str, shards: str, gpu: bool | None) -> EvaluatedHead:
-        """Join the ranks, and load the backbone and the index of the images; see `join_ranks`."""
+    def open(run: str, shards: str, gpu: bool | None, mlflow: bool) -> EvaluatedHead:
+        """Join the ranks, and load the backbone and the index of the images.
+
+        Args:
+            run, gpu: see `join_ranks`.
+            shards: the images.
+            mlflow: see `refuse_unknown_mlflow`.
+        """
         from pipelines.shards.index import ShardIndex
 
         topology = join_ranks(run, gpu)
         backbone = load_trained_backbone(run, topology=topology)
+        refuse_unknown_mlflow(backbone, topology, mlflow)
         return EvaluatedHead(backbone, classes_of(backbone), ShardIndex.load(shards), topology)
 
     def training_labels(self) -> TrainingLabels | None:
@@ -254,7 +306,7 @@ def save_results(
     record = {"checkpoint": backbone.checkpoint, "step": backbone.step, "results": results}
     files = save_evaluation(backbone.path, name, record, curves, title)
     console.say("Written: " + ", ".join(escape(file) for file in files))
-    if metrics and backbone.run_id and backbone.config.tracking.mlflow:
+    if metrics and backbone.run_id and is_in_mlflow(backbone):
         named = {f"{name}/{key}": value for key, value in metrics.items()}
         _log_results(backbone, backbone.run_id, named, files)
     console.list_next(
@@ -274,5 +326,5 @@ def _log_results(backbone: TrainedBackbone, run_id: str, named: Metrics, files: 
         follow_moved_artifacts(config)
         uri = mlflow_uri(config)
         log_evaluation(uri, run_id, backbone.step, named, files)
-    except RunError as error:
+    except (RunError, UserError) as error:  # the work is done
         console.say(f"[yellow]warning:[/] {escape(str(error))}; the files above have them")
