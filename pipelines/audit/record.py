@@ -242,10 +242,12 @@ def list_figures(result: AuditResult, findings: Findings) -> dict[str, Any]:
     }
     for kind in KINDS:
         chosen = findings.of(findings["kind"] == kind)
+        if kind == MIXED:  # a row for each image of a part; the class counts once
+            chosen = chosen.of(np.unique(chosen["class"], return_index=True)[1])
         unit, statistic = STATISTICS[kind]
         separation, recall = examined_by[kind]
         kinds[kind] = {
-            "count": len(chosen) if kind != MIXED else len(np.unique(chosen["class"])),
+            "count": len(chosen),
             "threshold": (
                 tell_copies(observed[kind], result.copies, result.false_rate).threshold
                 if separation is None

@@ -23,7 +23,7 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from pipelines.data.mixture.class_list import find_other_name
-from pipelines.data.mixture.index import Mixture, needs_mixture, open_training_index
+from pipelines.data.mixture.index import Mixture, open_training_index
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.shards.index import ShardIndex
 
@@ -198,12 +198,18 @@ def refuse_other_classes(index: ShardIndex, data: DataConfig) -> None:
     Raises:
         UserError: names a class that differs.
     """
-    if needs_mixture(data):  # its classes have other ids than those of its parts
+    if data.classes:
+        raise UserError(
+            f"{index.folder}: the run chose and renumbered its classes (data.classes="
+            f"{data.classes}), so that the ids of this set mean others"
+        )
+    if data.mix:  # its classes have other ids than those of its parts
         return
-    if found := find_other_name(index.folder, data.shards):
+    trained = data.labels or data.shards
+    if found := find_other_name(index.folder, trained):
         number, here, there = found
         raise UserError(
             f"{index.folder}: class {number} is {here!r}, in the training set "
-            f"{data.shards} it is {there!r}. Class ids must mean the same: mhe data folder "
+            f"{trained} it is {there!r}. Class ids must mean the same: mhe data folder "
             "--heldout-images N makes two such sets"
         )

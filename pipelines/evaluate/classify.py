@@ -12,7 +12,7 @@ from torch import Tensor
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import Head
-from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.class_list import names_in_run
 from pipelines.embedding.embed import map_source
 from pipelines.embedding.embeddings import Embed
 
@@ -67,9 +67,5 @@ def classify_source(
 
 
 def name_classes(data: DataConfig, found: npt.NDArray[np.int64]) -> dict[int, str]:
-    """Names of the classes that were found, as the training set or its label set tells them.
-
-    Empty where they cannot be read here, and for a mixture of sets, whose ids are counted on.
-    """
-    wanted = set(np.unique(found).tolist())
-    return {} if data.mix else names_of(data.labels or data.shards, wanted)
+    """Names of the classes that were found; see `names_in_run`."""
+    return names_in_run(data, set(np.unique(found).tolist()))

@@ -115,11 +115,12 @@ def read_summary(path: str) -> dict[str, Any] | None:
 def read_heldout_figures(path: str, step: int) -> tuple[dict[str, float], str]:
     """Held-out figures of a run at a step, and their protocol in words; empty: none are known.
 
-    Those of `mhe evaluate` come before those of the run's end.
+    Those of `mhe evaluate` on the set of the run come before those of the run's end.
     """
     found = json.loads(read_if_exists(f"{path}/evaluation/heldout.json") or "{}")
-    if found.get("step") == step:
-        results = found["results"]
+    results = found.get("results", {})
+    its_own = (read_run_config(path) or {}).get("evaluate", {}).get("shards")
+    if found.get("step") == step and results.get("shards") == its_own:
         figures = {name: value for name, value in results.items() if isinstance(value, float)}
         return figures, results.get("protocol", "")
     summary = read_summary(path) or {}

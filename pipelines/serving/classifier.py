@@ -27,7 +27,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import Head, TopK
 from mhe_dist.heads.classifier import build_classifier, classifier_bytes
-from pipelines.data.mixture.class_list import names_of
+from pipelines.data.mixture.class_list import names_in_run
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
 from pipelines.storage.urls import atomic_write
@@ -89,9 +89,8 @@ def take_classifier(head: Head, trained: TrainedModel, images: Tensor, k: int) -
     network = build_classifier(head, k)
     with torch.no_grad():
         embeddings = trained.model(normalize_images(images, trained.model.normalization))
-    data, count = trained.config.data, int(trained.trained_on["classes"])
-    # A mixture counts the ids of its sets on, so that no list names them.
-    names = {} if data.mix else names_of(data.labels or data.shards, range(count))
+    count = int(trained.trained_on["classes"])
+    names = names_in_run(trained.config.data, range(count))
     return TrainedClassifier(network, k, count, head.predict(embeddings, k), names)
 
 

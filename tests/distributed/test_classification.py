@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,26 @@ def test_class_ids_that_mean_something_else_are_refused(tmp_path: Path, shards: 
     here.write_text("class\tsamples\tname\n0\t12\ta\n1\t12\tx\n2\t12\tc\n")
     with pytest.raises(UserError, match=r"class 1 is 'x'.*it is 'b'.*--heldout-images"):
         refuse_other_classes(ShardIndex.load(other), named)
+
+
+def test_chosen_and_labelled_classes_are_not_taken_for_those_of_the_shards(
+    tmp_path: Path, shards: str
+) -> None:
+    """The ids of a run of chosen classes are others: its top-1 was that of a guess, unsaid."""
+    other, data = ShardIndex.load(shards), tiny.config(tmp_path, shards).data
+    chosen = data.model_copy(update={"classes": "list.tsv"})
+    with pytest.raises(UserError, match=r"renumbered its classes \(data.classes=list.tsv\)"):
+        refuse_other_classes(other, chosen)
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    (labels / "classes.tsv").write_text("class\tsamples\tname\n0\t9\tcluster 0\n")
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "classes.tsv").write_text("class\tsamples\tname\n0\t9\ta\n")
+    named = replace(other, folder=str(here))
+    for changes in ({"labels": str(labels)}, {"labels": str(labels), "images_per_class": 3}):
+        with pytest.raises(UserError, match=r"class 0 is 'a', in the training set .*labels it is"):
+            refuse_other_classes(named, data.model_copy(update=changes))
 
 
 def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:

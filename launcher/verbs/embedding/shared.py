@@ -17,6 +17,7 @@ from mhe_dist.config.shipped import find_config
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import find_checkpoint_folder, find_run, newest_checkpoint
 from pipelines.runs.trained import read_trained_config
+from pipelines.shards.index import ShardIndex
 
 if TYPE_CHECKING:
     from pipelines.clustering.state import Watch
@@ -43,7 +44,11 @@ class EmbeddingOptions(NamedTuple):
 
 
 def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> EmbeddingsFolder:
-    """The embeddings of the shards: those that are there, or made now."""
+    """The embeddings of the shards: those that are there, or made now.
+
+    Raises:
+        UserError: nothing says what embeds the images, or those that are there are of other images.
+    """
     from pipelines.embedding.folder import EmbeddingsFolder
     from pipelines.embedding.write_folder import FolderOptions, write_folder
 
@@ -54,7 +59,13 @@ def embed_shards(shards: str, model: str, out: str, how: EmbeddingOptions) -> Em
                 "--model is missing: name the run, or the YAML file, whose backbone embeds the "
                 "images; or --embeddings FOLDER, which mhe embed made"
             )
-        return EmbeddingsFolder.open(target)
+        found = EmbeddingsFolder.open(target)
+        if found.recipe.index_digest != ShardIndex.load(shards).digest:
+            raise UserError(
+                f"--embeddings {target}: they are of {found.recipe.source}, whose images are not "
+                f"those of {shards} in their order; name these shards, or embed them with --model"
+            )
+        return found
     run = find_model(model, f"{out}{MODEL_SUFFIX}", shards)
     gpu = read_trained_config(run).scale.gpu if how.gpu is None else how.gpu
     with (

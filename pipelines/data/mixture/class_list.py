@@ -10,6 +10,7 @@ from itertools import takewhile
 
 import numpy as np
 
+from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines.data.order import Ints
 from pipelines.shards.index import ShardIndex
@@ -110,6 +111,28 @@ def names_of(folder: str, wanted: Collection[int]) -> dict[int, str]:
     except (UserError, ValueError, IndexError):
         return {}
     return names
+
+
+def names_in_run(data: DataConfig, wanted: Collection[int]) -> dict[int, str]:
+    """Names of those classes of a run that are wanted, by its class ids.
+
+    Empty where they cannot be read here, and for a mixture of sets, whose ids are counted on.
+
+    Args:
+        data: of the run; with `data.classes` its ids number the chosen classes.
+        wanted: class ids of the run.
+    """
+    folder = data.labels or data.shards
+    if data.mix:
+        return {}
+    if not data.classes:
+        return names_of(folder, wanted)
+    with suppress(UserError):
+        labelled = LabelSet.load(folder) if data.labels else ShardIndex.load(folder)
+        chosen = read_classes(data.classes, labelled)
+        ids = {int(chosen[number]): number for number in wanted if number < len(chosen)}
+        return {ids[source]: name for source, name in names_of(folder, ids).items()}
+    return {}
 
 
 def find_other_name(folder: str, other: str) -> tuple[int, str, str] | None:

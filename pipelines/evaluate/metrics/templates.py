@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from pipelines.evaluate.metrics.roc import Floats, Ints, round_scores
+
+log = logging.getLogger(__name__)
 
 _ROWS: Final = 1 << 14  # images or pairs in float64 at a time
 
@@ -26,18 +29,23 @@ def pool_templates(
 
     Returns:
         ids of the templates `[T]`, ascending; rows float64 `[T, D]`; a row of zeros stays zero.
+        An embedding that is not finite counts as zeros, with a warning.
     """
     order = np.lexsort((media, templates))
     ids, starts = np.unique(templates[order], return_index=True)
     ends = np.append(starts[1:], len(order))
     rows = np.zeros((len(ids), embeddings.shape[1]))
-    first = 0
+    first = broken = 0
     while first < len(ids):  # as many whole templates as fit, one at least
         last = max(first + 1, int(np.searchsorted(ends, starts[first] + _ROWS, side="right")))
         part = order[starts[first] : ends[last - 1]]
         weighted = embeddings[part].astype(np.float64) * weights[part, None]
+        useless = ~np.isfinite(weighted).all(axis=1)
+        weighted[useless], broken = 0.0, broken + np.count_nonzero(useless)
         rows[first:last] = _sum_of_means(weighted, templates[part], media[part])
         first = last
+    if broken:
+        log.warning("%d of %d embeddings are not finite", broken, len(embeddings))
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return ids, rows / np.where(norms > 0, norms, 1.0)
 

@@ -17,6 +17,7 @@ from mhe_dist.config.write import save_config
 from pipelines.data.mixture.index import open_training_index
 from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.runs.trained import load_trained_backbone
+from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.worker_pool import HERE
 from tests import tiny
@@ -110,6 +111,17 @@ def test_a_label_set_that_was_clustered_can_be_trained_on(made: Path) -> None:
     index = open_training_index(config.data, config.run.seed)
     assert index.num_classes == labels.num_classes and index.samples == IMAGES
     assert index.label_shape == (labels.max_labels,)
+
+
+def test_embeddings_of_other_shards_are_refused(
+    made: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """As many images in another order: every image got the class of another one."""
+    others = tiny.write_shards(tmp_path / "shards", first=1)
+    assert ShardIndex.load(others).samples == IMAGES
+    words = command(tmp_path, tmp_path / "set", "--embeddings", f"{made}-embeddings")
+    assert f"whose images are not those of {others} in their order" in said(words, capsys, 2)
+    assert not (tmp_path / "set").exists()
 
 
 def test_mistakes_say_what_to_type(

@@ -160,6 +160,10 @@ def test_findings_have_names_keys_and_figures(
     assert kinds["wrong_label"]["examined"] == len(dirty.labels)
     assert sum(kinds["wrong_label"]["histogram"]["counts"]) == len(dirty.labels)
     assert kinds["duplicate_classes"]["recall"] == 1
+    mixed = of(findings, "mixed_class")  # a row for each image of a part
+    doubts = dict(zip(mixed["class"].tolist(), (1 - mixed["probability"]).tolist(), strict=True))
+    assert len(mixed) > len(doubts) == kinds["mixed_class"]["count"]
+    assert kinds["mixed_class"]["expected_false"] == pytest.approx(sum(doubts.values()), rel=1e-5)
     assert figures["totals"]["images"] == len(dirty.labels)
 
 

@@ -66,6 +66,17 @@ def test_a_template_by_hand() -> None:
     np.testing.assert_allclose(found, [[math.sqrt(0.5), math.sqrt(0.5)]], atol=EXACT)
 
 
+def test_what_is_not_finite_counts_as_zeros(pooled, caplog: pytest.LogCaptureFixture) -> None:
+    """One such image of a gallery was the nearest of every probe, and a probe's left the count."""
+    rows, weights, ids, media = pooled
+    broken, zeros = rows.copy(), rows.copy()
+    broken[[3, 17]], zeros[[3, 17]] = [[np.nan], [np.inf]], 0
+    _, found = pool_templates(broken, weights, ids, media)
+    _, expected = pool_templates(zeros, weights, ids, media)
+    assert np.array_equal(found, expected)
+    assert caplog.messages == ["2 of 400 embeddings are not finite"]
+
+
 def embed(images: torch.Tensor) -> torch.Tensor:
     weights = torch.randn(3 * 28 * 28, 12, generator=torch.Generator().manual_seed(0))
     return (images.float().flatten(1) / 127.5 - 1) @ weights

@@ -111,6 +111,16 @@ def test_no_legend_or_figure_lies_on_a_curve():
             assert box.x1 < roc.get_window_extent().x1
 
 
+@pytest.mark.parametrize(("last", "marked"), [(1e-2, 3), (4e-3, 2), (1.0, 3)])
+def test_a_roc_names_no_rate_beyond_its_end(last: float, marked: int) -> None:
+    """Of very many pairs it is kept for small rates alone: its last point stood for 1e-2."""
+    far = np.geomspace(1e-5, last, 50)
+    with mpl.rc_context(STYLE):
+        axes = Figure().subplots()
+        plot_roc(axes, {"far": far, "tar": np.linspace(0.1, 0.9, 50)})
+    assert len(axes.texts) == marked
+
+
 def test_drawing_leaves_the_callers_style_alone(tmp_path):
     before = dict(mpl.rcParams)
     write_run(tmp_path / "run", [{"step": 0, "loss": 1.0, "lr": 0.1}], {})

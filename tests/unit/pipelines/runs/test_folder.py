@@ -24,6 +24,7 @@ from pipelines.runs.folder import (
     logs_folder,
     make_run_folder,
     newest_checkpoint,
+    read_heldout_figures,
     read_run_config,
     read_summary,
     url_exists,
@@ -59,6 +60,21 @@ def test_settings_and_summary(run: Path) -> None:
     assert read_summary(str(run)) is None
     (run / "summary.json").write_text(json.dumps({"steps": 5}))
     assert read_summary(str(run)) == {"steps": 5}
+
+
+def test_held_out_figures_are_those_of_the_run_s_own_set(run: Path) -> None:
+    """The card of an export had those of whatever set `mhe evaluate --shards` named last."""
+    (run / "config.yaml").write_text("evaluate: {shards: data/heldout}")
+    summary = {"steps": 5, "heldout": {"rank1": 0.97}, "protocol": "at the end"}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "evaluation").mkdir()
+    for shards, expected in (("data/other", (0.97, "at the end")), ("data/heldout", (0.41, "now"))):
+        results = {"shards": shards, "rank1": 0.41, "protocol": "now"}
+        written = json.dumps({"step": 5, "results": results})
+        (run / "evaluation" / "heldout.json").write_text(written)
+        figures, protocol = read_heldout_figures(str(run), 5)
+        assert (figures["rank1"], protocol) == expected
+    assert read_heldout_figures(str(run), 6) == ({}, "")
 
 
 def test_only_a_manifest_makes_a_checkpoint(run: Path) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from mhe_dist.config.data import DataConfig
 from mhe_dist.errors import UserError
 from pipelines.data.mixture import dataset, drawn
-from pipelines.data.mixture.class_list import find_other_name, read_classes
+from pipelines.data.mixture.class_list import find_other_name, names_in_run, read_classes
 from pipelines.data.mixture.dataset import MixedDataset, draw_at_most
 from pipelines.data.mixture.index import (
     Mixture,
@@ -134,6 +134,20 @@ def test_classes_of_a_list_are_numbered_by_their_ids(shards: str, lines: str) ->
     assert found.num_classes == 2
     assert labels(found, 0) == [0] * 5 + [1] * 2
     assert samples_per_epoch(found) == 7
+
+
+def test_classes_of_a_run_have_the_names_of_those_that_were_chosen(shards: str) -> None:
+    """Class 0 of a run of classes 3 and 6 was called by the name of class 0."""
+    data = DataConfig(shards=shards, classes=listed(shards, "class\n6\n3\n"))
+    assert names_in_run(data, range(2)) == {0: "name 3", 1: "name 6"}
+    assert names_in_run(data, {1}) == {1: "name 6"}
+    assert names_in_run(DataConfig(shards=shards), {6}) == {6: "name 6"}
+    labels = labelled(shards, [[3]] * len(ALL))
+    of_labels = data.model_copy(update={"labels": labels})
+    assert names_in_run(of_labels, range(2)) == {0: "name 4", 1: "name 1"}
+    mixed = data.model_copy(update={"mix": [data]})
+    gone = data.model_copy(update={"classes": f"{shards}/nothing.tsv"})
+    assert names_in_run(mixed, {0}) == names_in_run(gone, {0}) == {}
 
 
 def test_sets_have_classes_of_their_own_and_come_as_often_as_they_weigh(
