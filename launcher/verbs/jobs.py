@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +114,7 @@ def submit(
         with console.out.status("preflight"):
             assess(settings, survey_cluster(settings, cluster, trial=False), trial=False)
     job_id = cluster.start(settings, variables)
-    _announce(settings, job_id, cluster.address)
+    _announce(settings, job_id, cluster.address, variables)
     if follow:
         follow_job(cluster, job_id)
 
@@ -303,12 +303,12 @@ def _placement(config: Config) -> Iterable[str]:
     yield f"{config.scale.workers} workers ({config.scale.placement}){kind}, each with {needs}"
 
 
-def _announce(config: Config, job_id: str, address: str) -> None:
+def _announce(config: Config, job_id: str, address: str, variables: Mapping[str, str]) -> None:
     where = address_option(address)
     console.say(f"Job [bold]{escape(job_id)}[/] is submitted.")
     rows = [("dashboard", f"{address}/#/jobs/{job_id}"), ("results", config.run.path)]
     if config.tracking.mlflow:
-        rows.insert(1, ("MLflow", scrub(mlflow_uri(config))))
+        rows.insert(1, ("MLflow", _mlflow_server(config, variables)))
     for what, link in rows:
         console.say(f"  {what}: {escape(link)}")
     if not is_loopback(address) and not is_token_auth_enabled():
@@ -323,6 +323,15 @@ def _announce(config: Config, job_id: str, address: str) -> None:
             ("save and stop", ["mhe", "stop", job_id, *where]),
         ]
     )
+
+
+def _mlflow_server(config: Config, variables: Mapping[str, str]) -> str:
+    """The server of a job that was sent; the nodes may know one that is not named here."""
+    try:
+        named = config.tracking.uri or variables.get("MLFLOW_TRACKING_URI", "")
+        return scrub(named or mlflow_uri(config))
+    except UserError:
+        return "the one that MLFLOW_TRACKING_URI names on the nodes"
 
 
 def address_option(address: str) -> list[str]:
