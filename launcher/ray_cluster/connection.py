@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
 
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
@@ -23,6 +25,7 @@ from pipelines.runs.folder import logs_folder
 Answer = TypeVar("Answer")
 
 OWN_CLUSTER: Final = "auto"  # the one that started this process
+ANSWER_S: Final = 5.0  # in which a host takes a connection
 NODES_S: Final = 180.0  # a process on a busy node or a slow disk takes a minute to import Ray
 _LOOK_EVERY_S: Final = 2.0
 OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
@@ -38,13 +41,15 @@ def existing_cluster(address: str, environment: dict[str, Any] | None = None) ->
         environment: `runtime_env` of the processes that work for this one.
 
     Raises:
-        UserError: no cluster answers there, or this process is connected to one already.
+        UserError: it is no address, no cluster answers there, or this process is connected to one
+            already.
         RunError: the cluster answers, and Ray still cannot connect to it.
     """
     os.environ.update(DRIVER_ENVIRONMENT)
     import ray
 
     _refuse_second_connection()
+    _require_listener(address)
     try:
         with signals_deferred():
             _connect(address, environment)
@@ -82,6 +87,33 @@ def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[An
 
 def _hosts(nodes: dict[Any, Any], tasks: list[Any]) -> str:
     return ", ".join(nodes[task]["NodeManagerHostname"] for task in tasks)
+
+
+def _require_listener(address: str) -> None:
+    """Refuse in a few seconds what Ray would wait for many minutes for, or has no words for.
+
+    Raises:
+        UserError: it is neither "auto" nor HOST:PORT, or nothing listens there.
+    """
+    if address == OWN_CLUSTER:
+        return
+    try:
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:  # a port that is no number, or a larger one
+        host, port = None, None
+    if not host or not port or address != parts.netloc:
+        raise UserError(
+            f"--address={address}: give HOST:PORT of the cluster's head, as `ray start` printed it "
+            f"(HEAD:6379), or {OWN_CLUSTER} on one of its nodes"
+        )
+    try:
+        socket.create_connection((host, port), ANSWER_S).close()
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, such as a..b
+        raise UserError(
+            f"no Ray cluster at {address}: {error}. Give HOST:PORT of the head of a running one, "
+            f"or {OWN_CLUSTER} on one of its nodes"
+        ) from error
 
 
 def _connect(address: str, environment: dict[str, Any] | None) -> None:

@@ -192,3 +192,26 @@ def test_a_busy_node_has_time_to_answer_and_a_lost_one_is_named_at_once(
             (name, f"answer of {name}") for name in answers_at
         ]
     assert cluster.now <= after_s
+
+
+WRONG = ("127.0.0.1:99999", "127.0.0.1:abc", "127.0.0.1:0", "127.0.0.1", "http://127.0.0.1:8265")
+
+
+@pytest.mark.parametrize("address", [*WRONG, "local", "head:6379/path", "[::1:6379"])
+def test_an_address_that_is_none_is_a_mistake(address: str) -> None:
+    with pytest.raises(UserError) as refused, existing_cluster(address):
+        pytest.fail("there is no cluster")
+    assert str(refused.value).startswith(f"--address={address}: give HOST:PORT")
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray itself tries for several minutes."""
+    monkeypatch.setattr(ray_internals, "connect", lambda *_: pytest.fail("Ray was asked"))
+    with socket.socket() as taken:  # a port at which nothing listens
+        taken.bind(("127.0.0.1", 0))
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "a..b:6379"):
+            refused = pytest.raises(UserError, match=f"no Ray cluster at {address}: .*HOST:PORT")
+            with refused, existing_cluster(address):
+                pytest.fail("there is no cluster")
