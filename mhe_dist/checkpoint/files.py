@@ -105,6 +105,10 @@ class _ChecksumStream:
         return FileEntry(self._bytes, f"{self._crc:08x}")
 
 
+class Unreadable(str):
+    """Why a manifest could not be read, perhaps for the moment: it says nothing of the files."""
+
+
 class CheckpointFolder:
     """One checkpoint's folder, local or remote."""
 
@@ -149,7 +153,11 @@ class CheckpointFolder:
         return json.loads(self.fs.cat_file(self._path_of(name)))
 
     def manifest(self) -> dict[str, FileEntry] | str:
-        """The files of the checkpoint, or the reason why this is none (sizes are compared)."""
+        """The files of the checkpoint, or the reason why this is none (sizes are compared).
+
+        `Unreadable` is a reason that tells nothing: the disk or the store gave no answer.
+        """
+        reason = ""
         for _ in self._attempts():
             try:
                 return self._read_manifest()
@@ -157,6 +165,8 @@ class CheckpointFolder:
                 reason = f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
                 if isinstance(error, FileNotFoundError):  # a folder that is still to be written
                     break
+                if not isinstance(error, (ValueError, KeyError, TypeError)):  # of what was read
+                    reason = Unreadable(reason)
         return reason
 
     def _attempts(self) -> Iterator[None]:

@@ -39,12 +39,15 @@ class Checkpoint:
         """Figures of the evaluation of this model; empty: it was not evaluated.
 
         They are in `run`, or in a file of their own when a resumed run evaluated.
+
+        Raises:
+            OSError, and what else a store raises: they cannot be read, perhaps for the moment.
         """
         if scores := self.run.get("scores"):
             return scores
         try:
             return CheckpointFolder(self.path).read_json(SCORES)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return {}
 
     def names(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

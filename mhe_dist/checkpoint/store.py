@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from mhe_dist.checkpoint.entry import Entry
-from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry
+from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry, Unreadable
 from mhe_dist.checkpoint.reader import Checkpoint, first_failure
 from mhe_dist.checkpoint.retention import RetentionPolicy, steps_to_delete
 from mhe_dist.distributed.topology import Topology
@@ -219,7 +219,7 @@ class CheckpointStore:
             self.rejected.pop(_name(path), None)
             try:
                 self._delete_old()
-            except (OSError, ValueError) as failure:  # this one is complete all the same
+            except Exception as failure:  # this one is complete all the same
                 logger.warning("old checkpoints in %s cannot be deleted: %s", self._root, failure)
             return size
 
@@ -248,25 +248,39 @@ class CheckpointStore:
             return
         try:
             CheckpointFolder(self._path(step)).write_scores(scores)
-        except OSError as failure:
+        except Exception as failure:  # stores raise what they like: gcsfs no OSError
             logger.warning("the scores of step %d cannot be stored: %s", step, failure)
 
     def _delete_old(self) -> None:
-        paths = {step: self._path(step) for step in self._steps()}
-        history = {step: self._is_complete(path) for step, path in paths.items()}
-        scores = {}
-        for step in [s for s, complete in history.items() if complete and self._policy.best]:
-            score = self._policy.score(Checkpoint(paths[step], step).scores)
-            if score is not None:
+        history: dict[int, bool] = {}
+        scores: dict[int, float] = {}
+        for step in self._steps():
+            path = self._path(step)
+            try:
+                complete = self._is_complete(path)
+                known = Checkpoint(path, step).scores if complete and self._policy.best else {}
+            except Exception as failure:  # of a store, whatever it likes
+                logger.warning("%s stays, since it cannot be read now: %s", path, failure)
+                continue
+            history[step] = complete
+            if (score := self._policy.score(known)) is not None:
                 scores[step] = score
         for step in steps_to_delete(history, self._policy, scores):
-            CheckpointFolder(paths[step]).remove()
+            CheckpointFolder(self._path(step)).remove()
 
     def _is_complete(self, path: str) -> bool:
-        """Whether the last `newest` would have taken it for a checkpoint, by its files' sizes."""
-        if _name(path) in self.rejected:
+        """Whether the last `newest` would have taken it for a checkpoint, by its files' sizes.
+
+        Raises:
+            RunError: that cannot be told now; nothing may be deleted for it.
+        """
+        reason = self.rejected.get(_name(path))
+        if reason is not None and not isinstance(reason, Unreadable):
             return False
-        return not isinstance(CheckpointFolder(path).manifest(), str)
+        found = CheckpointFolder(path).manifest()
+        if isinstance(found, Unreadable):
+            raise RunError(f"{path}: {found}")
+        return not isinstance(found, str)
 
     # -- discovery -----------------------------------------------------------------------------
 

@@ -33,9 +33,12 @@ def roll_back(run: Run, divergence: Divergence) -> None:
     run.recorder.emit("diverged", step=divergence.step, what=divergence.reason, bundle=bundle)
     logger.error(message)
     path = run.config.run.path
-    skipped = read_skipped_steps(path) | {divergence.step - 1, divergence.step}
+    before = read_skipped_steps(path)
+    skipped = before | {divergence.step - 1, divergence.step}
     if guard.on_divergence == "stop":
         raise Diverged(f"{message}. Lower optim.lr, clip (optim.clip_norm), or guard.on_divergence")
+    if skipped == before:
+        raise Diverged(f"{message}. It is the last step, which no run leaves out")
     if len(skipped) > 2 * guard.max_rollbacks:
         raise Diverged(f"{message}. It went back guard.max_rollbacks={guard.max_rollbacks} times")
     run.checkpointer.wait()

@@ -193,7 +193,7 @@ def _scan_all(
     """What is in each tar; finished ones are taken from the journal unless the tar has changed."""
     named, texts = 0, dict[str, str]()
 
-    def compact(found: dict[str, Any]) -> dict[str, Any]:
+    def _compact(found: dict[str, Any]) -> dict[str, Any]:
         nonlocal named
         named += _forget_names(found, MOST_NAMED - named)
         found["values"] = compact_values(found["values"], texts)
@@ -201,12 +201,12 @@ def _scan_all(
 
     def finished(number: int) -> dict[str, Any] | None:
         kept = _finished_result(journal, number, tasks[number].url)
-        return None if kept is None else compact(kept)
+        return None if kept is None else _compact(kept)
 
     def record(number: int, found: dict[str, Any]) -> None:
         if not found["damage"]:
             journal.record(number, found)
-        compact(found)
+        _compact(found)
 
     results = run_tasks(scan_tar, tasks, workers, finished, record, progress)
     return [(task.url, found) for task, found in zip(tasks, results, strict=True)]
