@@ -128,16 +128,21 @@ class KubernetesClient:
             )
         return [_state(item) for item in sorted(listed["items"], key=_age)]
 
-    def find(self, name: str) -> RayJobState:
-        """The RayJob of that name, or the last one of the run of that name.
+    def find(self, name: str, only_rayjob: bool = False) -> RayJobState:
+        """The RayJob of that name; where there is none, the last one of the run of that name.
+
+        Args:
+            name: a run may be called as a RayJob of another run is; then it is the RayJob.
+            only_rayjob: whether it is no name of a run.
 
         Raises:
             UserError: there is none.
         """
         known = self.states()
-        for state in reversed(known):
-            if name == state.name or (state.run and state.run == run_label(name)):
-                return state
+        found = [state for state in known if state.run and state.run == run_label(name)]
+        found = [state for state in known if state.name == name] or found[-1:] * (not only_rayjob)
+        if found:
+            return found[0]
         names = ", ".join(state.name for state in known) or "none"
         raise UserError(f"namespace {self.namespace} has no RayJob or run {name!r}; it has {names}")
 

@@ -161,9 +161,14 @@ def manifests_to_yaml(made: list[Manifest]) -> str:
 
 
 def rayjob_name(run: str, attempt: int) -> str:
-    """The name of a run's n-th RayJob: lower case, digits and dashes."""
-    plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")[:_LONGEST_NAME].strip("-")
-    return f"{plain or 'run'}-{attempt}"
+    """The name of a run's n-th RayJob: lower case, digits and dashes, first a letter.
+
+    KubeRay does not start one whose name begins with a digit, though Kubernetes takes it.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-")
+    if plain[0].isdigit():
+        plain = f"run-{plain}"
+    return f"{plain[:_LONGEST_NAME].strip('-')}-{attempt}"
 
 
 def run_label(run: str) -> str:

@@ -170,16 +170,21 @@ class Cluster:
         found = [_to_job(detail) for detail in details if detail.submission_id]
         return sorted(found, key=lambda job: job.started, reverse=True)
 
-    def find(self, name: str) -> Job:
-        """The job of that id, or the newest one of the run of that name.
+    def find(self, name: str, only_id: bool = False) -> Job:
+        """The job of that id; where there is none, the newest one of the run of that name.
+
+        Args:
+            name: a run may be called as a job of another run is; then it is the job.
+            only_id: whether it is no name of a run.
 
         Raises:
             UserError: there is none.
         """
         known = self.jobs()
-        for job in known:
-            if name in (job.id, job.run):
-                return job
+        found = [job for job in known if job.id == name]
+        found += [job for job in known if job.run == name and not only_id]
+        if found:
+            return found[0]
         names = ", ".join(job.id for job in known[:8]) or "none"
         raise UserError(f"{self.address} has no job or run {name!r}; its jobs: {names}")
 
@@ -220,7 +225,7 @@ class Cluster:
                     yield chunk
             except (RuntimeError, OSError, connection_error()):
                 pass  # the connection went; whether the job did is asked next
-            if _once_it_answers(partial(self.find, job_id)).is_over:
+            if _once_it_answers(partial(self.find, job_id, only_id=True)).is_over:
                 yield _once_it_answers(partial(self.read_output, job_id))[seen:]
                 return
             time.sleep(POLL_S)
@@ -244,7 +249,7 @@ class Cluster:
     def wait(self, job_id: str, timeout_s: float) -> Job:
         """The job once it is over, or as it is after that time."""
         deadline = time.monotonic() + timeout_s
-        request = partial(self.find, job_id)
+        request = partial(self.find, job_id, only_id=True)
         while not (job := _once_it_answers(request)).is_over and time.monotonic() < deadline:
             time.sleep(POLL_S)
         return job

@@ -66,7 +66,7 @@ Address = Annotated[
     ),
 ]
 JobName = Annotated[
-    str, typer.Argument(metavar="ID", help="Id of a job, or name of a run: its newest job.")
+    str, typer.Argument(metavar="ID", help="Id of a job, or else name of a run: its newest job.")
 ]
 
 
@@ -348,7 +348,7 @@ def follow_job(cluster: Cluster, job_id: str) -> None:
         again = command_line(["mhe", "logs", job_id, "-f", *address_option(cluster.address)])
         console.say(f"[yellow]The job goes on.[/] {escape(again)} watches it again.")
         raise typer.Exit(stop_.exit_code) from None
-    job = cluster.find(job_id)
+    job = cluster.find(job_id, only_id=True)
     console.say(f"[bold]{escape(job.id)}[/]: {_status(job)}, {_length(job)}")
     if summary:
         console.list_rows("Where it is", [("results", summary["run"])])

@@ -32,7 +32,7 @@ app = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, as RayJobs of 
 
 DEFAULT = KubernetesTarget()
 JobName = Annotated[
-    str, typer.Argument(metavar="NAME", help="A RayJob, or a run: its last RayJob.")
+    str, typer.Argument(metavar="NAME", help="A RayJob, or else a run: its last RayJob.")
 ]
 Namespace = Annotated[str, typer.Option(help="Namespace of the RayJobs.")]
 Context = Annotated[str, typer.Option(help="Context of the kubeconfig; the current if left out.")]
@@ -162,7 +162,7 @@ def logs(
     except Interrupted as stop_:
         raise typer.Exit(stop_.exit_code) from None
     if follow:
-        raise typer.Exit(api.find(state.name).exit_code)
+        raise typer.Exit(api.find(state.name, only_rayjob=True).exit_code)
 
 
 @app.command()

@@ -228,10 +228,19 @@ def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("run", "name"),
-    [("a", "a-1"), ("A_b.C", "a-b-c-1"), ("x" * 99, "x" * 40 + "-1"), ("9-", "9-1")],
+    [
+        ("a", "a-1"),
+        ("A_b.C", "a-b-c-1"),
+        ("x" * 99, "x" * 40 + "-1"),
+        ("9-", "run-9-1"),
+        ("2026-11-30", "run-2026-11-30-1"),
+        ("7" * 99, "run-" + "7" * 36 + "-1"),
+    ],
 )
-def test_names_are_those_that_kubernetes_allows(run: str, name: str) -> None:
+def test_names_are_those_that_kubernetes_and_kuberay_allow(run: str, name: str) -> None:
     assert rayjob_name(run, 1) == name
+    # `ValidateRayJobMetadata` of KubeRay: a DNS-1035 label, which begins with a letter.
+    assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", name) and len(name) <= 47
     job = build_rayjob(config(run={"name": run}), KubernetesTarget())
     assert re.fullmatch(
         "[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", job["metadata"]["labels"]["mhe/run"]

@@ -18,7 +18,7 @@ from launcher.kubernetes.client import KubernetesClient
 from launcher.kubernetes.manifests import KubernetesTarget
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.write import save_config
-from mhe_dist.errors import Preempted
+from mhe_dist.errors import Preempted, UserError
 from tests import tiny
 from tests.stores import serving
 
@@ -247,6 +247,26 @@ def test_the_last_rayjob_is_the_newest_and_not_the_last_by_name(api: Api, file: 
     api.log = "x"
     api.pods = {"submitter": "2030-01-02T00:00:00Z", "z-earlier": "2030-01-01T00:00:00Z"}
     assert list(client.read_output("small-1")) == ["x"]
+
+
+def test_a_rayjob_is_found_by_its_name_before_the_run_that_is_called_so(api: Api, file) -> None:
+    for name in ("faces", "faces-1"):
+        assert cli.run(["k8s", "submit", file, f"run.name={name}"]) == 0
+    assert set(api.jobs) == {"faces-1", "faces-1-1"}
+    client = KubernetesClient("mhe")
+    assert client.find("faces-1").name == "faces-1"
+    assert client.find("faces-1-1").name == "faces-1-1"
+    del api.jobs["faces-1"]
+    assert client.find("faces-1").name == "faces-1-1", "the run of that name"
+    with pytest.raises(UserError, match="no RayJob or run 'faces-1'"):
+        client.find("faces-1", only_rayjob=True)
+
+
+def test_a_run_whose_name_begins_with_a_digit_is_found_by_it(api: Api, file: str) -> None:
+    assert cli.run(["k8s", "submit", file, "run.name='2026-11-30'"]) == 0
+    assert set(api.jobs) == {"run-2026-11-30-1"}
+    assert KubernetesClient("mhe").find("2026-11-30").name == "run-2026-11-30-1"
+    assert cli.run(["k8s", "status", "2026-11-30"]) == 0
 
 
 @pytest.mark.parametrize(

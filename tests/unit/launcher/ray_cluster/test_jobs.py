@@ -249,10 +249,12 @@ def test_a_cluster_that_is_not_there_is_told_at_once(capsys) -> None:
     assert "ray start --head --disable-usage-stats" in capsys.readouterr().err
 
 
-def detail(status: JobStatus, exit_code: int | None = None) -> Any:
+def detail(
+    status: JobStatus, exit_code: int | None = None, job: str = "a-1", run: str = "a"
+) -> Any:
     return SimpleNamespace(
-        submission_id="a-1",
-        metadata={"mhe_run": "a", "mhe_path": "/runs/a"},
+        submission_id=job,
+        metadata={"mhe_run": run, "mhe_path": f"/runs/{run}"},
         status=status,
         driver_exit_code=exit_code,
         start_time=1500,
@@ -277,6 +279,40 @@ def test_commands_exit_as_the_job_did(status, exit_code, over: bool, code: int) 
     job = _to_job(detail(status, exit_code))
     assert (job.run, job.path, job.started) == ("a", "/runs/a", 1.5)
     assert (job.is_over, job.exit_code) == (over, code)
+
+
+class Namesakes:
+    """A Jobs client with a finished job, and one of a run that is called as that job is."""
+
+    def __init__(self) -> None:
+        self.listed = [
+            detail(JobStatus.RUNNING, job="faces-1-1", run="faces-1"),
+            detail(JobStatus.SUCCEEDED, job="faces-1", run="faces"),
+        ]
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        yield "first"
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "first"
+
+    def list_jobs(self) -> list[Any]:
+        return self.listed
+
+
+def test_a_job_is_found_by_its_id_before_the_run_that_is_called_so(monkeypatch) -> None:
+    client = Namesakes()
+    monkeypatch.setattr(jobs, "create_client", lambda address: client)
+    cluster = jobs.Cluster()
+    assert cluster.find("faces-1").id == "faces-1"
+    assert cluster.find("faces").id == "faces-1"
+    assert "".join(cluster.follow("faces-1")) == "first"
+    assert cluster.wait("faces-1", 0.0).id == "faces-1"
+    del client.listed[1]
+    assert cluster.find("faces-1").id == "faces-1-1", "the run of that name"
+    for request in (lambda: list(cluster.follow("faces-1")), lambda: cluster.wait("faces-1", 0.0)):
+        with pytest.raises(UserError, match="no job or run 'faces-1'"):
+            request()
 
 
 def test_events_come_back_from_a_log_that_holds_other_lines_too() -> None:
