@@ -25,6 +25,7 @@ from mhe_dist.errors import Preempted, RunError, UserError
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 DASHBOARD_PORT = 8265
+_UNREACHED = (502, 503, 504)  # what a proxy answers for what is behind it
 _CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Preempted.exit_code}
 
 
@@ -168,16 +169,39 @@ class KubernetesClient:
                 yield chunk.decode("utf-8", "replace")
 
     def stop(self, state: RayJobState, now: bool = False) -> None:
-        """Ask the run to save and stop; with `now`, delete the RayJob and all its pods."""
+        """Ask the run to save and stop; with `now`, delete the RayJob and all its pods.
+
+        Raises:
+            UserError: the API server does not reach the dashboard, or refuses.
+        """
         with self._translate_errors():
             if now or not state.cluster:
                 self._delete(state.name)
                 return
+            self._ask_dashboard(state)
+
+    def _ask_dashboard(self, state: RayJobState) -> None:
+        """Ask Ray to stop a job, through the API server.
+
+        Raises:
+            UserError: the API server does not reach the dashboard.
+        """
+        from kubernetes.client import ApiException
+
+        try:
             self._dashboard(state.cluster).connect_post_namespaced_service_proxy_with_path(
                 f"{state.cluster}-head-svc:{DASHBOARD_PORT}",
                 self.namespace,
                 f"api/jobs/{state.job_id}/stop",
             )
+        except ApiException as error:
+            if error.status not in _UNREACHED:
+                raise
+            raise UserError(
+                f"{state.name} is not stopped: the API server does not reach Ray's dashboard "
+                f"({error.status}), which k8s/base/network.yaml closes to it. docs/clusters.md "
+                "says how to let it in, and how to stop the run without"
+            ) from error
 
     def _client(self) -> Any:
         import kubernetes

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, process_environment
+from launcher.ray_cluster.jobs import stop_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.errors import UserError
@@ -306,6 +307,7 @@ def _resources(kind: str, config: Config, target: KubernetesTarget) -> Manifest:
 
 def _variables(config: Config) -> list[dict[str, str]]:
     values = {**DRIVER_ENVIRONMENT, **process_environment(config), "HOME": HOME_FOLDER}
+    values |= stop_environment()  # for Ray's own process on the head, which ends the driver
     return [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 

@@ -23,6 +23,8 @@ from launcher.kubernetes.manifests import (
     build_rayjob,
     rayjob_name,
 )
+from launcher.ray_cluster.jobs import STOP_WAIT_S
+from launcher.ray_cluster.train import GRACE_S
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 
@@ -215,6 +217,17 @@ def test_any_run_makes_a_valid_rayjob(gpu: bool) -> None:
     assert limits["memory"] == "8Gi"
     check_ray(build_raycluster(settings, target))
     kubernetes_validate.validate(build_config_map(settings, target, "a"), KUBERNETES, strict=True)
+
+
+def test_a_run_that_is_stopped_has_time_to_save_before_ray_or_its_pod_ends_it() -> None:
+    settings, target = config(), KubernetesTarget()
+    for made in (build_rayjob(settings, target), build_raycluster(settings, target)):
+        found = list(pods(made["spec"].get("rayClusterSpec", made["spec"])))
+        assert len(found) == 2
+        for pod in found:
+            variables = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
+            granted = int(variables["RAY_JOB_STOP_WAIT_TIME_S"])  # 3 where Ray finds none
+            assert GRACE_S < granted == STOP_WAIT_S < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_settings_that_travel_are_those_of_the_run(tmp_path: Path) -> None:

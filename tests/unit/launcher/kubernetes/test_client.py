@@ -36,6 +36,7 @@ class Api(ThreadingHTTPServer):
         self.log = ""
         self.pods = {"submitter": ""}
         self.refuses_maps = False
+        self.is_shut_out = False  # from the dashboard, by a NetworkPolicy
         super().__init__(("127.0.0.1", 0), Handler)
 
     def now(self, name: str, job: str, deployment: str) -> None:
@@ -79,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.maps.append(json.loads(body))
             self._answer(self.server.maps[-1], 201)
         elif "/proxy/" in path:
+            if self.server.is_shut_out:
+                self._answer({"message": "error trying to reach service: i/o timeout"}, 503)
+                return
             self.server.posted.append(path)
             self.server.tokens.append(self.headers.get("X-Ray-Authorization", ""))
             self._send(200, b"true", "application/json")
@@ -185,6 +189,16 @@ def test_stop_asks_ray_and_now_deletes(api: Api, file: str, capsys) -> None:
     api.now("small-1", "RUNNING", "Running")
     assert cli.run(["k8s", "stop", "small", "--now"]) == 0
     assert not api.jobs
+
+
+def test_a_dashboard_that_the_api_server_does_not_reach_is_told(api: Api, file, capsys) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    api.is_shut_out = True
+    assert cli.run(["k8s", "stop", "small"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "small-1 is not stopped: the API server does not reach Ray's dashboard (503)" in said
+    assert "docs/clusters.md" in said
 
 
 def test_mistakes_are_told(api: Api, file: str, capsys) -> None:
