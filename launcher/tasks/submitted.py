@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from launcher.ray_cluster.code_package import CodePackage, copy_code
 from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes, existing_cluster
 from launcher.ray_cluster.jobs import RUN_KEY, Submission, job_entrypoint, stop_environment
+from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import is_local
 
@@ -54,7 +55,7 @@ class SpreadCommand(NamedTuple):
                 "submit"
             )
         given = context.params
-        results = given.get("out") or given.get("run") or given["tars"][0]
+        results = local_path(given.get("out") or given.get("run") or given["tars"][0])
         return SpreadCommand(list(words), results)
 
     @property

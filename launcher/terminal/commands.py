@@ -63,6 +63,33 @@ def as_typed(path: str) -> str:
     return path.removeprefix(here) or path
 
 
+def fetching_code(url: str) -> str:
+    """A line of Python that copies a file or folder of a store into the working directory."""
+    where, name = json.dumps(url), json.dumps(fetched_name(url))
+    return (
+        f"import fsspec; files, path = fsspec.core.url_to_fs({where}); "
+        f"files.get(path, {name}, recursive=files.isdir(path))"
+    )
+
+
+def fetched_name(url: str) -> str:
+    """Where `fetching_code` puts what is at a URL; a path of this machine stays as it is."""
+    return url.rpartition("/")[2] if is_in_store(url) else url
+
+
+def is_in_store(url: str) -> bool:
+    """Whether what takes paths alone needs a copy of what is at a path or URL."""
+    return "://" in url
+
+
+def viewing_steps(url: str) -> list[tuple[str, str | list[str]]]:
+    """What to type to see a page or picture; one in a store is fetched first."""
+    steps: list[tuple[str, str | list[str]]] = []
+    if is_in_store(url):
+        steps.append(("fetch it", ["python", "-c", fetching_code(url)]))
+    return [*steps, ("see it", ["python", "-m", "webbrowser", fetched_name(url)])]
+
+
 def loading_code(export: str, path: str, model: str = "") -> str:
     """A line of Python that loads an exported backbone.
 

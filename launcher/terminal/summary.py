@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.terminal.commands import loading_code
+from launcher.terminal.commands import fetched_name, fetching_code, is_in_store, loading_code
 from launcher.terminal.progress import accuracy_rows, format_duration
 from mhe_dist.config.schema import Config
 from mhe_dist.tracking.factory import count_waiting
+from pipelines.runs.folder import logs_folder
 
 Row = tuple[str, str]
 
@@ -66,7 +67,7 @@ def result_paths(config: Config, summary: dict[str, Any]) -> Iterator[Row]:
         yield "bad samples by name", f"{path}/bad_samples.jsonl"
     yield "checkpoints", summary["checkpoints"]
     yield "settings", f"{path}/config.yaml"
-    yield "logs", f"{path}/logs"
+    yield "logs", str(logs_folder(config)) if is_in_store(path) else f"{path}/logs"
 
 
 def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, str | list[str]]]:
@@ -79,7 +80,10 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
     if config.tracking.tensorboard:
         yield "see them in TensorBoard", ["tensorboard", "--logdir", config.run.dir]
     if "timm" in exports:
-        code = loading_code("timm", exports["timm"]["path"], config.model.name)
+        export = exports["timm"]["path"]
+        if is_in_store(export):
+            yield "fetch the backbone", ["python", "-c", fetching_code(export)]
+        code = loading_code("timm", fetched_name(export), config.model.name)
         yield "use the backbone", ["python", "-c", code]
     yield "see it on a page", ["mhe", "report", path]
     if summary["heldout"]:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.terminal.commands import viewing_steps
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
 from launcher.verbs.outputs import usable_folder
 
@@ -57,7 +58,7 @@ def classify(
     _show(found, names)
     files = write_classes(out.rstrip("/"), found, names)
     console.say("Written: " + ", ".join(escape(file) for file in files))
-    console.list_next([("see it", ["python", "-m", "webbrowser", files[0]])])
+    console.list_next(viewing_steps(files[0]))
 
 
 def _show(found: ClassifiedImages, names: dict[int, str]) -> None:

@@ -7,27 +7,57 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mhe_dist.config.section import local_path
+from mhe_dist.errors import UserError
+from pipelines.runs.folder import why_not_writable
 from pipelines.storage.unusable_path import require_usable
+from pipelines.storage.urls import is_local, resolve_url
 
 
-def usable_folder(path: str) -> str:
-    """The callback of an option that names a folder, which may exist.
+def usable_folder(url: str) -> str:
+    """The callback of an option that names a folder, which may exist; a `file://` URL is its path.
 
     Raises:
         OSError: it cannot be made, or not be written.
     """
+    path = local_path(url)
     require_usable(path, is_folder=True)
     return path
 
 
-def usable_file(path: str) -> str:
-    """The callback of an option that names a file, which may exist.
+def usable_file(url: str) -> str:
+    """The callback of an option that names a file, which may exist; a `file://` URL is its path.
 
     Raises:
         OSError: it cannot be made, or not be written.
     """
+    path = local_path(url)
     require_usable(path, is_folder=False)
     return path
+
+
+def usable_folder_here(url: str) -> str:
+    """Like `usable_folder`, of a command whose files are made on this machine alone.
+
+    Raises:
+        OSError: it cannot be made, or not be written.
+        UserError: it is in a store.
+    """
+    if not is_local(resolve_url(url)[0]):
+        raise UserError(f"--out {url}: is made in files of this machine; name a folder here")
+    return usable_folder(url)
+
+
+def refuse_unwritable_store(folder: str) -> None:
+    """Refuse, before the work, a URL at which nothing could be written after it.
+
+    Raises:
+        UserError: it is that of a web server, or of a store that takes no file there.
+    """
+    if reason := why_not_writable(folder):
+        raise UserError(
+            f"{folder}: cannot be written ({reason}); name another folder, or one here, with --out"
+        )
 
 
 @contextmanager

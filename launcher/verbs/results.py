@@ -11,9 +11,16 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.terminal.commands import loading_code, serving_command
+from launcher.terminal.commands import (
+    fetched_name,
+    fetching_code,
+    is_in_store,
+    loading_code,
+    serving_command,
+    viewing_steps,
+)
 from launcher.verbs.evaluate.shared import RunName, classes_of
-from launcher.verbs.outputs import usable_file, usable_folder
+from launcher.verbs.outputs import refuse_unwritable_store, usable_file, usable_folder
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
@@ -52,9 +59,7 @@ def export(
     ] = DEFAULT_FORMATS,
     out: Annotated[
         str,
-        typer.Option(
-            help="Folder for the files; export/ of the run if left out.", callback=usable_folder
-        ),
+        typer.Option(help="Folder or URL; export/ of the run if left out.", callback=usable_folder),
     ] = "",
     classify: Annotated[
         int,
@@ -96,6 +101,7 @@ def export(
     formats = _formats(to if _was_given(context, "to") else None, classify, normalize)
     backbone = load_trained_backbone(run)
     folder = out.rstrip("/") or f"{backbone.path}/export"
+    refuse_unwritable_store(folder)
     options = ExportOptions(opset, fp16, normalize, uint8)
     write = _writer(backbone, formats, classify, folder, options)
     console.say(f"From {escape(backbone.checkpoint)}:")
@@ -202,16 +208,22 @@ _LOADED_IN_A_LINE = (Format.TIMM, Format.ONNX, Format.TORCH_EXPORT)
 
 
 def _next_steps(paths: dict[Format, str], model: str) -> list[tuple[str, str | list[str]]]:
-    """How what was written is used."""
+    """How what was written is used; of a store, first how it is fetched."""
     uses: list[tuple[str, str | list[str]]] = [
-        (f"use it ({name.value})", ["python", "-c", loading_code(name.value, path, model)])
+        (f"fetch it ({name.value})", ["python", "-c", fetching_code(path)])
         for name, path in paths.items()
+        if is_in_store(path)
+    ]
+    here = {name: fetched_name(path) for name, path in paths.items()}
+    uses += [
+        (f"use it ({name.value})", ["python", "-c", loading_code(name.value, path, model)])
+        for name, path in here.items()
         if name in _LOADED_IN_A_LINE
     ]
-    if Format.MLFLOW in paths:
-        uses.append(("serve it (mlflow)", serving_command(paths[Format.MLFLOW])))
-    if Format.HUB_FOLDER in paths:
-        upload = ["hf", "upload", "USER/NAME", paths[Format.HUB_FOLDER]]
+    if Format.MLFLOW in here:
+        uses.append(("serve it (mlflow)", serving_command(here[Format.MLFLOW])))
+    if Format.HUB_FOLDER in here:
+        upload = ["hf", "upload", "USER/NAME", here[Format.HUB_FOLDER]]
         uses.append(("publish it (say the licence first)", upload))
     return uses
 
@@ -246,13 +258,14 @@ def report(
 
     paths = list(dict.fromkeys(find_run(run.rstrip("/")) for run in runs))
     target = out or (f"{paths[0]}/report.html" if len(paths) == 1 else "comparison.html")
+    refuse_unwritable_store(target.rpartition("/")[0])
     with console.out.status(f"drawing {escape(', '.join(paths))}"):
         if len(paths) == 1:
             sections = write_run_page(paths[0], target)
         else:
             sections = write_comparison_page(paths, target)
     console.say(f"{escape(target)}: {', '.join(sections)}")
-    console.list_next([("see it", ["python", "-m", "webbrowser", target])])
+    console.list_next(viewing_steps(target))
 
 
 def sync(run: RunName) -> None:

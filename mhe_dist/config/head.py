@@ -11,6 +11,7 @@ from mhe_dist.config.section import (
     ConfigSection,
     CountOrAuto,
     Decay,
+    FolderText,
     Fraction,
     MarginOrAuto,
     PathText,
@@ -93,7 +94,9 @@ class BankConfig(ConfigSection):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Stored type of rows; bfloat16 is rounded stochastically."
     )
-    path: PathText = Field("", description="file: folder for the row files; empty: inside the run.")
+    path: FolderText = Field(
+        "", description="file: folder for the row files; empty: inside the run."
+    )
     init_length: PositiveFloat = Field(
         1.0, description="Length that rows begin with; the shorter, the faster they turn."
     )

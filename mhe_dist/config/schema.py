@@ -16,6 +16,7 @@ from mhe_dist.config.section import (
     Alternatives,
     ConfigSection,
     Decay,
+    FolderText,
     PathText,
     PathTexts,
     PositiveFloat,
@@ -33,7 +34,7 @@ class RunConfig(ConfigSection):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run; the same name continues the same run.",
     )
-    dir: PathText = Field(
+    dir: FolderText = Field(
         "runs", min_length=1, description="Folder or fsspec URL that holds the runs."
     )
     seed: int = Field(0, ge=0, description="The seed of everything that is drawn.")

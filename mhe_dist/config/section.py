@@ -56,6 +56,7 @@ MarginOrAuto = Annotated[
 ]
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+_HERE: Final = re.compile(r"(file|local):(//)?")  # how URLs of this machine begin, as fsspec has it
 
 
 def expand_path(path: str) -> str:
@@ -82,9 +83,17 @@ def expand_paths(paths: list[str]) -> list[str]:
     return [expand_path(path) for path in paths]
 
 
+def local_path(url: str) -> str:
+    """A `file://` URL as the path that it names; any other path or URL as it is."""
+    found = _HERE.match(url)
+    return os.path.expanduser(url[found.end() :]) or os.curdir if found else url
+
+
 PathText = Annotated[str, AfterValidator(expand_path)]
 """A path or URL; whoever uses it finds `~` and variables replaced."""
 PathTexts = Annotated[list[str], AfterValidator(expand_paths)]
+FolderText = Annotated[PathText, AfterValidator(local_path)]
+"""A folder, or its URL, that is written; a `file://` URL is the path that it names."""
 
 INAPPLICABLE = "inapplicable"  # pydantic's type of the error
 UNSET_VARIABLE: Final = "unset_variable"  # likewise

@@ -97,6 +97,10 @@ class Tracker(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """See what was recorded so far where `read_records` finds it, at a URL, too."""
+        ...
+
     def close(self, status: Status = "finished") -> None:
         """Say how the run ended and see the record safely stored."""
         ...
@@ -125,6 +129,9 @@ class NullTracker:
         """Keep nothing."""
 
     def note(self, text: str) -> None:
+        """Keep nothing."""
+
+    def flush(self) -> None:
         """Keep nothing."""
 
     def close(self, status: Status = "finished") -> None:
@@ -183,6 +190,11 @@ class CombinedTrackers:
         """Hand the text to each."""
         for tracker in self._trackers:
             tracker.note(text)
+
+    def flush(self) -> None:
+        """Let each store what it has."""
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self, status: Status = "finished") -> None:
         """Close each, in order; the first failure is raised when all have been asked."""

@@ -96,6 +96,13 @@ class JsonlTracker:
     def note(self, text: str) -> None:
         """Keep nothing: `summary.json` has the figures."""
 
+    def flush(self) -> None:
+        """Bring the copy at a URL up to date."""
+        if self._file is not None:
+            self._write()
+            if self._copy:
+                self._copy.finish()
+
     def close(self, status: Status = "finished") -> None:
         """Close the file; the temporary one of a record at a URL goes once all of it is there."""
         if self._file is not None:

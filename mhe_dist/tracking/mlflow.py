@@ -196,6 +196,9 @@ class MlflowTracker:
         """Queue the text; MLflow shows it as the run's description."""
         self._put(NoteEntry(scrub(text)))
 
+    def flush(self) -> None:
+        """Nothing: the thread sends by itself."""
+
     def close(self, status: Status = "finished") -> None:
         """Send what is queued and mark the run; wait for that half a minute at most."""
         if not self._thread.is_alive() or self._closing.is_set():

@@ -82,6 +82,9 @@ class TensorBoardTracker:
         """The run's main figures, as a text; TensorBoard shows no file of the run."""
         self._write(lambda writer: writer.add_text("note", scrub(PICTURE.sub("", text)).strip()))
 
+    def flush(self) -> None:
+        """Nothing: the library's thread writes by itself."""
+
     def close(self, status: Status = "finished") -> None:
         """Write what waits."""
         self._write(lambda writer: writer.close())

@@ -32,6 +32,7 @@ from pipelines.evaluate.metrics.projection import map_embeddings
 from pipelines.evaluate.metrics.roc import FARS, tar_name
 from pipelines.evaluate.metrics.verification import FOLDS, ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
+from pipelines.storage.urls import atomic_write
 from pipelines.storage.worker_pool import HERE, Workers
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,10 @@ class Evaluation(NamedTuple):
     details: dict[str, npt.NDArray[Any]]
     protocol: str = ""
 
-    def save(self, path: str | Path) -> None:
-        """Write the details as NumPy's `.npz`."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **self.details)  # type: ignore[arg-type]
+    def save(self, url: str | Path) -> None:
+        """Write the details as NumPy's `.npz`, to a path or URL."""
+        with atomic_write(str(url)) as stream:
+            np.savez_compressed(stream, **self.details)  # type: ignore[arg-type]
 
 
 def evaluate_heldout(

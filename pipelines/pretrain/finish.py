@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
@@ -22,11 +22,15 @@ from pipelines.data.sequential import first_good_images
 from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain import preemption
 from pipelines.pretrain.run import Run
-from pipelines.serving.exports import write_format
+from pipelines.serving.exports import MLFLOW_FOLDER, write_format
 from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, write_model_card
+from pipelines.storage.urls import local_copies, staged_folder
 
 PARITY_IMAGES = 64
+
+Copied = Callable[[str], str]
+"""See `pipelines.storage.urls.local_copies`."""
 
 
 def finish_run(run: Run) -> dict[str, Any]:
@@ -41,17 +45,18 @@ def finish_run(run: Run) -> dict[str, Any]:
     evaluation = run.try_to_evaluate(with_pictures=True) or Evaluation({}, {})
     tensors = run.engine.state()
     exports: dict[str, dict[str, Any]] | None = {}
-    if run.topology.is_first:
-        with run.recorder.phase("export"):
-            exports = _export(run, tensors, evaluation)
-        if exports is not None:
-            with run.recorder.phase("report"):
-                _draw(run, evaluation)
-            run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
-    exports = broadcast_from_first(exports, run.topology)
-    if exports is None:
-        raise Preempted(f"told to stop while it exported; {run.standing()}")
-    run.tracker.close()  # what does not arrive belongs in the summary
+    with local_copies() as copied:  # MLflow reads them until the tracker is closed
+        if run.topology.is_first:
+            with run.recorder.phase("export"):
+                exports = _export(run, tensors, evaluation, copied)
+            if exports is not None:
+                with run.recorder.phase("report"):
+                    _draw(run, evaluation, copied)
+                run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
+        exports = broadcast_from_first(exports, run.topology)
+        if exports is None:
+            raise Preempted(f"told to stop while it exported; {run.standing()}")
+        run.tracker.close()  # what does not arrive belongs in the summary
     run.report_tracker()
     summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
@@ -62,7 +67,7 @@ def finish_run(run: Run) -> dict[str, Any]:
 
 
 def _export(
-    run: Run, tensors: dict[str, Tensor], evaluation: Evaluation
+    run: Run, tensors: dict[str, Tensor], evaluation: Evaluation, copied: Copied
 ) -> dict[str, dict[str, Any]] | None:
     """What was written, by format; None: this rank was told to stop."""
     config = run.config
@@ -92,33 +97,33 @@ def _export(
         run.recorder.emit("export", format=name, path=path, max_difference=difference)
     if preemption.requested():
         return None
-    if "onnx" in exports and config.tracking.mlflow and "://" not in folder:
-        model = f"{folder}/mlflow"
+    if "onnx" in exports and config.tracking.mlflow:
         if "mlflow" not in exports:
-            write_mlflow_model(
-                exports["onnx"]["path"],
-                model,
-                images[0].permute(1, 2, 0).contiguous().numpy(),
-                config.model.embedding_dim,
-            )
-            write_model_card(model, trained, {"mlflow": "."})
-        run.tracker.model(model, config.run.name)
+            example = images[0].permute(1, 2, 0).contiguous().numpy()
+            with staged_folder(folder, replaced=[MLFLOW_FOLDER]) as local:
+                onnx, model = copied(exports["onnx"]["path"]), f"{local}/{MLFLOW_FOLDER}"
+                write_mlflow_model(onnx, model, example, config.model.embedding_dim)
+                write_model_card(model, trained, {"mlflow": "."})
+        run.tracker.model(copied(f"{folder}/{MLFLOW_FOLDER}"), config.run.name)
     return exports
 
 
-def _draw(run: Run, evaluation: Evaluation) -> None:
+def _draw(run: Run, evaluation: Evaluation, copied: Copied) -> None:
     """Pictures in `<run>/plots`, and what is worth keeping beside them, to MLflow too."""
     from pipelines.report.plots import draw_plots  # matplotlib, which no step needs
 
-    folder = Path(run.config.run.path)
+    config, path, kept = run.config, run.config.run.path, []
     if evaluation.details:
-        evaluation.save(folder / "evaluation.npz")
-        run.tracker.artifact(str(folder / "evaluation.npz"))
-    draw_plots(str(folder), run.config.evaluate.shards, run.config.data.image_size)
-    run.tracker.artifact(str(folder / "plots"))
-    run.tracker.artifact(str(folder / "config.yaml"))
+        evaluation.save(f"{path}/evaluation.npz")
+        kept.append("evaluation.npz")
+    run.tracker.flush()  # the pictures show every step
+    if draw_plots(path, config.evaluate.shards, config.data.image_size):
+        kept.append("plots")
+    kept.append("config.yaml")
     if run.bad_samples.total.count:
-        run.tracker.artifact(str(folder / bad_samples.BAD_SAMPLES_FILE))
+        kept.append(bad_samples.BAD_SAMPLES_FILE)
+    for name in kept if config.tracking.mlflow else ():
+        run.tracker.artifact(copied(f"{path}/{name}"))
 
 
 def run_note(config: Config, steps: int, samples: int, evaluation: Evaluation) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import PurePosixPath
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib as mpl
@@ -18,7 +16,7 @@ from mhe_dist.tracking.base import Metrics
 from pipelines.report.charts.run_charts import Curves
 from pipelines.report.figures import cut_note, save_figure
 from pipelines.report.plots import STYLE
-from pipelines.storage.urls import atomic_write, resolve_url
+from pipelines.storage.urls import atomic_write, local_copies
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -69,12 +67,8 @@ def log_evaluation(uri: str, run_id: str, step: int, metrics: Metrics, files: li
     Raises:
         RunError: MLflow cannot be reached, or refuses.
     """
-    with TemporaryDirectory() as folder:
-        local = []
-        for url in files:
-            filesystem, path = resolve_url(url)
-            local.append(f"{folder}/{PurePosixPath(path).name}")
-            filesystem.get_file(path, local[-1])
+    with local_copies() as copied:
+        local = [copied(file) for file in files]
         append_to_mlflow_run(uri, run_id, step, metrics, local, EVALUATION_FOLDER)
 
 

@@ -1,14 +1,13 @@
 """Plots of a run, from its records alone: curves, ROC, nearest neighbours.
 
-`draw_plots` needs the run's folder (`metrics.jsonl`, `evaluation.npz`) and, for the neighbours, the
-held-out shards; so a report can be made again long after the run.
+`draw_plots` needs the run's folder or URL (`metrics.jsonl`, `evaluation.npz`) and, for the
+neighbours, the held-out shards; so a report can be made again long after the run.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -26,6 +25,7 @@ from pipelines.report.charts.numbers import format_share
 from pipelines.report.page import read_bytes
 from pipelines.report.sheets.contact_sheet import draw_neighbours
 from pipelines.shards.index import index_exists
+from pipelines.storage.urls import atomic_write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
 STYLE: Final[Any] = {
@@ -66,30 +66,28 @@ Arrays = dict[str, npt.NDArray[Any]]
 Panel = Callable[[Axes], None]
 
 
-def draw_plots(folder: str, heldout_shards: str, image_size: int) -> list[Path]:
-    """Draw every plot that the records of a run allow into `<folder>/plots`.
+def draw_plots(run: str, heldout_shards: str, image_size: int) -> list[str]:
+    """Draw every plot that the records of a run allow into `<run>/plots`.
 
     Args:
-        folder: of the run.
+        run: its folder or URL.
         heldout_shards: folder or URL of the held-out shards; empty if there are none.
         image_size: of the held-out images in pixels.
 
     Returns:
-        Paths of the PNG files. Nearest neighbours are drawn only if the held-out shards exist.
+        The PNG files. Nearest neighbours are drawn only if the held-out shards exist.
     """
-    records = read_records(Path(folder) / "metrics.jsonl")
-    details = load_details(f"{folder}/evaluation.npz")
-    plots = Path(folder) / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    written = []
+    records = read_records(f"{run}/metrics.jsonl")
+    details = load_details(f"{run}/evaluation.npz")
+    plots, written = f"{run}/plots", []
     with mpl.rc_context(STYLE):
         figures = _draw_figures(records, details)
-        written += [_save(figure, plots / f"{name}.png") for name, figure in figures.items()]
+        written += [_save(figure, f"{plots}/{name}.png") for name, figure in figures.items()]
         if noted := figures.get("heldout", figures.get("overview")):
-            written.append(_save(noted, plots / NOTE_PICTURE, _NOTE_DPI))
+            written.append(_save(noted, f"{plots}/{NOTE_PICTURE}", _NOTE_DPI))
         if "nearest" in details and index_exists(heldout_shards):
             figure = draw_neighbours(details, heldout_shards, image_size)
-            written.append(_save(figure, plots / "neighbours.png"))
+            written.append(_save(figure, f"{plots}/neighbours.png"))
     return written
 
 
@@ -232,9 +230,11 @@ def _draw_row(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path, dpi: float | None = None) -> Path:
-    FigureCanvasAgg(figure).print_figure(path, dpi=dpi, metadata={"Software": None})
-    return path
+def _save(figure: Figure, url: str, dpi: float | None = None) -> str:
+    with atomic_write(url) as stream:
+        canvas = FigureCanvasAgg(figure)
+        canvas.print_figure(stream, dpi=dpi, format="png", metadata={"Software": None})
+    return url
 
 
 def load_details(url: str) -> Arrays:

@@ -16,13 +16,15 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.checkpoint.step_folder import MANIFEST, describe_missing_step, step_of
 from mhe_dist.config.schema import Config
+from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError, first_line
 from pipelines.runs.no_run import describe_what_is_there
 from pipelines.storage.retry import is_transient
-from pipelines.storage.urls import is_web, list_folder
+from pipelines.storage.urls import is_web, list_folder, resolve_url
 
 RUNS_FOLDER = "runs"
 _WRITTEN = ".written"  # to see whether a store takes files
+_WEB = "a web server takes no files"
 
 
 def read_if_exists(url: str) -> str | None:
@@ -72,9 +74,9 @@ def make_run_folder(config: Config) -> None:
     filesystem, path = url_to_fs(config.run.path)
     cure = "name another folder with run.dir"
     if is_web(filesystem):
-        raise UserError(f"run.dir={config.run.dir}: a web server takes no files; {cure}")
+        raise UserError(f"run.dir={config.run.dir}: {_WEB}; {cure}")
     if not isinstance(filesystem, LocalFileSystem):
-        if reason := _why_not_writable(filesystem, path):
+        if reason := why_not_writable(config.run.path):
             raise UserError(
                 f"run.dir={config.run.dir}: {config.run.path} cannot be written ({reason}); {cure}"
             )
@@ -88,8 +90,16 @@ def make_run_folder(config: Config) -> None:
         raise UserError(f"run.dir={config.run.dir}: {path} may not be written; {cure}")
 
 
-def _why_not_writable(filesystem: Any, folder: str) -> str:
-    """What a store says when a small file is written into a folder; empty: it may be written."""
+def why_not_writable(url: str) -> str:
+    """What a store says when a small file is written into a folder; empty: it may be written.
+
+    A folder of this machine is not looked at.
+    """
+    filesystem, folder = resolve_url(url)
+    if isinstance(filesystem, LocalFileSystem):
+        return ""
+    if is_web(filesystem):
+        return _WEB
     try:
         filesystem.pipe_file(f"{folder}/{_WRITTEN}", b"")
     except Exception as error:  # every store has errors of its own
@@ -161,7 +171,7 @@ def find_checkpoint_folder(url: str) -> str:
     Raises:
         UserError: there is no such folder, no run, or it has no complete checkpoint yet.
     """
-    url = url.rstrip("/")
+    url = local_path(url.rstrip("/"))
     if step_of(url) is not None:
         if missing := describe_missing_step(url):
             raise UserError(missing)
@@ -175,10 +185,12 @@ def find_checkpoint_folder(url: str) -> str:
 def find_run(run: str) -> str:
     """Path of a run that is named by its path, its URL or its name in `runs/`.
 
+    Of a `file://` URL it is the path that it names.
+
     Raises:
         UserError: there is no run; the message says where it was looked for, and what is there.
     """
-    folders = [run.rstrip("/"), f"{RUNS_FOLDER}/{run}"]
+    folders = [local_path(run.rstrip("/")), f"{RUNS_FOLDER}/{run}"]
     for folder in folders:
         if url_exists(f"{folder}/config.yaml"):
             return folder

@@ -30,7 +30,7 @@ from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_in_run
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
-from pipelines.storage.urls import atomic_write
+from pipelines.storage.urls import atomic_write, staged_folder
 
 ClassifierFormat = Literal["onnx", "torch-export", "mlflow"]
 
@@ -107,26 +107,27 @@ def write_classifier(
     Args:
         name: of the format.
         trained, classifier: what is exported.
-        folder: gets `classifier.onnx` (`_uint8`, `_fp16`), `classifier.pt2` or
+        folder: path or URL; gets `classifier.onnx` (`_uint8`, `_fp16`), `classifier.pt2` or
             `mlflow-classifier`.
         images: those that `take_classifier` was given.
         options: see `ExportOptions`; `half` and `pixels` are for ONNX alone.
 
     Returns:
-        Its path, and the largest difference of a score from the head's.
+        Its path or URL, and the largest difference of a score from the head's.
 
     Raises:
         RunError: its answers differ from the head's; see `compare_answers`.
         UserError: ONNX has no such operator set.
     """
-    if classifier.names:
-        write_names(f"{folder}/{NAMES_FILE}", classifier.names)
-    if name == "mlflow":
-        path, difference = _write_mlflow(trained, classifier, folder, images, options)
-    else:
-        path, difference = _write_file(name, trained, classifier, folder, images, options)
+    with staged_folder(folder, replaced=[MLFLOW_FOLDER]) as local:
+        if classifier.names:
+            write_names(f"{local}/{NAMES_FILE}", classifier.names)
+        if name == "mlflow":
+            path, difference = _write_mlflow(trained, classifier, local, images, options)
+        else:
+            path, difference = _write_file(name, trained, classifier, local, images, options)
     write_model_card(folder, trained, known_exports(folder))
-    return path, difference
+    return f"{folder}{path.removeprefix(local)}", difference
 
 
 def _write_file(

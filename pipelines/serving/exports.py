@@ -20,9 +20,10 @@ from mhe_dist.backbone.export import (
 )
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
+from pipelines.storage.urls import staged_folder
 
 ExportFormat = Literal["timm", "onnx", "torch-export", "mlflow", "hub-folder"]
-HUB_FOLDER = "hub"
+HUB_FOLDER, MLFLOW_FOLDER = "hub", "mlflow"
 
 
 def write_format(
@@ -34,15 +35,17 @@ def write_format(
 ) -> tuple[str, float]:
     """Write one format into `folder`, and a card beside it.
 
+    What is compared with the model lies on this machine; to a store those files go afterwards.
+
     Args:
         name: of the format.
         trained: what is exported.
-        folder: gets it.
+        folder: path or URL; gets it.
         images: uint8 `[N, 3, H, W]` to compare with.
         options: see `ExportOptions`.
 
     Returns:
-        Its path, and the largest difference from the model's embeddings.
+        Its path or URL, and the largest difference from the model's embeddings.
 
     Raises:
         RunError: they differ too much.
@@ -50,26 +53,27 @@ def write_format(
     """
     if name != "onnx":  # the MLflow model prepares images itself; the Hub's file is the usual one
         options = options._replace(pixels=False)
-    if name == "mlflow":
-        path, difference = _write_mlflow(trained, folder, images, options)
-    elif name == "hub-folder":
-        path, difference = _write_hub_folder(trained, folder, images, options)
-    else:
-        origin = trained.origin()
-        path, difference = write_export(
-            *(name, trained.model, trained.config, folder, images, options, origin)
-        )
-    if name in ("timm", "mlflow"):
-        write_model_card(path, trained, {name: "."})
+    with staged_folder(folder, replaced=(MLFLOW_FOLDER, HUB_FOLDER)) as local:
+        if name == "mlflow":
+            path, difference = _write_mlflow(trained, local, images, options)
+        elif name == "hub-folder":
+            path, difference = _write_hub_folder(trained, local, images, options)
+        else:
+            origin = trained.origin()
+            path, difference = write_export(
+                *(name, trained.model, trained.config, local, images, options, origin)
+            )
+        if name in ("timm", "mlflow"):
+            write_model_card(path, trained, {name: "."})
     write_model_card(folder, trained, known_exports(folder))
-    return path, difference
+    return f"{folder}{path.removeprefix(local)}", difference
 
 
 def _write_mlflow(
     trained: TrainedModel, folder: str, images: Tensor, options: ExportOptions
 ) -> tuple[str, float]:
     """The model that takes images; compared with the pixels as it gets them."""
-    path, config = f"{folder}/mlflow", trained.config
+    path, config = f"{folder}/{MLFLOW_FOLDER}", trained.config
     example = images[0].permute(1, 2, 0).contiguous().numpy()
     with TemporaryDirectory() as scratch:
         file = f"{scratch}/backbone.onnx"

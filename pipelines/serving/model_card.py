@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from mhe_dist.backbone.model import Backbone
 from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.config.schema import Config
-from pipelines.storage.urls import atomic_write
+from pipelines.storage.urls import atomic_write, resolve_url
 
 CARD: Final = "README.md"
 _ANSWERS: Final = (
@@ -55,12 +54,12 @@ def write_model_card(folder: str, trained: TrainedModel, exports: Mapping[str, s
     """Write `README.md` into a folder.
 
     Args:
-        folder: of the exports.
+        folder: path or URL of the exports.
         trained: what was exported.
         exports: format -> path below the folder, `.` for the folder itself.
 
     Returns:
-        Path of the file.
+        Path or URL of the file.
     """
     with atomic_write(f"{folder}/{CARD}") as stream:
         stream.write(model_card(trained, exports).encode())
@@ -226,7 +225,9 @@ def _training(trained: TrainedModel) -> str:
 
 
 def known_exports(folder: str) -> dict[str, str]:
-    """Format -> path below a folder of the exports that are in it."""
+    """Format -> path below a folder, at a path or URL, of the exports that are in it."""
+    filesystem, root = resolve_url(folder)
+    filesystem.invalidate_cache()
     places = {
         "timm": ("timm",),
         "onnx": ("backbone.onnx", "backbone_fp16.onnx"),
@@ -244,5 +245,5 @@ def known_exports(folder: str) -> dict[str, str]:
         name: path
         for name, paths in places.items()
         for path in paths[::-1]
-        if Path(folder, path).exists()
+        if filesystem.exists(f"{root}/{path}")
     }

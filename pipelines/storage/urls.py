@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, mkdtemp
 from typing import IO, Any, Final
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mhe_dist.errors import UserError
+from mhe_dist.config.section import local_path
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.web_address import is_web_address
 from pipelines.storage.retry import errors_naming, truncated_read, with_retries
 from pipelines.storage.unusable_path import explain_fault
@@ -114,6 +115,61 @@ def atomic_write(url: str) -> Iterator[IO[bytes]]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(url: str, replaced: Sequence[str] = ()) -> Iterator[str]:
+    """A folder of this machine, for writers that take no URL; in the end its files are at `url`.
+
+    It is that folder itself if it is on this machine. For a store it is an empty temporary one,
+    whose files are sent when the block ends without an error.
+
+    Args:
+        url: path or URL of the folder.
+        replaced: names of folders in it; nothing of before stays in one that was written.
+
+    Raises:
+        RunError: of the block; it names the URL, not the temporary folder.
+    """
+    filesystem, path = resolve_url(url)
+    if is_local(filesystem):
+        yield local_path(url)
+        return
+    with TemporaryDirectory(prefix="mhe-") as scratch:
+        try:
+            yield scratch
+        except RunError as error:
+            raise RunError(str(error).replace(scratch, url)) from error
+        for name in replaced:
+            if os.path.isdir(f"{scratch}/{name}") and filesystem.exists(f"{path}/{name}"):
+                filesystem.rm(f"{path}/{name}", recursive=True)
+        for parent, _, names in os.walk(scratch):
+            for file in (f"{parent}/{name}" for name in names):
+                filesystem.put_file(file, f"{path}{file.removeprefix(scratch)}")
+
+
+@contextmanager
+def local_copies() -> Iterator[Callable[[str], str]]:
+    """Within, what gives the local path of a file or folder: of one in a store, that of a copy.
+
+    For readers that take no URL. The copies go when the block ends.
+    """
+    with TemporaryDirectory(prefix="mhe-") as scratch:
+
+        def copied(url: str) -> str:
+            """A path or URL -> a path of the same last name."""
+            filesystem, path = resolve_url(url)
+            if is_local(filesystem):
+                return local_path(url)
+            target = f"{mkdtemp(dir=scratch)}/{path.rpartition('/')[2]}"
+            filesystem.invalidate_cache()
+            for file in filesystem.find(path):
+                copy = f"{target}{file.removeprefix(path)}"
+                os.makedirs(os.path.dirname(copy), exist_ok=True)
+                filesystem.get_file(file, copy)
+            return target
+
+        yield copied
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.outputs import scratch_folder, usable_folder
+from launcher.verbs.outputs import scratch_folder, usable_folder_here
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def classifier(
     threads: Annotated[int, typer.Option(min=1, help="Threads of the processor.")] = 1,
     kinds: Annotated[str, typer.Option(help="Of full, mhp, mhc; with commas.")] = "full,mhp,mhc",
     out: Annotated[
-        str, typer.Option(help="Folder for classifier.json.", callback=usable_folder)
+        str, typer.Option(help="Folder for classifier.json.", callback=usable_folder_here)
     ] = "runs/bench",
 ) -> None:
     """Measure what a head costs once it is exported: size, time of an answer, the best class found.

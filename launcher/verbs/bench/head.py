@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.terminal import console
-from launcher.verbs.outputs import usable_folder
+from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def head(
     ] = 60.0,
     gpu: Annotated[bool, typer.Option("--gpu", help="Compute on GPUs, one for each rank.")] = False,
     out: Annotated[
-        str, typer.Option(help="Folder for head.json and head.png.", callback=usable_folder)
+        str, typer.Option(help="Folder for head.json and head.png.", callback=usable_folder_here)
     ] = "runs/bench",
 ) -> None:
     """Measure a step of each head: time, memory, traffic, beside the bare matrix products.

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from launcher.tasks.choose import AddressOption, choose_workers
 from launcher.terminal import console
+from launcher.terminal.commands import viewing_steps
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
 from launcher.verbs.outputs import usable_file, usable_folder
@@ -188,5 +189,4 @@ def show(
     save_figure(draw_sample_sheet(found, classes, images, seed), out)
     console.say(describe(found))
     console.say(f"Contact sheet: {escape(out)}")
-    see = ["python", "-m", "webbrowser", out]
-    console.list_next([("see it", see), ("check it", ["mhe", "data", "verify", data])])
+    console.list_next([*viewing_steps(out), ("check it", ["mhe", "data", "verify", data])])

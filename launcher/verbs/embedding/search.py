@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from launcher.terminal import console
+from launcher.terminal.commands import viewing_steps
 from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
@@ -81,7 +82,7 @@ def search(
     if found.recall is not None:
         console.say(f"The search was {found.describe()}. --exact compares every pair.")
     console.say("Written: " + ", ".join(escape(file) for file in files))
-    console.list_next([("see it", ["python", "-m", "webbrowser", files[0]])])
+    console.list_next(viewing_steps(files[0]))
 
 
 def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> None:

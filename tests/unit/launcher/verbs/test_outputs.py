@@ -32,5 +32,6 @@ def test_what_a_verb_writes_is_looked_at_first(
 ) -> None:
     (tmp_path / "file").touch()
     for option in (each for each in command.params if each.name in OUTPUTS):
-        words = [*name.split(), option.opts[0], f"{tmp_path}/file/below"]
-        assert f"{tmp_path}/file: a file stands where a folder" in said(words, capsys, 2)
+        for target in (f"{tmp_path}/file/below", f"file://{tmp_path}/file/below"):
+            words = [*name.split(), option.opts[0], target]
+            assert f"{tmp_path}/file: a file stands where a folder" in said(words, capsys, 2)

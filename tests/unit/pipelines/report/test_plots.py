@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -70,7 +71,7 @@ def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
     records[-1] |= {"accuracy": 0.5, "images_per_s": 100.0, "data_wait": 0.1}
     records.append({"step": 199, "heldout/rank1": 0.8, "heldout/chance": 0.01})
     write_run(tmp_path / "run", records, details())
-    written = draw_plots(str(tmp_path / "run"), shards, SIDE)
+    written = [Path(file) for file in draw_plots(str(tmp_path / "run"), shards, SIDE)]
     names = ["heldout", "neighbours", "note", "overview", "throughput", "training"]
     assert sorted(path.stem for path in written) == names
     for path in written:
@@ -85,7 +86,7 @@ def test_everything_that_the_records_allow_is_drawn(tmp_path, shards):
 def test_a_run_without_evaluation_has_no_such_pictures(tmp_path):
     write_run(tmp_path / "run", [{"step": 0, "loss": float("nan"), "lr": 0.1}], {})
     written = draw_plots(str(tmp_path / "run"), "", SIDE)
-    assert sorted(path.stem for path in written) == ["note", "overview", "training"]
+    assert sorted(Path(file).stem for file in written) == ["note", "overview", "training"]
 
 
 def test_no_legend_or_figure_lies_on_a_curve():
