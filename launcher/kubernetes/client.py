@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from mhe_dist.errors import Preempted, RunError, UserError
 
 GROUP, VERSION, PLURAL = "ray.io", "v1", "rayjobs"
 DASHBOARD_PORT = 8265
+POLL_S = 2.0
 _UNREACHED = (502, 503, 504)  # what a proxy answers for what is behind it
 _CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": Preempted.exit_code}
 
@@ -53,8 +56,11 @@ class RayJobState:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will happen."""
-        return self.job in _CODES or self.deployment in ("Complete", "Failed")
+        """Whether nothing more will happen.
+
+        A job that failed is over once the operator says so: it may begin again (`backoffLimit`).
+        """
+        return self.job in ("SUCCEEDED", "STOPPED") or self.deployment in ("Complete", "Failed")
 
     @property
     def exit_code(self) -> int:
@@ -147,11 +153,72 @@ class KubernetesClient:
         names = ", ".join(state.name for state in known) or "none"
         raise UserError(f"namespace {self.namespace} has no RayJob or run {name!r}; it has {names}")
 
-    def read_output(self, name: str, follow: bool = False) -> Iterator[str]:
-        """What a run prints, in pieces; with `follow`, until it ends.
+    def read_output(self, name: str) -> Iterator[str]:
+        """What a run has printed so far, in pieces.
 
         Raises:
             UserError: there is no output yet, or no longer.
+        """
+        stream = self._open_log(self._newest_pod(name))
+        with self._translate_errors():
+            yield from codecs.iterdecode(stream.stream(), "utf-8", "replace")
+
+    def follow(self, name: str, wait: Callable[[float], None] = time.sleep) -> Iterator[str]:
+        """What a run prints, in pieces, from the beginning until the run is over.
+
+        The end of a log is not that of its run: the operator says that seconds later, a connection
+        may end before, and a run that failed may begin again, in another pod.
+
+        Args:
+            name: of the RayJob.
+            wait: called with the seconds between one look at the cluster and the next; for tests.
+
+        Raises:
+            UserError: there is no output yet, or the RayJob is gone.
+        """
+        return codecs.iterdecode(self._follow(name, wait), "utf-8", "replace")
+
+    def _follow(self, name: str, wait: Callable[[float], None]) -> Iterator[bytes]:
+        read: dict[str, int] = {}
+        while True:
+            state = self.find(name, only_rayjob=True)  # before its log, which then is whole
+            yield from self._read_on(state, read)
+            if state.is_over:
+                return
+            wait(POLL_S)
+
+    def _read_on(self, state: RayJobState, read: dict[str, int]) -> Iterator[bytes]:
+        """What the newest pod has printed that was not read, until its log or the connection ends.
+
+        Args:
+            state: of the RayJob.
+            read: how many bytes were read of each pod; changed here.
+        """
+        from urllib3.exceptions import HTTPError
+
+        try:
+            pod = self._newest_pod(state.name)
+            if read and pod not in read and state.job in _CODES:
+                return  # the operator submits what is over once more: it repeats the same output
+            stream = self._open_log(pod, follow=True)
+        except (UserError, RunError):
+            if read:
+                return  # a pod that goes or has not begun; the next look says what becomes of it
+            raise
+        before, position = read.setdefault(pod, 0), 0
+        with suppress(HTTPError):
+            for chunk in stream.stream():
+                fresh = chunk[max(0, before - position) :]
+                position += len(chunk)
+                read[pod] = max(before, position)
+                if fresh:
+                    yield fresh
+
+    def _newest_pod(self, name: str) -> str:
+        """The pod that prints what a RayJob does.
+
+        Raises:
+            UserError: there is none.
         """
         with self._translate_errors():
             pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}")
@@ -161,12 +228,13 @@ class KubernetesClient:
             )
         # One that failed to reach the head is followed by others, with names by chance.
         newest = max(pods.items, key=lambda pod: str(pod.metadata.creation_timestamp))
+        return str(newest.metadata.name)
+
+    def _open_log(self, pod: str, follow: bool = False) -> Any:
         with self._translate_errors():
-            stream = self._core.read_namespaced_pod_log(
-                newest.metadata.name, self.namespace, follow=follow, _preload_content=False
+            return self._core.read_namespaced_pod_log(
+                pod, self.namespace, follow=follow, _preload_content=False
             )
-            for chunk in stream.stream():
-                yield chunk.decode("utf-8", "replace")
 
     def stop(self, state: RayJobState, now: bool = False) -> None:
         """Ask the run to save and stop; with `now`, delete the RayJob and all its pods.

@@ -158,7 +158,8 @@ def logs(
     state = api.find(name)
     try:
         with interruptible():
-            replay_log(split_lines(api.read_output(state.name, follow)))
+            output = api.follow(state.name) if follow else api.read_output(state.name)
+            replay_log(split_lines(output))
     except Interrupted as stop_:
         raise typer.Exit(stop_.exit_code) from None
     if follow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from launcher import cli
+from launcher.kubernetes import client as client_module
 from launcher.kubernetes.client import KubernetesClient
 from launcher.kubernetes.manifests import KubernetesTarget
 from launcher.terminal.event_log import EventLogWriter
@@ -34,6 +35,9 @@ class Api(ThreadingHTTPServer):
         self.posted: list[str] = []
         self.tokens: list[str] = []
         self.log = ""
+        self.logs: dict[str, str] = {}  # of pods that print something of their own
+        self.cuts = 0  # of the connections that read a log
+        self.later: list[Callable[[], None]] = []  # one for each time that RayJobs are listed
         self.pods = {"submitter": ""}
         self.refuses_maps = False
         self.is_shut_out = False  # from the dashboard, by a NetworkPolicy
@@ -53,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         if path == JOBS:
+            if self.server.later:
+                self.server.later.pop(0)()
             self._answer({"items": [self.server.jobs[name] for name in sorted(self.server.jobs)]})
         elif path == "/api/v1/namespaces/mhe/pods":
             pods = self.server.pods.items() if self.server.log else []
@@ -61,8 +67,11 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/api/v1/namespaces/mhe/secrets/small-ray":
             token = base64.b64encode(b"ray-token").decode()
             self._answer({"data": {"auth_token": token}})
-        elif path == "/api/v1/namespaces/mhe/pods/submitter/log":
-            self._send(200, self.server.log.encode(), "text/plain")
+        elif path.endswith("/log") and (pod := path.split("/")[-2]) in self.server.pods:
+            missing = 100 if self.server.cuts else 0
+            self.server.cuts -= bool(missing)
+            log = self.server.logs.get(pod, self.server.log)
+            self._send(200, log.encode(), "text/plain", missing)
         else:
             self._answer({"message": "not found"}, 404)
 
@@ -96,10 +105,10 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, value: Any, code: int = 200) -> None:
         self._send(code, json.dumps(value).encode(), "application/json")
 
-    def _send(self, code: int, body: bytes, kind: str) -> None:
+    def _send(self, code: int, body: bytes, kind: str, missing: int = 0) -> None:
         self.send_response(code)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) + missing))
         self.end_headers()
         self.wfile.write(body)
 
@@ -175,6 +184,82 @@ def test_logs_are_drawn_and_exit_as_the_run_did(api: Api, file: str, capsys) -> 
     said = capsys.readouterr().out
     assert "step 20  checkpoint /data/x" in said
     assert "a line of a library" in said
+
+
+def nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (("FAILED", "Failed"), 1),
+        (("RUNNING", "Failed"), 1),
+        (("STOPPED", "Complete"), Preempted.exit_code),
+        (("SUCCEEDED", "Complete"), 0),
+    ],
+)
+def test_logs_exit_as_the_run_did_also_where_the_operator_says_so_after_its_log(
+    api: Api, file: str, end: tuple[str, str], code: int, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(client_module, "POLL_S", 0.0)
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    api.log = "Traceback: out of memory\n"
+    api.later = [nothing] * 5 + [lambda: api.now("small-1", *end)]
+    capsys.readouterr()
+    assert cli.run(["k8s", "logs", "small", "-f"]) == code
+    assert capsys.readouterr().out == "Traceback: out of memory\n"
+    assert not api.later
+
+
+@pytest.mark.parametrize("cuts", [0, 2])
+def test_a_log_whose_connection_ends_before_its_run_is_followed_again(
+    api: Api, file: str, cuts: int
+) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    api.log, api.cuts = "one zw\u00f6lf ", cuts
+
+    def goes_on() -> None:
+        api.log += "\u00fcber three "
+
+    def ends() -> None:
+        api.log += "four"
+        api.now("small-1", "SUCCEEDED", "Complete")
+
+    api.later = [nothing, nothing, goes_on, nothing, ends]
+    waited: list[float] = []
+    output = "".join(KubernetesClient("mhe").follow("small-1", waited.append))
+    assert output == "one zw\u00f6lf \u00fcber three four"
+    assert waited == [client_module.POLL_S] * 4
+
+
+def test_a_run_that_failed_and_begins_again_is_followed_into_its_next_pod(
+    api: Api, file: str
+) -> None:
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    api.log = "first "
+
+    def submits_once_more() -> None:
+        api.now("small-1", "FAILED", "Running")
+        api.pods["again"] = "2030-01-01T00:00:00Z"
+
+    def retries() -> None:
+        api.now("small-1", "FAILED", "Retrying")
+        api.pods.clear()
+
+    def begins_again() -> None:
+        api.now("small-1", "RUNNING", "Running")
+        api.pods["second"], api.logs["second"] = "2030-01-02T00:00:00Z", "second"
+
+    def ends() -> None:
+        api.now("small-1", "SUCCEEDED", "Complete")
+
+    api.later = [nothing, submits_once_more, retries, begins_again, ends]
+    output = "".join(KubernetesClient("mhe").follow("small-1", lambda seconds: None))
+    assert output == "first second"
 
 
 def test_stop_asks_ray_and_now_deletes(api: Api, file: str, capsys) -> None:
