@@ -53,7 +53,8 @@ class TensorBoardTracker:
         """Open a file of events that supersede those of steps >= `step`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(self._folder, purge_step=step or None, flush_secs=_FLUSH_S)
+        # Also from step 0: a run may begin again, and TensorBoard's server ignores the first purge.
+        self._writer = SummaryWriter(self._folder, purge_step=step, flush_secs=_FLUSH_S)
         rows = {**flat(masked(config)), **{key: scrub(str(value)) for key, value in tags.items()}}
         table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
         self._write(lambda writer: writer.add_text("config", f"| key | value |\n|-|-|\n{table}"))

@@ -26,6 +26,12 @@ def read(folder: Path) -> Any:
     return EventAccumulator(str(folder)).Reload()
 
 
+def read_as_server(folder: Path) -> Any:
+    from tensorboard.backend.event_processing import plugin_event_accumulator
+
+    return plugin_event_accumulator.EventAccumulator(str(folder)).Reload()
+
+
 def texts(found: Any, tag: str) -> str:
     (event,) = found.Tensors(f"{tag}/text_summary")
     return event.tensor_proto.string_val[0].decode()
@@ -45,6 +51,22 @@ def test_a_resumed_run_is_one_curve(tmp_path: Path) -> None:
     second.close()
     values = [(event.step, event.value) for event in read(tmp_path / "events").Scalars("loss")]
     assert values == [(0, 1.0), (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("step", [0, 2])
+def test_what_a_killed_run_does_again_is_one_curve(tmp_path: Path, step: int) -> None:
+    """Also without a checkpoint, and in TensorBoard's server, which ignores the first purge."""
+    for value, begin in ((1.0, 0), (2.0, step)):
+        tracker = TensorBoardTracker(str(tmp_path))
+        tracker.start({}, {}, begin)
+        for number in range(begin, 3):
+            tracker.log(number, {"loss": value})
+        tracker.close("failed")
+    expected = [(number, 2.0 if number >= step else 1.0) for number in range(3)]
+    assert [(event.step, event.value) for event in read(tmp_path).Scalars("loss")] == expected
+    served = [event.step for event in read_as_server(tmp_path).Tensors("loss")]
+    assert served == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("installed")
