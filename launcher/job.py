@@ -16,7 +16,7 @@ from typing import Any
 from launcher import cli, execute
 from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.node_probe import probe_node
-from launcher.preflight.predict import find_obstacles, workers_per_node
+from launcher.preflight.predict import as_it_would_run, find_obstacles, workers_per_node
 from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
@@ -91,28 +91,29 @@ def preflight(file: str, trying: bool = True) -> None:
     lines.handle({"event": "nodes", "nodes": found})
     if not trying or find_obstacles(config, found):
         return
-    workers = workers_per_node(config, found)
+    as_run = as_it_would_run(config, found)
+    workers = workers_per_node(as_run, found)
     task = ray.remote(num_cpus=0, num_gpus=workers * int(config.scale.gpu))(_try)
     needs: dict[str, Any] = {"env_vars": worker_environment(config)}
-    measured = ray.get(task.options(runtime_env=needs).remote(file, workers))
+    measured = ray.get(task.options(runtime_env=needs).remote(file, workers, as_run.scale.workers))
     lines.handle({"event": "trial", "measured": measured})
 
 
-def _try(file: str, workers: int) -> dict[str, Any] | None:
+def _try(file: str, workers: int, of_workers: int) -> dict[str, Any] | None:
     """A trial in processes of its own, away from Ray's threads and memory."""
     from launcher.preflight.trial_process import measure_trial
 
-    return measure_trial(load_config(file), workers)
+    return measure_trial(load_config(file), workers, of_workers)
 
 
-def trial(file: str, workers: str) -> None:
-    """Print what some workers need as a line of JSON; null while there is no data set."""
+def trial(file: str, workers: str, of_workers: str) -> None:
+    """Print what some workers of a run need as a line of JSON; null while there is no data set."""
     from pipelines.pretrain.dry_run import dry_run
 
     config = load_config(file)
     measured = None
     if index_exists(config.data.shards):
-        measured = dry_run(config, int(workers), LIBRARIES)
+        measured = dry_run(config, int(workers), int(of_workers), LIBRARIES)
     sys.stdout.write(json.dumps(measured) + "\n")
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from launcher.ray_cluster.elastic import group_size
 from launcher.ray_cluster.environment import count_slots, placement_needs
 from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
@@ -43,8 +44,26 @@ def find_obstacles(config: Config, nodes: list[NodeReport]) -> list[str]:
     return [*_unreachable(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
 
 
+def as_it_would_run(config: Config, nodes: list[NodeReport]) -> Config:
+    """The config with the workers that an elastic run gets on these nodes, and no more or fewer.
+
+    Args:
+        config: of the run; `find_obstacles` found nothing.
+        nodes: all of them.
+    """
+    if not config.scale.elastic:
+        return config
+    group = {"workers": group_size(_room(config, nodes), config), "min_workers": 0}
+    return config.model_copy(update={"scale": config.scale.model_copy(update=group)})
+
+
 def workers_per_node(config: Config, nodes: list[NodeReport]) -> int:
-    """Workers on the fullest node; packed, Ray fills a node before it goes to the next."""
+    """Workers on the fullest node; packed, Ray fills a node before it goes to the next.
+
+    Args:
+        config: see `as_it_would_run`.
+        nodes: all of them.
+    """
     scale = config.scale
     spread = math.ceil(scale.workers / len(nodes))
     if scale.placement in ("spread", "strict_spread"):
@@ -65,7 +84,7 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
     if all of its time is in products with embeddings.
 
     Args:
-        config: of the run.
+        config: see `as_it_would_run`.
         measured: what `pipelines.pretrain.dry_run` gives.
     """
     counted, trial = measured["footprint"], measured["trial"]
@@ -93,7 +112,13 @@ def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
 def find_shortages(
     config: Config, prediction: CostPrediction, nodes: list[NodeReport]
 ) -> list[str]:
-    """Why the predicted memory does not fit, and what would have to change."""
+    """Why the predicted memory does not fit, and what would have to change.
+
+    Args:
+        config: see `as_it_would_run`.
+        prediction: of that config.
+        nodes: all of them.
+    """
     return [*_short_memory(config, prediction, nodes), *_small_cards(prediction, nodes)]
 
 
@@ -173,14 +198,21 @@ def _disagreements(nodes: list[NodeReport]) -> Iterable[str]:
 
 def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:
     """Whether Ray would wait for ever for room."""
-    room = sum(worker_slots(config, node) for node in nodes)
-    if room < config.scale.workers:
+    scale, room = config.scale, _room(config, nodes)
+    fewest = min(config.group_sizes()) if scale.elastic else scale.workers
+    if room < fewest:
         wants = ", ".join(f"{name} {amount:g}" for name, amount in placement_needs(config).items())
+        key = "scale.min_workers" if scale.elastic else "scale.workers"
+        needs = f", and a step can be shared by {fewest} at least" if fewest > scale.fewest else ""
         yield (
-            f"scale.workers={config.scale.workers}: there is room for {room}, each with {wants}, "
-            f"on {len(nodes)} nodes. Lower scale.workers, scale.cpus_per_worker or "
+            f"{key}={scale.fewest}: there is room for {room}, each with {wants}, "
+            f"on {len(nodes)} nodes{needs}. Lower {key}, scale.cpus_per_worker or "
             "scale.resources, or add nodes."
         )
+
+
+def _room(config: Config, nodes: list[NodeReport]) -> int:
+    return sum(worker_slots(config, node) for node in nodes)
 
 
 def worker_slots(config: Config, node: NodeReport) -> int:

@@ -8,7 +8,13 @@ from typing import Any
 
 from launcher.preflight.machine import list_gpus
 from launcher.preflight.node_probe import probe_node
-from launcher.preflight.predict import CostPrediction, find_obstacles, find_shortages, predict_cost
+from launcher.preflight.predict import (
+    CostPrediction,
+    as_it_would_run,
+    find_obstacles,
+    find_shortages,
+    predict_cost,
+)
 from launcher.preflight.trial_process import TRIAL_S, measure_trial
 from launcher.ray_cluster.connection import NODES_S
 from launcher.ray_cluster.jobs import POLL_S, Cluster, Job, build_submission, staging_folder
@@ -38,13 +44,19 @@ def assess(config: Config, events: Iterator[dict[str, Any]], trial: bool) -> Cos
     _refuse(find_obstacles(config, nodes))
     for message in sorted({node["slow"] for node in nodes} - {""}):
         console.note(message)
+    as_run = as_it_would_run(config, nodes)
+    if config.scale.elastic:
+        console.note(
+            f"of {config.scale.min_workers} to {config.scale.workers} workers (scale.workers) the "
+            f"run would have {as_run.scale.workers} there"
+        )
     if not trial:
         return None
     measured = next(events)["measured"]
     if measured is None:
         return None
-    prediction = predict_cost(config, measured)
-    _refuse(find_shortages(config, prediction, nodes))
+    prediction = predict_cost(as_run, measured)
+    _refuse(find_shortages(as_run, prediction, nodes))
     return prediction
 
 
@@ -54,8 +66,10 @@ def survey_machine(config: Config, trial: bool) -> Iterator[dict[str, Any]]:
     # `mhe train` gives its workers as many of Ray's CPUs as they ask for.
     cpus = config.scale.workers * config.scale.cpus_per_worker
     resources = {"CPU": float(cpus), "GPU": float(len(list_gpus()))}
-    yield {"nodes": [{**found, "resources": resources}]}
-    yield {"measured": measure_trial(config, config.scale.workers) if trial else None}
+    nodes = [{**found, "resources": resources}]
+    yield {"nodes": nodes}
+    workers = as_it_would_run(config, nodes).scale.workers
+    yield {"measured": measure_trial(config, workers, workers) if trial else None}
 
 
 def survey_cluster(config: Config, cluster: Cluster, trial: bool) -> Iterator[dict[str, Any]]:

@@ -22,8 +22,13 @@ from mhe_dist.errors import RunError, UserError
 TRIAL_S = 240.0
 
 
-def measure_trial(config: Config, workers: int) -> dict[str, Any] | None:
+def measure_trial(config: Config, workers: int, of_workers: int) -> dict[str, Any] | None:
     """What a trial of some workers measures here; None while the data set is still to be made.
+
+    Args:
+        config: of the run.
+        workers: that take part.
+        of_workers: that the run would have.
 
     Raises:
         UserError: the run could not work, for a reason that the trial names.
@@ -33,7 +38,15 @@ def measure_trial(config: Config, workers: int) -> dict[str, Any] | None:
         file = Path(folder) / SETTINGS_FILE
         file.write_text(config_to_yaml(with_absolute_paths(config)), encoding="utf-8")
         done = _run(
-            [sys.executable, "-m", "launcher.job", "trial", str(file), str(workers)],
+            [
+                sys.executable,
+                "-m",
+                "launcher.job",
+                "trial",
+                str(file),
+                str(workers),
+                str(of_workers),
+            ],
             {**os.environ, **worker_environment(config)},
         )
     lines = done.stdout.strip().splitlines()

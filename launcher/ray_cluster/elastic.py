@@ -67,7 +67,7 @@ class LongWait:
 
 def describe_wait(config: Config, nodes: list[NodeRoom]) -> str:
     """What a run without workers asks of the cluster, and what its nodes have free."""
-    needs, fewest = placement_needs(config), config.scale.fewest
+    needs, fewest = placement_needs(config), min(config.group_sizes())
     free = sum(count_slots(node.free, needs) for node in nodes)
     ever = sum(count_slots(node.total, needs) for node in nodes)
     workers = f"{'at least ' * config.scale.elastic}{fewest} worker{'s' * (fewest > 1)}"

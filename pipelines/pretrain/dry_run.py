@@ -98,19 +98,21 @@ def share_of_head(
     return head.model_copy(update=changes), -(-classes * groups // head.chosen_groups)
 
 
-def share_of_run(config: Config, classes: int, workers: int, folder: str) -> tuple[Config, int]:
+def share_of_run(
+    config: Config, classes: int, workers: int, of_workers: int, folder: str
+) -> tuple[Config, int]:
     """The config of a run by some of the workers, whose results go to `folder`; its classes.
 
     Rows of `head.init_from` are as large as first ones, and no share of the run has their groups.
     """
-    head, share = share_of_head(config.head, classes, workers, config.scale.workers)
+    head, share = share_of_head(config.head, classes, workers, of_workers)
     values = config_to_dict(config.model_copy(update={"head": head}))
     if share < classes:
         values["head"]["init_from"] = ""
     values["run"]["dir"] = folder
     for section, key in (("train", "global_batch"), ("data", "streams")):
-        values[section][key] = values[section][key] * workers // config.scale.workers
-    values["scale"]["workers"] = workers
+        values[section][key] = values[section][key] * workers // of_workers
+    values["scale"] |= {"workers": workers, "min_workers": 0}
     values["tracking"]["mlflow"] = False
     values["evaluate"]["shards"] = ""
     values["head"]["bank"]["path"] = ""
@@ -181,12 +183,13 @@ def _enough(topology: Topology, marks: list[float]) -> bool:
     return len(marks) > STEPS or (len(marks) > FEWEST and seconds > LONGEST_S)
 
 
-def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any]:
+def dry_run(config: Config, workers: int, of_workers: int, libraries: list[str]) -> dict[str, Any]:
     """Estimate the memory and measure the steps of the workers that one node has in a run.
 
     Args:
         config: of the run.
         workers: of the node.
+        of_workers: that the run would have; an elastic run may have fewer than `scale.workers`.
         libraries: modules that a worker has loaded and this package does not load, for their
             memory.
 
@@ -208,9 +211,9 @@ def dry_run(config: Config, workers: int, libraries: list[str]) -> dict[str, Any
     # Here, where its error is not one of a rank.
     make_tried_model(first, Topology(device=device), index)
     precision = resolve_precision(config.train.precision, device)
-    estimated = estimate_memory(config, index.num_classes, config.scale.workers, precision)
+    estimated = estimate_memory(config, index.num_classes, of_workers, precision)
     with tempfile.TemporaryDirectory(prefix="mhe-trial-") as folder:
-        share, classes = share_of_run(config, index.num_classes, workers, folder)
+        share, classes = share_of_run(config, index.num_classes, workers, of_workers, folder)
         arguments, gpu = (config_to_dict(share), classes, libraries), config.scale.gpu
         seen = run_ranks(measure_steps, workers, *arguments, gpu=gpu, timeout_s=TIMEOUT_S)
     return {

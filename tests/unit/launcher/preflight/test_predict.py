@@ -18,6 +18,7 @@ from launcher.preflight import survey, trial_process
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import (
     GIB,
+    as_it_would_run,
     find_obstacles,
     find_shortages,
     predict_cost,
@@ -96,6 +97,60 @@ def test_a_worker_needs_its_place_on_one_node(scale: dict[str, Any], room: int) 
     )
     (refusals,) = find_obstacles(settings, [first, node("b")])
     assert f"there is room for {room}," in refusals
+
+
+ELASTIC = {"workers": {"min": 2, "max": 8}}
+BATCH = {"global_batch": 1024}  # 8 micro-batches
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(2, 2), (3, 2), (4, 4), (7, 4), (9, 8)])
+def test_an_elastic_run_has_the_workers_that_have_room(
+    cpus: int, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, nodes = config(scale=ELASTIC, train=BATCH), [node("a", cpus - 1), node("b", 1)]
+    assert find_obstacles(settings, nodes) == []
+    as_run = as_it_would_run(settings, nodes)
+    assert as_run.group_sizes() == [workers]
+    assert workers_per_node(as_run, nodes) == min(workers, cpus - 1)
+    assert survey.assess(settings, iter([{"nodes": nodes}]), trial=False) is None
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"of 2 to 8 workers (scale.workers) the run would have {workers} there" in said
+
+
+@pytest.mark.parametrize(
+    ("scale", "cpus", "said"),
+    [
+        (ELASTIC, 1, "scale.min_workers=2: there is room for 1, each with CPU 1, on 1 nodes. Lo"),
+        (
+            {"workers": {"min": 3, "max": 8}},
+            3,
+            "scale.min_workers=3: there is room for 3, each with CPU 1, on 1 nodes, and a step can "
+            "be shared by 4 at least. Lower scale.min_workers, scale.cpus_per_worker or ",
+        ),
+    ],
+)
+def test_an_elastic_run_is_refused_where_its_fewest_workers_have_no_room(
+    scale: dict[str, Any], cpus: int, said: str
+) -> None:
+    (refusal,) = find_obstacles(config(scale=scale, train=BATCH), [node("a", cpus)])
+    assert refusal.startswith(said)
+
+
+def test_an_elastic_run_costs_what_its_workers_cost_on_these_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine with room for two of eight, both are tried, each with half of the run."""
+    tried: list[tuple[int, ...]] = []
+    monkeypatch.setattr(survey, "measure_trial", lambda _, *workers: tried.append(workers))
+    monkeypatch.setattr(survey, "list_gpus", lambda: ["one", "another"])
+    head = {"kind": "full", "groups": 8}
+    settings = config(scale={**ELASTIC, "gpu": True}, train=BATCH, head=head)
+    (probed, _) = list(survey.survey_machine(settings, trial=True))
+    assert tried == [(2, 2)]
+    measured = {**MEASURED, "workers": 2}
+    nodes = [{**probed["nodes"][0], "memory": int(64 * GIB), "problems": []}]
+    found = survey.assess(settings, iter([{"nodes": nodes}, {"measured": measured}]), trial=True)
+    assert found is not None and found.longest_step_s == found.step_s
 
 
 MEASURED = {
@@ -270,9 +325,9 @@ def test_the_command_says_what_a_run_costs_and_finds_data_where_it_was_typed(
     save_config(typed, "a.yaml")
     measured: list[dict[str, Any] | None] = []
 
-    def measure(settings: Config, workers: int) -> dict[str, Any] | None:
+    def measure(settings: Config, *workers: int) -> dict[str, Any] | None:
         assert with_absolute_paths(typed) == settings  # the trial itself gets the relative paths
-        measured.append(measure_trial(typed, workers))
+        measured.append(measure_trial(typed, *workers))
         return measured[-1]
 
     monkeypatch.setattr(survey, "measure_trial", measure)
@@ -292,10 +347,10 @@ def test_a_mistake_that_a_trial_finds_is_told_as_one(monkeypatch: pytest.MonkeyP
     done = subprocess.CompletedProcess([], 2, "", said)
     monkeypatch.setattr(trial_process, "_run", lambda *_: done)
     with pytest.raises(UserError, match=r"^model\.name=x cannot train on images of 3 x 9 x 9$"):
-        measure_trial(tiny.config(Path("runs"), "train"), 1)
+        measure_trial(tiny.config(Path("runs"), "train"), 1, 1)
     done.stderr = "error: 2 mistakes:\n  run.nam=x: one\n  data.shard=y: another\n"
     with pytest.raises(UserError, match=r"^2 mistakes:\n  run\.nam=x: one\n  data\.shard=y: anot"):
-        measure_trial(tiny.config(Path("runs"), "train"), 1)
+        measure_trial(tiny.config(Path("runs"), "train"), 1, 1)
 
 
 def test_a_trial_that_takes_too_long_ends_with_its_workers(
@@ -321,4 +376,4 @@ def test_a_trial_refuses_what_cannot_train(tmp_path: Path) -> None:
     shards = tiny.write_shards(tmp_path / "shards", classes=2)
     model = {"kwargs": {"features_only": True}, "neck": "none"}
     with pytest.raises(UserError, match="gives list instead of embeddings"):
-        dry_run(tiny.config(tmp_path, shards, model=model), 1, [])
+        dry_run(tiny.config(tmp_path, shards, model=model), 1, 1, [])

@@ -35,6 +35,7 @@ def test_it_names_what_is_asked_and_what_each_node_has_free() -> None:
         ({}, [room("a", 1, 1)], "room for 1 now, for 1 when .*lower scale.workers"),
         ({}, [], "room for 0 now, for 0 when .*or add nodes$"),
         ({"min_workers": 1}, [room("a", 1, 0)], "for at least 1 worker, each with CPU 1: "),
+        ({"workers": 4, "min_workers": 3}, [room("a", 3, 3)], "for at least 4 .*lower scale.wo"),
         ({"cpus_per_worker": 4}, [room("a", 8, 7)], "CPU 4: .*room for 1 now, for 2 .*CPU 7 free"),
         ({"gpu": True}, [room("a", 8, 8, GPU=1)], "CPU 1, GPU 1: .*CPU 8, GPU 0 free of .*GPU 1;"),
         ({"accelerator_type": "H100"}, [room("a", 8, 8)], "accelerator_type:H100 0.001: .*for 0 "),

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from mhe_dist.config.head import HeadConfig
+from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.train.batch import MicroBatch, StepBatch
-from pipelines.pretrain.dry_run import dry_run, fold_labels, share_of_head
+from pipelines.pretrain.dry_run import dry_run, fold_labels, share_of_head, share_of_run
 from tests import tiny
 
 CLASSES, WORKERS, TRIED = 120_000, 32, 4
@@ -75,6 +76,17 @@ def test_a_trial_of_all_workers_and_a_head_that_is_not_sharded_are_whole() -> No
     assert share_of_head(product, CLASSES, TRIED, WORKERS) == (product, CLASSES)
 
 
+def test_a_worker_of_an_elastic_run_is_tried_with_its_share_of_the_workers_there_are(
+    tmp_path: Path,
+) -> None:
+    sizes = {"scale": {"workers": {"min": 2, "max": 8}}, "train": {"global_batch": 1024}}
+    values = {"data": {"shards": "x", "streams": 16}, "head": {"groups": 8}, **sizes}
+    settings = Config.model_validate(values)
+    share, _ = share_of_run(settings, CLASSES, 1, 4, str(tmp_path))
+    assert (share.scale.workers, share.scale.elastic) == (1, False)
+    assert (share.train.global_batch, share.data.streams) == (256, 4)
+
+
 def test_labels_are_folded_and_what_is_no_label_stays() -> None:
     labels = torch.tensor([[3, 12], [25, -1], [NO_SAMPLE, 40]])
     part = MicroBatch(0, torch.zeros(3), labels, ["a", "b", "c"])
@@ -102,7 +114,7 @@ def test_a_trial_of_two_workers_of_eight_holds_an_eighth_of_the_rows_in_each(
         train={"global_batch": 128, "max_steps": 12},
         scale={"workers": 8},
     )
-    measured = dry_run(settings, 2, [])
+    measured = dry_run(settings, 2, 8, [])
     rows = classes // 8 * width * 4 * 2  # float32, and their momentum
     # With the numbers of its units.
     assert measured["trial"]["rows_bytes"] == pytest.approx(rows, rel=0.02)
