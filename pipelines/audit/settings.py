@@ -11,7 +11,7 @@ NEAREST: Final = 4  # other classes that an image is compared with
 CANDIDATES: Final = 5  # other classes that a class is compared with
 PER_CLASS: Final = 4096  # images of a class that its centre is made of, at most
 SHOWN_TO_TEST: Final = 32  # images of each of two classes that are compared one by one, at most
-FORMAT: Final = "mhe-audit-2"  # changes when the same embeddings would give other findings
+FORMAT: Final = "mhe-audit-3"  # changes when the same embeddings would give other findings
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from pipelines.embedding.embed import as_parquet_table, class_names
+from pipelines.data.mixture.class_list import names_of
+from pipelines.embedding.embed import as_parquet_table
 from pipelines.embedding.folder import PLACES, EmbeddingsRecipe
 from pipelines.embedding.write_folder import (
     FolderOptions,
@@ -149,9 +151,36 @@ def _row_groups(task: ParquetTask) -> Iterator[Any]:
     """The tables of some blocks each; memory is that of one."""
     recipe, source = task.recipe, task.shards.folder
     embed = load_embedder(recipe.checkpoint, recipe.model_digest, recipe.flip, task.gpu)
+    names = _PartNames(task)
     left = stored_blocks(task.shards, embed, recipe)
     while blocks := list(islice(left, _GROUP)):
         rows, labels, keys = zip(*blocks, strict=True)
-        names = class_names(source, np.concatenate(labels)) if task.is_labelled else []
         every = [key for each in keys for key in each]
-        yield as_parquet_table(source, every, names or [""] * len(every), np.concatenate(rows))
+        classes = names.of(np.concatenate(labels)) if task.is_labelled else [""] * len(every)
+        yield as_parquet_table(source, every, classes, np.concatenate(rows))
+
+
+class _PartNames:
+    """Names of the classes of a part, and of no others.
+
+    The file of names may be large and far away: it is read once, where the index has the labels.
+    """
+
+    def __init__(self, task: ParquetTask) -> None:
+        self._source = task.shards.folder
+        self._names: dict[int, str] = {}
+        self._read: set[int] = set()
+        if task.is_labelled:
+            known = (shard.labels for shard in task.shards.shards)
+            self._find({number for part in known if part is not None for number in part.tolist()})
+
+    def of(self, labels: npt.NDArray[np.int64]) -> list[str]:
+        """The name of the class of each sample; its number, where it has none."""
+        numbers = labels.tolist()
+        self._find(set(numbers) - self._read)
+        return [self._names.get(number, str(number)) for number in numbers]
+
+    def _find(self, numbers: set[int]) -> None:
+        if numbers:
+            self._names |= names_of(self._source, numbers)
+            self._read |= numbers

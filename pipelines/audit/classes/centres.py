@@ -95,7 +95,18 @@ def group_classes(counts: Ints, limit: int) -> list[tuple[int, int]]:
         counts: int64 `[C]`, images of each; more than `PER_CLASS` count as so many.
         limit: images.
     """
-    sizes = np.minimum(counts, PER_CLASS)
+    return group_by_size(np.minimum(counts, PER_CLASS), limit)
+
+
+def group_by_size(sizes: Ints, limit: int) -> list[tuple[int, int]]:
+    """Consecutive classes `[first, stop)` whose sizes have a sum of about `limit`, all classes.
+
+    A group ends with the class that exceeds the limit.
+
+    Args:
+        sizes: int64 `[C]`.
+        limit: of a sum.
+    """
     group = (np.cumsum(sizes) - sizes) // limit
     bounds = np.flatnonzero(np.diff(group, prepend=-1, append=group[-1:] + 1)).tolist()
     return list(pairwise(bounds))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.seeds import generator, sample_without_replacement
-from pipelines.audit.classes.centres import group_classes
+from pipelines.audit.classes.centres import group_by_size
 from pipelines.audit.images.scores import ImageScores
 from pipelines.audit.settings import PER_CLASS
 from pipelines.clustering.kmeans import find_nearest
@@ -22,6 +22,7 @@ NO_IMAGE: Final = -1
 BUCKETS: Final = 2  # nearest classes of an image that its neighbours are looked for in
 _PART: Final = 1 << 18  # images that are looked at together
 _BATCH_BYTES: Final = 1 << 25  # of the rows that are multiplied together
+_QUERIES: Final = PER_CLASS  # images of a class that are looked up together, at most
 _PROBED: Final = 256  # images that are compared with every other one
 _BLOCK: Final = 1 << 14  # images that these are compared with at a time
 
@@ -78,7 +79,8 @@ def find_neighbours(
     """The nearest image of the base for every query, and its cosine.
 
     It is looked for among the images of the base whose nearest class is one of the two nearest of
-    the query. Of a class with very many images so many are looked at.
+    the query. Of a class with very many images so many are looked at; all are looked up, a part at
+    a time.
 
     Args:
         base: images that are found.
@@ -92,23 +94,25 @@ def find_neighbours(
     shape = (queries.rows.count, BUCKETS)
     found = state.array(f"{name}_image", shape, "int64")
     cosines = state.array(f"{name}_cosine", shape, "float32")
-    is_same = base.rows is queries.rows
+    is_same, together = base.rows is queries.rows, chunk_rows(base.rows.dim)
     listed = base.members[0]
     for position, asking in enumerate(queries.members):
-        groups = group_classes(
-            np.minimum(listed.counts, PER_CLASS) + asking.counts, chunk_rows(base.rows.dim)
-        )
+        groups = group_by_size(np.minimum(listed.counts, PER_CLASS) + asking.counts, together)
 
         def _find(
             piece: int, position: int = position, asking: Members = asking, groups: Any = groups
         ) -> None:
             first, stop = groups[piece]
             images = listed.some_between(first, stop, PER_CLASS)
-            numbers = asking.between(first, stop)
-            if len(numbers):
+            every = asking.between(first, stop)
+            if not len(every):
+                return
+            rows = base.rows.gather(images), np.minimum(listed.counts[first:stop], PER_CLASS)
+            for start, counts in _parts(asking.counts[first:stop], together):
+                numbers = every[start : start + together]
                 best, scores = nearest_in_groups(
-                    (base.rows.gather(images), np.minimum(listed.counts[first:stop], PER_CLASS)),
-                    (queries.rows.gather(numbers), asking.counts[first:stop]),
+                    rows,
+                    (queries.rows.gather(numbers), counts),
                     (images, numbers) if is_same else None,
                 )
                 none = best < 0
@@ -122,10 +126,20 @@ def find_neighbours(
     return images[rows, best], scores[rows, best]
 
 
+def _parts(counts: Ints, together: int) -> Iterator[tuple[int, Ints]]:
+    """Where each part of so many queries begins, and how many of each group are in it."""
+    ends = np.cumsum(counts)
+    for start in range(0, int(ends[-1]), together):
+        here: Ints = np.clip(ends, start, start + together)
+        yield start, np.diff(here, prepend=start)
+
+
 def nearest_in_groups(
     base: tuple[Rows, Ints], queries: tuple[Rows, Ints], numbers: tuple[Ints, Ints] | None
 ) -> tuple[Ints, Rows]:
     """The nearest row of the base for each query, among those of its group.
+
+    Memory beside rows is that of the products of `_QUERIES` queries with the rows of a group.
 
     Args:
         base: rows float32 `[b, D]`, group after group, and int64 `[g]`, how many of each.
@@ -139,6 +153,9 @@ def nearest_in_groups(
     best = np.full(len(asking), NO_IMAGE, np.int64)
     scores = np.full(len(asking), -1.0, np.float32)
     starts, begins = np.cumsum(counts) - counts, np.cumsum(query_counts) - query_counts
+    owner, before = _pieces(query_counts)
+    counts, starts, begins = counts[owner], starts[owner], begins[owner] + before
+    query_counts = np.minimum(query_counts[owner] - before, _QUERIES)
     for groups in _batches(counts, query_counts, rows.shape[1]):
         inside = _places(starts[groups], counts[groups])
         wanted = _places(begins[groups], query_counts[groups])
@@ -152,6 +169,14 @@ def nearest_in_groups(
         best[wanted[there]] = np.take_along_axis(inside, nearest, 1)[there]
         scores[wanted[there]] = value[there]
     return best, scores
+
+
+def _pieces(query_counts: Ints) -> tuple[Ints, Ints]:
+    """The group of each piece of at most `_QUERIES` queries, and its queries before this piece."""
+    pieces = np.maximum(1, -(-query_counts // _QUERIES))
+    owner = np.repeat(np.arange(len(pieces)), pieces)
+    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return owner, (np.arange(len(owner)) - first) * _QUERIES
 
 
 def _places(starts: Ints, counts: Ints) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import combinations
 
 import numpy as np
@@ -162,4 +163,24 @@ def test_the_nearest_image_is_looked_for_in_its_group() -> None:
             continue
         exact = rows[inside] @ asking[query]
         assert best[query] == inside[int(exact.argmax())]
+        assert cosines[query] == pytest.approx(exact.max(), abs=1e-6)
+
+
+def test_memory_of_the_search_does_not_grow_with_the_queries_of_a_class() -> None:
+    rng = np.random.default_rng(6)
+    counts, query_counts = np.array([2, 2048]), np.array([3, 20_000])
+    rows, asking = unit(rng.normal(size=(2050, DIM))), unit(rng.normal(size=(20_003, DIM)))
+    numbers = np.arange(2050), np.arange(20_003)
+    tracemalloc.start()
+    try:
+        best, cosines = nearest_in_groups((rows, counts), (asking, query_counts), numbers)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 80 << 20  # the products of all would be 156 MiB
+    assert best[:3].tolist() == [1, 0, int((rows[:2] @ asking[2]).argmax())]
+    for query in (3, 2049, 4098, 4099, 20_002):
+        exact = rows[2:] @ asking[query]
+        exact[np.arange(2, 2050) == query] = -1
+        assert best[query] == 2 + exact.argmax()
         assert cosines[query] == pytest.approx(exact.max(), abs=1e-6)

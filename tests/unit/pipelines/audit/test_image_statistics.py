@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipelines.audit.classes.centres import ClassCentres, find_centres, halves_relatedness
+from pipelines.audit.classes.centres import (
+    ClassCentres,
+    find_centres,
+    group_by_size,
+    group_classes,
+    halves_relatedness,
+)
 from pipelines.audit.classes.mixed import MixedStatistics, take_parts
 from pipelines.audit.discriminant import learn_discriminant
 from pipelines.audit.images import neighbours, scores, strays
 from pipelines.audit.images.repeats import repeated_pairs
 from pipelines.audit.images.scores import ImageScores
 from pipelines.audit.settings import AuditSettings
+from pipelines.clustering import settings
 from pipelines.clustering.assign import ClassSearch
 from pipelines.clustering.members import Members, sort_members
 from pipelines.clustering.rows import UnitRows
@@ -185,6 +193,37 @@ def test_others_are_found_without_a_row_s_own_class(rng: np.random.Generator) ->
         expected = [c for c in np.argsort(-products[n]) if c != own[n]][:3]
         assert classes[n].tolist() == expected
         np.testing.assert_allclose(cosines[n], products[n, expected], atol=1e-6)
+
+
+def test_images_of_a_large_class_are_looked_up_in_parts(
+    rng: np.random.Generator, state: ClusterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "CHUNK_BYTES", 0)  # the least: 1024 images
+    counts = [5, 0, 7]
+    labels = np.repeat(np.arange(3), counts).astype(np.int32)
+    rows, asking = unit(rng.normal(size=(12, 64))), unit(rng.normal(size=(20_000, 64)))
+    nearest = np.stack([np.full(20_000, 2), np.full(20_000, 0)], 1).astype(np.int32)
+    nearest[:10] = 1, 0  # the first has no image
+    base = neighbours.fill_buckets(UnitRows(rows), labels[:, None], 3, "base", state)
+    queries = neighbours.fill_buckets(UnitRows(asking), nearest, 3, "queries", state)
+    tracemalloc.start()
+    try:
+        images, cosines = neighbours.find_neighbours(base, queries, "found", state)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < asking.nbytes // 2
+    products = asking @ rows.T
+    products[:10, 5:] = -1
+    assert (images == products.argmax(axis=1)).all()
+    np.testing.assert_allclose(cosines, products.max(axis=1), atol=1e-6)
+
+
+def test_groups_of_classes_count_every_image_that_is_looked_up() -> None:
+    """Of a class with very many so many are drawn; all are looked up."""
+    sizes = np.array([3, 20_000, 5_000, 2])
+    assert group_by_size(sizes, 8_000) == [(0, 2), (2, 3), (3, 4)]
+    assert group_classes(sizes, 8_000) == [(0, 3), (3, 4)]
 
 
 @pytest.mark.parametrize("together", [13, 1 << 14])

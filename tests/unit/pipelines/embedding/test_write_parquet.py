@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from pyarrow import parquet
 
 from launcher import cli
 from mhe_dist.errors import UserError
+from pipelines.data.mixture import class_list
 from pipelines.embedding import write_folder as folder_module
 from pipelines.embedding import write_parquet as module
 from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.embedding.write_parquet import write_parquet_folder
 from pipelines.storage.worker_pool import Processes
+from tests import tiny
 
 OPTIONS = FolderOptions()
 
@@ -50,6 +53,25 @@ def test_files_hold_the_rows_of_the_mapped_folder_with_key_and_class(
     assert len(set(table.column("key").to_pylist())) == 360
     assert list(contents(tmp_path / "out")) == [f"part-{n:06d}.parquet" for n in range(4)]
     assert parquet.ParquetFile(tmp_path / "out" / "part-000000.parquet").num_row_groups == 2
+
+
+def test_the_file_of_names_is_read_once_for_a_part(
+    run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of its groups of rows."""
+    named, read = shutil.copytree(shards, tmp_path / "named"), []
+    lines = [f"{number}\tname {number}\n" for number in range(tiny.CLASSES)]
+    (named / "classes.tsv").write_text("class\tname\n" + "".join(lines))
+    rows = class_list._rows
+    monkeypatch.setattr(class_list, "_rows", lambda url: (read.append(url), rows(url))[1])
+    write_parquet_folder(run, str(named), str(tmp_path / "out"), OPTIONS)
+    assert read == [f"{named}/classes.tsv"] * 4
+    table = parquet.read_table(tmp_path / "out")
+    labels = [int(key) % tiny.CLASSES for key in table.column("key").to_pylist()]
+    assert [name.split()[-1] for name in table.column("class").to_pylist()] == [
+        f"{label}" for label in labels
+    ]
+    assert set(table.column("class").to_pylist()) == {line.split("\t")[1].strip() for line in lines}
 
 
 @pytest.mark.slow
