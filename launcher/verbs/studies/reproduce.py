@@ -109,8 +109,13 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
     """The config of a run; `overrides` are those of the command line for all runs.
 
     Raises:
-        UserError: an override is wrong, or the run was begun with other settings.
+        UserError: an override is wrong, the run was begun with other settings, or it needs files of
+            this machine and `out` is in a store.
     """
+    from pipelines.clustering.rows import refuse_remote_target
+
+    if plan.labels or plan.audit:
+        refuse_remote_target(out, f"the labels and audits of {plan.study.name} are")
     words, checks = [*plan.overrides, *overrides, f"run.dir={out}"], [check_data, check_names]
     if plan.planted:
         words.append(f"data.shards={out}/{plan.planted}/train")

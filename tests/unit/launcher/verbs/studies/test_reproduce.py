@@ -314,6 +314,16 @@ def test_the_page_of_the_repository_is_written_only_if_it_is_named(trainer: Trai
     assert "| one-hot | 1 |" in page.read_text()
 
 
+@pytest.mark.parametrize("study", ["noise", "unlabelled"])
+def test_labels_that_a_study_makes_need_files_of_this_machine(
+    study: str, trainer: Trainer, capsys: Captured
+) -> None:
+    """An audit was refused after the training, and looked for its figures in `./memory:`."""
+    assert cli.run(["reproduce", study, "--out", "memory://studies"]) == 2
+    assert f"the labels and audits of {study} are made in files" in capsys.readouterr().err
+    assert trainer.trained == []
+
+
 def test_a_name_for_all_runs_is_refused(trainer: Trainer, capsys: Captured) -> None:
     assert mhe("paper100", "--seeds", "1", "run.name=mine") == 2
     assert "run.name (command line): each run gets a name of its own" in capsys.readouterr().err
