@@ -167,7 +167,8 @@ class KubernetesClient:
         """What a run prints, in pieces, from the beginning until the run is over.
 
         The end of a log is not that of its run: the operator says that seconds later, a connection
-        may end before, and a run that failed may begin again, in another pod.
+        may end before, and a run that failed may begin again, in another pod. Where a connection
+        ends and the node has meanwhile rotated the log, lines are missing.
 
         Args:
             name: of the RayJob.
@@ -256,8 +257,9 @@ class KubernetesClient:
         """
         from kubernetes.client import ApiException
 
+        dashboard = self._dashboard(state.cluster)
         try:
-            self._dashboard(state.cluster).connect_post_namespaced_service_proxy_with_path(
+            dashboard.connect_post_namespaced_service_proxy_with_path(
                 f"{state.cluster}-head-svc:{DASHBOARD_PORT}",
                 self.namespace,
                 f"api/jobs/{state.job_id}/stop",
@@ -267,8 +269,10 @@ class KubernetesClient:
                 raise
             raise UserError(
                 f"{state.name} is not stopped: the API server does not reach Ray's dashboard "
-                f"({error.status}), which k8s/base/network.yaml closes to it. docs/clusters.md "
-                "says how to let it in, and how to stop the run without"
+                f"({error.status}): {(error.body or 'no reason').strip()[:300]}. Either Ray has "
+                "not started yet (--now deletes the run), or a NetworkPolicy such as "
+                "k8s/base/network.yaml closes it: docs/clusters.md says how to let the API server "
+                "in, and how to stop the run without"
             ) from error
 
     def _client(self) -> Any:

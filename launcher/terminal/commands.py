@@ -68,7 +68,8 @@ def fetching_code(url: str) -> str:
     where, name = json.dumps(url), json.dumps(fetched_name(url))
     return (
         f"import fsspec; files, path = fsspec.core.url_to_fs({where}); "
-        f"files.get(path, {name}, recursive=files.isdir(path))"
+        # With the slash a folder is written over, not put into one that is there.
+        f"files.get(path + '/' * files.isdir(path), {name}, recursive=files.isdir(path))"
     )
 
 

@@ -23,7 +23,7 @@ from launcher.verbs.evaluate.shared import RunName, classes_of
 from launcher.verbs.outputs import refuse_unwritable_store, usable_file, usable_folder
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
-from mhe_dist.tracking.factory import follow_moved_artifacts, sync_mlflow
+from mhe_dist.tracking.factory import count_waiting, follow_moved_artifacts, sync_mlflow
 from pipelines.runs.folder import config_at, find_run, read_heldout_figures, read_run_config
 from pipelines.runs.lock import refuse_trained
 
@@ -282,5 +282,6 @@ def sync(run: RunName) -> None:
     refuse_trained(path, "it sends what waits for MLflow by itself; mhe sync is for afterwards")
     if moved := follow_moved_artifacts(config):
         console.say(f"MLflow now has the new place of the artifacts of {moved:,} runs.")
-    sent = sync_mlflow(config)
+    sent = count_waiting(config)
+    sync_mlflow(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -36,6 +37,12 @@ class Checkpoint:
 
     @property
     def scores(self) -> dict[str, float]:
+        """Those of `read_scores`; empty also where they cannot be read now."""
+        with suppress(Exception):  # stores raise what they like
+            return self.read_scores()
+        return {}
+
+    def read_scores(self) -> dict[str, float]:
         """Figures of the evaluation of this model; empty: it was not evaluated.
 
         They are in `run`, or in a file of their own when a resumed run evaluated.

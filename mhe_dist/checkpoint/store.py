@@ -17,6 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,7 +259,8 @@ class CheckpointStore:
             path = self._path(step)
             try:
                 complete = self._is_complete(path)
-                known = Checkpoint(path, step).scores if complete and self._policy.best else {}
+                is_ranked = complete and self._policy.best
+                known = Checkpoint(path, step).read_scores() if is_ranked else {}
             except Exception as failure:  # of a store, whatever it likes
                 logger.warning("%s stays, since it cannot be read now: %s", path, failure)
                 continue
@@ -281,6 +283,12 @@ class CheckpointStore:
         if isinstance(found, Unreadable):
             raise RunError(f"{path}: {found}")
         return not isinstance(found, str)
+
+    def _can_be_read(self, path: str) -> bool:
+        """Whether it is complete, and nothing hinders reading it now."""
+        with suppress(RunError):
+            return self._is_complete(path)
+        return False
 
     # -- discovery -----------------------------------------------------------------------------
 
@@ -313,9 +321,9 @@ class CheckpointStore:
         def delete_newer() -> bool:
             """Whether an older checkpoint stands, or none at all."""
             steps = self._steps()
-            good = [s for s in steps if s <= step and self._is_complete(self._path(s))]
             newer = [s for s in steps if s > step]
-            if newer and not good:
+            older = (self._path(s) for s in steps if s <= step)
+            if newer and not any(map(self._can_be_read, older)):
                 return False
             for number in newer:
                 CheckpointFolder(self._path(number)).remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -18,13 +21,16 @@ def failing_together(topology: Topology) -> Iterator[None]:
     For what each rank does alone, such as opening a file; no collectives in the block.
 
     Raises:
-        UserError, RunError, OSError: see `raise_together`.
+        UserError, RunError, OSError: see `raise_together`; another error is a RunError.
     """
     failure: Exception | None = None
     try:
         yield
     except (UserError, RunError, OSError) as error:
         failure = error
+    except Exception as error:  # of a store, whatever it likes
+        log.exception("on rank %d", topology.rank)
+        failure = RunError(f"{type(error).__name__}: {error}")
     raise_together(failure, topology)
 
 

@@ -74,9 +74,9 @@ def _spool(config: Config) -> Spool | None:
 
 
 def count_waiting(config: Config) -> int:
-    """Records of a run of this machine that MLflow lacks so far, and that `mhe sync` would send."""
+    """Records of a run of this machine, its end among them, that MLflow lacks so far."""
     spool = _spool(config) if Path(config.run.path).is_dir() else None
-    return 0 if spool is None else len(spool)
+    return 0 if spool is None else len(spool) + (spool.end is not None)
 
 
 def follow_moved_artifacts(config: Config) -> int:

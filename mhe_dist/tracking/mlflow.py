@@ -226,7 +226,7 @@ class MlflowTracker:
 
     def _how_to_send(self) -> str:
         """The command that sends what is kept on disk; empty where nothing is."""
-        if self._spool is None or not len(self._spool):
+        if self._spool is None or not (len(self._spool) or self._spool.end):
             return ""
         command = shlex.join(["mhe", "sync", str(self._spool.folder.parent)])
         return f", and `{command}` {'asks again' if self._problem else 'sends them later'}"

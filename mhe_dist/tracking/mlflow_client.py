@@ -323,10 +323,12 @@ class MlflowStore:
     def _end(self, entry: EndEntry) -> None:
         if self._system:
             self._system.finish()
-        if entry.status is None:
+        if entry.status is None and not self._is_ours:
             return
+        # A run that is made here for what waited of it was ended by what let nobody say so.
+        status = entry.status or "killed"
         for run_id in filter(None, (self._child_id, self.run_id)):
-            self._client.set_terminated(run_id, entry.status.upper(), entry.time_ms)
+            self._client.set_terminated(run_id, status.upper(), entry.time_ms)
 
 
 def _of_request(request: str) -> str:

@@ -201,7 +201,8 @@ def refuse_other_classes(index: ShardIndex, data: DataConfig) -> None:
     if data.classes:
         raise UserError(
             f"{index.folder}: the run chose and renumbered its classes (data.classes="
-            f"{data.classes}), so that the ids of this set mean others"
+            f"{data.classes}), so that the ids of this set mean others; leave out "
+            "evaluate.classification, and compare images: evaluate.shards, mhe evaluate heldout"
         )
     if data.mix:  # its classes have other ids than those of its parts
         return

@@ -12,6 +12,7 @@ from torch import Tensor
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
+from mhe_dist.distributed.collectives import broadcast_from_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.engine.settings import resolve_head_matmul
@@ -362,7 +363,7 @@ class Run:
                 f"train.max_steps give {self.total_steps} now: give at least as many"
             )
         self._load(checkpoint)
-        scored = bool(checkpoint.scores)
+        scored = broadcast_from_first(bool(checkpoint.scores), self.topology)
         precision = found.get("precision")
         progress = RunProgress(found["step"], found["images"], checkpoint.path, scored, precision)
         return progress, found["run_id"], found.get("bad_samples")

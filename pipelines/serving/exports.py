@@ -54,6 +54,8 @@ def write_format(
     if name != "onnx":  # the MLflow model prepares images itself; the Hub's file is the usual one
         options = options._replace(pixels=False)
     with staged_folder(folder, replaced=(MLFLOW_FOLDER, HUB_FOLDER)) as local:
+        if name == "timm":  # first: by its card an export that is broken off is known as ours
+            write_model_card(f"{local}/timm", trained, {name: "."})
         if name == "mlflow":
             path, difference = _write_mlflow(trained, local, images, options)
         elif name == "hub-folder":
@@ -63,7 +65,7 @@ def write_format(
             path, difference = write_export(
                 *(name, trained.model, trained.config, local, images, options, origin)
             )
-        if name in ("timm", "mlflow"):
+        if name == "mlflow":
             write_model_card(path, trained, {name: "."})
     write_model_card(folder, trained, known_exports(folder))
     return f"{folder}{path.removeprefix(local)}", difference
@@ -97,11 +99,11 @@ def _write_hub_folder(
     shutil.rmtree(path, ignore_errors=True)
     Path(path).mkdir(parents=True)
     onnx = "onnx/model.onnx"
+    write_model_card(path, trained, {"timm": ".", "onnx": onnx})
     differences = (
         export_timm(trained.model, trained.config, path, images),
         export_onnx(
             *(trained.model, trained.config, f"{path}/{onnx}", images, options, trained.origin())
         ),
     )
-    write_model_card(path, trained, {"timm": ".", "onnx": onnx})
     return path, max(differences)

@@ -138,7 +138,11 @@ def require_absent_or_resumable(target: str) -> None:
     """Raise UserError if a path or URL exists, unless it is an attempt that can go on."""
     filesystem, path = resolve_url(target)
     filesystem.invalidate_cache()
-    if is_local(filesystem) or not filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+    if not is_local(filesystem) and filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+        return
+    names = [name.rpartition("/")[2] for name in list_folder(target)]
+    # In a store, what is left of a journal without a recipe was being removed.
+    if is_local(filesystem) or names != [JOURNAL]:
         require_absent(target)
 
 

@@ -115,9 +115,8 @@ def find_neighbours(
                     (queries.rows.gather(numbers), counts),
                     (images, numbers) if is_same else None,
                 )
-                none = best < 0
-                found[numbers, position] = np.where(none, NO_IMAGE, images[best])
-                cosines[numbers, position] = np.where(none, -1.0, scores)
+                found[numbers, position] = np.append(images, NO_IMAGE)[best]  # -1: the last one
+                cosines[numbers, position] = np.where(best < 0, -1.0, scores)
 
         state.run(f"{name}_{position}", len(groups), _find)
     images, scores = np.asarray(found), np.asarray(cosines)

@@ -130,7 +130,7 @@ def names_in_run(data: DataConfig, wanted: Collection[int]) -> dict[int, str]:
     with suppress(UserError):
         labelled = LabelSet.load(folder) if data.labels else ShardIndex.load(folder)
         chosen = read_classes(data.classes, labelled)
-        ids = {int(chosen[number]): number for number in wanted if number < len(chosen)}
+        ids = {int(chosen[number]): number for number in wanted if 0 <= number < len(chosen)}
         return {ids[source]: name for source, name in names_of(folder, ids).items()}
     return {}
 

@@ -39,6 +39,7 @@ def test_gpus_that_torch_does_not_see_need_a_look(
     """A CPU build of torch beside a driver: a run with scale.gpu=true found it, a minute later."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     _, found, advice = doctor._gpus(CARDS)
     assert f"sees {seen} of 2" in found
     assert advice == doctor.NO_CUDA
@@ -50,6 +51,16 @@ def test_gpus_that_torch_sees_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     expected = "; ".join(CARDS) + ": train.precision=auto is bf16"
     assert doctor._gpus(CARDS) == ("GPUs", expected, "")
+
+
+def test_gpus_that_were_left_to_others_need_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    _, found, advice = doctor._gpus(CARDS)
+    assert found.endswith("; of these 1 (CUDA_VISIBLE_DEVICES=1): train.precision=auto is bf16")
+    assert not advice
 
 
 def test_without_a_driver_there_is_nothing_to_see() -> None:

@@ -95,6 +95,33 @@ def test_a_rejected_checkpoint_that_can_be_read_again_stays(
     assert stands(tmp_path) == [10, 15]
 
 
+def test_one_that_cannot_be_read_hinders_no_rollback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(str(tmp_path), Topology(), RetentionPolicy(9))
+    save(store, 10, 20, 30)
+    with monkeypatch.context() as patch:
+        fail_at(patch, "ls", "", OSError(116, "Stale file handle"))
+        assert store.roll_back_to(25)
+        assert stands(tmp_path) == [10, 20]
+        assert not store.roll_back_to(15), "none that can be read is older"
+    assert stands(tmp_path) == [10, 20]
+
+
+def test_scores_that_cannot_be_read_are_none_for_who_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(str(tmp_path), Topology(), RetentionPolicy(9))
+    save(store, 10)
+    store.add_scores(10, {BEST: 0.5})
+    newest = store.newest()
+    assert newest is not None and newest.scores == {BEST: 0.5}
+    fail_at(monkeypatch, "cat_file", "scores", StoreError("503"))
+    assert newest.scores == {}
+    with pytest.raises(StoreError):
+        newest.read_scores()
+
+
 def test_what_a_store_refuses_to_delete_or_to_take_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from launcher import cli
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import save_config
 from mhe_dist.errors import RunError
-from mhe_dist.tracking.factory import sync_mlflow
+from mhe_dist.tracking.factory import count_waiting, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, RunEnd, Spool
@@ -213,6 +214,33 @@ def test_an_end_that_mlflow_was_not_told_is_told_by_sync(
     assert run.logged(after.info.run_id) == [0.0]
     assert (after.info.status, after.info.end_time) == ("KILLED", end.time_ms)
     assert run.spool.end is None
+
+
+def test_an_end_that_waits_alone_counts_and_is_told(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow went down between the last value and the end: it said that nothing waits."""
+    with monkeypatch.context() as patch:
+        patch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
+        first = run.tracker()
+        first.start({}, {})
+        assert first.run_id is not None
+        refusing(patch, "set_terminated", lambda _: ConnectionError("no route"))
+        first.close("finished")
+        assert "mhe sync" in first.problem
+    assert count_waiting(run.config) == 1
+    save_config(run.config, f"{run.config.run.path}/config.yaml")
+    assert cli.run(["sync", run.config.run.path]) == 0
+    assert "1 records sent." in capsys.readouterr().out
+    assert [each.info.status for each in run.in_mlflow()] == ["FINISHED"]
+    assert count_waiting(run.config) == 0
+
+
+def test_a_run_that_sync_makes_has_ended(run: Run) -> None:
+    """Of a process that was killed before MLflow knew its run; it would be RUNNING for ever."""
+    run.spool.add(MetricRecord(1, 1000, {"loss": 1.0}))
+    assert sync_mlflow(run.config) == 1
+    assert [each.info.status for each in run.in_mlflow()] == ["KILLED"]
 
 
 def test_a_run_that_goes_on_has_not_ended(run: Run) -> None:

@@ -219,6 +219,19 @@ def test_images_of_a_large_class_are_looked_up_in_parts(
     np.testing.assert_allclose(cosines, products.max(axis=1), atol=1e-6)
 
 
+def test_images_near_a_class_that_has_none_find_none(
+    rng: np.random.Generator, state: ClusterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Very many are second nearest to a class that none is nearest to: it is a group of its own."""
+    monkeypatch.setattr(settings, "CHUNK_BYTES", 0)  # the least: 1024 images
+    rows, asking = unit(rng.normal(size=(12, 64))), unit(rng.normal(size=(2_000, 64)))
+    base = neighbours.fill_buckets(UnitRows(rows), np.ones((12, 1), np.int32), 2, "base", state)
+    empty = np.zeros((2_000, 2), np.int32)
+    queries = neighbours.fill_buckets(UnitRows(asking), empty, 2, "queries", state)
+    images, cosines = neighbours.find_neighbours(base, queries, "found", state)
+    assert (images == neighbours.NO_IMAGE).all() and (cosines == -1).all()
+
+
 def test_groups_of_classes_count_every_image_that_is_looked_up() -> None:
     """Of a class with very many so many are drawn; all are looked up."""
     sizes = np.array([3, 20_000, 5_000, 2])

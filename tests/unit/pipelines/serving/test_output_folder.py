@@ -6,9 +6,12 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from mhe_dist.backbone.model import build_backbone
 from mhe_dist.errors import UserError
+from pipelines.serving import exports
+from pipelines.serving.exports import ExportFormat
 from pipelines.serving.model_card import TrainedModel, is_model_card, model_card
 from pipelines.serving.output_folder import refuse_overwriting
 from tests import tiny
@@ -68,6 +71,26 @@ def test_exports_are_replaced_and_what_lies_beside_them_stays(tmp_path: Path) ->
     write(tmp_path, ["hub/LICENSE"])
     with pytest.raises(UserError, match=": hub/ there was not written"):
         refuse_overwriting(str(tmp_path), ALL)
+
+
+@pytest.mark.parametrize("name", ["timm", "hub-folder"])
+def test_an_export_that_was_broken_off_may_be_repeated(
+    name: ExportFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.config(tmp_path, "unused")
+    model = build_backbone(config.model, config.data.image_size)
+    inner = {"timm": "timm", "hub-folder": "hub"}[name]
+
+    def break_off(*_: object) -> None:
+        write(tmp_path, [f"{inner}/config.json", f"{inner}/model.safetensors"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exports, "write_export", break_off)
+    monkeypatch.setattr(exports, "export_timm", break_off)
+    trained = TrainedModel(model, config, 24, {}, {})
+    with pytest.raises(KeyboardInterrupt):
+        exports.write_format(name, trained, str(tmp_path), torch.zeros(1, 3, 8, 8))
+    refuse_overwriting(str(tmp_path), [name])
 
 
 def test_a_store_is_looked_into_too() -> None:

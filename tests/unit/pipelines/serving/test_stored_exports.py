@@ -66,6 +66,8 @@ def test_each_format_arrives_and_is_fetched_again(bucket: str, trained: TrainedM
     }
     card = fsspec.open(f"{folder}/README.md", "r").open().read()
     assert "local-dir:timm" in card and "backbone.onnx" in card
+    Path("timm").mkdir()
+    Path("timm", "config.json").write_text("of an earlier fetch")
     for path in (timm_path, onnx_path):
         exec(fetching_code(path), {})
     inputs = normalize_images(IMAGES, trained.model.normalization)

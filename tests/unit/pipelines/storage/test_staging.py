@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import UserError
-from pipelines.storage.staging import Journal
+from pipelines.storage.staging import JOURNAL, Journal, Staging
 
 PARTS = 5
 
@@ -47,6 +48,19 @@ def test_results_of_a_recipe_are_never_those_of_another(
     assert [again.get(number) for number in range(PARTS)] == [None, None, "B2", None, None]
     with pytest.raises(UserError, match="interrupted attempt with another source"):
         Journal(url, "A")
+
+
+def test_what_is_left_of_a_removal_in_a_store_stands_in_nobody_s_way() -> None:
+    """It said that the target exists, and to delete it."""
+    target = "memory://sets/new"
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe({f"/sets/new/{JOURNAL}/{number:06d}.json": b"{}" for number in range(3)})
+    staging = Staging(target, "B")
+    assert staging.journal is not None and len(staging.journal) == 0
+    staging.abort()
+    filesystem.pipe({f"/sets/new/{JOURNAL}/000000.json": b"{}", "/sets/new/theirs.tar": b"x"})
+    with pytest.raises(UserError, match="already exists"):
+        Staging(target, "B")
 
 
 def test_an_ended_attempt_stays_for_its_own_recipe(tmp_path: Path) -> None:

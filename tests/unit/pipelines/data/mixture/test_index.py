@@ -141,6 +141,7 @@ def test_classes_of_a_run_have_the_names_of_those_that_were_chosen(shards: str) 
     data = DataConfig(shards=shards, classes=listed(shards, "class\n6\n3\n"))
     assert names_in_run(data, range(2)) == {0: "name 3", 1: "name 6"}
     assert names_in_run(data, {1}) == {1: "name 6"}
+    assert names_in_run(data, {0, 1, -1}) == {0: "name 3", 1: "name 6"}, "a head pads with -1"
     assert names_in_run(DataConfig(shards=shards), {6}) == {6: "name 6"}
     labels = labelled(shards, [[3]] * len(ALL))
     of_labels = data.model_copy(update={"labels": labels})
