@@ -101,7 +101,8 @@ def train_workers(token: str) -> list[psutil.Process]:
 
 def test_what_cannot_work_is_refused_with_every_reason(cluster: Raylets, config: Path) -> None:
     begin = time.monotonic()
-    words = ["data.shards=/nowhere", "run.name=lost", "run.dir=/proc/runs", "scale.workers=4"]
+    words = ["data.shards=/nowhere", "run.name=lost", "run.dir=/proc/runs"]
+    words += ["scale.workers=4", "scale.min_workers=4"]
     code, output = Terminal(cluster).mhe("submit", str(config), *words, "--follow")
     seconds = time.monotonic() - begin
     assert code == 2, output

@@ -72,7 +72,7 @@ def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
         stderr = process.communicate()[1]
         killer.cancel()
         connection.close()
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert SENTENCE in stderr  # the thread that speaks with MLflow may have the last word
     assert "Traceback" not in stderr
     with pytest.raises(ProcessLookupError):  # nothing of its session runs on
