@@ -36,5 +36,5 @@ def test_what_a_verb_writes_is_looked_at_first(
             words = [*name.split(), option.opts[0], target]
             assert f"{tmp_path}/file: a file stands where a folder" in said(words, capsys, 2)
         words = [*name.split(), option.opts[0], "http://127.0.0.1:9/below"]
-        told = said(words, capsys, 2)
-        assert "a web server takes no files" in told or "name a folder here" in told
+        refusal = said(words, capsys, 2)
+        assert "a web server takes no files" in refusal or "name a folder here" in refusal
