@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from pipelines.pretrain import garbage, preemption
 
@@ -13,17 +17,41 @@ INTERRUPTED = 130  # the exit code that shells give to what Ctrl-C ended
 def main(arguments: list[str]) -> int:
     """Train, and give the exit code."""
     preemption.listen_for_sigterm()  # before the seconds that the imports take
+    with _noting_interrupts() as interrupts:
+        try:
+            return _train(arguments, interrupts)
+        except KeyboardInterrupt:
+            print(
+                "interrupted; the same command goes on from the newest complete checkpoint",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """Inside, Ctrl-C raises as it does anyway; what comes of it elsewhere can be told from faults.
+
+    It ends the loader's processes, too, and their end may be noticed first; and what is torn apart
+    while it is made complains of that when it is deleted.
+    """
+    received: list[int] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        sys.unraisablehook = lambda _: None
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a shell's background job has it ignored
+        signal.signal(signal.SIGINT, interrupt)
     try:
-        return _train(arguments)
-    except KeyboardInterrupt:
-        print(
-            "interrupted; the same command goes on from the newest complete checkpoint",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: list[str], interrupts: list[int]) -> int:
     with garbage.put_off():
         from mhe_dist.config.load import load_config
         from mhe_dist.distributed.device import prepare_rank
@@ -44,6 +72,8 @@ def _train(arguments: list[str]) -> int:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except Exception:  # told as Python would, but without secrets
+        if interrupts:
+            raise KeyboardInterrupt from None
         sys.stderr.write(scrub(traceback.format_exc()))
         return 1
     return 0

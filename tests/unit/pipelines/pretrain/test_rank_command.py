@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,30 @@ def test_ctrl_c_is_told_in_a_sentence(
     monkeypatch.setattr(where, interrupt)
     monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
     assert command.main([str(file)]) == 130
+    assert capfd.readouterr().err == SENTENCE
+
+
+def test_what_ctrl_c_makes_of_a_library_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It ends the loader's processes as well, and torch may tell of that before Python does."""
+
+    def lose_a_worker(*_: Any, **__: Any) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
+
+    file = tmp_path / "run.yaml"
+    file.write_text(config_to_yaml(tiny.config(tmp_path, "shards")))
+    monkeypatch.setattr("pipelines.pretrain.main.run_pretraining", lose_a_worker)
+    monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command.main([str(file)]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capfd.readouterr().err == SENTENCE
 
 
