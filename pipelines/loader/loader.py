@@ -33,7 +33,7 @@ from pipelines.data.mixture.index import Mixture
 from pipelines.data.order import SampleOrder
 from pipelines.data.step_labels import StepLabels
 from pipelines.loader.shared_buffers import SharedBuffers
-from pipelines.loader.shield import shield, sigterm_held_back
+from pipelines.loader.shield import interrupt_held_back, shield, sigterm_held_back
 from pipelines.loader.worker import PartialBatch, WorkerDataset
 from pipelines.loader.worker_status import WorkerStatusTable, describe_dead_worker
 from pipelines.shards.index import ShardIndex
@@ -114,7 +114,7 @@ class Loader:
         Raises:
             RunError: a shard or too many samples cannot be read, or a loader process died.
         """
-        with sigterm_held_back():
+        with interrupt_held_back(), sigterm_held_back():
             partial_batches = iter(self._dataloader())
         self._statuses.remember_children()
         for step, labels in zip(self._steps, self._labels(), strict=True):

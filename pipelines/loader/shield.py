@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -30,6 +31,27 @@ def sigterm_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def interrupt_held_back() -> Iterator[None]:
+    """Start processes in the block: this one hears Ctrl-C at its end, and they hear none.
+
+    What a handler raises while Python forks is lost, and may leave the lock of `logging` taken for
+    ever. The terminal sends Ctrl-C to the loader processes, too; they end with their rank.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda _, frame: received.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(signal.SIGINT, received[0])
 
 
 def shield(parent: int, worker: int) -> None:

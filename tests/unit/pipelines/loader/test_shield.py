@@ -75,6 +75,35 @@ def test_sigterm_to_the_loader_processes_changes_nothing(config: Config) -> None
     assert received == [signal.SIGTERM], "the rank itself hears it again after it has begun to load"
 
 
+def test_ctrl_c_waits_until_the_loader_processes_have_begun_and_leaves_them_alone(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raised while Python forks it was lost, and the lock of `logging` stayed taken."""
+    fork, forked = os.fork, []
+
+    def fork_interrupted() -> int:
+        signal.raise_signal(signal.SIGINT)
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", fork_interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            keys(config)
+        assert len(forked) == LOADERS, "none was broken off"
+        monkeypatch.undo()
+
+        def interrupt_loaders() -> None:
+            for child in children():
+                os.kill(child, signal.SIGINT)
+
+        uninterrupted = keys(config)
+        assert keys(config, interrupt_loaders) == uninterrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_rank_ends_them_at_once(config: Config) -> None:
     """Also those that are asked for nothing any more."""
     begin = time.monotonic()
