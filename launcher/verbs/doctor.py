@@ -92,13 +92,13 @@ def _gpus(names: Sequence[str]) -> Row:
     except (ImportError, OSError):  # told with the processor
         return "GPUs", found, ""
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if seen == len(names):
-        return "GPUs", f"{found}: {_precision(torch.device('cuda'))}", ""
-    if seen and chosen:  # on a machine that is shared
-        found = f"{found}; of these {seen} (CUDA_VISIBLE_DEVICES={chosen})"
-        return "GPUs", f"{found}: {_precision(torch.device('cuda'))}", ""
-    return "GPUs", f"{found}; torch {torch.__version__} sees {seen} of {len(names)}", NO_CUDA
+    if seen != len(names):
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if not (seen and chosen):
+            found = f"{found}; torch {torch.__version__} sees {seen} of {len(names)}"
+            return "GPUs", found, NO_CUDA
+        found = f"{found}; of these {seen} (CUDA_VISIBLE_DEVICES={chosen})"  # others have the rest
+    return "GPUs", f"{found}: {_precision(torch.device('cuda'))}", ""
 
 
 def _precision(device: torch.device) -> str:

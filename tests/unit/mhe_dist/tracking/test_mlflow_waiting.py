@@ -102,6 +102,15 @@ def refuse_metrics(monkeypatch: pytest.MonkeyPatch, code: str, times: float = 1)
     refusing(monkeypatch, "log_batch", refusal)
 
 
+def opened_in_a_hurry(run: Run, monkeypatch: pytest.MonkeyPatch) -> MlflowTracker:
+    """A tracker whose run MLflow has, and which hardly waits for it at its end."""
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
+    mlflow = run.tracker()
+    mlflow.start({}, {})
+    assert mlflow.run_id is not None
+    return mlflow
+
+
 CODES = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED", "ENDPOINT_NOT_FOUND")
 
 
@@ -124,9 +133,7 @@ def test_a_token_that_stays_expired_loses_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
-        mlflow = run.tracker()
-        mlflow.start({}, {})
+        mlflow = opened_in_a_hurry(run, patch)
         mlflow.log(0, {"loss": 0.0})
         wait_for(lambda: len(run.spool) == 0 and mlflow.run_id is not None)
         refuse_metrics(patch, "UNAUTHENTICATED", times=10**9)
@@ -197,10 +204,7 @@ def test_an_end_that_mlflow_was_not_told_is_told_by_sync(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
-        first = run.tracker()
-        first.start({}, {})
-        assert first.run_id is not None
+        first = opened_in_a_hurry(run, patch)
         for method in ("log_batch", "set_terminated"):
             refusing(patch, method, lambda _: ConnectionError("no route"))
         first.log(0, {"loss": 0.0})
@@ -221,10 +225,7 @@ def test_an_end_that_waits_alone_counts_and_is_told(
 ) -> None:
     """MLflow went down between the last value and the end: it said that nothing waits."""
     with monkeypatch.context() as patch:
-        patch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.2)
-        first = run.tracker()
-        first.start({}, {})
-        assert first.run_id is not None
+        first = opened_in_a_hurry(run, patch)
         refusing(patch, "set_terminated", lambda _: ConnectionError("no route"))
         first.close("finished")
         assert "mhe sync" in first.problem
