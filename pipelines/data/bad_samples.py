@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
+from mhe_dist.redact import scrub_urls
 from pipelines.shards.index import Fault
 from pipelines.storage.urls import atomic_write
 
@@ -30,7 +31,8 @@ class BadSampleTally:
     Attributes:
         seen: samples drawn so far, good or bad.
         count: bad ones among them; a sample counts each time it is drawn.
-        samples: location of a bad sample -> what is wrong with it; the first `MAX_NAMED` of them.
+        samples: location of a bad sample -> what is wrong with it, without secrets of URLs; the
+            first `MAX_NAMED` of them.
     """
 
     seen: int = 0
@@ -42,9 +44,11 @@ class BadSampleTally:
         self.seen += seen
         for fault in faults:
             self.count += 1
-            if fault.location not in self.samples and len(self.samples) < MAX_NAMED:
-                log.warning("bad sample: %s: %s", fault.location, fault.reason)
-                self.samples[fault.location] = fault.reason
+            # Each rank has its own environment; what a URL holds is the same for all.
+            location, reason = map(scrub_urls, fault)
+            if location not in self.samples and len(self.samples) < MAX_NAMED:
+                log.warning("bad sample: %s: %s", location, reason)
+                self.samples[location] = reason
 
     def merge(self, other: BadSampleTally) -> None:
         """Add the counts and names of another tally."""

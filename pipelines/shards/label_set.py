@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
 from pipelines.shards.columns import Column, ColumnEntry, smallest_dtype, write_column
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import read_manifest
@@ -310,7 +311,7 @@ def write_label_files(
         num_classes: C.
         chunks: called three times; each time the lists of all samples, in order, part by part.
         names: of the C classes, in order; None: their numbers.
-        meta: JSON-able, what it was made from.
+        meta: JSON-able, what it was made from; secrets in it, as of URLs, are not written.
         tables: further files beside it, by name.
         similarities: of the samples to their classes; None: not known.
 
@@ -340,7 +341,7 @@ def write_label_files(
         "labelled": totals.labelled,
         "max_labels": totals.max_labels,
         "index_digest": index.digest,
-        "meta": {"index": index.folder} | (meta or {}),
+        "meta": masked({"index": index.folder} | (meta or {})),
         "columns": {name: asdict(entry) for name, entry in columns.items()},
     }
     text = json.dumps(about, indent=1, ensure_ascii=False)

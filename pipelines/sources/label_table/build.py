@@ -16,7 +16,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from mhe_dist.errors import UserError
-from mhe_dist.redact import scrub
 from pipelines.shards.index import Fault, ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet, write_label_set
 from pipelines.shards.tables import skipped_table
@@ -142,7 +141,7 @@ class _Join:
             raise UserError(f"{self._tables[0]}: no sample of {self._index.folder} gets a class")
         named = self._name_unknown() + self._name_missing()
         meta = {
-            "tables": [scrub(table) for table in self._tables],
+            "tables": self._tables,
             "layout": self._layout._asdict(),
             "rows": self._row_count,
         }

@@ -48,6 +48,18 @@ def test_a_process_goes_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     ]
 
 
+def test_secrets_of_urls_are_in_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A presigned tar is a place, too; two signatures of one file are one place."""
+    tally, samples = BadSampleTally(), BadSamples(Topology(), str(tmp_path), None)
+    url = "https://user:hunter22@h/x/a.tar?X-Amz-Signature"
+    tally.add(9, [Fault(f"sample 3 of {url}={sign}", f"{url}={sign}") for sign in ("s1", "s2")])
+    samples.gather(tally)
+    clean = "https://***@h/x/a.tar?X-Amz-Signature=***"
+    assert lines(tmp_path) == [{"place": f"sample 3 of {clean}", "reason": clean}]
+    assert samples.state()["samples"] == {f"sample 3 of {clean}": clean}
+    assert samples.total.count == 2 and "hunter22" not in caplog.text and clean in caplog.text
+
+
 def test_a_run_without_any_says_so(tmp_path: Path) -> None:
     BadSamples(Topology(), str(tmp_path), None).gather(BadSampleTally(seen=5))
     assert lines(tmp_path) == []

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,16 @@ def test_what_lies_in_the_folder(labels: LabelSet) -> None:
     rows = ["class\tsamples\tname", "0\t2\ta", r"1	2	b\tc", "2\t3\td", "3\t2\te", ""]
     assert (folder / "classes.tsv").read_text().split("\n") == rows
     assert sorted(path.name for path in folder.parent.iterdir()) == ["labels", "set"]
+
+
+def test_no_secret_of_a_url_is_written(tmp_path: Path, index: ShardIndex) -> None:
+    url = "https://user:hunter22@h/a.csv?X-Amz-Signature=s1"
+    meta = {"tables": [url], "like": url, "layout": {"key": "name"}}
+    stored = replace(index, folder=url)
+    made = write_label_set(f"{tmp_path}/l", stored, 4, lambda: [as_lists(LISTS)], None, meta)
+    clean = "https://***@h/a.csv?X-Amz-Signature=***"
+    layout = {"key": "name"}
+    assert made.meta == {"index": clean, "tables": [clean], "like": clean, "layout": layout}
 
 
 def test_the_digest_is_of_lists_classes_and_data(tmp_path: Path, index: ShardIndex) -> None:
