@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from mhe_dist.errors import UserError, list_choices
 from pipelines.report.comparison import RECOGNITION, Claim, Measure
 from pipelines.sources.planted.faults import FaultRates
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 UNTRAINED = "untrained"  # the backbone that the study's config begins with
 
 
@@ -45,7 +43,7 @@ class Study:
         name: of the study.
         title: heading of its section on the page.
         text: for the page: what is compared, and on which data.
-        config: file in `configs/` that the runs share.
+        config: that the runs share: the name of one that comes with mhe.
         variants: what is compared.
         seeds: default number of seeds, counted from 0.
         typefaces: names in `evaluate.typefaces` of the config, or `labels` for `evaluate.labels`,
@@ -71,11 +69,6 @@ class Study:
     labels_per_image: int = 1
     faults: FaultRates | None = None
     false_rate: float = 0.01
-
-    @property
-    def file(self) -> str:
-        """Path of the config."""
-        return str(CONFIGS / self.config)
 
     def select_variants(self, only: Sequence[str]) -> list[Variant]:
         """The variants of these names, or all if `only` is empty.

@@ -19,7 +19,7 @@ SMALL = Study(
         "no run saw, in typefaces that no run saw; each is enrolled by one image in a typeface "
         "of the training."
     ),
-    config="glyphs_cjk_small.yaml",
+    config="glyphs_cjk_small",
     variants=(
         _head("full", "full softmax", "kind=full"),
         _head("partial_fc", "PartialFC 0.1", "kind=partial_fc", "partial_fc.rate=0.1"),
@@ -87,7 +87,7 @@ HEADS = Study(
     name="heads",
     title="6,000 classes, a stronger network",
     text=_NETWORK,
-    config="glyphs_heads.yaml",
+    config="glyphs_heads",
     variants=(
         _tuned("full", "full softmax", 0.45, 3, "kind=full"),
         _tuned("partial_fc", "PartialFC 0.1", 0.45, 1, "kind=partial_fc", "partial_fc.rate=0.1"),
@@ -132,7 +132,7 @@ HEADS_ONCE = Study(
     name="heads_once",
     title="6,000 classes, a stronger network, other heads",
     text=f"As `mhe reproduce heads`, one seed each. {_NETWORK}",
-    config="glyphs_heads.yaml",
+    config="glyphs_heads",
     variants=(
         _tuned(
             "mhs_batch",
@@ -176,7 +176,7 @@ FULL = Study(
         "full softmax and the tenth of MHS on the former, the other two on the latter. The run "
         "that names its device had other work beside it: its times say nothing."
     ),
-    config="glyphs_cjk_full.yaml",
+    config="glyphs_cjk_full",
     variants=(
         _tuned("full", "full softmax", "auto", 3, "kind=full"),
         _tuned("mhs", "MHS {735;128} own + 72", "auto", 3, _MHS),
@@ -202,7 +202,7 @@ GROUPS = Study(
         "`mhe reproduce heads`, margin and learning rate of the rows as chosen there for a head "
         "that meets 100 classes, one seed each, in bf16 on two CPU cores."
     ),
-    config="glyphs_heads.yaml",
+    config="glyphs_heads",
     variants=tuple(
         _tuned(
             f"g{groups}{'_new' * new}",
@@ -227,7 +227,7 @@ MARGINS = Study(
         "with scale 32 and a margin of 0.15 to 0.75. Data and network of `mhe reproduce heads`, "
         "the network compiled, one seed each, in bf16 on two CPU cores."
     ),
-    config="glyphs_heads.yaml",
+    config="glyphs_heads",
     variants=tuple(
         _compiled(_tuned(f"{name}_{round(100 * m)}", f"{title}, m = {m}", m, lr_scale, *settings))
         for name, title, lr_scale, margins, settings in (
@@ -252,7 +252,7 @@ PAPER = Study(
         "no run saw. MHS {4;5;5} has 20 heads of 5 classes; both MHS see their own head and three "
         "others."
     ),
-    config="glyphs_100.yaml",
+    config="glyphs_100",
     variants=(
         _head("one_hot", "one-hot", "kind=full"),
         *(
@@ -282,7 +282,7 @@ UNLABELLED = Study(
         "as they were drawn. *labels* is the same network with the true labels. Probes are 500 "
         "characters that no run saw."
     ),
-    config="unlabelled.yaml",
+    config="unlabelled",
     variants=(
         Variant(
             "start",
@@ -311,7 +311,7 @@ NOISE = Study(
         "on them; *audited twice* on those that it makes of the dirty ones with the backbone of "
         "*audited once*."
     ),
-    config="glyphs_noise.yaml",
+    config="glyphs_noise",
     variants=(
         Variant("clean", "clean"),
         Variant("dirty", "dirty", is_dirty=True),
@@ -335,7 +335,7 @@ COMPONENTS = Study(
         "binary cross-entropy, the others with the separated sums of MLCD. How the data is made "
         "stands in `configs/glyphs_components.yaml`."
     ),
-    config="glyphs_components.yaml",
+    config="glyphs_components",
     variants=(
         _head("full", "full", "kind=full"),
         _head("partial_fc", "PartialFC 0.1", "kind=partial_fc"),

@@ -135,6 +135,15 @@ def test_help_and_configs_need_no_checkout(environment: Path, empty: Path) -> No
     assert run(environment / "mhe", "config", "--yaml", "mine.yaml") == mine.read_text()
 
 
+def test_every_study_finds_its_config(environment: Path, empty: Path) -> None:
+    load = (
+        "from launcher.reproduce.studies import STUDIES\n"
+        "from mhe_dist.config.load import load_config\n"
+        "print(*(load_config(study.config).model.name for study in STUDIES.values()))"
+    )
+    assert len(run(environment / "python", "-c", load).split()) > 5
+
+
 def test_the_quickstart_trains_and_reports(environment: Path, empty: Path) -> None:
     (empty / "fonts").mkdir()
     for name in FONTS:

@@ -126,7 +126,7 @@ def settings(plan: PlannedRun, overrides: list[str], out: str) -> Config:
         words.append(f"data.labels={labels}")
         if not label_set_exists(labels):
             checks = [check_names]  # the labels are made when it is their turn
-    config = load_config(plan.study.file, words, checks)
+    config = load_config(plan.study.config, words, checks)
     refuse_changed_config(config)
     return config
 
@@ -136,7 +136,7 @@ def _train(plan: PlannedRun, config: Config, overrides: list[str], out: str) -> 
     summary = read_summary(config.run.path)
     if summary is None:
         if plan.labels:
-            clean = load_config(plan.study.file, [*plan.overrides, *overrides, f"run.dir={out}"])
+            clean = load_config(plan.study.config, [*plan.overrides, *overrides, f"run.dir={out}"])
             make_labels(plan, config, clean, out)
         summary = train_to_end(config)
     if plan.audit and not plan.planted:

@@ -15,13 +15,14 @@ import torch
 from pyarrow import parquet as pq
 
 from launcher import cli, execute
-from launcher.reproduce.plan import CONFIGS, PlannedRun, Study, Variant, plan_runs
+from launcher.reproduce.plan import PlannedRun, Study, Variant, plan_runs
 from launcher.reproduce.studies import NOISE, PAPER, SMALL, STUDIES, UNLABELLED
 from launcher.signals import Interrupted
 from launcher.terminal import console
 from launcher.verbs.studies import reproduce, run_labels
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
+from mhe_dist.config.shipped import shipped_configs
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
@@ -45,7 +46,7 @@ SEEN = {  # of 6,000 classes, by 64 samples
 
 
 def config_of(plan: PlannedRun) -> Config:
-    return load_config(plan.study.file, plan.overrides)
+    return load_config(plan.study.config, plan.overrides)
 
 
 @pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
@@ -57,7 +58,7 @@ def test_every_variant_is_a_valid_run_of_its_own_name(study: Study) -> None:
     evaluated = configs[0].evaluate
     labels = ["labels"] if evaluated.labels else []
     assert set(dict(study.typefaces)) == {*evaluated.typefaces, *labels}
-    assert study.config in {path.name for path in CONFIGS.glob("*.yaml")}
+    assert study.config in shipped_configs()
     if study.classes:
         return  # of the label sets of `unlabelled`: see the test of its order
     shared = [{**config_to_dict(config), "head": 0, "run": 0} for config in configs]

@@ -65,7 +65,7 @@ def measured(study: Study) -> dict[str, tuple[float, ...]]:
 def test_the_page_says_how_far_it_holds_in_other_studies(study: Study, classes: int) -> None:
     figures, heads = measured(study), []
     for variant in study.variants:
-        config = load_config(study.file, variant.overrides)
+        config = load_config(study.config, variant.overrides)
         score = score_head(config.head, demand_of(config, classes))
         heads.append(ScoredHead(variant.name, score, study.seeds, figures[variant.title]))
     found = correlations(heads)
