@@ -28,7 +28,8 @@ def read_space(file: str) -> Space:
         UserError: it is no such file, or a key has neither values nor a range, or stands twice.
     """
     try:
-        content = yaml.safe_load(Path(file).read_text())
+        text = Path(file).read_text()
+        content, repeated = yaml.safe_load(text), list(_repeated(yaml.compose(text)))
     except OSError as error:
         raise UserError(
             f"{file}: {error.strerror}; it should hold lines such as {_EXAMPLE}"
@@ -39,10 +40,22 @@ def read_space(file: str) -> Space:
         raise UserError(f"{file}: it should hold lines such as {_EXAMPLE}")
     space: Space = {}
     for key, values in _flatten(content):
-        if key in space:
-            raise UserError(f"{file}: {key} stands there twice; keep one")
+        repeated += [key] if key in space else []
         space[key] = _read_values(f"{file}: {key}", values)
+    if repeated:
+        raise UserError(f"{file}: {repeated[0]} stands there twice; keep one")
     return space
+
+
+def _repeated(node: yaml.Node | None, prefix: str = "") -> Iterator[str]:
+    """Keys that stand twice in one block; the loader keeps the last one and says nothing."""
+    seen = set()
+    for name, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        key = f"{prefix}{name.value}"
+        if key in seen:
+            yield key
+        seen.add(key)
+        yield from _repeated(value, f"{key}.")
 
 
 def _flatten(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from launcher.sweep.trial_run import (
 )
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
 from pipelines.runs.folder import read_summary
 from pipelines.storage.urls import atomic_write
 
@@ -79,25 +80,43 @@ class TrialResult(NamedTuple):
 
 
 def check_same_sweep(plan: SweepPlan) -> None:
-    """Keep what a sweep is about beside its runs, and refuse to go on with another one.
+    """Refuse to go on with another sweep than the one that has begun in the folder, if one has.
 
     Raises:
-        UserError: the folder holds a sweep of another config, space, or other settings.
+        UserError: names what differs, with both values.
     """
     file = Path(plan.settings.out) / _SETTINGS_FILE
-    now = json.loads(json.dumps({**plan._asdict(), "settings": plan.settings._asdict()}))
-    del now["parallel"]
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            raise UserError(
-                f"{plan.settings.out} holds a sweep with another {', '.join(changed)}: name "
-                "another folder with --out, or remove that one"
-            )
+    if not file.exists() or not file.with_name(STATE_FOLDER).is_dir():
         return
-    with atomic_write(str(file)) as stream:
-        stream.write(json.dumps(now, indent=2).encode())
+    before, now = _identity(json.loads(file.read_text())), _identity(_kept(plan))
+    if changed := [key for key in now if now[key] != before.get(key)]:
+        rows = "\n".join(f"  {key}: {before.get(key)!r} there, {now[key]!r} now" for key in changed)
+        raise UserError(
+            f"{plan.settings.out} holds a sweep with another {', '.join(changed)}: name "
+            f"another folder with --out, or remove that one\n{rows}"
+        )
+
+
+def _keep(plan: SweepPlan) -> None:
+    """Keep what a sweep is about beside its runs, when its first trial is about to begin."""
+    with atomic_write(f"{plan.settings.out}/{_SETTINGS_FILE}") as stream:
+        stream.write(json.dumps(_kept(plan), indent=2).encode())
+
+
+def _kept(plan: SweepPlan) -> dict[str, Any]:
+    """A sweep as JSON holds it, without secrets."""
+    words = (word.partition("=") for word in plan.settings.overrides)
+    overrides = [f"{key}{sign}{masked(value, key)}" for key, sign, value in words]
+    settings = {**plan.settings._asdict(), "overrides": overrides}
+    return dict(json.loads(json.dumps(masked({**plan._asdict(), "settings": settings}))))
+
+
+def _identity(kept: dict[str, Any]) -> dict[str, Any]:
+    """What makes a sweep another one; what it may use of the machine does not."""
+    settings = kept["settings"]
+    words = [word for word in settings["overrides"] if not word.startswith(("scale.", "scale="))]
+    values = masked({**kept, **settings, "overrides": words})
+    return {key: value for key, value in values.items() if key not in ("settings", "parallel")}
 
 
 def run_sweep(plan: SweepPlan, config: Config, report: Report) -> list[TrialResult]:
@@ -116,6 +135,7 @@ def run_sweep(plan: SweepPlan, config: Config, report: Report) -> list[TrialResu
     driver = SweepDriver(plan.settings, report)
     with local_cluster(scaled), driving(driver):
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        _keep(plan)  # not before: what Ray refuses may be typed otherwise
         results = _fit(plan, config.evaluate.every_steps)
     if driver.signals:
         raise Interrupted(driver.signals[0])
@@ -153,15 +173,17 @@ def _tune_config(plan: SweepPlan, first_look: int) -> Any:
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
+    settings = plan.settings._replace(overrides=())  # Tune writes what follows to disk
+
     def name(trial: Any) -> str:
-        return plan.settings.trial_name(trial.trial_id)
+        return settings.trial_name(trial.trial_id)
 
     return tune.TuneConfig(
         metric=plan.metric,
         mode=plan.mode,
         num_samples=plan.samples,
         search_alg=BasicVariantGenerator(max_concurrent=plan.parallel, random_state=plan.seed),
-        scheduler=create_scheduler(plan.settings, first_look) if plan.stop_early else None,
+        scheduler=create_scheduler(settings, first_look) if plan.stop_early else None,
         trial_name_creator=name,
         trial_dirname_creator=name,
     )

@@ -68,7 +68,7 @@ def sweep(
         ),
     ] = True,
     parallel: Annotated[int, typer.Option(min=1, help="Trials that train at the same time.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the draws.")] = 0,
     out: Annotated[
         str, typer.Option(help="Folder of the runs.", callback=usable_folder)
     ] = "runs/sweep",

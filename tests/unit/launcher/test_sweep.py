@@ -7,12 +7,15 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
 
+from launcher import cli
 from launcher.sweep import driver, space, trial_run, tuner
 from launcher.sweep.trial_run import TRAIN_STEP, SweepSettings, TrialRun
 from launcher.sweep.tuner import SweepPlan, TrialResult, check_same_sweep
@@ -63,6 +66,9 @@ def test_settings_are_what_a_command_line_takes() -> None:
         ("head.mhs.length: {randint: [1.5, 4]}", "randint takes two whole numbers"),
         ("optim.lr: {uniform: [.nan, 1]}", "uniform takes two numbers"),
         ("optim.lr: [0.1]\noptim: {lr: [0.2]}", "optim.lr stands there twice"),
+        ("optim.lr: [0.1]\noptim.lr: [0.2]", "optim.lr stands there twice"),
+        ("optim: {lr: [0.1], lr: [0.2]}", "optim.lr stands there twice"),
+        ("optim: {lr: [0.1]}\noptim: {momentum: [0.2]}", "optim stands there twice"),
     ],
 )
 def test_a_space_that_is_none(tmp_path: Path, text: str, says: str) -> None:
@@ -95,11 +101,65 @@ def plan(tmp_path: Path, **other: Any) -> SweepPlan:
     )
 
 
+def begun(tmp_path: Path, **other: Any) -> Path:
+    """A sweep as far as its first trial; the file that says what it is about."""
+    found = plan(tmp_path, **other)
+    tuner._keep(found)
+    (Path(found.settings.out) / tuner.STATE_FOLDER).mkdir()
+    return Path(found.settings.out) / "sweep.json"
+
+
 def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    check_same_sweep(plan(tmp_path))
+    begun(tmp_path)
     check_same_sweep(plan(tmp_path, parallel=2))
-    with pytest.raises(UserError, match="holds a sweep with another space, metric: name another"):
+    with pytest.raises(
+        UserError, match="holds a sweep with another space, metric: name another"
+    ) as error:
         check_same_sweep(plan(tmp_path, space={"run.seed": [0, 2]}, metric="accuracy"))
+    assert "metric: 'rank1' there, 'accuracy' now" in str(error.value)
+    assert "space: {'run.seed': [0, 1]} there, {'run.seed': [0, 2]} now" in str(error.value)
+
+
+def test_a_sweep_goes_on_on_another_number_of_workers(tmp_path: Path) -> None:
+    settings = plan(tmp_path).settings
+    begun(tmp_path, settings=settings._replace(overrides=("optim.lr=1", "scale.workers=8")))
+    fewer = settings._replace(overrides=("optim.lr=1", "scale.workers=2"))
+    check_same_sweep(plan(tmp_path, settings=fewer))
+    with pytest.raises(UserError, match=r"another overrides: .*\n  overrides: \['optim.lr=1'\] th"):
+        check_same_sweep(plan(tmp_path, settings=settings))
+
+
+def test_a_sweep_that_ray_refuses_may_be_typed_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file was written before anything could be trained, and refused the cure."""
+
+    @contextmanager
+    def refuse(config: object) -> Iterator[None]:
+        raise UserError("Lower scale.workers")
+        yield
+
+    monkeypatch.setattr(tuner, "local_cluster", refuse)
+    with pytest.raises(UserError, match="Lower"):
+        tuner.run_sweep(plan(tmp_path), load_config("quickstart"), lambda *_: None)
+    assert not list(tmp_path.rglob("sweep.json"))
+    tuner._keep(plan(tmp_path))  # and Tune refuses: there is nothing to go on with
+    check_same_sweep(plan(tmp_path, space={"run.seed": [0, 2]}))
+
+
+def test_no_seed_is_drawn_with_that_numpy_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["sweep", "quickstart", "space.yaml", "--seed", "-1"]) == 2
+    assert "--seed" in capsys.readouterr().err
+
+
+def test_what_a_sweep_keeps_holds_no_password(tmp_path: Path) -> None:
+    secret = ("tracking.uri=postgresql://u:geheim@h/db", "model.kwargs.token=geheim")
+    settings = plan(tmp_path).settings._replace(overrides=secret)
+    kept = begun(tmp_path, settings=settings)
+    assert "geheim" not in kept.read_text()
+    check_same_sweep(plan(tmp_path, settings=settings))
+    written = cloudpickle.dumps(tuner._tune_config(plan(tmp_path, settings=settings), 5))
+    assert b"geheim" not in written, "Ray Tune writes it into its folder"
 
 
 @pytest.mark.parametrize(
