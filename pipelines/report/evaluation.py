@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from mhe_dist.redact import masked
 from mhe_dist.tracking.append import append_to_mlflow_run
 from mhe_dist.tracking.base import Metrics
 from pipelines.report.charts.run_charts import Curves
@@ -32,7 +31,7 @@ def save_evaluation(
     Args:
         run: folder or URL of the run.
         name: of the evaluation; the files of an earlier one of that name are replaced.
-        results: what JSON can hold; secrets in it, as of URLs, are not written.
+        results: what JSON can hold.
         curves: ROC curves.
         title: of the plot.
 
@@ -44,7 +43,7 @@ def save_evaluation(
         results = results | {"curves": points}
     stem = f"{run}/{EVALUATION_FOLDER}/{name}"
     with atomic_write(f"{stem}.json") as stream:
-        stream.write(json.dumps(masked(results), indent=2, default=_rounded).encode())
+        stream.write(json.dumps(results, indent=2, default=_rounded).encode())
     if not curves:
         return [f"{stem}.json"]
     save_figure(draw_roc(curves, title), f"{stem}.png")
