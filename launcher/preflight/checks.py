@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ def check_data(config: Config) -> Iterable[Mistake]:
         "evaluate.labels": config.evaluate.labels.rstrip("/"),
     }
     for key, url in sets.items():
-        if url and url not in made and (problem := _index_problem(url)):
+        if url and url not in made and (problem := _problem(url, index_exists, INDEX_FILE)):
             inside = name_data_sets(url) if Path(url).is_dir() else ""
             cure = inside or _cure_for_sources(key, url) or _cure(key, glyphs)
             yield key, f"{problem}; {cure}"
@@ -56,7 +56,7 @@ def check_data(config: Config) -> Iterable[Mistake]:
         "evaluate.label_set": config.evaluate.label_set,
     }
     for key, url in (*label_sets.items(), *mixed):
-        if url and (problem := _labels_problem(url)):
+        if url and (problem := _problem(url, label_set_exists, LABELS_FILE)):
             yield key, f"{problem}; give a folder that `mhe data labels` made"
     begins = {
         "model.init_from": (config.model.init_from, "a .pth file, an exported folder or a run"),
@@ -120,17 +120,11 @@ def _defined_in_source(name: str) -> bool:
     return any(definition in file.read_text(encoding="utf-8") for file in files)
 
 
-def _index_problem(url: str) -> str:
+def _problem(url: str, exists: Callable[[str], bool], file: str) -> str:
+    """What is wrong with a folder that has to hold a file; `exists` says whether it does."""
     try:
-        return "" if index_exists(url) else f"there is no {INDEX_FILE} in it"
-    except (ImportError, ValueError, OSError) as error:
-        return f"cannot be read: {error}"
-
-
-def _labels_problem(url: str) -> str:
-    try:
-        return "" if label_set_exists(url) else f"there is no {LABELS_FILE} in it"
-    except (UserError, ImportError, ValueError, OSError) as error:
+        return "" if exists(url) else f"there is no {file} in it"
+    except UserError as error:
         return f"cannot be read: {error}"
 
 

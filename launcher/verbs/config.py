@@ -21,7 +21,7 @@ from mhe_dist.config.json_schema import json_schema
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 
 REQUIRED = "(required)"  # what `describe_config` gives where there is no default
 CONFIG = typer.Argument(
@@ -97,7 +97,7 @@ def explain_auto(config: Config) -> str:
     try:
         if index_exists(config.data.shards):
             return explain_settled(config)
-    except (UserError, ImportError, ValueError, OSError):
+    except (UserError, RunError, ImportError, ValueError, OSError):
         pass  # `mhe preflight` says what is wrong with the data
     return f"auto: {', '.join(keys)} become numbers when the classes of data.shards are known"
 

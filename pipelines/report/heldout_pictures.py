@@ -18,8 +18,7 @@ from pipelines.report.charts.chart import BarChart, PointMap
 from pipelines.report.charts.counts import draw_bars, draw_points
 from pipelines.report.page import ImageCard, ImageRow, PageSection
 from pipelines.report.plots import Arrays
-from pipelines.report.sheets.pictures import Pictures, as_data_url
-from pipelines.shards.index import index_exists
+from pipelines.report.sheets.pictures import Pictures, as_data_url, has_index
 
 _SIDE: Final = 80  # pixels of an image
 _QUALITY: Final = 75  # of its JPEG
@@ -35,7 +34,7 @@ def heldout_sections(details: Arrays, shards: str) -> Iterator[PageSection]:
         details: of the evaluation (`heldout.Evaluation.details`).
         shards: the held-out set, which has the images; without it names stand alone.
     """
-    there = bool(shards) and index_exists(shards)
+    there = has_index(shards)
     names = _Names(details, shards if there else "")
     images = _Images(shards if there else "")
     yield from _classes_section(details, names)

@@ -24,7 +24,7 @@ from pipelines.evaluate.metrics.roc import FARS
 from pipelines.report.charts.numbers import format_share
 from pipelines.report.page import read_bytes
 from pipelines.report.sheets.contact_sheet import draw_neighbours
-from pipelines.shards.index import index_exists
+from pipelines.report.sheets.pictures import has_index
 from pipelines.storage.urls import atomic_write
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2F6DB5", "#E08A1E", "#2E9E6B", "#CC3D3D", "#6B7280"
@@ -85,7 +85,7 @@ def draw_plots(run: str, heldout_shards: str, image_size: int) -> list[str]:
         written += [_save(figure, f"{plots}/{name}.png") for name, figure in figures.items()]
         if noted := figures.get("heldout", figures.get("overview")):
             written.append(_save(noted, f"{plots}/{NOTE_PICTURE}", _NOTE_DPI))
-        if "nearest" in details and index_exists(heldout_shards):
+        if "nearest" in details and has_index(heldout_shards):
             figure = draw_neighbours(details, heldout_shards, image_size)
             written.append(_save(figure, f"{plots}/neighbours.png"))
     return written

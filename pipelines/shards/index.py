@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
@@ -30,13 +29,13 @@ from pipelines.shards.shard import (
     write_columns,
 )
 from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
-from pipelines.storage.retry import with_retries
 from pipelines.storage.urls import (
     atomic_write,
     is_absolute_url,
     is_local,
     list_folder,
     resolve_url,
+    url_exists,
 )
 
 INDEX_FILE: Final = "index.json"
@@ -310,6 +309,5 @@ def name_data_sets(folder: str) -> str:
 
 
 def index_exists(url: str) -> bool:
-    """Whether a folder holds a data set."""
-    filesystem, path = fsspec.core.url_to_fs(url)
-    return bool(with_retries(lambda: filesystem.exists(f"{path}/{INDEX_FILE}"), url))
+    """Whether a folder holds a data set; raises as `url_exists`."""
+    return url_exists(f"{url.rstrip('/')}/{INDEX_FILE}")

@@ -25,9 +25,8 @@ from pipelines.shards.columns import Column, ColumnEntry, smallest_dtype, write_
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.tables import CLASSES_FILE, Table, write_table
-from pipelines.storage.retry import with_retries
 from pipelines.storage.staging import Staging
-from pipelines.storage.urls import atomic_write, is_local, resolve_url
+from pipelines.storage.urls import atomic_write, is_local, resolve_url, url_exists
 
 Ints = npt.NDArray[np.int64]
 
@@ -245,9 +244,8 @@ class LabelSet:
 
 
 def label_set_exists(url: str) -> bool:
-    """Whether a folder holds a label set."""
-    filesystem, path = resolve_url(url.removesuffix(LABELS_FILE).rstrip("/"))
-    return bool(with_retries(lambda: filesystem.exists(f"{path}/{LABELS_FILE}"), url))
+    """Whether a folder holds a label set; raises as `url_exists`."""
+    return url_exists(f"{url.removesuffix(LABELS_FILE).rstrip('/')}/{LABELS_FILE}")
 
 
 class _Totals(NamedTuple):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from mhe_dist.errors import UserError
-from pipelines.storage.retry import describe_error, with_retries
+from pipelines.storage.retry import with_retries
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import resolve_url
 
 
@@ -39,7 +40,7 @@ def read_manifest(
     except FileNotFoundError:
         raise UserError(f"{folder}: {missing()}") from None
     except OSError as error:
-        raise UserError(f"{folder}/{file}: cannot be read ({describe_error(error)})") from error
+        raise UserError(f"{folder}/{file}: cannot be read: {explain_fault(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}/{file}: not JSON ({error}); {again}") from None
     if not isinstance(content, dict) or content.get("format") not in formats:

@@ -44,6 +44,7 @@ from pipelines.sources.text_column import TextColumn
 from pipelines.storage.file_listing import list_files
 from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from pipelines.storage.staging import require_absent_or_resumable
+from pipelines.storage.unusable_path import as_os_error
 from pipelines.storage.urls import is_local, is_web, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
 
@@ -370,9 +371,10 @@ def _contents(task: _FileTask) -> Iterator[bytes | OSError]:
             if isinstance(data, Exception) and is_transient(data):
                 yield _read_again(filesystem, url)
                 continue
-            if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
-                raise RunError(f"{task.root}: {url} cannot be read ({data})") from data
-            yield data
+            known = as_os_error(data) if isinstance(data, Exception) else data
+            if isinstance(known, Exception) and not isinstance(known, FileNotFoundError):
+                raise RunError(f"{task.root}: {url} cannot be read ({known})") from known
+            yield known
 
 
 def _read_again(filesystem: Any, url: str) -> bytes | OSError:

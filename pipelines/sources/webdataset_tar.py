@@ -18,6 +18,7 @@ from pipelines.shards.image_format import (
 from pipelines.shards.index import Fault
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import RetryingStream, open_stream
 
 INTEGER: Final = re.compile(r"-?\d{1,18}")
@@ -97,7 +98,7 @@ def scan_tar(task: ScanTask) -> dict[str, Any]:
             if not rest_is_empty(stream) and not damage:
                 damage = "data behind its end marker, which no reader sees: several tars in one?"
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{task.url}: cannot be read ({error})") from error
+        raise UserError(f"{task.url}: cannot be opened: {explain_fault(error)}") from error
     about = {"bytes": stream.bytes, "checksum": f"sha256:{stream.hash.hexdigest()}"}
     return about | contents.result() | {"damage": damage}
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import fsspec
 
 from mhe_dist.errors import UserError
-from pipelines.storage.urls import is_local, is_web, resolve_url
+from pipelines.storage.urls import is_local, is_web, resolve_url, url_exists
 
 _AHEAD: Final = 16  # folders of a store that are listed together
 
@@ -30,11 +30,11 @@ def list_files(root: str) -> Iterator[tuple[str, int]]:
     filesystem, path = resolve_url(root)
     if is_web(filesystem):
         raise UserError(f"{root}: a web server does not list its folders; name the files by --lst")
-    if not filesystem.isdir(path):
-        if filesystem.exists(path):
-            within = root.rstrip("/").rpartition("/")[0] or "."
-            raise UserError(f"{root}: is a file, and a folder is needed: {within} holds it")
+    if not url_exists(root):
         raise UserError(f"{root}: no such folder")
+    if not filesystem.isdir(path):
+        within = root.rstrip("/").rpartition("/")[0] or "."
+        raise UserError(f"{root}: is a file, and a folder is needed: {within} holds it")
     if is_local(filesystem):
         yield from _list_local_files(path)
     else:

@@ -9,12 +9,11 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from mhe_dist.errors import RunError
 from pipelines.storage.retry import (
     RETRIES,
-    error_chain,
     errors_naming,
-    http_status,
     truncated_read,
     with_retries,
 )
+from pipelines.storage.unusable_path import error_chain, http_status
 from pipelines.storage.urls import NO_RANGES, is_local, resolve_url
 
 CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")

@@ -19,7 +19,12 @@ from contextlib import contextmanager
 from typing import Final, TypeVar
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.storage.unusable_path import describe_missing_credentials
+from pipelines.storage.unusable_path import (
+    as_os_error,
+    describe_missing_credentials,
+    error_chain,
+    http_status,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -94,6 +99,7 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
     Raises:
         RunError: a transient fault each time; names the attempts and the last fault.
         UserError: the store wants credentials that it does not find.
+        OSError: a server refuses the file, or has none; see `as_os_error`.
         Exception: any other fault, as the store raised it.
     """
     wait, attempt = FIRST_WAIT_S, 0
@@ -104,7 +110,9 @@ def with_retries(call: Callable[[], T], url: str, retries: int = RETRIES) -> T:
         except Exception as error:  # stores raise what they like
             if not is_transient(error):
                 _refuse_missing_credentials(error, url)
-                raise
+                if (known := as_os_error(error)) is error:
+                    raise
+                raise known from error
             if attempt > retries:
                 raise RunError(
                     f"{url}: cannot be read: {attempt} attempts failed, the last with "
@@ -128,7 +136,8 @@ def errors_naming(url: str) -> Iterator[None]:
         raise
     except Exception as error:  # stores raise what they like
         _refuse_missing_credentials(error, url)
-        raise RunError(f"{url}: cannot be read ({describe_error(error)})") from error
+        known = describe_error(as_os_error(error))
+        raise RunError(f"{url}: cannot be read ({known})") from error
 
 
 def _refuse_missing_credentials(error: Exception, url: str) -> None:
@@ -162,29 +171,6 @@ def _classify(error: BaseException) -> bool | None:
 def describe_error(error: BaseException) -> str:
     """Kind and text of an error; many stores' texts do not say what went wrong."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def error_chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and its causes, one after the other."""
-    seen: list[BaseException] = []
-    each: BaseException | None = error
-    while each is not None and each not in seen:
-        seen.append(each)
-        yield each
-        each = each.__cause__
-
-
-def http_status(error: BaseException) -> int | None:
-    """The HTTP status that made aiohttp, botocore, requests or gcsfs raise an error."""
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    elif response is not None:
-        found = getattr(response, "status_code", None)
-    else:
-        # Errors of aiohttp's parser have a `code`, too, but no server sent it.
-        found = getattr(error, "code" if type(error).__name__ == "HttpError" else "status", None)
-    return int(found) if str(found).isdecimal() else None
 
 
 def _code(error: BaseException) -> str | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mhe_dist.errors import UserError
+from mhe_dist.redact import masked
 from pipelines.storage.urls import (
     TEMPORARY_SUFFIX,
     atomic_write,
@@ -54,7 +55,7 @@ class Journal:
             self._filesystem.rm(f"{self._path}/{_RECIPE}")
         if not self._filesystem.exists(f"{self._path}/{_RECIPE}"):
             self._clear()
-            self._write(_RECIPE, {"digest": _digest(recipe), "recipe": recipe})
+            self._write(_RECIPE, {"digest": _digest(recipe), "recipe": masked(recipe)})
             return
         if not _is_recipe(url, recipe):
             raise UserError(

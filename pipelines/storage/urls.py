@@ -69,6 +69,24 @@ def to_url(filesystem: Any, path: str) -> str:
     return path if is_local(filesystem) else str(filesystem.unstrip_protocol(path))
 
 
+def url_exists(url: str) -> bool:
+    """Whether there is a file or folder at a path or URL.
+
+    Raises:
+        UserError: there is no file system for such a URL, or its server refuses to say.
+        RunError: its server does not answer.
+    """
+    filesystem, path = resolve_url(url)
+    try:
+        # Not `exists`: to that, what a web server refuses is not there.
+        with_retries(lambda: filesystem.info(path), url)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{url}: cannot be read: {explain_fault(error)}") from error
+    return True
+
+
 def require_absent(url: str) -> None:
     """Raise UserError if there is anything at a path or URL, except an empty folder."""
     filesystem, path = resolve_url(url)
@@ -77,11 +95,13 @@ def require_absent(url: str) -> None:
 
 
 def list_folder(url: str) -> list[str]:
-    """Paths of what lies in a folder, in order; none where there is no folder.
+    """Paths of what lies in a folder, in order; none where there is no folder, or a web server.
 
     Its name may hold what a pattern gives a meaning: `[`, `*`, `?`.
     """
     filesystem, path = resolve_url(url)
+    if is_web(filesystem):
+        return []
     try:
         found = filesystem.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
@@ -178,9 +198,14 @@ def open_stream(url: str) -> Iterator[RetryingStream]:
 
     Raises:
         OSError: there is no such file; the error is the store's own.
+        UserError: it may not be read.
     """
     filesystem, path = resolve_url(url)
-    with with_retries(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url) as stream:
+    try:
+        opened = with_retries(lambda: filesystem.open(path, "rb", block_size=_READ_AHEAD), url)
+    except PermissionError as error:
+        raise UserError(f"{url}: cannot be opened: {explain_fault(error)}") from error
+    with opened as stream:
         yield RetryingStream(stream, url)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageFont
 
+from mhe_dist.errors import RunError, UserError
 from pipelines.data.decode import ImageDecodeError, Pixels, decode_image
 from pipelines.data.sample import BadSampleError, read_sample
 from pipelines.shards.index import ShardIndex, index_exists
@@ -20,6 +22,17 @@ from pipelines.storage.urls import resolve_url
 SIDE: Final = 112  # of a picture, in pixels
 GREY, INK = (209, 213, 219), (55, 65, 81)
 _LETTERS: Final = 18  # of a line
+
+
+def has_index(source: str) -> bool:
+    """Whether a data set is there whose images can be shown: a page does without one that is not.
+
+    Args:
+        source: folder or URL; empty: none is known.
+    """
+    with suppress(UserError, RunError):
+        return bool(source) and index_exists(source)
+    return False
 
 
 class Pictures:
@@ -33,10 +46,7 @@ class Pictures:
 
     def __init__(self, source: str, keys: Sequence[str], side: int = SIDE) -> None:
         self._source, self._keys, self._side = source, keys, side
-        self._index = ShardIndex.load(self._source) if self._is_index() else None
-
-    def _is_index(self) -> bool:
-        return bool(self._source) and index_exists(self._source)
+        self._index = ShardIndex.load(self._source) if has_index(self._source) else None
 
     def read(self, number: int) -> Pixels:
         """Uint8 `[side, side, 3]`; grey where the image cannot be had."""
