@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, process_environment
-from launcher.ray_cluster.jobs import stop_environment
+from launcher.ray_cluster.environment import (
+    DRIVER_ENVIRONMENT,
+    process_environment,
+    worker_resources,
+)
+from launcher.ray_cluster.jobs import STOP_WAIT_S, stop_environment
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict, config_to_yaml
 from mhe_dist.errors import UserError
@@ -22,10 +28,11 @@ SETTINGS_FOLDER, SETTINGS = "/etc/mhe", "run.yaml"
 CLAIM_FOLDER = "/data"
 TMP_FOLDER, HOME_FOLDER = "/tmp", "/home/mhe"  # of a pod; they end with it
 USER = 1000
-GRACE_S = 150
+POD_GRACE_S = STOP_WAIT_S + 20  # until Kubernetes kills a pod that it asked to end
 _LONGEST_NAME = 40  # KubeRay adds to it, and 63 is a label's limit
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_MEMORY = re.compile(r"(?=.*[1-9])[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])?")
+_MEMORY = re.compile(r"(?=.*[1-9])([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])?")
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")  # not among its custom resources
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class KubernetesTarget:
         secret: whose keys become variables of all pods (S3 keys, MLFLOW_TRACKING_URI); it may lack.
         queue: Kueue's LocalQueue, which starts all pods of a run or none; empty: none.
         memory: of a worker, as Kubernetes writes it.
+        head_cpus, head_memory: of the head, which holds Ray's services and the run's driver.
+        start_minutes: in which all pods of a RayJob must run, or it fails; 0: no limit.
+        max_hours: after which a RayJob is ended; 0: no limit.
         shared_memory: of /dev/shm in a worker.
     """
 
@@ -48,6 +58,10 @@ class KubernetesTarget:
     secret: str = "mhe-environment"
     queue: str = ""
     memory: str = "4Gi"
+    head_cpus: int = 1
+    head_memory: str = "4Gi"
+    start_minutes: int = 30
+    max_hours: int = 14 * 24
     shared_memory: str = "1Gi"
 
     def __post_init__(self) -> None:
@@ -68,18 +82,19 @@ class KubernetesTarget:
             raise UserError(
                 f"--image {self.image!r}: is no image; give NAME:TAG or NAME@sha256:..."
             )
-        if not _MEMORY.fullmatch(self.memory):
-            raise UserError(
-                f"--memory {self.memory!r}: is no amount of memory; give a number and its unit, "
-                "such as 4Gi or 500Mi"
-            )
+        for option, amount in {"memory": self.memory, "head-memory": self.head_memory}.items():
+            if not _MEMORY.fullmatch(amount):
+                raise UserError(
+                    f"--{option} {amount!r}: is no amount of memory; give a number and its unit, "
+                    "such as 4Gi or 500Mi"
+                )
 
 
 def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> Manifest:
     """The RayJob that trains a run.
 
     Raises:
-        UserError: see `settings`.
+        UserError: a worker needs more than its pod has.
     """
     labels = {**_labels("run"), RUN_LABEL: run_label(config.run.name)}
     if target.queue:
@@ -100,8 +115,7 @@ def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> 
             "suspend": bool(target.queue),  # Kueue lets it go when there is room for all of it
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 600,
-            "preRunningDeadlineSeconds": 1800,
-            "activeDeadlineSeconds": 14 * 24 * 3600,
+            **_deadlines(target),
             "backoffLimit": 2,
             "submitterPodTemplate": _submitter(target),
             "rayClusterSpec": cluster_spec(config, target, config_map=name),
@@ -113,6 +127,9 @@ def build_raycluster(config: Config, target: KubernetesTarget, name: str = "mhe"
     """A Ray cluster that stays, as large as a run needs, for `mhe submit`.
 
     Its head may be lost: what it knows is kept in Redis (k8s/base/redis.yaml).
+
+    Raises:
+        UserError: a worker needs more than its pod has.
     """
     spec = cluster_spec(config, target)
     password = {"secretKeyRef": {"name": "mhe-redis", "key": "password"}}
@@ -184,6 +201,9 @@ def cluster_spec(config: Config, target: KubernetesTarget, config_map: str = "")
         config: `scale` says how many workers and what each one gets.
         target: where it goes.
         config_map: ConfigMap with the settings for the driver, which runs on the head.
+
+    Raises:
+        UserError: a worker needs more memory than its pod has.
     """
     from importlib import metadata
 
@@ -201,11 +221,43 @@ def cluster_spec(config: Config, target: KubernetesTarget, config_map: str = "")
                 "replicas": scale.workers,
                 "minReplicas": scale.workers,
                 "maxReplicas": scale.workers,
-                "rayStartParams": {},
+                "rayStartParams": _worker_offer(config, target),
                 "template": _pod("worker", config, target, ""),
             }
         ],
     }
+
+
+def _deadlines(target: KubernetesTarget) -> Manifest:
+    seconds = {
+        "preRunningDeadlineSeconds": target.start_minutes * 60,
+        "activeDeadlineSeconds": target.max_hours * 3600,
+    }
+    return {field: limit for field, limit in seconds.items() if limit}
+
+
+def _worker_offer(config: Config, target: KubernetesTarget) -> dict[str, str]:
+    """What a worker's pod offers to Ray: what one worker takes.
+
+    KubeRay fills in the pod's memory and GPUs. It would also fill in its CPUs, which are one more.
+    """
+    needs = worker_resources(config)
+    if needs.get("memory", 0) > _memory_bytes(target.memory):
+        raise UserError(
+            f"scale.resources.memory={needs['memory']:.0f} bytes of a worker do not fit into its "
+            f"pod, --memory={target.memory}: give more there, or lower that"
+        )
+    offer = {"num-cpus": str(math.ceil(needs["CPU"]))}
+    if own := {name: amount for name, amount in needs.items() if name not in _RAYS_OWN}:
+        offer["resources"] = json.dumps(json.dumps(own))  # quoted: it is part of a command line
+    return offer
+
+
+def _memory_bytes(amount: str) -> float:
+    """An amount that `_MEMORY` fits, in bytes."""
+    number, unit = _MEMORY.sub(r"\1 \2", amount).split(" ")
+    power = "KMGTPE".index(unit[0].upper()) + 1 if unit else 0
+    return float(number) * (1024 if unit.endswith("i") else 1000) ** power
 
 
 def _pod(kind: str, config: Config, target: KubernetesTarget, config_map: str) -> Manifest:
@@ -227,7 +279,7 @@ def _pod(kind: str, config: Config, target: KubernetesTarget, config_map: str) -
         mounts.append({"name": "settings", "mountPath": SETTINGS_FOLDER, "readOnly": True})
     spec: Manifest = {
         **_pod_security(),
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": POD_GRACE_S,
         "containers": [
             {
                 **_container(f"ray-{kind}", target),
@@ -296,7 +348,7 @@ def _pod_security() -> Manifest:
 
 def _resources(kind: str, config: Config, target: KubernetesTarget) -> Manifest:
     if kind == "head":
-        amounts: Manifest = {"cpu": "1", "memory": "4Gi"}
+        amounts: Manifest = {"cpu": str(target.head_cpus), "memory": target.head_memory}
     else:
         # One core more for the loader processes.
         amounts = {"cpu": str(config.scale.cpus_per_worker + 1), "memory": target.memory}
@@ -308,6 +360,8 @@ def _resources(kind: str, config: Config, target: KubernetesTarget) -> Manifest:
 def _variables(config: Config) -> list[dict[str, str]]:
     values = {**DRIVER_ENVIRONMENT, **process_environment(config), "HOME": HOME_FOLDER}
     values |= stop_environment()  # for Ray's own process on the head, which ends the driver
+    # A pod that is to end is drained first: its run saves itself (`mailbox.watch_stop`).
+    values["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = str(STOP_WAIT_S)
     return [{"name": name, "value": value} for name, value in sorted(values.items())]
 
 

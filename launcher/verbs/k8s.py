@@ -43,6 +43,14 @@ Claim = Annotated[
 Secret = Annotated[str, typer.Option(help="Secret whose keys become variables of the pods.")]
 Queue = Annotated[str, typer.Option(help="LocalQueue of Kueue, which starts all pods or none.")]
 Memory = Annotated[str, typer.Option(help="Memory of a worker, such as 500Mi or 4Gi.")]
+HeadCpus = Annotated[int, typer.Option(min=1, help="CPUs of the head.")]
+HeadMemory = Annotated[str, typer.Option(help="Memory of the head; more for many workers.")]
+StartMinutes = Annotated[
+    int, typer.Option(min=0, help="Minutes in which all pods must run; 0: no limit.")
+]
+MaxHours = Annotated[
+    int, typer.Option(min=0, help="Hours after which the RayJob is ended; 0: no limit.")
+]
 
 
 @app.callback()
@@ -60,6 +68,10 @@ def render(
     secret: Secret = DEFAULT.secret,
     queue: Queue = DEFAULT.queue,
     memory: Memory = DEFAULT.memory,
+    head_cpus: HeadCpus = DEFAULT.head_cpus,
+    head_memory: HeadMemory = DEFAULT.head_memory,
+    start_minutes: StartMinutes = DEFAULT.start_minutes,
+    max_hours: MaxHours = DEFAULT.max_hours,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="A RayCluster for `mhe submit`, not a RayJob.")
     ] = False,
@@ -72,7 +84,10 @@ def render(
     Example: mhe k8s render quickstart --claim mhe-data | kubectl apply -f -
     """
     settings = _load(config, overrides)
-    target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
+    head = (head_cpus, head_memory)
+    target = KubernetesTarget(
+        image, namespace, claim, secret, queue, memory, *head, start_minutes, max_hours
+    )
     if cluster:
         made = [build_raycluster(settings, target)]
     else:
@@ -81,6 +96,7 @@ def render(
         if placed.on_claim and not claim:
             console.note(f"nothing is mounted at {CLAIM_FOLDER} here: a patch has to, or --claim")
         job = build_rayjob(settings, target)
+        _note_elastic(settings, target)
         made = [job, build_config_map(settings, target, job["metadata"]["name"])]
     typer.echo(manifests_to_yaml(made), nl=False)
 
@@ -96,6 +112,10 @@ def submit(
     secret: Secret = DEFAULT.secret,
     queue: Queue = DEFAULT.queue,
     memory: Memory = DEFAULT.memory,
+    head_cpus: HeadCpus = DEFAULT.head_cpus,
+    head_memory: HeadMemory = DEFAULT.head_memory,
+    start_minutes: StartMinutes = DEFAULT.start_minutes,
+    max_hours: MaxHours = DEFAULT.max_hours,
 ) -> None:
     """Train a run as a RayJob. The same run again goes on where it stopped.
 
@@ -107,7 +127,11 @@ def submit(
     placed = _with_pod_paths(_load(config, overrides), claim)
     require_claim(placed, claim)
     settings = placed.config
-    target = KubernetesTarget(image, namespace, claim, secret, queue, memory)
+    head = (head_cpus, head_memory)
+    target = KubernetesTarget(
+        image, namespace, claim, secret, queue, memory, *head, start_minutes, max_hours
+    )
+    _note_elastic(settings, target)
     name = KubernetesClient(namespace, context).submit(settings, target)
     console.say(f"RayJob [bold]{escape(name)}[/] is made in namespace {escape(namespace)}.")
     where = _where(namespace, context)
@@ -198,6 +222,19 @@ def _where(namespace: str, context: str) -> list[str]:
 
 def _load(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [], [check_names])
+
+
+def _note_elastic(config: Config, target: KubernetesTarget) -> None:
+    """Say what an elastic run is not on Kubernetes: KubeRay, and Kueue, wait for all its pods."""
+    if config.scale.elastic:
+        limit = f", at most {target.start_minutes} min (--start-minutes)" * bool(
+            target.start_minutes
+        )
+        console.note(
+            f"scale.min_workers={config.scale.min_workers}: a RayJob waits until the pods of all "
+            f"{config.scale.workers} workers run{limit}; only then may the run go on with fewer. "
+            "To begin with fewer, make a cluster (mhe k8s render --cluster), and mhe submit to it"
+        )
 
 
 def _with_pod_paths(config: Config, claim: str) -> PlacedConfig:
