@@ -324,7 +324,8 @@ def normalize_embeddings(embeddings: npt.NDArray[np.float32]) -> npt.NDArray[np.
     """Scale each row to length 1; float64 `[N, D]`.
 
     A row of zeros stays zero. A row that is not finite becomes zero, with a warning: it is then
-    equally close to all classes, and ties count against the model.
+    equally close to all classes, and ties count against the model, as do its pairs
+    (`pair_sampling.squared_distances`).
     """
     rows = embeddings.astype(np.float64)
     broken = ~np.isfinite(rows).all(axis=1)

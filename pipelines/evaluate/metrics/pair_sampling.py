@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,8 @@ import numpy.typing as npt
 from mhe_dist.seeds import generator, sample_without_replacement
 
 Ints = npt.NDArray[np.int64]
+
+_COMPARED: Final = 1 << 14  # pairs at a time
 
 
 class SamplePairs(NamedTuple):
@@ -56,12 +58,19 @@ def draw_pairs(labels: Ints, count: int, seed: int) -> SamplePairs:
 
 
 def squared_distances(
-    embeddings: npt.NDArray[np.float64], pairs: SamplePairs, chunk: int = 1 << 14
+    embeddings: npt.NDArray[np.float64], pairs: SamplePairs
 ) -> npt.NDArray[np.float64]:
-    """Squared L2 distance of each pair, `[P]`, between rows of length 1: 0 to 4."""
+    """Squared L2 distance of each pair, `[P]`, between rows of length 1: 0 to 4.
+
+    A row of zeros (`normalize_embeddings`) tells nothing of its image: its pairs count as wrong,
+    0 if they are of two classes, else 4. Zeros alone would lie on each other.
+    """
     out = np.empty(len(pairs.same))
-    for start in range(0, len(out), chunk):
-        part = slice(start, start + chunk)
-        difference = embeddings[pairs.first[part]] - embeddings[pairs.second[part]]
-        out[part] = np.einsum("nd,nd->n", difference, difference)
+    dead = ~embeddings.any(axis=1)
+    for start in range(0, len(out), _COMPARED):
+        part = slice(start, start + _COMPARED)
+        first, second = pairs.first[part], pairs.second[part]
+        difference = embeddings[first] - embeddings[second]
+        found = np.einsum("nd,nd->n", difference, difference)
+        out[part] = np.where(dead[first] | dead[second], 4.0 * pairs.same[part], found)
     return out

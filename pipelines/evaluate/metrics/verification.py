@@ -69,7 +69,9 @@ def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
 
     On the nine training folds FAR is a function of the threshold. The threshold that gives the
     target is interpolated linearly between the last one below the target and the first one that
-    reaches it. If none reaches it, the threshold is 0, which accepts nothing.
+    reaches it. If none reaches it, the threshold is 0, which accepts nothing; so it is where the
+    first step of the grid reaches it: those impostors lie on each other, and ties count against
+    the model.
 
     Raises:
         UserError: fewer pairs than folds, or a fold without same or without different pairs.
@@ -137,12 +139,13 @@ def _accepted(
 
 
 def _threshold_at(fars: Floats, grid: Floats, target: float) -> float:
-    """The interpolated threshold at which FAR, which never falls, reaches the target; else 0."""
+    """The interpolated threshold at which FAR, which never falls, reaches the target; else 0.
+
+    Within the first step it would part equal embeddings from equal ones.
+    """
     after = int(np.searchsorted(fars, target, side="left"))
-    if after == len(fars):
+    if after <= 1 or after == len(fars):
         return 0.0
-    if after == 0:
-        return float(grid[0])
     low, high = fars[after - 1], fars[after]
     share = (target - low) / (high - low)
     return float(grid[after - 1] + share * (grid[after] - grid[after - 1]))

@@ -10,6 +10,7 @@ import torch
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
+from pipelines.embedding.embeddings import normalize_embeddings
 from pipelines.evaluate.in_training import evaluate_in_training
 from pipelines.evaluate.metrics.bootstrap import bootstrap_interval
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
@@ -87,6 +88,33 @@ def test_a_set_from_file_to_figures(tmp_path: Path) -> None:
     evaluation = evaluate_in_training(embed, config.evaluate, config.data, seed, Topology())
     during = evaluation.metrics
     assert during == {f"lfw/{key}": value for key, value in found.metrics.items()}
+
+
+def of_a_dead_network(kind: str) -> np.ndarray:
+    """Embeddings of 400 images by which none can be told from another."""
+    noise = np.random.default_rng(0).standard_normal((400, 16))
+    return {
+        "not finite": np.full((400, 16), np.nan),
+        "zeros": np.zeros((400, 16)),
+        "one direction": np.outer(np.arange(1, 401), noise[0]),
+        "all but one direction": noise[0] + 1e-3 * noise,
+        "zeros among others": np.where(np.arange(400)[:, None] % 4 == 0, 0, noise),
+    }[kind].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["not finite", "zeros", "one direction", "all but one direction", "zeros among others"],
+)
+def test_a_dead_network_verifies_nothing(kind: str) -> None:
+    """It had a TAR of 1 at every FAR, and `keep_best` would have kept it."""
+    same = np.arange(200) % 2 == 0
+    first = np.arange(0, 400, 2)
+    rows = normalize_embeddings(of_a_dead_network(kind))
+    found = score_pairs("lfw", squared_distances(rows, SamplePairs(first, first + 1, same)), same)
+    assert [found.metrics[f"tar@far=1e-{n}"] for n in (2, 3)] == [0.0, 0.0]
+    assert found.intervals["tar@far=1e-3"] == (0.0, 0.0)
+    assert found.metrics["accuracy"] <= 0.55
 
 
 @pytest.mark.slow

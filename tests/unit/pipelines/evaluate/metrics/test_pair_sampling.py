@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pipelines.evaluate.metrics import pair_sampling
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, draw_pairs, squared_distances
 
 EXACT = 1e-12
@@ -48,8 +49,16 @@ def test_the_seed_alone_decides():
     assert (first.first != other.first).any() or (first.second != other.second).any()
 
 
-def test_squared_distances_in_chunks():
+def test_squared_distances_in_chunks(monkeypatch):
+    monkeypatch.setattr(pair_sampling, "_COMPARED", 3)
     rows = np.random.default_rng(0).standard_normal((9, 4))
     pairs = SamplePairs(np.array([0, 1, 2, 3]), np.array([5, 6, 7, 8]), np.ones(4, bool))
     expected = ((rows[:4] - rows[5:]) ** 2).sum(axis=1)
-    np.testing.assert_allclose(squared_distances(rows, pairs, chunk=3), expected, atol=EXACT)
+    np.testing.assert_allclose(squared_distances(rows, pairs), expected, atol=EXACT)
+
+
+def test_a_pair_with_a_row_of_zeros_is_wrong():
+    rows = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    same = np.array([True, False, True, False])
+    pairs = SamplePairs(np.array([0, 0, 1, 1]), np.array([1, 2, 2, 2]), same)
+    assert squared_distances(rows, pairs).tolist() == [4.0, 0.0, 4.0, 0.0]
