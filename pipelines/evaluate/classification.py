@@ -26,6 +26,7 @@ from pipelines.data.mixture.class_list import find_other_name
 from pipelines.data.mixture.index import Mixture, open_training_index
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelSet
 
 Ints = npt.NDArray[np.int64]
 
@@ -190,27 +191,26 @@ def count_images(index: ShardIndex) -> Ints | None:
     return counts
 
 
-def refuse_other_classes(index: ShardIndex, data: DataConfig) -> None:
-    """Refuse a set whose class ids mean other classes than those of the training set.
+def refuse_other_classes(evaluated: ShardIndex | LabelSet, data: DataConfig) -> None:
+    """Refuse a set, or a label set, whose class ids mean other classes than those of a run.
 
-    It can be told where both have a `classes.tsv`.
+    Names can be compared where both have a `classes.tsv`.
 
     Raises:
-        UserError: names a class that differs.
+        UserError: the run has numbered its classes anew; or names a class that differs.
     """
-    if data.classes:
+    if data.mix or data.classes:
+        key = "data.mix" if data.mix else f"data.classes={data.classes}"
         raise UserError(
-            f"{index.folder}: the run chose and renumbered its classes (data.classes="
-            f"{data.classes}), so that the ids of this set mean others; leave out "
-            "evaluate.classification, and compare images: evaluate.shards, mhe evaluate heldout"
+            f"{evaluated.folder}: the run chose and renumbered its classes ({key}), so that the "
+            "ids of this set mean others; leave out evaluate.classification and evaluate.labels, "
+            "and compare images: evaluate.shards, mhe evaluate heldout"
         )
-    if data.mix:  # its classes have other ids than those of its parts
-        return
     trained = data.labels or data.shards
-    if found := find_other_name(index.folder, trained):
+    if found := find_other_name(evaluated.folder, trained):
         number, here, there = found
         raise UserError(
-            f"{index.folder}: class {number} is {here!r}, in the training set "
+            f"{evaluated.folder}: class {number} is {here!r}, in the training set "
             f"{trained} it is {there!r}. Class ids must mean the same: mhe data folder "
-            "--heldout-images N makes two such sets"
+            "--heldout-images N makes two such sets; make label sets with the same class names"
         )

@@ -11,10 +11,9 @@ from mhe_dist.distributed.failures import failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
-from pipelines.data.mixture.class_list import find_other_name
 from pipelines.data.mixture.label_choice import distinct_labels
 from pipelines.embedding.embeddings import Embed, ShardImages, map_images
-from pipelines.evaluate.classification import SHOTS, TrainingLabels
+from pipelines.evaluate.classification import SHOTS, TrainingLabels, refuse_other_classes
 from pipelines.evaluate.metrics.label_ranking import (
     KS,
     RANKED,
@@ -38,22 +37,11 @@ def open_evaluated_labels(
     """
     labels = LabelSet.load(url)
     labels.require_index(index)
-    if data.mix or data.classes:
-        raise UserError(
-            f"{url}: the run chose and renumbered its classes (data.mix, data.classes), so that "
-            "the ids of a label set mean others"
-        )
+    refuse_other_classes(labels, data)
     if labels.num_classes > num_classes:
         raise UserError(f"{url}: it has {labels.num_classes:,} classes, the run {num_classes:,}")
     if not labels.labelled:
         raise UserError(f"{url}: it gives no image a class")
-    trained = data.labels or data.shards
-    if found := find_other_name(labels.folder, trained):
-        number, here, there = found
-        raise UserError(
-            f"{url}: class {number} is {here!r}, in the training labels {trained} it "
-            f"is {there!r}; make both label sets with the same class names"
-        )
     labels.map_columns()
     return labels
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from launcher import cli
 from mhe_dist.backbone.export import ExportOptions
+from mhe_dist.config.data import MixConfig
 from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
@@ -420,6 +421,19 @@ def test_chosen_and_labelled_classes_are_not_taken_for_those_of_the_shards(
     for changes in ({"labels": str(labels)}, {"labels": str(labels), "images_per_class": 3}):
         with pytest.raises(UserError, match=r"class 0 is 'a', in the training set .*labels it is"):
             refuse_other_classes(named, data.model_copy(update=changes))
+
+
+def test_a_set_of_a_mixture_is_not_compared_by_the_ids_of_the_whole(
+    tmp_path: Path, shards: str
+) -> None:
+    """The classes of its second set have other ids: all of its images counted as wrong."""
+    index, data = ShardIndex.load(shards), tiny.config(tmp_path, shards).data
+    mixed = data.model_copy(update={"mix": [MixConfig(shards=shards)]})
+    with pytest.raises(UserError, match=r"renumbered its classes \(data.mix\)"):
+        refuse_other_classes(index, mixed)
+    url = write_labels(str(tmp_path / "labels"), index, [[0]] * index.samples, 2).folder
+    with pytest.raises(UserError, match=r"labels: the run .* its classes \(data.mix\)"):
+        open_evaluated_labels(url, index, mixed, 2 * tiny.CLASSES)
 
 
 def test_training_images_are_counted(tmp_path: Path, shards: str) -> None:
