@@ -66,7 +66,7 @@ def squared_distances(
     0 if they are of two classes, else 4. Zeros alone would lie on each other.
     """
     out = np.empty(len(pairs.same))
-    dead = ~embeddings.any(axis=1)
+    dead = np.logical_not(embeddings.any(axis=1))
     for start in range(0, len(out), _COMPARED):
         part = slice(start, start + _COMPARED)
         first, second = pairs.first[part], pairs.second[part]
