@@ -9,13 +9,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from mhe_dist.errors import Preempted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KILLED_WITHIN_S = 5.0
 REPEAT_S = 3.0
 """`timeout` and others tell a process and then its group: that is one request, not impatience."""
 
@@ -123,3 +124,22 @@ def signals_handled_by(
         for number, old in before.items():
             # None: set by native code. Python cannot put that back.
             signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+def kill_with_descendants(pids: Iterable[int]) -> None:
+    """Kill children of this process with their descendants, and wait for the children's end.
+
+    The descendants are others' to wait for: some containers' first process does so once a second.
+    """
+    import psutil
+
+    children: list[psutil.Process] = []
+    descendants: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            children.append(psutil.Process(pid))
+            descendants += children[-1].children(recursive=True)
+    for process in [*children, *descendants]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(children, timeout=KILLED_WITHIN_S)

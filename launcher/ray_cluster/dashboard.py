@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
+_NOISY_LOGGERS = (  # of Ray; they report each upload and each lost connection
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 
 
 def resolve_address(address: str) -> str:
@@ -50,9 +56,15 @@ def create_client(address: str) -> Any:
     with translate_errors(address):
         from ray.job_submission import JobSubmissionClient
 
-        ray_internals.quiet_job_client()
+        quiet_job_client()
         ray_internals.enable_token_auth()
         return JobSubmissionClient(address)
+
+
+def quiet_job_client() -> None:
+    """Let the client of the Jobs API log warnings only (logger names of Ray 2.60.0)."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def connection_error() -> type[Exception]:

@@ -14,6 +14,8 @@ from launcher.ray_cluster.environment import count_slots, placement_needs
 from mhe_dist.config.schema import Config
 
 RESIZE_CHECK_S = 30.0  # how often a running group looks for room to grow into
+RESIZE_EVERY_S = 300.0  # a group leaves for a larger one no more often: each has to start and load
+_PAUSES_S = (5.0, 20.0, 60.0)  # before the restart after the first, second, later failures in a row
 LONG_WAIT_S = 60.0
 _ASK_EVERY_S = 5.0
 _NODES_NAMED = 8
@@ -23,6 +25,18 @@ def group_size(available: int, config: Config) -> int:
     """How many workers to use of `available`; 0 if those are fewer than the run needs."""
     fitting = [size for size in config.group_sizes() if size <= available]
     return max(fitting, default=0)
+
+
+def pause_before_restart(failures: int, announce: Callable[[str], None]) -> None:
+    """Let pass what made a group fail, such as an outage of a store, for up to a minute.
+
+    Args:
+        failures: in a row.
+        announce: called with what the run waits for.
+    """
+    pause = _PAUSES_S[min(failures, len(_PAUSES_S)) - 1]
+    announce(f"starting again in {pause:.0f} s, after failure {failures} without a new checkpoint")
+    time.sleep(pause)
 
 
 class NodeRoom(NamedTuple):

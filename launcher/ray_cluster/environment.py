@@ -1,7 +1,9 @@
-"""What Ray and its processes are given: environment variables, and the resources of a worker."""
+"""What Ray and its processes are given: variables, ports, and the resources of a worker."""
 
 from __future__ import annotations
 
+import random
+import socket
 from collections.abc import Mapping
 
 from mhe_dist.config.schema import Config
@@ -24,6 +26,7 @@ DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # would write every printed line twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
+AGENT_PORTS = range(20_000, 30_000)  # above Ray's own, below what systems and Kubernetes hand out
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 LOCAL_ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # lets 127.0.0.1 be the node's address
@@ -31,6 +34,22 @@ LOCAL_ENVIRONMENT = {
     # A node ends itself where the agent that sets processes up has not answered by then (30 s).
     "RAY_agent_register_timeout_ms": "180000",
 }
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nothing listens on: at random, as two clusters may start at once.
+
+    Raises:
+        OSError: there are not as many.
+    """
+    free: list[int] = []
+    for port in random.sample(AGENT_PORTS, len(AGENT_PORTS)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                free.append(port)
+        if len(free) == count:
+            return free
+    raise OSError(f"fewer than {count} of the ports {AGENT_PORTS[0]} to {AGENT_PORTS[-1]} are free")
 
 
 def process_environment(config: Config) -> dict[str, str]:

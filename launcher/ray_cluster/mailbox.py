@@ -1,16 +1,19 @@
-"""How workers and the driver talk: a small Ray actor that holds events and the request to stop."""
+"""How workers, driver and Ray's controller talk: a small Ray actor with events and requests."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from launcher.events import Event
 from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub, scrub_urls
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = "mhe"
 STOP_NOW = "stop_now"
@@ -61,11 +64,13 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._training = False
+        self._saved_step = 0
 
     def begin(self) -> bool:
         """A worker is about to train: whether it may, as nobody asked the run to stop."""
+        self._leaving = False  # that was asked of the group before
         self._training = self._training or not self._stopping
         return not self._stopping
 
@@ -84,6 +89,18 @@ class Mailbox:
         """Whether the driver asked the workers to stop."""
         return self._stopping
 
+    def leave(self) -> None:
+        """Ask the workers to save and leave, so that another group takes their place."""
+        self._leaving = True
+
+    def leaving(self) -> bool:
+        """Whether the workers of now are asked to save and leave, for whatever reason."""
+        return self._stopping or self._leaving
+
+    def saved_step(self) -> int:
+        """The furthest step of which there is a checkpoint; 0: none of this command."""
+        return self._saved_step
+
     def training(self) -> bool:
         """Whether a worker has begun to train, and none of its group has left since."""
         return self._training
@@ -91,6 +108,8 @@ class Mailbox:
     def put(self, event: Event) -> None:
         """Keep an event until somebody takes it."""
         self._events.append(event)
+        if event["event"] == "checkpoint":
+            self._saved_step = max(self._saved_step, event["step"])
         if ends_group(event):
             self._training = False  # another group may follow
 
@@ -123,23 +142,74 @@ class EventSender:
             ray.wait([self._last], timeout=timeout_s)
 
 
-def watch_stop(mailbox: Any, stop: Callable[[], None], every_s: float = 1.0) -> None:
-    """Start a thread that calls `stop` once the driver asks the workers to stop.
+class ControllerMailbox:
+    """The end of the mailbox that Ray's controller has, which starts groups of workers.
+
+    Args:
+        mailbox: handle of the `Mailbox` actor. When it does not answer, there is no news.
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._saved_step = 0
+
+    def stopping(self) -> bool:
+        """Whether the run was asked to stop; also when the driver is gone."""
+        import ray
+
+        try:
+            return bool(ray.get(self._mailbox.stopping.remote()))
+        except ray.exceptions.ActorDiedError:
+            return True
+        except ray.exceptions.RayError:
+            return False
+
+    def has_new_checkpoint(self) -> bool:
+        """Whether there is a checkpoint of a later step than when this was asked before."""
+        import ray
+
+        before = self._saved_step
+        with suppress(ray.exceptions.RayError):
+            self._saved_step = ray.get(self._mailbox.saved_step.remote())
+        return self._saved_step > before
+
+    def ask_to_leave(self, purpose: str) -> None:
+        """Let the workers save and leave, and say for what."""
+        self.announce(f"saving, then {purpose}")
+        self._mailbox.leave.remote()
+
+    def announce(self, what: str) -> None:
+        """Tell whoever watches what the run waits for."""
+        self._mailbox.put.remote({"event": "waiting", "what": what})
+
+
+def watch_stop(
+    mailbox: Any,
+    stop: Callable[[], None],
+    draining: Callable[[], bool] = lambda: False,
+    every_s: float = 1.0,
+) -> None:
+    """Start a thread that calls `stop` once this process's group is asked to save and leave.
 
     Args:
         mailbox: handle of the `Mailbox` actor, which is asked every `every_s` seconds.
         stop: called once, on that thread.
+        draining: whether a node of the group will be taken away; asked as often.
         every_s: seconds between two questions.
     """
     import ray
 
     def _poll() -> None:
         waiting = threading.Event()
-        try:
-            while not ray.get(mailbox.stopping.remote()):
-                waiting.wait(every_s)
-        except ray.exceptions.RayError:  # the driver is gone: the cluster ends this process
-            return
+        while not draining():
+            try:
+                if ray.get(mailbox.leaving.remote()):
+                    break
+            except ray.exceptions.ActorDiedError:  # with the driver: the cluster ends this process
+                return
+            except ray.exceptions.RayError as error:
+                logger.warning("the mailbox does not answer now: %s", error)
+            waiting.wait(every_s)
         stop()
 
     threading.Thread(target=_poll, name="watch stop", daemon=True).start()

@@ -7,31 +7,27 @@ release that was checked; after an update of Ray, check this file.
 from __future__ import annotations
 
 import logging
-import random
 import re
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from launcher.ray_cluster.elastic import NodeRoom
+from launcher.ray_cluster.elastic import RESIZE_EVERY_S, NodeRoom, pause_before_restart
+from launcher.ray_cluster.environment import free_ports
+from launcher.ray_cluster.mailbox import ControllerMailbox
+from launcher.signals import kill_with_descendants
+from mhe_dist.errors import Preempted
 from pipelines.loader.shield import sigterm_held_back
 
 LEASE_S, RENEWAL_S = 15, 3
-KILLED_WITHIN_S = 5.0
-AGENT_PORTS = range(20_000, 30_000)  # above Ray's own, below what systems and Kubernetes hand out
 _DEAD_NODE = re.compile(r"node with node id: \w+ and address: (\S+) .* has been marked dead")
 _AGENT_PORT = re.compile(r"--listen-port=([1-9]\d*)")
-_NOISY_LOGGERS = (  # they report each upload and each lost connection
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
 
 
 def start_local_ray(
@@ -114,22 +110,6 @@ def agents_not_awaited() -> Iterator[None]:
         services.start_ray_process = start
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on: at random, as two clusters may start at once.
-
-    Raises:
-        OSError: there are not as many.
-    """
-    free: list[int] = []
-    for port in random.sample(AGENT_PORTS, len(AGENT_PORTS)):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                free.append(port)
-        if len(free) == count:
-            return free
-    raise OSError(f"fewer than {count} of the ports {AGENT_PORTS[0]} to {AGENT_PORTS[-1]} are free")
-
-
 def connect(address: str, namespace: str, environment: dict[str, Any] | None = None) -> None:
     """Make this process a driver of an existing cluster; its workers have a `runtime_env`."""
     import ray
@@ -201,32 +181,18 @@ def end_local_ray() -> None:
     import ray
 
     if node := ray._private.worker._global_node:
-        node.kill_all_processes = lambda **_: _kill(
+        node.kill_all_processes = lambda **_: kill_with_descendants(
             info.process.pid for info in chain.from_iterable(node.all_processes.values())
         )
     ray.shutdown()
 
 
-def _kill(pids: Iterable[int]) -> None:
-    """Kill children of this process with their descendants, and wait for the children's end.
-
-    The descendants are others' to wait for: some containers' first process does so once a second.
-    """
-    import psutil
-
-    children: list[psutil.Process] = []
-    descendants: list[psutil.Process] = []
-    for pid in pids:
-        with suppress(psutil.NoSuchProcess):
-            children.append(psutil.Process(pid))
-            descendants += children[-1].children(recursive=True)
-    for process in [*children, *descendants]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(children, timeout=KILLED_WITHIN_S)
-
-
-def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arguments: Any) -> Any:
+def create_trainer(
+    fit_group: Callable[[int], int] | None,
+    is_alone: bool,
+    mailbox: ControllerMailbox,
+    **arguments: Any,
+) -> Any:
     """A trainer whose group has a size that the run can use, without services that it does not use.
 
     Ray starts an actor for each of its services, one after the other, and each takes seconds. A run
@@ -234,13 +200,14 @@ def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arg
     a lost controller held.
 
     Checked with Ray 2.60.0: `DataParallelTrainer._create_default_callbacks` and
-    `_initialize_and_run_controller(scaling_policy=...)`; the policy travels to Ray's controller
-    instead of Ray's own.
+    `_initialize_and_run_controller(scaling_policy=..., failure_policy=...)`; the policies travel to
+    Ray's controller instead of Ray's own.
 
     Args:
         fit_group: number of workers that can be used of those there is room for; None: the number
             of `scaling_config` is fixed.
         is_alone: whether the cluster is this run's alone, and ends with it.
+        mailbox: of the run.
         arguments: of `DataParallelTrainer`.
     """
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -250,11 +217,12 @@ def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arg
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     unused = (DatasetsCallback, PlacementGroupCleanerCallback) if is_alone else (DatasetsCallback,)
-    policy = _scaling_policy(fit_group, is_alone)
+    policy = _scaling_policy(fit_group, is_alone, mailbox)
 
     class Trainer(DataParallelTrainer):
         def _initialize_and_run_controller(self, **parts: Any) -> Any:
             parts["scaling_policy"] = policy(arguments["scaling_config"])
+            parts["failure_policy"] = _failure_policy(self.run_config.failure_config, mailbox)
             return super()._initialize_and_run_controller(**parts)
 
         def _create_default_callbacks(self) -> list[Any]:
@@ -264,21 +232,54 @@ def create_trainer(fit_group: Callable[[int], int] | None, is_alone: bool, **arg
     return Trainer(**arguments)
 
 
-def _scaling_policy(fit_group: Callable[[int], int] | None, is_alone: bool) -> Callable[..., Any]:
+def _failure_policy(config: Any, mailbox: ControllerMailbox) -> Any:
+    """Whether a group that failed starts again: `max_failures` times without a new checkpoint.
+
+    Ray counts over the whole life of a run, and workers that saved and left in order, too.
+
+    Checked with Ray 2.60.0: `DefaultFailurePolicy.make_decision` and `_worker_group_failures`; a
+    group whose workers return, instead of raising `Preempted`, has completed the run.
+    """
+    from ray.train.v2._internal.execution import failure_handling as handling
+
+    class Restarts(handling.DefaultFailurePolicy):
+        def make_decision(self, training_failed_error: Any) -> Any:
+            """Decide, and pause before a restart."""
+            failures = getattr(training_failed_error, "worker_failures", {}).values()
+            if mailbox.stopping():
+                return handling.FailureDecision.RAISE
+            if any(isinstance(failure, Preempted) for failure in failures):
+                return handling.FailureDecision.RETRY
+            if mailbox.has_new_checkpoint():
+                self._worker_group_failures = 0
+            before = self._worker_group_failures
+            decision = super().make_decision(training_failed_error)
+            again = decision is handling.FailureDecision.RETRY
+            if again and self._worker_group_failures > before:
+                pause_before_restart(self._worker_group_failures, mailbox.announce)
+            return decision
+
+    return Restarts(config)
+
+
+def _scaling_policy(
+    fit_group: Callable[[int], int] | None, is_alone: bool, mailbox: ControllerMailbox
+) -> Callable[..., Any]:
     """The class of the policy that decides how many workers a run has; see `create_trainer`.
 
     Ray's elastic policy takes whatever number of workers there is room for; a run can only use
-    numbers that divide its micro-batches. And what a run reserves of a cluster stays reserved for
-    three minutes when its controller is ended from outside, as by `mhe stop`, while the next
-    elastic run waits: here a reservation is a short lease that its holder renews.
+    numbers that divide its micro-batches. To resize a group it kills the workers: here they are
+    asked to save and leave. And what a run reserves of a cluster stays reserved for three minutes
+    when its controller is ended from outside: here that is a short lease that its holder renews.
 
-    Checked with Ray 2.60.0: `ScalingPolicy.after_controller_start`,
-    `FixedScalingPolicy._maybe_send_resource_request`,
-    `ElasticScalingPolicy.make_decision_for_non_running_worker_group` and `_count_possible_workers`.
+    Checked with Ray 2.60.0: `after_controller_start`, `_maybe_send_resource_request`, and
+    `_count_possible_workers` and both decisions of `ElasticScalingPolicy`.
     """
     from ray.train.v2._internal.execution.scaling_policy import (
         ElasticScalingPolicy,
         FixedScalingPolicy,
+        NoopDecision,
+        ResizeDecision,
         ScalingPolicy,
     )
 
@@ -288,8 +289,7 @@ def _scaling_policy(fit_group: Callable[[int], int] | None, is_alone: bool) -> C
             _shorten_leases()
             super().after_controller_start(train_run_context)
 
-    class Fixed(Leased, FixedScalingPolicy):
-        pass
+    class Fixed(Leased, FixedScalingPolicy): ...
 
     class Alone(FixedScalingPolicy):
         def after_controller_start(self, train_run_context: Any) -> None:
@@ -299,12 +299,23 @@ def _scaling_policy(fit_group: Callable[[int], int] | None, is_alone: bool) -> C
             pass
 
     class Elastic(Leased, ElasticScalingPolicy):
+        _asked_at = -RESIZE_EVERY_S
+
         def make_decision_for_non_running_worker_group(self) -> Any:
             """Decide by the nodes that there are now: Ray looks at them every 20 s."""
             self._autoscaling_coordinator.get_reserved_resources.remote(
                 self._requester_id, recompute=True
             )
             return super().make_decision_for_non_running_worker_group()
+
+        def make_decision_for_running_worker_group(self, *group: Any, **more: Any) -> Any:
+            """Ask the group to leave where another size is possible; nothing else is done."""
+            decision = super().make_decision_for_running_worker_group(*group, **more)
+            now = time.monotonic()
+            if isinstance(decision, ResizeDecision) and now - self._asked_at >= RESIZE_EVERY_S:
+                self._asked_at = now
+                mailbox.ask_to_leave(f"starting again with {decision.num_workers} workers")
+            return NoopDecision()
 
         def _count_possible_workers(self, reserved_resources: Any) -> int:
             assert fit_group
@@ -337,6 +348,17 @@ def on_main_thread_of_workers(function: Callable[[], None]) -> Any:
             worker_group.execute(function)
 
     return OnMainThread()
+
+
+def is_draining() -> bool:
+    """Whether Ray told this worker that a node of its group will be taken away.
+
+    Not `ray.train.get_preemption_info()`, for which all ranks wait for one another.
+    Checked with Ray 2.60.0: `get_train_context().preemption_context`, set on every worker.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def enable_token_auth() -> None:
@@ -372,9 +394,3 @@ def list_rooms() -> list[NodeRoom]:
         for node in ray.nodes()
         if node["Alive"]
     ]
-
-
-def quiet_job_client() -> None:
-    """Let the client of the Jobs API log warnings only (logger names of Ray 2.60.0)."""
-    for name in _NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)

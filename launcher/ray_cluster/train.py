@@ -16,7 +16,13 @@ from launcher.ray_cluster.connection import existing_cluster, local_cluster
 from launcher.ray_cluster.crash_log import find_crash
 from launcher.ray_cluster.elastic import RESIZE_CHECK_S, LongWait, describe_wait, group_size
 from launcher.ray_cluster.environment import worker_environment, worker_resources
-from launcher.ray_cluster.mailbox import STOP_NOW, Mailbox, ends_group, mailbox_name
+from launcher.ray_cluster.mailbox import (
+    STOP_NOW,
+    ControllerMailbox,
+    Mailbox,
+    ends_group,
+    mailbox_name,
+)
 from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
@@ -215,6 +221,7 @@ def _fit(settings: dict[str, Any], is_alone: bool) -> None:
     trainer = ray_internals.create_trainer(
         partial(group_size, config=config) if scale.elastic else None,
         is_alone,
+        ControllerMailbox(settings["mailbox"]),
         # Not as its `train_loop_config`, which Ray's dashboard shows: the config may hold secrets.
         train_loop_per_worker=partial(train_worker, settings),
         backend_config=rank_environment(),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_backbone
 from launcher.ray_cluster.mailbox import CRASHED, EventSender, errors_scrubbed, watch_stop
 from mhe_dist.config.schema import Config
@@ -31,14 +32,16 @@ def train_worker(settings: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    rank = ray.train.get_context().get_world_rank()
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
     if Path(settings["folder"]).is_dir():
         os.chdir(settings["folder"])
     log = Path(settings["logs"]) / f"rank_{rank}.log"
     crash = find_crash(log, settings["command"])  # of the process that this one replaces
     redirect_output(log, settings["command"])
     send = EventSender(settings["mailbox"])
-    watch_stop(settings["mailbox"], preemption.request)
+    if context.get_local_rank() == 0:  # what one rank hears, it tells the others before each step
+        watch_stop(settings["mailbox"], preemption.request, ray_internals.is_draining)
     try:
         if not ray.get(settings["mailbox"].begin.remote()):
             raise Preempted("told to stop before it began; nothing is lost")

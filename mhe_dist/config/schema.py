@@ -171,7 +171,7 @@ class ScaleConfig(ConfigSection):
         "pack", description="pack: few nodes, so that samples travel a short way; spread: many."
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
-    max_failures: int = Field(3, ge=-1, description="Restarts after a lost worker; -1: no limit.")
+    max_failures: int = Field(3, ge=-1, description="Restarts without progress; -1: no limit.")
     timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
 
     @model_validator(mode="before")

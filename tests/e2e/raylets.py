@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.ray_cluster.environment import LOCAL_ENVIRONMENT
-from launcher.ray_cluster.ray_internals import agents_not_awaited, free_ports
+from launcher.ray_cluster.environment import LOCAL_ENVIRONMENT, free_ports
+from launcher.ray_cluster.ray_internals import agents_not_awaited
 
 ROOT = Path(__file__).parents[2]
 END_S = 30.0

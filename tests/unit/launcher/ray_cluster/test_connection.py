@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher.ray_cluster import connection, ray_internals
+from launcher.ray_cluster import connection, environment, ray_internals
 from launcher.ray_cluster.connection import (
     _check_gpus,
     _move_logs,
@@ -85,7 +85,7 @@ def test_a_node_s_agents_get_ports_that_are_free(
     from ray._private import parameter
 
     taken = socket.create_server(("127.0.0.1", 0))
-    monkeypatch.setattr(ray_internals, "AGENT_PORTS", range(taken.getsockname()[1], 2**16))
+    monkeypatch.setattr(environment, "AGENT_PORTS", range(taken.getsockname()[1], 2**16))
     monkeypatch.setattr(random, "sample", lambda ports, _: ports)  # the taken one comes first
     ports: list[int | None] = []
 

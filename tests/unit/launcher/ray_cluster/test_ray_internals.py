@@ -6,35 +6,66 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.ray_cluster import ray_internals
+from launcher.ray_cluster import dashboard, elastic, ray_internals
+from mhe_dist.errors import Preempted
+
+
+class Post:
+    """What Ray's controller asks of the mailbox, without one."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.stopped = self.saved = False
+
+    def stopping(self) -> bool:
+        return self.stopped
+
+    def has_new_checkpoint(self) -> bool:
+        saved, self.saved = self.saved, False
+        return saved
+
+    def announce(self, what: str) -> None:
+        self.said.append(what)
+
+    ask_to_leave = announce
 
 
 def policy_of(
     fit_group: Any, workers: Any, monkeypatch: pytest.MonkeyPatch, is_alone: bool = False
 ) -> Any:
     """The scaling policy that a trainer hands to Ray's controller."""
+    return parts_of(trainer_of(fit_group, workers, is_alone), monkeypatch)["scaling_policy"]
+
+
+def parts_of(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a trainer hands to Ray's controller."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     monkeypatch.setattr(
         DataParallelTrainer,
         "_initialize_and_run_controller",
-        lambda self, **parts: parts["scaling_policy"],
+        lambda self, **parts: parts,
     )
-    trainer = trainer_of(fit_group, workers, is_alone)
-    return trainer._initialize_and_run_controller(scaling_policy=None)
+    parts: dict[str, Any] = trainer._initialize_and_run_controller(scaling_policy=None)
+    return parts
 
 
-def trainer_of(fit_group: Any, workers: Any, is_alone: bool) -> Any:
-    from ray.train.v2.api.config import ScalingConfig
+def trainer_of(
+    fit_group: Any, workers: Any, is_alone: bool, mailbox: Any = None, max_failures: int = 3
+) -> Any:
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
     return ray_internals.create_trainer(
         fit_group,
         is_alone,
+        mailbox,
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=max_failures)),
         train_loop_per_worker=lambda: None,
         scaling_config=ScalingConfig(num_workers=workers),
     )
@@ -47,6 +78,80 @@ def test_an_elastic_group_has_a_size_that_fits(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(rays_own, "_count_possible_workers", lambda self, reserved: 3)
     assert policy._count_possible_workers({}) == 2
     assert callable(rays_own.make_decision_for_non_running_worker_group)
+
+
+def decide_of(
+    mailbox: Post, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[[Exception], str], list[float]]:
+    """What becomes of a group whose rank 0 failed with an error, and the pauses that were made."""
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    policy = parts_of(trainer_of(None, 2, True, mailbox), monkeypatch)["failure_policy"]
+    assert type(policy).__mro__[1].__name__ == "DefaultFailurePolicy"
+    pauses: list[float] = []
+    monkeypatch.setattr(elastic.time, "sleep", pauses.append)
+
+    def decide(error: Exception) -> str:
+        return str(policy.make_decision(WorkerGroupError("failed", {0: error})).name)
+
+    return decide, pauses
+
+
+def test_workers_that_saved_and_left_are_no_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    decide, pauses = decide_of(Post(), monkeypatch)
+    assert [decide(Preempted("saved")) for _ in range(4)] == ["RETRY"] * 4
+    assert pauses == [] and decide(OSError()) == "RETRY" and pauses == [5.0]
+
+
+def test_failures_count_until_there_is_a_new_checkpoint_and_each_waits_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mailbox = Post()
+    decide, pauses = decide_of(mailbox, monkeypatch)
+    assert [decide(OSError()) for _ in range(3)] == ["RETRY"] * 3
+    mailbox.saved = True
+    assert [decide(OSError()) for _ in range(4)] == ["RETRY"] * 3 + ["RAISE"]
+    assert pauses == [5.0, 20.0, 60.0, 5.0, 20.0, 60.0]
+    assert mailbox.said[1] == "starting again in 20 s, after failure 2 without a new checkpoint"
+
+
+def test_a_run_that_is_stopped_starts_no_other_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    mailbox = Post()
+    decide, pauses = decide_of(mailbox, monkeypatch)
+    mailbox.stopped = True
+    assert decide(Preempted("saved")) == decide(OSError()) == "RAISE" and pauses == []
+
+
+def test_an_elastic_group_is_asked_to_save_and_leave_before_it_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+
+    mailbox, now = Post(), 1000.0
+    policy = parts_of(trainer_of(lambda available: available, (2, 4), False, mailbox), monkeypatch)[
+        "scaling_policy"
+    ]
+    rays_own = type(policy).__mro__[2]
+    decision: Any = NoopDecision()
+    monkeypatch.setattr(
+        rays_own,
+        "make_decision_for_running_worker_group",
+        lambda self, worker_group_state, worker_group_status: decision,
+    )
+    monkeypatch.setattr(ray_internals.time, "monotonic", lambda: now)
+
+    def decide() -> bool:
+        made = policy.make_decision_for_running_worker_group(
+            worker_group_state=None, worker_group_status=None
+        )
+        return isinstance(made, NoopDecision)
+
+    assert decide() and mailbox.said == []
+    decision = ResizeDecision(num_workers=4, resources_per_worker={})
+    assert decide() and mailbox.said == ["starting again with 4 workers"]
+    assert decide() and len(mailbox.said) == 1, "it is saving"
+    now += elastic.RESIZE_EVERY_S
+    assert decide() and len(mailbox.said) == 2
 
 
 def test_a_fixed_group_leases_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +197,7 @@ def test_a_callback_runs_a_function_on_all_workers() -> None:
 
 
 def test_the_client_s_token_and_loggers_are_there() -> None:
-    ray_internals.quiet_job_client()
+    dashboard.quiet_job_client()
     assert ray_internals.is_token_auth_enabled() in (True, False)
 
 

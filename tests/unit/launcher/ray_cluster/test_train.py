@@ -111,7 +111,7 @@ def test_ray_is_given_no_config_that_its_dashboard_would_show(
     monkeypatch.setattr(ray_internals, "create_trainer", create)
     secret = {"tracking": {"uri": "http://me:planted@host"}, "data": {"shards": "x"}}
     config = Config.model_validate(secret).model_dump()
-    _fit({"config": config, "storage": "/runs/a"}, is_alone=True)
+    _fit({"config": config, "storage": "/runs/a", "mailbox": None}, is_alone=True)
     train = given.pop("train_loop_per_worker")
     assert "planted" not in str(given)
     assert train.args[0]["config"] == config
