@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-_SECRET_WORDS = ("password", "passwd", "pwd", "secret", "token", "credential", "credentials")
+_SECRET_WORDS = (
+    *("password", "passwd", "passphrase", "pwd"),
+    *("secret", "token", "credential", "credentials"),
+)
 _SECRET_PAIRS = ("api_key", "apikey", "access_key", "private_key", "secret_key", "account_key")
+_SECRET_LAST = ("key", "pass")  # SIGNING_KEY, DB_PASS; but not after these:
+_OPEN = ("public", "primary", "foreign", "sort", "partition", "cache", "neighbour", "first")
 # A password may hold `@`, and, in the URL of a database, `/`, `?` and `#`; a port may not.
 _URL_USER = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)"
@@ -26,9 +31,12 @@ _WORKING_FOLDERS = ("PWD", "OLDPWD")  # set by every shell; elsewhere `pwd` mean
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key of that name holds a secret: `db_password`, `HF_TOKEN`, `apiKey`."""
+    """Whether a key of that name holds a secret: `db_password`, `HF_TOKEN`, `signingKey`."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).replace("-", "_").lower()
     if any(pair in words for pair in _SECRET_PAIRS):
+        return True
+    *_, before, last = ["", *words.rpartition(".")[2].split("_")]
+    if last in _SECRET_LAST and before not in _OPEN and (before or last == "pass"):
         return True
     return any(word in _SECRET_WORDS for word in re.split(r"[_.]", words))
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mhe_dist.config.schema import Config
 from mhe_dist.redact import ScrubbingFormatter, flat, is_secret_name, masked, scrub
 
 
@@ -16,9 +17,36 @@ def test_secret_names(name):
     assert is_secret_name(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DB_PASS", "PASSPHRASE", "SSH_KEY_PASSPHRASE", "encryptionKey", "SIGNING_KEY", "ssh-key"),
+        *("AZURE_STORAGE_KEY", "S3_KEY", "server.tls_key"),
+    ],
+)
+def test_common_names_of_passwords_and_keys_are_secret(name):
+    assert is_secret_name(name)
+
+
 @pytest.mark.parametrize("name", ["num_tokens", "key", "monkey", "name", "tokenizer", "keep_last"])
 def test_innocent_names(name):
     assert not is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SSH_PUBLIC_KEY", "primary_key", "sort_key", "neighbour_key", "data.key", "key_name"),
+        *("first_pass", "pass_rate", "bypass", "compass", "passed_over"),
+    ],
+)
+def test_keys_that_open_nothing_are_no_secrets(name):
+    assert not is_secret_name(name)
+
+
+def test_no_key_of_a_config_is_taken_for_a_secret():
+    config = Config.model_validate({"data": {"shards": "s"}})
+    assert not [name for name in flat(config.model_dump()) if is_secret_name(name)]
 
 
 @pytest.mark.parametrize(
