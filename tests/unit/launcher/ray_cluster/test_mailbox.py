@@ -86,11 +86,11 @@ def test_a_group_saves_itself_when_ray_tells_that_a_node_will_be_taken_away(
     from ray.train.v2._internal.execution.preemption import PreemptionContext
     from ray.train.v2.api.preemption import PreemptionInfo
 
-    told = PreemptionContext()
-    monkeypatch.setattr(context, "_train_context", SimpleNamespace(preemption_context=told))
+    warning = PreemptionContext()
+    monkeypatch.setattr(context, "_train_context", SimpleNamespace(preemption_context=warning))
     watch(Handle(), ray_internals.is_draining)
     assert not preemption.requested() and watched()
-    told.preemption_info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    warning.preemption_info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
     wait_for(lambda: not watched())
     assert preemption.requested()
 
