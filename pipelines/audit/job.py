@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -46,12 +45,10 @@ from pipelines.audit.settings import FORMAT, AuditSettings
 from pipelines.clustering.hierarchy import find_mean
 from pipelines.clustering.members import sort_members
 from pipelines.clustering.quality import measure_recall as measure_class_recall
-from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows, refuse_remote_target
-from pipelines.clustering.state import ClusterState, Watch
+from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows
+from pipelines.clustering.state import ClusterState, StagedJob, Watch
 from pipelines.shards.index import ShardIndex
-from pipelines.storage.staging import Staging
 
-_STATE: Final = "state"  # folder in the unfinished audit; removed at the end
 # Of the first cut, see `separate`: a class that is cut in vain does no harm.
 _CUT_BOUNDS: Final = (0.1, 1.0, 0.2)
 _PART: Final = 1 << 20  # images whose labels are read together
@@ -108,17 +105,12 @@ class AuditResult(NamedTuple):
     seconds: float
 
 
-class AuditJob:
-    """One audit, finished or not: a folder that appears under its name when it is whole.
-
-    A context manager: it holds a lock while it is open, and when it is left before the end, what is
-    done stays for the next time.
+class AuditJob(StagedJob):
+    """One audit, finished or not.
 
     Attributes:
         index: the data set.
         settings: what is asked for.
-        target: folder of the audit.
-        folder: where its files are until then.
     """
 
     def __init__(
@@ -150,29 +142,20 @@ class AuditJob:
             UserError: the target exists or is not on this machine, something else is being made
                 there, or there is nothing to examine.
         """
-        refuse_remote_target(target, "an audit is")
         settings.validate()
         refuse_other_rows(index, rows)
         if num_classes < 2:
             raise UserError(f"{index.folder}: an audit compares classes, and there are not two")
-        self.index, self.settings, self.target = index, settings, target
+        self.index, self.settings = index, settings
         self._rows, self._sets = UnitRows(rows), list(sets)
         self._read_labels, self._classes = read_labels, num_classes
         self._side = image_side
         self._began = time.monotonic()
-        self._staging = Staging(
-            target, {"format": FORMAT, "settings": settings.as_dict(), **recipe}
+        super().__init__(
+            target, "an audit is", {"format": FORMAT, "settings": settings.as_dict(), **recipe}
         )
-        self.folder = self._staging.folder
 
-    def __enter__(self) -> AuditJob:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._staging.abort()
-
-    def run(self, watch: Watch, workers: int = 1) -> AuditResult:
+    def run(self, watch: Watch, workers: int = 1) -> AuditResult | None:
         """Find everything; the findings do not depend on the number of threads.
 
         Classes are cut first, and parts that are far apart count as classes of their own; else the
@@ -182,8 +165,13 @@ class AuditJob:
         Args:
             watch: is told of progress.
             workers: threads.
+
+        Returns:
+            Everything that was found out; None if an earlier attempt had written it down.
         """
         state, settings = self._open_state(watch, workers), self.settings
+        if state.is_finished:
+            return None
         rows, labels = self._prepare_rows(state), self._write_labels(state)
         whole = sort_members(state, "whole_members", labels, self._classes)
         first_cut = cut_all(rows, whole, None, settings, state, "first_cut")
@@ -227,20 +215,8 @@ class AuditJob:
             *(*recalls, settings.false_rate, spent),
         )
 
-    def publish(self) -> str:
-        """Remove what is not the audit's, and give it its name."""
-        shutil.rmtree(f"{self.folder}/{_STATE}", ignore_errors=True)
-        self._staging.publish()
-        return self.target
-
-    def _open_state(self, watch: Watch, workers: int) -> ClusterState:
-        assert self._staging.journal is not None, "it has a recipe"
-        return ClusterState(f"{self.folder}/{_STATE}", self._staging.journal, watch, workers)
-
     def _prepare_rows(self, state: ClusterState) -> UnitRows:
-        seed = self.settings.seed
-        state.once("mean", lambda: state.save_small("mean", mean=find_mean(self._rows, seed)))
-        self._mean = state.load_small("mean")["mean"]
+        self._mean = find_mean(self._rows, self.settings.seed, state)
         return self._rows.centered(self._mean)
 
     def _write_labels(self, state: ClusterState) -> npt.NDArray[Any]:

@@ -36,6 +36,7 @@ def balance_classes(rows: UnitRows, settings: ClusterSettings, state: ClusterSta
         if number == settings.rounds or not _split_large(rows, labels, settings, state, number):
             break
         state.mark(f"balanced-{number}")
+        state.remove(f"members-{number}")
     return open_labels(state, settings, rows.count)
 
 
@@ -105,5 +106,4 @@ def _split_large(
 
     state.run(f"split-{number}", len(plan), _split)
     state.save_small(_layout(number + 1), **layout)
-    state.remove(f"members-{number}")
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -21,20 +20,17 @@ from pipelines.clustering.quality import (
     measure_agreement,
     measure_recall,
 )
-from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows, refuse_remote_target
+from pipelines.clustering.rows import Ints, UnitRows, refuse_other_rows
 from pipelines.clustering.selection import KeptLabels, drop_images
 from pipelines.clustering.settings import ClusterSettings
-from pipelines.clustering.state import ClusterState, Watch
+from pipelines.clustering.state import ClusterState, StagedJob, Watch
 from pipelines.shards.index import ShardIndex
-from pipelines.shards.label_set import LabelSet, write_label_files
-from pipelines.storage.staging import Staging
+from pipelines.shards.label_set import write_label_files
 
-_STATE: Final = "state"  # folder in the unfinished label set; removed at the end
 CLUSTERS_FILE: Final = "clusters.tsv"
 FORMAT: Final = "mhe-cluster-1"  # changes when the same embeddings would give other classes
 SHOWN: Final = 12  # classes of each kind to look at
 _IMAGES: Final = 10  # of each of them
-_FINISHED: Final = "finished"  # stage: all files of the label set are written
 
 
 class ShownClass(NamedTuple):
@@ -67,18 +63,13 @@ class Clustering(NamedTuple):
     shown: dict[str, list[ShownClass]]
 
 
-class ClusterJob:
-    """One clustering, finished or not: a label set that appears under its name when it is whole.
-
-    A context manager: it holds a lock while it is open, and when it is left before the end, what is
-    done stays for the next time.
+class ClusterJob(StagedJob):
+    """One clustering, which ends with a label set.
 
     Attributes:
         index: the data set.
         settings: what is asked for.
         rows: the embeddings.
-        target: folder for the label set.
-        folder: where its files are until then.
     """
 
     def __init__(
@@ -102,26 +93,17 @@ class ClusterJob:
             UserError: the target exists or is not on this machine, something else is being made
                 there, or so many classes cannot be made.
         """
-        refuse_remote_target(target, "classes are")
         refuse_other_rows(index, rows)
         settings.validate(index.samples)
         self.index, self.settings, self.rows = index, settings, UnitRows(rows)
-        self.target, self._embedded_by = target, embedded_by
+        self._embedded_by = embedded_by
         recipe = {
             "format": FORMAT,
             "index": index.digest,
             "embeddings": embedded_by,
             "settings": settings.as_dict(),
         }
-        self._staging = Staging(target, recipe)
-        self.folder = self._staging.folder
-
-    def __enter__(self) -> ClusterJob:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._staging.abort()
+        super().__init__(target, "classes are", recipe)
 
     @property
     def begins(self) -> bool:
@@ -143,7 +125,7 @@ class ClusterJob:
             What was made; None if an earlier attempt had come to that point.
         """
         state = self._open_state(watch, workers)
-        if state.is_done(_FINISHED):
+        if state.is_finished:
             return None
         rows = self._prepare_rows(state)
         train_centres(rows, self.settings, state)
@@ -165,25 +147,10 @@ class ClusterJob:
         }
         return Clustering(members.counts, figures, shown)
 
-    def publish(self) -> LabelSet:
-        """Remove what is not the label set's, and give it its name."""
-        state = self._open_state(_no_watch, 1)
-        if not state.is_done(_FINISHED):
-            state.mark(_FINISHED)
-        shutil.rmtree(f"{self.folder}/{_STATE}", ignore_errors=True)
-        self._staging.publish()
-        return LabelSet.load(self.target)
-
-    def _open_state(self, watch: Watch, workers: int) -> ClusterState:
-        assert self._staging.journal is not None, "it has a recipe"
-        return ClusterState(f"{self.folder}/{_STATE}", self._staging.journal, watch, workers)
-
     def _prepare_rows(self, state: ClusterState) -> UnitRows:
         if not self.settings.center:
             return self.rows
-        seed = self.settings.seed
-        state.once("mean", lambda: state.save_small("mean", mean=find_mean(self.rows, seed)))
-        return self.rows.centered(state.load_small("mean")["mean"])
+        return self.rows.centered(find_mean(self.rows, self.settings.seed, state))
 
     def _open_nearest(self, state: ClusterState) -> Labels:
         shape = (self.index.samples,)
@@ -263,7 +230,3 @@ def _show(number: int, members: Members, nearest: Labels, similarities: Floats) 
     places = np.linspace(0, len(order) - 1, min(_IMAGES, len(order))).round().astype(int)
     count, similarity = int(members.counts[number]), float(similarities[number])
     return ShownClass(number, order[places], count, similarity)
-
-
-def _no_watch(stage: str, done: int, total: int) -> None:
-    """Nobody is told."""

@@ -111,12 +111,17 @@ def train_part(
     )
 
 
-def find_mean(rows: UnitRows, seed: int) -> Rows:
-    """The mean direction float32 `[D]` of a sample of the images."""
-    count = min(rows.count, SAMPLE_BYTES // (4 * rows.dim))
-    drawn = sample_without_replacement(rows.count, count, generator(seed, "cluster/mean"))
-    mean: Rows = rows.gather(drawn).mean(axis=0, dtype=np.float64).astype(np.float32)
-    return mean
+def find_mean(rows: UnitRows, seed: int, state: ClusterState) -> Rows:
+    """The mean direction float32 `[D]` of a sample of the images: a stage of the work."""
+
+    def _find() -> None:
+        count = min(rows.count, SAMPLE_BYTES // (4 * rows.dim))
+        drawn = sample_without_replacement(rows.count, count, generator(seed, "cluster/mean"))
+        mean = rows.gather(drawn).mean(axis=0, dtype=np.float64).astype(np.float32)
+        state.save_small("mean", mean=mean)
+
+    state.once("mean", _find)
+    return state.load_small("mean")["mean"]
 
 
 def _train_cells(rows: UnitRows, settings: ClusterSettings, state: ClusterState) -> Rows:

@@ -2,25 +2,32 @@
 
 The work is a fixed list of stages, each a number of pieces. A piece is a pure function of the files
 of earlier stages and writes its own part of a file; so a piece may be done twice, and what counts
-is how many pieces of a stage are known to be on disk.
+is how many pieces of a stage are known to be on disk. The journal holds these numbers, and the
+files that were there at that time: if one of them is gone, the work begins anew.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.clustering.rows import release_pages
-from pipelines.storage.staging import Journal
+from pipelines.clustering.rows import refuse_remote_target, release_pages
+from pipelines.storage.staging import Journal, Staging
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _RECORD: Final = 0  # number of the only entry of the journal
+_STATE: Final = "state"  # folder in the unfinished result; removed at the end
+_FINISHED: Final = "finished"  # stage: everything that is made of these files is on disk
 _EVERY_S: Final = 2.0  # seconds between two records within a stage
 
 Watch = Callable[[str, int, int], None]
@@ -39,11 +46,17 @@ class ClusterState:
             watch: is told of progress.
             workers: threads that do pieces at the same time.
         """
-        Path(folder).mkdir(exist_ok=True)
         self.folder, self.workers = folder, workers
         self._journal, self._watch = journal, watch
-        self._done: dict[str, int] = journal.get(_RECORD) or {}
         self._arrays: dict[str, np.memmap[Any, Any]] = {}
+        known = journal.get(_RECORD) or {}
+        self._done: dict[str, int] = known.get("done", {})
+        self._sizes: dict[str, int] = known.get("sizes", {})  # of files, in bytes
+        if not all(self._size(name) == size for name, size in self._sizes.items()):
+            self._done, self._sizes = {}, {}
+        if not self._sizes:  # what may be there is of no stage that is known to be done
+            shutil.rmtree(folder, ignore_errors=True)
+        Path(folder).mkdir(exist_ok=True)
 
     def array(self, name: str, shape: tuple[int, ...], dtype: str) -> np.memmap[Any, Any]:
         """A file of that shape, mapped; zeros where nothing was written yet.
@@ -53,16 +66,20 @@ class ClusterState:
         if name not in self._arrays:
             path = f"{self.folder}/{name}"
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            if not os.path.exists(path) or os.path.getsize(path) != size:
+            if self._size(name) != size:
                 with open(path, "wb") as file:
                     file.truncate(size)
             self._arrays[name] = np.memmap(path, dtype, "r+", shape=shape)
+            self._sizes[name] = size
         return self._arrays[name]
 
     def remove(self, *names: str) -> None:
-        """Delete files that no later stage reads."""
+        """Delete files that no stage reads which is not known to be done."""
         for name in names:
             self._arrays.pop(name, None)
+            self._sizes.pop(name, None)
+        self._write()  # first: a file that is gone and recorded would be missed
+        for name in names:
             Path(f"{self.folder}/{name}").unlink(missing_ok=True)
 
     def save_small(self, name: str, **arrays: Any) -> None:
@@ -73,6 +90,7 @@ class ClusterState:
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
+        self._sizes[f"{name}.npz"] = os.path.getsize(path)
 
     def load_small(self, name: str) -> dict[str, npt.NDArray[Any]]:
         """What `save_small` wrote."""
@@ -111,6 +129,18 @@ class ClusterState:
         """Whether all pieces of a stage are done."""
         return self._done.get(stage, 0) >= total
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether everything that is made of these files is on disk: they are of no use."""
+        return self.is_done(_FINISHED)
+
+    def finish(self) -> None:
+        """Record that everything that is made of these files is on disk, and delete them."""
+        self._arrays.clear()
+        self._sizes.clear()
+        self.mark(_FINISHED)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
     def _finish_in_order(self, pieces: range, work: Callable[[int], None]) -> Iterator[int]:
         """Yield the number of each piece when it and all before it are done."""
         if self.workers == 1 or len(pieces) < 2:
@@ -138,8 +168,65 @@ class ClusterState:
         for array in self._arrays.values():
             array.flush()
         self._done[stage] = done
-        self._journal.record(_RECORD, self._done)
+        self._write()
+
+    def _write(self) -> None:
+        self._journal.record(_RECORD, {"done": self._done, "sizes": self._sizes})
+
+    def _size(self, name: str) -> int:
+        """Bytes of a file; -1: it is not there."""
+        path = f"{self.folder}/{name}"
+        return os.path.getsize(path) if os.path.exists(path) else -1
 
     def _release(self) -> None:
         for array in self._arrays.values():
             release_pages(array)
+
+
+class StagedJob:
+    """One piece of such work, finished or not: a folder that appears when it is whole.
+
+    A context manager: it holds a lock while it is open, and when it is left before the end, what is
+    done stays for the next time.
+
+    Attributes:
+        target: the folder.
+        folder: where its files are until then.
+    """
+
+    def __init__(self, target: str, made: str, recipe: dict[str, Any]) -> None:
+        """Claim the target, or go on with it.
+
+        Args:
+            target: folder on this machine; it must not exist.
+            made: what is made there, in words.
+            recipe: JSON-able; tells this work from other work.
+
+        Raises:
+            UserError: the target exists or is not on this machine, or something else is being made
+                there.
+        """
+        refuse_remote_target(target, made)
+        self.target = target
+        self._staging = Staging(target, recipe)
+        self.folder = self._staging.folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            self._staging.abort()
+
+    def publish(self) -> None:
+        """Remove what is not the result's, and give it its name."""
+        self._open_state(_no_watch, 1).finish()
+        self._staging.publish()
+
+    def _open_state(self, watch: Watch, workers: int) -> ClusterState:
+        assert self._staging.journal is not None, "it has a recipe"
+        return ClusterState(f"{self.folder}/{_STATE}", self._staging.journal, watch, workers)
+
+
+def _no_watch(stage: str, done: int, total: int) -> None:
+    """Nobody is told."""

@@ -36,7 +36,9 @@ from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import atomic_write
 
 if TYPE_CHECKING:
+    from pipelines.audit.evaluation_sets import EvaluationSet
     from pipelines.audit.findings import Decisions, Findings
+    from pipelines.audit.job import AuditResult
     from pipelines.audit.settings import AuditSettings
 
 FIGURES_FILE, LABELS_FOLDER = "figures.json", "labels"
@@ -228,11 +230,8 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
         UserError: it cannot be done.
     """
     from pipelines.audit.evaluation_sets import EvaluationSet
-    from pipelines.audit.findings import write_findings
     from pipelines.audit.job import AuditJob
-    from pipelines.audit.record import list_figures, list_findings
     from pipelines.clustering.rows import UnitRows
-    from pipelines.report.audit.page import write_audit_page
 
     folder = embed_shards(task.index.folder, task.run, task.out, how)
     alone = how._replace(embeddings="")
@@ -253,14 +252,25 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
     ) as job:
         with ProgressDisplay().counting("auditing") as progress:
             result = job.run(watch_stages(STAGES, progress), threads)
-        findings = list_findings(result, _names(task, sets))
-        figures = list_figures(result, findings)
-        figures[MADE_OF] = task.made_of
-        write_findings(job.folder, findings)
-        with atomic_write(f"{job.folder}/{FIGURES_FILE}") as stream:
-            stream.write(json.dumps(figures, indent=1).encode() + b"\n")
-        write_audit_page(job.folder, task.index, task.labels, {url: url for url in task.against})
+        if result is not None:
+            _write_down(job.folder, result, task, sets)
         job.publish()
+
+
+def _write_down(
+    folder: str, result: AuditResult, task: AuditTask, sets: Sequence[EvaluationSet]
+) -> None:
+    """Write the findings, their figures and the page."""
+    from pipelines.audit.findings import write_findings
+    from pipelines.audit.record import list_figures, list_findings
+    from pipelines.report.audit.page import write_audit_page
+
+    findings = list_findings(result, _names(task, sets))
+    figures = list_figures(result, findings) | {MADE_OF: task.made_of}
+    write_findings(folder, findings)
+    with atomic_write(f"{folder}/{FIGURES_FILE}") as stream:
+        stream.write(json.dumps(figures, indent=1).encode() + b"\n")
+    write_audit_page(folder, task.index, task.labels, {url: url for url in task.against})
 
 
 def _known_labels(index: ShardIndex) -> Any:

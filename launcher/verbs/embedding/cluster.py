@@ -190,7 +190,8 @@ def make_classes(job: ClusterJob, workers: int, labels: ReadLabels | None) -> La
     if made is not None:
         found = made.figures, made.counts, made.shown
         write_cluster_report(f"{job.folder}/report", job.index, *found)
-    return job.publish()
+    job.publish()
+    return LabelSet.load(job.target)
 
 
 def _predict(job: ClusterJob, workers: int) -> None:

@@ -213,7 +213,8 @@ def audit_in_process(folder: str, name: str) -> None:
     ) as job:
         result = job.run(_print_stage, available_cores())
         names = SampleNames(index, lambda wanted: {number: str(number) for number in wanted}, {})
-        write_findings(job.folder, list_findings(result, names))
+        if result is not None:
+            write_findings(job.folder, list_findings(result, names))
         job.publish()
     print(json.dumps({"peak": peak_memory()}), flush=True)
 

@@ -88,6 +88,7 @@ def audited(
 ) -> tuple[Findings, dict[str, object]]:
     with job(data, out, sets) as running:
         result = running.run(watch, workers)
+        assert result is not None, "it was not finished before"
         others = {each.name: (each.index, lambda wanted: {}) for each in sets}
         names = SampleNames(data.index, lambda wanted: {n: f"name {n}" for n in wanted}, others)
         findings = list_findings(result, names)
@@ -102,6 +103,14 @@ def found(
     dirty: Planted, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Findings, dict[str, object]]:
     return audited(dirty, tmp_path_factory.mktemp("audit") / "audit")
+
+
+def assert_same(
+    one: tuple[Findings, dict[str, object]], other: tuple[Findings, dict[str, object]]
+) -> None:
+    for name, values in one[0].columns.items():
+        assert (values == other[0][name]).all(), name
+    assert one[1] == other[1]
 
 
 def of(findings: Findings, kind: str) -> Findings:
@@ -221,9 +230,40 @@ def test_findings_depend_neither_on_threads_nor_on_parts_nor_on_being_killed(
         except Killed:
             assert not (tmp_path / "audit").exists()
     assert stages == list(KILLED)
-    for name, values in findings.columns.items():
-        assert (values == found[0][name]).all(), name
-    assert figures == found[1]
+    assert_same((findings, figures), found)
+
+
+@pytest.mark.parametrize("kept", ["", ".npz"])
+def test_an_audit_whose_files_are_gone_begins_anew(
+    dirty: Planted, found: tuple[Findings, dict[str, object]], tmp_path: Path, kept: str
+) -> None:
+    """Its journal says that every stage is done, and their files are not there, or not all."""
+    with pytest.raises(Killed), job(dirty, tmp_path / "audit") as running:
+        running.run(lambda *_: None)
+        raise Killed
+    state = tmp_path / ".audit.partial" / "state"
+    for file in state.iterdir():
+        if not kept or file.suffix != kept:
+            file.unlink()
+    if not kept:
+        state.rmdir()
+    assert_same(audited(dirty, tmp_path / "audit"), found)
+
+
+def test_killed_before_it_has_its_name_it_only_gets_that(
+    dirty: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("pipelines.storage.staging.Staging.publish", die)
+        audited(dirty, tmp_path / "audit")
+    assert not (tmp_path / ".audit.partial" / "state").exists()
+    with job(dirty, tmp_path / "audit") as running:
+        assert running.run(lambda *_: None) is None
+        running.publish()
+    assert not list((tmp_path / "audit").iterdir())  # nothing but what was written into it
 
 
 def test_a_set_shares_pictures_and_identities(

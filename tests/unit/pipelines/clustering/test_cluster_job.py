@@ -68,7 +68,8 @@ def cluster(
     try:
         with ClusterJob(str(target), INDEX, rows, {"rows": "1"}, settings) as job:
             made = job.run(watch, workers, lambda numbers: TRUTH[numbers])
-            return job.publish(), made, calls
+            job.publish()
+        return LabelSet.load(str(target)), made, calls
     except Killed:
         return None, None, calls
 
@@ -126,6 +127,19 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(tmp_path: Path, small_p
         finished = cluster(tmp_path / "killed", kill_at=2 + attempts % 3)[0]
     assert attempts >= 10
     assert content(tmp_path / "killed") == expected
+
+
+@pytest.mark.parametrize("kept", ["", ".npz"])
+def test_a_clustering_whose_files_are_gone_begins_anew(
+    tmp_path: Path, small_parts: None, kept: str
+) -> None:
+    _, _, calls = cluster(tmp_path / "whole")
+    cluster(tmp_path / "set", kill_at=calls - 1)
+    for file in (tmp_path / ".set.partial" / "state").iterdir():
+        if not kept or file.suffix != kept:
+            file.unlink()
+    cluster(tmp_path / "set")
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
 
 
 def test_killed_before_it_has_its_name_it_only_gets_that(

@@ -439,3 +439,27 @@ def test_a_file_of_another_size_is_made_again(state: ClusterState) -> None:
     assert state.array("numbers", (4,), "int32").tolist() == [0] * 4
     Path(f"{state.folder}/short").write_bytes(b"\1\2")
     assert state.array("short", (3,), "uint16").tolist() == [0] * 3
+
+
+def test_a_stage_whose_file_is_gone_is_done_again(state: ClusterState, tmp_path: Path) -> None:
+    def count() -> None:
+        state.array("numbers", (4,), "int32")[:] += 7
+
+    def begin_again() -> ClusterState:
+        return ClusterState(
+            f"{tmp_path}/state", Journal(f"{tmp_path}/journal", {}), lambda *_: None
+        )
+
+    state.once("count", count)
+    state.array("used", (2,), "int32")
+    state.mark("used")
+    state.remove("used")  # no later stage reads it: it is not missed
+    state = begin_again()
+    assert state.is_done("count") and state.array("numbers", (4,), "int32").tolist() == [7] * 4
+    Path(f"{tmp_path}/state/numbers").unlink()
+    state = begin_again()
+    assert not state.is_done("count")
+    state.once("count", count)
+    assert state.array("numbers", (4,), "int32").tolist() == [7] * 4
+    state.finish()
+    assert begin_again().is_finished
