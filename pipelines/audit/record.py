@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.audit.classes.centres import Floats
 from pipelines.audit.findings import (
     DROP,
     DUPLICATE,
@@ -29,7 +30,7 @@ from pipelines.audit.findings import (
 from pipelines.audit.images.repeats import tell_copies
 from pipelines.audit.images.strays import FOREIGN as IS_FOREIGN
 from pipelines.audit.images.strays import WRONG_LABEL as IS_WRONG
-from pipelines.audit.images.strays import read_nearness
+from pipelines.audit.images.strays import Nearness, read_nearness
 from pipelines.audit.job import AuditResult, SharedWithSet
 from pipelines.audit.separation import Separation
 from pipelines.clustering.rows import Ints
@@ -294,17 +295,30 @@ def _threshold(kind: str, separation: Separation) -> float | None:
 
 def _observed(result: AuditResult) -> dict[str, npt.NDArray[Any]]:
     """Of each kind the statistics of all that was examined; NaN: it could not be."""
-    near = read_nearness(result.scores, result.parted, result.duplicates.ids, slice(None))
-    doubted = np.asarray(result.strays.kind) != 0
+    doubt, foreign = _observed_images(result)
     shared = [each.copies.likeness for each in result.shared]
     return {
         DUPLICATE: result.duplicates.observed,
         MIXED: np.asarray(result.mixed.apart),
-        WRONG_LABEL: near.doubt,
-        FOREIGN: -result.strays.belonging.score(near, result.strays.figures)[doubted],
+        WRONG_LABEL: doubt,
+        FOREIGN: foreign,
         REPEATED: result.repeats.likeness,
         LEAK: np.concatenate([np.empty(0), *shared]),
     }
+
+
+def _observed_images(result: AuditResult) -> tuple[Floats, Floats]:
+    """float64 `[N]`, the doubt of each image, and of those doubted how foreign each is."""
+    count, strays = len(result.labels), result.strays
+    doubt, foreign = np.empty(count), [np.empty(0)]
+    for start in range(0, count, _PART):
+        here = slice(start, start + _PART)
+        near = read_nearness(result.scores, result.parted, result.duplicates.ids, here)
+        doubt[here] = near.doubt
+        doubted = np.asarray(strays.kind[here]) != 0
+        chosen = Nearness(*(values[doubted] for values in near))
+        foreign.append(-strays.belonging.score(chosen, strays.figures))
+    return doubt, np.concatenate(foreign)
 
 
 def histogram(values: npt.NDArray[Any]) -> dict[str, list[float]] | None:

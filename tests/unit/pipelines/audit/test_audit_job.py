@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from mhe_dist.errors import UserError
 from pipelines.audit.cure import cure_labels
 from pipelines.audit.evaluation_sets import EvaluationSet
 from pipelines.audit.findings import Findings
+from pipelines.audit.images.scores import ImageScores
 from pipelines.audit.job import AuditJob
 from pipelines.audit.record import SampleNames, list_figures, list_findings
 from pipelines.audit.settings import AuditSettings
@@ -22,6 +24,7 @@ from tests import tiny
 
 CLASSES, IMAGES, DIM = 200, 12, 32
 SPLIT, MERGED, RELABELLED, FOREIGN = 10, 12, 200, 40
+REPEATED = 30  # times that the images are there where there shall be many
 
 
 class Planted(NamedTuple):
@@ -181,6 +184,40 @@ def test_nearly_nothing_is_accused_where_nothing_is_wrong(clean: Planted, tmp_pa
     totals = figures["totals"]
     assert totals["images_doubted"] <= 0.015 * len(clean.labels)
     assert totals["classes_doubted"] <= 0.015 * CLASSES
+
+
+def test_figures_of_many_images_take_little_memory(
+    dirty: Planted,
+    found: tuple[Findings, dict[str, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipelines.audit.record._PART", 500)
+    with job(dirty, tmp_path / "audit") as running:
+        result = running.run(lambda *_: None)
+    assert result is not None
+
+    def repeat(values: np.ndarray) -> np.ndarray:
+        return np.tile(values, (REPEATED, *[1] * (values.ndim - 1)))
+
+    many = result._replace(
+        labels=repeat(result.labels),
+        parted=repeat(result.parted),
+        scores=ImageScores(*map(repeat, result.scores)),
+        strays=result.strays._replace(kind=repeat(result.strays.kind)),
+    )
+    tracemalloc.start()
+    try:
+        figures = list_figures(many, found[0])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 60 * len(many.labels)
+    for kind in ("wrong_label", "foreign"):
+        once = found[1]["kinds"][kind]
+        counts = [REPEATED * count for count in once["histogram"]["counts"]]
+        assert figures["kinds"][kind]["histogram"] == once["histogram"] | {"counts": counts}
+        assert figures["kinds"][kind]["examined"] == REPEATED * once["examined"]
 
 
 KILLED = "first_cut", "centres", "class_pairs", "strays", "mixed", "recall"
