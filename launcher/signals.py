@@ -49,8 +49,7 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` in the main thread on SIGINT, SIGTERM and SIGHUP inside the block.
 
-    Explicit, because a shell starts background jobs with SIGINT ignored. The same signal once more
-    within `REPEAT_S` does nothing: what the first one began goes on.
+    The same signal once more within `REPEAT_S` does nothing: what the first one began goes on.
     """
     last: dict[int, float] = dict.fromkeys(SIGNALS, -REPEAT_S)
 
@@ -113,11 +112,17 @@ def signals_ignored() -> Iterator[None]:
 def signals_handled_by(
     handler: Callable[[int, FrameType | None], None] | signal.Handlers,
 ) -> Iterator[None]:
-    """Set a handler for all of `SIGNALS` inside the block; off the main thread, none."""
+    """Set a handler for all of `SIGNALS` inside the block; off the main thread, none.
+
+    It takes the place of an ignored SIGINT, which is how a shell starts background jobs. A SIGHUP
+    that is ignored stays so: `nohup` asks for that, so that a command outlives its terminal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    handled = [number for number in SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

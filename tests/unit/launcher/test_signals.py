@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from launcher import signals
-from launcher.signals import SIGNALS, Interrupted, interruptible, signals_deferred, signals_ignored
+from launcher.signals import (
+    SIGNALS,
+    Interrupted,
+    interruptible,
+    signals_deferred,
+    signals_handled_by,
+    signals_ignored,
+)
 from pipelines.data.decode import decode_image
+
+HANG_UP = """
+import signal
+from launcher.signals import interruptible, signals_deferred
+
+with interruptible():
+    signal.raise_signal(signal.SIGHUP)
+    with signals_deferred() as check:
+        signal.raise_signal(signal.SIGHUP)
+        check()
+print("goes on")
+"""
+
+
+@pytest.fixture(autouse=True)
+def default_hang_up() -> Iterator[None]:
+    """SIGHUP as a terminal starts programs, also where these tests run below `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -98,6 +128,24 @@ def test_a_process_and_its_group_are_told_once(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_run_that_lost_nothing_is_preempted(signum: int, unsaved: bool, code: int) -> None:
     assert Interrupted(signum, unsaved).run_exit_code == code
+
+
+def test_a_command_below_nohup_outlives_its_terminal() -> None:
+    words = ["nohup", sys.executable, "-c", HANG_UP]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "goes on"), ended.stderr
+
+
+def test_a_background_job_whose_shell_had_it_ignore_ctrl_c_hears_sigint() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_handled_by(lambda number, frame: heard.append(number)):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
 
 
 def test_cleaning_up_is_not_interrupted() -> None:
