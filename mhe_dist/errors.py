@@ -30,6 +30,22 @@ def list_choices(name: str, known: Iterable[str]) -> str:
     return f"{hint} {', '.join(names)}"
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first; its kind, where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException | str) -> str:
+    """What an error says first; its kind, where it says nothing (empty: text that says nothing)."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException | str) -> str:
+    """What an error says last, which is the cause where a traceback stands before; see above."""
+    return _lines(error)[-1]
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in a line: its kind, and what it says first; many texts say little by themselves."""
+    kind, said = type(error).__name__, first_line(error)
+    return kind if said == kind else f"{kind}: {said}"
+
+
+def _lines(error: BaseException | str) -> list[str]:
+    kind = "" if isinstance(error, str) else type(error).__name__
+    return (str(error).strip() or kind).splitlines() or [""]

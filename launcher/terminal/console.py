@@ -10,7 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from launcher.terminal.commands import command_line
 from mhe_dist.redact import scrub
@@ -32,6 +34,11 @@ def error(text: str) -> None:
 def note(text: str) -> None:
     """Print plain text that is no result, like `error`, where it spoils no output."""
     err.print(f"[yellow]note:[/] {escape(scrub(text))}", soft_wrap=True)
+
+
+def status(what: str) -> Status:
+    """A spinner beside plain text, while the block goes on."""
+    return out.status(Text(what))
 
 
 def show_table(title: str, table: Table) -> None:

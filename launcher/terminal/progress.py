@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.status import Status
+from rich.text import Text
 
 from launcher.events import Event
 from launcher.terminal import console
+from mhe_dist.errors import first_line
 from pipelines.report.charts.numbers import format_share
 
 PLAIN_EVERY_S = 20.0
@@ -58,12 +61,13 @@ class ProgressDisplay:
             self._bar.stop()
 
     def waiting(self, what: str) -> None:
-        """Show that something goes on, until the next event."""
-        if self._is_live:
-            self._spinner = self._console.status(what)
+        """Show that something goes on, until the next event; beside a bar, in a line of its own."""
+        self._stop_waiting()
+        if self._is_live and not (self._bar and self._bar.live.is_started):
+            self._spinner = self._console.status(Text(what))
             self._spinner.start()
         else:
-            self._say(what)
+            self._say(escape(what))
 
     @contextmanager
     def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -71,12 +75,14 @@ class ProgressDisplay:
 
         Where no bar can be drawn, a line says what is done, now and then.
         """
+        self._stop_waiting()
         if not self._is_live:
-            yield self._say_now_and_then(what)
+            yield self._say_now_and_then(escape(what))
             return
-        columns = (TextColumn(what), BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
+        name = TextColumn("{task.description}", markup=False)
+        columns = (name, BarColumn(bar_width=24), TimeRemainingColumn(compact=True))
         with _progress(self._console, *columns) as bar:
-            task = bar.add_task("", visible=False)
+            task = bar.add_task(what, visible=False)
             yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
     def _say_now_and_then(self, what: str) -> Callable[[int, int], None]:
@@ -112,8 +118,10 @@ class ProgressDisplay:
             "end": self._end,
             "waiting": lambda event: self.waiting(event["what"]),
             "stopping": lambda event: self.waiting("saving, then stopping"),
+            "nodes": lambda event: self._say(f"{len(event['nodes']):,} nodes have answered."),
+            "trial": self._trial,
         }
-        draw[event["event"]](event)
+        draw.get(event["event"], self._unknown)(event)
 
     def _start(self, event: Event) -> None:
         if event["resumed_from"]:
@@ -162,7 +170,7 @@ class ProgressDisplay:
         return f"{format_duration(seconds)} left"
 
     def _evaluation(self, event: Event) -> None:
-        figures = [f"{name} {value}" for name, value in accuracy_rows(event)]
+        figures = [escape(f"{name} {value}") for name, value in accuracy_rows(event)]
         self._say(_break_between(f"step {event['step']:,}  held-out: ", figures, self._console))
 
     def _bad_samples(self, event: Event) -> None:
@@ -194,11 +202,20 @@ class ProgressDisplay:
         self._say(f"[yellow]step {event['step']:,}  warning:[/] {escape(event['message'])}")
 
     def _failed(self, event: Event) -> None:
-        first_line = event["message"].strip().splitlines()[0]
-        self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(first_line[:200])}")
+        said = first_line(event["message"])[:200]
+        self._say(f"[yellow]Worker {event['rank']} failed:[/] {escape(said)}")
 
     def _preempted(self, event: Event) -> None:
         self._say(f"[yellow]Worker {event['rank']}:[/] {escape(event['message'])}")
+
+    def _trial(self, event: Event) -> None:
+        measured = event["measured"]
+        workers = f"{measured['workers']:,} workers have tried some steps." if measured else ""
+        self._say(workers or "No trial: the data set is made when the run begins.")
+
+    def _unknown(self, event: Event) -> None:
+        """An event of another version of mhe, whose log this one reads."""
+        self._say(escape(json.dumps(event, default=str)))
 
     def _end(self, event: Event) -> None:
         self.summary = event["summary"]

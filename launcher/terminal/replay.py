@@ -25,6 +25,6 @@ def replay_log(lines: Iterable[str]) -> dict[str, Any] | None:
             if event is None:
                 console.say(escape(line))
             else:
-                now = event["time"]
+                now = event.get("time", now)
                 display.handle(event)
     return display.summary

@@ -24,7 +24,7 @@ def show_summary(config: Config, summary: dict[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in summary_rows(summary):
-        table.add_row(name, escape(value))
+        table.add_row(escape(name), escape(value))
     console.out.print()
     console.show_table(f"Run {config.run.name}", table)
     console.list_rows("Where it is", result_paths(config, summary))

@@ -111,7 +111,7 @@ def submit(
     cluster = Cluster(address)
     cluster.refuse_running(settings)
     if preflight:
-        with console.out.status("preflight"):
+        with console.status("preflight"):
             assess(settings, survey_cluster(settings, cluster, trial=False), trial=False)
     job_id = cluster.start(settings, variables)
     _announce(settings, job_id, cluster.address, variables)
@@ -128,7 +128,7 @@ def list_jobs(address: Address = "") -> None:
     table = Table("job", "run", "status", "started", "time", box=None, padding=(0, 2, 0, 0))
     for job in found:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started))
-        table.add_row(job.id, job.run or "-", _status(job), began, _length(job))
+        table.add_row(escape(job.id), escape(job.run or "-"), _status(job), began, _length(job))
     if found:
         console.print_table(table)
     else:
@@ -255,11 +255,12 @@ def stop(
         console.say(f"{escape(job.id)} has {_status(job)} already.")
         return
     cluster.stop(job, now)
-    with console.out.status("ending it" if now else "waiting for its checkpoint"):
+    with console.status("ending it" if now else "waiting for its checkpoint"):
         job = cluster.wait(job.id, STOP_NOW_S if now else STOP_WAIT_S + STOP_NOW_S)
     newest = newest_checkpoint(job.path) if job.path and _is_visible(job.path) else None
     console.say(
-        f"{escape(job.id)}: {_status(job)}." + (f" It goes on from {newest}." * bool(newest))
+        f"{escape(job.id)}: {_status(job)}."
+        + (f" It goes on from {escape(str(newest))}." * bool(newest))
     )
     if not job.is_over:
         raise typer.Exit(1)

@@ -113,7 +113,7 @@ def export(
 
 def _write(name: Format, write: Callable[[str], tuple[str, float]], folder: str) -> str:
     """Write one format, and say where it is; its path."""
-    with console.out.status(f"writing {name.value} into {folder}"):
+    with console.status(f"writing {name.value} into {folder}"):
         path, difference = write(name.value)
     console.say(f"  {escape(path)} (largest difference from the checkpoint {difference:.1e})")
     return path
@@ -192,7 +192,7 @@ def _with_head(
     for name in formats:
         refuse_large_classifier(name.value, backbone.config, classes, size, options.half)
     checkpoint = find_checkpoint(backbone.checkpoint)
-    with console.out.status("reading the head"), trained_head(checkpoint, Topology()) as head:
+    with console.status("reading the head"), trained_head(checkpoint, Topology()) as head:
         classifier = take_classifier(head, trained, images, k)
     return partial(
         write_classifier,
@@ -259,7 +259,7 @@ def report(
     paths = list(dict.fromkeys(find_run(run.rstrip("/")) for run in runs))
     target = out or (f"{paths[0]}/report.html" if len(paths) == 1 else "comparison.html")
     refuse_unwritable_store(target.rpartition("/")[0])
-    with console.out.status(f"drawing {escape(', '.join(paths))}"):
+    with console.status(f"drawing {', '.join(paths)}"):
         if len(paths) == 1:
             sections = write_run_page(paths[0], target)
         else:

@@ -61,7 +61,7 @@ def classifier(
             continue
         with (
             scratch_folder(out) as folder,
-            console.out.status(f"{kind}, {classes:,} classes"),
+            console.status(f"{kind}, {classes:,} classes"),
         ):
             found += measure_classifier(case, str(folder))
     if not found:

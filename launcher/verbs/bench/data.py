@@ -41,7 +41,7 @@ def data(
     from pipelines.shards.index import ShardIndex
     from pipelines.storage.urls import atomic_write
 
-    with console.out.status("making photos"):
+    with console.status("making photos"):
         index = ShardIndex.load(shards) if shards else make_photos(images)
     with ProgressDisplay().counting("reading") as progress:
         result = measure_loaders(index, workers, repeats, progress)

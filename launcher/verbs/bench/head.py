@@ -93,16 +93,16 @@ def _measure_cases(cases: list[HeadCase], gpu: bool) -> tuple[list[HeadMeasureme
     results = []
     for number, case in enumerate(cases, 1):
         if _fits_in_memory(case):
-            with console.out.status(f"{number} of {len(cases)}: {_case_title(case)}"):
+            with console.status(f"{number} of {len(cases)}: {_case_title(case)}"):
                 figures = measure_case(case, gpu)
             console.out.print(f"{_case_title(case)}: {1e3 * figures['step']:,.0f} ms")
             results.append(HeadMeasurement(case, figures))
     if not results:
         raise UserError("--classes: no case fits into the memory that is free")
     plain = not gpu and (cases[0].memory, cases[0].dtype) == ("device", "float32")
-    with console.out.status("mhs, in turn over the classes"):
+    with console.status("mhs, in turn over the classes"):
         mhs, one_label = _measure_in_turn(cases, gpu)
-    with console.out.status("the bare products"):
+    with console.status("the bare products"):
         bare = _measure_bare_products(cases) if plain else None
     heads = {classes: mhs[classes].heads / one.heads for classes, one in one_label.items()}
     labels = cases[0].labels

@@ -27,7 +27,7 @@ def index(
 
     with (
         scratch_folder(folder) as temporary,
-        console.out.status("measuring"),
+        console.status("measuring"),
     ):
         lines = measure_index(temporary, samples)
     list_bounds(f"{samples:,} samples", lines)

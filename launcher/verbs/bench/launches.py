@@ -62,7 +62,7 @@ def _engine_counts() -> dict[str, Callable[[], StepCost]]:
 def _count(counts: Mapping[str, Callable[[], StepCost]]) -> dict[str, StepCost]:
     costs = {}
     for number, (name, count) in enumerate(counts.items(), 1):
-        with console.out.status(f"{number} of {len(counts)}: {name}"):
+        with console.status(f"{number} of {len(counts)}: {name}"):
             costs[name] = count()
     return costs
 

@@ -36,7 +36,7 @@ def plan(
     """
     from pipelines.bench.counted.run_costs import cost_of_run
 
-    with console.out.status("counting a step"):
+    with console.status("counting a step"):
         found = cost_of_run(
             load_config(config, overrides or []), classes, samples, per_node, write_rate
         )

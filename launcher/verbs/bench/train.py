@@ -55,7 +55,7 @@ def train(
         rounds=rounds,
         precision=precision,
     )
-    with console.out.status("training in turns"):
+    with console.status("training in turns"):
         times = measure_training(case, gpu)
     with atomic_write(out) as stream:
         stream.write(json.dumps(times.to_dict(), indent=2).encode())

@@ -37,7 +37,7 @@ def grow(
 
     if url_exists(f"{out}/checkpoints"):
         raise UserError(f"--out {out} has checkpoints already: name a run that does not exist yet")
-    with console.out.status(f"growing {run} to {classes:,} classes"):
+    with console.status(f"growing {run} to {classes:,} classes"):
         path = grow_checkpoint(
             find_checkpoint(find_run(run)), classes, f"{out.rstrip('/')}/checkpoints"
         )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -96,7 +97,7 @@ def heldout(
         return
     table = Table(show_header=False)
     for name, value in accuracy_rows(metrics):
-        table.add_row(name, value)
+        table.add_row(escape(name), value)
     for name in ("gallery", "probes", "pairs", "impostors"):
         table.add_row(name, f"{metrics[name]:,.0f}")
     table.add_row("protocol of rank-1, TAR", protocol)
@@ -224,7 +225,7 @@ def _pair_sets_table(results: Sequence[PairSetResult]) -> Table:
             cells.append(
                 f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.2f} to {100 * high:.2f}[/]"
             )
-        table.add_row(each.name, f"{each.pairs:,}", *cells)
+        table.add_row(escape(each.name), f"{each.pairs:,}", *cells)
     return table
 
 

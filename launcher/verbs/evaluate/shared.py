@@ -270,7 +270,7 @@ class EvaluatedHead:
 
 def spinner(topology: Topology, what: str) -> AbstractContextManager[Any]:
     """A spinner on the first rank's terminal."""
-    return console.out.status(escape(what)) if topology.is_first else nullcontext()
+    return console.status(what) if topology.is_first else nullcontext()
 
 
 def say_left_out(paths: Sequence[str]) -> None:

@@ -142,4 +142,4 @@ def _train(plan: PlannedRun, config: Config, overrides: list[str], out: str) -> 
     if plan.audit and not plan.planted:
         audit_clean_data(plan, config, out)
     figures = ", ".join(f"{name} {value}" for name, value in accuracy_rows(summary["heldout"]))
-    console.say(f"complete: {figures}")
+    console.say(f"complete: {escape(figures)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from rich.markup import escape
+
 from launcher import execute
 from launcher.reproduce.page import SCORE_FILE
 from launcher.reproduce.plan import UNTRAINED, PlannedRun
@@ -103,7 +105,7 @@ def _audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, o
     from pipelines.audit.cure import APPLICABLE
     from pipelines.audit.settings import AuditSettings
 
-    console.say(f"auditing with {by}")
+    console.say(f"auditing with {escape(by)}")
     settings = AuditSettings(plan.study.false_rate, plan.seed)
     folder = f"{out}/{plan.audit}"
     with convert.resumable():

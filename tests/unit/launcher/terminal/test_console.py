@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launcher.terminal import console
 
 SCRIPT = """
 import os, sys
@@ -28,3 +34,12 @@ def test_only_our_own_output_reaches_the_terminal(tmp_path: Path) -> None:
     assert done.stdout.split() == ["ours", "after", "again"]
     assert done.stderr == "error: ours too\n"
     assert sorted(log.read_text().split()) == ["child", "native", "theirs"]
+
+
+def test_a_spinner_shows_a_path_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    screen = Console(file=file, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(console, "out", screen)
+    with console.status("growing runs/x[/y] [old]"):
+        pass
+    assert "growing runs/x[/y] [old]" in file.getvalue()

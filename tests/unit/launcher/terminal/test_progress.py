@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.live import Live
 
+import launcher
+from launcher.terminal.event_log import EventLogWriter
 from launcher.terminal.progress import (
     PLAIN_EVERY_S,
     ProgressDisplay,
     accuracy_rows,
     format_duration,
 )
+from launcher.terminal.replay import replay_log
 
 START = {
     **{"event": "start", "run": "runs/a", "step": 0, "steps": 1000, "resumed_from": None},
@@ -171,3 +179,87 @@ def test_accuracies_name_the_typefaces() -> None:
 def test_a_run_with_several_labels_says_how_well_it_finds_them() -> None:
     found = {"labels/p@1": 0.7, "labels/p@3": 0.5, "labels/psp@5": 0.4, "labels/frequent/p@1": 0.1}
     assert accuracy_rows(found) == [("labels: P@1", "70.00%"), ("labels: PSP@5", "40.00%")]
+
+
+def test_a_second_wait_takes_the_place_of_the_first(clock: Clock) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    stdout, stderr = sys.stdout, sys.stderr
+    with ProgressDisplay(terminal, clock) as display:
+        display.waiting("waiting for a lock")
+        display.waiting("starting Ray")
+        with display.counting("drawing") as progress:
+            progress(1, 2)
+        display.waiting("starting Ray again")
+    assert (sys.stdout, sys.stderr) == (stdout, stderr)
+    with Live(console=terminal):  # beside another it would be refused, or redirect nothing
+        assert isinstance(sys.stdout, FileProxy)
+
+
+def test_a_wait_beside_a_bar_is_a_line(clock: Clock) -> None:
+    """Early versions of rich, 13.8 among them, refuse a spinner while a bar is drawn."""
+    file = io.StringIO()
+    with ProgressDisplay(Console(file=file, force_terminal=True, width=120), clock) as display:
+        for event in (START, {"event": "stopping"}):
+            display.handle(event)
+        assert display._spinner is None
+    assert "saving, then stopping\n" in file.getvalue()
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("name", ["photos [old]", "x[/y]", "[bold]", "{braces}", "a\\"])
+def test_names_are_shown_as_they_are(name: str, live: bool, clock: Clock) -> None:
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=live, width=120, color_system=None)
+    with ProgressDisplay(terminal, clock) as display:
+        display.waiting(f"waiting for {name}")
+        with display.counting(f"embedding {name}") as progress:
+            progress(1, 2)
+    assert f"waiting for {name}" in file.getvalue()
+    assert f"embedding {name}" in file.getvalue()
+
+
+EVENTS: list[dict[str, Any]] = [
+    {"event": "dashboard", "link": "http://127.0.0.1:8265"},
+    {"event": "waiting", "what": "starting Ray"},
+    {"event": "lock_taken_over", "run": "runs/a", "holder": "process 7 on host"},
+    START,
+    {"event": "settings_changed", "step": 7, "changes": {"optim.lr": (0.1, 0.2)}},
+    metrics(9),
+    {"event": "bad_samples", "step": 9, "count": 2},
+    {"event": "evaluation", "step": 9, **HELDOUT},
+    {"event": "checkpoint", "step": 9, "path": "runs/a/checkpoints/step_9", "seconds": 1.0},
+    {"event": "checkpoint_failed", "step": 9, "message": "disk full"},
+    {"event": "warning", "step": 9, "message": "the loss is 0"},
+    {"event": "diverged", "step": 9, "what": "the loss is NaN", "bundle": "runs/a/divergence"},
+    {"event": "failed", "rank": 1, "message": " "},
+    {"event": "preempted", "rank": 1, "message": "saved"},
+    {"event": "stopping"},
+    {"event": "export", "format": "onnx", "path": "b.onnx", "max_difference": 1e-6},
+    {"event": "nodes", "nodes": [{"host": "a"}, {"host": "b"}]},
+    {"event": "trial", "measured": {"workers": 2}},
+    {"event": "trial", "measured": None},
+    {"event": "end", "summary": {"run": "runs/a"}},
+]
+
+
+def test_a_log_is_drawn_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """Events of every kind, of a later version, without a time, and other lines."""
+    sink = io.StringIO()
+    for event in EVENTS:
+        EventLogWriter(sink).handle(event)
+    later = ['{"event": "later", "what": "[x]"}', "a line [/y]"]
+    assert replay_log([*sink.getvalue().splitlines(), *later]) == {"run": "runs/a"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == later
+    told = "2 nodes have answered.", "2 workers have tried some steps.", "Worker 1 failed: "
+    assert set(told) < set(lines)
+
+
+def test_no_kind_of_event_is_missing_above() -> None:
+    root = Path(launcher.__file__).parents[1]
+    files = [file for room in ("launcher", "pipelines") for file in (root / room).rglob("*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    sent = re.findall(r'{"event": "(\w+)"', text)
+    sent += re.findall(r'\.emit\(\s*"(\w+)"', text)
+    assert {"nodes", "trial", "checkpoint"} < set(sent)
+    assert set(sent) <= {event["event"] for event in EVENTS}
