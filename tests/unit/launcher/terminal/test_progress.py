@@ -251,8 +251,8 @@ def test_a_log_is_drawn_whatever_is_in_it(capsys: pytest.CaptureFixture[str]) ->
     assert replay_log([*sink.getvalue().splitlines(), *later]) == {"run": "runs/a"}
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == later
-    told = "2 nodes have answered.", "2 workers have tried some steps.", "Worker 1 failed: "
-    assert set(told) < set(lines)
+    expected = "2 nodes have answered.", "2 workers have tried some steps.", "Worker 1 failed: "
+    assert set(expected) < set(lines)
 
 
 def test_no_kind_of_event_is_missing_above() -> None:
