@@ -26,6 +26,7 @@ from launcher.ray_cluster.mailbox import (
 from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_from_dict
 from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
@@ -216,7 +217,7 @@ def _fit(settings: dict[str, Any], is_alone: bool) -> None:
 
     from launcher.ray_cluster.rank_environment import rank_environment
 
-    config = Config.model_validate(settings["config"])
+    config = config_from_dict(settings["config"])
     scale = config.scale
     trainer = ray_internals.create_trainer(
         partial(group_size, config=config) if scale.elastic else None,

@@ -13,6 +13,7 @@ from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_backbone
 from launcher.ray_cluster.mailbox import CRASHED, EventSender, errors_scrubbed, watch_stop
 from mhe_dist.config.schema import Config
+from mhe_dist.config.write import config_from_dict
 from mhe_dist.errors import Preempted, RunError, UserError
 from mhe_dist.redact import ScrubbingFormatter, scrub
 from pipelines.pretrain import garbage, preemption
@@ -47,7 +48,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             raise Preempted("told to stop before it began; nothing is lost")
         if crash:
             _report_crash(crash, rank, send)
-        _train(Config.model_validate(settings["config"]), send, settings["command"])
+        _train(config_from_dict(settings["config"]), send, settings["command"])
     except Preempted as stop:
         logger.warning("rank %d: %s", rank, stop)
         send({"event": "preempted", "rank": rank, "message": str(stop)})

@@ -43,9 +43,9 @@ from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
-from mhe_dist.config.write import config_to_dict, config_to_yaml
+from mhe_dist.config.write import masked_yaml
 from mhe_dist.errors import UserError
-from mhe_dist.redact import masked, scrub
+from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs.folder import (
     find_run,
@@ -294,8 +294,7 @@ def _show(config: Config, sent: Submission, address: str) -> None:
     """A run that would be submitted."""
     show_submission(sent, address, _placement(config))
     console.say(f"\n[bold]{SETTINGS_FILE}[/]")
-    shown = Config.model_validate(masked(config_to_dict(config)))
-    console.say(escape(config_to_yaml(shown)))
+    console.say(escape(masked_yaml(config)))
 
 
 def _placement(config: Config) -> Iterable[str]:

@@ -204,7 +204,10 @@ class EvaluateConfig(ConfigSection):
     pairs: PositiveInt = Field(
         6000, description="Pairs drawn for 1:1 verification, half of them same."
     )
-    flip: bool = Field(False, description="Add the embedding of the mirrored image.")
+    flip: bool = Field(
+        False,
+        description="Of shards and own images: add the mirrored one; .bin sets always have it.",
+    )
     typefaces: dict[str, str] = Field(
         {},
         description="Glyphs: figures for the probes of some typefaces alone, each by a name of "
@@ -329,43 +332,40 @@ class Config(ConfigSection):
 
 def validate_combinations(config: Config) -> list[str]:
     """Say which values contradict one another, a sentence each that names every key it is about."""
-    data, scale = config.data, config.scale
+    data, optim, scale, evaluate = config.data, config.optim, config.scale, config.evaluate
     wrong = _validate_sizes(config)
     if "://" in data.remote.cache_dir:
         wrong.append(
             f"data.remote.cache_dir={data.remote.cache_dir} is a URL; it has to be a folder of a "
             "disk of each host"
         )
-    if bool(config.evaluate.labels) != bool(config.evaluate.label_set):
+    if bool(evaluate.labels) != bool(evaluate.label_set):
         wrong.append(
-            f"evaluate.labels={config.evaluate.labels!r} names shards and evaluate.label_set="
-            f"{config.evaluate.label_set!r} the label set that gives them their classes: give both "
+            f"evaluate.labels={evaluate.labels!r} names shards and evaluate.label_set="
+            f"{evaluate.label_set!r} the label set that gives them their classes: give both "
             "or neither"
         )
     wrong += config.head.refuse_several_labels(data.labels_per_sample)
     workers = max(config.group_sizes(), default=scale.workers)
     wrong += config.head.validate_combinations(workers, config.run.dir)
-    if config.optim.ema and config.scale.zero_stage == 3:
+    if optim.ema and scale.zero_stage == 3:
         wrong.append(
-            f"optim.ema={config.optim.ema} needs whole weights on each rank, but "
-            "scale.zero_stage=3 cuts them"
+            f"optim.ema={optim.ema} needs whole weights on each rank, but scale.zero_stage=3 cuts "
+            "them"
         )
-    if config.model.compile and config.scale.zero_stage == 3:
+    if config.model.compile and scale.zero_stage == 3:
         wrong.append(
             "model.compile=true takes the network as one piece, but scale.zero_stage=3 cuts its "
             "weights layer by layer"
         )
-    evaluate = config.evaluate
     if config.checkpoint.keep_best and not (evaluate.every_steps and evaluate.has_sets):
         wrong.append(
             f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluate.every_steps, and "
             "evaluate.shards, verification, classification or labels: without evaluations no "
             "checkpoint has a score"
         )
-    if config.optim.final_lr > config.optim.lr:
-        wrong.append(
-            f"optim.final_lr={config.optim.final_lr} is more than optim.lr={config.optim.lr}"
-        )
+    if optim.final_lr > optim.lr:
+        wrong.append(f"optim.final_lr={optim.final_lr} is more than optim.lr={optim.lr}")
     return wrong
 
 

@@ -1,18 +1,27 @@
-"""Writes a configuration: as plain values, as YAML, as a file."""
+"""Writes a configuration: as plain values, and back, as YAML, as a file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from mhe_dist.config.schema import Config
+from mhe_dist.config.schema import CHECKED_LATER, Config
 from mhe_dist.redact import masked
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers and scalars, as JSON and YAML hold them."""
     return config.model_dump(mode="json")
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """The configuration of what `config_to_dict` gave for a valid one, perhaps with changes.
+
+    Rules between keys are not looked at again: a part of a run need not keep those of the whole.
+    """
+    return Config.model_validate(values, context=CHECKED_LATER)
 
 
 def config_to_yaml(config: Config, changed_only: bool = False) -> str:
@@ -23,17 +32,26 @@ def config_to_yaml(config: Config, changed_only: bool = False) -> str:
         changed_only: leave out what has its default value.
     """
     values = config.model_dump(mode="json", exclude_defaults=changed_only)
+    return _to_yaml(values)
+
+
+def masked_yaml(config: Config) -> str:
+    """The whole configuration as YAML to be kept, copied and shown: secrets are masked."""
+    return _to_yaml(masked(config_to_dict(config)))
+
+
+def _to_yaml(values: dict[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def save_config(config: Config, url: str) -> None:
     """Write the resolved configuration to a path or fsspec URL, as YAML for `load_config`.
 
-    The file appears as a whole or not at all. Secrets are masked: it is kept, copied and shown.
+    The file appears as a whole or not at all. Secrets are masked.
     """
     from fsspec.core import url_to_fs
 
     files, name = url_to_fs(url)
     files.makedirs(files._parent(name), exist_ok=True)
     with files.transaction, files.open(name, "wb") as file:
-        file.write(config_to_yaml(Config.model_validate(masked(config_to_dict(config)))).encode())
+        file.write(masked_yaml(config).encode())

@@ -27,7 +27,7 @@ from torch import Tensor
 from mhe_dist.bank.class_layout import balanced_lengths
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.config.schema import Config
-from mhe_dist.config.write import config_to_dict
+from mhe_dist.config.write import config_from_dict, config_to_dict
 from mhe_dist.distributed.collectives import all_reduce
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.spawn import run_ranks
@@ -103,6 +103,7 @@ def share_of_run(
 ) -> tuple[Config, int]:
     """The config of a run by some of the workers, whose results go to `folder`; its classes.
 
+    It evaluates nothing, so no checkpoint of it is the best.
     Rows of `head.init_from` are as large as first ones, and no share of the run has their groups.
     """
     head, share = share_of_head(config.head, classes, workers, of_workers)
@@ -114,9 +115,10 @@ def share_of_run(
         values[section][key] = values[section][key] * workers // of_workers
     values["scale"] |= {"workers": workers, "min_workers": 0}
     values["tracking"]["mlflow"] = False
-    values["evaluate"]["shards"] = ""
+    values["evaluate"] = {}
+    values["checkpoint"]["keep_best"] = ""
     values["head"]["bank"]["path"] = ""
-    return Config.model_validate(values), share
+    return config_from_dict(values), share
 
 
 def fold_labels(batch: StepBatch, classes: int, share: int) -> StepBatch:
@@ -144,7 +146,7 @@ def measure_steps(
     Returns:
         A `TrialMeasurement` as a dict.
     """
-    config = without_first_weights(Config.model_validate(values))
+    config = without_first_weights(config_from_dict(values))
     torch.set_num_threads(config.scale.cpus_per_worker)
     for name in libraries:
         importlib.import_module(name)

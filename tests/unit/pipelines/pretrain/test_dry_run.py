@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.config.schema import Config
+from mhe_dist.config.load import load_config
+from mhe_dist.config.schema import Config, validate_combinations
+from mhe_dist.config.shipped import shipped_configs
+from mhe_dist.config.write import config_to_dict
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.multilevel.cascade import MultiHeadCascade
@@ -18,6 +21,7 @@ from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.train.batch import MicroBatch, StepBatch
 from pipelines.pretrain.dry_run import dry_run, fold_labels, share_of_head, share_of_run
+from pipelines.runs.auto_sizes import settle_sizes
 from tests import tiny
 
 CLASSES, WORKERS, TRIED = 120_000, 32, 4
@@ -85,6 +89,39 @@ def test_a_worker_of_an_elastic_run_is_tried_with_its_share_of_the_workers_there
     share, _ = share_of_run(settings, CLASSES, 1, 4, str(tmp_path))
     assert (share.scale.workers, share.scale.elastic) == (1, False)
     assert (share.train.global_batch, share.data.streams) == (256, 4)
+
+
+COSFACE = ("head.margin.kind=cosface", "head.margin.m=auto")
+NEAR_A_RULE = {
+    "shipped": [],
+    "best by shards": ["checkpoint.keep_best=rank1", "evaluate.shards=y"],
+    "best by pairs": ["checkpoint.keep_best=lfw/accuracy", "evaluate.verification=[lfw.bin]"],
+    "best by labels": [
+        *("checkpoint.keep_best=labels/map", "evaluate.labels=y", "evaluate.label_set=z"),
+        "data.labels_per_sample=4",
+    ],
+    "row files": ["head.bank.memory=file", "head.bank.path=/rows", "run.dir=memory://runs"],
+    "auto": ["head.groups=auto", "head.objective=softmax", *COSFACE],
+    "elastic": ["scale.workers={min: 2, max: 4}"],
+    "batch": ["head.mhs.exchange=gather", "head.mhs.negatives=batch"],
+    "averaged and cut": ["optim.ema=0.9", "scale.zero_stage=2"],
+    "many workers": ["train.global_batch=1024", "train.micro_batch=32", "data.streams=32"],
+}
+
+
+@pytest.mark.parametrize("rule", NEAR_A_RULE)
+@pytest.mark.parametrize("name", shipped_configs())
+def test_a_trial_of_a_valid_run_is_valid(name: str, rule: str) -> None:
+    """A run that kept the best checkpoint by its shards alone could not be tried."""
+    sizes = ["train.global_batch=512", "train.micro_batch=128", "data.streams=64"]
+    fixed = ["scale.workers=4", "head.kind=mhs", "head.groups=8", "evaluate.every_steps=5"]
+    config = load_config(name, [*sizes, *fixed, *NEAR_A_RULE[rule]])
+    settled = settle_sizes(config, CLASSES)
+    for workers in (1, 4):
+        share, _ = share_of_run(settled, CLASSES, workers, 4, "/tmp/trial")
+        assert validate_combinations(share) == []
+        assert not share.evaluate.has_sets
+        assert Config.model_validate(config_to_dict(share)) == share
 
 
 def test_labels_are_folded_and_what_is_no_label_stays() -> None:
