@@ -30,7 +30,8 @@ from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_in_run
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
-from pipelines.storage.urls import atomic_write, staged_folder
+from pipelines.shards.tables import write_table
+from pipelines.storage.urls import staged_folder
 
 ClassifierFormat = Literal["onnx", "torch-export", "mlflow"]
 
@@ -203,9 +204,7 @@ def classifier_metadata(
 
 def write_names(path: str, names: Mapping[int, str]) -> None:
     """Write a table (tab-separated) of `class` and `name`."""
-    rows = "".join(f"{number}\t{name}\n" for number, name in names.items())
-    with atomic_write(path) as stream:
-        stream.write(f"class\tname\n{rows}".encode())
+    write_table(path, (["class", "name"], ([str(n), name] for n, name in names.items())))
 
 
 def refuse_large_classifier(

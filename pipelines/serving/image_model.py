@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +46,7 @@ class ImageModel(PythonModel):
         self._session = onnxruntime.InferenceSession(
             context.artifacts["backbone"], providers=onnxruntime.get_available_providers()
         )
-        self._names = _read_names(context.artifacts.get("classes"))
+        self._names = read_names(context.artifacts.get("classes"))
         about = self._session.get_modelmeta().custom_metadata_map
         self._side = int(about["image_size"])
         shape = (3, 1, 1)
@@ -114,13 +115,17 @@ class ImageModel(PythonModel):
         return pixels.astype(np.float32)
 
 
-def _read_names(path: str | None) -> dict[int, str]:
+def read_names(path: str | None) -> dict[int, str]:
     """Names of the classes, of a table of `class` and `name`; empty: there is none."""
     if path is None:
         return {}
     lines = Path(path).read_text(encoding="utf-8").split("\n")[1:]
     rows = (line.split("\t") for line in lines if line)
-    return {int(row[0]): row[1] for row in rows}
+    plain = {"t": "\t", "n": "\n", "r": "\r"}  # as `shards.tables` writes a row
+    return {
+        int(row[0]): re.sub(r"\\([\\tnr])", lambda found: plain.get(found[1], found[1]), row[1])
+        for row in rows
+    }
 
 
 def _each_image(rows: Iterable[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ Tab-separated UTF-8 with a header, a row per line, so that millions of rows can 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
@@ -17,6 +18,9 @@ from pipelines.storage.urls import atomic_write
 
 CLASSES_FILE: Final = "classes.tsv"
 SKIPPED_FILE: Final = "skipped.tsv"
+
+_PLAIN: Final = {r"\\": "\\", r"\t": "\t", r"\n": "\n", r"\r": "\r"}  # the first one first
+_ESCAPE: Final = re.compile(r"\\[\\tnr]")
 
 Table = tuple[Sequence[str], Iterable[Sequence[str]]]
 """Header and rows."""
@@ -54,7 +58,17 @@ def encode_row(row: Sequence[str]) -> bytes:
     return ("\t".join(map(_escaped, row)) + "\n").encode(errors="backslashreplace")
 
 
+def decode_row(line: str) -> list[str]:
+    """The cells of a row that `encode_row` made, without its end."""
+    return [decode_cell(cell) for cell in line.split("\t")]
+
+
+def decode_cell(text: str) -> str:
+    """The text that `encode_row` wrote so."""
+    return _ESCAPE.sub(lambda found: _PLAIN[found[0]], text) if "\\" in text else text
+
+
 def _escaped(text: str) -> str:
-    for character, escape in (("\\", "\\\\"), ("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
+    for escape, character in _PLAIN.items():
         text = text.replace(character, escape)
     return text

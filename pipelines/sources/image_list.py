@@ -27,7 +27,7 @@ def read_list_file(lst: str) -> Iterator[ListedRow]:
     """
     with (
         open_buffered(lst) as stream,
-        io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline="\n") as lines,
+        io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n") as lines,
     ):
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -6,7 +6,7 @@ import io
 from array import array
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from itertools import takewhile
+from itertools import repeat, takewhile
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from mhe_dist.errors import UserError
 from pipelines.data.order import Ints
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
-from pipelines.shards.tables import CLASSES_FILE
+from pipelines.shards.tables import CLASSES_FILE, decode_row
 from pipelines.storage.buffered_file import open_buffered
 
 
@@ -165,10 +165,19 @@ def _names(folder: str) -> Iterator[tuple[int, str]]:
 
 
 def _rows(url: str) -> Iterator[list[str]]:
-    """The cells of each line of a table that somebody may have written by hand."""
+    """The cells of each line of a table that somebody may have written by hand.
+
+    Empty lines at its end are none.
+    """
     try:
         with open_buffered(url) as stream:
-            for line in io.TextIOWrapper(stream, "utf-8", newline="\n"):
-                yield line.removesuffix("\n").removesuffix("\r").split("\t")
+            empty = 0
+            for line in io.TextIOWrapper(stream, "utf-8-sig", newline="\n"):  # editors begin so
+                if text := line.removesuffix("\n").removesuffix("\r"):
+                    yield from repeat([""], empty)
+                    empty = 0
+                    yield decode_row(text)
+                else:
+                    empty += 1
     except (OSError, ValueError) as error:
         raise UserError(f"{url}: cannot be read ({error})") from error

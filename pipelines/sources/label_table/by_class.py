@@ -11,7 +11,7 @@ from mhe_dist.errors import UserError
 from pipelines.data.mixture.class_list import names_of
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import Ints, LabelLists, LabelSet, write_label_set
-from pipelines.shards.tables import CLASSES_FILE
+from pipelines.shards.tables import CLASSES_FILE, decode_cell
 from pipelines.sources.label_table.rows import TableLayout, read_rows
 
 _WRITTEN_TOGETHER: Final = 1 << 20  # samples
@@ -91,7 +91,10 @@ def _read_table(
     given: dict[int, list[str]] = {}
     unknown = 0
     for rows in read_rows(tables, layout, "--name"):
-        owners = [numbers.get(str(name), -1) for name in rows.samples]
+        # Names as the source calls them, or copied from `classes.tsv`.
+        owners = [
+            numbers.get(name, numbers.get(decode_cell(name), -1)) for name in map(str, rows.samples)
+        ]
         unknown += owners.count(-1)
         for owner in owners:
             if owner >= 0:

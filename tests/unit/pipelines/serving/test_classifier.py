@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import TopK
-from pipelines.serving.classifier import compare_answers, refuse_large_classifier
+from pipelines.serving.classifier import compare_answers, refuse_large_classifier, write_names
 
 MB = 1_000_000
 
@@ -111,3 +113,12 @@ def test_formats_with_the_head() -> None:
         _formats([Format.ONNX, Format.TIMM], 5, False)
     with pytest.raises(UserError, match="--normalize is for embeddings"):
         _formats(None, 5, True)
+
+
+def test_the_mlflow_model_reads_the_names_that_were_written(tmp_path: Path) -> None:
+    from pipelines.serving.image_model import read_names
+
+    names = {0: "a\\b", 2: "a\tb", 3: "a\nb", 4: "a\\tb", 5: "é"}
+    write_names(f"{tmp_path}/names.tsv", names)
+    assert read_names(f"{tmp_path}/names.tsv") == names
+    assert len((tmp_path / "names.tsv").read_text().splitlines()) == 6

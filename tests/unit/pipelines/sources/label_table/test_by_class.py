@@ -8,6 +8,7 @@ import pytest
 
 from launcher import cli
 from mhe_dist.errors import UserError
+from pipelines.data.mixture.class_list import names_of
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_report import read_class_names
 from pipelines.shards.writer import Sample, ShardWriter
@@ -48,6 +49,26 @@ def test_each_sample_has_what_the_table_gives_to_its_class(tmp_path: Path) -> No
     assert read_class_names(again.labels) == ["x", "y", "z"]
     assert lists_of(again.labels) == [[0, 2], []]
     assert (again.unknown, again.missing, again.dropped) == (0, 0, 1)
+
+
+def test_names_are_escaped_in_tables_alone(tmp_path: Path) -> None:
+    names = ["a\\b", "a\tb", "plain"]
+    index = write(tmp_path / "set", ["a\\\\b", "a\\tb", "plain"], [0, 1, 2])
+    table = tmp_path / "parts.csv"
+    table.write_text('name,parts\na\\b,p\\q\n"a\tb","t\tu"\nplain,r\n')
+    layout = LAYOUT._replace(separator="")
+    made = import_class_labels([str(table)], index, str(tmp_path / "one"), layout)
+    assert (made.unknown, made.missing) == (0, 0)
+    assert names_of(made.labels.folder, range(3)) == {0: "p\\q", 1: "r", 2: "t\tu"}
+    like = import_class_labels(
+        [str(table)], index, str(tmp_path / "two"), layout, made.labels.folder
+    )
+    assert like.dropped == 0
+    assert names_of(like.labels.folder, range(3)) == names_of(made.labels.folder, range(3))
+    assert list(names_of(index.folder, range(3)).values()) == names
+    # Names that were copied from `classes.tsv` name the same classes.
+    table.write_text("name,parts\na\\\\b,x\na\\tb,x\n")
+    assert import_class_labels([str(table)], index, str(tmp_path / "3"), layout).unknown == 0
 
 
 def test_a_table_of_other_classes_and_a_set_without_names_are_refused(tmp_path: Path) -> None:
