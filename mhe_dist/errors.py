@@ -5,11 +5,15 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake that the user can cure: the message names file, key, value, cure. Exit code 2."""
+    """A mistake that the user can cure: the message names file, key, value, cure."""
+
+    exit_code = 2
 
 
 class RunError(Exception):
-    """A failure of the run that no change of the command would have prevented. Exit code 1."""
+    """A failure of the run that no change of the command would have prevented."""
+
+    exit_code = 1
 
 
 class Preempted(Exception):
@@ -40,9 +44,14 @@ def last_line(error: BaseException | str) -> str:
     return _lines(error)[-1]
 
 
-def describe_error(error: BaseException) -> str:
-    """An error in a line: its kind, and what it says first; many texts say little by themselves."""
-    kind, said = type(error).__name__, first_line(error)
+def describe_error(error: BaseException, last: bool = False) -> str:
+    """An error in a line: its kind, and what it says first; many texts say little by themselves.
+
+    Args:
+        error: to describe.
+        last: take what it says last.
+    """
+    kind, said = type(error).__name__, last_line(error) if last else first_line(error)
     return kind if said == kind else f"{kind}: {said}"
 
 

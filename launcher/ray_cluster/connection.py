@@ -18,7 +18,7 @@ from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONME
 from launcher.ray_cluster.mailbox import NAMESPACE
 from launcher.signals import Interrupted, signals_deferred, signals_ignored
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, UserError, describe_error
 from mhe_dist.limits import available_cores, available_memory
 from pipelines.runs.folder import logs_folder
 
@@ -125,7 +125,7 @@ def _connect(address: str, environment: dict[str, Any] | None) -> None:
         raise
     except Exception as error:
         raise RunError(
-            f"Ray cannot connect to its cluster at {address} ({_first_line(error)}). "
+            f"Ray cannot connect to its cluster at {address} ({describe_error(error)}). "
             "It may be starting, ending or overloaded: ray status --address "
             f"{address} says how it is. The same command again tries anew."
         ) from error
@@ -181,17 +181,12 @@ def _start_failure(config: Config, error: Exception) -> str:
     memory = available_memory() / 2**30
     disk = shutil.disk_usage("/tmp").free / 2**30
     return (
-        f"Ray did not start on this machine ({_first_line(error)}). Load {load:.1f} on {cores} "
+        f"Ray did not start on this machine ({describe_error(error)}). Load {load:.1f} on {cores} "
         f"cores, {memory:.1f} GiB of memory and {disk:.1f} GiB in /tmp free. Most often the "
         "machine is too busy: end other work or wait, or set a lower scale.workers "
         f"(now {config.scale.workers}); then the same command goes on. Ray's own logs are in "
         f"{logs_folder(config) / 'ray'}, and mhe doctor checks this machine."
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or "no reason given"
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
 def _refuse_second_connection() -> None:

@@ -27,7 +27,7 @@ from launcher.ray_cluster.worker import train_worker
 from launcher.signals import Interrupted, signals_deferred
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_from_dict
-from mhe_dist.errors import Preempted, RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError, describe_error
 from pipelines.pretrain import preemption
 from pipelines.runs.folder import absolute_path, logs_folder
 
@@ -265,5 +265,5 @@ def _failure_message(failure: BaseException, logs: Path, command: str) -> str:
         if crash := find_crash(logs / f"rank_{rank}.log", command):
             return f"worker {rank} was {crash}"
         cause = getattr(error, "cause", None) or error
-        return f"worker {rank}: {type(cause).__name__}: {str(cause).strip().splitlines()[-1]}"
+        return f"worker {rank}: {describe_error(cause, last=True)}"
     return str(failure)

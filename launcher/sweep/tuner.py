@@ -18,7 +18,7 @@ from launcher.sweep.trial_run import (
     past_results,
 )
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, first_line, last_line
 from mhe_dist.redact import masked
 from pipelines.runs.folder import read_summary
 from pipelines.storage.urls import atomic_write
@@ -231,5 +231,5 @@ def _describe_error(error: Exception | None) -> str:
     if error is None:
         return ""
     if cause := getattr(error, "cause", None):
-        return f"{cause}".strip().splitlines()[0]
-    return f"{error}".strip().splitlines()[-1]
+        return first_line(cause)
+    return last_line(error)

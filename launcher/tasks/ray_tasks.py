@@ -16,7 +16,7 @@ from launcher.ray_cluster.environment import task_environment
 from launcher.ray_cluster.mailbox import errors_scrubbed
 from launcher.signals import signals_deferred
 from launcher.terminal import console
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, UserError, describe_error
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -101,9 +101,8 @@ def _result(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        first = str(error).strip().splitlines()[0]
         raise RunError(
-            f"a task lost its worker {LOST_TIMES + 1} times ({type(error).__name__}: {first}), "
+            f"a task lost its worker {LOST_TIMES + 1} times ({describe_error(error)}), "
             "perhaps for want of memory: try fewer at the same time; the same command goes on"
         ) from error
 

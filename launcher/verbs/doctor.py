@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.machine import PACKAGES, list_gpus
+from launcher.preflight.machine import PACKAGES, ask_driver
 from launcher.terminal import console
 from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.tracking.environment import device_name, processor_name
@@ -25,6 +25,7 @@ GIB = 2**30
 Row = tuple[str, str, str]
 """What was checked, what was found, and what to do about it; empty if nothing."""
 INSTALL = "pip install -c constraints.txt -e ."
+NO_ANSWER = "see whether nvidia-smi answers in a terminal; restart the driver or the machine"
 NO_CUDA = "install a CUDA build of torch for this driver, or look at CUDA_VISIBLE_DEVICES"
 
 
@@ -54,7 +55,7 @@ def findings() -> Iterator[Row]:
     yield _free("disk here", shutil.disk_usage(".").free, 5, "data, checkpoints and logs need room")
     yield _shared_memory()
     yield _processor()
-    yield _gpus(list_gpus())
+    yield _gpus(*ask_driver())
     compiler = shutil.which("c++") or shutil.which("g++")
     yield "C++ compiler", compiler or "none; not needed", ""
     yield _loopback()
@@ -78,12 +79,15 @@ def _processor() -> Row:
     return name, f"{device_name(cpu)}: {_precision(cpu)}", ""
 
 
-def _gpus(names: Sequence[str]) -> Row:
+def _gpus(names: Sequence[str], silence: str = "") -> Row:
     """The GPUs that the driver names, and whether torch sees as many.
 
     Args:
         names: what the driver says of each.
+        silence: why it says nothing.
     """
+    if silence:
+        return "GPUs", silence, NO_ANSWER
     if not names:
         return "GPUs", "none: runs use the CPU (scale.gpu=false)", ""
     found = "; ".join(names)

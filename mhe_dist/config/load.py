@@ -26,6 +26,7 @@ from mhe_dist.config.schema import CHECKED_LATER, Config, validate_combinations
 from mhe_dist.config.section import applicable_values, inapplicable_keys
 from mhe_dist.config.shipped import find_config, shipped_configs
 from mhe_dist.config.stored import stored_config
+from mhe_dist.errors import first_line
 
 COMMAND_LINE = "command line"
 Check = Callable[[Config], Iterable[tuple[str, str]]]
@@ -187,7 +188,7 @@ def _merge(
         kept = applicable_values(Config, _plain(file), chosen)
         merged = _plain(OmegaConf.merge({}, kept, *overrides), resolve=True)
     except OmegaConfBaseException as error:
-        message = str(error.msg or error).splitlines()[0]
+        message = first_line(error.msg or error)
         found = ConfigMistake(error.full_key or "", None, message)
         raise ConfigErrors([*mistakes, found]) from None
     if merged.get("data") is None:

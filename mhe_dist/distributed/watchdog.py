@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import first_line
 
 _GATHER_S = 5.0  # ranks that entered the same collective leave it within this time
 _SIGNS = ("timed out", "timeout", "connection closed", "connection reset", "broken pipe")
@@ -36,7 +37,7 @@ def watched(topology: Topology, activity: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as error:
         if topology.world_size == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise Stuck(
             f"rank {topology.rank} of {topology.world_size} failed in {activity()}: {reason}; "
             f"{_missing(topology)}"

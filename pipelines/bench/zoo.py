@@ -29,7 +29,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.device import prepare_rank
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.engine.first_pass import refuse_untrainable
-from mhe_dist.errors import UserError, first_line
+from mhe_dist.errors import UserError, describe_error, first_line
 from pipelines.bench.zoo_models import FAMILIES
 
 STEPS, BATCH, CLASSES, WIDTH = 3, 4, 16, 64
@@ -117,7 +117,7 @@ def try_model(model: str, side: int) -> Row:
         try:
             return _train_and_export(backbone, config, images) | {"neck": neck}
         except Exception as error:  # of whatever library: that is what is tried
-            message = f"{type(error).__name__}: {first_line(error)}"
+            message = describe_error(error)
             return {"status": "fails", "message": message[:300], "neck": neck}
     raise AssertionError("the loop returns")
 

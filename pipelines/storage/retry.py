@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeVar
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, UserError, describe_error
 from pipelines.storage.unusable_path import (
     as_os_error,
     describe_missing_credentials,
@@ -166,11 +166,6 @@ def _classify(error: BaseException) -> bool | None:
     if isinstance(error, _TRANSIENT) or names & _TRANSIENT_NAMES:
         return True
     return (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO) or None
-
-
-def describe_error(error: BaseException) -> str:
-    """Kind and text of an error; many stores' texts do not say what went wrong."""
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _code(error: BaseException) -> str | None:

@@ -19,6 +19,7 @@ from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import CPU, Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.engine.settings import make_optimizer
+from mhe_dist.errors import last_line
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from pipelines.bench.gpu.agreement import (
@@ -60,7 +61,7 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
             if shared and world_size > 1 and "uplicate GPU" in words:
                 found.leave_out(name, "this NCCL refuses two ranks on one GPU")
             else:
-                found.check(name, False, words.strip().splitlines()[-1])
+                found.check(name, False, last_line(error))
             continue
         check_ranks(found, name, ranks)
 

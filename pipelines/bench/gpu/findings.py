@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mhe_dist.errors import describe_error
+
 NAME_WIDTH = 60  # of a figure's name
 
 
@@ -103,9 +105,8 @@ class GpuFindings:
             yield
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            words = str(error).strip().splitlines() or [""]
             where = f"{Path(frame.filename).name}:{frame.lineno}"
-            self.check(name, False, f"{type(error).__name__}: {words[0]} ({where})")
+            self.check(name, False, f"{describe_error(error)} ({where})")
 
     @property
     def failed(self) -> list[GpuCheck]:

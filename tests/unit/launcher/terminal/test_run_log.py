@@ -16,7 +16,7 @@ from launcher.terminal import run_log
 from launcher.terminal.event_log import EventLogWriter
 from launcher.terminal.progress import ProgressDisplay
 from launcher.terminal.run_log import RunLog, RunLogReader
-from mhe_dist.errors import Preempted
+from mhe_dist.errors import Preempted, RunError, UserError
 
 WARNING = {"event": "warning", "step": 3, "message": "careful"}
 
@@ -43,7 +43,10 @@ def test_it_is_shown_and_written_down(tmp_path: Path) -> None:
     assert reader.exit_code == 0
 
 
-@pytest.mark.parametrize(("error", "code"), [(Preempted("told"), 75), (ValueError("x"), 1)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Preempted("told"), 75), (UserError("x"), 2), (RunError("x"), 1), (ValueError("x"), 1)],
+)
 def test_it_ends_as_the_run_did(error: Exception, code: int, tmp_path: Path) -> None:
     path = tmp_path / "run.log"
     with pytest.raises(type(error)):

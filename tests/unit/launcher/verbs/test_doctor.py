@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from launcher.preflight import machine
 from launcher.verbs import doctor
 from mhe_dist.engine.settings import resolve_precision
 from mhe_dist.tracking.environment import device_name, processor_name
@@ -22,7 +24,7 @@ def test_the_processor_is_named_with_the_precision_that_runs_on_it_take() -> Non
 
 def test_a_torch_that_cannot_be_imported_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(doctor, "list_gpus", lambda: CARDS)
+    monkeypatch.setattr(doctor, "ask_driver", lambda: (CARDS, ""))
     rows = {name: (found, advice) for name, found, advice in doctor.findings()}
     found, advice = rows["processor"]
     assert found.startswith(f"{processor_name()}; torch cannot be imported: ")
@@ -65,3 +67,24 @@ def test_gpus_that_were_left_to_others_need_no_look(monkeypatch: pytest.MonkeyPa
 
 def test_without_a_driver_there_is_nothing_to_see() -> None:
     assert doctor._gpus([]) == ("GPUs", "none: runs use the CPU (scale.gpu=false)", "")
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("#!/bin/sh\nexec sleep 600\n", "the driver does not answer within 0 s"),
+        ("no program", "nvidia-smi cannot be started: "),
+    ],
+)
+def test_a_driver_that_does_not_answer_is_a_finding(
+    program: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "nvidia-smi"
+    file.write_text(program)
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(machine, "ANSWER_S", 0.1)
+    assert machine.list_gpus() == []
+    name, said, advice = doctor._gpus(*machine.ask_driver())
+    assert (name, advice) == ("GPUs", doctor.NO_ANSWER)
+    assert said.startswith(found)
