@@ -151,8 +151,15 @@ def load_submitting(verb: str) -> Any:
     return typer.main.get_group(host).commands[verb]
 
 
-def _refuse_misspelt_verb(word: str) -> None:
+def _refuse_misspelt_verb(words: list[str]) -> None:
     """Tell a slip in one of `SUBMITTED` before what follows is taken for options of a run."""
+    word, named = words[0], [each for each in words if each in SUBMITTED]
+    if word.startswith("-") and named:
+        raise UserError(f"mhe submit: the command comes first, mhe submit {named[0]} {word} ...")
+    if word in VERBS and not os.path.exists(word):
+        raise UserError(
+            f"mhe submit {word}: is not submitted; a config is, or one of {', '.join(SUBMITTED)}"
+        )
     near = get_close_matches(word.lower(), SUBMITTED, 1)
     if near and word.isalpha() and not os.path.exists(word):
         raise UserError(
@@ -175,7 +182,7 @@ class DeferredCommand(TyperCommand):
             command = load_submitting(args[0])
             return command.make_context(f"submit {args[0]}", args[1:], parent=parent, **extra)
         if self.name == "submit" and args:
-            _refuse_misspelt_verb(args[0])
+            _refuse_misspelt_verb(args)
         return load_verb(str(self.name)).make_context(info_name, args, parent=parent, **extra)
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -40,7 +41,8 @@ class SpreadCommand(NamedTuple):
         """Read a command as `mhe` would, without running it.
 
         Args:
-            verb: Typer's command, or group, of the first word.
+            verb: Typer's command, or group, of the first word; the callbacks of its options look at
+                the disk of this machine, and are left to the node that runs it.
             words: after `mhe`.
 
         Raises:
@@ -69,11 +71,20 @@ class SpreadCommand(NamedTuple):
 def _parse(command: Any, words: list[str], parent: Any = None) -> Any:
     """The context of the innermost command of some words."""
     name = words[0] if parent else f"mhe {words[0]}"
+    command = copy(command)
+    command.params = [_without_callback(param) for param in command.params]
     context = command.make_context(name, words[1:], parent=parent)
     if not hasattr(command, "commands"):
         return context
     _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     return _parse(inner, [str(inner and inner.name), *rest], context)
+
+
+def _without_callback(param: Any) -> Any:
+    param = copy(param)
+    if not param.is_eager:  # as --help is
+        param.callback = None
+    return param
 
 
 def prepare_command(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mhe_dist.config.schema import RunConfig
 from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import why_not_writable
@@ -54,6 +55,27 @@ def usable_folder_here(url: str) -> str:
     return usable_folder(url)
 
 
+def run_words(path: str, option: str) -> list[str]:
+    """`run.dir` and `run.name` of the run at a path or URL, as one types them.
+
+    Args:
+        path: of the run.
+        option: that names it.
+
+    Raises:
+        UserError: no run may be called so.
+    """
+    folder, slash, name = path.rstrip("/").rpartition("/")
+    try:
+        RunConfig(name=name)
+    except ValueError:
+        raise UserError(
+            f"{option} {path}: a run cannot be called {name!r}; let the last part begin with a "
+            "letter or digit, and hold only these, '.', '_' and '-'"
+        ) from None
+    return [f"run.dir={folder or slash or '.'}", f"run.name={name}"]
+
+
 def refuse_unwritable_store(folder: str) -> None:
     """Refuse, before the work, a URL at which nothing could be written after it.
 
@@ -68,8 +90,14 @@ def refuse_unwritable_store(folder: str) -> None:
 
 @contextmanager
 def scratch_folder(parent: str) -> Iterator[Path]:
-    """A new folder for a measurement; it goes in the end, and so do folders made to hold it."""
-    path = Path(parent)
+    """A new folder for a measurement; it goes in the end, and so do folders made to hold it.
+
+    Raises:
+        UserError: it would not be on this machine.
+    """
+    if not is_local(resolve_url(parent)[0]):
+        raise UserError(f"--folder {parent}: is measured in files of this machine; name one here")
+    path = Path(local_path(parent))
     made = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:

@@ -10,17 +10,24 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.verbs.config import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
+from pipelines.shards.index import ShardIndex, index_exists
 
 
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
     classes: Annotated[
-        int, typer.Option(min=2, max=10**12, help="Classes of the data.")
-    ] = 1_000_000,
+        int | None,
+        typer.Option(min=2, max=10**12, help="Left out: the data's; 1,000,000 if it is not here."),
+    ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, max=10**12, help="Images, in tars of 10,000.")
-    ] = 10_000_000,
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**12,
+            help="Images, in tars of 10,000. Left out: the data's; 10,000,000 if it is not here.",
+        ),
+    ] = None,
     per_node: Annotated[int, typer.Option(min=1, max=2**16, help="GPUs of a node.")] = 8,
     write_rate: Annotated[
         float, typer.Option(min=0.001, help="GB/s that a node writes into the checkpoints' store.")
@@ -36,10 +43,15 @@ def plan(
     """
     from pipelines.bench.counted.run_costs import cost_of_run
 
+    loaded = load_config(config, overrides or [])
+    data = loaded.data
+    is_whole = data.shards and not (data.mix or data.classes or data.images_per_class)
+    index = ShardIndex.load(data.shards) if is_whole and index_exists(data.shards) else None
+    classes = classes or (index.num_classes if index else 1_000_000)
+    samples = samples or (index.samples if index else 10_000_000)
     with console.status("counting a step"):
-        found = cost_of_run(
-            load_config(config, overrides or []), classes, samples, per_node, write_rate
-        )
+        found = cost_of_run(loaded, classes, samples, per_node, write_rate)
+    console.say(f"For {classes:,} classes and {samples:,} images:\n")
     for title, lines in found.items():
         table = Table(title, "", "how it was found", box=None, title_justify="left")
         for line in lines:

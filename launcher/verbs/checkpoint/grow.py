@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from launcher.terminal import console
 from launcher.verbs.evaluate.shared import RunName
-from launcher.verbs.outputs import usable_folder
+from launcher.verbs.outputs import run_words, usable_folder
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists
 
@@ -35,6 +35,7 @@ def grow(
     """
     from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint
 
+    next_run = run_words(out, "--out")
     if url_exists(f"{out}/checkpoints"):
         raise UserError(f"--out {out} has checkpoints already: name a run that does not exist yet")
     with console.status(f"growing {run} to {classes:,} classes"):
@@ -42,8 +43,7 @@ def grow(
             find_checkpoint(find_run(run)), classes, f"{out.rstrip('/')}/checkpoints"
         )
     console.say(f"Written: {escape(path)}")
-    name = out.rstrip("/").rpartition("/")[2]
-    words = [f"run.name={name}", f"data.shards=SHARDS_OF_{classes}_CLASSES"]
+    words = [*next_run, f"data.shards=SHARDS_OF_{classes}_CLASSES"]
     console.list_next([("go on", ["mhe", "train", "CONFIG", *words])])
 
 

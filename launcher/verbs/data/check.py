@@ -138,8 +138,11 @@ def _names(data: list[str]) -> list[str]:
     names: list[str] = []
     for url in data:
         parts = url.removesuffix("index.json").rstrip("/").split("/")
-        name = re.sub(r"[^\w-]", "_", parts[-1]) or "data"
-        names.append(name if name not in names else f"{name}-{len(names)}")
+        name = first = re.sub(r"[^\w-]", "_", parts[-1]) or "data"
+        number = len(names)
+        while name in names:
+            name, number = f"{first}-{number}", number + 1
+        names.append(name)
     return names
 
 

@@ -27,7 +27,7 @@ from launcher.verbs.embedding.shared import (
     watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
-from launcher.verbs.outputs import usable_folder
+from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.runs.trained import read_trained_config
@@ -85,7 +85,10 @@ def audit(
     labels: Labels = "",
     against: Against = None,
     out: Annotated[
-        str, typer.Option(help="Folder for what is found, on this machine.", callback=usable_folder)
+        str,
+        typer.Option(
+            help="Folder for what is found, on this machine.", callback=usable_folder_here
+        ),
     ] = "audit",
     false_rate: FalseRate = 0.01,
     apply: Apply = "merge,split,relabel,drop",

@@ -22,7 +22,7 @@ from launcher.verbs.embedding.shared import (
     watch_stages,
 )
 from launcher.verbs.evaluate.shared import GpuOption
-from launcher.verbs.outputs import usable_folder
+from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.report.charts.numbers import format_share
@@ -91,7 +91,7 @@ def cluster(
         str,
         typer.Option(
             help="Folder for the label set, on this machine; it must not exist.",
-            callback=usable_folder,
+            callback=usable_folder_here,
         ),
     ],
     model: Model = "",

@@ -11,6 +11,7 @@ import typer
 
 from launcher.tasks.choose import choose_workers
 from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.outputs import run_words
 from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import find_config
@@ -99,8 +100,7 @@ def find_model(model: str, folder: str, shards: str, option: str = "--model ") -
     except UserError as error:
         if not file.is_file():
             raise UserError(f"{option}{model}: no YAML file, and {error}") from error
-    parent, _, name = folder.rpartition("/")
-    words = [f"run.dir={parent or '.'}", f"run.name={name}"]
+    words = run_words(folder, "--out, beside which there would be")
     words += [f"data.shards={shards}"] if shards else []
     return write_untrained_run(load_config(model, words))
 

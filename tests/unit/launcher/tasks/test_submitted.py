@@ -55,9 +55,27 @@ def test_mistakes_are_told_before_anything_is_sent(capsys: Captured) -> None:
         (["data", "show", "x"], "mhe data show does its work in one process"),
         (["evaluate", "labels", "a", "--shards", "b", "--labels", "c"], "in one process"),
         (["embed", "a", "--images", "b", "--ouw", "c"], "No such option: --ouw"),
+        (["--address", "auto", *EMBED], "comes first, mhe submit embed --address"),
+        (["search", "a"], "mhe submit search: is not submitted; a config is, or one of embed,"),
     ):
         assert cli.run(["submit", *words, "--dry-run"]) == 2
         assert part in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["embed", "a", "--images", "b"],
+        ["audit", "a"],
+        ["cluster", "a", "--classes", "9"],
+        ["data", "verify", "a"],
+    ],
+)
+def test_the_disk_of_the_machine_that_submits_is_not_looked_at(words: list[str]) -> None:
+    """The results are the cluster's: a laptop need not have its folders."""
+    typed = [*words, "--out", "/proc/1/shared"]
+    assert SpreadCommand.parse(cli.load_verb(words[0]), typed).results == "/proc/1/shared"
+    assert cli.run(typed) != 0  # a command of this machine still looks
 
 
 def test_a_dry_run_shows_what_would_be_sent(
