@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from pipelines.bench.counted import run_costs
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,25 @@ def test_a_measurement_leaves_no_folder(tmp_path: Path) -> None:
     words = ["checkpoint", "--mib", "1", "--rounds", "1", "--folder", str(tmp_path / "new")]
     assert cli.run(["bench", *words]) == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], f"For {tiny.CLASSES} classes and {tiny.CLASSES * tiny.IMAGES} images"),
+        (["--classes", "5_000"], f"For 5,000 classes and {tiny.CLASSES * tiny.IMAGES} images"),
+        (["data.shards=nowhere"], "For 1,000,000 classes and 10,000,000 images"),
+    ],
+)
+def test_a_plan_says_what_it_is_for(
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was of a million classes under the name of a set that has others."""
+    monkeypatch.setattr(run_costs, "cost_of_run", lambda *_: {})
+    shards = tiny.write_shards(tmp_path / "train")
+    assert cli.run(["bench", "plan", "quickstart", f"data.shards={shards}", *words]) == 0
+    assert says in capsys.readouterr().out

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
+from launcher.verbs.data import check
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import insightface
 from pipelines.sources.label_table.keys import read_keys
@@ -225,3 +226,7 @@ def test_labels_from_a_table_are_shown_and_compared(faces: str, capsys: Captured
     Path("made-b/class_ids.npy").write_bytes(Path("made-b/class_ids.npy").read_bytes()[:-1] + b"x")
     assert run("data", "labels", "show", "made-b") == 1
     assert "class_ids.npy is damaged" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_every_report_has_a_name_of_its_own() -> None:
+    assert check._names(["x/a", "y/a-2", "z/a", "w/a"]) == ["a", "a-2", "a-3", "a-4"]
