@@ -77,6 +77,15 @@ def test_labels_that_are_numbers_stay(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "other-000.tar").read_bytes() == one
 
 
+def test_a_whole_number_is_one_class_however_it_is_written(tmp_path: Path) -> None:
+    labels = ["0.0", "1", "0", "\ufeff1", "1.000"]
+    one = tar(*(entry for n, label in enumerate(labels) for entry in pair(f"k{n}", n, label)))
+    made = index_shards([save(tmp_path / "set", one)])
+    assert (made.index.num_classes, made.faults) == (2, [])
+    assert read(made.index.folder) == {"k0": 0, "k1": 1, "k2": 0, "k3": 1, "k4": 1}
+    assert not (tmp_path / "set" / "classes.tsv").exists()
+
+
 @pytest.mark.parametrize(
     ("labels", "expected", "names"),
     [
