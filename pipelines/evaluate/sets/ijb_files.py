@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from torch import Tensor
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, UserError, first_line
 from pipelines.data.decode import ImageDecodeError, decode_full_size
 from pipelines.embedding.stack import stack_images
 from pipelines.evaluate.sets.align import align_face
@@ -84,10 +84,16 @@ class IjbSet:
             raise RunError(f"{path}: cannot be used: {error}") from error
 
     def pairs(self) -> Iterator[tuple[Ints, Ints, npt.NDArray[np.bool_]]]:
-        """Yield the 1:1 protocol in chunks: first and second templates, whether of one subject."""
+        """Yield the 1:1 protocol in chunks: first and second templates, whether of one subject.
+
+        Raises:
+            UserError: the table is missing or damaged, or names a template that has no image; so it
+                is with the tables of the 1:N protocol.
+        """
         path = self.root / "meta" / f"{self.name}_template_pair_label.txt"
-        for rows in _table(path, 3, chunksize=_PAIRS_PER_CHUNK):
+        for rows in _table(path, 3, dtype=np.int64):
             first, second, same = rows.to_numpy(np.int64).T
+            self._require_known(path, np.concatenate([first, second]))
             yield first, second, same == 1
 
     def galleries(self) -> list[tuple[Ints, Ints]]:
@@ -100,17 +106,38 @@ class IjbSet:
 
     @property
     def has_identification(self) -> bool:
-        """Whether the files of the 1:N protocol are there."""
+        """Whether a file of the 1:N protocol is there; then the others have to be, too."""
         names = [*(f"gallery_{name}" for name in _GALLERIES[self.name]), "probe_mixed"]
-        return all((self.root / "meta" / f"{self.name}_1N_{n}.csv").exists() for n in names)
+        return any((self.root / "meta" / f"{self.name}_1N_{n}.csv").exists() for n in names)
+
+    def check_protocols(self) -> None:
+        """Read what the protocols name, so that a fault in it is told before images are embedded.
+
+        Raises:
+            UserError: see `pairs`.
+        """
+        for _ in self.pairs():
+            pass
+        if self.has_identification:
+            self.galleries()
+            self.probes()
 
     def _subjects(self, name: str) -> tuple[Ints, Ints]:
         path = self.root / "meta" / f"{self.name}_{name}.csv"
-        rows = _read(path, sep=",", usecols=[0, 1]).drop_duplicates()
+        columns: dict[str, Any] = {"sep": ",", "usecols": [0, 1], "header": 0}
+        rows = pd.concat(_table(path, 2, dtype=np.int64, **columns)).drop_duplicates()
         templates, subjects = rows.to_numpy(np.int64).T
         if len(np.unique(templates)) < len(templates):
             raise UserError(f"{path}: a template belongs to two subjects")
+        self._require_known(path, templates)
         return templates, subjects
+
+    def _require_known(self, path: Path, templates: Ints) -> None:
+        if (unknown := templates[~np.isin(templates, self.templates)]).size:
+            raise UserError(
+                f"{path}: template {unknown[0]} is in a protocol, but it has no image in "
+                f"{self.name}_face_tid_mid.txt"
+            )
 
 
 def load_ijb(root: str) -> IjbSet:
@@ -127,10 +154,12 @@ def load_ijb(root: str) -> IjbSet:
             f"give the folder that holds loose_crop/ and meta/"
         )
     meta = folder / "meta"
-    faces = next(_table(meta / f"{found[0]}_name_5pts_score.txt", 12))
-    groups = next(_table(meta / f"{found[0]}_face_tid_mid.txt", 3))
-    names = faces[0].astype(str).tolist()
-    if names != groups[0].astype(str).tolist():
+    types: dict[int, type] = {0: str} | dict.fromkeys(range(1, 12), np.float64)
+    faces = pd.concat(_table(meta / f"{found[0]}_name_5pts_score.txt", 12, dtype=types))
+    types = {0: str, 1: np.int64, 2: np.int64}
+    groups = pd.concat(_table(meta / f"{found[0]}_face_tid_mid.txt", 3, dtype=types))
+    names = faces[0].tolist()
+    if names != groups[0].tolist():
         raise UserError(f"{meta}: the two tables of faces do not name the same images in one order")
     for name in names:
         try:
@@ -139,7 +168,7 @@ def load_ijb(root: str) -> IjbSet:
             raise UserError(f"{meta}: {error}") from error
     numbers = faces.iloc[:, 1:].to_numpy(np.float64)
     templates, media = groups.iloc[:, 1:].to_numpy(np.int64).T
-    return IjbSet(
+    ijb = IjbSet(
         root=folder,
         name=found[0],
         names=names,
@@ -148,21 +177,27 @@ def load_ijb(root: str) -> IjbSet:
         templates=templates,
         media=media,
     )
+    ijb.check_protocols()
+    return ijb
 
 
-def _table(path: Path, columns: int, chunksize: int | None = None) -> Iterator[Any]:
-    """Yield a space-separated table as one data frame, or in chunks of that many rows."""
-    read = _read(path, sep=" ", header=None, chunksize=chunksize)
-    for rows in [read] if chunksize is None else read:
-        if rows.shape[1] != columns or rows.isna().to_numpy().any():
-            raise UserError(f"{path}: a row does not have {columns} values between single spaces")
-        yield rows
+def _table(
+    path: Path, columns: int, sep: str = " ", header: int | None = None, **options: Any
+) -> Iterator[Any]:
+    """Yield a table as data frames of some rows each.
 
-
-def _read(path: Path, **options: Any) -> Any:
+    Raises:
+        UserError: it is missing, or a cell is missing or not of its column's type; names the file.
+    """
+    options |= {"sep": sep, "header": header, "chunksize": _PAIRS_PER_CHUNK}
     try:
-        return pd.read_csv(path, **options)
+        with pd.read_csv(path, **options) as chunks:
+            for rows in chunks:
+                if rows.shape[1] != columns or rows.isna().to_numpy().any():
+                    kind = "single spaces" if sep == " " else "commas"
+                    raise UserError(f"{path}: a row does not have {columns} values between {kind}")
+                yield rows
     except FileNotFoundError:
         raise UserError(f"{path}: is missing") from None
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' own errors are ValueErrors
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error

@@ -142,6 +142,37 @@ def test_a_whole_set(tmp_path: Path, monkeypatch) -> None:
     assert evaluate_ijb(embed, load_ijb(str(root)), Topology(), 28).rank == {}
 
 
+@pytest.mark.parametrize(
+    ("table", "row", "said"),
+    [
+        ("template_pair_label.txt", None, "is missing"),
+        ("template_pair_label.txt", "first second same", "cannot be read"),
+        ("template_pair_label.txt", "100 101 0 7", "cannot be read"),
+        ("template_pair_label.txt", "100 101", "cannot be read|3 values between single spaces"),
+        ("template_pair_label.txt", "100 999 0", "template 999 is in a protocol"),
+        ("1N_gallery_G1.csv", None, "is missing"),
+        ("1N_gallery_G2.csv", ",,", "cannot be read"),
+        ("1N_gallery_G2.csv", "999,1,x.jpg", "template 999 is in a protocol"),
+        ("1N_probe_mixed.csv", "one,1,x.jpg", "cannot be read"),
+        ("face_tid_mid.txt", "1.jpg one 2", "cannot be read"),
+        ("name_5pts_score.txt", "1.jpg" + " x" * 11, "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 20, 7])
+def test_a_damaged_table_is_told_before_anything_is_embedded(
+    table: str, row: str | None, said: str, chunk: int, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(ijb_files, "_PAIRS_PER_CHUNK", chunk)
+    root = write_ijb_set(tmp_path / "IJBC")
+    path = root / "meta" / f"ijbc_{table}"
+    if row is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text() + row + "\n")
+    with pytest.raises(UserError, match=f"ijbc_{table}: .*({said})"):
+        load_ijb(str(root))
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither meta/ijbc_face_tid_mid\.txt"):
         load_ijb(str(tmp_path))
