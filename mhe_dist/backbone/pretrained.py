@@ -106,9 +106,16 @@ def _file(source: str) -> dict[str, Tensor]:
             f"of mhe export --to timm, or a run"
         )
     if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
         from safetensors.torch import load as parse
 
-        return parse(filesystem.cat_file(path))
+        try:
+            return parse(filesystem.cat_file(path))
+        except SafetensorError as error:
+            raise UserError(
+                f"model.init_from={source}: no whole .safetensors file ({first_line(error)}): it "
+                "is cut off, or a pointer of Git LFS (git lfs pull)"
+            ) from error
     try:
         with filesystem.open(path, "rb") as stream:
             found = torch.load(stream, map_location="cpu", weights_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -187,16 +189,23 @@ def _write_parquet(found: EmbeddedImages, stream: Any) -> None:
 def as_parquet_table(
     source: str, keys: Sequence[str], classes: Sequence[str], rows: npt.NDArray[Any]
 ) -> Any:
-    """The table that a Parquet file of embeddings holds; see `EmbeddedImages`."""
+    """The table that a Parquet file of embeddings holds; see `EmbeddedImages`.
+
+    Bytes of a file name that are no UTF-8 are written as in a CSV file here, `\\udcff`.
+    """
     import pyarrow as pa
 
     flat = pa.array(np.ascontiguousarray(rows).reshape(-1))
     columns = {
-        _KEY: pa.array(keys, pa.string()),
-        _CLASS: pa.array([name or None for name in classes], pa.string()),
+        _KEY: pa.array(map(_as_utf8, keys), pa.string()),
+        _CLASS: pa.array([_as_utf8(name) or None for name in classes], pa.string()),
         _VECTOR: pa.FixedSizeListArray.from_arrays(flat, rows.shape[1]),
     }
-    return pa.table(columns).replace_schema_metadata({"source": source})
+    return pa.table(columns).replace_schema_metadata({"source": _as_utf8(source)})
+
+
+def _as_utf8(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_embeddings(path: str) -> EmbeddedImages:
@@ -211,12 +220,15 @@ def read_embeddings(path: str) -> EmbeddedImages:
             return (_read_parquet if path.endswith(".parquet") else _read_npz)(stream)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a file that mhe embed wrote ({error})") from error
 
 
 def _read_npz(stream: Any) -> EmbeddedImages:
-    with np.load(stream) as arrays:
+    loaded = np.load(stream)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one array")
+    with loaded as arrays:
         keys = arrays["keys" if "keys" in arrays else "paths"].tolist()
         labels = arrays.get("labels")
         source, classes = str(arrays["source"]), arrays["classes"].tolist()

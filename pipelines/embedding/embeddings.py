@@ -30,6 +30,8 @@ BLOCK: Final = 128  # images per call of `embed`
 _NORMALIZED: Final = 1 << 13  # rows that are in float64 at a time
 _COMPARED: Final = 1 << 20  # labels that are read at a time; mostly the first ones decide
 
+_AGREED: Final = 32  # rounds, after which the ranks tell each other of a failure
+
 log = logging.getLogger(__name__)
 
 Embed = Callable[[Tensor], Tensor]
@@ -165,6 +167,8 @@ def map_images(
             begin = (rank * rounds + number) * block
             if begin < images.count:
                 out[begin : begin + block] = part[: images.count - begin].numpy()
+        if topology.world_size == 1 or number % _AGREED == 0:
+            raise_together(failure, topology)
     raise_together(failure, topology)
     return out
 

@@ -58,8 +58,9 @@ def search(
         exact: compare every pair, however long it takes.
 
     Raises:
-        UserError: one of them is empty, they are not of the same backbone, or the gallery is a file
-            of a source that has changed since, and its keys do not tell which image is which.
+        UserError: one of them is empty, or the gallery holds the query alone; they are not of the
+            same backbone; or the gallery is a file of a source that has changed since, and its keys
+            do not tell which image is which.
     """
     for name, each in (("--gallery", gallery), ("--query", queries)):
         if not len(each.rows):
@@ -71,6 +72,8 @@ def search(
         )
     excluded = torch.tensor(_own_entries(gallery, queries))
     count = min(top, len(gallery.rows) - int(bool((excluded >= 0).any())))
+    if not count:
+        raise UserError(f"--gallery {gallery.source}: there is nothing beside the query itself")
     rows, entries = _unit(queries), _unit(gallery)
     if not exact and is_worth_it(len(entries), len(rows), rows.shape[1]):
         found = find_neighbours(

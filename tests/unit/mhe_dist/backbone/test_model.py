@@ -184,3 +184,14 @@ def test_a_layer_in_several_places_is_one_tensor_of_a_checkpoint(load: str, tmp_
         restored = restore_backbone(small, 32, named)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(restored.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_weights_that_are_cut_off_or_a_pointer_are_the_users_mistake(
+    in_folder: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    model = build_backbone(config(kwargs=SMALL), 32)
+    with pytest.raises(UserError, match=r"model\.init_from=.*safetensors: no whole .*Git LFS"):
+        load_pretrained(model, str(tmp_path if in_folder else path))

@@ -67,6 +67,13 @@ def test_nothing_to_compare_is_a_mistake() -> None:
         search(images(3, "g", 1), images(0, "q", 1), 1)
 
 
+def test_one_image_alone_has_no_neighbour() -> None:
+    """The table of results was an IndexError."""
+    one = images(1, "g", 1)
+    with pytest.raises(UserError, match="--gallery g: there is nothing beside the query itself"):
+        search(one, one, 5)
+
+
 def clustered(count: int, source: str, seed: int, spread: float = 0.3) -> EmbeddedImages:
     """Images of classes of about 20 each."""
     found = images(count, source, seed, dim=16)
