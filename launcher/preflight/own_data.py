@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from mhe_dist.errors import UserError
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
+from pipelines.storage.urls import list_folder, resolve_url
 
 HELDOUT_SHARE: Final = 10  # one class of so many is held out
 MOST_HELDOUT: Final = 1000  # classes; more would not make a figure surer
@@ -64,6 +65,9 @@ def survey_data(source: str, root: str = "", classes: int = 0) -> OwnData:
         UserError: it is none of these, the number of classes is not known, or an argument is given
             that it has no use for.
     """
+    _, path = resolve_url(source)
+    if not path.strip("/"):
+        raise UserError(f"{source}: is the root of a disk or store; {_WANTED}")
     found = _find_data(source.rstrip("/"), root, classes)
     if root and found.kind != TABLE:
         raise UserError(
@@ -85,8 +89,8 @@ def _find_data(source: str, root: str, classes: int) -> OwnData:
         heldout = f"{source}/heldout"
         return _from_shards(f"{source}/train", heldout if index_exists(heldout) else "")
     if source.lower().endswith(_TABLES):
-        return _from_table(source, root or str(Path(source).parent))
-    files = _first_names(source)
+        return _from_table(source, root or _parent(source))
+    files = [path.rpartition("/")[2] for path in list_folder(source)]
     record = next((name for name in files if name.endswith(".rec")), "")
     if source.endswith(".rec") or record:
         return _from_records(source if source.endswith(".rec") else f"{source}/{record}", classes)
@@ -118,7 +122,8 @@ def _from_folder(root: str) -> OwnData:
     from pipelines.sources.image_folder import has_image_extension
     from pipelines.storage.file_listing import list_files
 
-    if Path(root).is_file():
+    filesystem, path = resolve_url(root)
+    if filesystem.isfile(path):
         raise UserError(f"{root}: is a file of no kind that mhe init knows; {_WANTED}")
     found = sorted(path for path, _ in list_files(root) if has_image_extension(path))
     inside = [path for path in found if "/" in path]
@@ -163,17 +168,18 @@ def _converted(
 
 
 def _from_records(rec: str, classes: int) -> OwnData:
-    folder, out = Path(rec).parent, f"data/{make_name(rec)}"
+    folder, out = _parent(rec), f"data/{make_name(rec)}"
     side = 0
     with suppress(OSError):
-        numbers = re.findall(r"\d+", (folder / "property").read_text()[:100])
+        numbers = re.findall(rb"\d+", _read(f"{folder}/property")[:100])
         if len(numbers) == 3:
             classes, side = classes or int(numbers[0]), int(numbers[1])
     command = ["mhe", "data", "recordio", "--rec", rec, "--out", out]
     _require_classes(rec, classes, f"{folder}/property, which would say it, is missing", command)
     images = 0
-    with suppress(OSError), open(Path(rec).with_suffix(".idx"), "rb") as lines:
-        images = max(0, sum(1 for _ in lines) - classes - 1)
+    with suppress(OSError):
+        lines = _read(f"{rec.removesuffix('.rec')}.idx").splitlines()
+        images = max(0, len(lines) - classes - 1)
     return OwnData("RecordIO", classes, images, side, out, "", command)
 
 
@@ -195,16 +201,19 @@ def _require_classes(source: str, classes: int, why: str, command: Sequence[str]
         )
 
 
-def _first_names(source: str) -> list[str]:
-    """Names in a local folder; none if it is something else, which is then looked at otherwise."""
-    folder = Path(source)
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+def _parent(url: str) -> str:
+    """The folder of a file."""
+    folder, slash, _ = url.rpartition("/")
+    return folder or slash or "."
+
+
+def _read(url: str) -> bytes:
+    filesystem, path = resolve_url(url)
+    return bytes(filesystem.cat_file(path))
 
 
 def _images_of_files(root: str, paths: Sequence[str]) -> Iterator[bytes]:
     """Some of the files, from all over the list."""
-    from pipelines.storage.urls import resolve_url
-
     filesystem, top = resolve_url(root)
     for path in paths[:: max(1, len(paths) // _LOOKED_AT)][:_LOOKED_AT]:
         with suppress(OSError):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from launcher import cli
 from launcher.preflight.checks import check_data, check_names
+from launcher.preflight.own_data import survey_data
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
@@ -135,6 +137,9 @@ def test_the_folder_of_the_file_is_made(photos: Path) -> None:
     ("words", "message"),
     [
         (["nowhere"], "no such folder"),
+        (["foo://x"], "foo://x: Protocol not known"),
+        (["/"], "/: is the root of a disk or store; give mhe init a folder"),
+        (["photos", "--out", "memory://b/x.yaml"], "--out memory://b/x.yaml: mhe train reads"),
         (["empty"], "empty: holds no image"),
         (["photos/c0"], "3 images lie in no class folder"),
         (["theirs"], "theirs: the number of classes is not known (only reading the tars"),
@@ -164,3 +169,21 @@ def test_a_name_beyond_ascii_is_written_as_it_is(tmp_path: Path, capsys: Capture
     folder, file = tiny.write_shards(tmp_path / "Größe"), tmp_path / "a.yaml"
     assert cli.run(["init", folder, "--workers", "2", "--no-gpu", "--out", str(file)]) == 0
     assert f"shards: {folder}\n" in file.read_text(encoding="utf-8")
+
+
+def test_what_lies_at_a_url_is_known_as_here(photos: Path) -> None:
+    """Half of the ways took a URL for a path: `memory:/b`, and a property that was not there."""
+    store = fsspec.filesystem("memory")
+    store.put(str(photos), "/own-data/photos", recursive=True)
+    rows = [f"photos/c{label}/0.jpg,c{label}" for label in range(24)]
+    store.pipe("/own-data/table.csv", "\n".join(["path,class", *rows, ""]).encode())
+    found = survey_data("memory://own-data/table.csv")
+    assert (found.side, found.command[4]) == (40, "memory://own-data")
+    rec = save(photos.parent / "rec", *layout(items(3, 4), "classic"))
+    Path(rec).with_name("property").write_text("3,112,112\n")
+    store.put(str(photos.parent / "rec"), "/own-data/rec", recursive=True)
+    for source in ("memory://own-data/rec", f"memory://own-data/rec/{Path(rec).name}"):
+        found = survey_data(source)
+        assert (found.kind, found.classes, found.images, found.side) == ("RecordIO", 3, 12, 112)
+    store.pipe("/own-data/tars/a.tar", b"")
+    assert survey_data("memory://own-data/tars", classes=9).kind == "tars"
