@@ -265,19 +265,18 @@ class _ExtraPart:
         highest = logits.amax(-1)
         target = scaled / scale
         phi, slope = class_rows.target(target, self.samples.norms_of(inside + where.start))
-        with_margin = phi * scale
-        if threshold := class_rows.margin.filter:
+        with_margin, peak = phi * scale, highest
+        threshold = class_rows.margin.filter
+        if threshold:
             logits.masked_fill_(~keep_negatives(logits / scale, threshold), float("-inf"))
         if self.correction:
-            logits[inside, column] = scaled
             self._correct(logits, inside, column)
+        if threshold or self.correction:
             # The filter may drop all of them, and -inf less -inf is no number.
-            lowest = torch.finfo(logits.dtype).min
-            peak, own = logits.amax(-1).clamp_min_(lowest), with_margin
-        else:
-            peak, own = highest, torch.maximum(scaled, with_margin)
+            peak = logits.amax(-1).clamp_min_(torch.finfo(logits.dtype).min)
         logits[inside, column] = with_margin
-        peak = peak.index_put((inside,), torch.maximum(peak[inside], own))
+        # Of what is summed up alone: below the cosine without margin all may vanish.
+        peak = peak.index_put((inside,), torch.maximum(peak[inside], with_margin))
         values = logits.sub_(peak.unsqueeze(-1)).exp_()
         return _Exponentials(values, peak, target, phi, slope), highest
 
