@@ -12,21 +12,30 @@ import torch
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+_MATMUL = torch.backends.cuda.matmul
+# torch 2.9 has names of precisions, and refuses to read its switch where a name was set.
+_NAMED = hasattr(_MATMUL, "fp32_precision")
+
+
 @contextmanager
 def products_in(tf32: bool | None) -> Iterator[None]:
     """float32 products inside are computed in TF32 (10 bits), or not; None: as the process says."""
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_tf32
-    settings.allow_tf32 = before if tf32 is None else tf32
+    if tf32 is None or tf32 == in_tf32():
+        yield
+        return
+    switch = "fp32_precision" if _NAMED else "allow_tf32"
+    value = {True: "tf32", False: "ieee"}[tf32] if _NAMED else tf32
+    before = getattr(_MATMUL, switch)
+    setattr(_MATMUL, switch, value)
     try:
         yield
     finally:
-        settings.allow_tf32 = before
+        setattr(_MATMUL, switch, before)
 
 
 def in_tf32() -> bool:
     """Whether a GPU computes float32 products in TF32 now."""
-    return torch.backends.cuda.matmul.allow_tf32
+    return _MATMUL.fp32_precision == "tf32" if _NAMED else _MATMUL.allow_tf32
 
 
 def with_chosen_products(method: Method) -> Method:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import mhe_dist
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import Head
-from mhe_dist.heads.products import products_in
+from mhe_dist.heads.products import in_tf32, products_in
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 
@@ -36,7 +38,7 @@ class ProductFlags(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in PRODUCTS:
-            self.seen.append(torch.backends.cuda.matmul.allow_tf32)
+            self.seen.append(in_tf32())
         return func(*args, **(kwargs or {}))
 
 
@@ -57,7 +59,7 @@ def test_a_step_computes_in_tf32_and_evaluation_does_not(name: str) -> None:
     with ProductFlags() as flags:
         head.predict(embeddings.detach(), 3)
     assert flags.seen and not any(flags.seen)
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32  # as it was before
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,21 @@ def test_a_head_in_ones_own_loop_follows_the_process_unless_it_is_told(
     with products_in(tf32=True), ProductFlags() as flags:
         head(torch.randn(6, 8).requires_grad_(), torch.arange(6)).loss.backward()
     assert set(flags.seen) == {expected}
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
+)
+@pytest.mark.parametrize("place", ["torch.backends", "torch.backends.cuda.matmul"])
+def test_a_process_that_names_its_precision_keeps_it(place: str) -> None:
+    """torch refuses to read its older switch there; a process of its own, since that stays."""
+    code = f"""
+import torch, mhe_dist
+{place}.fp32_precision = "tf32"
+for matmul in ("auto", "float32", "tf32"):
+    head = mhe_dist.create_head("full", num_classes=40, dim=8, device="cpu", matmul=matmul)
+    head(torch.randn(6, 8).requires_grad_(), torch.arange(6)).loss.backward()
+    head.step(0.1)
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
