@@ -360,7 +360,7 @@ def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
 
 
 def _with_noise(rows: Tensor, units: Tensor, key: int) -> Tensor:
-    """float32 `[U, L, D]` whose last 16 bits were rounded away."""
+    """float32 `[U, L, D]` whose last 16 bits were rounded away; not of what is not finite."""
     noise = torch.arange(rows.shape[1:].numel(), dtype=torch.int32, device=rows.device)
     noise = noise.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
     shifted = noise >> 15
@@ -369,7 +369,8 @@ def _with_noise(rows: Tensor, units: Tensor, key: int) -> Tensor:
     noise.bitwise_xor_(shifted).mul_(-1028477379)
     noise.bitwise_right_shift_(16).bitwise_and_(0xFFFF)
     bits = noise.view(rows.shape).add_(rows.view(torch.int32))
-    return bits.bitwise_and_(-65536).view(torch.float32)
+    # Noise would carry a NaN's bits over into the sign: NaN stays NaN, for the guard to see.
+    return torch.where(rows.isfinite(), bits.bitwise_and_(-65536).view(torch.float32), rows)
 
 
 def _as_int32(key: int) -> int:

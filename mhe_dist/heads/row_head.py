@@ -94,6 +94,10 @@ class NormTracker:
         self.running = start
         self._sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
 
+    def begin(self) -> None:
+        """Drop what was counted of a step that is begun again."""
+        self._sums = torch.zeros_like(self._sums)
+
     def add(self, norms: Tensor) -> None:
         """Count the norms `[B]` of a micro-batch."""
         self._sums += norm_statistics(norms)
@@ -105,7 +109,7 @@ class NormTracker:
             self.running = torch.stack(
                 running_norms(self.running[0], self.running[1], sums, self._ema)
             )
-            self._sums = torch.zeros_like(sums)
+            self.begin()
 
 
 class RowHead(Head):
@@ -166,6 +170,7 @@ class RowHead(Head):
         """Set what depends on the number of the step; all ranks must call."""
         self.step_number = step
         self.margin = self.margin.at(step)
+        self.norms.begin()
         if self.permutations.number(step) != self.permutation:
             before, old = self.layout, self.bank
             self._arrange(self.permutations.number(step))
@@ -293,7 +298,8 @@ class RowHead(Head):
                 owned[f"rows/{group:05d}/{field}"] = rows
         if self.norms.needed:
             replicated["norms"] = self.norms.running.cpu()
-        if self.permutations.every:
+        # Also where rows came here as a head with repartitions left them.
+        if self.permutations.every or self.permutation:
             replicated["permutation"] = torch.tensor(self.permutation)
         return HeadState(replicated, owned)
 
@@ -303,15 +309,17 @@ class RowHead(Head):
         return parts[0] != "rows" or int(parts[1]) in self.groups
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore the rows of this rank's groups."""
-        if self.permutations.every and self.permutation != int(tensors["permutation"]):
-            self._arrange(int(tensors["permutation"]))
-        self.bank.forget()
-        for group in self.groups:
-            prefix = f"rows/{group:05d}/"
-            self.bank.load(tensors[prefix + "units"], tensors, prefix)
+        """Restore the rows of this rank's groups; nothing is changed where a tensor is missing."""
+        prefixes = [f"rows/{group:05d}/" for group in self.groups]
+        units = [tensors[prefix + "units"] for prefix in prefixes]
         if self.norms.needed:
             self.norms.running = tensors["norms"].to(self.topology.device)
+        permutation = int(tensors["permutation"]) if "permutation" in tensors else 0
+        if permutation != self.permutation:
+            self._arrange(permutation)
+        self.bank.forget()
+        for prefix, of_group in zip(prefixes, units, strict=True):
+            self.bank.load(of_group, tensors, prefix)
 
     def row_ranges(self) -> dict[str, tuple[int, int]]:
         """Global row range of each group; see `Head`."""

@@ -39,6 +39,7 @@ from mhe_dist.heads.row_head import HeadSpec
 _COMMON = ("groups", "objective", "on_bad_label", "matmul")
 # `matmul` -> whether a GPU's products are in TF32; auto leaves what the process is set to.
 _TF32 = {"auto": None, "float32": False, "tf32": True}
+_ANGLES = "arcface, cosface or combined"
 _MICRO_BATCH = 128  # for which sizes are chosen; the loop's own is not known yet
 _MOST_RANKS = 8  # likewise: sizes are the same on any number of ranks up to it
 
@@ -69,7 +70,8 @@ def create_head(
         seed: keys the first rows and every draw.
         optim: "sgd" or "adamw", or the block `head.optim` of the config.
         bank: the block `head.bank` of the config: where rows are stored, and in which type.
-        dtype: type in which the head computes.
+        dtype: type in which the head computes, float32 or float64. Rows in bfloat16 are
+            `bank={"dtype": "bfloat16"}`.
         device: where it computes; by default this rank's GPU, or the CPU where there is none or
             where the process group carries no CUDA tensors (gloo).
         steps_per_epoch: needed for the option `repartition_every` alone.
@@ -81,6 +83,11 @@ def create_head(
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
     """
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"create_head(dtype={dtype}): a head computes in torch.float32 or torch.float64; "
+            'bank={"dtype": "bfloat16"} halves its rows, and autocast around it changes nothing'
+        )
     blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     topology = _topology(None if device is None else torch.device(device))
     config = _config(kind, blocks, options)
@@ -242,10 +249,10 @@ class StandaloneHead:
         Raises:
             UserError: the head was made differently, or a state is missing.
         """
-        made_with = self._made_with()
-        for key, value in made_with.items():
-            if (saved := states[0]["made_with"].get(key)) != value:
-                raise UserError(f"the saved head has {key}={saved}, this one {key}={value}")
+        saved = states[0]["made_with"]
+        for key, value in self._made_with().items():
+            if key in saved and saved[key] != value:
+                raise UserError(f"the saved head has {key}={saved[key]}, this one {key}={value}")
         tensors = {n: t for state in states for n, t in state["tensors"].items()}
         try:
             self._head.load_state({n: t for n, t in tensors.items() if self._head.loads(n)})
@@ -258,8 +265,9 @@ class StandaloneHead:
         self._planned, self._next = [], 0
 
     def _made_with(self) -> dict[str, Any]:
-        """What must be equal for rows to mean the same classes."""
+        """What must be equal for rows to mean the same classes, and to be stored alike."""
         spec, config = self._spec, self._spec.config
+        margin = config.margin.kind
         own = getattr(config, config.kind, None)
         return {
             "kind": config.kind,
@@ -268,6 +276,8 @@ class StandaloneHead:
             "seed": spec.seed,
             "groups": config.groups,
             "optim.kind": config.optim.kind,
+            # Those of angles store the same; no margin has a bias, AdaFace running norms.
+            "margin.kind": margin if margin in ("none", "adaface") else _ANGLES,
             **{key: getattr(own, key) for key in ("length", "lengths") if hasattr(own, key)},
         }
 

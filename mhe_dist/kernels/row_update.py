@@ -156,12 +156,17 @@ def _contiguous(part: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def stochastic_bfloat16(values, unit, position, key):
-    """float32 `values` rounded to bfloat16 by the noise of (key, unit, position in the unit)."""
+    """float32 `values` rounded to bfloat16 by the noise of (key, unit, position in the unit).
+
+    What is not finite stays so: the noise would carry a NaN's bits over into the sign.
+    """
     noise = position.to(tl.int32) * -1640531527 + (unit.to(tl.int32) * 374761393 + key)
     noise = (noise ^ (noise >> 15)) * -2048144789
     noise = (((noise ^ (noise >> 13)) * -1028477379) >> 16) & 0xFFFF
-    bits = (values.to(tl.int32, bitcast=True) + noise) & -65536
-    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    bits = values.to(tl.int32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = ((bits + noise) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(finite, rounded, values).to(tl.bfloat16)
 
 
 @triton.jit

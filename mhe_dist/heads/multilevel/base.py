@@ -162,6 +162,7 @@ class LevelHead(Head):
         self._step, self.margin = step, self.margin.at(step)
         self.accumulation_steps = len(labels) // self.topology.world_size
         self._samples = int(self._kept(self._checked(labels)).sum())
+        self.norms.begin()
         for part in (self.levels | self.projections).values():
             part.clear_gradient()
 

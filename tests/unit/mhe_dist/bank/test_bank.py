@@ -210,6 +210,15 @@ def test_what_bfloat16_holds_is_not_changed() -> None:
     assert torch.equal(rounded.float(), values)
 
 
+def test_what_is_not_finite_stays_so() -> None:
+    """A GPU's NaN has all bits set: noise would carry over, and make a sound zero of it."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
+    rows = bits.view(torch.float32).repeat(50, 1, 1)
+    rounded = round_stochastically(rows, torch.arange(50), key=1)
+    assert rounded[..., :3].isnan().all()
+    assert torch.equal(rounded[..., 3:].float(), rows[..., 3:])
+
+
 def test_rounding_depends_on_the_unit_and_the_key_alone() -> None:
     rows, units = torch.randn(8, 5, 16), torch.arange(30, 38)
     rounded = round_stochastically(rows, units, key=9)

@@ -83,6 +83,14 @@ def test_rounding_is_that_of_the_bank_bit_for_bit(length: int, width: int) -> No
         )
 
 
+def test_rounding_leaves_what_is_not_finite() -> None:
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000], dtype=torch.int32)
+    rows = bits.view(torch.float32).repeat(20, 1, 1)
+    rounded = round_rows(rows, torch.arange(20), 1)
+    assert rounded[..., :3].isnan().all()
+    assert torch.equal(rounded[..., 3:].float(), rows[..., 3:])
+
+
 @pytest.mark.parametrize(("length", "width"), SHAPES)
 def test_the_update_rounds_like_the_bank_bit_for_bit(length: int, width: int) -> None:
     """Where float32 is exact, the order of operations is not seen and the noise is all there is."""
