@@ -83,11 +83,7 @@ def create_head(
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
     """
-    if dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            f"create_head(dtype={dtype}): a head computes in torch.float32 or torch.float64; "
-            'bank={"dtype": "bfloat16"} halves its rows, and autocast around it changes nothing'
-        )
+    _refuse_half_precision(dtype)
     blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     topology = _topology(None if device is None else torch.device(device))
     config = _config(kind, blocks, options)
@@ -265,7 +261,7 @@ class StandaloneHead:
         self._planned, self._next = [], 0
 
     def _made_with(self) -> dict[str, Any]:
-        """What must be equal for rows to mean the same classes, and to be stored alike."""
+        """What must be equal for rows to mean the same classes, and to have the same names."""
         spec, config = self._spec, self._spec.config
         margin = config.margin.kind
         own = getattr(config, config.kind, None)
@@ -310,6 +306,15 @@ def gather_labels(parts: Sequence[Tensor], topology: Topology) -> Tensor:
         row[: len(given), : given.shape[1]] = given
     table = gather_rows(table, topology)
     return table if columns else table.squeeze(2)
+
+
+def _refuse_half_precision(dtype: torch.dtype) -> None:
+    """Cosines near 1, where a margin's slope is steepest, are all 1 in half precision."""
+    if dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            f"create_head(dtype={dtype}): a head computes in torch.float32 or torch.float64; "
+            'bank={"dtype": "bfloat16"} halves its rows, and autocast around it changes nothing'
+        )
 
 
 def _config(kind: str, blocks: dict[str, Any], options: dict[str, Any]) -> HeadConfig:

@@ -164,9 +164,10 @@ def stochastic_bfloat16(values, unit, position, key):
     noise = (noise ^ (noise >> 15)) * -2048144789
     noise = (((noise ^ (noise >> 13)) * -1028477379) >> 16) & 0xFFFF
     bits = values.to(tl.int32, bitcast=True)
+    quiet = tl.where((bits & 0x7FFFFF) != 0, 0x400000, 0)  # a NaN keeps a bit of its own
     finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = ((bits + noise) & -65536).to(tl.float32, bitcast=True)
-    return tl.where(finite, rounded, values).to(tl.bfloat16)
+    rounded = tl.where(finite, bits + noise, bits | quiet) & -65536
+    return rounded.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit

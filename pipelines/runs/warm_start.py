@@ -187,12 +187,13 @@ def refuse_incompatible_heads(before: Head, after: Head, path: str) -> None:
     if before.spec.num_classes > after.spec.num_classes:
         old, new = before.spec.num_classes, after.spec.num_classes
         raise UserError(f"{path} has {old} classes, this run {new}: it needs as many or more")
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "model.embedding_dim": (before.spec.width, after.spec.width),
         "head.optim.kind": (before.spec.config.optim.kind, after.spec.config.optim.kind),
     }
     if before.margin.normalised != after.margin.normalised:
-        pairs["head.margin.kind"] = tuple(h.spec.config.margin.kind for h in (before, after))
+        kinds = before.spec.config.margin.kind, after.spec.config.margin.kind
+        pairs["head.margin.kind"] = kinds
     for what, values in pairs.items():
         if values[0] != values[1]:
             raise UserError(f"{path} has {what} {values[0]}, this run {values[1]}")
