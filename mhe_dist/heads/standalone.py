@@ -70,22 +70,21 @@ def create_head(
         seed: keys the first rows and every draw.
         optim: "sgd" or "adamw", or the block `head.optim` of the config.
         bank: the block `head.bank` of the config: where rows are stored, and in which type.
-        dtype: type in which the head computes, float32 or float64. Rows in bfloat16 are
-            `bank={"dtype": "bfloat16"}`.
+        dtype: type in which the head computes, float32 or float64.
         device: where it computes; by default this rank's GPU, or the CPU where there is none or
             where the process group carries no CUDA tensors (gloo).
         steps_per_epoch: needed for the option `repartition_every` alone.
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
-            ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`,
-            `objective`, `on_bad_label` and `matmul` (auto: as torch is set in this process).
-            Left out sizes and groups, and a margin's `m` that is "auto": see `_with_sizes`.
+            ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`, `objective`,
+            `on_bad_label` and `matmul` (auto: as torch is set). For what is "auto", or left out of
+            sizes and groups, see `_with_sizes`.
 
     Raises:
         UserError: an option is unknown or does not fit; the message names it.
     """
     _refuse_half_precision(dtype)
-    blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     topology = _topology(None if device is None else torch.device(device))
+    blocks = {"margin": _block(margin), "optim": _block(optim), "bank": dict(bank or {})}
     config = _config(kind, blocks, options)
     if wrong := config.validate_combinations(topology.world_size):
         raise UserError("; ".join(wrong))

@@ -77,12 +77,12 @@ def test_a_head_in_ones_own_loop_follows_the_process_unless_it_is_told(
 @pytest.mark.skipif(
     not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9"
 )
-@pytest.mark.parametrize("place", ["torch.backends", "torch.backends.cuda.matmul"])
-def test_a_process_that_names_its_precision_keeps_it(place: str) -> None:
+@pytest.mark.parametrize("setting", ["torch.backends", "torch.backends.cuda.matmul"])
+def test_a_process_that_names_its_precision_keeps_it(setting: str) -> None:
     """torch refuses to read its older switch there; a process of its own, since that stays."""
     code = f"""
 import torch, mhe_dist
-{place}.fp32_precision = "tf32"
+{setting}.fp32_precision = "tf32"
 for matmul in ("auto", "float32", "tf32"):
     head = mhe_dist.create_head("full", num_classes=40, dim=8, device="cpu", matmul=matmul)
     head(torch.randn(6, 8).requires_grad_(), torch.arange(6)).loss.backward()
