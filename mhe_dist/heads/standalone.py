@@ -71,8 +71,7 @@ def create_head(
         optim: "sgd" or "adamw", or the block `head.optim` of the config.
         bank: the block `head.bank` of the config: where rows are stored, and in which type.
         dtype: type in which the head computes, float32 or float64.
-        device: where it computes; by default this rank's GPU, or the CPU where there is none or
-            where the process group carries no CUDA tensors (gloo).
+        device: where it computes; by default this rank's GPU, or the CPU without one, or with gloo.
         steps_per_epoch: needed for the option `repartition_every` alone.
         **options: keys of the kind's own block of the config (`length`, `extra_heads`, `exchange`,
             ... of mhs; `rate` of partial_fc; `lengths` of mhp and mhc), and `groups`, `objective`,
