@@ -173,8 +173,8 @@ FULL = Study(
         "rate of the rows the one that `results/heads-search.csv` chose for the head at 6,000 "
         "classes; no other ones were tried. The runs kept in `results/` were trained in bf16 on "
         "two CPU cores; those that name no device, on cores with AMX or with AVX-512 BF16: the "
-        "full softmax and the tenth of MHS on the former, the other two on the latter. The run "
-        "that names its device had other work beside it: its times say nothing."
+        "full softmax and the tenth of MHS on the former, the other two on the latter. The runs "
+        "that name their device had other work beside them: their times say nothing."
     ),
     config="glyphs_cjk_full",
     variants=(
