@@ -27,13 +27,13 @@ from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.report.charts.numbers import format_share
 from pipelines.shards.index import ShardIndex
+from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import require_absent
 
 if TYPE_CHECKING:
     from pipelines.clustering.build import ClusterJob
     from pipelines.clustering.quality import ReadLabels
     from pipelines.clustering.settings import ClusterSettings
-    from pipelines.shards.label_set import LabelSet
 
 MIB, GIB = 2.0**20, 2.0**30
 IN_THE_BACKGROUND = 0.9  # share of the free memory that a clustering may be predicted to take
