@@ -96,7 +96,8 @@ class NormTracker:
 
     def begin(self) -> None:
         """Drop what was counted of a step that is begun again."""
-        self._sums = torch.zeros_like(self._sums)
+        if self.needed:
+            self._sums = torch.zeros_like(self._sums)
 
     def add(self, norms: Tensor) -> None:
         """Count the norms `[B]` of a micro-batch."""
@@ -109,7 +110,6 @@ class NormTracker:
             self.running = torch.stack(
                 running_norms(self.running[0], self.running[1], sums, self._ema)
             )
-            self.begin()
 
 
 class RowHead(Head):
