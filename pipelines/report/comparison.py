@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
         head_s: seconds that a step spends in the head, median over the run.
         memory_gib: largest resident memory of a worker.
         images_per_s: over all workers, while training.
-        train_s: seconds of training; of a resumed run, those since the last resume.
+        train_s: seconds of training, see `training_seconds`.
         steps, epochs: length of the run.
         device: what computed; empty: the run recorded none.
     """
@@ -74,18 +74,34 @@ class Outcome(NamedTuple):
         def series(name: str) -> list[float]:
             return [record[name] for record in records if name in record] or [float("nan")]
 
+        seconds = training_seconds(records, batch) or float("nan")
         return cls(
             seed,
             summary["heldout"],
             statistics.fmean(series("classes_seen")),
             statistics.median(series("head_time")),
             max(series("peak_rss_gib")),
-            summary["images_per_s"],
-            summary["phases"].get("train", 0.0),
+            summary["steps"] * batch / seconds,
+            seconds,
             summary["steps"],
             summary["steps"] * batch / summary["samples"],
             summary.get("device") or "",
         )
+
+
+def training_seconds(records: Sequence[dict[str, Any]], batch: int) -> float:
+    """Seconds that the steps of a run took, before a resume too; a repeated step counts once.
+
+    Args:
+        records: the lines of its `metrics.jsonl`.
+        batch: images per step.
+    """
+    seconds, done = 0.0, 0
+    for record in records:
+        if "images_per_s" in record:  # the mean since the last record that has one
+            seconds += (record["step"] + 1 - done) * batch / record["images_per_s"]
+            done = record["step"] + 1
+    return seconds
 
 
 class Spread(NamedTuple):

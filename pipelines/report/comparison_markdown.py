@@ -28,8 +28,8 @@ complete runs than the section here.
 - classes seen: number of classes in the softmax of a sample, mean over the run.
 - head, ms: time that a step spends in the head, median over the run. images/s: of all workers
   together, while training. memory: of the largest worker process, libraries included. minutes: of
-  training; of an interrupted run, since the last resume. Times can be compared only on one kind of
-  device, and if the machine had nothing else to do during any of the runs; this is not checked.
+  training; steps that an interruption lost are not counted. Times can be compared only on one kind
+  of device, and if the machine had nothing else to do during any of the runs; this is not checked.
 """
 
 

@@ -24,6 +24,7 @@ from pipelines.report.charts.run_charts import (
     speed_charts,
     training_charts,
 )
+from pipelines.report.comparison import training_seconds
 from pipelines.report.evaluation import EVALUATION_FOLDER
 from pipelines.report.heldout_pictures import heldout_sections
 from pipelines.report.page import PageSection, picture, read_bytes, write_page
@@ -60,7 +61,8 @@ def write_run_page(run: str, out: str) -> list[str]:
         _settings_section(config),
     ]
     subtitle = _subtitle(config, records, summary)
-    write_page(out, config.run.name, subtitle, list(_tiles(records, summary)), sections)
+    tiles = list(_tiles(records, summary, config.train.global_batch))
+    write_page(out, config.run.name, subtitle, tiles, sections)
     return [section.title for section in sections]
 
 
@@ -78,8 +80,8 @@ def steps_done(records: Records) -> int:
     return max((record["step"] + 1 for record in records if "loss" in record), default=0)
 
 
-def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The most important figures, as (name, value)."""
+def _tiles(records: Records, summary: dict[str, Any], batch: int) -> Iterator[tuple[str, str]]:
+    """The most important figures, as (name, value); `batch`: images per step."""
     heldout = {
         key.removeprefix(HELDOUT): value
         for record in records
@@ -103,7 +105,7 @@ def _tiles(records: Records, summary: dict[str, Any]) -> Iterator[tuple[str, str
         yield "images per second, median", f"{rates[len(rates) // 2]:,.0f}"
     if summary:
         yield "workers", str(summary["world_size"])
-        yield "minutes in all", f"{sum(summary['phases'].values()) / 60:.1f}"
+        yield "minutes of training", f"{training_seconds(records, batch) / 60:.1f}"
 
 
 def _chart_sections(run: str, records: Records, protocol: str) -> Iterator[PageSection]:

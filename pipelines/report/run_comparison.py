@@ -22,6 +22,7 @@ from mhe_dist.tracking.jsonl import read_records
 from pipelines.report.charts.lines import draw_lines
 from pipelines.report.charts.numbers import format_share, format_value
 from pipelines.report.charts.run_charts import Positions, compared_chart
+from pipelines.report.comparison import training_seconds
 from pipelines.report.html import steps_done
 from pipelines.report.page import PageSection, read_bytes, write_page
 from pipelines.report.plots import HELDOUT_FIGURES, Records, series
@@ -126,7 +127,8 @@ def _figures(run: RecordedRun) -> Iterator[tuple[str, str]]:
     if len(rates):
         yield "images per second, median", f"{np.median(rates):,.0f}"
     if run.summary:
-        yield "minutes in all", f"{sum(run.summary['phases'].values()) / 60:.1f}"
+        seconds = training_seconds(run.records, run.config.train.global_batch)
+        yield "minutes of training", f"{seconds / 60:.1f}"
         yield "workers", str(run.summary["world_size"])
         if "device" in run.summary:  # runs of earlier versions do not say it
             yield "device", run.summary["device"]

@@ -34,10 +34,12 @@ def compared(
 
 
 def test_an_outcome_is_what_the_run_left_behind() -> None:
+    """Before its last resume, too."""
     summary = {
         "heldout": {"rank1": 0.5},
-        "images_per_s": 800.0,
-        "phases": {"train": 120.0},
+        "images_per_s": 800.0,  # of the last process, as its phases are
+        "phases": {"train": 1.0},
+        "resumed_from": "checkpoints/step_00000020",
         "steps": 30,
         "samples": 1000,
         "device": "NVIDIA H200",
@@ -49,9 +51,11 @@ def test_an_outcome_is_what_the_run_left_behind() -> None:
         {"step": 29, "classes_seen": 300.0, "head_time": 0.02, "peak_rss_gib": 1.1},
         {"step": 29, "heldout/rank1": 0.5},
     ]
+    for record, rate in zip(records[1:], (640.0, 64.0, 640.0), strict=False):
+        record["images_per_s"] = rate
     found = Outcome.of(4, 64, summary, records)
     assert found == Outcome(
-        4, {"rank1": 0.5}, 200.0, 0.02, 1.2, 800.0, 120.0, 30, 1.92, "NVIDIA H200"
+        4, {"rank1": 0.5}, 200.0, 0.02, 1.2, 160.0, 12.0, 30, 1.92, "NVIDIA H200"
     )
     assert np.isnan(Outcome.of(4, 64, summary, []).head_s)
     del summary["device"]
