@@ -8,11 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mhe_dist.seeds import derive
+from mhe_dist.seeds import GOLDEN, MIX_A, MIX_B, derive, signed
 
-GOLDEN: Final = 0x9E3779B97F4A7C15  # the increment and multipliers of splitmix64
-MIX_A: Final = 0xBF58476D1CE4E5B9
-MIX_B: Final = 0x94D049BB133111EB
 # Interpolation at Chebyshev nodes of [0, 1], coefficients of rising powers; errors below 7e-6,
 # 1.3e-6 and 5e-8. In turn (log2(1 + x) - x) / (x * (1 - x)), and with x = y * y
 # sin(pi / 2 * y) / y and cos(pi / 2 * y).
@@ -47,9 +44,9 @@ def normal_rows(
     rows = torch.empty(len(classes), width, dtype=dtype, device=classes.device)
     limit = _HOST_PAIRS if classes.device.type == "cpu" else _DEVICE_PAIRS
     chunk = max(1, limit // max(1, pairs))
-    columns = torch.arange(1, pairs + 1, device=classes.device).mul_(_signed(GOLDEN))
+    columns = torch.arange(1, pairs + 1, device=classes.device).mul_(signed(GOLDEN, 64))
     # Two rounds per class: the starts of neighbouring classes must not be neighbours.
-    start = _mix(_mix(classes + derive(seed, "normal_rows")).add_(_signed(GOLDEN)))
+    start = _mix(_mix(classes + derive(seed, "normal_rows")).add_(signed(GOLDEN, 64)))
     for begin in range(0, len(classes), chunk):
         bits = _mix(start[begin : begin + chunk, None] + columns).view(torch.int32)
         radius, angle = bits[:, :pairs], bits[:, pairs:]
@@ -57,11 +54,6 @@ def normal_rows(
         rows[begin : begin + chunk, :pairs] = cosines
         rows[begin : begin + chunk, pairs:] = sines[:, : width - pairs]
     return rows
-
-
-def _signed(word: int) -> int:
-    """The int64 that has the bits of an unsigned 64-bit word."""
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _mix(words: Tensor) -> Tensor:
@@ -72,7 +64,7 @@ def _mix(words: Tensor) -> Tensor:
         torch.bitwise_right_shift(words, shift, out=shifted)
         words.bitwise_xor_(shifted.bitwise_and_((1 << (64 - shift)) - 1))
         if factor != 1:
-            words.mul_(_signed(factor))
+            words.mul_(signed(factor, 64))
     return words
 
 

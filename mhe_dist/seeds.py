@@ -7,11 +7,16 @@ order of the calls or on what else was drawn.
 from __future__ import annotations
 
 import hashlib
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-_TABLE = 32  # the largest population, in draws, for which a table of it is made
+# splitmix64 (Steele, Lea, Flood 2014): its increment, and the factors of its output function.
+GOLDEN: Final = 0x9E3779B97F4A7C15
+MIX_A: Final = 0xBF58476D1CE4E5B9
+MIX_B: Final = 0x94D049BB133111EB
+_TABLE: Final = 32  # the largest population, in draws, for which a table of it is made
 
 
 def derive(seed: int, purpose: str, *ids: int) -> int:
@@ -19,6 +24,19 @@ def derive(seed: int, purpose: str, *ids: int) -> int:
     text = "/".join([str(int(seed)), purpose, *(str(int(i)) for i in ids)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def mix64(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The output function of splitmix64; its products wrap around, on every platform alike."""
+    for shift, factor in ((30, MIX_A), (27, MIX_B), (31, 1)):
+        words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
+    return words
+
+
+def signed(word: int, bits: int) -> int:
+    """The signed integer of `bits` bits that has the lowest bits of a word."""
+    word &= (1 << bits) - 1
+    return word - (word >> (bits - 1) << bits)
 
 
 def generator(seed: int, purpose: str, *ids: int) -> np.random.Generator:

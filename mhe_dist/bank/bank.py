@@ -362,7 +362,8 @@ def round_stochastically(rows: Tensor, units: Tensor, key: int) -> Tensor:
 def _with_noise(rows: Tensor, units: Tensor, key: int) -> Tensor:
     """float32 `[U, L, D]` whose last 16 bits were rounded away; not of what is not finite."""
     noise = torch.arange(rows.shape[1:].numel(), dtype=torch.int32, device=rows.device)
-    noise = noise.mul_(-1640531527) + (units.to(torch.int32) * 374761393 + _as_int32(key))[:, None]
+    start = units.to(torch.int32) * 374761393 + seeds.signed(key, 32)
+    noise = noise.mul_(-1640531527) + start[:, None]
     shifted = noise >> 15
     noise.bitwise_xor_(shifted).mul_(-2048144789)
     torch.bitwise_right_shift(noise, 13, out=shifted)
@@ -371,7 +372,3 @@ def _with_noise(rows: Tensor, units: Tensor, key: int) -> Tensor:
     bits = noise.view(rows.shape).add_(rows.view(torch.int32))
     # Noise would carry a NaN's bits over into the sign: NaN stays NaN, for the guard to see.
     return torch.where(rows.isfinite(), bits.bitwise_and_(-65536).view(torch.float32), rows)
-
-
-def _as_int32(key: int) -> int:
-    return (key & 0xFFFFFFFF) - (1 << 32 if key & 0x80000000 else 0)

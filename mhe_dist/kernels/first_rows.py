@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mhe_dist.kernels import dispatch
 from mhe_dist.kernels.dispatch import KernelTraffic
-from mhe_dist.noise import COS, GOLDEN, LOG2, MIX_A, MIX_B, SIN
-from mhe_dist.seeds import derive
+from mhe_dist.noise import COS, LOG2, SIN
+from mhe_dist.seeds import GOLDEN, MIX_A, MIX_B, derive
 
 _TILE = 1024  # values of a program
 _GOLDEN = tl.constexpr(GOLDEN)

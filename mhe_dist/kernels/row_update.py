@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mhe_dist.kernels import dispatch
 from mhe_dist.kernels.dispatch import KernelTraffic
+from mhe_dist.seeds import signed
 
 _TILE = 4096  # values of a program's tile
 # With shared factors: a program multiplies all samples, so it should hold many rows.
@@ -91,8 +92,8 @@ def sgd_rows(
         momentum,
         weight_decay,
         first_unit,
-        as_int32(keys[0]),
-        as_int32(keys[1]),
+        signed(keys[0], 32),
+        signed(keys[1], 32),
         length=length,
         width=width,
         has_velocity=velocity is not None,
@@ -138,16 +139,11 @@ def round_rows(rows: Tensor, units: Tensor, key: int) -> Tensor:
             rows.contiguous(),
             rounded,
             units,
-            as_int32(key),
+            signed(key, 32),
             size,
             block=_TILE,
         )
     return rounded
-
-
-def as_int32(key: int) -> int:
-    """The int32 with the low 32 bits of a key."""
-    return (key & 0xFFFFFFFF) - (1 << 32 if key & 0x80000000 else 0)
 
 
 def _contiguous(part: Tensor | None) -> Tensor | None:

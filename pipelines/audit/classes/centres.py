@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mhe_dist.seeds import derive
+from mhe_dist.seeds import GOLDEN, derive, mix64
 from pipelines.audit.settings import PER_CLASS, AuditSettings
 from pipelines.clustering.members import Members
 from pipelines.clustering.rows import Ints, Rows, UnitRows
@@ -205,11 +205,8 @@ def alternate(segments: Segments, kept: npt.NDArray[np.bool_], seed: int) -> npt
 
 
 def mix(numbers: Ints, key: int) -> npt.NDArray[np.uint64]:
-    """uint64 `[n]`: a hash of each number (the finaliser of SplitMix64, Steele et al. 2014)."""
-    z = numbers.astype(np.uint64) + np.uint64(key) * np.uint64(2) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """uint64 `[n]`: a keyed hash of each number."""
+    return mix64(numbers.astype(np.uint64) + 2 * key + GOLDEN)
 
 
 def unit_rows(rows: Rows) -> Rows:

@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from mhe_dist.errors import UserError
+from mhe_dist.seeds import GOLDEN
 from pipelines.bench.scale.bounds import BoundedFigure
 from pipelines.shards.columns import Column, write_column
 from pipelines.shards.index import INDEX_FILE, ShardIndex
@@ -146,7 +147,7 @@ def _labels(sizes: list[int], num_classes: int) -> Iterator[Ints]:
     first = 0
     for size in sizes:
         numbers = np.arange(first, first + size, dtype=np.uint64)
-        yield (numbers * np.uint64(0x9E3779B97F4A7C15) % np.uint64(num_classes)).astype(np.int64)
+        yield (numbers * np.uint64(GOLDEN) % np.uint64(num_classes)).astype(np.int64)
         first += size
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import numpy.typing as npt
 
-from mhe_dist.seeds import derive
+from mhe_dist.seeds import GOLDEN, derive, mix64
 from pipelines.data.order import Ints
 from pipelines.shards.label_set import NO_LABEL, LabelLists
-
-_Words = npt.NDArray[np.uint64]
-_STEP: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_A: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_B: Final = np.uint64(0x94D049BB133111EB)
 
 
 def choose_labels(lists: LabelLists, limit: int, numbers: Ints, seed: int, epoch: int) -> Ints:
@@ -62,15 +55,9 @@ def _ranks(owners: Ints) -> Ints:
     return np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _noise(key: int, numbers: Ints, ids: Ints) -> _Words:
-    """A keyed 64-bit hash of pairs: rounds of SplitMix64 (Steele, Lea, Flood 2014).
-
-    Plain arithmetic, so that no version of NumPy draws otherwise; the products wrap around.
-    """
+def _noise(key: int, numbers: Ints, ids: Ints) -> npt.NDArray[np.uint64]:
+    """A keyed 64-bit hash of pairs, by plain arithmetic: no version of NumPy draws otherwise."""
     words = np.full(len(numbers), key, np.uint64)
     for values in (numbers, ids):
-        words = words + _STEP ^ values.astype(np.uint64)
-        words = (words ^ (words >> np.uint64(30))) * _MIX_A
-        words = (words ^ (words >> np.uint64(27))) * _MIX_B
-        words ^= words >> np.uint64(31)
+        words = mix64(words + GOLDEN ^ values.astype(np.uint64))
     return words

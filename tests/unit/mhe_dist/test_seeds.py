@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from mhe_dist import seeds
+from mhe_dist import noise, seeds
 
 
 def test_derive_is_the_same_for_ever() -> None:
@@ -26,6 +26,22 @@ def test_derive_tells_every_part_apart_and_fits_63_bits() -> None:
 
 def test_derive_takes_numpy_integers_for_what_they_are() -> None:
     assert seeds.derive(1, "a", np.int64(5)) == seeds.derive(1, "a", 5)  # type: ignore[arg-type]
+
+
+def test_mix64_makes_the_published_sequence_of_splitmix64() -> None:
+    """That of the seed 1234567, in NumPy and in torch."""
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    states = [(1234567 + step * seeds.GOLDEN) % 2**64 for step in (1, 2, 3)]
+    assert seeds.mix64(np.array(states, np.uint64)).tolist() == expected
+    mixed = noise._mix(torch.tensor([seeds.signed(state, 64) for state in states]))
+    assert mixed.numpy().view(np.uint64).tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_signed_wraps_around(bits: int) -> None:
+    top = 1 << (bits - 1)
+    words = (0, 1, top - 1, top, 2 * top - 1, 2 * top, 2 * top + 5)
+    assert [seeds.signed(word, bits) for word in words] == [0, 1, top - 1, -top, -1, 0, 5]
 
 
 def test_generator_repeats_and_differs_by_id() -> None:

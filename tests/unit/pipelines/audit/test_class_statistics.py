@@ -14,6 +14,7 @@ from pipelines.audit.classes.centres import (
     group_classes,
     keep_similar,
     leave_one_out,
+    mix,
     relatedness,
     within_cosine,
 )
@@ -100,6 +101,17 @@ def test_halves_are_halves_of_what_is_kept() -> None:
     assert segments.sum(half.astype(int)).tolist() == [4, 2, 1]
     assert (alternate(segments, kept, 0) == half).all()
     assert (alternate(segments, kept, 1) != half).any()
+
+
+def test_the_hash_of_an_image_is_the_one_that_it_was() -> None:
+    """An audit that goes on must cut classes and draw others as it did before."""
+    numbers = np.array([0, 1, 10**12])
+    assert mix(numbers, 5).tolist() == [
+        614480483733483466,
+        5833679380957638813,
+        17389099152049945591,
+    ]
+    assert mix(numbers, 2**63 - 1)[0] == 17519071339639777313
 
 
 def test_groups_of_classes_cover_all_of_them() -> None:
