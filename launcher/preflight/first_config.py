@@ -11,6 +11,7 @@ import yaml
 
 from launcher.preflight.own_data import OwnData
 from mhe_dist.config.auto.head_sizes import (
+    MOST_CLASSES_OF_FULL,
     HeadDemand,
     SizeChoice,
     choose_kind,
@@ -143,10 +144,9 @@ def choose_head(classes: int, dim: int, machine: Machine, batch: BatchPlan) -> l
     margin_why = "Cosines times scale, less m for the own class: m makes the classes compact."
     if kind == "full":
         why = (
-            f"full: a softmax over all {classes:,} classes. Below some ten thousand classes it "
-            "finds more than heads that see a part of them (docs/results.md: rank-1 96.1 % beside "
-            "94.3 % on 6,000 classes), and its cost is small beside the backbone's. Beyond, take "
-            "mhs."
+            f"full: a softmax over all {classes:,} classes. Up to {MOST_CLASSES_OF_FULL:,} it "
+            "finds as much as heads that see a part of them, or more (docs/choosing.md), and its "
+            "cost is small beside the backbone's. Above, take mhs."
         )
         settings = [Setting("kind", "full", why)]
     else:

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from mhe_dist.backbone.model import build_backbone
+from mhe_dist.config.auto.head_sizes import MOST_CLASSES_OF_FULL, choose_kind
 from mhe_dist.config.json_schema import json_schema
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
@@ -136,6 +137,15 @@ def test_the_heads_are_the_papers(name: str) -> None:
     assert (config.head.margin.scale, config.head.margin.m) == (64, 0.5)
     header = CONFIGS[0].with_name(f"{name}.yaml").read_text().split("run:")[0]
     assert f"{classes:,} identities" in header
+
+
+def test_few_people_get_the_head_that_the_guide_takes() -> None:
+    """It was mhs, with a note in the guide that full is better up to 20,000 classes."""
+    path = CONFIGS[0].with_name("finetune_faces.yaml")
+    assert load_config(str(path)).head.kind == choose_kind(MOST_CLASSES_OF_FULL) == "full"
+    assert f"up to {MOST_CLASSES_OF_FULL:,} people" in path.read_text()
+    guide = (CONFIGS[0].parents[1] / "docs" / "choosing.md").read_text()
+    assert f"| up to {MOST_CLASSES_OF_FULL:,} | `head.kind: full` |" in guide
 
 
 RECIPE = "optimizer, schedule, batch and epochs of arcface_torch's recipe"
