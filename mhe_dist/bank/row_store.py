@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.bank.remote_rows import Local, RemoteRows, RemoteTraffic
+from mhe_dist.disk_room import reserve_room
 from mhe_dist.distributed import transfer
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.errors import RunError, UserError
@@ -38,6 +39,10 @@ RESIDENT_BYTES: Final = 1 << 30
 # first write of a page costs a fault, and what is not on the disk yet many times what its bytes do.
 LEAST_WRITTEN_BYTES: Final = 1 << 14
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14: the faults of many pages in one call
+_CURE: Final = (
+    "head.bank.memory=file needs room for all rows that steps touch, and their state: make room, "
+    "or let head.bank.path name a larger disk"
+)
 
 
 class RowStore:
@@ -163,16 +168,13 @@ class RowStore:
     def reserve(self, local: npt.NDArray[np.int64]) -> None:
         """Let a file have room for units that are going to be written through its mapping.
 
-        Without room, the first write of a page there would end the process with SIGBUS.
-
         Raises:
             RunError: the disk is full.
         """
         if self._file is None or self._is_written_by_system:
             return
-        with self._explaining_full_disk():
-            for start, stop in self._pages_of(local):
-                os.posix_fallocate(self._file.fileno(), start, stop - start)
+        for start, stop in self._pages_of(local):
+            reserve_room(self._file.fileno(), str(self._path), start, stop, _CURE)
 
     @property
     def _is_written_by_system(self) -> bool:
@@ -195,9 +197,7 @@ class RowStore:
             yield
         except OSError as error:
             raise RunError(
-                f"{self._path!s}: rows cannot be written: {error.strerror}. "
-                "head.bank.memory=file needs room for all rows that steps touch, and their state: "
-                "make room, or let head.bank.path name a larger disk"
+                f"{self._path!s}: rows cannot be written: {error.strerror}; {_CURE}"
             ) from error
 
     def copy_units(self, local: npt.NDArray[np.int64], out: Tensor) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from mhe_dist.disk_room import reserve_room
 from pipelines.clustering.rows import refuse_remote_target, release_pages
 from pipelines.storage.staging import Journal, Staging
 
@@ -62,13 +63,17 @@ class ClusterState:
         """A file of that shape, mapped; zeros where nothing was written yet.
 
         A file of another shape is replaced: its stage was not recorded when the process was killed.
+
+        Raises:
+            RunError: the disk is full.
         """
         if name not in self._arrays:
             path = f"{self.folder}/{name}"
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             if self._size(name) != size:
                 with open(path, "wb") as file:
-                    file.truncate(size)
+                    reserve_room(file.fileno(), path, 0, size)
+                    file.truncate(size)  # a file of its size has its room
             self._arrays[name] = np.memmap(path, dtype, "r+", shape=shape)
             self._sizes[name] = size
         return self._arrays[name]

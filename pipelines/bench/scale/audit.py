@@ -30,6 +30,7 @@ from pipelines.bench.scale.bounds import BoundedFigure
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.planted.faults import FaultRates, plan_faults
+from pipelines.storage.mapped_file import create_mapped_array
 from pipelines.storage.worker_pool import Progress, no_progress
 
 KILLED: Final = ("first_cut", "centres", "class_pairs", "strays", "mixed", "recall")
@@ -129,7 +130,7 @@ def write_synthetic_set(folder: Path, images: int, dim: int) -> None:
     planted = plan_faults(true, keys, classes, (), foreign, 0, rates)
     labels = np.concatenate([planted.labels, planted.foreign_labels])
     np.save(folder / _LABELS, labels.astype(np.int32))
-    rows = np.lib.format.open_memmap(folder / _ROWS, "w+", np.float32, (images, dim))
+    rows = create_mapped_array(folder / _ROWS, np.float32, (images, dim))
     directions = np.random.default_rng(1).standard_normal((classes, dim), np.float32)
     directions /= np.float32(dim**0.5)
     for start in range(0, images, _PER_SHARD):

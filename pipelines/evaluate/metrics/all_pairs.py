@@ -34,6 +34,7 @@ from pipelines.evaluate.metrics.roc import (
     round_scores,
     sampled_bound,
 )
+from pipelines.storage.mapped_file import create_mapped_array
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
 _BAND: Final = 2048  # rows of a task
@@ -179,7 +180,7 @@ class _RowFiles:
 
 
 def _new_file(folder: str, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Rows:
-    return np.lib.format.open_memmap(Path(folder) / f"{name}.npy", "w+", dtype, shape)
+    return create_mapped_array(Path(folder) / f"{name}.npy", dtype, shape)
 
 
 _open_rows = lru_cache(maxsize=1)(_RowFiles)

@@ -35,6 +35,7 @@ from pipelines.evaluate.metrics.roc import (
     round_scores,
     sampled_bound,
 )
+from pipelines.storage.mapped_file import create_mapped_array
 from pipelines.storage.worker_pool import HERE, LazyTasks, Workers, run_tasks
 
 _CHUNK: Final = 1 << 13  # rows, or pairs, that are made at a time
@@ -179,7 +180,7 @@ def _write_rows(
             digest.update(labels.tobytes())
             shape = (len(order), rows[order[:1]].shape[1])
             file = Path(unnamed) / f"{side}.npy"
-            mapped = np.lib.format.open_memmap(file, "w+", np.float64, shape)
+            mapped = create_mapped_array(file, np.float64, shape)
             for start in range(0, len(order), _CHUNK):
                 part = rows[order[start : start + _CHUNK]]
                 mapped[start : start + _CHUNK] = part
