@@ -27,7 +27,7 @@ def derive(seed: int, purpose: str, *ids: int) -> int:
 
 
 def mix64(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The output function of splitmix64; its products wrap around, on every platform alike."""
+    """The output function of splitmix64; its products wrap around."""
     for shift, factor in ((30, MIX_A), (27, MIX_B), (31, 1)):
         words = (words ^ (words >> np.uint64(shift))) * np.uint64(factor)
     return words
