@@ -20,12 +20,12 @@ from mhe_dist.config.auto.head_sizes import (
     fill_sizes,
 )
 from mhe_dist.config.head import BankConfig, HeadConfig
+from mhe_dist.sizes import GIB
 
 _STREAMS: Final = 64
 _STEPS: Final = 2_000  # that even a small set is trained for, within the bounds of the epochs
 _FEWEST_STEPS_PER_EPOCH: Final = 8
 _WIDTH: Final = 100
-_GIB: Final = 1 << 30
 _ROWS_GIB: Final = {True: 20, False: 4}  # rows and momentum that fit a worker: GPU, CPU
 
 
@@ -129,7 +129,7 @@ def choose_head(classes: int, dim: int, machine: Machine, batch: BatchPlan) -> l
         machine: its workers own the rows.
         batch: what a step has.
     """
-    rows = classes * dim * 8 / machine.workers / _GIB
+    rows = classes * dim * 8 / machine.workers / GIB
     memory = "device"
     if rows > _ROWS_GIB[machine.gpu]:
         memory = "host" if machine.gpu else "file"

@@ -11,8 +11,8 @@ from launcher.ray_cluster.elastic import group_size
 from launcher.ray_cluster.environment import count_slots, placement_needs
 from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
+from mhe_dist.sizes import GIB, MIB
 
-GIB = 2.0**30
 NodeReport = dict[str, Any]
 """What `probe_node` gives, and `resources`: what Ray counts on the node, by name."""
 
@@ -138,7 +138,7 @@ def _small_cards(prediction: CostPrediction, nodes: list[NodeReport]) -> Iterabl
 def card_bytes(gpu: str) -> int:
     """Bytes of a card from what its driver says, "NAME, 81559 MiB"; 0 if it does not say."""
     found = re.search(r"(\d+) MiB$", gpu)
-    return int(found[1]) * 2**20 if found else 0
+    return int(found[1]) * MIB if found else 0
 
 
 def _short_memory(config: Config, prediction: CostPrediction, nodes: list[NodeReport]) -> list[str]:
@@ -233,4 +233,4 @@ def _listed(hosts: list[str], total: int) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size > 0.1 * GIB else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size > 0.1 * GIB else f"{size / MIB:.1f} MiB"

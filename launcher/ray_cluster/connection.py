@@ -20,6 +20,7 @@ from launcher.signals import Interrupted, signals_deferred, signals_ignored
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError, describe_error
 from mhe_dist.limits import available_cores, available_memory
+from mhe_dist.sizes import GIB, MIB
 from pipelines.runs.folder import logs_folder
 
 Answer = TypeVar("Answer")
@@ -28,7 +29,7 @@ OWN_CLUSTER: Final = "auto"  # the one that started this process
 ANSWER_S: Final = 5.0  # in which a host takes a connection
 NODES_S: Final = 180.0  # a process on a busy node or a slow disk takes a minute to import Ray
 _LOOK_EVERY_S: Final = 2.0
-OBJECT_STORE_BYTES = 100 * 2**20  # only events and settings pass through it
+OBJECT_STORE_BYTES = 100 * MIB  # only events and settings pass through it
 LONGEST_TEMPORARY_FOLDER = 24
 
 
@@ -178,8 +179,8 @@ def _temporary_folder() -> str:
 def _start_failure(config: Config, error: Exception) -> str:
     """Why Ray may not have started here, and what to do; its own words are seldom the cause."""
     cores, load = available_cores(), os.getloadavg()[0]
-    memory = available_memory() / 2**30
-    disk = shutil.disk_usage("/tmp").free / 2**30
+    memory = available_memory() / GIB
+    disk = shutil.disk_usage("/tmp").free / GIB
     return (
         f"Ray did not start on this machine ({describe_error(error)}). Load {load:.1f} on {cores} "
         f"cores, {memory:.1f} GiB of memory and {disk:.1f} GiB in /tmp free. Most often the "

@@ -16,12 +16,12 @@ from rich.table import Table
 from launcher.preflight.machine import PACKAGES, ask_driver
 from launcher.terminal import console
 from mhe_dist.limits import available_cores, available_memory
+from mhe_dist.sizes import GIB
 from mhe_dist.tracking.environment import device_name, processor_name
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
 Row = tuple[str, str, str]
 """What was checked, what was found, and what to do about it; empty if nothing."""
 INSTALL = "pip install -c constraints.txt -e ."

@@ -24,9 +24,8 @@ from mhe_dist.bank.saved_rows import SavedRows
 from mhe_dist.distributed.topology import CPU
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.kernels.dispatch import MAX_UNIT_ROWS, MAX_WIDTH, use_kernels
+from mhe_dist.sizes import DEVICE_CHUNK_BYTES, HOST_CHUNK_BYTES
 
-# Bytes of rows that make a chunk: they fit in a core's share of the cache, and keep a device busy.
-HOST_CHUNK_BYTES, DEVICE_CHUNK_BYTES = 1 << 22, 1 << 28
 LARGE_UNIT_BYTES = 1 << 17
 ROUNDED_VALUES = 1 << 17  # that are rounded at a time on a host
 # From this size on, an operation on a list of units costs no more than one on a copy of them all.

@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from mhe_dist.sizes import GIB
+
 logger = logging.getLogger(__name__)
 
 # Up to here the driver takes a copy from pageable memory at once; beyond, it waits for the stream.
@@ -44,7 +46,7 @@ def pin_in_place(values: Tensor, owner: object) -> bool:
         logger.warning(
             "a bank of %.1f GiB in host memory cannot be pinned (%s): reading it whole is slower; "
             "raise the limit of locked memory (ulimit -l)",
-            values.nbytes / 2**30,
+            values.nbytes / GIB,
             error,
         )
         return False

@@ -21,10 +21,9 @@ from mhe_dist.distributed.collectives import PIECE
 from mhe_dist.engine.exact_reduce import sum_dtype
 from mhe_dist.engine.gradient_sums import kept_dtype
 from mhe_dist.engine.settings import deepspeed_settings
+from mhe_dist.sizes import DEVICE_CHUNK_BYTES, LOGITS_BYTES
 
 FLOAT = 4
-# How much the heads of all selected rows compute at a time (bank.py, gathered/scores.py).
-DEVICE_CHUNK_BYTES = LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,6 @@ def chunks_by_head(heads: Tensor, max_heads: int) -> list[Chunk]:
     return chunks
 
 
-# Extra logits of a rank that are kept between the two passes over them; beyond, they are remade.
-LOGITS_BYTES = 1 << 28
-
-
 class GradientFactors(NamedTuple):
     """The gradient of rows before it is summed over samples: a unit of L rows for each sample.
 

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
+from mhe_dist.sizes import GIB
 
 Kind = Literal["mean", "sum", "max"]
 Value = Tensor | float
-GIB = 2.0**30
 
 
 class MetricsWindow(NamedTuple):

@@ -18,8 +18,8 @@ from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
+from mhe_dist.sizes import MIB
 
-MIB = 2**20
 TENSOR_BYTES = 64 * MIB
 
 

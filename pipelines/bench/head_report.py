@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from mhe_dist.sizes import GIB
 from pipelines.bench.head import PHASES, HeadCase
 from pipelines.report.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
@@ -23,7 +24,6 @@ NAMES = {
     "mhs_gather": "mhs gather",
     "mhs": "mhs route",
 }
-GIB = 2**30
 _CAPTION = (
     "ms of a step, and of its planning, forward, backward and update; first: additional ms of a "
     "step that uses its rows for the first time. GiB that the head took at its peak, of the GiB of "

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from torch import Tensor
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.engine.settings import set_float_kernels
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.sizes import format_mib
 from pipelines.data.sequential import read_in_order
 from pipelines.embedding.embeddings import BLOCK, block_embedder, normalize_embeddings
 from pipelines.embedding.folder import (
@@ -44,8 +45,6 @@ from pipelines.storage.staging import JOURNAL, Journal, lock_folder, remove_temp
 from pipelines.storage.unusable_path import describe_unusable_path
 from pipelines.storage.urls import resolve_url, to_url
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
-
-_MIB: Final = 1 << 20
 
 
 class FolderOptions(NamedTuple):
@@ -212,13 +211,10 @@ def require_room(folder: str, missing: int) -> None:
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
-            f"--out {folder}: {_mib(missing)} are still to be written and {_mib(free)} are "
-            "free: make room there or choose another --out; --dtype float16 takes half"
+            f"--out {folder}: {format_mib(missing)} are still to be written and "
+            f"{format_mib(free)} are free: make room there or choose another --out; "
+            "--dtype float16 takes half"
         )
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // _MIB):,} MiB"
 
 
 def _make_file(folder: EmbeddingsFolder) -> None:

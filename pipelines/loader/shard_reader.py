@@ -13,6 +13,7 @@ from functools import partial
 from typing import Final, NamedTuple
 
 from mhe_dist.config.data import RemoteConfig
+from mhe_dist.sizes import GIB
 from pipelines.data.order import ShardSpan
 from pipelines.data.sample import byte_range, split_samples
 from pipelines.shards.index import ShardIndex
@@ -53,7 +54,7 @@ class ShardReader:
         self._cache: FileCache | None = None
         if remote.cache_dir:
             try:
-                self._cache = FileCache(remote.cache_dir, int(remote.cache_gib * 2**30))
+                self._cache = FileCache(remote.cache_dir, int(remote.cache_gib * GIB))
             except OSError as error:
                 self._disable_cache(error)
 

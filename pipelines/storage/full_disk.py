@@ -11,10 +11,10 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from mhe_dist.errors import RunError
+from mhe_dist.sizes import MIB, format_mib
 from pipelines.storage.urls import is_local, resolve_url
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "your quota of the disk is used up"}
-_MIB = 1 << 20
 
 
 @contextmanager
@@ -57,8 +57,8 @@ def _describe(target: str, folder: str, expected: int, error: OSError) -> str:
     rest, free = max(0, expected - written), shutil.disk_usage(path).free
     missing = rest - free if error.errno == errno.ENOSPC else rest
     return (
-        f"{target}: {what}. About {_mib(rest)} are still to be written and {_mib(free)} are free: "
-        f"{_mib(max(missing, _MIB))} are missing. {again}"
+        f"{target}: {what}. About {format_mib(rest)} are still to be written and "
+        f"{format_mib(free)} are free: {format_mib(max(missing, MIB))} are missing. {again}"
     )
 
 
@@ -83,7 +83,7 @@ def describe_full_disk(error: OSError, words: Sequence[str]) -> str:
         folder = existing_folder(str(path))
         device, size = _disk_of(folder)
         disks.setdefault(device, (size, folder))
-    free = ", ".join(f"{_mib(size)} in {folder}" for size, folder in sorted(disks.values()))
+    free = ", ".join(f"{format_mib(size)} in {folder}" for size, folder in sorted(disks.values()))
     said = f"{error.filename}: " if error.filename else ""
     return f"{said}{_FULL[error.errno]}. Free: {free}. Make room; then type the command again."
 
@@ -98,7 +98,3 @@ def existing_folder(path: str) -> str:
 def _disk_of(folder: str) -> tuple[int, int]:
     """Number of the disk, and bytes that are free on it."""
     return os.stat(folder).st_dev, shutil.disk_usage(folder).free
-
-
-def _mib(size: int) -> str:
-    return f"{-(-size // _MIB):,} MiB"

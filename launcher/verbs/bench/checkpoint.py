@@ -9,6 +9,7 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.verbs.outputs import scratch_folder
+from mhe_dist.sizes import MIB
 
 
 def checkpoint(
@@ -20,7 +21,7 @@ def checkpoint(
 
     Example: mhe bench checkpoint --mib 1024
     """
-    from pipelines.bench.checkpoint import MIB, measure_saves
+    from pipelines.bench.checkpoint import measure_saves
 
     with scratch_folder(folder) as temporary:
         times = measure_saves(temporary, mib * MIB, rounds)

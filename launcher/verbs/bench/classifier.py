@@ -13,6 +13,7 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.verbs.outputs import scratch_folder, usable_folder_here
 from mhe_dist.errors import UserError
+from mhe_dist.sizes import GIB
 
 if TYPE_CHECKING:
     from pipelines.bench.exported.classifier import ClassifierCost
@@ -56,7 +57,7 @@ def classifier(
     for kind in chosen:
         case = ClassifierCase(kind, classes, dim, top, checked, threads)
         if not fits_in_memory(case):
-            needed = f"about {case.needed_bytes / 2**30:.0f} GiB, more than is free"
+            needed = f"about {case.needed_bytes / GIB:.0f} GiB, more than is free"
             console.say(f"[yellow]left out:[/] {kind}, {classes:,} classes needs {needed}")
             continue
         with (

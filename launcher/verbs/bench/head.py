@@ -11,6 +11,7 @@ import typer
 from launcher.terminal import console
 from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
+from mhe_dist.sizes import GIB
 
 if TYPE_CHECKING:
     from pipelines.bench.head import HeadCase, TurnFigures
@@ -161,7 +162,7 @@ def _fits_in_memory(case: HeadCase) -> bool:
 
     if fit_in_memory([case]):
         return True
-    needed = f"about {case.needed_bytes / 2**30:.0f} GiB, more than is free"
+    needed = f"about {case.needed_bytes / GIB:.0f} GiB, more than is free"
     console.say(f"[yellow]left out:[/] {_case_title(case)} needs {needed}")
     return False
 

@@ -13,13 +13,13 @@ from rich.table import Table
 from launcher.terminal import console
 from launcher.verbs.checkpoint import grow
 from mhe_dist.errors import UserError
+from mhe_dist.sizes import MIB
 from pipelines.runs.folder import find_checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, "tuple[tuple[int, ...], torch.dtype]"]
-MIB = 2**20
 
 app = typer.Typer(no_args_is_help=True, help="Look into checkpoints, grow them.")
 

@@ -19,10 +19,9 @@ from launcher.terminal.commands import as_typed, invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
+from mhe_dist.sizes import MIB
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
-
-MIB = 1 << 20
 
 Out = Annotated[
     str,

@@ -25,6 +25,7 @@ from launcher.verbs.evaluate.shared import GpuOption
 from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
+from mhe_dist.sizes import GIB, MIB
 from pipelines.report.charts.numbers import format_share
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from pipelines.clustering.quality import ReadLabels
     from pipelines.clustering.settings import ClusterSettings
 
-MIB, GIB = 2.0**20, 2.0**30
 IN_THE_BACKGROUND = 0.9  # share of the free memory that a clustering may be predicted to take
 
 Classes = Annotated[int, typer.Option(min=1, help="How many classes to make.")]

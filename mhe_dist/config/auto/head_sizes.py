@@ -27,6 +27,7 @@ from typing import Final, Literal, NamedTuple
 
 from mhe_dist.config.head import AUTO, AUTO_KEYS, GROUPS_KEY, MARGIN_KEY, HeadConfig, MhsConfig
 from mhe_dist.config.schema import Config
+from mhe_dist.sizes import MIB
 
 MOST_CLASSES_OF_FULL: Final = 20_000
 """Up to so many classes the full softmax is the better head, and not much dearer.
@@ -350,7 +351,7 @@ def _choose_extra_heads(
 
 def _explain(head: HeadConfig, demand: HeadDemand, rows: _Rows, length: int, extra: int) -> str:
     rows_met = f"{rows.own(length):,.0f} rows that a worker meets in a forward pass"
-    budget = f"the budget of {_budget(head, demand) / (1 << 20):,.4g} MiB"
+    budget = f"the budget of {_budget(head, demand) / MIB:,.4g} MiB"
     if head.mhs.negatives == "batch":
         return f"all samples meet the heads of the batch, {length:,} classes each"
     if extra:

@@ -21,9 +21,7 @@ from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.class_rows import ClassRows, hide
 from mhe_dist.heads.gathered.selection import GatheredBatch
 from mhe_dist.heads.margins import keep_negatives
-
-# Logits of a rank that are kept between the two passes over them; those beyond are made again.
-LOGITS_BYTES = 1 << 28
+from mhe_dist.sizes import LOGITS_BYTES
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from mhe_dist.distributed.collectives import all_to_all
 from mhe_dist.distributed.topology import Topology, owner_of
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.class_rows import hide, padding_slots
-from mhe_dist.heads.grouping import LOGITS_BYTES, GradientFactors, chunks_by_head
+from mhe_dist.heads.grouping import GradientFactors, chunks_by_head
 from mhe_dist.heads.margins import keep_negatives
 from mhe_dist.heads.multilevel.losses import Objective
 from mhe_dist.heads.multilevel.rows import Level
+from mhe_dist.sizes import LOGITS_BYTES
 
 
 @dataclass(frozen=True)

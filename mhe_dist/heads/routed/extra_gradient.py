@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mhe_dist.bank.row_optim import Dense, RowGradient, SharedFactors
 from mhe_dist.distributed.transfer import to_device
-from mhe_dist.heads.grouping import LOGITS_BYTES
 from mhe_dist.heads.products import in_tf32
+from mhe_dist.sizes import LOGITS_BYTES
 
 # Each program of the update reads all samples of a group: with more, a product of its own is less.
 FACTOR_SAMPLES: Final = 256

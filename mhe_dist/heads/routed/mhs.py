@@ -25,7 +25,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.base import HeadOutput, sample_labels
 from mhe_dist.heads.fused_loss import FusedLoss, FusedOutput
-from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors, chunks_by_head
+from mhe_dist.heads.grouping import Chunk, GradientFactors, chunks_by_head
 from mhe_dist.heads.objectives import OBJECTIVES
 from mhe_dist.heads.products import with_chosen_products
 from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart, plan_dispatch
@@ -39,6 +39,7 @@ from mhe_dist.heads.routed.several_labels import GRID, RoutedLabels, join_labels
 from mhe_dist.heads.routed.softmax import RoutedBatch, RoutedScores, routed_softmax
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.kernels.dispatch import MAX_LENGTH, use_kernels
+from mhe_dist.sizes import LOGITS_BYTES
 
 
 class MhsRoute(RowHead):

@@ -21,12 +21,13 @@ from torch import Tensor
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.batch_invariant import product
 from mhe_dist.heads.class_rows import ClassRows, hide
-from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
+from mhe_dist.heads.grouping import Chunk, GradientFactors
 from mhe_dist.heads.margins import keep_negatives
 from mhe_dist.heads.objectives import LabelObjective
 from mhe_dist.heads.routed.extra_gradient import ExtraGradient, ExtraGradients
 from mhe_dist.heads.routed.label_dispatch import GroupVisits, LabelDispatch, Meetings
 from mhe_dist.heads.routed.softmax import hide_padding
+from mhe_dist.sizes import LOGITS_BYTES
 
 # float64 counts multiples of this exactly up to 512, far above the entries of a gradient.
 GRID: Final = 2.0**-44

@@ -18,10 +18,11 @@ from torch import Tensor
 from mhe_dist.distributed.transfer import to_device
 from mhe_dist.heads.batch_invariant import log_add_exp, product
 from mhe_dist.heads.class_rows import ClassRows, hide
-from mhe_dist.heads.grouping import LOGITS_BYTES, Chunk, GradientFactors
+from mhe_dist.heads.grouping import Chunk, GradientFactors
 from mhe_dist.heads.margins import Margin, keep_negatives
 from mhe_dist.heads.routed.dispatch import Dispatch, GroupPart
 from mhe_dist.heads.routed.extra_gradient import ExtraGradient, ExtraGradients
+from mhe_dist.sizes import LOGITS_BYTES
 
 
 @dataclass(frozen=True)

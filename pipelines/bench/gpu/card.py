@@ -10,9 +10,8 @@ from importlib import metadata
 import torch
 
 from mhe_dist.engine.settings import set_float_kernels
+from mhe_dist.sizes import GIB
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings, now, seconds_of
-
-GIB = 2**30
 
 
 def measure(settings: GpuSettings, found: GpuFindings) -> None:

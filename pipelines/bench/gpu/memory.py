@@ -15,6 +15,7 @@ from mhe_dist.engine.engine import Engine, leave_process_group
 from mhe_dist.engine.memory_estimate import estimate_memory
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
+from mhe_dist.sizes import MIB
 from pipelines.bench.gpu.findings import GpuFindings, GpuSettings
 
 STEPS: Final = 4
@@ -40,11 +41,11 @@ def measure(settings: GpuSettings, found: GpuFindings) -> None:
                 estimated = estimate_memory(config, CLASSES[settings.small], 1, precision)
                 predicted = estimated.on_gpu(config)
                 peak = _measured_peak(config, settings)
-                found.figure(f"{name}: predicted", predicted / 2**20, "MiB")
+                found.figure(f"{name}: predicted", predicted / MIB, "MiB")
                 if not settings.on_gpu:
                     found.leave_out(name, "ran, but a CPU has no memory of its own to measure")
                     continue
-                found.figure(f"{name}: at its peak", peak / 2**20, "MiB")
+                found.figure(f"{name}: at its peak", peak / MIB, "MiB")
                 ratio = predicted / peak
                 found.check(name, 0.9 <= ratio <= 1.1, f"predicted {ratio:.2f} of the peak")
 

@@ -22,6 +22,7 @@ import simplejpeg
 
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.limits import available_cores, peak_memory
+from mhe_dist.sizes import GIB
 from pipelines.audit.findings import FINDINGS_FILE, write_findings
 from pipelines.audit.job import AuditJob
 from pipelines.audit.record import SampleNames, list_findings
@@ -107,7 +108,7 @@ def measure_audit(
     return [
         BoundedFigure("an audit", peaceful.seconds, _SECONDS * scale, "s"),
         BoundedFigure(
-            "memory at its peak, files included", peaceful.peak / 2**30, _MEMORY_GIB * scale, "GiB"
+            "memory at its peak, files included", peaceful.peak / GIB, _MEMORY_GIB * scale, "GiB"
         ),
         BoundedFigure(
             f"killed {len(KILLED)} times and begun again, of that time",

@@ -24,13 +24,13 @@ import numpy as np
 
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import GOLDEN
+from mhe_dist.sizes import MIB
 from pipelines.bench.scale.bounds import BoundedFigure
 from pipelines.shards.columns import Column, write_column
 from pipelines.shards.index import INDEX_FILE, ShardIndex
 from pipelines.shards.shard import BEGINS, LABELS, IndexColumns, Ints
 from pipelines.shards.shard_list import ShardTable
 
-MIB: Final = 1 << 20
 PER_SHARD: Final = 10_000  # samples
 _SAMPLE_BLOCKS: Final = 24  # 12 KiB: an image of 112x112 and its label
 _MOST_BYTES: Final = 12  # per sample, of columns with room for more

@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from mhe_dist.limits import available_cores, available_memory, peak_memory
-
-MIB = 1 << 20
+from mhe_dist.sizes import MIB
 
 
 def write(folder: Path, **files: str) -> None:

@@ -22,8 +22,7 @@ from launcher.ray_cluster.environment import count_slots, placement_needs
 from launcher.ray_cluster.train import GRACE_S
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-
-GIB = 2**30
+from mhe_dist.sizes import GIB
 
 
 def config(**scale: Any) -> Config:

@@ -17,7 +17,6 @@ from launcher import cli
 from launcher.preflight import survey, trial_process
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import (
-    GIB,
     as_it_would_run,
     find_obstacles,
     find_shortages,
@@ -32,6 +31,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.engine import settings
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.sizes import GIB
 from pipelines.pretrain.dry_run import dry_run
 from tests import tiny
 from tests.waiting import wait_for

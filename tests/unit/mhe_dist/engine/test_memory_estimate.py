@@ -9,12 +9,9 @@ import pytest
 import torch
 
 from mhe_dist.backbone.model import build_backbone
-from mhe_dist.bank import bank
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import PIECE
-from mhe_dist.engine import memory_estimate
 from mhe_dist.engine.memory_estimate import estimate_memory
-from mhe_dist.heads import grouping
 
 
 def config(**sections: Any) -> Config:
@@ -102,9 +99,3 @@ def test_zero_shares_the_optimizer() -> None:
     assert at[1].gradients == pytest.approx(5 / 4 * at[0].gradients, rel=1e-3)
     assert at[2].gradients == pytest.approx(at[0].gradients / 4, rel=1e-3)
     assert at[3].weights < at[2].weights
-
-
-def test_pieces_are_as_large_as_banks_and_heads_make_them() -> None:
-    """They lie above the engine, which therefore says the sizes once more."""
-    assert memory_estimate.DEVICE_CHUNK_BYTES == bank.DEVICE_CHUNK_BYTES
-    assert memory_estimate.LOGITS_BYTES == grouping.LOGITS_BYTES

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.bench.checkpoint import MIB, measure_saves
+from mhe_dist.sizes import MIB
+from pipelines.bench.checkpoint import measure_saves
 
 
 def test_every_figure_is_there_and_a_save_blocks_less_than_it_takes(tmp_path: Path) -> None:
