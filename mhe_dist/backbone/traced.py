@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mhe_dist.errors import UserError
 
 METADATA_FILE: Final = "metadata.json"  # inside a `.pt2` program
-LARGEST_BATCH: Final = 4096  # an upper bound is needed for a free batch size; nothing is allocated
+LARGEST_BATCH: Final = 1 << 31  # a program refuses more images; nothing is allocated
 
 Outputs = Sequence[Tensor]
 Run = Callable[[Tensor], Outputs]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mhe_dist.backbone.traced import write_onnx
+from mhe_dist.backbone.traced import write_onnx, write_program
 from mhe_dist.bank.class_layout import digits
 from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
@@ -129,14 +129,12 @@ def test_a_beam_of_fewer_classes_than_wanted_ends_in_none() -> None:
 
 @pytest.mark.parametrize("name", ["mhs", "mhp", "mhc of three"])
 def test_it_can_be_traced_for_any_number_of_images(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classifier, "PIECE", 500)
     module = build_classifier(head_of(name), K)
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    program = torch.export.export(module, (embeddings()[:2],), dynamic_shapes=({0: batch},))
-    traced = program.module()
-    for inputs in (embeddings(), embeddings()[:1]):
+    traced = write_program(module, embeddings()[:2], f"{tmp_path}/classifier.pt2", {})
+    for inputs in (embeddings().repeat(20, 1), embeddings()[:1]):
         classes, scores = module(inputs)
         found = traced(inputs)
         assert torch.equal(found[0], classes)
