@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import struct
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import fsspec
 import numpy as np
@@ -13,7 +15,7 @@ import simplejpeg
 
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import ShardIndex
-from pipelines.sources.recordio import MAGIC, RecordWriter, pack_record
+from pipelines.sources.recordio import MAGIC
 
 Item = tuple[list[float], bytes]
 
@@ -32,6 +34,51 @@ def items(classes: int = 3, each: int = 4) -> list[Item]:
         image = jpeg(number)
         found.append(([float(number // each)], image + bytes(-len(image) % 4) + tail))
     return found
+
+
+def pack_record(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
+    """The payload of an image record; one label is written in the header, several behind it."""
+    if len(labels) == 1:
+        return struct.pack("<IfQQ", 0, labels[0], key, 0) + image
+    return (
+        struct.pack("<IfQQ", len(labels), 0.0, key, 0)
+        + struct.pack(f"<{len(labels)}f", *labels)
+        + image
+    )
+
+
+class RecordWriter:
+    """Writes `.rec` and `.idx` like mxnet's."""
+
+    def __init__(self, records: IO[bytes], index: IO[bytes] | None = None) -> None:
+        """Write to two open files; without an index, keys are lost."""
+        self._records, self._index, self._at = records, index, 0
+
+    def write(self, key: int, payload: bytes) -> int:
+        """Append a record; returns its offset."""
+        start = self._at
+        pieces = _split(payload)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            flag = (0 if last else 1) if number == 0 else (3 if last else 2)
+            self._at += self._records.write(part(flag, piece))
+        if self._index is not None:
+            self._index.write(f"{key}\t{start}\n".encode())
+        return start
+
+
+def _split(payload: bytes) -> list[bytes]:
+    """Cut at every magic that stands at a multiple of 4, and drop it."""
+    pieces, begin = [], 0
+    offset = payload.find(MAGIC)
+    while offset >= 0:
+        if offset % 4 == 0:
+            pieces.append(payload[begin:offset])
+            begin = offset + 4
+            offset = payload.find(MAGIC, begin)
+        else:
+            offset = payload.find(MAGIC, offset + 1)
+    return [*pieces, payload[begin:]]
 
 
 def layout(images: list[Item], kind: str = "flat") -> tuple[bytes, bytes]:

@@ -123,7 +123,7 @@ def build_rayjob(config: Config, target: KubernetesTarget, attempt: int = 1) -> 
     }
 
 
-def build_raycluster(config: Config, target: KubernetesTarget, name: str = "mhe") -> Manifest:
+def build_raycluster(config: Config, target: KubernetesTarget) -> Manifest:
     """A Ray cluster that stays, as large as a run needs, for `mhe submit`.
 
     Its head may be lost: what it knows is kept in Redis (k8s/base/redis.yaml).
@@ -140,7 +140,7 @@ def build_raycluster(config: Config, target: KubernetesTarget, name: str = "mhe"
     return {
         "apiVersion": API,
         "kind": "RayCluster",
-        "metadata": {"name": name, "namespace": target.namespace, "labels": _labels("cluster")},
+        "metadata": {"name": "mhe", "namespace": target.namespace, "labels": _labels("cluster")},
         "spec": spec,
     }
 

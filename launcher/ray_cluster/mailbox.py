@@ -7,11 +7,13 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 from launcher.events import Event
 from mhe_dist.errors import RunError
 from mhe_dist.redact import scrub, scrub_urls
+
+_FLUSH_S: Final = 30.0  # that a worker waits at its end for what it has sent
 
 logger = logging.getLogger(__name__)
 
@@ -134,12 +136,12 @@ class EventSender:
         """Send an event."""
         self._last = self._mailbox.put.remote(event)
 
-    def flush(self, timeout_s: float = 30.0) -> None:
+    def flush(self) -> None:
         """Wait until everything sent has arrived: a worker's process may end right after."""
         import ray
 
         if self._last is not None:
-            ray.wait([self._last], timeout=timeout_s)
+            ray.wait([self._last], timeout=_FLUSH_S)
 
 
 class ControllerMailbox:

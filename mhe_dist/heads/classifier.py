@@ -27,17 +27,17 @@ from mhe_dist.heads.multilevel.product import MultiHeadProduct, best_products
 from mhe_dist.heads.multilevel.rows import Level
 from mhe_dist.heads.row_head import RowHead, features_of
 
+_FLOAT32: Final = 4  # bytes
 PIECE: Final = 1 << 16  # rows that are scored at once: 16 MB of scores for 64 images
 
 
-def classifier_bytes(config: HeadConfig, num_classes: int, dim: int, itemsize: int = 4) -> int:
-    """Bytes of all rows that a head's classifier holds; nothing is built for it.
+def classifier_bytes(config: HeadConfig, num_classes: int, dim: int) -> int:
+    """Bytes of all rows that a head's classifier holds in float32; nothing is built for it.
 
     Args:
         config: of the head.
         num_classes: C.
         dim: D of the embeddings.
-        itemsize: bytes of a number.
     """
     rows, projections = num_classes, 0
     if config.kind in ("mhp", "mhc"):
@@ -51,7 +51,7 @@ def classifier_bytes(config: HeadConfig, num_classes: int, dim: int, itemsize: i
             projections = len(lower)
         rows = first + sum(lower)
     width = dim + (config.margin.kind == "none")
-    return (rows * width + projections * dim * (dim + 1)) * itemsize
+    return (rows * width + projections * dim * (dim + 1)) * _FLOAT32
 
 
 def build_classifier(head: Head, k: int) -> nn.Module:

@@ -199,15 +199,6 @@ def record_changes(path: str, step: int, changes: list[Change]) -> None:
         files.rm(summary)
 
 
-def describe_rules() -> str:
-    """The table of docs/survival.md."""
-    lines = ["| keys | may change | what they are |", "|---|---|---|"]
-    for rule in CHANGE_RULES:
-        keys = ", ".join(f"`{key}`" for key in rule.keys)
-        lines.append(f"| {keys} | {rule.permission} | {rule.reason} |")
-    return "\n".join(lines)
-
-
 def _check_allowed(allowed: list[str]) -> None:
     """Refuse names in `resume.allow` that are no keys, or of keys that cannot change."""
     known = {key.path for key in all_keys() if not key.section}

@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import IO, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -214,13 +214,6 @@ def unpack_record(payload: bytes) -> ImageRecord:
     return ImageRecord(list(labels), payload[announced:])
 
 
-def pack_record(labels: Sequence[float], image: bytes, key: int = 0) -> bytes:
-    """The payload of an image record; one label is written in the header, several behind it."""
-    if len(labels) == 1:
-        return _IMAGE.pack(0, labels[0], key, 0) + image
-    return _IMAGE.pack(len(labels), 0.0, key, 0) + struct.pack(f"<{len(labels)}f", *labels) + image
-
-
 def _announced(payload: bytes) -> int:
     """Bytes before the image, by the first 4 of a payload."""
     if len(payload) < _IMAGE.size:
@@ -280,46 +273,9 @@ def _lines(url: str) -> Iterator[bytes]:
             yield line.removesuffix(b"\n")
 
 
-class RecordWriter:
-    """Writes `.rec` and `.idx` like mxnet's."""
-
-    def __init__(self, records: IO[bytes], index: IO[bytes] | None = None) -> None:
-        """Write to two open files; without an index, keys are lost."""
-        self._records, self._index, self._at = records, index, 0
-
-    def write(self, key: int, payload: bytes) -> int:
-        """Append a record; returns its offset.
-
-        Raises:
-            ValueError: a piece is 2^29 bytes long or longer.
-        """
-        start = self._at
-        pieces = _split(payload)
-        for number, piece in enumerate(pieces):
-            if len(piece) >> _LENGTH_BITS:
-                raise ValueError(f"record {key}: {len(piece)} bytes are too many")
-            last = number == len(pieces) - 1
-            flag = (_WHOLE if last else _FIRST) if number == 0 else (_LAST if last else _MIDDLE)
-            data = MAGIC + struct.pack("<I", flag << _LENGTH_BITS | len(piece)) + piece
-            self._at += self._records.write(data + bytes(-len(piece) % 4))
-        if self._index is not None:
-            self._index.write(f"{key}\t{start}\n".encode())
-        return start
-
-
-def _split(payload: bytes) -> list[bytes]:
-    """Cut at every magic that stands at a multiple of 4, and drop it."""
-    pieces, begin = [], 0
-    offset = payload.find(MAGIC)
-    while offset >= 0:
-        if offset % 4 == 0:
-            pieces.append(payload[begin:offset])
-            begin = offset + 4
-            offset = payload.find(MAGIC, begin)
-        else:
-            offset = payload.find(MAGIC, offset + 1)
-    return [*pieces, payload[begin:]]
-
-
 def _has_magic(piece: bytes) -> bool:
-    return len(_split(piece)) > 1
+    """Whether a piece has the magic at a multiple of 4."""
+    offset = piece.find(MAGIC)
+    while offset > 0 and offset % 4:
+        offset = piece.find(MAGIC, offset + 1)
+    return offset >= 0

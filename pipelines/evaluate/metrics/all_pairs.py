@@ -35,7 +35,7 @@ from pipelines.evaluate.metrics.roc import (
     sampled_bound,
 )
 from pipelines.storage.mapped_file import create_mapped_array
-from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
+from pipelines.storage.worker_pool import HERE, LazyTasks, Workers, run_tasks
 
 _BAND: Final = 2048  # rows of a task
 _TILE: Final = 512  # rows that they are compared with at a time: 2 to 4 MB of scores
@@ -81,7 +81,6 @@ def compare_all_pairs(
     labels: Ints,
     fars: Sequence[float],
     workers: Workers = HERE,
-    progress: Progress = no_progress,
     folder: str = "",
 ) -> AllPairs:
     """Compare every sample with every other one by the cosine.
@@ -91,7 +90,6 @@ def compare_all_pairs(
         labels: integers `[N]`.
         fars: at which TAR is computed.
         workers: who compares.
-        progress: called with the finished bands of rows and their number.
         folder: which all of them reach, for the rows; empty: one of this machine.
 
     Raises:
@@ -108,7 +106,7 @@ def compare_all_pairs(
     count = max(held.values(), default=0) + 1
     with tempfile.TemporaryDirectory(prefix="mhe-pairs-", dir=folder or None) as files:
         _RowFiles.write(files, embeddings, labels)
-        highest = _highest_scores(files, impostors, count, workers, progress)
+        highest = _highest_scores(files, impostors, count, workers)
         limits = np.array([highest[kept] for kept in held.values()])
         shares = _count_above(_RowFiles(files), limits) / genuine
     tar = dict(zip(held, shares.tolist(), strict=True))
@@ -186,22 +184,18 @@ def _new_file(folder: str, name: str, dtype: npt.DTypeLike, shape: tuple[int, ..
 _open_rows = lru_cache(maxsize=1)(_RowFiles)
 
 
-def _highest_scores(
-    folder: str, impostors: int, count: int, workers: Workers, progress: Progress
-) -> Floats:
+def _highest_scores(folder: str, impostors: int, count: int, workers: Workers) -> Floats:
     """The `count` highest scores of two classes, in descending order."""
     spread = SPREAD
     while True:
         bound = sampled_bound(_open_rows(folder).draw, impostors, count, spread)
-        found = _scores_above(folder, bound, count, workers, progress)
+        found = _scores_above(folder, bound, count, workers)
         if len(found) >= count or bound == -math.inf:
             return found
         spread *= 4  # the sample was not like the rest
 
 
-def _scores_above(
-    folder: str, bound: float, count: int, workers: Workers, progress: Progress
-) -> Floats:
+def _scores_above(folder: str, bound: float, count: int, workers: Workers) -> Floats:
     """The `count` highest scores of two classes, if so many are above a bound."""
     highest = TopScores(count)
 
@@ -213,7 +207,7 @@ def _scores_above(
         highest.add(scores.pop())  # and forget them there
 
     bands = math.ceil(len(_open_rows(folder).labels) / _BAND)
-    run_tasks(score_band, LazyTasks(bands, task), workers, record=record, progress=progress)
+    run_tasks(score_band, LazyTasks(bands, task), workers, record=record)
     return highest.descending()
 
 

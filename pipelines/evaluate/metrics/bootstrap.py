@@ -26,8 +26,6 @@ def bootstrap_interval(
     figure: Callable[[Floats, Bools], float],
     distances: Floats,
     same: Bools,
-    seed: int = 0,
-    draws: int = 0,
 ) -> Interval:
     """The bootstrap interval of a ten-fold figure.
 
@@ -38,13 +36,11 @@ def bootstrap_interval(
     Args:
         figure: computes the figure from distances `[P]` and same `[P]`.
         distances, same: of all pairs.
-        seed: alone decides the draws.
-        draws: number of draws; 0: `DRAWS`.
     """
     strata = _strata(same)
-    figures = np.empty(draws or DRAWS)
+    figures = np.empty(DRAWS)
     for draw in range(len(figures)):
-        rng = generator(seed, "bootstrap", draw)
+        rng = generator(0, "bootstrap", draw)
         chosen = np.concatenate([part[rng.integers(0, len(part), len(part))] for part in strata])
         figures[draw] = figure(distances[chosen], same[chosen])
     tail = (1 - LEVEL) / 2

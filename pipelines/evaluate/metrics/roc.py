@@ -24,6 +24,8 @@ KEPT: Final = 1 << 24  # impostors' scores: 128 MB, for moments twice that
 SPREAD: Final = 6.0  # standard deviations of the number of sampled scores above a threshold
 SAMPLED: Final = 1 << 19  # pairs; of fewer than 64 times as many none are sampled
 
+POINTS: Final = 200  # of a curve, for a plot
+
 _DECIMALS: Final = 12
 _SPARE: Final = 1 << 20  # values that may accumulate before the highest are selected
 
@@ -79,18 +81,18 @@ class Roc(NamedTuple):
             raise ValueError(f"FAR {far} is beyond what was kept")
         return self._above(best), best / self.impostors if self.impostors else 0.0
 
-    def curve(self, highest_far: float, points: int = 200) -> tuple[Floats, Floats]:
+    def curve(self, highest_far: float) -> tuple[Floats, Floats]:
         """FAR and TAR, from one accepted impostor to a share `highest_far` of them, or those kept.
 
         Returns:
-            Arrays over `points` FARs, evenly spaced on a logarithmic scale, and those of `FARS`
+            Arrays over `POINTS` FARs, evenly spaced on a logarithmic scale, and those of `FARS`
             that lie between them, so that the curve passes through the reported figures.
         """
         if not self.holds(highest_far):
             highest_far = (len(self.highest) - 1) / self.impostors
         lowest = 1 / max(self.impostors, 1 / highest_far)
         within = [far for far in FARS if lowest <= far <= highest_far]
-        far = np.union1d(np.geomspace(lowest, highest_far, points), within)
+        far = np.union1d(np.geomspace(lowest, highest_far, POINTS), within)
         return far, np.array([self.tar(value) for value in far])
 
     def _allowed(self, far: float) -> int:

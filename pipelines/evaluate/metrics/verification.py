@@ -21,26 +21,23 @@ class Accuracy(NamedTuple):
     Attributes:
         mean, std: over the folds; the standard deviation is the population's.
         thresholds: `[10]`, the one that was best on the other nine folds.
-        folds: `[10]`, the accuracy of each fold at its threshold.
     """
 
     mean: float
     std: float
     thresholds: Floats
-    folds: Floats
 
 
 class TarAtFar(NamedTuple):
     """True accept rate at a false accept rate, over ten folds.
 
     Attributes:
-        tar, std, far: mean TAR, its population standard deviation and the mean FAR of the folds,
-            each at the threshold that the other nine chose.
+        tar, far: mean TAR and mean FAR of the folds, each at the threshold that the other nine
+            chose.
         thresholds: `[10]`.
     """
 
     tar: float
-    std: float
     far: float
     thresholds: Floats
 
@@ -61,7 +58,7 @@ def ten_fold_accuracy(distances: Floats, same: Bools) -> Accuracy:
     # The first of the best thresholds: argmax takes the first of equal integers.
     best = np.argmax(correct.sum(axis=0) - correct, axis=1)
     folds = correct[np.arange(FOLDS), best] / size.sum(axis=0)
-    return Accuracy(float(folds.mean()), float(folds.std()), thresholds[best], folds)
+    return Accuracy(float(folds.mean()), float(folds.std()), thresholds[best])
 
 
 def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
@@ -88,7 +85,7 @@ def tar_at_far(distances: Floats, same: Bools, far: float) -> TarAtFar:
         accept = distances[part] < thresholds[fold]
         tar[fold] = accept[same[part]].sum() / size[0, fold]
         far_test[fold] = accept[~same[part]].sum() / size[1, fold]
-    return TarAtFar(float(tar.mean()), float(tar.std()), float(far_test.mean()), thresholds)
+    return TarAtFar(float(tar.mean()), float(far_test.mean()), thresholds)
 
 
 def roc_curve(distances: Floats, same: Bools, points: int = 200) -> tuple[Floats, Floats]:

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from pipelines.storage.urls import resolve_url
 
 Fault = int | tuple[int, ...]
-SCORED = ("duplicate_classes", "mixed_class", "wrong_label", "foreign", "leak", "doubted")
 
 
 class KindScore(NamedTuple):

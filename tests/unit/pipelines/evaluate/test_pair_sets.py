@@ -12,7 +12,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import normalize_embeddings
 from pipelines.evaluate.in_training import evaluate_in_training
-from pipelines.evaluate.metrics.bootstrap import bootstrap_interval
+from pipelines.evaluate.metrics import bootstrap
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
 from pipelines.evaluate.metrics.verification import roc_curve, tar_at_far, ten_fold_accuracy
 from pipelines.evaluate.pair_sets import read_bin_sets, score_pairs, verify_pair_sets
@@ -131,13 +131,14 @@ def test_the_interval_narrows_with_more_pairs_and_is_the_same_again() -> None:
     assert 1.5 < width(400) / width(3600) < 6  # three, in the limit
 
 
-def test_the_interval_covers_the_binomial_one() -> None:
+def test_the_interval_covers_the_binomial_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every threshold is as good as any other, accuracy is a share of independent pairs."""
     same = np.arange(1000) % 2 == 0
     wrong = np.arange(1000) % 10 < 2
     distances = np.where(same ^ wrong, 0.5, 3.5)
-    low, high = bootstrap_interval(
-        lambda d, s: ten_fold_accuracy(d, s).mean, distances, same, draws=400
+    monkeypatch.setattr(bootstrap, "DRAWS", 400)
+    low, high = bootstrap.bootstrap_interval(
+        lambda d, s: ten_fold_accuracy(d, s).mean, distances, same
     )
     assert (low, high) == pytest.approx((0.8 - 0.025, 0.8 + 0.025), abs=0.006)
 

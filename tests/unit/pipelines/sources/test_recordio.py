@@ -17,10 +17,8 @@ from pipelines.sources.recordio import (
     BadRecordError,
     BytesInMemory,
     Frame,
-    RecordWriter,
     class_of_labels,
     join_parts,
-    pack_record,
     read_frame,
     read_indexed_frames,
     read_payload_head,
@@ -28,7 +26,7 @@ from pipelines.sources.recordio import (
     scan_frames,
     unpack_record,
 )
-from tests.recordio_files import items, layout, part
+from tests.recordio_files import RecordWriter, items, layout, pack_record, part
 
 WORDS = st.lists(st.sampled_from([MAGIC, b"word", b"x", MAGIC[:2], b"\0\0\0\0"]), max_size=12)
 
