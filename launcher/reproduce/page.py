@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_study_page(page: str, folder: str, study: Study, seeds: int) -> WrittenPage:
-    """Write the page from the complete runs of this study, and of others that were begun there.
+    """Write the page from the complete runs of this study, and of others that are there or on it.
 
     Args:
         page: path or URL of the Markdown file.
@@ -33,10 +33,11 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
     """
     from pipelines.report.comparison_markdown import ComparisonSection, write_comparison_page
 
-    sections = []
+    sections, existing = [], read_if_exists(page) or ""
     for each in STUDIES.values():
         results = list(compare_variants(each, folder, seeds if each is study else each.seeds))
-        if each is study or any(result.outcomes for result in results):
+        is_on_page = f"\n## {each.title}\n" in existing
+        if each is study or is_on_page or any(result.outcomes for result in results):
             section = ComparisonSection(
                 name=each.name,
                 title=each.title,
@@ -49,7 +50,7 @@ def write_study_page(page: str, folder: str, study: Study, seeds: int) -> Writte
                 more=_describe_faults(each, folder, results),
             )
             sections.append(section)
-    return write_comparison_page(sections, page, read_if_exists(page) or "")
+    return write_comparison_page(sections, page, existing)
 
 
 def _describe_faults(study: Study, folder: str, results: list[VariantResult]) -> list[str]:

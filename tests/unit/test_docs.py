@@ -10,6 +10,7 @@ import pytest
 
 import mhe_dist
 import pipelines
+from launcher.reproduce.studies import STUDIES
 from tests.project_file import PROJECT
 from tests.unit.test_architecture import ROOMS
 
@@ -88,6 +89,12 @@ def test_the_list_of_where_to_change_what_has_every_room() -> None:
     rooms = [f for f in folders if f.parent.name in ("launcher", "pipelines", "mhe_dist")]
     assert len(rooms) > 25
     assert not [room.name for room in rooms if not re.search(rf"\b{room.name}/", text)]
+
+
+def test_the_page_of_evaluation_lists_every_study() -> None:
+    """Four of ten were missing."""
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    assert re.findall(r"^    mhe reproduce (\w+) +#", text, re.MULTILINE) == list(STUDIES)
 
 
 def test_the_readme_tells_the_extras_apart() -> None:

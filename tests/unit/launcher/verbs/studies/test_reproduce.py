@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -366,7 +367,10 @@ def test_a_page_never_loses_results_to_a_folder_with_fewer(
     assert "keeps" not in capsys.readouterr().out
 
 
-def test_the_page_in_docs_is_read_as_it_is_written(trainer: Trainer) -> None:
+def test_the_page_in_docs_is_read_as_it_is_written_and_keeps_the_order_of_the_studies(
+    trainer: Trainer,
+) -> None:
+    """Studies without a run in the folder came last: the first one, whose data others use."""
     own = Path(__file__).parents[5] / "docs" / "results.md"
     page = Path("docs/results.md")
     page.parent.mkdir()
@@ -374,6 +378,8 @@ def test_the_page_in_docs_is_read_as_it_is_written(trainer: Trainer) -> None:
     assert mhe("small", "--no-train", "--page", str(page)) == 0
     for row in (line for line in own.read_text().splitlines() if line.startswith("|")):
         assert row in page.read_text()
+    titles = re.findall(r"^## (.+)$", page.read_text(), re.MULTILINE)
+    assert titles == [study.title for study in STUDIES.values()]
 
 
 @pytest.mark.parametrize(
