@@ -15,7 +15,7 @@ from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster, Job, resolve_variables
 from launcher.signals import Interrupted, interruptible
 from launcher.terminal.progress import ProgressDisplay
-from mhe_dist.config.resolve import ConfigLike, resolve_config
+from mhe_dist.config.load import ConfigLike, resolve_config
 from mhe_dist.errors import Preempted
 from pipelines.runs.folder import read_summary
 from pipelines.runs.resume import refuse_changed_config

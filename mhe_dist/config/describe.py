@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -65,6 +66,21 @@ def describe_type(key: ConfigKey) -> str:
     return _describe_annotation(key.field.annotation, key.field.metadata)
 
 
+def without_items(path: str) -> str:
+    """The path of a key without the numbers of items: `data.mix.weight` of `data.mix.0.weight`."""
+    return re.sub(r"\.\d+(?=\.|$)", "", path)
+
+
+def bracketed(path: str) -> str:
+    """A path as it is shown: `data.mix[0].weight` for `data.mix.0.weight`."""
+    return re.sub(r"\.(-?\d+)(?=\.|$)", r"[\1]", path)
+
+
+def without_brackets(path: str) -> str:
+    """The inverse of `bracketed`."""
+    return re.sub(r"\[([^\[\].]*)\]", r".\1", path).removeprefix(".")
+
+
 def suggest(path: str) -> list[str]:
     """Existing paths, at most three, that are like an unknown one; the likeliest first.
 
@@ -73,14 +89,17 @@ def suggest(path: str) -> list[str]:
     known = {key.path: key for key in all_keys()}
     fixed: list[str] = []
     for part in path.split("."):
-        here = ".".join(fixed)
+        if part.isdigit() and fixed:
+            fixed.append(part)
+            continue
+        here = without_items(".".join(fixed))
         names = [name.split(".")[-1] for name in known if name.rpartition(".")[0] == here]
         near = [part] if part in names else get_close_matches(part, names, 1)
         if not near:
             break
         fixed += near
     else:
-        return [".".join(fixed)]
+        return [bracketed(".".join(fixed))]
     name = path.rsplit(".", 1)[-1]
     same = [other for other in known if other.rsplit(".", 1)[-1] == name]
     others = [other for other in known if not path.startswith(f"{other}.")]
@@ -106,6 +125,8 @@ def _describe_annotation(annotation: Any, metadata: list[Any]) -> str:
         words = f"a list, each item {_describe_annotation(arguments[0], [])}"
     elif origin is tuple:
         words = f"a list of {len(arguments)}, each {_describe_annotation(arguments[0], [])}"
+    elif origin is dict and arguments[1] is not Any:
+        words = f"a block of keys, each with {_describe_annotation(arguments[1], [])}"
     elif section := section_of(annotation):
         words = f"a block of keys ({', '.join(section.model_fields)})"
     else:
@@ -132,7 +153,8 @@ def value_at(config: Config, path: str) -> Any:
     """What a dotted path holds; None if a block on the way is null."""
     value: Any = config
     for name in path.split("."):
-        value = getattr(value, name, None)
+        is_item = isinstance(value, list) and name.isdigit()
+        value = value[int(name)] if is_item else getattr(value, name, None)
     return value
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic_core import ErrorDetails
 
-from mhe_dist.config.describe import all_keys, describe_type, suggest
-from mhe_dist.config.section import INAPPLICABLE, TOO_LARGE, UNSET_VARIABLE, Inapplicable
+from mhe_dist.config.describe import all_keys, bracketed, describe_type, suggest, without_items
+from mhe_dist.config.section import INAPPLICABLE, OWN_WORDS, TRUTH_VALUE, Inapplicable
 from mhe_dist.errors import UserError
 
 RENAMED: dict[str, str] = {}
@@ -19,7 +19,8 @@ class ConfigMistake(NamedTuple):
     """One mistake.
 
     Attributes:
-        path: dotted path of the key; empty if it is about several keys or the file as a whole.
+        path: dotted path of the key, items of lists by their numbers; empty if it is about several
+            keys or the file as a whole.
         value: what the key holds; None if nothing.
         message: what is wrong and what is right.
         source: `file:line` or "command line"; empty if there is no one place.
@@ -31,10 +32,10 @@ class ConfigMistake(NamedTuple):
     source: str = ""
 
     def __str__(self) -> str:
-        """`path=value (source): message`."""
+        """`path=value (source): message`, where the path is `data.mix[0].weight`."""
         shown = "" if self.value is None or isinstance(self.value, dict) else f"={self.value}"
         where = f"({self.source})" if self.source and self.path else self.source
-        head = " ".join(part for part in (self.path + shown, where) if part)
+        head = " ".join(part for part in (bracketed(self.path) + shown, where) if part)
         return f"{head}: {self.message}" if head else self.message
 
 
@@ -57,7 +58,7 @@ def explain_error(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistak
     """
     parts, value = [str(part) for part in detail["loc"]], detail["input"]
     known = {key.path: key for key in all_keys()}
-    heads = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    heads = [without_items(".".join(parts[:depth])) for depth in range(1, len(parts) + 1)]
     if detail["type"] == "extra_forbidden" or heads[0] not in known:
         return _unknown(parts, value, sources)
     if detail["type"] == INAPPLICABLE:
@@ -65,17 +66,22 @@ def explain_error(detail: ErrorDetails, sources: dict[str, str]) -> ConfigMistak
         reason = Inapplicable(context["tag"], context["chosen"], context["owners"])
         return explain_inapplicable(parts, value, reason, sources)
     key = known[[head for head in heads if head in known][-1]]
-    if detail["type"] == "missing" and key.path == heads[-1]:
-        return ConfigMistake(key.path, None, f"is required: {key.field.description}")
-    items = "" if detail["type"] == "missing" else heads[-1][len(key.path) + 1 :]
-    path = f"{key.path}[{items}]" if items else key.path
+    path = ".".join(parts)
+    if detail["type"] == "missing":
+        if not parts[-1].isdigit():
+            return ConfigMistake(
+                path, None, f"is required: {key.field.description}", source_of(path, sources)
+            )
+        path = ".".join(parts[:-1])  # a list that is too short
     message = f"must be {describe_type(key)}"
-    if detail["type"] in (UNSET_VARIABLE, TOO_LARGE):
+    if detail["type"] == OWN_WORDS:
         message = detail["msg"]
     elif detail["type"] == "string_type" and isinstance(value, bool | int | float):
         kind = "truth value" if isinstance(value, bool) else "number"
         message += f", but YAML reads this as a {kind}: quote it"
-    return ConfigMistake(path, value, message, source_of(key.path, sources))
+    elif detail["type"] == TRUTH_VALUE:
+        message += ", but YAML reads this (on, yes, off, no) as a truth value: write the number"
+    return ConfigMistake(path, value, message, source_of(path, sources))
 
 
 def explain_inapplicable(
@@ -110,12 +116,12 @@ def _unknown(parts: list[str], value: Any, sources: dict[str, str]) -> ConfigMis
     else:
         around = [key.path.rpartition(".") for key in all_keys()]
         here = path.rpartition(".")[0]
-        names = ", ".join(name for section, _, name in around if section == here)
-        message += f"; {here or 'the configuration'} has {names}" if names else ""
+        names = ", ".join(name for block, _, name in around if block == without_items(here))
+        message += f"; {bracketed(here) or 'the configuration'} has {names}" if names else ""
     return ConfigMistake(path, value, message, source_of(path, sources))
 
 
-def source_of(path: str, sources: dict[str, str]) -> str:
+def source_of(path: str, sources: Mapping[str, str]) -> str:
     """Where a key, or else the nearest block around it, or else a key below it, was set."""
     around = path
     while around:

@@ -6,12 +6,13 @@ overrides into these models and words the mistakes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.head import HeadConfig
+from mhe_dist.config.scale import ScaleConfig
 from mhe_dist.config.section import (
     Alternatives,
     ConfigSection,
@@ -132,66 +133,6 @@ class TrainConfig(ConfigSection):
     def micro_batches(self) -> int:
         """n: micro-batches of a step, over all ranks."""
         return self.global_batch // self.micro_batch
-
-
-_WORKERS = {
-    "anyOf": [
-        {"type": "integer", "exclusiveMinimum": 0},
-        {
-            "type": "object",
-            "properties": {name: {"type": "integer"} for name in ("min", "max")},
-            "required": ["min", "max"],
-            "additionalProperties": False,
-        },
-    ]
-}
-
-
-class ScaleConfig(ConfigSection):
-    """The workers and what each one gets."""
-
-    workers: Annotated[PositiveInt, WithJsonSchema(_WORKERS)] = Field(
-        1, description="W: number of workers (ranks); {min: a, max: b} sets min_workers, too."
-    )
-    min_workers: int = Field(
-        0,
-        ge=0,
-        description="Fewest workers that the run goes on with when some are lost, until there is "
-        "room for more again; 0: exactly scale.workers.",
-    )
-    gpu: bool = Field(False, description="One GPU and NCCL for each worker.")
-    cpus_per_worker: PositiveInt = Field(1, description="CPUs, and compute threads, of a worker.")
-    resources: dict[str, PositiveFloat] = Field(
-        {}, description="Further Ray resources of a worker, by name: memory (bytes), your own."
-    )
-    accelerator_type: str = Field(
-        "", description="Kind of accelerator as Ray names it, such as H100; empty: any."
-    )
-    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = Field(
-        "pack", description="pack: few nodes, so that samples travel a short way; spread: many."
-    )
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage of the backbone.")
-    max_failures: int = Field(3, ge=-1, description="Restarts without progress; -1: no limit.")
-    timeout_s: PositiveFloat = Field(600.0, description="Longest wait inside a collective.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _range_of_workers(cls, values: Any) -> Any:
-        """`workers: {min: a, max: b}` is `workers: b` with `min_workers: a`."""
-        found = values.get("workers") if isinstance(values, dict) else None
-        if not isinstance(found, dict) or found.keys() != {"min", "max"}:
-            return values
-        return {**values, "workers": found["max"], "min_workers": found["min"]}
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number of workers may change while the run goes on."""
-        return 0 < self.min_workers < self.workers
-
-    @property
-    def fewest(self) -> int:
-        """The fewest workers that the run goes on with."""
-        return self.min_workers or self.workers
 
 
 class EvaluateConfig(ConfigSection):

@@ -71,7 +71,7 @@ def expand_path(path: str) -> str:
         if not os.environ.get(name):
             lack = "is empty" if name in os.environ else "is not set"
             raise PydanticCustomError(
-                UNSET_VARIABLE,
+                OWN_WORDS,
                 "the environment variable {name} {lack}",
                 {"name": name, "lack": lack},
             )
@@ -96,9 +96,9 @@ FolderText = Annotated[PathText, AfterValidator(local_path)]
 """A folder, or its URL, that is written; a `file://` URL is the path that it names."""
 
 INAPPLICABLE = "inapplicable"  # pydantic's type of the error
-UNSET_VARIABLE: Final = "unset_variable"  # likewise
-TOO_LARGE: Final = "too_large"  # likewise
+TRUTH_VALUE: Final = "truth_value"  # likewise
 NO_NUMBER: Final = "no_number"  # likewise
+OWN_WORDS: Final = "own_words"  # likewise, of an error whose message says all
 
 
 class Inapplicable(NamedTuple):
@@ -170,8 +170,8 @@ class ConfigSection(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes` and `on` as true, which pydantic would take for 1."""
         field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation in (int, float):
-            raise ValueError("is not a number")
+        if _has_truth_value(value) and _wants_number(field.annotation):
+            raise PydanticCustomError(TRUTH_VALUE, "is a truth value, and no number")
         return value
 
     @field_validator("*", mode="after")
@@ -180,7 +180,7 @@ class ConfigSection(BaseModel):
         """No tensor, array or file of a run holds a larger number."""
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and abs(number) >= 2**63:
-                raise PydanticCustomError(TOO_LARGE, "must be a number of at most 63 bits")
+                raise PydanticCustomError(OWN_WORDS, "must be a number of at most 63 bits")
         return value
 
     @model_validator(mode="wrap")
@@ -219,6 +219,20 @@ class ConfigSection(BaseModel):
         return schema
 
 
+def _wants_number(annotation: Any) -> bool:
+    """Whether a type is that of a number, or has such a type or the values of one in it."""
+    inner = get_args(annotation)
+    return annotation in (int, float) or type(annotation) is int or any(map(_wants_number, inner))
+
+
+def _has_truth_value(value: Any) -> bool:
+    """Whether a value is true or false, or a container of such."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    inner = value if isinstance(value, list | tuple) else []
+    return isinstance(value, bool) or any(map(_has_truth_value, inner))
+
+
 def _condition(alternatives: Alternatives, kind: str, is_default: bool) -> JsonSchemaValue:
     """JSON Schema: if the tag is `kind`, given or by default, keys of other kinds are forbidden."""
     given: JsonSchemaValue = {"properties": {alternatives.tag: {"const": kind}}}
@@ -236,7 +250,7 @@ def _error(key: str, value: Any, reason: Inapplicable) -> InitErrorDetails:
 
 def _again(found: ErrorDetails) -> InitErrorDetails:
     """A finding inside a section, to be raised once more."""
-    if found["type"] in (INAPPLICABLE, UNSET_VARIABLE, TOO_LARGE, NO_NUMBER):
+    if found["type"] in (INAPPLICABLE, TRUTH_VALUE, NO_NUMBER, OWN_WORDS):
         context = {"reason": found["msg"], **found.get("ctx", {})}
         error = PydanticCustomError(found["type"], "{reason}", context)
         return InitErrorDetails(type=error, loc=found["loc"], input=found["input"])

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mhe_dist.config.resolve import ConfigLike
+    from mhe_dist.config.load import ConfigLike
 
 __all__ = ("pretrain",)
 
@@ -43,7 +43,7 @@ def pretrain(
         RunError: the run failed.
         Preempted: the process was asked to stop; the run is saved and goes on when called again.
     """
-    from mhe_dist.config.resolve import resolve_config
+    from mhe_dist.config.load import resolve_config
     from pipelines.pretrain.main import run_pretraining
     from pipelines.sources.glyphs.build import ensure_glyphs
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mhe_dist.config.schema import Config, ScaleConfig, TrainConfig
+from mhe_dist.config.scale import ScaleConfig
+from mhe_dist.config.schema import Config, TrainConfig
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.distributed.watchdog import watched

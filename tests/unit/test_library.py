@@ -13,8 +13,8 @@ import pytest
 
 import mhe_dist
 import pipelines
+from mhe_dist.config.load import resolve_config
 from mhe_dist.config.mistakes import ConfigErrors
-from mhe_dist.config.resolve import resolve_config
 from pipelines.pretrain import main as pretrain_main
 
 NAMES = {
