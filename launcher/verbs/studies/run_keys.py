@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from mhe_dist.config.mistakes import ConfigErrors
+from mhe_dist.config.mistakes import ConfigErrors, source_of
 from mhe_dist.errors import UserError
 
 _OWN: Final = ("run", "run.name", "run.dir")
@@ -46,7 +46,7 @@ def mistakes_named(sources: Mapping[str, str]) -> Iterator[None]:
     except ConfigErrors as errors:
         raise ConfigErrors(
             [
-                each._replace(source=sources.get(each.path.partition("[")[0], each.source))
+                each._replace(source=source_of(each.path, sources) or each.source)
                 for each in errors.mistakes
             ]
         ) from None
