@@ -22,7 +22,8 @@ from werkzeug.wrappers import Request, Response
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
-from tests.recordio_files import jpeg
+from tests.support.data.images import jpeg
+from tests.support.data.tars import add_members
 
 Content = Callable[[str, int, int], bytes]
 
@@ -92,10 +93,8 @@ class Synthetic:
             "bin": bytes(filling),
         }
         with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{shard:03d}-{number:05d}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            key = f"{shard:03d}-{number:05d}"
+            add_members(tar, ((f"{key}.{extension}", data) for extension, data in members.items()))
             assert tar.offset == self.size
             return stream.getvalue()[: self.size]
 

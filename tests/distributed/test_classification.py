@@ -52,7 +52,7 @@ from pipelines.serving.model_card import TrainedModel
 from pipelines.shards.index import ShardIndex
 from tests import tiny
 from tests.conftest import run_ranks
-from tests.label_sets import write_labels
+from tests.support.data.label_sets import write_labels
 
 HEADS: dict[str, dict[str, Any]] = {
     "mhs": {},

@@ -1,11 +1,8 @@
 """Held-out evaluation over ranks: the same bits for any number of ranks."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
@@ -14,6 +11,7 @@ from pipelines.embedding.embeddings import embed_set
 from pipelines.evaluate.heldout import Evaluation, evaluate_heldout
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.support.data.images import encoded
 
 SIDE, CLASSES, PER_CLASS, BLOCK = 16, 11, 4, 8  # 44 images: 6 blocks, the last one half full
 
@@ -27,9 +25,8 @@ def write_set(folder, meta=None):
             for number in range(shard * 22, shard * 22 + 22):
                 label = number // PER_CLASS
                 noisy = patterns[label] + rng.normal(0, 25, (SIDE, SIDE, 3))
-                data = io.BytesIO()
-                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(data, "png")
-                members = {"png": data.getvalue(), "cls": str(label).encode()}
+                data = encoded(noisy.clip(0, 255).astype(np.uint8), "png")
+                members = {"png": data, "cls": str(label).encode()}
                 samples.append(Sample(f"{number:03d}", members))
             writer.write(samples)
         writer.finish(CLASSES, meta)

@@ -29,8 +29,8 @@ from pipelines.runs import lock
 from pipelines.runs.lock import FileLock, Holder
 from pipelines.shards.index import ShardIndex
 from tests import tiny
-from tests.label_sets import write_labels
-from tests.loading import loader_of
+from tests.support.data.label_sets import write_labels
+from tests.support.data.loading import loader_of
 
 STEPS = 18  # of most runs here: a checkpoint after 10, and what happens to them in step 13 or 14
 

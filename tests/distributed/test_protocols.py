@@ -9,7 +9,7 @@ from pipelines.evaluate.ijb import evaluate_ijb
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 from pipelines.evaluate.sets.ijb_files import load_ijb
 from tests import tiny
-from tests.ijb_set import write_ijb_set
+from tests.support.data.ijb_set import write_ijb_set
 
 
 def network() -> torch.nn.Module:

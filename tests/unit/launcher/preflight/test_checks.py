@@ -14,12 +14,8 @@ from launcher.preflight.checks import check_data, check_names, check_selection
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from tests import tiny
+from tests.support.config_sections import config
 from tests.waiting import WATCHDOG_S
-
-
-def config(**sections: dict[str, Any]) -> Config:
-    sections.setdefault("data", {"shards": "data/train"})
-    return Config.model_validate(sections)
 
 
 def wrong_keys(shards: str, heldout: str, glyphs: bool) -> list[str]:

@@ -34,13 +34,10 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.sizes import GIB
 from pipelines.pretrain.dry_run import dry_run
 from tests import tiny
+from tests.support.config_sections import config
 from tests.waiting import wait_for
 
 VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
-
-
-def config(**sections: Any) -> Config:
-    return Config.model_validate({"data": {"shards": "x"}, **sections})
 
 
 def node(host: str = "a", cpus: int = 4, gpus: int = 0, **changes: Any) -> dict[str, Any]:

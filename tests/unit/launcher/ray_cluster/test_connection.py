@@ -18,19 +18,15 @@ from launcher.ray_cluster.connection import (
     existing_cluster,
     local_cluster,
 )
-from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-
-
-def config(**scale: Any) -> Config:
-    return Config.model_validate({"data": {"shards": "x"}, "scale": scale})
+from tests.support.config_sections import config
 
 
 def test_gpus_that_are_not_there_are_refused() -> None:
     with pytest.raises(UserError, match=r"scale.workers=2.*has 1.*scale.gpu=false"):
-        _check_gpus(config(workers=2, gpu=True), {"GPU": 1.0})
-    _check_gpus(config(workers=2, gpu=True), {"GPU": 2.0})
-    _check_gpus(config(workers=2), {})
+        _check_gpus(config(scale={"workers": 2, "gpu": True}), {"GPU": 1.0})
+    _check_gpus(config(scale={"workers": 2, "gpu": True}), {"GPU": 2.0})
+    _check_gpus(config(scale={"workers": 2}), {})
 
 
 TIMED_OUT = (
@@ -50,7 +46,7 @@ def test_ray_that_does_not_start_says_what_to_do(
         raise error
 
     monkeypatch.setattr(ray_internals, "start_local_ray", start)
-    made = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": str(tmp_path)}})
+    made = config(run={"dir": str(tmp_path)})
     with pytest.raises(RunError) as failed, local_cluster(made):
         pytest.fail("Ray has not started")
     for part in (str(error), "Load ", "end other work or wait", "scale.workers", "mhe doctor"):

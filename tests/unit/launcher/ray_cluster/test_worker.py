@@ -16,8 +16,8 @@ from launcher.ray_cluster.environment import worker_environment
 from launcher.ray_cluster.mailbox import errors_scrubbed
 from launcher.ray_cluster.worker import _describe, _report_crash, train_worker
 from launcher.tasks import ray_tasks
-from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
+from tests.support.config_sections import config
 
 CRASHING = """
 import ctypes, sys
@@ -40,12 +40,8 @@ os.system('echo child')
 """
 
 
-def config(**scale: Any) -> Config:
-    return Config.model_validate({"data": {"shards": "x"}, "scale": scale})
-
-
 def test_a_worker_gets_its_threads_and_no_telemetry() -> None:
-    variables = worker_environment(config(cpus_per_worker=3))
+    variables = worker_environment(config(scale={"cpus_per_worker": 3}))
     assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "3"
     assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
     assert all(isinstance(value, str) for value in variables.values())

@@ -21,6 +21,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.worker_pool import HERE
 from tests import tiny
+from tests.support.files import contents
 from tests.terminal import said
 
 Captured = pytest.CaptureFixture[str]
@@ -39,11 +40,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(data: Path, out: Path, *more: str) -> list[str]:
     words = ["cluster", f"{data}/shards", "--out", str(out), "--workers", "1"]
     return [*words, "--classes", "30", *more]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +91,7 @@ def test_it_says_what_it_takes_what_it_made_and_what_comes_next(
     assert f"{IMAGES} of {IMAGES} images have classes, of " in text
     assert "purity against the 30 labels" in text
     assert f"mhe train CONFIG data.shards={data}/shards data.labels={out}" in text
-    assert content(out) == content(made)
+    assert contents(out) == contents(made)
     shown = said(["data", "labels", "show", str(out)], capsys)
     assert "made_by: mhe cluster" in shown
 

@@ -16,8 +16,9 @@ from launcher.verbs.data import check
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import insightface
 from pipelines.sources.label_table.keys import read_keys
-from tests.recordio_files import items, jpeg, layout, save
-from tests.unit.pipelines.shards.test_index import PACKED
+from tests.support.data.images import jpeg
+from tests.support.data.recordio_files import items, layout, save
+from tests.support.data.shard_sets import PACKED
 
 Captured = pytest.CaptureFixture[str]
 FOLDER = ["folder", "--root", "made", "--out", "out"]

@@ -22,7 +22,7 @@ from pipelines.evaluate import approximate, search
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
 from tests import tiny
-from tests.ijb_set import write_ijb_set
+from tests.support.data.ijb_set import write_ijb_set
 from tests.terminal import said
 
 Captured = pytest.CaptureFixture[str]

@@ -19,7 +19,7 @@ from pipelines.embedding import worker_embed
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.storage.worker_pool import Workers
 from tests import tiny
-from tests.ijb_set import write_ijb_set
+from tests.support.data.ijb_set import write_ijb_set
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
 from tests import tiny
-from tests.recordio_files import items, jpeg, layout, save
+from tests.support.data.images import jpeg
+from tests.support.data.recordio_files import items, layout, save
 
 Captured = pytest.CaptureFixture[str]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from mhe_dist.bank import row_store, saved_rows
 from mhe_dist.bank.bank import Bank, round_stochastically
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.noise import normal_rows
+from tests.support.faults import disk_full
 from tests.waiting import stretched
 
 MEMORIES = ("device", "host", "file")
@@ -173,11 +173,8 @@ def test_units_have_room_on_the_disk_before_they_are_written_through_a_mapping(
     for file in open_files(rows):
         assert file.st_blocks * 512 >= len(some) * min(4096, length * 64 * 4)
 
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     for call in ("pwrite", "posix_fallocate"):
-        monkeypatch.setattr(os, call, full)
+        monkeypatch.setattr(os, call, disk_full)
     with pytest.raises(RunError, match=r"weight.rows.*No space left.*head.bank.path"):
         made("full").touch(some)
     saved = {name: torch.zeros(len(some), length, 64) for name in rows.fields}
@@ -328,10 +325,7 @@ def test_a_full_disk_names_the_file_and_the_key(
 ) -> None:
     rows = Bank(range(8), 128, 64, big, memory="file", folder=tmp_path)
 
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", disk_full)
     with pytest.raises(RunError, match=r"weight.rows.*No space left.*head.bank.path"):
         rows.touch(numbers(3))
 

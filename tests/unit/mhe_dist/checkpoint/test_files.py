@@ -12,19 +12,10 @@ import pytest
 import torch
 from gcsfs.retry import HttpError
 
-from mhe_dist.checkpoint import files
 from mhe_dist.checkpoint.files import CheckpointFolder, FileEntry
 
 DATA = bytes(range(256)) * 10
 ENTRY = FileEntry(len(DATA), f"{zlib.crc32(DATA):08x}")
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was waited between attempts; nobody waits."""
-    found: list[float] = []
-    monkeypatch.setattr(files.time, "sleep", found.append)
-    return found
 
 
 def written(url: str) -> CheckpointFolder:

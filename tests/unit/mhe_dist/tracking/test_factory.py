@@ -12,17 +12,13 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking import remote_file
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.factory import mlflow_uri, open_tracker, sqlite_uri
 from mhe_dist.tracking.jsonl import JsonlTracker, read_records
 from pipelines.pretrain.restarts import read_restart
-
-
-def config(**run):
-    return Config.model_validate({"data": {"shards": "x"}, "run": run})
+from tests.support.config_sections import config
 
 
 def steps(path):
@@ -269,12 +265,12 @@ def test_all_trackers_are_closed_even_when_one_fails():
 
 
 def test_only_the_first_rank_keeps_a_record(tmp_path):
-    assert isinstance(open_tracker(config(dir=str(tmp_path)), is_first=False), NullTracker)
+    assert isinstance(open_tracker(config(run={"dir": str(tmp_path)}), is_first=False), NullTracker)
 
 
 def test_the_tracking_uri_comes_from_config_then_environment_then_sqlite(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    plain = config(dir=str(tmp_path))
+    plain = config(run={"dir": str(tmp_path)})
     assert mlflow_uri(plain) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
     assert mlflow_uri(plain) == "http://server:5000"
@@ -285,7 +281,7 @@ def test_the_tracking_uri_comes_from_config_then_environment_then_sqlite(tmp_pat
 def test_sqlite_cannot_live_at_a_url(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match=r"run\.dir='s3://bucket/runs' is a URL.*tracking.uri"):
-        mlflow_uri(config(dir="s3://bucket/runs"))
+        mlflow_uri(config(run={"dir": "s3://bucket/runs"}))
 
 
 # Python 3.10 has no newer one; it decodes nothing in a URL.

@@ -21,12 +21,7 @@ from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, Spool
 from tests.waiting import stretched
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._GATHER_S", 0.05)
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._PAUSE_S", 0.02)
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 10.0)
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,7 @@ from mhe_dist.tracking.spool import MetricRecord, RunEnd, Spool
 from pipelines.runs.lock import FileLock, Holder
 from tests.waiting import wait_for
 
-
-@pytest.fixture(autouse=True)
-def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._GATHER_S", 0.05)
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._PAUSE_S", 0.02)
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 10.0)
+pytestmark = pytest.mark.usefixtures("hurry")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.tracking.base import TrackedDataset, Tracker
 from mhe_dist.tracking.factory import open_tracker
 from mhe_dist.tracking.tensorboard import TensorBoardTracker
+from tests.support.faults import disk_full
 
 
 @pytest.fixture
@@ -103,8 +104,7 @@ def test_the_config_asks_for_it(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path: Path) -> None:
     class Full:
-        def add_scalar(self, *args: Any, **kwargs: Any) -> None:
-            raise OSError(28, "No space left on device")
+        add_scalar = disk_full
 
     tracker = TensorBoardTracker(str(tmp_path))
     tracker._writer = Full()  # type: ignore[assignment]

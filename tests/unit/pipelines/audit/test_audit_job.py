@@ -21,6 +21,7 @@ from pipelines.audit.settings import AuditSettings
 from pipelines.clustering.rows import UnitRows
 from pipelines.shards.index import ShardIndex
 from tests import tiny
+from tests.support.data.rows import unit
 
 CLASSES, IMAGES, DIM = 200, 12, 32
 SPLIT, MERGED, RELABELLED, FOREIGN = 10, 12, 200, 40
@@ -36,10 +37,6 @@ class Planted(NamedTuple):
     before: np.ndarray
     relabelled: np.ndarray
     foreign: np.ndarray
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,9 @@ from pipelines.audit.classes.centres import (
 from pipelines.audit.classes.mixed import cut_classes
 from pipelines.audit.classes.pairs import count_crossings, group_pairs, measure_mixing, merged_ids
 from pipelines.audit.images.neighbours import nearest_in_groups
+from tests.support.data.rows import unit
 
 DIM = 12
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def around(rng: np.random.Generator, count: int, noise: float = 0.5) -> np.ndarray:

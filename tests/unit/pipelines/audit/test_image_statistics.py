@@ -27,12 +27,9 @@ from pipelines.clustering.members import Members, sort_members
 from pipelines.clustering.rows import UnitRows
 from pipelines.clustering.state import ClusterState
 from pipelines.storage.staging import Journal
+from tests.support.data.rows import unit
 
 DIM, CLASSES, IMAGES = 8, 10, 240
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture

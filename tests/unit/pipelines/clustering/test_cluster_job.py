@@ -15,6 +15,7 @@ from pipelines.clustering.build import Clustering, ClusterJob
 from pipelines.clustering.settings import ClusterSettings
 from pipelines.shards.label_set import LabelSet
 from pipelines.shards.similarities import decode_similarities
+from tests.support.files import contents
 
 CLASSES, IMAGES, DIM = 60, 2600, 16
 TRUTH = np.random.default_rng(0).zipf(1.6, IMAGES) % CLASSES
@@ -74,10 +75,6 @@ def cluster(
         return None, None, calls
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
 def test_the_label_set_holds_what_was_asked_for(tmp_path: Path, small_parts: None) -> None:
     labels, made, _ = cluster(tmp_path / "set")
     assert labels is not None and made is not None
@@ -110,15 +107,15 @@ def test_the_label_set_holds_what_was_asked_for(tmp_path: Path, small_parts: Non
 def test_the_classes_depend_on_nothing_but_the_recipe(tmp_path: Path, small_parts: None) -> None:
     cluster(tmp_path / "one")
     cluster(tmp_path / "two", workers=3)
-    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     other = ClusterSettings(**{**SETTINGS.as_dict(), "seed": 4})
     cluster(tmp_path / "other", other)
-    assert content(tmp_path / "one") != content(tmp_path / "other")
+    assert contents(tmp_path / "one") != contents(tmp_path / "other")
 
 
 def test_killed_at_any_point_it_ends_with_the_same_bytes(tmp_path: Path, small_parts: None) -> None:
     _, _, calls = cluster(tmp_path / "whole")
-    expected = content(tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
     assert calls > 30
     # Each attempt gets a few pieces further; a piece that was done and not recorded is done twice.
     attempts, finished = 0, None
@@ -126,7 +123,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(tmp_path: Path, small_p
         attempts += 1
         finished = cluster(tmp_path / "killed", kill_at=2 + attempts % 3)[0]
     assert attempts >= 10
-    assert content(tmp_path / "killed") == expected
+    assert contents(tmp_path / "killed") == expected
 
 
 @pytest.mark.parametrize("kept", ["", ".npz"])
@@ -139,7 +136,7 @@ def test_a_clustering_whose_files_are_gone_begins_anew(
         if not kept or file.suffix != kept:
             file.unlink()
     cluster(tmp_path / "set")
-    assert content(tmp_path / "set") == content(tmp_path / "whole")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_killed_before_it_has_its_name_it_only_gets_that(
@@ -155,7 +152,7 @@ def test_killed_before_it_has_its_name_it_only_gets_that(
         assert cluster(tmp_path / "set")[0] is None
     labels, made, _ = cluster(tmp_path / "set")
     assert labels is not None and made is None
-    assert content(tmp_path / "set") == content(tmp_path / "whole")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_one_kmeans_finds_few_classes(tmp_path: Path) -> None:

@@ -42,10 +42,7 @@ from pipelines.clustering.settings import (
 from pipelines.clustering.state import ClusterState
 from pipelines.shards.similarities import decode_similarities, encode_similarities
 from pipelines.storage.staging import Journal
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+from tests.support.data.rows import unit
 
 
 def draw(count: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -74,13 +71,13 @@ def test_rows_of_a_mapped_file_are_directions(tmp_path: Path, dtype: str) -> Non
     rows = UnitRows(mapped(tmp_path / "rows.npy", matrix))
     expected = matrix.astype(np.float64)
     expected[3:6] = 0
-    expected[[*range(3), *range(6, 50)]] = unit(expected[[*range(3), *range(6, 50)]])
+    expected[[*range(3), *range(6, 50)]] = unit(expected[[*range(3), *range(6, 50)]], float)
     numbers = np.array([40, 3, 7, 7])
     np.testing.assert_allclose(rows.read(2, 30), expected[2:30], atol=1e-6)
     np.testing.assert_allclose(rows.gather(numbers), expected[numbers], atol=1e-6)
     mean = np.full(8, 0.1, np.float32)
     centered = rows.centered(mean).read(0, 50)
-    np.testing.assert_allclose(centered[6:], unit(expected[6:] - 0.1), atol=1e-6)
+    np.testing.assert_allclose(centered[6:], unit(expected[6:] - 0.1, float), atol=1e-6)
     assert not centered[3:6].any()
 
 
@@ -142,7 +139,7 @@ def test_classes_are_found_in_the_cells_nearest_to_an_image() -> None:
     cells, centres = cells.astype(np.float32), centres.astype(np.float32)
     owners = np.random.default_rng(3).integers(0, 20, 200).astype(np.int32)
     owners[owners == 4] = 5  # a cell without classes
-    rows = unit(draw(300, 16, 4)).astype(np.float32)
+    rows = unit(draw(300, 16, 4))
     rows[7] = 0
     cosines, classes = ClassSearch(centres, cells, owners).find(rows, 5)
     filled = np.array([cell for cell in range(20) if cell != 4])
@@ -157,7 +154,7 @@ def test_classes_are_found_in_the_cells_nearest_to_an_image() -> None:
 
 
 def test_cells_with_fewer_classes_than_asked_for_leave_places_empty() -> None:
-    centres = unit(draw(3, 8)).astype(np.float32)
+    centres = unit(draw(3, 8))
     search = ClassSearch(centres, centres, np.arange(3, dtype=np.int32))
     cosines, classes = search.find(centres, 5)
     np.testing.assert_array_equal(classes[:, 0], [0, 1, 2])
@@ -173,7 +170,7 @@ def test_recall_is_the_share_whose_nearest_class_of_all_was_found(
     monkeypatch.setattr("pipelines.clustering.quality._CENTRES", together)
     cells, centres = unit(draw(20, 16, 1)), unit(draw(200, 16, 2))
     cells, centres = cells.astype(np.float32), centres.astype(np.float32)
-    matrix = unit(draw(300, 16, 4)).astype(np.float32)
+    matrix = unit(draw(300, 16, 4))
     matrix[7] = 0  # has no nearest one
     owners = np.random.default_rng(3).integers(0, 20, 200).astype(np.int32)
     found = measure_recall(UnitRows(matrix), ClassSearch(centres, cells, owners), centres, 0)
@@ -227,12 +224,12 @@ def test_a_part_of_a_large_class_is_found_in_the_cell_of_the_large_one(
     free is in the other one, where no image of the large class would look."""
     monkeypatch.setattr("pipelines.clustering.assign.PROBES", 1)
     axes = np.eye(8, dtype=np.float32)
-    cells = unit(np.stack([axes[0], axes[7]])).astype(np.float32)
+    cells = unit(np.stack([axes[0], axes[7]]))
     directions = unit(
         np.stack([axes[0] + axes[1], axes[0] + axes[2], axes[7] + axes[3], axes[7] + axes[4]])
     )
     of = np.repeat([0, 1, 2, 3], [20, 20, 10, 10])
-    rows = unit(directions[of] + 0.01 * draw(60, 8)).astype(np.float32)
+    rows = unit(directions[of] + 0.01 * draw(60, 8))
     settings = ClusterSettings(4, 1, max_size=1.0, rounds=1, center=False)
     centres = state.array("centres", (4, 8), "float32")
     centres[:] = [cells[0], *directions[2:], -cells[1]]  # the last one is nearest to no image
@@ -271,7 +268,7 @@ def test_of_near_duplicates_the_first_is_kept(monkeypatch: pytest.MonkeyPatch) -
     base = draw(30, 8, 1)
     rows = unit(base[np.random.default_rng(2).integers(0, 30, 90)] + 0.05 * draw(90, 8, 3))
     images = np.arange(5, 90)
-    found = find_duplicates(UnitRows(rows.astype(np.float32)), images, 0.98)
+    found = find_duplicates(UnitRows(rows), images, 0.98)
     assert found.tolist() == greedy_duplicates(rows[5:], 0.98)
     assert 30 < found.sum() < 80
 

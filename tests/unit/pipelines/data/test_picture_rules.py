@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import struct
@@ -23,19 +22,13 @@ from pipelines.embedding.image_files import list_images
 from pipelines.evaluate.sets.insightface_bin import read_verification_bin
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.support.data.images import encoded
 
 SIDE = 16
 Pixels = npt.NDArray[np.uint8]
 RAMP = np.arange(256).reshape(SIDE, SIDE)
 GREY = RAMP.astype(np.uint8)
 COLOUR = np.stack([GREY, GREY.T, 255 - GREY], axis=2)
-
-
-def encoded(image: Image.Image | npt.NDArray[np.generic], kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def oriented(orientation: int) -> bytes:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.sample import BadSampleError, decode_sample, parse_members
+from tests.support.data.tars import add_members
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 JPEG = simplejpeg.encode_jpeg(PIXELS, quality=95)
@@ -22,10 +23,7 @@ def tar(members: dict[str, bytes], **options: int) -> memoryview:
     """One sample as it lies in a tar, without the archive's end."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", **options) as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+        add_members(archive, members.items())
         end = archive.offset
     return memoryview(stream.getvalue())[:end]
 

@@ -11,7 +11,7 @@ import torch
 from mhe_dist.errors import RunError
 from pipelines.data.sequential import read_in_order
 from pipelines.shards.index import ShardIndex
-from tests.patterns import CLASSES, PNG_DATA, SIDE, damage, image, write_patterns
+from tests.support.data.patterns import CLASSES, PNG_DATA, SIDE, damage, image, write_patterns
 
 
 @pytest.fixture

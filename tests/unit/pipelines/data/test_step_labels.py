@@ -15,8 +15,8 @@ from pipelines.data.mixture.index import Mixture, open_training_index, samples_p
 from pipelines.data.order import SampleOrder
 from pipelines.data.step_labels import StepLabels
 from pipelines.shards.index import ShardIndex
-from tests.label_sets import write_labels
-from tests.unit.pipelines.shards.test_index import PACKED
+from tests.support.data.label_sets import write_labels
+from tests.support.data.shard_sets import PACKED
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,8 @@ from pipelines.shards.shard import Shard
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import HERE, Processes, Workers
-from tests.recordio_files import jpeg
+from tests.support.data.images import jpeg
+from tests.support.faults import interrupt_at
 
 PER_SHARD, CLASSES = 5, 4
 
@@ -173,13 +174,9 @@ def test_duplicates_are_those_of_a_plain_count(rows: list[tuple[int, int]]) -> N
 
 
 def test_an_interrupted_verification_goes_on(index: ShardIndex, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     journal = Journal(str(tmp_path / "journal"), index.digest)
     with pytest.raises(KeyboardInterrupt):
-        verify_dataset(index, journal, progress=stop)
+        verify_dataset(index, journal, progress=interrupt_at(2))
     seen: list[int] = []
     again = Journal(str(tmp_path / "journal"), index.digest)
     report = verify_dataset(index, again, progress=lambda done, _: seen.append(done))

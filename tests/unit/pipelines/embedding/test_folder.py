@@ -28,6 +28,7 @@ from pipelines.runs.trained import load_trained_backbone
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.worker_pool import Processes
 from tests import tiny
+from tests.support.files import contents
 
 OPTIONS = FolderOptions()
 
@@ -58,10 +59,6 @@ def whole(run: str, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with small():
         write_folder(run, shards, str(out), OPTIONS)
     return out
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 class Shuffled:

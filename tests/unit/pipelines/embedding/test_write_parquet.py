@@ -20,6 +20,7 @@ from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.embedding.write_parquet import write_parquet_folder
 from pipelines.storage.worker_pool import Processes
 from tests import tiny
+from tests.support.files import contents
 
 OPTIONS = FolderOptions()
 
@@ -31,10 +32,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(folder_module, "BLOCK", 32)
     monkeypatch.setattr(module, "_GROUP", 2)
     yield
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.parametrize("options", [OPTIONS, FolderOptions(flip=True, dtype="float16")])

@@ -16,7 +16,7 @@ from pipelines.evaluate.metrics import templates
 from pipelines.evaluate.metrics.templates import pool_templates, template_scores
 from pipelines.evaluate.sets import ijb_files
 from pipelines.evaluate.sets.ijb_files import load_ijb
-from tests.ijb_set import SUBJECTS, TEMPLATES, write_ijb_set
+from tests.support.data.ijb_set import SUBJECTS, TEMPLATES, write_ijb_set
 
 EXACT = 1e-12
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mhe_dist.config.data import DataConfig
 from mhe_dist.config.schema import EvaluateConfig
@@ -19,17 +17,17 @@ from mhe_dist.errors import RunError, UserError
 from pipelines.evaluate.in_training import evaluate_in_training, figure_names, refuse_unusable_sets
 from pipelines.shards.writer import Sample, ShardWriter
 from tests import tiny
+from tests.support.data.images import encoded
 
 FONTS = {"fonts": ["Song.ttf", "Brush.ttf"], "font": [0] * 24}
 
 
 def write_set(folder: Path, labels: list[int], meta: dict[str, Any] | None = None) -> str:
-    data = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(data, "png")
+    data = encoded(np.zeros((4, 4, 3), np.uint8), "png")
     with ShardWriter(str(folder), "heldout") as writer:
         writer.write(
             [
-                Sample(f"{number:03d}", {"png": data.getvalue(), "cls": str(label).encode()})
+                Sample(f"{number:03d}", {"png": data, "cls": str(label).encode()})
                 for number, label in enumerate(labels)
             ]
         )

@@ -20,9 +20,17 @@ from pipelines.data.sequential import read_in_order
 from pipelines.loader.loader import Loader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import ShardWriter
-from tests.label_sets import write_labels
-from tests.loading import loader_of
-from tests.patterns import CLASSES, PNG_DATA, SIDE, damage, image, sample, write_patterns
+from tests.support.data.label_sets import write_labels
+from tests.support.data.loading import Loaded, assert_same, loader_of
+from tests.support.data.patterns import (
+    CLASSES,
+    PNG_DATA,
+    SIDE,
+    damage,
+    image,
+    sample,
+    write_patterns,
+)
 
 AUGMENT = {
     "flip": 0.5,
@@ -32,8 +40,6 @@ AUGMENT = {
     "saturation": 0.5,
     "blur": 0.5,
 }
-
-Loaded = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, list[str]]]
 
 
 @pytest.fixture
@@ -68,14 +74,6 @@ def check(micro: MicroBatch) -> None:
     assert micro.labels.dtype == torch.int64
     assert micro.labels.shape == (4,)
     assert micro.labels.tolist() == [int(key[1:]) % CLASSES for key in micro.keys]
-
-
-def assert_same(one: Loaded, other: Loaded) -> None:
-    assert list(one) == list(other)
-    for position, (images, labels, keys) in one.items():
-        assert torch.equal(images, other[position][0])
-        assert torch.equal(labels, other[position][1])
-        assert keys == other[position][2]
 
 
 def test_an_epoch_shows_every_sample_once_and_unchanged(index: ShardIndex) -> None:

@@ -19,13 +19,11 @@ from pipelines.data.mixture.index import open_training_index, samples_per_epoch
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.shards.writer import Sample, ShardWriter
-from tests.label_sets import write_labels
-from tests.loading import loader_of
+from tests.support.data.label_sets import write_labels
+from tests.support.data.loading import Loaded, assert_same, loader_of
 
 SIDE, CLASSES = 4, 5
 AUGMENT = {"flip": 0.5, "crop": 0.3, "brightness": 0.4, "erase": 0.5}
-
-Loaded = dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor, list[str]]]
 
 
 class Case(NamedTuple):
@@ -118,14 +116,6 @@ def load(case: Case, micro_batches: range, start: int, workers: int = 0) -> Load
     return loaded
 
 
-def assert_same(one: Loaded, other: Loaded) -> None:
-    assert sorted(one) == sorted(other)
-    for position, (images, labels, keys) in one.items():
-        assert keys == other[position][2]
-        assert torch.equal(labels, other[position][1])
-        assert torch.equal(images, other[position][0])
-
-
 def epoch_of(case: Case, loaded: Loaded) -> Counter[str]:
     """Keys of the first epoch of all streams."""
     micro_batches, streams = case.config.train.micro_batches, case.config.data.streams
@@ -169,7 +159,7 @@ def test_any_reader_sees_each_sample_once_and_the_same_pixels(
     for rank in range(case.ranks):
         mine = share(len(everything), rank, case.ranks)
         parts |= load(case, mine, 0, workers=case.workers if rank == 0 else 0)
-    assert_same(whole, parts)
+    assert_same(whole, dict(sorted(parts.items())))
 
     tail = {position: batch for position, batch in whole.items() if position[0] >= case.start}
     assert_same(tail, load(case, everything, case.start))

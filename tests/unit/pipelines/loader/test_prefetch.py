@@ -11,7 +11,6 @@ from typing import Any
 import fsspec
 import psutil
 import pytest
-import torch
 
 from mhe_dist.config.schema import Config
 from pipelines.data.order import SampleOrder
@@ -21,9 +20,9 @@ from pipelines.loader.prefetch import WindowReader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import retry
-from tests.loading import loader_of
-from tests.recordio_files import jpeg
 from tests.stores import Counted, Faulty, Synthetic, files, served
+from tests.support.data.images import jpeg
+from tests.support.data.loading import Loaded, assert_same, load, loader_of
 
 SIDE, CLASSES, STREAMS, STEP = 8, 10, 8, 16
 SIZES = [60, 40, 1, 99, 56]  # 256 samples: 16 steps are an epoch of every stream
@@ -66,20 +65,15 @@ def configure(window: int = 5, workers: int = 0, **remote: Any) -> Config:
     )
 
 
-def load(loader: Loader) -> list[tuple[torch.Tensor, list[int], list[str]]]:
+def load_all(loader: Loader) -> Loaded:
     """All micro-batches; a loader that left anything out fails."""
-    found = [(m.images, m.labels.tolist(), m.keys) for b in loader for m in b.micro_batches]
+    found = load(loader)
     assert loader.faults.count == 0
     return found
 
 
-def assert_same(one: Any, other: Any) -> None:
-    assert [batch[1:] for batch in one] == [batch[1:] for batch in other]
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, other, strict=True))
-
-
-def keys_of(batches: Any) -> list[str]:
-    return sorted(key for batch in batches for key in batch[2])
+def keys_of(loaded: Loaded) -> list[str]:
+    return sorted(key for batch in loaded.values() for key in batch[2])
 
 
 GIGABYTES = Synthetic(shards=80, samples=1024, sample_bytes=128 << 10)
@@ -108,17 +102,17 @@ def remote(index: ShardIndex) -> ShardIndex:
 def test_reading_ahead_changes_who_reads_and_not_what(
     index: ShardIndex, remote: ShardIndex
 ) -> None:
-    expected = load(loader_of(index, configure(window=16), range(4), 3, 40))
+    expected = load_all(loader_of(index, configure(window=16), range(4), 3, 40))
     for mib, readers in ((256, {"read-ahead"}), (0, {threading.current_thread().name})):
         Counted.begin()
         config = configure(window=16, read_ahead_mib=mib)
-        assert_same(load(loader_of(remote, config, range(4), 3, 40)), expected)
+        assert_same(load_all(loader_of(remote, config, range(4), 3, 40)), expected)
         assert Counted.threads == readers
 
 
 def test_nothing_is_read_twice_or_for_nothing(remote: ShardIndex) -> None:
     Counted.begin()
-    load(loader_of(remote, configure(), range(4), 0, SAMPLES // STEP))
+    load_all(loader_of(remote, configure(), range(4), 0, SAMPLES // STEP))
     offsets = [shard.offsets for shard in remote.shards]
     assert Counted.bytes.value == sum(int(o[-1] - o[0]) for o in offsets)
 
@@ -170,8 +164,8 @@ def s3(index: ShardIndex, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers: int) -> None:
-    expected = load(loader_of(index, configure(), range(4), 0, 16))
-    found = load(
+    expected = load_all(loader_of(index, configure(), range(4), 0, 16))
+    found = load_all(
         loader_of(ShardIndex.load("s3://faulty/set"), configure(workers=workers), range(4), 0, 16)
     )
     assert_same(found, expected)
@@ -183,10 +177,11 @@ def test_an_epoch_from_a_store_that_fails(s3: Faulty, index: ShardIndex, workers
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_from_a_web_server_that_fails(index: ShardIndex, workers: int) -> None:
-    expected = load(loader_of(index, configure(), range(4), 0, 16))
+    expected = load_all(loader_of(index, configure(), range(4), 0, 16))
     app = Faulty(files(Path(index.folder)))
     with served(app) as url:
-        found = load(loader_of(ShardIndex.load(url), configure(workers=workers), range(4), 0, 16))
+        loader = loader_of(ShardIndex.load(url), configure(workers=workers), range(4), 0, 16)
+        found = load_all(loader)
         assert_same(found, expected)
         assert len(read_in_order(ShardIndex.load(url), 0, SAMPLES, SIDE)[2]) == SAMPLES
     assert keys_of(found) == [f"s{number:03d}" for number in range(SAMPLES)]

@@ -22,9 +22,10 @@ from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import ranges, retry
-from tests.loading import loader_of
-from tests.recordio_files import jpeg
 from tests.stores import Counted, Synthetic, from_disk
+from tests.support.data.images import jpeg
+from tests.support.data.loading import loader_of
+from tests.support.faults import disk_full
 from tests.waiting import WATCHDOG_S
 
 SHARDS, EACH, CLASSES = 6, 20, 4
@@ -220,10 +221,7 @@ def test_a_folder_that_cannot_be_used_is_done_without(
 def test_a_full_disk_is_done_without(
     index: ShardIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", disk_full)
     assert read(ShardReader(index, cached(folder)), index, 0) == truth(index, 0)
     assert names(folder) == set()
 

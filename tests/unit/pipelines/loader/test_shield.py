@@ -17,7 +17,7 @@ import pytest
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
 from tests import tiny
-from tests.loading import loader_of
+from tests.support.data.loading import loader_of
 from tests.waiting import stretched
 
 LOADERS = 2
@@ -25,7 +25,7 @@ RANK = """
 import sys
 from mhe_dist.config.load import load_config
 from pipelines.shards.index import ShardIndex
-from tests.loading import loader_of
+from tests.support.data.loading import loader_of
 config = load_config(sys.argv[1])
 for step in loader_of(ShardIndex.load(config.data.shards), config, range(4), 0, 10_000):
     print("a step", flush=True)

@@ -17,7 +17,7 @@ from pipelines.data import sample
 from pipelines.data.decode import Pixels
 from pipelines.shards.index import ShardIndex
 from tests import tiny
-from tests.loading import loader_of
+from tests.support.data.loading import loader_of
 
 VICTIM = "0000042"
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mhe_dist.checkpoint.store import Checkpoint
 from pipelines.data.verify import verify_dataset
@@ -18,6 +16,8 @@ from pipelines.runs.folder import find_checkpoint_folder, newest_checkpoint
 from pipelines.sources.webdataset import expand_tars, index_shards
 from pipelines.storage.staging import Journal
 from tests import tiny
+from tests.support.data.images import encoded
+from tests.support.data.tars import add_members
 
 ODD = "a b%20c?d#e'ü\"[x]*&$(q);{}"
 NOT_UTF8 = b"\xff\xfe".decode(errors="surrogateescape")
@@ -28,16 +28,12 @@ def write_tar(path: Path, samples: int = 16) -> None:
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for number in range(samples):
-            data = io.BytesIO()
             pixels = rng.integers(0, 256, (tiny.SIDE, tiny.SIDE, 3), np.uint8)
-            Image.fromarray(pixels).save(data, "png")
-            content = {"png": data.getvalue(), "cls": str(number % 2).encode()}
+            content = {"png": encoded(pixels, "png"), "cls": str(number % 2).encode()}
             if number == 5:
                 content["png"] = b"no image"
-            for extension, value in content.items():
-                member = tarfile.TarInfo(f"{NOT_UTF8}{number:03d}.{extension}")
-                member.size = len(value)
-                tar.addfile(member, io.BytesIO(value))
+            key = f"{NOT_UTF8}{number:03d}"
+            add_members(tar, ((f"{key}.{extension}", data) for extension, data in content.items()))
 
 
 @pytest.fixture(scope="module")

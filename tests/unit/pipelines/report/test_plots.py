@@ -1,6 +1,5 @@
 """Pictures of a run from its records."""
 
-import io
 import json
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from pipelines.report.sheets import contact_sheet
 from pipelines.report.sheets.contact_sheet import PLAIN, RIGHT, WRONG
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.support.data.images import encoded
 
 SIDE = 8
 FACES = (("easy", "Easy"), ("hard", "Hard"))
@@ -36,9 +36,8 @@ def shards(tmp_path):
     with ShardWriter(str(tmp_path / "heldout"), "heldout") as writer:
         samples = []
         for number in range(12):
-            data = io.BytesIO()
-            Image.new("RGB", (SIDE, SIDE), (20 * number, 0, 0)).save(data, "png")
-            members = {"png": data.getvalue(), "cls": str(number // 2).encode()}
+            picture = Image.new("RGB", (SIDE, SIDE), (20 * number, 0, 0))
+            members = {"png": encoded(picture, "png"), "cls": str(number // 2).encode()}
             samples.append(Sample(f"{number}", members))
         writer.write(samples)
         writer.finish(6)

@@ -29,14 +29,10 @@ from pipelines.runs.resume import (
 from pipelines.runs.warm_start import find_checkpoint
 from pipelines.shards.index import ShardIndex
 from tests import tiny
-from tests.label_sets import write_labels
+from tests.support.config_sections import config
+from tests.support.data.label_sets import write_labels
 
 DOCS = Path(__file__).parents[4] / "docs" / "survival.md"
-
-
-def config(**sections: dict[str, Any]) -> Config:
-    sections.setdefault("data", {"shards": "data/train"})
-    return Config.model_validate(sections)
 
 
 def test_every_key_has_a_rule_and_every_rule_a_key() -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from launcher.verbs.results import Format, _formats
 from mhe_dist.config.head import HeadConfig
-from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.heads.base import TopK
 from pipelines.serving.classifier import compare_answers, refuse_large_classifier, write_names
+from tests.support.config_sections import config
 
 MB = 1_000_000
 
@@ -78,12 +78,8 @@ def test_classes_that_are_not_there_are_equal() -> None:
         compare_answers(expected, none, "file")
 
 
-def config_of(**head: object) -> Config:
-    return Config.model_validate({"data": {"shards": "unused"}, "head": head})
-
-
 def test_a_head_that_is_too_large_is_refused_with_the_sizes() -> None:
-    settings = config_of(kind="mhs")
+    settings = config(head={"kind": "mhs"})
     with pytest.raises(UserError) as refused:
         refuse_large_classifier("onnx", settings, 1_500_000, 100 * MB, half=False)
     for words in (
@@ -94,14 +90,14 @@ def test_a_head_that_is_too_large_is_refused_with_the_sizes() -> None:
         assert words in str(refused.value)
     refuse_large_classifier("onnx", settings, 1_500_000, 100 * MB, half=True)
     refuse_large_classifier("onnx", settings, 900_000, 100 * MB, half=False)
-    product = config_of(kind="mhp", mhp={"lengths": [10_000, 10_000]})
+    product = config(head={"kind": "mhp", "mhp": {"lengths": [10_000, 10_000]}})
     refuse_large_classifier("onnx", product, 10**8, 100 * MB, half=False)
     with pytest.raises(UserError, match=r"at most 8\.6 GB are: mhe classify names"):
         refuse_large_classifier("torch-export", settings, 10**8, 100 * MB, half=True)
 
 
 def test_the_default_head_has_rows_of_512() -> None:
-    assert config_of().model.embedding_dim == 512 and HeadConfig().margin.kind != "none"
+    assert config().model.embedding_dim == 512 and HeadConfig().margin.kind != "none"
 
 
 def test_formats_with_the_head() -> None:

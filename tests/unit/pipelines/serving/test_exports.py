@@ -42,6 +42,7 @@ from pipelines.serving.model_card import TrainedModel, is_model_card, model_card
 from pipelines.serving.output_folder import refuse_overwriting
 from tests import tiny
 from tests.rank_processes import free_port
+from tests.support.data.images import encoded
 from tests.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.slow  # each needs real exports, which take ten seconds
@@ -118,9 +119,7 @@ def expected(backbone: TrainedBackbone, data: bytes) -> np.ndarray:
 
 
 def as_png(data: bytes) -> bytes:
-    stream = io.BytesIO()
-    Image.open(io.BytesIO(data)).save(stream, "png")
-    return stream.getvalue()
+    return encoded(Image.open(io.BytesIO(data)), "png")
 
 
 @pytest.mark.parametrize("form", ["bytes", "base64", "data URL", "path"])

@@ -19,20 +19,7 @@ from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.shards.packing import pack_offsets
 from pipelines.shards.shard import Shard
 from pipelines.shards.writer import Sample, ShardWriter
-from tests.shard_sets import write_set
-
-PACKED = Path(__file__).parent / "packed_index"  # data sets of format 1, without their tars
-
-
-def tables(index: ShardIndex) -> list[object]:
-    """All that an index says of its shards."""
-    return [
-        (
-            *(shard.url, shard.samples, shard.bytes, shard.checksum, shard.offsets.tolist()),
-            None if shard.labels is None else shard.labels.tolist(),
-        )
-        for shard in index.shards
-    ]
+from tests.support.data.shard_sets import PACKED, tables, write_set
 
 
 def test_index_round_trip(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pipelines.shards import label_report
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_report import ChangedSample, compare_labels, largest, summarize_labels
 from pipelines.shards.shard import Shard
-from tests.label_sets import write_labels
+from tests.support.data.label_sets import write_labels
 
 NAMES = (["a", "b", "c"], ["c", "d", "a", "b"])
 

@@ -20,7 +20,7 @@ from pipelines.data.mixture.index import open_training_index
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.shard import MappedShard, Shard
 from pipelines.shards.shard_list import digest_text
-from tests.unit.pipelines.shards.test_index import PACKED
+from tests.support.data.shard_sets import PACKED
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from mhe_dist.errors import UserError
 from pipelines.shards.index import Fault, ShardIndex, index_exists
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage.worker_pool import Processes
-from tests.shard_sets import some_samples, write_set
+from tests.support.data.shard_sets import some_samples, write_set
 
 
 def test_plain_webdataset_reads_them(tmp_path: Path) -> None:

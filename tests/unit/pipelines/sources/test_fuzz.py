@@ -29,8 +29,9 @@ from pipelines.sources.insightface import import_recordio
 from pipelines.sources.tar import DamagedTarError, read_members
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.staging import Journal
-from tests.loading import loader_of
-from tests.recordio_files import content, items, jpeg, layout, save
+from tests.support.data.images import jpeg
+from tests.support.data.loading import loader_of
+from tests.support.data.recordio_files import content, items, layout, save
 
 CLASSES, COUNT, SIDE = 7, 24, 8
 IMAGES = {jpeg(number): number % CLASSES for number in range(COUNT)}

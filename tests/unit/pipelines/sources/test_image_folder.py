@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import shutil
 from pathlib import Path
@@ -29,20 +28,15 @@ from pipelines.sources.image_folder import (
     import_split_folder,
     path_below_root,
 )
-from tests.recordio_files import content, jpeg
 from tests.stores import Faulty, files, served
+from tests.support.data.images import encoded, jpeg
+from tests.support.data.recordio_files import content
 
-
-def png() -> bytes:
-    stream = io.BytesIO()
-    Image.new("L", (4, 4), 7).save(stream, "png")
-    return stream.getvalue()
-
-
+PNG = encoded(Image.new("L", (4, 4), 7), "png")
 FILES = {
     "cat/a.jpg": jpeg(0),
     "cat/deep/b.JPEG": jpeg(1),
-    "ant/x[1].v2.png": png(),
+    "ant/x[1].v2.png": PNG,
     "zürich/a.jpg": jpeg(2),
 }
 
@@ -127,7 +121,7 @@ def test_links_are_followed_but_not_in_circles(root: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 def test_an_image_that_is_cut_off_is_bad(root: Path, tmp_path: Path, kind: str) -> None:
     """As it is for training and for `mhe embed`, though its first bytes are those of an image."""
-    whole = jpeg(9, side=64) if kind == "jpeg" else png()
+    whole = jpeg(9, side=64) if kind == "jpeg" else PNG
     (root / "cat" / f"short.{kind}").write_bytes(whole[: len(whole) * 2 // 3])
     made = import_folder(str(root), str(tmp_path / "out"), options=ImportOptions(max_bad=0.2))
     assert [fault.location for fault in made.faults] == [f"{root}/cat/short.{kind}"]

@@ -15,8 +15,10 @@ from pipelines.sources.convert import ImportOptions
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
 from pipelines.storage.worker_pool import Processes
-from tests.recordio_files import Item, content, items, jpeg, layout, save
 from tests.stores import files, served
+from tests.support.data.images import jpeg
+from tests.support.data.recordio_files import Item, content, items, layout, save
+from tests.support.faults import interrupt_at
 
 
 def images_of(url: str) -> list[tuple[int, bytes]]:
@@ -79,12 +81,8 @@ def test_an_interrupted_import_goes_on(tmp_path: Path) -> None:
     rec, out = save(tmp_path / "a", *layout(items(10, 10))), str(tmp_path / "out")
     small = ImportOptions(shard_bytes=50_000)
 
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        import_recordio(rec, out, options=small, writing=stop)
+        import_recordio(rec, out, options=small, writing=interrupt_at(2))
     assert not index_exists(out)
     with pytest.raises(UserError, match="other settings"):
         import_recordio(rec, out)

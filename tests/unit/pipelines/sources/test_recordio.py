@@ -26,7 +26,7 @@ from pipelines.sources.recordio import (
     scan_frames,
     unpack_record,
 )
-from tests.recordio_files import RecordWriter, items, layout, pack_record, part
+from tests.support.data.recordio_files import RecordWriter, items, layout, pack_record, part
 
 WORDS = st.lists(st.sampled_from([MAGIC, b"word", b"x", MAGIC[:2], b"\0\0\0\0"]), max_size=12)
 

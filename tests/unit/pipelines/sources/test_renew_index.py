@@ -14,9 +14,11 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.renew_index import renew_index
 from pipelines.sources.webdataset import index_shards
-from tests.recordio_files import jpeg
-from tests.unit.pipelines.shards.test_index import PACKED, tables
-from tests.unit.pipelines.sources.test_webdataset import pair, save, tar
+from tests.support.data.images import jpeg
+from tests.support.data.shard_sets import PACKED, tables
+from tests.support.data.tars import tar
+from tests.support.files import contents
+from tests.unit.pipelines.sources.test_webdataset import pair, save
 
 
 @pytest.mark.parametrize("name", ["own", "foreign"])
@@ -61,7 +63,7 @@ def test_columns_are_made_again_from_the_tars(
     tmp_path: Path, make: Callable[[Path], str], name: str, is_missing: bool
 ) -> None:
     folder = make(tmp_path / "set")
-    before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    before = contents(Path(folder))
     assert renew_index(folder) is None
     if is_missing:
         Path(folder, name).unlink()
@@ -71,7 +73,7 @@ def test_columns_are_made_again_from_the_tars(
     assert made is not None
     fault = "missing" if is_missing else "damaged"
     assert made.notes == [f"its columns are made again ({name}: {fault})"]
-    assert {path.name: path.read_bytes() for path in Path(folder).iterdir()} == before
+    assert contents(Path(folder)) == before
 
 
 def test_other_tars_do_not_make_its_columns(tmp_path: Path) -> None:

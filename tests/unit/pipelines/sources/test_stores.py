@@ -21,8 +21,10 @@ from pipelines.sources.webdataset import index_shards
 from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import Processes
-from tests.recordio_files import content, items, jpeg, layout, save
 from tests.stores import s3_bucket, serving
+from tests.support.data.images import jpeg
+from tests.support.data.recordio_files import content, items, layout, save
+from tests.support.faults import interrupt_at
 
 SMALL = ImportOptions(shard_bytes=50_000)
 
@@ -40,13 +42,9 @@ def test_records_from_and_to_a_store(s3: str, tmp_path: Path) -> None:
     filesystem = fsspec.filesystem("s3")
     filesystem.pipe({"bucket/in/train.rec": rec, "bucket/in/train.idx": idx})
 
-    def stop(done: int, total: int) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
     out = f"{s3}/out"
     with pytest.raises(KeyboardInterrupt):
-        import_recordio(f"{s3}/in/train.rec", out, options=SMALL, writing=stop)
+        import_recordio(f"{s3}/in/train.rec", out, options=SMALL, writing=interrupt_at(1))
     assert not index_exists(out)
     seen: list[int] = []
     two = SMALL._replace(workers=Processes(2))

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
+from tests.support.data.tars import tar
 
 CONTENTS = {
     "a.jpg": b"x" * 700,
@@ -20,18 +21,6 @@ CONTENTS = {
     "zürich/" * 12 + "c.cls": b"",
 }
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
-
-
-def pack(contents: dict[str, bytes], style: int = tarfile.PAX_FORMAT, **fields: object) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=style) as tar:
-        for name, data in contents.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            for field, value in fields.items():
-                setattr(info, field, value)
-            tar.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 def odd(data: bytes, size: int, **fields: object) -> bytes:
@@ -63,12 +52,12 @@ def check_against_tarfile(data: bytes) -> None:
 
 @pytest.mark.parametrize("style", FORMATS[1:])
 def test_members_of_all_formats(style: int) -> None:
-    check_against_tarfile(pack(CONTENTS, style))
-    check_against_tarfile(pack(CONTENTS, style, mtime=1e12, uid=2**40))
+    check_against_tarfile(tar(*CONTENTS.items(), style=style))
+    check_against_tarfile(tar(*CONTENTS.items(), style=style, mtime=1e12, uid=2**40))
 
 
 def test_a_name_in_two_parts() -> None:
-    check_against_tarfile(pack({"deep/" * 25 + "b.jpg": b"1"}, tarfile.USTAR_FORMAT))
+    check_against_tarfile(tar(("deep/" * 25 + "b.jpg", b"1"), style=tarfile.USTAR_FORMAT))
 
 
 @pytest.mark.parametrize("style", ["v7", "ustar", "gnu", "oldgnu", "posix"])
@@ -97,7 +86,7 @@ def test_folders_links_and_comments_are_no_files() -> None:
     assert [m.data for m in read(stream.getvalue())] == [None, None, None, b"abc"]
 
 
-PLAIN = pack(CONTENTS)
+PLAIN = tar(*CONTENTS.items())
 EMPTY = bytes(10240)
 
 
@@ -119,8 +108,8 @@ def test_an_empty_tar() -> None:
         (PLAIN[:1600] + b"?" + PLAIN[1601:], "byte 1536: a damaged header"),
         (odd(b"", 2**40), "too early"),
         (odd(b"1", 1, type=b"S"), "sparse"),
-        (pack({"a.jpg": b"1"}, pax_headers={"GNU.sparse.size": "9"}), "GNU.sparse.size"),
-        (pack({"a.jpg": b"1"}, pax_headers={"size": "9" * 5000}), "with the size '9999"),
+        (tar(("a.jpg", b"1"), pax_headers={"GNU.sparse.size": "9"}), "GNU.sparse.size"),
+        (tar(("a.jpg", b"1"), pax_headers={"size": "9" * 5000}), "with the size '9999"),
         (odd(b"1", 1, type=b"L"), "the end marker where a member"),
         (odd(b"", 2**30, type=b"x"), "a header of 1073741824 bytes"),
     ],
@@ -145,7 +134,7 @@ def test_data_behind_the_end_are_noticed() -> None:
 
 
 @given(
-    st.sampled_from([pack(CONTENTS, style) for style in FORMATS[1:]]),
+    st.sampled_from([tar(*CONTENTS.items(), style=style) for style in FORMATS[1:]]),
     st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=3),
     st.integers(0, 9000),
 )

@@ -22,22 +22,12 @@ from pipelines.sources import webdataset, webdataset_tar
 from pipelines.sources.webdataset import index_shards
 from pipelines.sources.webdataset_tar import SampleLayout
 from pipelines.storage.worker_pool import Processes
-from tests.loading import loader_of
-from tests.recordio_files import jpeg
+from tests.support.data.images import jpeg
+from tests.support.data.loading import loader_of
+from tests.support.data.tars import tar
+from tests.support.faults import interrupt_at
 
 Files = Sequence[tuple[str, bytes]]
-
-
-def tar(*files: tuple[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as writer:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            if name.endswith("/"):
-                info.type = tarfile.DIRTYPE
-            writer.addfile(info, io.BytesIO(data))
-    return stream.getvalue()
 
 
 def pair(key: str, number: int, label: str) -> Files:
@@ -313,12 +303,8 @@ def test_a_damaged_tar_is_refused_or_read_as_far_as_it_goes(tmp_path: Path) -> N
 def test_an_interrupted_index_goes_on(tmp_path: Path) -> None:
     folder = save(tmp_path / "set", *(tar(*pair(f"k{n}", n, str(n))) for n in range(4)))
 
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        index_shards([folder], progress=stop)
+        index_shards([folder], progress=interrupt_at(2))
     (tmp_path / "set" / "other-000.tar").write_bytes(tar(*pair("k0", 0, "0"), *pair("k9", 9, "1")))
     seen: list[int] = []
     index_shards([folder], progress=lambda done, _: seen.append(done))

@@ -20,7 +20,6 @@ import s3fs.errors
 from aiohttp import http_exceptions
 
 from mhe_dist.errors import RunError, UserError
-from pipelines.storage import retry
 from pipelines.storage.ranges import locate_file, read_range
 from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from tests.stores import Counted, Faulty, files, served
@@ -105,13 +104,6 @@ class Call:
         if self.errors:
             raise self.errors.pop(0)
         return "result"
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", found.append)
-    return found
 
 
 def test_the_waits_double_up_to_half_a_minute(waits: list[float]) -> None:

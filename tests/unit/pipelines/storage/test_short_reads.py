@@ -16,20 +16,12 @@ from pipelines.audit import findings
 from pipelines.audit.findings import DECISION, IDENTITY
 from pipelines.data.mixture import class_list
 from pipelines.sources.label_table.rows import TableLayout, read_rows
-from pipelines.storage import retry
 from pipelines.storage.buffered_file import open_buffered
 from pipelines.storage.urls import RangeReader, open_stream
 from tests.stores import Counted, served
 
 CONTENT = bytes(range(256)) * 40
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was waited between attempts; nobody waits."""
-    found: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", found.append)
-    return found
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipelines.data.mixture.class_list import find_other_name, names_of, read_classes
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.tables import decode_row, encode_row, write_table
-from tests.shard_sets import write_set
+from tests.support.data.shard_sets import write_set
 
 NAMES = ["a\\b", "a\tb", "a\nb", "a\\tb", "\\", "é", "x y", "z"]  # of the classes of `write_set`
 

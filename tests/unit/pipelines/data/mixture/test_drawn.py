@@ -18,6 +18,7 @@ from pipelines.data.mixture.index import Mixture, open_training_index
 from pipelines.data.order import SampleOrder
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.cache import FileCache
+from tests.support.faults import disk_full
 
 
 @pytest.fixture(scope="module")
@@ -114,16 +115,13 @@ def test_what_lies_in_the_way_is_drawn_again(
 def test_a_full_disk_is_told_before_a_sample_of_the_epoch(
     folder: str, draws: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     found = opened(folder, images_per_class=3)
     with monkeypatch.context() as patch:
         patch.setattr(FileCache, "open", lambda *_: None)  # no room beside what others make
         with pytest.raises(UserError, match="other processes are drawing there"):
             found.draw(0)
     order = SampleOrder(found.sizes, 4, 16, 5, found)
-    monkeypatch.setattr(FileCache, "open", full)
+    monkeypatch.setattr(FileCache, "open", disk_full)
     with pytest.raises(UserError, match=r"draws: the samples of an epoch cannot be kept") as caught:
         order.batch(0, 8)
     assert "No space left" in str(caught.value) and "MHE_CACHE_DIR" in str(caught.value)

@@ -34,8 +34,8 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import NO_LABEL, LabelSet
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
-from tests.label_sets import write_labels
-from tests.unit.pipelines.shards.test_index import PACKED
+from tests.support.data.label_sets import write_labels
+from tests.support.data.shard_sets import PACKED
 
 CLASSES = 7
 SHARDS = [[0, 1, 1, 2, 3], [], [3, 3, 3, 5, 5, 5, 5], [1, 6, 6, 0, 3, 2]]  # no image of class 4

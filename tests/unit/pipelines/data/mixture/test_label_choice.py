@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.data.mixture.label_choice import choose_labels
-from tests.label_sets import as_lists
+from tests.support.data.label_sets import as_lists
 
 LISTS = st.lists(st.lists(st.integers(0, 9), max_size=7), max_size=12)
 

@@ -15,12 +15,9 @@ from pipelines.evaluate.metrics.identification import (
 )
 from pipelines.evaluate.metrics.roc import FARS, Roc
 from pipelines.storage.worker_pool import Processes
+from tests.support.data.rows import unit
 
 EXACT = 1e-12
-
-
-def unit(rows):
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def plain_rank(probe, label, gallery, names):
@@ -38,8 +35,8 @@ def case():
     names = np.concatenate([rng.permutation(40), rng.integers(0, 40, 25)])  # some twice
     centres = rng.standard_normal((45, 12))
     labels = rng.integers(0, 45, 150)  # 40 to 44 are not enrolled
-    gallery = unit(centres[names] + 0.6 * rng.standard_normal((65, 12)))
-    probes = unit(centres[labels] + 0.9 * rng.standard_normal((150, 12)))
+    gallery = unit(centres[names] + 0.6 * rng.standard_normal((65, 12)), float)
+    probes = unit(centres[labels] + 0.9 * rng.standard_normal((150, 12)), float)
     return gallery, names, probes, labels
 
 
@@ -113,7 +110,7 @@ def test_the_nearest_are_the_best_in_order(case, found):
 
 def test_a_case_by_hand():
     gallery = np.eye(3)
-    probes = unit(np.array([[3.0, 1, 0], [3, 2, 1], [0, 1, 2], [1, 0, 0]]))
+    probes = unit(np.array([[3.0, 1, 0], [3, 2, 1], [0, 1, 2], [1, 0, 0]]), float)
     found = identify(gallery, np.array([10, 20, 30]), probes, np.array([10, 20, 20, 99]))
     assert found.ranks.tolist() == [1, 2, 2, 0]
     assert found.rank(1) == pytest.approx(1 / 3, abs=EXACT)
@@ -123,7 +120,7 @@ def test_a_case_by_hand():
 
 def test_a_collapsed_model_identifies_nobody():
     """All embeddings equal: whatever a tie is worth, it must not look like success."""
-    row = unit(np.random.default_rng(0).standard_normal((1, 64)))
+    row = unit(np.random.default_rng(0).standard_normal((1, 64)), float)
     # A product gives equal rows scores that differ in their last bits; one shows at the edges.
     rows, classes = np.repeat(row, 101, 0), np.arange(101)
     found = identify(rows, classes, rows, classes)
@@ -220,7 +217,7 @@ def many():
     centres, labels = rng.standard_normal((700, 16)), rng.integers(0, 700, 2500)
     names = rng.permutation(np.repeat(np.arange(350), 3))
     rows = [centres[each] + 0.7 * rng.standard_normal((len(each), 16)) for each in (names, labels)]
-    return unit(rows[0]), names, unit(rows[1]), labels
+    return unit(rows[0], float), names, unit(rows[1], float), labels
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pipelines.evaluate.metrics.label_ranking import (
     propensities,
     rank_figures,
 )
-from tests.label_sets import as_lists
+from tests.support.data.label_sets import as_lists
 
 CLASSES = 12
 

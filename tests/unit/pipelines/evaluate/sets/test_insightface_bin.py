@@ -14,16 +14,15 @@ from PIL import Image
 
 from mhe_dist.errors import RunError, UserError
 from pipelines.evaluate.sets.insightface_bin import read_verification_bin
+from tests.support.data.images import encoded
 
 
-def encoded(number: int) -> bytes:
-    data = io.BytesIO()
+def png(number: int) -> bytes:
     rng = np.random.default_rng(number)
-    Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(data, "png")
-    return data.getvalue()
+    return encoded(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8), "png")
 
 
-IMAGES = [encoded(number) for number in range(6)]
+IMAGES = [png(number) for number in range(6)]
 SAME = [True, False, True]
 
 

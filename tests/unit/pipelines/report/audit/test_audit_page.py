@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import io
 import json
 import re
 from pathlib import Path
@@ -20,7 +19,8 @@ from pipelines.report.audit.findings import KINDS, ClassMembers, read_findings
 from pipelines.report.audit.page import write_audit_page
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from tests.label_sets import write_labels
+from tests.support.data.images import encoded
+from tests.support.data.label_sets import write_labels
 
 SCHEMA = {
     **dict.fromkeys(("kind", "key"), pa.string()),
@@ -98,9 +98,7 @@ FIGURES = {
 
 def write_set(folder: str, prefix: str, count: int) -> ShardIndex:
     def jpeg(number: int) -> bytes:
-        data = io.BytesIO()
-        Image.new("RGB", (8, 8), (7 * number, 40, 90)).save(data, "JPEG")
-        return data.getvalue()
+        return encoded(Image.new("RGB", (8, 8), (7 * number, 40, 90)), "JPEG")
 
     with ShardWriter(folder, prefix) as writer:
         writer.write(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -32,6 +30,7 @@ from pipelines.sources.glyphs.draw import FontFace, SurveyTask, survey_typeface,
 from pipelines.sources.glyphs.fonts import find_fonts
 from pipelines.sources.glyphs.plan import Glyph, merge_lookalikes, plan_classes, split_fonts
 from pipelines.sources.glyphs.typeface import GlyphPen, Typeface, UnusableFontError, open_faces
+from tests.support.faults import disk_full
 
 LATIN, GREEK = range(0x41, 0x5B), [c for c in range(0x391, 0x3AA) if c != 0x3A2]
 FILES = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "STIXGeneral", "STIXGeneralBol"]
@@ -436,11 +435,8 @@ def test_the_index_is_small(made: Path) -> None:
 def test_a_full_disk_says_what_is_missing(
     fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_write_tar", fail)
+        patch.setattr(writer, "_write_tar", disk_full)
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
         with pytest.raises(RunError) as failed:
             write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)

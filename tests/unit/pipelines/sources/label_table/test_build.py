@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import tarfile
 from pathlib import Path
 
@@ -24,9 +23,10 @@ from pipelines.sources.label_table.keys import read_keys
 from pipelines.sources.label_table.rows import TableLayout
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.csv_table import encode_rows
-from tests.label_sets import lists_of
-from tests.recordio_files import jpeg
 from tests.stores import files, served
+from tests.support.data.images import jpeg
+from tests.support.data.label_sets import lists_of
+from tests.support.data.tars import add_members
 
 SIZES = (5, 0, 6, 2)
 KEYS = [f"a/{number:07d}" for number in range(sum(SIZES))]
@@ -275,11 +275,9 @@ def test_keys_are_those_that_training_reads(tmp_path: Path) -> None:
     names = ["a.b/c", "plain", LONG, "é" * 60, "deep/er/x"]
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for name in names:
-            for member in (f"._{name.rpartition('/')[2]}.jpg", f"{name}.jpg", f"{name}.cls"):
-                data = jpeg(1) if member.endswith("jpg") else b"0"
-                info = tarfile.TarInfo(member)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            beside = f"._{name.rpartition('/')[2]}.jpg"
+            images = [(beside, jpeg(1)), (f"{name}.jpg", jpeg(1))]
+            add_members(tar, [*images, (f"{name}.cls", b"0")])
     index = index_shards([f"{tmp_path}/t.tar"]).index
     assert read_keys(index, 0, 0, 5) == names
     with served(files(tmp_path)) as url:

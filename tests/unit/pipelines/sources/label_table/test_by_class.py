@@ -14,7 +14,7 @@ from pipelines.shards.label_report import read_class_names
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.label_table.by_class import import_class_labels
 from pipelines.sources.label_table.rows import TableLayout
-from tests.label_sets import lists_of
+from tests.support.data.label_sets import lists_of
 from tools import components
 
 LAYOUT = TableLayout(key="name", label="parts", separator=" ")

@@ -22,15 +22,14 @@ from pipelines.sources.glyphs.build import matplotlib_fonts
 from pipelines.sources.planted.dirty_set import plant_faults
 from pipelines.sources.planted.faults import FaultRates
 from pipelines.sources.planted.unseen_glyphs import ForeignImage, draw_unseen_glyphs
+from tests.support.data.images import encoded
 
 SIDE, CLASSES, EACH = 8, 40, 6
 RATES = FaultRates(leaked=0.1)
 
 
 def jpeg(number: int) -> bytes:
-    data = io.BytesIO()
-    Image.new("L", (SIDE, SIDE), number % 256).save(data, "JPEG")
-    return data.getvalue()
+    return encoded(Image.new("L", (SIDE, SIDE), number % 256), "JPEG")
 
 
 def write_clean(folder: str, prefix: str, classes: int, each: int, first_code: int) -> ShardIndex:

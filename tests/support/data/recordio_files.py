@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import IO
 
 import fsspec
-import numpy as np
-import simplejpeg
 
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import ShardIndex
 from pipelines.sources.recordio import MAGIC
+from tests.support.data.images import jpeg
 
 Item = tuple[list[float], bytes]
-
-
-def jpeg(number: int, side: int = 8) -> bytes:
-    """A small JPEG, different for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
-    return simplejpeg.encode_jpeg(pixels, quality=90)
 
 
 def items(classes: int = 3, each: int = 4) -> list[Item]:

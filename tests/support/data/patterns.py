@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from PIL import Image
 
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from tests.support.data.images import encoded
 
 SIZES = [23, 40, 1, 17, 60, 31, 28]  # 200 samples
 CLASSES = 10
@@ -21,11 +19,8 @@ def image(number: int) -> np.ndarray:
 
 
 def sample(number: int) -> Sample:
-    stream = io.BytesIO()
-    Image.fromarray(image(number)).save(stream, "png")
-    return Sample(
-        f"s{number:03d}", {"png": stream.getvalue(), "cls": str(number % CLASSES).encode()}
-    )
+    members = {"png": encoded(image(number), "png"), "cls": str(number % CLASSES).encode()}
+    return Sample(f"s{number:03d}", members)
 
 
 def write_patterns(folder: str) -> ShardIndex:
