@@ -41,11 +41,12 @@ Row = dict[str, Any]
 _TITLE = "# Families of timm\n"
 _ABOUT = f"""\
 "Trains" means: {STEPS} steps of {BATCH} images, with `optim.clip_norm=5`, have finite losses and
-gradients, and the timm folder and the ONNX file equal the trained model, element by element. The
-gradient is the norm of the first step's, before it is clipped; above 1,000 a run advises to clip.
-A neck is a BatchNorm that is folded into the last layer; there is none where that is not one linear
-layer. The last columns are the largest differences of the exports' embeddings, and the seconds of
-the trial.
+gradients, and the timm folder and the ONNX file equal the trained model: each element of an
+embedding up to 1/10,000 and 1/1,000 of its largest value. The gradient is the norm of the first
+step's, before it is clipped; above 1,000 a run advises to clip. A neck is a BatchNorm that is
+folded into the last layer; there is none where that is not one linear layer. The last columns are
+the largest differences of the exports' embeddings, which are large where embeddings are, and the
+seconds of the trial.
 """
 _HEADER = """\
 | family | model | side | million weights | neck | result | gradient | timm | ONNX | seconds |
