@@ -144,9 +144,9 @@ def choose_head(classes: int, dim: int, machine: Machine, batch: BatchPlan) -> l
     margin_why = "Cosines times scale, less m for the own class: m makes the classes compact."
     if kind == "full":
         why = (
-            f"full: a softmax over all {classes:,} classes. Up to {MOST_CLASSES_OF_FULL:,} it "
-            "finds as much as heads that see a part of them, or more (docs/choosing.md), and its "
-            "cost is small beside the backbone's. Above, take mhs."
+            f"full: a softmax over all {classes:,} classes. Up to {MOST_CLASSES_OF_FULL:,} no "
+            "head that sees a part of them finds more, beyond what seeds do (docs/choosing.md), "
+            "and its cost is small beside the backbone's. Above, take mhs."
         )
         settings = [Setting("kind", "full", why)]
     else:

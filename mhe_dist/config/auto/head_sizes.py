@@ -111,7 +111,7 @@ class SizeChoice(NamedTuple):
         why = [self.why_sizes] if set(keys) - {GROUPS_KEY, MARGIN_KEY} else []
         why += [self.why_groups] if GROUPS_KEY in keys else []
         why += [self.why_margin] if MARGIN_KEY in keys else []
-        few = f"with {classes:,} classes head.kind=full finds more (docs/choosing.md)"
+        few = f"with {classes:,} classes head.kind=full finds no less (docs/choosing.md)"
         advice = [few] if self.length and choose_kind(classes) == "full" else []
         return "; ".join([*why, *advice])
 

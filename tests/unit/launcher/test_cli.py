@@ -272,7 +272,7 @@ def test_config_says_what_auto_becomes(option: str, tmp_path: Path, capsys: Capt
     assert cli.run(["config", file, option]) == 0
     said = capsys.readouterr().out
     line = "auto: head.groups=1, head.mhs.length=30, head.mhs.extra_heads=0: "
-    assert line in said and "with 30 classes head.kind=full finds more" in said
+    assert line in said and "with 30 classes head.kind=full finds no less" in said
     if option == "--yaml":  # that can be run again
         (tmp_path / "again.yaml").write_text(said)
         assert load_config(f"{tmp_path}/again.yaml") == lost
