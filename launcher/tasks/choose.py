@@ -5,24 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
-
-import typer
 
 from launcher.tasks.ray_tasks import cluster_tasks
 from mhe_dist.distributed.device import choose_device
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from pipelines.storage.worker_pool import Processes, Workers
-
-AddressOption = Annotated[
-    str,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="Spread the work over the nodes of this Ray cluster (auto: the one of this node). "
-        "Paths are those of a file system that all nodes mount.",
-    ),
-]
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from launcher.terminal import console
 from launcher.terminal.commands import viewing_steps
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
+from launcher.verbs.evaluate.shared import join_ranks, say_left_out, spinner
+from launcher.verbs.options import GpuOption, RunName
 from launcher.verbs.outputs import usable_folder
 
 if TYPE_CHECKING:

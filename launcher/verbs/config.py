@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.terminal import console
+from launcher.verbs.options import CONFIG, Overrides
 from mhe_dist.config.auto.head_sizes import auto_keys
 from mhe_dist.config.describe import ConfigEntry, describe_config
 from mhe_dist.config.json_schema import json_schema
@@ -24,14 +25,6 @@ from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import RunError, UserError
 
 REQUIRED = "(required)"  # what `describe_config` gives where there is no default
-CONFIG = typer.Argument(
-    metavar="CONFIG", help="YAML file of the run, or a name that comes with mhe: quickstart."
-)
-ConfigFile = Annotated[str, CONFIG]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that replace those of the file."),
-]
 
 
 def show(

@@ -39,7 +39,7 @@ from launcher.terminal.event_log import parse_event, split_lines
 from launcher.terminal.progress import format_duration
 from launcher.terminal.replay import replay_log
 from launcher.terminal.run_log import RUN_LOG, RunLogReader
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config

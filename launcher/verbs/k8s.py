@@ -24,7 +24,7 @@ from launcher.terminal import console
 from launcher.terminal.commands import command_line
 from launcher.terminal.event_log import split_lines
 from launcher.terminal.replay import replay_log
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 

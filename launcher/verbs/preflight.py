@@ -14,7 +14,8 @@ from launcher.preflight.survey import assess, survey_cluster, survey_machine
 from launcher.ray_cluster.code_package import with_absolute_paths
 from launcher.ray_cluster.jobs import Cluster
 from launcher.terminal import console
-from launcher.verbs.config import ConfigFile, Overrides, explain_auto
+from launcher.verbs.config import explain_auto
+from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 
 

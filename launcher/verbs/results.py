@@ -19,7 +19,8 @@ from launcher.terminal.commands import (
     serving_command,
     viewing_steps,
 )
-from launcher.verbs.evaluate.shared import RunName, classes_of
+from launcher.verbs.evaluate.shared import classes_of
+from launcher.verbs.options import RunName
 from launcher.verbs.outputs import refuse_unwritable_store, usable_file, usable_folder
 from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError

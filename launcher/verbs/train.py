@@ -15,7 +15,7 @@ from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
 from launcher.terminal.run_log import RUN_LOG, RunLog
 from launcher.terminal.summary import show_summary
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted

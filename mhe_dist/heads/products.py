@@ -24,9 +24,9 @@ def products_in(tf32: bool | None) -> Iterator[None]:
         yield
         return
     switch = "fp32_precision" if _NAMED else "allow_tf32"
-    value = {True: "tf32", False: "ieee"}[tf32] if _NAMED else tf32
+    precision = "tf32" if tf32 else "ieee"
     before = getattr(_MATMUL, switch)
-    setattr(_MATMUL, switch, value)
+    setattr(_MATMUL, switch, precision if _NAMED else tf32)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.sizes import GIB
 
 if TYPE_CHECKING:
-    from pipelines.bench.exported.classifier import ClassifierCost
+    from pipelines.bench.classifier import ClassifierCost
 
 
 def classifier(
@@ -41,7 +41,7 @@ def classifier(
 
     Example: mhe bench classifier --classes 100_000
     """
-    from pipelines.bench.exported.classifier import (
+    from pipelines.bench.classifier import (
         KINDS,
         ClassifierCase,
         fits_in_memory,

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from pipelines.shards.index import ShardIndex, index_exists
 

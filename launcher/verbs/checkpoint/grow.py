@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import RunName
+from launcher.verbs.options import RunName
 from launcher.verbs.outputs import run_words, usable_folder
 from mhe_dist.errors import RunError, UserError
 from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists

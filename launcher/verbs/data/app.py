@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from launcher.preflight.checks import HELDOUT, TRAIN
-from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import check, convert, labels
-from launcher.verbs.data.convert import Processes
+from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.config.data import GlyphsConfig
 from pipelines.shards.index import ShardIndex

@@ -9,11 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.tasks.choose import choose_workers
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.commands import viewing_steps
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.data.convert import MaxBad, Processes, describe, resumable, tell
+from launcher.verbs.data.convert import MaxBad, describe, tell
+from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,11 +11,12 @@ import yaml
 from rich.markup import escape
 
 from launcher.preflight.own_data import make_name
-from launcher.signals import Interrupted, interruptible
-from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.tasks.choose import choose_workers
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
-from launcher.terminal.commands import as_typed, invoked_command
+from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
 from mhe_dist.sizes import MIB
@@ -33,9 +33,6 @@ Shuffle = Annotated[
 ]
 MaxBad = Annotated[
     float, typer.Option(min=0, max=1, help="Largest share of samples that may be left out as bad.")
-]
-Processes = Annotated[
-    int, typer.Option(min=0, help="How many work at the same time; 0: one per core.")
 ]
 
 
@@ -141,20 +138,6 @@ def _refuse_both(*names: str) -> None:
     """Refuse options of which one excludes the other."""
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)} exclude each other; leave one of them out")
-
-
-@contextmanager
-def resumable() -> Iterator[None]:
-    """Work that can be interrupted and goes on with the same command."""
-    try:
-        with interruptible():
-            yield
-    except Interrupted as stop:
-        console.say(
-            "[yellow]Stopped.[/] What is finished is kept; the same command goes on with it:\n"
-            f"  [cyan]{escape(invoked_command())}[/]"
-        )
-        raise typer.Exit(stop.exit_code) from None
 
 
 def tell(*sets: ImportResult, can_train: bool = True) -> None:

@@ -8,9 +8,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.data.convert import Processes, resumable
+from launcher.verbs.options import Processes
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.limits import available_cores
 from pipelines.shards.index import ShardIndex

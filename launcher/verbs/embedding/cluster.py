@@ -9,10 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.tasks.choose import AddressOption
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay, format_duration
-from launcher.verbs.data.convert import resumable
 from launcher.verbs.embedding.shared import (
     EMBEDDINGS_SUFFIX,
     EmbeddingOptions,
@@ -21,7 +20,7 @@ from launcher.verbs.embedding.shared import (
     embedded_by,
     watch_stages,
 )
-from launcher.verbs.evaluate.shared import GpuOption
+from launcher.verbs.options import AddressOption, GpuOption
 from launcher.verbs.outputs import usable_folder_here
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores

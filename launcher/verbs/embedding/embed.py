@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from launcher.tasks.choose import AddressOption, choose_workers
+from launcher.tasks.choose import choose_workers
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.data.convert import resumable
-from launcher.verbs.evaluate.shared import GpuOption, RunName, join_ranks, say_left_out, spinner
+from launcher.verbs.evaluate.shared import join_ranks, say_left_out, spinner
+from launcher.verbs.options import AddressOption, GpuOption, RunName
 from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import read_trained_config

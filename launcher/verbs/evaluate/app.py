@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from launcher.tasks.choose import AddressOption
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
 from launcher.verbs.evaluate.classification import classification
@@ -24,13 +23,12 @@ from launcher.verbs.evaluate.own_images import identification, probe
 from launcher.verbs.evaluate.shared import (
     EvaluatedBackbone,
     FlipOption,
-    GpuOption,
     MlflowOption,
-    RunName,
     WorkersOption,
     save_results,
     spinner,
 )
+from launcher.verbs.options import AddressOption, GpuOption, RunName
 from mhe_dist.errors import UserError
 
 if TYPE_CHECKING:

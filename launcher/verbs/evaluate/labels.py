@@ -8,13 +8,8 @@ import typer
 from rich.table import Table
 
 from launcher.terminal import console
-from launcher.verbs.evaluate.shared import (
-    EvaluatedHead,
-    GpuOption,
-    MlflowOption,
-    RunName,
-    save_results,
-)
+from launcher.verbs.evaluate.shared import EvaluatedHead, MlflowOption, save_results
+from launcher.verbs.options import GpuOption, RunName
 
 
 def labels(

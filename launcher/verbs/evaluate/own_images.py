@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from launcher.tasks.choose import AddressOption
+from launcher.tasks.resumable import resumable
 from launcher.terminal import console
-from launcher.verbs.data.convert import resumable
 from launcher.verbs.evaluate.shared import (
     EvaluatedBackbone,
-    GpuOption,
     MlflowOption,
-    RunName,
     WorkersOption,
     save_results,
     spinner,
 )
+from launcher.verbs.options import AddressOption, GpuOption, RunName
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import TrainedBackbone
 

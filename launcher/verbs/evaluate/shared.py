@@ -31,14 +31,7 @@ if TYPE_CHECKING:
 
 MAX_NAMED = 20  # images that were left out
 
-RunName = Annotated[
-    str,
-    typer.Argument(
-        metavar="RUN", help="Folder or URL of a run, its name in runs/, or a step_* checkpoint."
-    ),
-]
 FlipOption = Annotated[bool, typer.Option(help="Add the embedding of the mirrored image.")]
-GpuOption = Annotated[bool | None, typer.Option(help="Compute on a GPU; left out: as the run did.")]
 WorkersOption = Annotated[
     int | None,
     typer.Option(

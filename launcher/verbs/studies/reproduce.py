@@ -14,7 +14,7 @@ from launcher.reproduce.plan import PlannedRun, plan_runs
 from launcher.reproduce.studies import STUDIES
 from launcher.terminal import console
 from launcher.terminal.progress import accuracy_rows
-from launcher.verbs.config import Overrides
+from launcher.verbs.options import Overrides
 from launcher.verbs.outputs import usable_file, usable_folder
 from launcher.verbs.studies.run_keys import refuse_run_keys
 from launcher.verbs.studies.run_labels import audit_clean_data, make_labels

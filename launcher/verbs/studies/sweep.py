@@ -31,7 +31,7 @@ from launcher.sweep.tuner import SweepPlan, TrialResult, check_same_sweep, run_s
 from launcher.terminal import console
 from launcher.terminal.commands import invoked_command
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.config import ConfigFile, Overrides
+from launcher.verbs.options import ConfigFile, Overrides
 from launcher.verbs.outputs import usable_folder
 from launcher.verbs.studies.run_keys import mistakes_named, refuse_run_keys
 from mhe_dist.config.load import load_config

@@ -9,8 +9,8 @@ import torch
 
 from launcher.verbs.bench.classifier import _table
 from mhe_dist.distributed.topology import Topology
-from pipelines.bench.exported import classifier
-from pipelines.bench.exported.classifier import (
+from pipelines.bench import classifier
+from pipelines.bench.classifier import (
     KINDS,
     ClassifierCase,
     ClassifierCost,

@@ -1,1 +1,0 @@
-"""What exported models cost where they are used."""
