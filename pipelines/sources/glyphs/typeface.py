@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 import unicodedata
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from fontTools.ttLib import TTFont, TTLibError
 from PIL import Image, ImageDraw, ImageFont
 
+# It warns of tables that are not quite right: without the font's name, and no picture changes.
+logging.getLogger("fontTools").setLevel(logging.ERROR)
+
 Picture = npt.NDArray[np.uint8]
 
 _OVERSAMPLING: Final = 4  # drawn this much larger, then averaged: antialiasing without hinting
@@ -21,8 +25,6 @@ _MAX_FACES: Final = 64  # of a collection; one that is damaged may announce any 
 _MARGIN: Final = 1  # pixels on each side that stay empty
 # Controls, format characters, surrogates and private use: no characters that fonts agree on.
 _NO_CHARACTER: Final = ("Cc", "Cf", "Cs", "Co")
-
-
 _OUTLINES: Final = ("glyf", "CFF ", "CFF2")  # the tables that hold them
 _UNUSABLE: Final = (
     *(OSError, TTLibError, KeyError, AssertionError, ValueError, AttributeError),
