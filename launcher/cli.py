@@ -267,7 +267,8 @@ def _mistake(error: Exception) -> str:
     """What the user can cure, in words; empty: it is a failure."""
     if isinstance(error, UserError):
         return str(error)
-    from pipelines.storage.unusable_path import describe_missing_credentials, describe_unusable_path
+    from mhe_dist.storage_errors import describe_missing_credentials
+    from pipelines.storage.unusable_path import describe_unusable_path
 
     if isinstance(error, OSError):
         return describe_unusable_path(error)

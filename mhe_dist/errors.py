@@ -16,6 +16,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class StorageUnavailable(RunError):
+    """A disk or a store gave no answer for a while: it says nothing of what is there."""
+
+
 class Preempted(Exception):
     """The run was told to stop (SIGTERM), saved itself, and goes on when it is started again.
 
@@ -24,6 +28,11 @@ class Preempted(Exception):
     """
 
     exit_code = 75
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether an error would come back if the same was begun again."""
+    return isinstance(error, (UserError, RunError)) and not isinstance(error, StorageUnavailable)
 
 
 def list_choices(name: str, known: Iterable[str]) -> str:

@@ -14,10 +14,10 @@ from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
 from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.errors import UserError, list_choices
-from pipelines.runs.folder import url_exists
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import INDEX_FILE, index_exists, name_data_sets
 from pipelines.shards.label_set import LABELS_FILE, label_set_exists
+from pipelines.storage.urls import url_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""

@@ -14,7 +14,7 @@ from launcher.ray_cluster.crash_log import begin_line, find_crash, killed_by_bac
 from launcher.ray_cluster.mailbox import CRASHED, EventSender, errors_scrubbed, watch_stop
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_from_dict
-from mhe_dist.errors import Preempted, RunError, UserError
+from mhe_dist.errors import Preempted, RunError, UserError, is_final
 from mhe_dist.redact import ScrubbingFormatter, scrub
 from pipelines.pretrain import garbage, preemption
 
@@ -88,7 +88,7 @@ def _describe(error: Exception) -> dict[str, Any]:
         "message": scrub(str(error)) or type(error).__name__,
         "kind": type(error).__name__,
         "user": isinstance(error, UserError),
-        "final": isinstance(error, (UserError, RunError)),
+        "final": is_final(error),
     }
 
 

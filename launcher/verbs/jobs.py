@@ -53,8 +53,8 @@ from pipelines.runs.folder import (
     logs_folder,
     newest_checkpoint,
     read_run_config,
-    url_exists,
 )
+from pipelines.storage.urls import url_exists
 
 STOP_NOW_S = 30.0
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}

@@ -8,12 +8,12 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from mhe_dist.atomic_file import replaced_file
 from mhe_dist.errors import UserError
 
 METADATA_FILE: Final = "metadata.json"  # inside a `.pt2` program
@@ -48,24 +48,22 @@ def write_onnx(
     Raises:
         UserError: the exporter has no such operator set.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.tmp"
-    with warnings.catch_warnings(), _silent_exporter(), _plain_attention(network):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            network,
-            (example,),
-            temporary,
-            dynamo=True,
-            dynamic_shapes=({0: _any_number()},),
-            input_names=["images"],
-            output_names=list(outputs),
-            opset_version=_requested_opset(opset),
-            external_data=False,
-            verbose=False,
-        )
-    _finish_onnx(temporary, about, opset)
-    os.replace(temporary, path)
+    with replaced_file(path) as temporary:
+        with warnings.catch_warnings(), _silent_exporter(), _plain_attention(network):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                network,
+                (example,),
+                temporary,
+                dynamo=True,
+                dynamic_shapes=({0: _any_number()},),
+                input_names=["images"],
+                output_names=list(outputs),
+                opset_version=_requested_opset(opset),
+                external_data=False,
+                verbose=False,
+            )
+        _finish_onnx(temporary, about, opset)
     return open_onnx(path)
 
 
@@ -94,11 +92,9 @@ def write_program(
     Returns:
         The program, loaded from the file.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     program = torch.export.export(network, (example,), dynamic_shapes=({0: _any_number()},))
-    temporary = f"{path}.tmp.pt2"
-    torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(dict(about))})
-    os.replace(temporary, path)
+    with replaced_file(path, ".pt2") as temporary:
+        torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(dict(about))})
     return torch.export.load(path).module()
 
 

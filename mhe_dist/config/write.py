@@ -49,9 +49,6 @@ def save_config(config: Config, url: str) -> None:
 
     The file appears as a whole or not at all. Secrets are masked.
     """
-    from fsspec.core import url_to_fs
+    from mhe_dist.atomic_file import write_file
 
-    files, name = url_to_fs(url)
-    files.makedirs(files._parent(name), exist_ok=True)
-    with files.transaction, files.open(name, "wb") as file:
-        file.write(masked_yaml(config).encode())
+    write_file(url, masked_yaml(config))

@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
+from mhe_dist.atomic_file import write_file
 from mhe_dist.tracking.base import Status
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Spool:
     def run_id(self, run_id: str) -> None:
         """Keep the id, if the disk has room."""
         try:
-            self._id.write_text(run_id)
+            write_file(str(self._id), run_id)
         except OSError as error:  # the checkpoints know the id, too
             logger.warning("the id of MLflow's run cannot be kept in %s: %s", self._id, error)
 
@@ -80,7 +81,7 @@ class Spool:
             if end is None:
                 self._end.unlink(missing_ok=True)
             else:
-                self._end.write_text(json.dumps(end))
+                write_file(str(self._end), json.dumps(end))
 
     def pending(self, step: int) -> list[MetricRecord]:
         """The records that wait; those of steps >= `step`, recorded anew later, are dropped."""
@@ -89,10 +90,8 @@ class Spool:
         lines = self._file.read_text(errors="replace").split("\n")
         found = (record for line in lines if (record := _record(line)))
         kept = [record for record in found if record.step < step]
-        temporary = self._file.with_suffix(".tmp")
         try:
-            temporary.write_text("".join(map(_line, kept)))
-            temporary.replace(self._file)
+            write_file(str(self._file), "".join(map(_line, kept)))
         except OSError as error:  # a full disk: the old file stands
             logger.warning("%s cannot be written anew: %s", self._file, error)
         return kept

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from mhe_dist.disk_room import reserve_room
 from pipelines.clustering.rows import refuse_remote_target, release_pages
 from pipelines.storage.staging import Journal, Staging
+from pipelines.storage.urls import atomic_write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -90,11 +91,8 @@ class ClusterState:
     def save_small(self, name: str, **arrays: Any) -> None:
         """Write arrays that fit in memory; they appear whole, or not at all."""
         path = f"{self.folder}/{name}.npz"
-        with open(f"{path}.part", "wb") as file:
+        with atomic_write(path) as file:
             np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
         self._sizes[f"{name}.npz"] = os.path.getsize(path)
 
     def load_small(self, name: str) -> dict[str, npt.NDArray[Any]]:

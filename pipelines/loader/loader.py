@@ -175,7 +175,7 @@ class Loader:
     def _accept(self, part: PartialBatch) -> PartialBatch:
         """Count the bad samples of a partial batch and enforce their limit."""
         if part.failure:
-            raise RunError(part.failure)
+            raise part.failure
         self.faults.add(len(part.keys), part.faults)
         self.faults.check(self._data, self._epoch_samples)
         return part

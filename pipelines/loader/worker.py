@@ -34,7 +34,7 @@ class PartialBatch(NamedTuple):
             cost shared memory of its own.
         keys: of the samples.
         faults: bad samples that had to be replaced, and bad shards.
-        failure: the message of the error that ends the process's work; empty if there is none.
+        failure: the error that ends the process's work, if there is one.
     """
 
     process: int
@@ -42,7 +42,7 @@ class PartialBatch(NamedTuple):
     labels: Ints
     keys: list[str]
     faults: list[Fault]
-    failure: str = ""
+    failure: RunError | UserError | None = None
 
 
 class WorkerDataset(IterableDataset[PartialBatch]):
@@ -101,7 +101,7 @@ class WorkerDataset(IterableDataset[PartialBatch]):
                 try:
                     yield self._make(streams[own.start : own.stop], positions, open_windows)
                 except (RunError, UserError) as error:
-                    yield PartialBatch(0, 0, np.empty(0, np.int64), [], [], str(error))
+                    yield PartialBatch(0, 0, np.empty(0, np.int64), [], [], error)
                     return
 
     def _make(

@@ -9,18 +9,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import yaml
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mhe_dist.checkpoint.step_folder import MANIFEST, describe_missing_step, step_of
+from mhe_dist.checkpoint.step_folder import (
+    MANIFEST,
+    describe_missing_step,
+    folder_of_step,
+    list_steps,
+    step_of,
+)
 from mhe_dist.config.schema import Config
 from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError, first_line
+from mhe_dist.storage_errors import ABSENT, is_transient
+from mhe_dist.storage_retry import until_answered
 from pipelines.runs.no_run import describe_what_is_there
-from pipelines.storage.retry import is_transient
-from pipelines.storage.urls import is_web, list_folder, resolve_url
+from pipelines.storage.urls import is_web, resolve_url, url_exists
 
 RUNS_FOLDER = "runs"
 _WRITTEN = ".written"  # to see whether a store takes files
@@ -31,27 +37,15 @@ def read_if_exists(url: str) -> str | None:
     """Text of a file, None if it does not exist.
 
     Raises:
-        UserError: there is no file system for such a URL.
+        UserError: there is no file system for such a URL, or the file is no text.
+        StorageUnavailable: the disk or the store gives no answer.
     """
+    filesystem, path = resolve_url(url)
     try:
-        with fsspec.open(url, "r", encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
+        return until_answered(lambda: bytes(filesystem.cat_file(path)), url).decode()
+    except ABSENT:
         return None
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{url} cannot be read: {error}") from error
-
-
-def url_exists(url: str) -> bool:
-    """Whether there is a file or folder at a path or URL.
-
-    Raises:
-        UserError: there is no file system for such a URL, or it cannot be reached.
-    """
-    try:
-        filesystem, path = url_to_fs(url)
-        return filesystem.exists(path)
-    except (ImportError, ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{url} cannot be read: {error}") from error
 
 
@@ -156,13 +150,13 @@ def newest_checkpoint(path: str) -> str | None:
     """Folder of a run's newest complete checkpoint, judged by its manifest alone, or None.
 
     The trainer also compares the checksums, and takes an older one where they do not fit.
+
+    Raises:
+        UserError, StorageUnavailable: that cannot be told; see `url_exists`.
     """
-    folder = f"{path}/checkpoints"
-    names = (name.rpartition("/")[2] for name in reversed(list_folder(folder)))
-    steps = (name for name in names if name.startswith("step_"))
-    return next(
-        (f"{folder}/{name}" for name in steps if url_exists(f"{folder}/{name}/{MANIFEST}")), None
-    )
+    root = f"{path}/checkpoints"
+    folders = (f"{root}/{folder_of_step(step)}" for step in list_steps(root))
+    return next((folder for folder in folders if url_exists(f"{folder}/{MANIFEST}")), None)
 
 
 def find_checkpoint_folder(url: str) -> str:
@@ -190,7 +184,9 @@ def find_run(run: str) -> str:
     Raises:
         UserError: there is no run; the message says where it was looked for, and what is there.
     """
-    folders = [local_path(run.rstrip("/")), f"{RUNS_FOLDER}/{run}"]
+    folders = [local_path(run.rstrip("/"))]
+    if "://" not in run:
+        folders.append(f"{RUNS_FOLDER}/{run}")
     for folder in folders:
         if url_exists(f"{folder}/config.yaml"):
             return folder

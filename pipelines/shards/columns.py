@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from mhe_dist.storage_retry import RETRIES
 from pipelines.storage.cache import FileCache
 from pipelines.storage.ranges import CHECKSUM, WrongContentError, download, locate_file
-from pipelines.storage.retry import RETRIES
 from pipelines.storage.urls import atomic_write, is_local, open_stream, resolve_url
 
 CACHE_VARIABLE: Final = "MHE_CACHE_DIR"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from mhe_dist.errors import UserError
-from pipelines.storage.retry import with_retries
+from mhe_dist.storage_retry import with_retries
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import resolve_url
 

@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import scrub
+from mhe_dist.storage_errors import as_os_error, is_transient
+from mhe_dist.storage_retry import errors_naming, with_retries
 from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.shards.image_format import IMAGE_EXTENSIONS, image_extension
 from pipelines.shards.index import UNLABELLED, Fault
@@ -42,9 +44,7 @@ from pipelines.sources.image_list import read_list_file
 from pipelines.sources.image_table import ListedRow, read_image_table
 from pipelines.sources.text_column import TextColumn
 from pipelines.storage.file_listing import list_files
-from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from pipelines.storage.staging import require_absent_or_resumable
-from pipelines.storage.unusable_path import as_os_error
 from pipelines.storage.urls import is_local, is_web, resolve_url
 from pipelines.storage.worker_pool import Progress, no_progress
 

@@ -7,13 +7,8 @@ import re
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from mhe_dist.errors import RunError
-from pipelines.storage.retry import (
-    RETRIES,
-    errors_naming,
-    truncated_read,
-    with_retries,
-)
-from pipelines.storage.unusable_path import error_chain, http_status
+from mhe_dist.storage_errors import error_chain, http_status, truncated_read
+from mhe_dist.storage_retry import RETRIES, errors_naming, with_retries
 from pipelines.storage.urls import NO_RANGES, is_local, resolve_url
 
 CHECKSUM: Final = re.compile("sha256:([0-9a-f]{64})")

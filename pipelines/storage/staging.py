@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+from mhe_dist.atomic_file import TEMPORARY_SUFFIX
 from mhe_dist.errors import UserError
 from mhe_dist.redact import masked
 from pipelines.storage.urls import (
-    TEMPORARY_SUFFIX,
     atomic_write,
     is_local,
     list_folder,

@@ -6,23 +6,22 @@ Credentials come from where each store's own tools look for them, never from us.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile, mkdtemp
+from contextlib import AbstractContextManager, contextmanager
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import IO, Any, Final
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from mhe_dist.atomic_file import whole_file
 from mhe_dist.config.section import local_path
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_errors import ABSENT, truncated_read
+from mhe_dist.storage_retry import errors_naming, with_retries
 from mhe_dist.web_address import is_web_address
-from pipelines.storage.retry import errors_naming, truncated_read, with_retries
 from pipelines.storage.unusable_path import explain_fault
 
-TEMPORARY_SUFFIX: Final = ".tmp"  # ends the name of a file that is not complete yet
 NO_RANGES: Final = "the server gives whole files only, no parts of them: download it first"
 _READ_AHEAD: Final = 1 << 23  # bytes that a remote file is read in
 
@@ -80,7 +79,7 @@ def url_exists(url: str) -> bool:
     try:
         # Not `exists`: to that, what a web server refuses is not there.
         with_retries(lambda: filesystem.info(path), url)
-    except (FileNotFoundError, NotADirectoryError):
+    except ABSENT:
         return False
     except OSError as error:
         raise UserError(f"{url}: cannot be read: {explain_fault(error)}") from error
@@ -103,38 +102,21 @@ def list_folder(url: str) -> list[str]:
     if is_web(filesystem):
         return []
     try:
-        found = filesystem.ls(path, detail=False)
-    except (FileNotFoundError, NotADirectoryError):
+        found = with_retries(lambda: filesystem.ls(path, detail=False), url)
+    except ABSENT:
         return []
     return sorted(str(name).rstrip("/") for name in found)
 
 
-@contextmanager
-def atomic_write(url: str) -> Iterator[IO[bytes]]:
-    """Write a file that appears at `url`, complete, when the block ends without an error.
+def atomic_write(url: str) -> AbstractContextManager[IO[bytes]]:
+    """A stream whose file appears at a path or URL, complete, when its block ends without an error.
 
-    For an object store the bytes are collected in a temporary file of this machine, because closing
-    a half-written object would make it appear. It has no name, so that nothing is left of it
-    however this process ends.
+    See `mhe_dist.atomic_file.whole_file`.
+
+    Raises:
+        UserError: see `resolve_url`.
     """
-    filesystem, path = resolve_url(url)
-    if not is_local(filesystem):
-        with TemporaryFile() as stream:
-            yield stream
-            stream.flush()
-            filesystem.put_file(f"/proc/self/fd/{stream.fileno()}", path)
-        return
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    temporary = Path(parent) / f".{name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
-    try:
-        with temporary.open("xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return whole_file(*resolve_url(url))
 
 
 @contextmanager

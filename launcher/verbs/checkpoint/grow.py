@@ -11,7 +11,8 @@ from launcher.terminal import console
 from launcher.verbs.options import RunName
 from launcher.verbs.outputs import run_words, usable_folder
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs.folder import find_checkpoint_folder, find_run, url_exists
+from pipelines.runs.folder import find_checkpoint_folder, find_run
+from pipelines.storage.urls import url_exists
 
 Url = Annotated[str, typer.Argument(metavar="URL", help="A step_* folder, or a run: its newest.")]
 

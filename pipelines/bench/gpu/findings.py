@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mhe_dist.atomic_file import write_file
 from mhe_dist.errors import describe_error
 
 NAME_WIDTH = 60  # of a figure's name
@@ -125,7 +126,7 @@ class GpuFindings:
     def save(self) -> None:
         """Write to the file."""
         if self.file is not None:
-            self.file.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+            write_file(str(self.file), json.dumps(self.as_dict(), indent=1) + "\n")
 
     @staticmethod
     def load(file: Path) -> GpuFindings:

@@ -16,7 +16,7 @@ from launcher.ray_cluster.environment import worker_environment
 from launcher.ray_cluster.mailbox import errors_scrubbed
 from launcher.ray_cluster.worker import _describe, _report_crash, train_worker
 from launcher.tasks import ray_tasks
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, StorageUnavailable, UserError
 from tests.support.config_sections import config
 
 CRASHING = """
@@ -52,6 +52,7 @@ def test_a_worker_gets_its_threads_and_no_telemetry() -> None:
     [
         (UserError("a http://me:pw@h"), True, True),
         (RunError("a http://me:pw@h"), False, True),
+        (StorageUnavailable("a http://me:pw@h"), False, False),
         (ConnectionResetError("a http://me:pw@h"), False, False),
     ],
 )

@@ -12,6 +12,7 @@ import fsspec
 import psutil
 import pytest
 
+from mhe_dist import storage_retry as retry
 from mhe_dist.config.schema import Config
 from pipelines.data.order import SampleOrder
 from pipelines.data.sequential import read_in_order
@@ -19,7 +20,6 @@ from pipelines.loader.loader import Loader
 from pipelines.loader.prefetch import WindowReader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from pipelines.storage import retry
 from tests.stores import Counted, Faulty, Synthetic, files, served
 from tests.support.data.images import jpeg
 from tests.support.data.loading import Loaded, assert_same, load, loader_of

@@ -13,13 +13,14 @@ import s3fs.errors
 
 from launcher import cli
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_errors import as_os_error
 from pipelines.report.sheets.pictures import has_index
 from pipelines.shards.index import ShardIndex, index_exists
 from pipelines.shards.label_set import LabelSet
 from pipelines.sources.image_folder import import_folder
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.ranges import locate_file, read_range
-from pipelines.storage.unusable_path import as_os_error, explain_fault
+from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import RangeReader, list_folder, url_exists
 from tests.stores import serving
 

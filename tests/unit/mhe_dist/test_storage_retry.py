@@ -20,8 +20,9 @@ import s3fs.errors
 from aiohttp import http_exceptions
 
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_errors import is_transient
+from mhe_dist.storage_retry import errors_naming, with_retries
 from pipelines.storage.ranges import locate_file, read_range
-from pipelines.storage.retry import errors_naming, is_transient, with_retries
 from tests.stores import Counted, Faulty, files, served
 
 
