@@ -21,13 +21,17 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
 
+from mhe_dist.atomic_file import write_file
 from mhe_dist.checkpoint.step_folder import MANIFEST
+from mhe_dist.errors import describe_error
+from mhe_dist.storage_errors import ABSENT
+from mhe_dist.storage_retry import path_exists, until_answered
 
 RUN = "run.json"
 SCORES = "scores.json"
 FORMAT = 1
 _CHUNK = 1 << 22
-_WAITS_S = (0.5, 2.0)  # before the further attempts at reading from a store
+_WAITS_S = (0.5, 2.0)  # before what came from a store is read again, as it is damaged
 
 
 @dataclass(frozen=True)
@@ -105,10 +109,6 @@ class _ChecksumStream:
         return FileEntry(self._bytes, f"{self._crc:08x}")
 
 
-class Unreadable(str):
-    """Why a manifest could not be read, perhaps for the moment: it says nothing of the files."""
-
-
 class CheckpointFolder:
     """One checkpoint's folder, local or remote."""
 
@@ -137,40 +137,36 @@ class CheckpointFolder:
         self._put(SCORES, json.dumps(scores, indent=1).encode())
 
     def _put(self, name: str, data: bytes) -> None:
-        """Write a small file as a whole or not at all; object stores do that by themselves."""
-        local = isinstance(self.fs, LocalFileSystem)
-        target = self._path_of(f"{name}.tmp" if local else name)
-        with self.fs.open(target, "wb") as file:
-            file.write(data)
-            if local:
-                file.flush()
-                os.fsync(file.fileno())
-        if local:
-            os.replace(target, self._path_of(name))
+        """Write a small file as a whole or not at all."""
+        write_file(f"{self.url}/{name}", data)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """The content of a JSON file of the folder."""
-        return json.loads(self.fs.cat_file(self._path_of(name)))
+        """The content of a JSON file of the folder.
+
+        Raises:
+            FileNotFoundError, StorageUnavailable, UserError: see `until_answered`.
+            ValueError: it is damaged.
+        """
+        path = self._path_of(name)
+        return json.loads(until_answered(lambda: self.fs.cat_file(path), f"{self.url}/{name}"))
 
     def manifest(self) -> dict[str, FileEntry] | str:
         """The files of the checkpoint, or the reason why this is none (sizes are compared).
 
-        `Unreadable` is a reason that tells nothing: the disk or the store gave no answer.
+        Raises:
+            StorageUnavailable: the disk or the store gives no answer, which is no reason.
         """
-        reason = ""
         for _ in self._attempts():
             try:
                 return self._read_manifest()
-            except Exception as error:  # stores raise what they like: gcsfs no OSError
-                reason = f"{MANIFEST} cannot be read: {type(error).__name__}: {error}"
-                if isinstance(error, FileNotFoundError):  # a folder that is still to be written
-                    break
-                if not isinstance(error, (ValueError, KeyError, TypeError)):  # of what was read
-                    reason = Unreadable(reason)
+            except ABSENT as error:  # a folder that is still to be written
+                return f"{MANIFEST} cannot be read: {describe_error(error)}"
+            except (ValueError, KeyError, TypeError) as error:
+                reason = f"{MANIFEST} cannot be read: {describe_error(error)}"
         return reason
 
     def _attempts(self) -> Iterator[None]:
-        """A turn for each attempt at reading; a store, but no disk, may fail for the moment.
+        """A turn for each attempt at what arrives damaged from a store; a disk has one.
 
         To pass over a good checkpoint loses the work since the one before.
         """
@@ -180,9 +176,9 @@ class CheckpointFolder:
             yield
 
     def _read_manifest(self) -> dict[str, FileEntry] | str:
-        """See `manifest`; raises what a damaged one or a store raises."""
-        listed = {entry["name"]: entry["size"] for entry in self.fs.ls(self._path, detail=True)}
-        sizes = {os.path.basename(name.rstrip("/")): size for name, size in listed.items()}
+        """See `manifest`; raises what a damaged one makes Python raise, too."""
+        listed = until_answered(lambda: self.fs.ls(self._path, detail=True), self.url)
+        sizes = {os.path.basename(each["name"].rstrip("/")): each["size"] for each in listed}
         if MANIFEST not in sizes:
             return f"no {MANIFEST}: it was not written to the end"
         content = self.read_json(MANIFEST)
@@ -197,7 +193,11 @@ class CheckpointFolder:
         return files
 
     def first_corrupt_file(self, files: Iterable[tuple[str, FileEntry]]) -> str | None:
-        """The first file whose checksum is not the manifest's, in words; None: there is none."""
+        """The first file whose checksum is not the manifest's, in words; None: there is none.
+
+        Raises:
+            StorageUnavailable: see `manifest`.
+        """
         for name, entry in files:
             for _ in self._attempts():
                 fault = self._fault(name, entry)
@@ -208,13 +208,10 @@ class CheckpointFolder:
         return None
 
     def _fault(self, name: str, entry: FileEntry) -> str | None:
-        """What one attempt at reading a file finds wrong with it."""
-        size = crc = 0
+        """What is wrong with a file that was read to its end."""
         try:
-            with self.fs.open(self._path_of(name), "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        except Exception as error:  # see `manifest`
+            size, crc = until_answered(lambda: self._read_through(name), f"{self.url}/{name}")
+        except ABSENT as error:
             return f"{name} cannot be read: {error}"
         if size != entry.bytes:
             return f"{name} gave {size} bytes, {MANIFEST} says {entry.bytes}"
@@ -222,28 +219,51 @@ class CheckpointFolder:
             return f"{name} has CRC-32 {crc:08x}, {MANIFEST} says {entry.crc32}"
         return None
 
+    def _read_through(self, name: str) -> tuple[int, int]:
+        """Bytes and CRC-32 of a file."""
+        size = crc = 0
+        with self.fs.open(self._path_of(name), "rb") as file:
+            while chunk := file.read(_CHUNK):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        return size, crc
+
+    def read_part(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes `[begin, end)` of a file; no others are read.
+
+        Raises:
+            FileNotFoundError, StorageUnavailable, UserError: see `until_answered`.
+        """
+        path = self._path_of(name)
+        return until_answered(
+            lambda: bytes(self.fs.cat_file(path, start=begin, end=end)), f"{self.url}/{name}"
+        )
+
     def find_fault_of_zip(self, name: str, begin: int, end: int) -> str | None:
         """What is wrong with the zip in some bytes of a file, of which no others are read.
 
         None: its parts have the CRC-32 that is stored with them.
+
+        Raises:
+            StorageUnavailable: see `manifest`.
         """
         for _ in self._attempts():
             try:
-                stored = self.fs.cat_file(self._path_of(name), start=begin, end=end)
-            except Exception as error:  # see `manifest`
-                fault = f"cannot be read: {error}"
-                continue
-            if _is_intact(stored):
-                return None
-            fault = "does not have the CRC-32 that is stored with it"
-        return fault
+                if _is_intact(self.read_part(name, begin, end)):
+                    return None
+            except ABSENT as error:
+                return f"cannot be read: {error}"
+        return "does not have the CRC-32 that is stored with it"
 
     def remove(self) -> None:
-        """Delete the folder, its manifest first: half of it must not pass for a checkpoint."""
+        """Delete the folder, its manifest first: half of it must not pass for a checkpoint.
+
+        Raises:
+            StorageUnavailable: see `manifest`.
+        """
         self.fs.invalidate_cache()
-        if self.fs.exists(self._path_of(MANIFEST)):
+        if path_exists(self.fs, self._path_of(MANIFEST)):
             self.fs.rm_file(self._path_of(MANIFEST))
-        if self.fs.exists(self._path):
+        if path_exists(self.fs, self._path):
             self.fs.rm(self._path, recursive=True)
 
 

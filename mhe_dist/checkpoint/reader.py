@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mhe_dist.checkpoint.files import RUN, SCORES, CheckpointFolder
 from mhe_dist.checkpoint.step_folder import describe_missing_step, describe_siblings, step_of
+from mhe_dist.checkpoint.tensor_reader import StoredTensor, read_tensors
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_retry import until_answered
 
 
 class Checkpoint:
@@ -67,7 +69,18 @@ class Checkpoint:
 
     @cached_property
     def _metadata(self) -> Any:
-        return FsspecReader(self.path).read_metadata()
+        return until_answered(lambda: FsspecReader(self.path).read_metadata(), self.path)
+
+    @cached_property
+    def _stored(self) -> dict[str, StoredTensor]:
+        """Name -> where the tensor lies."""
+        items = self._metadata.storage_data.items()
+        return {
+            index.fqn: StoredTensor(
+                info.relative_path, info.offset, info.offset + info.length, index.fqn
+            )
+            for index, info in items
+        }
 
     def first_damaged_tensor(self, names: Iterable[str]) -> str | None:
         """The first of some tensors that is not as it was written, in words; None: there is none.
@@ -76,12 +89,10 @@ class Checkpoint:
         has a CRC-32 of each of its parts.
         """
         folder = CheckpointFolder(self.path)
-        stored = {index.fqn: info for index, info in self._metadata.storage_data.items()}
         for name in names:
-            info = stored[name]
-            end = info.offset + info.length
-            if fault := folder.find_fault_of_zip(info.relative_path, info.offset, end):
-                return f"{name} in {info.relative_path} {fault}"
+            stored = self._stored[name]
+            if fault := folder.find_fault_of_zip(stored.file, stored.begin, stored.end):
+                return f"{name} in {stored.file} {fault}"
         return None
 
     def load(self, select: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -90,22 +101,18 @@ class Checkpoint:
         Each rank may load other names; none waits for another.
 
         Raises:
-            RunError: the files cannot be read.
+            StorageUnavailable: the disk or the store gives no answer.
+            RunError: the files do not hold what the checkpoint says.
         """
-        tensors = {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (shape, dtype) in self.names().items()
-            if select(name)
-        }
-        try:
-            # With collectives DCP would ask all ranks to load the same names.
-            dcp.load(tensors, storage_reader=FsspecReader(self.path), no_dist=True)
-        except dcp.CheckpointException as error:
-            for cause, _ in error.failures.values():
-                if not isinstance(cause, Exception):  # Ctrl-C is no damage of the files
-                    raise cause from None
-            raise RunError(f"{self.path}: {first_failure(error)}") from error
-        return tensors
+        expected = {name: about for name, about in self.names().items() if select(name)}
+        wanted = (self._stored[name] for name in expected)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in read_tensors(CheckpointFolder(self.path), wanted):
+            if (tuple(tensor.shape), tensor.dtype) != expected[name]:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise RunError(f"{self.path}: {name} is {found}, unlike the checkpoint says")
+            tensors[name] = tensor
+        return {name: tensors[name] for name in expected}
 
 
 def open_step_folder(url: str) -> Checkpoint:

@@ -12,16 +12,13 @@ A tensor lies on one rank as a whole, under a name that does not depend on the n
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -29,15 +26,17 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 
 from mhe_dist.checkpoint.entry import Entry
-from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry, Unreadable
+from mhe_dist.checkpoint.files import CheckpointFolder, ChecksumWriter, FileEntry
 from mhe_dist.checkpoint.reader import Checkpoint, first_failure
 from mhe_dist.checkpoint.retention import RetentionPolicy, steps_to_delete
+from mhe_dist.checkpoint.step_folder import folder_of_step, list_steps
+from mhe_dist.distributed.failures import decided_by_first, failing_together
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import RunError
+from mhe_dist.errors import StorageUnavailable
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_FOLDER = re.compile(r"step_(\d{8,})$")
 READ_ONLY = RetentionPolicy()  # of a store that only reads
 _WRITE_TIMEOUT_S = 3600.0  # a rank may wait this long for the slowest writer
 
@@ -226,19 +225,9 @@ class CheckpointStore:
 
         return self._on_first(write_manifest)
 
-    def _on_first(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0; its result on all ranks, or its failure on all ranks."""
-        result: list[Any] = [None, None]  # and the failure
-        if self._topology.is_first:
-            try:
-                result[0] = work()
-            except Exception as failure:  # broadcast below; every rank raises it
-                result[1] = first_failure(failure)
-        if self._topology.world_size > 1:
-            dist.broadcast_object_list(result, src=0, group=self._group)
-        if result[1] is not None:
-            raise RunError(result[1])
-        return result[0]
+    def _on_first(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, or its failure, on all ranks."""
+        return decided_by_first(work, self._topology, self._group)
 
     def add_scores(self, step: int, scores: dict[str, float]) -> None:
         """Keep figures of a complete checkpoint's model that were not known when it was saved.
@@ -274,20 +263,27 @@ class CheckpointStore:
         """Whether the last `newest` would have taken it for a checkpoint, by its files' sizes.
 
         Raises:
-            RunError: that cannot be told now; nothing may be deleted for it.
+            StorageUnavailable: that cannot be told now; nothing may be deleted for it.
         """
-        reason = self.rejected.get(_name(path))
-        if reason is not None and not isinstance(reason, Unreadable):
+        if _name(path) in self.rejected:
             return False
-        found = CheckpointFolder(path).manifest()
-        if isinstance(found, Unreadable):
-            raise RunError(f"{path}: {found}")
-        return not isinstance(found, str)
+        return not isinstance(CheckpointFolder(path).manifest(), str)
 
-    def _can_be_read(self, path: str) -> bool:
-        """Whether it is complete, and nothing hinders reading it now."""
-        with suppress(RunError):
-            return self._is_complete(path)
+    def _has_complete(self, steps: Iterable[int]) -> bool:
+        """Whether one of some checkpoints is complete.
+
+        Raises:
+            StorageUnavailable: of none that is known, and of some it cannot be told now.
+        """
+        unknown: StorageUnavailable | None = None
+        for step in steps:
+            try:
+                if self._is_complete(self._path(step)):
+                    return True
+            except StorageUnavailable as error:
+                unknown = error
+        if unknown is not None:
+            raise unknown
         return False
 
     # -- discovery -----------------------------------------------------------------------------
@@ -298,10 +294,14 @@ class CheckpointStore:
         All ranks must call; each checks a share of the files. Reads the whole checkpoint, or, for
         whoever reads no other tensors, those of the names that `select` accepts: of the files that
         hold tensors, the sizes are compared then.
+
+        Raises:
+            StorageUnavailable: the folder or one of its files cannot be read now, on all ranks. It
+                is not passed over: an older checkpoint, or none, would lose what this one holds.
         """
         self.wait()
         self.rejected = {}
-        for step in self._broadcast(self._steps() if self._topology.is_first else None):
+        for step in self._on_first(self._steps):
             path = self._path(step)
             reason = self._find_fault(Checkpoint(path, step), select)
             if reason is None:
@@ -316,14 +316,16 @@ class CheckpointStore:
 
         Returns:
             Whether the newest checkpoint, if there is one, is now of `step` steps at most.
+
+        Raises:
+            StorageUnavailable: nobody knows now whether there is an older one; none is deleted.
         """
 
         def delete_newer() -> bool:
             """Whether an older checkpoint stands, or none at all."""
             steps = self._steps()
             newer = [s for s in steps if s > step]
-            older = (self._path(s) for s in steps if s <= step)
-            if newer and not any(map(self._can_be_read, older)):
+            if newer and not self._has_complete(s for s in steps if s <= step):
                 return False
             for number in newer:
                 CheckpointFolder(self._path(number)).remove()
@@ -336,28 +338,22 @@ class CheckpointStore:
     ) -> str | None:
         """Why a folder is no checkpoint, or is damaged where `newest` reads it; None: it is not."""
         folder = CheckpointFolder(checkpoint.path)
-        files = self._broadcast(folder.manifest() if self._topology.is_first else None)
+        files = self._on_first(folder.manifest)
         if isinstance(files, str):
             return files
-        if select is None:
-            found = folder.first_corrupt_file(self._mine(files.items()))
-        else:
-            small = [item for item in files.items() if not item[0].endswith(DEFAULT_SUFFIX)]
-            found = folder.first_corrupt_file(small) or checkpoint.first_damaged_tensor(
-                self._mine(filter(select, checkpoint.names()))
-            )
+        with failing_together(self._topology, self._group):
+            if select is None:
+                found = folder.first_corrupt_file(self._mine(files.items()))
+            else:
+                small = [item for item in files.items() if not item[0].endswith(DEFAULT_SUFFIX)]
+                found = folder.first_corrupt_file(small) or checkpoint.first_damaged_tensor(
+                    self._mine(filter(select, checkpoint.names()))
+                )
         return next((reason for reason in self._all_gather(found) if reason), None)
 
     def _mine(self, items: Iterable[Any]) -> list[Any]:
         """This rank's share of distinct items."""
         return sorted(items)[self._topology.rank :: self._topology.world_size]
-
-    def _broadcast(self, value: Any) -> Any:
-        """Rank 0's value on all ranks."""
-        box = [value]
-        if self._topology.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
 
     def _all_gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
@@ -367,16 +363,10 @@ class CheckpointStore:
         return values
 
     def _path(self, step: int) -> str:
-        return f"{self._root}/step_{step:08d}"
+        return f"{self._root}/{folder_of_step(step)}"
 
     def _steps(self) -> list[int]:
-        """Steps of all folders, complete or not, newest first."""
-        fs, path = fsspec.core.url_to_fs(self._root)
-        fs.invalidate_cache()
-        if not fs.isdir(path):
-            return []
-        found = (_FOLDER.search(name.rstrip("/")) for name in fs.ls(path, detail=False))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        return list_steps(self._root)
 
 
 def _fits(buffer: Tensor, entry: Entry) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
 from launcher.signals import Interrupted
-from mhe_dist.errors import RunError
+from mhe_dist import storage_retry
+from mhe_dist.checkpoint.files import CheckpointFolder
+from mhe_dist.errors import RunError, StorageUnavailable
 from pipelines.runs.warm_start import find_checkpoint
 from tests import tiny
 
@@ -18,7 +19,8 @@ from tests import tiny
     [
         (KeyboardInterrupt(), KeyboardInterrupt),
         (Interrupted(2), Interrupted),
-        (OSError(5), RunError),
+        (OSError(5), StorageUnavailable),
+        (FileNotFoundError(2), RunError),
     ],
 )
 def test_ctrl_c_is_told_from_files_that_cannot_be_read(
@@ -29,9 +31,11 @@ def test_ctrl_c_is_told_from_files_that_cannot_be_read(
 ) -> None:
     checkpoint = find_checkpoint(tiny.trained_run(tmp_path, "tiny").run.path)
 
-    def read_data(*_: object) -> None:
+    def cat_file(*_: object, **__: object) -> None:
         raise raised
 
-    monkeypatch.setattr(FsspecReader, "read_data", read_data)
+    checkpoint.names()
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(type(CheckpointFolder(checkpoint.path).fs), "cat_file", cat_file)
     with pytest.raises(expected):
         checkpoint.load(lambda name: True)

@@ -9,12 +9,19 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from mhe_dist import storage_retry
 from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import StorageUnavailable
 
 BEST = "heldout/rank1"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
 
 
 class StoreError(Exception):
@@ -83,16 +90,19 @@ def test_the_best_checkpoint_stays_while_its_score_cannot_be_read(
     assert stands(tmp_path) == [10, 40], "what stays for the moment alone goes later"
 
 
-def test_a_rejected_checkpoint_that_can_be_read_again_stays(
+def test_the_newest_checkpoint_is_not_passed_over_and_stays_while_it_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = CheckpointStore(str(tmp_path), Topology(), RetentionPolicy(1, every=10))
     save(store, 10)
     with monkeypatch.context() as patch:
         fail_at(patch, "ls", "", OSError(116, "Stale file handle"))
-        assert store.newest() is None
-    save(store, 15)
+        with pytest.raises(StorageUnavailable, match=r"step_00000010.*Stale file handle"):
+            store.newest()
+        save(store, 15)
     assert stands(tmp_path) == [10, 15]
+    newest = store.newest()
+    assert newest is not None and newest.step == 15
 
 
 def test_one_that_cannot_be_read_hinders_no_rollback(
@@ -104,7 +114,8 @@ def test_one_that_cannot_be_read_hinders_no_rollback(
         fail_at(patch, "ls", "", OSError(116, "Stale file handle"))
         assert store.roll_back_to(25)
         assert stands(tmp_path) == [10, 20]
-        assert not store.roll_back_to(15), "none that can be read is older"
+        with pytest.raises(StorageUnavailable):  # nobody knows whether that is an older one
+            store.roll_back_to(15)
     assert stands(tmp_path) == [10, 20]
 
 
@@ -118,7 +129,7 @@ def test_scores_that_cannot_be_read_are_none_for_who_resumes(
     assert newest is not None and newest.scores == {BEST: 0.5}
     fail_at(monkeypatch, "cat_file", "scores", StoreError("503"))
     assert newest.scores == {}
-    with pytest.raises(StoreError):
+    with pytest.raises(StorageUnavailable):
         newest.read_scores()
 
 
