@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import fsspec
 import torch
@@ -23,8 +25,13 @@ from mhe_dist.checkpoint.shape_check import refuse_mismatch, tensor_shapes
 from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.config.stored import stored_config
+from mhe_dist.distributed.failures import decided_by_first
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError, first_line
+from mhe_dist.storage_errors import ABSENT
+from mhe_dist.storage_retry import path_exists, with_retries
+
+T = TypeVar("T")
 
 # Of Lightning and many others; of arcface_torch's checkpoint_gpu_0.pt.
 _WRAPPERS = ("state_dict", "state_dict_backbone")
@@ -64,10 +71,10 @@ def load_pretrained(model: Backbone, source: str, topology: Topology | None = No
 
 def _normalization_of_folder(source: str) -> Normalization | None:
     """What the `config.json` of an exported folder says; None: there is none."""
-    filesystem, path = fsspec.core.url_to_fs(source)
-    if not filesystem.exists(f"{path}/config.json"):
+    text = _read(f"{source}/config.json") if _is_folder(source) else None
+    if text is None:
         return None
-    values = json.loads(filesystem.cat_file(f"{path}/config.json"))
+    values = json.loads(text)
     return recorded_normalization(values.get("pretrained_cfg", values))
 
 
@@ -84,10 +91,16 @@ def _refuse_other_normalization(model: Backbone, found: Normalization | None, so
 
 def _checkpoint(source: str, topology: Topology) -> Checkpoint | None:
     """The checkpoint that the source names, or None where it is no run."""
-    filesystem, path = fsspec.core.url_to_fs(source)
-    if step_of(source) is not None and not filesystem.exists(f"{path}/{_WEIGHTS}"):
-        return open_step_folder(source)
-    if not filesystem.exists(f"{path}/checkpoints"):
+
+    def holds(name: str) -> bool:
+        """The same on all ranks: a run is read together."""
+        filesystem, path = fsspec.core.url_to_fs(f"{source}/{name}")
+        return decided_by_first(lambda: path_exists(filesystem, path), topology)
+
+    is_folder = decided_by_first(lambda: _is_folder(source), topology)
+    if step_of(source) is not None and not (is_folder and holds(_WEIGHTS)):
+        return decided_by_first(lambda: open_step_folder(source), topology)
+    if not is_folder or not holds("checkpoints"):
         return None
     newest = CheckpointStore(f"{source}/checkpoints", topology).newest(is_backbone_weight)
     if newest is None:
@@ -97,34 +110,60 @@ def _checkpoint(source: str, topology: Topology) -> Checkpoint | None:
 
 def _file(source: str) -> dict[str, Tensor]:
     """The tensors of a file or of an exported folder, by name."""
-    filesystem, path = fsspec.core.url_to_fs(source)
-    if filesystem.isdir(path):
-        source, path = f"{source}/{_WEIGHTS}", f"{path}/{_WEIGHTS}"
-    if not filesystem.exists(path):
+    if _is_folder(source):
+        source = f"{source}/{_WEIGHTS}"
+    if (weights := _read(source)) is None:
         raise UserError(
             f"model.init_from={source}: does not exist; give a .pth or .safetensors file, a folder "
             f"of mhe export --to timm, or a run"
         )
-    if path.endswith(".safetensors"):
+    if source.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load as parse
 
         try:
-            return parse(filesystem.cat_file(path))
+            return parse(weights)
         except SafetensorError as error:
             raise UserError(
                 f"model.init_from={source}: no whole .safetensors file ({first_line(error)}): it "
                 "is cut off, or a pointer of Git LFS (git lfs pull)"
             ) from error
     try:
-        with filesystem.open(path, "rb") as stream:
-            found = torch.load(stream, map_location="cpu", weights_only=True)
+        found = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
             f"model.init_from={source}: not a file of weights alone ({first_line(error)}); "
             f"nothing in it was run"
         ) from error
     return _state(found, source)
+
+
+def _is_folder(url: str) -> bool:
+    """Whether there is a folder; raises as `_if_there`."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    about = _if_there(lambda: filesystem.info(path), url)
+    return about is not None and about["type"] == "directory"
+
+
+def _read(url: str) -> bytes | None:
+    """A file as a whole, or None; raises as `_if_there`."""
+    filesystem, path = fsspec.core.url_to_fs(url)
+    return _if_there(lambda: bytes(filesystem.cat_file(path)), url)
+
+
+def _if_there(call: Callable[[], T], url: str) -> T | None:
+    """What a call gives of a file or folder; None: there is none.
+
+    Raises:
+        UserError: it may not be read.
+        StorageUnavailable: the disk or the store gives no answer.
+    """
+    try:
+        return with_retries(call, url)
+    except ABSENT:
+        return None
+    except PermissionError as error:
+        raise UserError(f"model.init_from={url}: may not be read: {error}") from error
 
 
 def _state(found: Any, source: str) -> dict[str, Tensor]:

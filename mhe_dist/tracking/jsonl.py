@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from mhe_dist.atomic_file import replaced_file
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
 from mhe_dist.tracking.remote_file import RemoteCopy, iter_parts
@@ -29,7 +30,8 @@ class JsonlTracker:
 
     Every line is handed to the operating system before `log` returns, so it outlives the process
     (at a URL, the last minute may not: see `RemoteCopy`). Floats keep all their digits; what is not
-    finite is written as `"nan"`, `"inf"`, `"-inf"`.
+    finite is written as `"nan"`, `"inf"`, `"-inf"`. Lines that the disk refuses wait, and are
+    written with the next ones.
     """
 
     run_id: str | None = None
@@ -42,7 +44,8 @@ class JsonlTracker:
         self._path = Path(path)
         self._copy: RemoteCopy | None = None
         self._file: FileIO | None = None
-        self._waiting, self._refused = "", False
+        self._size: int | None = None  # of the lines in the file; None: not started
+        self._waiting: list[str] = []
 
     def start(self, config: Mapping[str, Any], tags: Mapping[str, str], step: int = 0) -> None:
         """Drop the lines of steps >= `step` and open the file; config and tags are not kept."""
@@ -54,7 +57,7 @@ class JsonlTracker:
         _replace(self._path, (_line(r) for r in iter_records(self._path) if r["step"] < step))
         if self._copy:
             self._copy.resume()
-        self._file = self._path.open("ab", buffering=0)
+        self._size = self._path.stat().st_size
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line. Where the disk refuses it, it is logged and waits for the next one.
@@ -62,27 +65,53 @@ class JsonlTracker:
         Raises:
             RunError: there is no `start` before.
         """
-        if self._file is None:
+        if self._size is None:
             raise RunError(f"{self._name}: log() before start()")
-        self._waiting += _line({"step": step, "time": round(time.time(), 3), **metrics})
+        self._waiting.append(_line({"step": step, "time": round(time.time(), 3), **metrics}))
         self._write()
         if self._copy:
             self._copy.update()
 
     def _write(self) -> None:
-        """Write all waiting lines or none."""
-        assert self._file is not None
-        size, data = os.fstat(self._file.fileno()).st_size, self._waiting.encode()
+        """Write all waiting lines; some only as long as the disk fails in between."""
         try:
-            while data:
-                data = data[self._file.write(data) or 0 :]
+            self._append("".join(self._waiting).encode())
         except OSError as error:
-            os.ftruncate(self._file.fileno(), size)
-            if not self._refused:
+            if not self.problem:  # counted and told again when it ends
                 logger.error("%s: cannot be written, will go on trying: %s", self._name, error)
-            self._refused = True
+                self.problem = f"{self._name}: lines wait, as it cannot be written: {error}"
         else:
-            self._waiting, self._refused = "", False
+            if self.problem:
+                logger.warning("%s: %d lines came late", self._name, len(self._waiting))
+            self.problem, self._waiting = "", []
+
+    def _append(self, data: bytes) -> None:
+        """Add all of it to the file, or nothing that a reader sees as a line.
+
+        A disk that failed may have lost the open file, and may have kept half a line.
+        """
+        assert self._size is not None
+        try:
+            if self._file is None:
+                self._file = self._path.open("r+b", buffering=0)
+                self._file.truncate(self._size)
+                self._file.seek(self._size)
+            left = data
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError:
+            self._forget_file()
+            raise
+        self._size += len(data)
+
+    def _forget_file(self) -> None:
+        """Close the file without the half of a line that it may end with."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.truncate(self._size)
+            with suppress(OSError):
+                file.close()
 
     def artifact(self, path: str, folder: str = "") -> None:
         """Nothing: the run's folder holds its files already."""
@@ -98,17 +127,20 @@ class JsonlTracker:
 
     def flush(self) -> None:
         """Bring the copy at a URL up to date."""
-        if self._file is not None:
+        if self._size is not None:
             self._write()
             if self._copy:
                 self._copy.finish()
 
     def close(self, status: Status = "finished") -> None:
         """Close the file; the temporary one of a record at a URL goes once all of it is there."""
-        if self._file is not None:
+        if self._size is not None:
             self._write()
-            self._file.close()
-            self._file = None
+            if self._waiting:
+                self.problem = f"{self._name}: {len(self._waiting)} lines are lost ({self.problem})"
+                logger.error("%s", self.problem)
+            self._forget_file()
+            self._size = None
             if self._copy and self._copy.finish():
                 shutil.rmtree(self._path.parent)  # it was temporary
 
@@ -163,10 +195,5 @@ def _plain(value: float) -> float | int | str:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    """Write the whole file so that a crash leaves either the old or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replaced_file(str(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

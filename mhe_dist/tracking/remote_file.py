@@ -13,10 +13,13 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import fsspec
+
+from mhe_dist.storage_retry import path_exists, until_answered
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +35,15 @@ class _Part(NamedTuple):
 
 
 def iter_parts(filesystem: Any, path: str) -> Iterator[str]:
-    """The paths of the parts that a copy has, in their order."""
+    """The paths of the parts that a copy has, in their order.
+
+    Raises:
+        StorageUnavailable, UserError: see `until_answered`; a part that is missed would be lost.
+    """
     filesystem.invalidate_cache()  # another process adds some
     for number in itertools.count():
         part = _part_path(path, number)
-        if not filesystem.exists(part):
+        if not path_exists(filesystem, part):
             return
         yield part
 
@@ -66,7 +73,7 @@ class RemoteCopy:
         """Make the local file from the copy, if there is one."""
         filesystem, path = fsspec.core.url_to_fs(self._url)
         for part in iter_parts(filesystem, path):
-            data = filesystem.cat_file(part)
+            data = until_answered(partial(filesystem.cat_file, part), self._url)
             with self._path.open("ab") as file:
                 file.write(data)
             self._parts.append(_Part(len(data), zlib.crc32(data)))

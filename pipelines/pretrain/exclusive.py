@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import decided_by_first
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import Preempted, UserError
+from mhe_dist.errors import StorageUnavailable, UserError
+from mhe_dist.storage_errors import is_permanent
+from mhe_dist.storage_retry import with_retries
 from pipelines.pretrain import preemption
 from pipelines.pretrain.recorder import EventHandler
 from pipelines.runs.folder import absolute_path, is_local
 from pipelines.runs.lease import Lease
 from pipelines.runs.lock import LOCK_FILE, FileLock, Holder
+from pipelines.storage.unusable_path import describe_unusable_path
 
 logger = logging.getLogger(__name__)
 
@@ -55,20 +58,17 @@ def run_locked(
         on_event: called on rank 0 if the lock of a process that was killed was taken over.
 
     Raises:
-        UserError: another process has it; on all ranks, with the same words.
+        UserError: another process has it, or the folder cannot be written; on all ranks.
+        StorageUnavailable: the disk or the store gives no answer; on all ranks.
         Preempted: this process was told to stop while it waited for it; on all ranks.
     """
     lock: RunLock = _Nothing()
-    refusal: UserError | Preempted | None = None
-    if topology.is_first:
-        try:
-            lock = _acquire(path, Holder(command) if command else Holder(), on_event)
-        except (UserError, Preempted) as error:
-            refusal = error
-        except OSError as error:
-            refusal = UserError(f"{path}/{LOCK_FILE} cannot be written: {error}")
-    if (refusal := broadcast_from_first(refusal, topology)) is not None:
-        raise refusal
+
+    def acquire() -> None:
+        nonlocal lock
+        lock = _acquire(path, Holder(command) if command else Holder(), on_event)
+
+    decided_by_first(acquire, topology)
     try:
         yield lock
     finally:
@@ -76,7 +76,12 @@ def run_locked(
 
 
 def _acquire(path: str, holder: Holder, on_event: EventHandler) -> RunLock:
-    lock, before = _open(path, holder)
+    try:
+        lock, before = _open(path, holder)
+    except OSError as error:
+        wrong = is_permanent(error) or describe_unusable_path(error)
+        kind = UserError if wrong else StorageUnavailable
+        raise kind(f"{path}/{LOCK_FILE} cannot be written: {error}") from error
     if before is None:
         return lock
     logger.warning("%s: took over the lock of %s, which ended without giving it back", path, before)
@@ -89,7 +94,7 @@ def _open(path: str, holder: Holder) -> tuple[RunLock, Holder | None]:
     if is_local(path):
         file_lock = FileLock(absolute_path(path), holder)
         try:
-            return file_lock, file_lock.acquire(preemption.requested)
+            return file_lock, with_retries(lambda: file_lock.acquire(preemption.requested), path)
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import fsspec
 from torch import Tensor
 
+from mhe_dist.atomic_file import write_file
 from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.collectives import broadcast_from_first
@@ -60,8 +60,7 @@ def finish_run(run: Run) -> dict[str, Any]:
     run.report_tracker()
     summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
-        with fsspec.open(f"{run.config.run.path}/summary.json", "w") as file:
-            json.dump(summary, file, indent=2)
+        write_file(f"{run.config.run.path}/summary.json", json.dumps(summary, indent=2))
         run.recorder.emit("end", summary=summary)
     return summary
 

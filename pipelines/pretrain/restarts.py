@@ -12,14 +12,16 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import fsspec
-
+from mhe_dist.distributed.failures import decided_by_first
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.tracking.base import HELDOUT
 from mhe_dist.tracking.jsonl import iter_records
 from mhe_dist.train.loop import StepInfo
 from pipelines.pretrain.recorder import Recorder
+from pipelines.runs.folder import read_if_exists
 
 RESTARTS, LOST_STEPS = "restarts", "restart_lost_steps"
+SKIPPED_FILE = "skipped.json"  # in the run's folder
 SECONDS, OWN_SECONDS = "restart_seconds", "restart_own_seconds"
 
 
@@ -97,8 +99,7 @@ def read_restart(path: str, step: int, began: float) -> Restart:
     )
 
 
-def read_skipped_steps(path: str) -> set[int]:
-    """Steps that the run at `path` leaves out since it diverged there."""
-    filesystem, root = fsspec.core.url_to_fs(path)
-    file = f"{root}/skipped.json"
-    return set(json.loads(filesystem.cat_file(file))) if filesystem.exists(file) else set()
+def read_skipped_steps(path: str, topology: Topology) -> set[int]:
+    """Steps that the run at `path` leaves out since it diverged there; all ranks must call."""
+    text = decided_by_first(lambda: read_if_exists(f"{path}/{SKIPPED_FILE}"), topology)
+    return set(json.loads(text or "[]"))

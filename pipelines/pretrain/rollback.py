@@ -13,8 +13,10 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from mhe_dist.atomic_file import write_file
+from mhe_dist.distributed.failures import decided_by_first
 from mhe_dist.train.divergence import Diverged, Divergence
-from pipelines.pretrain.restarts import read_skipped_steps
+from pipelines.pretrain.restarts import SKIPPED_FILE, read_skipped_steps
 from pipelines.pretrain.run import Run
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def roll_back(run: Run, divergence: Divergence) -> None:
     run.recorder.emit("diverged", step=divergence.step, what=divergence.reason, bundle=bundle)
     logger.error(message)
     path = run.config.run.path
-    before = read_skipped_steps(path)
+    before = read_skipped_steps(path, run.topology)
     skipped = before | {divergence.step - 1, divergence.step}
     if guard.on_divergence == "stop":
         raise Diverged(f"{message}. Lower optim.lr, clip (optim.clip_norm), or guard.on_divergence")
@@ -44,10 +46,8 @@ def roll_back(run: Run, divergence: Divergence) -> None:
     run.checkpointer.wait()
     if not run.store.roll_back_to(divergence.step - 1):
         raise Diverged(f"{message}. No checkpoint is older")
-    if run.topology.is_first:
-        with fsspec.open(f"{path}/skipped.json", "w") as file:
-            json.dump(sorted(skipped), file)
-    run.topology.barrier()
+    content = json.dumps(sorted(skipped))
+    decided_by_first(lambda: write_file(f"{path}/{SKIPPED_FILE}", content), run.topology)
 
 
 def _write_bundle(run: Run, divergence: Divergence) -> str:
@@ -69,6 +69,5 @@ def _write_bundle(run: Run, divergence: Divergence) -> str:
             "training": run.recorder.last,
             "norms": {name: float(tensor.float().norm()) for name, tensor in tensors.items()},
         }
-        with filesystem.open(f"{path}/report.json", "w") as file:
-            json.dump(report, file, indent=1)
+        write_file(f"{folder}/report.json", json.dumps(report, indent=1))
     return folder

@@ -12,7 +12,7 @@ from torch import Tensor
 from mhe_dist.checkpoint.store import Checkpoint, CheckpointStore
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
-from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import decided_by_first, failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.engine import Engine
 from mhe_dist.engine.settings import resolve_head_matmul
@@ -46,8 +46,8 @@ from pipelines.runs.resume import record_changes, refuse_changed_config, refuse_
 from pipelines.runs.warm_start import (
     HEAD_PREFIX,
     NO_DATA_DIGEST,
-    load_head_state,
     load_initial_rows,
+    read_head_state,
     refuse_other_num_classes,
 )
 
@@ -70,9 +70,12 @@ class Run:
         check_lock: raises when the run's folder is another process's now.
         classes: of the head; None: those of the data.
         """
-        self.changes = refuse_changed_config(config)
+        # What is read of the run, one rank reads for all: they must find the same.
+        self.changes = decided_by_first(lambda: refuse_changed_config(config), topology)
         self.index = open_training_index(config.data, config.run.seed)
-        config = settle_sizes(config, self.index.num_classes, topology.world_size)
+        sizes = (config, self.index.num_classes, topology.world_size)
+        head = decided_by_first(lambda: settle_sizes(*sizes).head, topology)
+        config = config.model_copy(update={"head": head})
         self.config, self.topology, self.check_lock = config, topology, check_lock
         self.samples = samples_per_epoch(self.index)
         self.total_steps = schedule.total_steps(config, self.samples)
@@ -98,11 +101,11 @@ class Run:
         self.versions = environment_tags()
         self.restart = Restart(time.time())
         self.progress, run_id, bad_samples = self._restore(checkpoint)
-        if topology.is_first:
-            record = f"{config.run.path}/metrics.jsonl"
-            self.restart = read_restart(record, self.progress.step, self.restart.began)
+        at = (f"{config.run.path}/metrics.jsonl", self.progress.step, self.restart.began)
+        self.restart = decided_by_first(lambda: read_restart(*at), topology)
         self.bad_samples = BadSamples(topology, config.run.path, bad_samples)
-        self.tracker = self._open_tracker(run_id)
+        with failing_together(topology):
+            self.tracker = self._open_tracker(run_id)
         self.recorder = Recorder(
             topology, self.tracker, on_event, self.loop.head_time, config.train.audit_every
         )
@@ -135,7 +138,7 @@ class Run:
         if self._evaluation_due(self.progress.step) and self._resumes_unscored():
             self._evaluate_again()
         batches = self.open_loader(self.progress.step, self.total_steps)
-        skipped = read_skipped_steps(self.config.run.path) - {self.total_steps - 1}
+        skipped = read_skipped_steps(self.config.run.path, self.topology) - {self.total_steps - 1}
         steps = self.loop.steps(batch for batch in batches if batch.step not in skipped)
         with batches.reporting_dead_workers(), garbage.of_new_objects():
             for info in self.restart.recorded(self.progress.step, steps, self.recorder):
@@ -246,7 +249,8 @@ class Run:
 
     def _evaluation_due(self, done: int) -> bool:
         """Whether the model is to be evaluated between two steps."""
-        return _is_multiple(done, self.config.evaluate.every_steps) and done < self.total_steps
+        every = self.config.evaluate.every_steps
+        return every > 0 and done % every == 0 and done < self.total_steps
 
     def _resumes_unscored(self) -> bool:
         """Whether the process before was told to stop in the evaluation that is due."""
@@ -278,11 +282,8 @@ class Run:
     def _request(self) -> Request:
         """What this rank asks of all: rank 0's clock decides on saves, anybody may be preempted."""
         self.check_lock()
-        save = (
-            Request.SAVE
-            if self.topology.is_first and self.checkpointer.overdue()
-            else Request.NOTHING
-        )
+        overdue = self.topology.is_first and self.checkpointer.overdue()
+        save = Request.SAVE if overdue else Request.NOTHING
         return save | Request.STOP if preemption.requested() else save
 
     def _flush(self) -> None:
@@ -352,7 +353,7 @@ class Run:
         if checkpoint is None:
             load_initial_rows(self.config, self.head, self.topology)
             return RunProgress(), None, None
-        found = checkpoint.run
+        found = decided_by_first(lambda: checkpoint.run, self.topology)
         if found["data_digest"] == NO_DATA_DIGEST:
             refuse_other_num_classes(found["classes"], self.index, self.config)
         else:
@@ -363,14 +364,19 @@ class Run:
                 f"train.max_steps give {self.total_steps} now: give at least as many"
             )
         self._load(checkpoint)
-        scored = broadcast_from_first(bool(checkpoint.scores), self.topology)
+        scored = decided_by_first(lambda: bool(checkpoint.scores), self.topology)
         precision = found.get("precision")
         progress = RunProgress(found["step"], found["images"], checkpoint.path, scored, precision)
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        self.engine.load_state(checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX)))
-        load_head_state(self.head, checkpoint)
+        with failing_together(self.topology):
+            backbone = checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX))
+        self.engine.load_state(backbone)
+        del backbone
+        with failing_together(self.topology):
+            rows = read_head_state(self.head, checkpoint)
+        self.head.load_state(rows)
 
     def _open_tracker(self, run_id: str | None) -> Tracker:
         if self.topology.is_first:
@@ -390,7 +396,3 @@ class Run:
             for dataset in tracked_datasets(self.config, self.index, self.samples):
                 tracker.dataset(dataset)
         return tracker
-
-
-def _is_multiple(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

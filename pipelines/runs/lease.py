@@ -14,6 +14,7 @@ from collections.abc import Callable
 from fsspec.core import url_to_fs
 
 from mhe_dist.errors import Preempted, RunError
+from mhe_dist.storage_retry import until_answered
 from pipelines.runs.lock import LOCK_FILE, POLL_S, Holder, refusal
 from pipelines.storage.urls import atomic_write, is_local
 
@@ -35,7 +36,8 @@ class Lease:
         holder: what the lease is to tell.
         """
         self._path, self._holder = path, holder
-        self._filesystem, self._object = url_to_fs(f"{path}/{LOCK_FILE}")
+        self._url = f"{path}/{LOCK_FILE}"
+        self._filesystem, self._object = url_to_fs(self._url)
         self._beat = 0
         self._ended = threading.Event()
         self._lost = ""
@@ -52,12 +54,13 @@ class Lease:
 
         Raises:
             UserError: another process holds it.
+            StorageUnavailable: the store gives no answer.
             Preempted: `stop` said so.
         """
         before = self._wait_until_stale(stop)
-        self._write()
+        until_answered(self._write, self._url)
         time.sleep(SETTLE_S)
-        line = self._read()
+        line = until_answered(self._read, self._url)
         if not self._is_ours(line):
             raise refusal(self._path, Holder.from_line(line))
         self._thread.start()
@@ -80,20 +83,20 @@ class Lease:
             if self._is_ours(self._read()):
                 self._filesystem.rm_file(self._object)
         except Exception as error:  # stores raise what they like; the lease goes stale by itself
-            logger.warning("%s/%s cannot be removed: %s", self._path, LOCK_FILE, error)
+            logger.warning("%s cannot be removed: %s", self._url, error)
 
     def _wait_until_stale(self, stop: Callable[[], bool]) -> Holder | None:
         """Watch the lease that is there until it is gone, or has been the same for long enough."""
-        first = self._read()
+        first = until_answered(self._read, self._url)
         holder = Holder.from_line(first)
         deadline = time.monotonic() + STALE_S
         while first and time.monotonic() < deadline:
             if holder is not None and holder.command == self._holder.command:
                 return holder  # a worker of this command, which Ray has ended or lost
             if stop():
-                raise Preempted(f"told to stop while it waited for {self._path}/{LOCK_FILE}")
+                raise Preempted(f"told to stop while it waited for {self._url}")
             time.sleep(POLL_S)
-            line = self._read()
+            line = until_answered(self._read, self._url)
             if not line:
                 return None
             if line != first:
@@ -114,7 +117,7 @@ class Lease:
                     return
                 self._write()
             except Exception as error:  # stores raise what they like; the next beat may succeed
-                logger.warning("%s/%s cannot be renewed: %s", self._path, LOCK_FILE, error)
+                logger.warning("%s cannot be renewed: %s", self._url, error)
 
     def _is_ours(self, line: bytes) -> bool:
         return Holder.from_line(line) == self._holder

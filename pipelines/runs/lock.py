@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from mhe_dist.errors import Preempted, UserError
 from pipelines.runs.folder import absolute_path, is_local
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 WAIT_S = 15.0
@@ -191,9 +194,12 @@ class FileLock:
         """Nothing: the kernel gives this lock to nobody else."""
 
     def release(self) -> None:
-        """Give the lock back; its file goes with it."""
-        if self._is_in_place():
-            os.unlink(self._file)
+        """Give the lock back; its file goes with it, unless the disk fails now."""
+        try:
+            if self._is_in_place():
+                os.unlink(self._file)
+        except OSError as error:  # the next run takes it over
+            logger.warning("%s cannot be removed: %s", self._file, error)
         self._close()
 
     def _try_lock(self) -> bool:

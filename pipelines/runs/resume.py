@@ -13,12 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 from fsspec.core import url_to_fs
 
+from mhe_dist.atomic_file import write_file
 from mhe_dist.config.describe import all_keys, suggest
 from mhe_dist.config.head import AUTO, AUTO_KEYS
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
 from mhe_dist.redact import masked
+from mhe_dist.storage_retry import path_exists
 from pipelines.runs.folder import read_if_exists, read_run_config
 
 CHANGES_FILE = "changes.json"  # in the run's folder
@@ -191,11 +193,10 @@ def record_changes(path: str, step: int, changes: list[Change]) -> None:
     entries = json.loads(read_if_exists(f"{path}/{CHANGES_FILE}") or "[]")
     values = {key: {"before": old, "now": new} for key, old, new in changes}
     entries.append({"time": time.time(), "step": step, "changes": values})
-    files, name = url_to_fs(f"{path}/{CHANGES_FILE}")
-    with files.transaction, files.open(name, "wb") as file:
-        file.write(json.dumps(entries, indent=1).encode())
-    summary = f"{files._parent(name)}/summary.json"
-    if files.exists(summary):  # it tells of the run as it was, and would say that it is complete
+    write_file(f"{path}/{CHANGES_FILE}", json.dumps(entries, indent=1))
+    files, root = url_to_fs(path)
+    summary = f"{root}/summary.json"
+    if path_exists(files, summary):  # it would say that the run is complete, as it was
         files.rm(summary)
 
 

@@ -21,6 +21,7 @@ from mhe_dist.checkpoint.step_folder import step_of
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning
 from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
+from mhe_dist.distributed.failures import decided_by_first, failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from mhe_dist.heads.base import Head
@@ -50,15 +51,16 @@ def find_checkpoint(
     Raises:
         UserError: there is none, or the folder is damaged.
     """
-    url = url.rstrip("/")
+    url, topology = url.rstrip("/"), topology or Topology()
     if step_of(url) is None:
-        found = CheckpointStore(f"{url}/checkpoints", topology or Topology()).newest(select)
+        found = CheckpointStore(f"{url}/checkpoints", topology).newest(select)
         if found is None:
             raise UserError(f"{url} has no complete checkpoint yet: mhe train goes on with it")
         return found
-    checkpoint = open_step_folder(url)
+    checkpoint = decided_by_first(lambda: open_step_folder(url), topology)
     if select is not None:
-        _refuse_damaged(checkpoint, select)
+        with failing_together(topology):
+            _refuse_damaged(checkpoint, select)
     return checkpoint
 
 
@@ -101,8 +103,13 @@ def _refuse_damaged(checkpoint: Checkpoint, select: Callable[[str], bool]) -> No
 
 def load_head_state(head: Head, checkpoint: Checkpoint) -> None:
     """Load what a rank's head owns or replicates; nothing else is read."""
+    head.load_state(read_head_state(head, checkpoint))
+
+
+def read_head_state(head: Head, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that a rank's head owns or replicates, by their names in it."""
     rows = checkpoint.load(lambda name: _is_loaded(name, head))
-    head.load_state({name.removeprefix(HEAD_PREFIX): rows[name] for name in rows})
+    return {name.removeprefix(HEAD_PREFIX): rows[name] for name in rows}
 
 
 def _is_loaded(name: str, head: Head) -> bool:

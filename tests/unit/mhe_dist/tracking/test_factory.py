@@ -1,5 +1,6 @@
 """The record of a run: JSON lines, and several trackers as one."""
 
+import errno
 import json
 import math
 import os
@@ -7,12 +8,14 @@ import resource
 import tempfile
 import tracemalloc
 from importlib import metadata
+from io import FileIO
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist.errors import RunError, UserError
+from mhe_dist import storage_retry
+from mhe_dist.errors import RunError, StorageUnavailable, UserError
 from mhe_dist.tracking import remote_file
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
 from mhe_dist.tracking.factory import mlflow_uri, open_tracker, sqlite_uri
@@ -125,6 +128,35 @@ def test_a_full_disk_costs_no_record_and_is_told_once(tmp_path, caplog):
     tracker.close()
     assert steps(path) == [0, 1, 2, 3]
     assert caplog.text.count("cannot be written, will go on trying") == 1
+    assert "3 lines came late" in caplog.text and not tracker.problem
+
+
+def test_a_disk_that_loses_the_open_file_costs_no_record(tmp_path, caplog):
+    """As NFS does (ESTALE): nothing more can be done with such a file, and the run goes on."""
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(str(path))
+    tracker.start({}, {})
+    tracker.log(0, {"loss": 1.0})
+
+    class Stale(FileIO):
+        def write(self, data):
+            FileIO.write(self, data[:5])
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        def truncate(self, size=None):
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    tracker._file.close()
+    tracker._file = Stale(path, "ab")
+    tracker.log(1, {"loss": 1.0})
+    assert steps(path) == [0] and "Stale file handle" in tracker.problem
+    tracker.log(2, {"loss": 1.0})
+    assert steps(path) == [0, 1, 2] and not tracker.problem
+    tracker._file = Stale(path, "ab")
+    tracker.log(3, {"loss": 1.0})
+    path.rename(tmp_path / "away")
+    tracker.close()
+    assert "1 lines are lost" in tracker.problem and tracker.problem in caplog.text
 
 
 def test_a_record_at_a_url_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -215,6 +247,32 @@ def test_a_long_record_at_a_url_is_cut_back_and_goes_on(cut, part_bytes, tmp_pat
     again.close()
     losses = [record["loss"] for record in read_records(url)]
     assert losses == [1.0] * cut + [2.0] * (420 - cut)
+
+
+@pytest.mark.parametrize("method", ["info", "cat_file"])
+def test_a_store_that_fails_for_a_moment_is_no_record_without_lines(method, tmp_path, monkeypatch):
+    """What was recorded before was lost: the new lines took the place of the first part."""
+    url = "memory://moment/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(3))
+    fsspec.filesystem("memory").pipe_file("/moment/metrics.jsonl", lines.encode())
+    real, left = getattr(MemoryFileSystem, method), [TimeoutError(), ConnectionResetError()]
+
+    def failing(self, path, **more):
+        if left:
+            raise left.pop()
+        return real(self, path, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, method, failing)
+    tracker = JsonlTracker(url)
+    tracker.start({}, {}, step=3)
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    assert steps(url) == [0, 1, 2, 3]
+    left += [TimeoutError() for _ in range(99)]
+    with pytest.raises(StorageUnavailable):
+        JsonlTracker(url).start({}, {}, step=3)
 
 
 def test_what_an_earlier_version_sent_in_one_piece_is_not_sent_again(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -12,8 +13,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from mhe_dist import storage_retry
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import Preempted, RunError, UserError
+from mhe_dist.errors import Preempted, RunError, StorageUnavailable, UserError
 from pipelines.pretrain import preemption
 from pipelines.pretrain.exclusive import run_locked
 from pipelines.pretrain.main import run_pretraining
@@ -29,6 +31,7 @@ NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "WAIT_S", 0.2)
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     for module in (lock, lease):
         monkeypatch.setattr(module, "POLL_S", 0.01)
     for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "SETTLE_S": 0.1}.items():
@@ -254,3 +257,54 @@ def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
     own.check()
     own.release()
     assert not fsspec.filesystem("memory").exists(f"{store}/run.lock")
+
+
+class StoreError(Exception):
+    """As gcsfs has one, which is no OSError."""
+
+
+@pytest.mark.parametrize("method", ["cat_file", "pipe_file"])
+@pytest.mark.parametrize("error", [TimeoutError("slow"), StoreError("503"), PermissionError(13)])
+def test_a_lease_is_not_refused_for_a_store_that_fails(
+    method: str, error: Exception, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That was a user's mistake, after which nothing is tried again."""
+    filesystem = fsspec.filesystem("memory")
+    real, left = getattr(filesystem, method), [error] * (0 if isinstance(error, OSError) else 3)
+
+    def failing(*args: object) -> object:
+        if left:
+            raise left.pop()
+        return real(*args)
+
+    monkeypatch.setattr(filesystem, method, failing)
+    with run_locked(store, Topology(), "", print):
+        assert filesystem.exists(f"{store}/run.lock")
+    left += [error] * 99
+    with pytest.raises(StorageUnavailable), run_locked(store, Topology(), "", print):
+        pass
+
+
+def test_a_disk_that_fails_for_a_moment_neither_refuses_the_lock_nor_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stale, real, left = OSError(errno.ESTALE, "Stale file handle"), os.open, [1, 2]
+
+    def failing(path: str, *rest: int) -> int:
+        if left and str(path).endswith("run.lock"):
+            left.pop()
+            raise stale
+        return real(path, *rest)
+
+    def refuse(path: str) -> None:
+        raise stale
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        with run_locked(str(tmp_path), Topology(), "", print):
+            patch.setattr(os, "unlink", refuse)
+    assert "run.lock cannot be removed" in caplog.text
+    left += range(99)
+    monkeypatch.setattr(os, "open", failing)
+    with pytest.raises(StorageUnavailable), run_locked(str(tmp_path), Topology(), "", print):
+        pass
