@@ -158,7 +158,7 @@ def _writer(
     from pipelines.serving.output_folder import refuse_overwriting
 
     if folder != f"{backbone.path}/export":  # all of which is ours, also what was interrupted
-        refuse_overwriting(folder, [name.value for name in formats], bool(classify))
+        refuse_overwriting(folder, [name.value for name in formats], bool(classify), options)
     size = backbone.config.data.image_size
     images = torch.randint(0, 256, (PARITY_IMAGES, 3, size, size), dtype=torch.uint8)
     figures, protocol = read_heldout_figures(backbone.path, backbone.step)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import timm
 import torch
@@ -27,8 +27,6 @@ from mhe_dist.backbone.shared_tensors import write_shared_apart
 from mhe_dist.backbone.traced import write_onnx, write_program
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
-
-Format = Literal["timm", "onnx", "torch-export"]
 
 TIMM_TOLERANCE, ONNX_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-3, 2e-2
 
@@ -50,27 +48,6 @@ class ExportOptions(NamedTuple):
 
 
 DEFAULT_OPTIONS = ExportOptions()
-
-
-def write_export(
-    name: Format,
-    model: Backbone,
-    config: Config,
-    folder: str,
-    images: Tensor,
-    options: ExportOptions = DEFAULT_OPTIONS,
-    origin: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[str, float]:
-    """Write one format into `folder`: its path there, and the largest difference; see below."""
-    if name == "timm":
-        path = f"{folder}/timm"
-        return path, export_timm(model, config, path, images)
-    if name == "torch-export":
-        path = f"{folder}/backbone.pt2"
-        return path, export_torch(model, config, path, images, options, origin)
-    kinds = ("_uint8" if options.pixels else "") + ("_fp16" if options.half else "")
-    path = f"{folder}/backbone{kinds}.onnx"
-    return path, export_onnx(model, config, path, images, options, origin)
 
 
 def export_metadata(

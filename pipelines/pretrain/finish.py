@@ -25,7 +25,8 @@ from pipelines.pretrain.run import Run
 from pipelines.serving.exports import MLFLOW_FOLDER, write_format
 from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, write_model_card
-from pipelines.storage.urls import local_copies, staged_folder
+from pipelines.serving.output_folder import staged_export
+from pipelines.storage.urls import local_copies
 
 PARITY_IMAGES = 64
 
@@ -99,8 +100,8 @@ def _export(
     if "onnx" in exports and config.tracking.mlflow:
         if "mlflow" not in exports:
             example = images[0].permute(1, 2, 0).contiguous().numpy()
-            with staged_folder(folder, replaced=[MLFLOW_FOLDER]) as local:
-                onnx, model = copied(exports["onnx"]["path"]), f"{local}/{MLFLOW_FOLDER}"
+            with staged_export(folder, MLFLOW_FOLDER, "mlflow", trained, whole=True) as model:
+                onnx = copied(exports["onnx"]["path"])
                 write_mlflow_model(onnx, model, example, config.model.embedding_dim)
                 write_model_card(model, trained, {"mlflow": "."})
         run.tracker.model(copied(f"{folder}/{MLFLOW_FOLDER}"), config.run.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from tempfile import TemporaryDirectory
+from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -29,14 +29,17 @@ from mhe_dist.heads.base import Head, TopK
 from mhe_dist.heads.classifier import build_classifier, classifier_bytes
 from pipelines.data.mixture.class_list import names_in_run
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
-from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
+from pipelines.serving.model_card import TrainedModel, write_model_card
+from pipelines.serving.output_folder import (
+    NAMES_FILE,
+    export_name,
+    remove_other_names,
+    staged_export,
+)
 from pipelines.shards.tables import write_table
-from pipelines.storage.urls import staged_folder
 
 ClassifierFormat = Literal["onnx", "torch-export", "mlflow"]
 
-NAMES_FILE: Final = "class_names.tsv"  # not classes.tsv, which a data set has
-MLFLOW_FOLDER: Final = "mlflow-classifier"
 OUTPUTS: Final = ("classes", "scores")
 # A protobuf message has 2 GiB at most. A program has no limit but what one ships and loads.
 LARGEST: Final[dict[str, int]] = {"onnx": (1 << 31) - (1 << 24), "torch-export": 8 << 30}
@@ -120,25 +123,26 @@ def write_classifier(
         RunError: its answers differ from the head's; see `compare_answers`.
         UserError: ONNX has no such operator set.
     """
-    with staged_folder(folder, replaced=[MLFLOW_FOLDER]) as local:
-        if classifier.names:
-            write_names(f"{local}/{NAMES_FILE}", classifier.names)
-        if name == "mlflow":
-            path, difference = _write_mlflow(trained, classifier, local, images, options)
-        else:
-            path, difference = _write_file(name, trained, classifier, local, images, options)
-    write_model_card(folder, trained, known_exports(folder))
-    return f"{folder}{path.removeprefix(local)}", difference
+    path, whole = export_name(name, options, with_head=True), name == "mlflow"
+    with staged_export(folder, path, f"{name}-classifier", trained, whole) as target:
+        write = _write_mlflow if name == "mlflow" else _write_file
+        difference = write(name, trained, classifier, target, images, options)
+    if classifier.names:
+        with staged_export(folder, NAMES_FILE, "class-names", trained) as target:
+            write_names(target, classifier.names)
+    else:
+        remove_other_names(folder, trained)
+    return f"{folder}/{path}", difference
 
 
 def _write_file(
-    name: str,
+    name: ClassifierFormat,
     trained: TrainedModel,
     classifier: TrainedClassifier,
-    folder: str,
+    path: str,
     images: Tensor,
     options: ExportOptions,
-) -> tuple[str, float]:
+) -> float:
     """An ONNX file or a program; see `write_classifier`."""
     if name == "torch-export":
         options = options._replace(half=False, pixels=False)
@@ -147,32 +151,30 @@ def _write_file(
     network = ClassifyingNetwork(backbone, head).eval()
     about = classifier_metadata(trained, classifier, options)
     example = example_images(trained.config, options.pixels)
-    kinds = ("_uint8" if options.pixels else "") + ("_fp16" if options.half else "")
     run: Callable[[Tensor], Any]
-    if name == "onnx":
-        path = f"{folder}/classifier{kinds}.onnx"
-        run = write_onnx(network, example, path, OUTPUTS, about, options.opset)
-    else:
-        path = f"{folder}/classifier.pt2"
+    if name == "torch-export":
         run = write_program(network, example, path, about)
-    return path, _compare(run, trained, classifier, images, path, options)
+    else:
+        run = write_onnx(network, example, path, OUTPUTS, about, options.opset)
+    return _compare(run, trained, classifier, images, path, options)
 
 
 def _write_mlflow(
+    name: ClassifierFormat,
     trained: TrainedModel,
     classifier: TrainedClassifier,
-    folder: str,
+    path: str,
     images: Tensor,
     options: ExportOptions,
-) -> tuple[str, float]:
+) -> float:
     """The model that takes images and names classes; compared with the pixels as it gets them."""
-    path, options = f"{folder}/{MLFLOW_FOLDER}", options._replace(pixels=False)
-    names = f"{folder}/{NAMES_FILE}" if classifier.names else None
+    options = options._replace(pixels=False)
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    with TemporaryDirectory() as scratch:
-        file, _ = _write_file("onnx", trained, classifier, scratch, images, options)
-        write_mlflow_model(file, path, pixels[0], 0, names)
-    write_model_card(path, trained, {MLFLOW_FOLDER: "."})
+    onnx, names = f"{path}.onnx", f"{Path(path).parent}/{NAMES_FILE}"  # which it has copies of
+    _write_file(name, trained, classifier, onnx, images, options)
+    write_names(names, classifier.names)
+    write_mlflow_model(onnx, path, pixels[0], 0, names if classifier.names else None)
+    write_model_card(path, trained, {"mlflow-classifier": "."})
     model = load_mlflow_model(path)
 
     def run(inputs: Tensor) -> list[Tensor]:
@@ -180,7 +182,7 @@ def _write_mlflow(
         found = model.predict({"image": list(pixels[: len(inputs)])})
         return [torch.tensor(found[output].tolist()) for output in OUTPUTS]
 
-    return path, _compare(run, trained, classifier, images, path, options)
+    return _compare(run, trained, classifier, images, path, options)
 
 
 def classifier_metadata(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Literal
+from collections.abc import Callable
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +14,15 @@ from mhe_dist.backbone.export import (
     compare_batches,
     export_onnx,
     export_timm,
-    write_export,
+    export_torch,
 )
 from pipelines.serving.mlflow_model import load_mlflow_model, write_mlflow_model
-from pipelines.serving.model_card import TrainedModel, known_exports, write_model_card
-from pipelines.storage.urls import staged_folder
+from pipelines.serving.model_card import TrainedModel, write_model_card
+from pipelines.serving.output_folder import export_name, staged_export
 
 ExportFormat = Literal["timm", "onnx", "torch-export", "mlflow", "hub-folder"]
-HUB_FOLDER, MLFLOW_FOLDER = "hub", "mlflow"
+MLFLOW_FOLDER: Final = "mlflow"
+_WHOLE: Final = ("hub", MLFLOW_FOLDER)  # folders of which nothing of before stays
 
 
 def write_format(
@@ -33,9 +32,10 @@ def write_format(
     images: Tensor,
     options: ExportOptions = DEFAULT_OPTIONS,
 ) -> tuple[str, float]:
-    """Write one format into `folder`, and a card beside it.
+    """Write one format into `folder`, a card and an entry of the record beside it.
 
-    What is compared with the model lies on this machine; to a store those files go afterwards.
+    It is made beside its place, compared with the model and then takes the place of the one before;
+    what goes to a store is made and compared on this machine.
 
     Args:
         name: of the format.
@@ -53,34 +53,37 @@ def write_format(
     """
     if name != "onnx":  # the MLflow model prepares images itself; the Hub's file is the usual one
         options = options._replace(pixels=False)
-    with staged_folder(folder, replaced=(MLFLOW_FOLDER, HUB_FOLDER)) as local:
-        if name == "timm":  # first: by its card an export that is broken off is known as ours
-            write_model_card(f"{local}/timm", trained, {name: "."})
-        if name == "mlflow":
-            path, difference = _write_mlflow(trained, local, images, options)
-        elif name == "hub-folder":
-            path, difference = _write_hub_folder(trained, local, images, options)
-        else:
-            origin = trained.origin()
-            path, difference = write_export(
-                *(name, trained.model, trained.config, local, images, options, origin)
-            )
-        if name == "mlflow":
-            write_model_card(path, trained, {name: "."})
-    write_model_card(folder, trained, known_exports(folder))
-    return f"{folder}{path.removeprefix(local)}", difference
+    path = export_name(name, options)
+    called = "onnx-uint8" if options.pixels else name
+    with staged_export(folder, path, called, trained, whole=path in _WHOLE) as target:
+        difference = _WRITERS[name](trained, target, images, options)
+    return f"{folder}/{path}", difference
+
+
+def _write_timm(trained: TrainedModel, path: str, images: Tensor, options: ExportOptions) -> float:
+    difference = export_timm(trained.model, trained.config, path, images)
+    write_model_card(path, trained, {"timm": "."})
+    return difference
+
+
+def _write_onnx(trained: TrainedModel, path: str, images: Tensor, options: ExportOptions) -> float:
+    return export_onnx(trained.model, trained.config, path, images, options, trained.origin())
+
+
+def _write_program(
+    trained: TrainedModel, path: str, images: Tensor, options: ExportOptions
+) -> float:
+    return export_torch(trained.model, trained.config, path, images, options, trained.origin())
 
 
 def _write_mlflow(
-    trained: TrainedModel, folder: str, images: Tensor, options: ExportOptions
-) -> tuple[str, float]:
+    trained: TrainedModel, path: str, images: Tensor, options: ExportOptions
+) -> float:
     """The model that takes images; compared with the pixels as it gets them."""
-    path, config = f"{folder}/{MLFLOW_FOLDER}", trained.config
     example = images[0].permute(1, 2, 0).contiguous().numpy()
-    with TemporaryDirectory() as scratch:
-        file = f"{scratch}/backbone.onnx"
-        export_onnx(trained.model, config, file, images, options, trained.origin())
-        write_mlflow_model(file, path, example, config.model.embedding_dim)
+    onnx = f"{path}.onnx"  # which the model has a copy of
+    _write_onnx(trained, onnx, images, options)
+    write_mlflow_model(onnx, path, example, trained.config.model.embedding_dim)
     loaded = load_mlflow_model(path)
 
     def predict(inputs: Tensor) -> Tensor:
@@ -88,22 +91,26 @@ def _write_mlflow(
         pixels = images[: len(inputs)].permute(0, 2, 3, 1).numpy()
         return torch.from_numpy(loaded.predict({"image": list(pixels)}))
 
-    return path, compare_batches(trained.model, predict, images, path, options)
+    write_model_card(path, trained, {"mlflow": "."})
+    return compare_batches(trained.model, predict, images, path, options)
 
 
 def _write_hub_folder(
-    trained: TrainedModel, folder: str, images: Tensor, options: ExportOptions
-) -> tuple[str, float]:
+    trained: TrainedModel, path: str, images: Tensor, options: ExportOptions
+) -> float:
     """A folder that `huggingface_hub` uploads as it is: timm's files, an ONNX file, a card."""
-    path = f"{folder}/{HUB_FOLDER}"
-    shutil.rmtree(path, ignore_errors=True)
-    Path(path).mkdir(parents=True)
     onnx = "onnx/model.onnx"
     write_model_card(path, trained, {"timm": ".", "onnx": onnx})
-    differences = (
+    return max(
         export_timm(trained.model, trained.config, path, images),
-        export_onnx(
-            *(trained.model, trained.config, f"{path}/{onnx}", images, options, trained.origin())
-        ),
+        _write_onnx(trained, f"{path}/{onnx}", images, options),
     )
-    return path, max(differences)
+
+
+_WRITERS: Final[dict[str, Callable[[TrainedModel, str, Tensor, ExportOptions], float]]] = {
+    "timm": _write_timm,
+    "onnx": _write_onnx,
+    "torch-export": _write_program,
+    "mlflow": _write_mlflow,
+    "hub-folder": _write_hub_folder,
+}

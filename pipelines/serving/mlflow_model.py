@@ -37,7 +37,7 @@ def write_mlflow_model(
 
     Args:
         onnx_file: what `mhe_dist.backbone.export.export_onnx` wrote, with its metadata.
-        folder: gets the model; replaced if it is there.
+        folder: gets the model; it is made.
         example: uint8 `[H, W, 3]`, an image for the input example.
         width: D, of the embeddings; 0: the file has the head, and names classes.
         classes: table of the classes' names (`class` and `name`), which the model takes with it.
@@ -56,7 +56,6 @@ def write_mlflow_model(
         columns = {"classes": DataType.long, "names": DataType.string, "scores": DataType.double}
         output = Schema([ColSpec(Array(kind), name) for name, kind in columns.items()])
     signature = ModelSignature(Schema([ColSpec(AnyType(), "image")]), output)
-    shutil.rmtree(folder, ignore_errors=True)
     Path(folder).parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
         script, backbone = Path(scratch, _SCRIPT), Path(scratch, "backbone.onnx")

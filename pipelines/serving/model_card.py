@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
 from mhe_dist.backbone.model import Backbone
 from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.config.schema import Config
-from pipelines.storage.urls import atomic_write, resolve_url
+from pipelines.storage.urls import atomic_write
 
 CARD: Final = "README.md"
 _ANSWERS: Final = (
@@ -21,6 +24,10 @@ _ANSWERS: Final = (
 )
 _TAG: Final = "mhe"
 _TASK: Final = "image-feature-extraction"
+_LOADED: Final = (
+    *("timm", "onnx", "onnx-uint8", "torch-export", "mlflow"),
+    *("onnx-classifier", "torch-export-classifier", "mlflow-classifier"),
+)
 _COUNTS: Final = ("gallery", "probes", "pairs", "impostors", "genuine")
 _SECTIONS: Final = ("model", "head", "optim", "train")  # those without paths of a user's machines
 
@@ -49,21 +56,27 @@ class TrainedModel(NamedTuple):
         digest = str(self.trained_on.get("data_digest") or "")
         return {"step": str(self.step), "data_digest": digest}
 
+    def identity(self) -> dict[str, str]:
+        """What tells it from every other trained model: run, origin and digest of the weights."""
+        digest = hashlib.sha256()
+        for tensor in self.model.state_dict().values():
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        return {
+            "run": self.config.run.name,
+            **self.origin(),
+            "weights": f"sha256:{digest.hexdigest()}",
+        }
 
-def write_model_card(folder: str, trained: TrainedModel, exports: Mapping[str, str]) -> str:
-    """Write `README.md` into a folder.
 
-    Args:
-        folder: path or URL of the exports.
-        trained: what was exported.
-        exports: format -> path below the folder, `.` for the folder itself.
-
-    Returns:
-        Path or URL of the file.
-    """
+def write_model_card(
+    folder: str,
+    trained: TrainedModel,
+    exports: Mapping[str, str],
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write `README.md` into a folder; see `model_card`."""
     with atomic_write(f"{folder}/{CARD}") as stream:
-        stream.write(model_card(trained, exports).encode())
-    return f"{folder}/{CARD}"
+        stream.write(model_card(trained, exports, others).encode())
 
 
 def is_model_card(text: str) -> bool:
@@ -72,15 +85,27 @@ def is_model_card(text: str) -> bool:
     return header.startswith("---\n") and f"- {_TAG}" in header.splitlines()
 
 
-def model_card(trained: TrainedModel, exports: Mapping[str, str]) -> str:
-    """The text of a card, its YAML header included."""
+def model_card(
+    trained: TrainedModel,
+    exports: Mapping[str, str],
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The text of a card, its YAML header included.
+
+    Args:
+        trained: what was exported.
+        exports: format -> path below the folder of the card, `.` for the folder itself; a format
+            that is not loaded from there is left out.
+        others: path -> what it is of, of exports beside it that are not of this model.
+    """
     parts = [
         f"---\n{_header(trained)}\n---",
         f"# {trained.config.run.name}",
         _description(trained),
         _figures(trained),
         "## How to load it",
-        *(_loading(name, path, trained) for name, path in exports.items()),
+        *(_loading(name, exports[name], trained) for name in _LOADED if name in exports),
+        *_others(others),
         _licence(),
         _training(trained),
     ]
@@ -199,6 +224,15 @@ def _loading(name: str, path: str, trained: TrainedModel) -> str:
     return f"### {name}\n\n```python\n{code}\n```\n\n{notes}"
 
 
+def _others(others: Mapping[str, str]) -> Iterator[str]:
+    if others:
+        rows = ((f"`{path}`", about) for path, about in others.items())
+        yield (
+            "## Other exports in this folder\n\nThey were written before. Nothing here is said of "
+            f"them.\n\n{_table(('file', 'of'), rows)}"
+        )
+
+
 def _features(trained: TrainedModel) -> str:
     return f"{trained.model.net.num_features:,}"
 
@@ -222,28 +256,3 @@ def _training(trained: TrainedModel) -> str:
     kept.get("head", {}).pop("bank", None)
     text = OmegaConf.to_yaml(OmegaConf.create(kept)).strip()
     return f"## How it was trained\n\n```yaml\n{text}\n```"
-
-
-def known_exports(folder: str) -> dict[str, str]:
-    """Format -> path below a folder, at a path or URL, of the exports that are in it."""
-    filesystem, root = resolve_url(folder)
-    filesystem.invalidate_cache()
-    places = {
-        "timm": ("timm",),
-        "onnx": ("backbone.onnx", "backbone_fp16.onnx"),
-        "onnx-uint8": ("backbone_uint8.onnx", "backbone_uint8_fp16.onnx"),
-        "torch-export": ("backbone.pt2",),
-        "mlflow": ("mlflow",),
-        "onnx-classifier": (
-            *("classifier.onnx", "classifier_fp16.onnx"),
-            *("classifier_uint8.onnx", "classifier_uint8_fp16.onnx"),
-        ),
-        "torch-export-classifier": ("classifier.pt2",),
-        "mlflow-classifier": ("mlflow-classifier",),
-    }
-    return {
-        name: path
-        for name, paths in places.items()
-        for path in paths[::-1]
-        if filesystem.exists(f"{root}/{path}")
-    }

@@ -1,46 +1,146 @@
-"""The folder of an export may hold other things: what no export wrote is never replaced."""
+"""The folder of an export: a record of what was written into it, and what may be replaced there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
+from mhe_dist.backbone.export import DEFAULT_OPTIONS, ExportOptions
 from mhe_dist.errors import UserError
-from pipelines.serving.model_card import CARD, is_model_card
-from pipelines.storage.urls import list_folder, resolve_url
+from pipelines.serving.model_card import CARD, TrainedModel, is_model_card, write_model_card
+from pipelines.storage.staging import staged_output
+from pipelines.storage.urls import atomic_write, list_folder, resolve_url
 
+RECORD: Final = "exports.json"
+NAMES_FILE: Final = "class_names.tsv"  # not classes.tsv, which a data set has
+_FORMAT: Final = "format"
 _OF_A_RUN: Final = {"config.yaml", "checkpoints"}
 _SCRIPT: Final = "image_model.py"  # in each MLflow model of ours, and in no other
 _TIMM_FILES: Final = {"config.json", "model.safetensors", CARD}
 _HUB_FILES: Final = _TIMM_FILES | {"onnx"}
 
+Record = dict[str, dict[str, str]]
+"""Name of each file or folder of an export -> `format`, and of what it is: see
+`TrainedModel.identity`. An export that was broken off while it took its place is of nothing."""
 
-def refuse_overwriting(folder: str, formats: Iterable[str], with_head: bool = False) -> None:
+
+def export_name(format_name: str, options: ExportOptions, with_head: bool = False) -> str:
+    """The file or folder that a format is written to."""
+    stem = "classifier" if with_head else "backbone"
+    kinds = ("_uint8" if options.pixels else "") + ("_fp16" if options.half else "")
+    return {
+        "timm": "timm",
+        "onnx": f"{stem}{kinds}.onnx",
+        "torch-export": f"{stem}.pt2",
+        "mlflow": "mlflow-classifier" if with_head else "mlflow",
+        "hub-folder": "hub",
+    }[format_name]
+
+
+@contextmanager
+def staged_export(
+    folder: str, name: str, format_name: str, trained: TrainedModel, whole: bool = False
+) -> Iterator[str]:
+    """A path for an export, which takes its place, with record and card, when the block ends.
+
+    Args:
+        folder: path or URL of the exports.
+        name: of the file or folder in it.
+        format_name: as the card calls it.
+        trained: what is exported.
+        whole: see `staged_output`, which this is but for record and card.
+    """
+    with staged_output(folder, name, whole) as path:
+        yield path
+        # Before it is there: what is broken off now may be replaced by the next one.
+        _write_record(folder, name, {_FORMAT: format_name})
+    identity = trained.identity()
+    record = _write_record(folder, name, {_FORMAT: format_name, **identity})
+    same = {name: about[_FORMAT] for name, about in record.items() if _is_of(about, identity)}
+    others = {
+        name: f"{about['run']}, step {int(about['step']):,}" if "run" in about else "broken off"
+        for name, about in record.items()
+        if name not in same
+    }
+    # The plain file of a format comes first, and is the one that the card shows.
+    exports = {same[name]: name for name in sorted(same, reverse=True)}
+    write_model_card(folder, trained, exports, others)
+
+
+def remove_other_names(folder: str, trained: TrainedModel) -> None:
+    """Remove names of classes that an earlier export wrote, and that are not of this model."""
+    about = (_read_record(folder) or {}).get(NAMES_FILE)
+    if about is not None and not _is_of(about, trained.identity()):
+        filesystem, path = resolve_url(f"{folder}/{NAMES_FILE}")
+        if filesystem.exists(path):
+            filesystem.rm_file(path)
+
+
+def _is_of(about: dict[str, str], identity: dict[str, str]) -> bool:
+    return identity.items() <= about.items()
+
+
+def _read_record(folder: str) -> Record | None:
+    """What was written into a folder; None: the file is no such record."""
+    filesystem, path = resolve_url(f"{folder}/{RECORD}")
+    try:
+        record: Record = json.loads(filesystem.cat_file(path))
+        return record if all(_FORMAT in about for about in record.values()) else None
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError, TypeError):
+        return None
+
+
+def _write_record(folder: str, name: str, about: dict[str, str]) -> Record:
+    """Enter an export, and forget those that are gone; all that there are."""
+    there = _names(folder)
+    known = {each: old for each, old in (_read_record(folder) or {}).items() if each in there}
+    record = dict(sorted((known | {name: about}).items()))
+    with atomic_write(f"{folder}/{RECORD}") as stream:
+        stream.write(json.dumps(record, indent=1).encode())
+    return record
+
+
+def refuse_overwriting(
+    folder: str,
+    formats: Iterable[str],
+    with_head: bool = False,
+    options: ExportOptions = DEFAULT_OPTIONS,
+) -> None:
     """Refuse an export into a folder where it would replace what is not an export's.
 
     Args:
         folder: path or URL that gets the files; it may not exist.
         formats: names of the formats that are to be written.
         with_head: whether they hold the head, too.
+        options: of the export.
 
     Raises:
         UserError: it is the folder of a run, or names what would be replaced.
     """
-    names = _names(folder)
-    if _OF_A_RUN.issubset(names):
+    there, record = _names(folder), _read_record(folder)
+    if _OF_A_RUN.issubset(there):
         raise UserError(
             f"--out={folder}: is the folder of a run, whose own files an export could replace; "
             "give another folder, or leave --out out for export/ of the run"
         )
-    checks: dict[str, tuple[str, Callable[[str], bool]]] = {
-        "timm": ("timm", _is_our_timm_folder),
-        "hub-folder": ("hub", _is_our_hub_folder),
-        "mlflow": ("mlflow-classifier" if with_head else "mlflow", _is_our_mlflow_model),
+    checks: dict[str, Callable[[str], bool]] = {
+        "timm": _is_our_timm_folder,
+        "hub": _is_our_hub_folder,
+        "mlflow": _is_our_mlflow_model,
+        "mlflow-classifier": _is_our_mlflow_model,
     }
-    found = [CARD] if CARD in names and not _is_our_card(f"{folder}/{CARD}") else []
-    for inner, is_ours in (checks[name] for name in formats if name in checks):
-        if not is_ours(f"{folder}/{inner}"):
-            found.append(f"{inner}/")
+    found = [CARD] if CARD in there and not _is_our_card(f"{folder}/{CARD}") else []
+    found += [RECORD] if record is None else []
+    names = [export_name(each, options, with_head) for each in formats]
+    for name in [*names, *([NAMES_FILE] if with_head else [])]:
+        if check := checks.get(name):
+            found += [] if check(f"{folder}/{name}") else [f"{name}/"]
+        elif name in there - set(record or {}):
+            found.append(name)
     if found:
         raise UserError(
             f"--out={folder}: {', '.join(found)} there was not written by mhe export, which would "

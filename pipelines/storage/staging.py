@@ -1,4 +1,4 @@
-"""Where a data set lies while it is made, and which parts of it are finished.
+"""Where a data set or an export lies while it is made, and which parts of it are finished.
 
 Locally a data set is made in a hidden folder beside its target and renamed as a whole at the end.
 On an object store, where an object appears only when it is complete, its files go straight to
@@ -16,12 +16,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from mhe_dist.atomic_file import TEMPORARY_SUFFIX
-from mhe_dist.errors import UserError
+from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import masked
+from mhe_dist.storage_retry import with_retries
 from pipelines.storage.urls import (
     atomic_write,
     is_local,
@@ -265,3 +270,78 @@ def remove_temporary_files(folder: Path) -> None:
     """Remove the half-written files of an attempt that was killed."""
     for path in folder.rglob(f".*{TEMPORARY_SUFFIX}"):
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_output(folder: str, name: str, whole: bool = False) -> Iterator[str]:
+    """A path of this machine for a writer that takes no URL; in the end its files are in `folder`.
+
+    They are made in a hidden folder beside their place, or, of a store, in a temporary one, and
+    take their place when the block ends without an error. Until then what was there stays as it is.
+
+    Args:
+        folder: path or URL; it is made.
+        name: of the file or folder in it; the path ends so. What is made beside it is not kept.
+        whole: of a folder: nothing of before stays in it.
+
+    Raises:
+        RunError: of the block; it names the place, not the hidden folder.
+    """
+    filesystem, path = resolve_url(folder)
+    local = is_local(filesystem)
+    with _hidden_beside(Path(path)) if local else TemporaryDirectory(prefix="mhe-") as scratch:
+        try:
+            yield f"{scratch}/{name}"
+        except RunError as error:
+            raise RunError(str(error).replace(scratch, folder)) from error
+        if local:
+            _move_into_place(Path(scratch, name), Path(path, name), whole)
+        else:
+            _send(filesystem, Path(scratch, name), f"{path}/{name}", whole)
+
+
+@contextmanager
+def _hidden_beside(folder: Path) -> Iterator[str]:
+    """A hidden folder in `folder`; those that killed processes left there are removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for lock in folder.glob(f".*{TEMPORARY_SUFFIX}/lock"):
+        with suppress(UserError):  # another process is making something in it
+            if (descriptor := lock_folder(lock.parent, str(folder))) is not None:
+                shutil.rmtree(lock.parent)
+                os.close(descriptor)
+    with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as scratch:
+        descriptor = lock_folder(Path(scratch), str(folder))
+        try:
+            yield scratch
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def _move_into_place(made: Path, target: Path, whole: bool) -> None:
+    """Give what was made its name; other files stay in a folder that is not replaced as a whole."""
+    if made.is_dir() and not whole:
+        for file in _files_below(made):
+            destination = target / file.relative_to(made)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(destination)
+        return
+    if whole and target.exists():
+        target.rename(made.with_name(".before"))  # which goes with the hidden folder
+    made.replace(target)
+
+
+def _send(filesystem: Any, made: Path, target: str, whole: bool) -> None:
+    """Send what was made; of before, files of other names go last."""
+    filesystem.invalidate_cache()
+    old = set(filesystem.find(target)) if whole else set()
+    for file in _files_below(made) if made.is_dir() else [made]:
+        destination = f"{target}{str(file).removeprefix(str(made))}"
+        with_retries(partial(filesystem.put_file, str(file), destination), destination)
+        old.discard(destination)
+    for file in old:
+        filesystem.rm_file(file)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.atomic_file import whole_file
 from mhe_dist.config.section import local_path
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from mhe_dist.storage_errors import ABSENT, truncated_read
 from mhe_dist.storage_retry import errors_naming, with_retries
 from mhe_dist.web_address import is_web_address
@@ -117,37 +117,6 @@ def atomic_write(url: str) -> AbstractContextManager[IO[bytes]]:
         UserError: see `resolve_url`.
     """
     return whole_file(*resolve_url(url))
-
-
-@contextmanager
-def staged_folder(url: str, replaced: Sequence[str] = ()) -> Iterator[str]:
-    """A folder of this machine, for writers that take no URL; in the end its files are at `url`.
-
-    It is that folder itself if it is on this machine. For a store it is an empty temporary one,
-    whose files are sent when the block ends without an error.
-
-    Args:
-        url: path or URL of the folder.
-        replaced: names of folders in it; nothing of before stays in one that was written.
-
-    Raises:
-        RunError: of the block; it names the URL, not the temporary folder.
-    """
-    filesystem, path = resolve_url(url)
-    if is_local(filesystem):
-        yield local_path(url)
-        return
-    with TemporaryDirectory(prefix="mhe-") as scratch:
-        try:
-            yield scratch
-        except RunError as error:
-            raise RunError(str(error).replace(scratch, url)) from error
-        for name in replaced:
-            if os.path.isdir(f"{scratch}/{name}") and filesystem.exists(f"{path}/{name}"):
-                filesystem.rm(f"{path}/{name}", recursive=True)
-        for parent, _, names in os.walk(scratch):
-            for file in (f"{parent}/{name}" for name in names):
-                filesystem.put_file(file, f"{path}{file.removeprefix(scratch)}")
 
 
 @contextmanager

@@ -299,12 +299,12 @@ def test_pixels_are_for_the_onnx_file_alone(
     """The MLflow model normalises before its ONNX file, and the Hub's file is the usual one."""
     given: list[ExportOptions] = []
 
-    def write(*arguments: Any) -> tuple[str, float]:
-        given.append(arguments[-1])
-        return str(tmp_path), 0.0
+    def write(_: TrainedModel, path: str, __: torch.Tensor, options: ExportOptions) -> float:
+        Path(path).mkdir()
+        given.append(options)
+        return 0.0
 
-    for function in ("_write_mlflow", "_write_hub_folder"):
-        monkeypatch.setattr(exports, function, write)
+    monkeypatch.setitem(exports._WRITERS, name, write)
     write_format(name, trained, str(tmp_path), IMAGES, ExportOptions(half=True, pixels=True))
     assert given == [ExportOptions(half=True)]
 

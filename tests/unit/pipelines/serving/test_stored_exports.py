@@ -61,7 +61,7 @@ def test_each_format_arrives_and_is_fetched_again(bucket: str, trained: TrainedM
     onnx_path, difference = write_format("onnx", trained, folder, IMAGES)
     assert (onnx_path, difference < 1e-3) == (f"{folder}/backbone.onnx", True)
     assert names_in(folder) == {
-        *("README.md", "backbone.onnx"),
+        *("README.md", "backbone.onnx", "exports.json"),
         *("timm/README.md", "timm/config.json", "timm/model.safetensors"),
     }
     card = fsspec.open(f"{folder}/README.md", "r").open().read()
