@@ -557,3 +557,38 @@ def test_exports_with_the_head_name_the_best_of_all_classes(
     assert names[:2] == ["class\tname", "0\tclass 0"] and len(names) == tiny.CLASSES + 1
     card = (tmp_path / "README.md").read_text()
     assert "### torch-export-classifier" in card and "### mlflow-classifier" in card
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", HEADS)
+def test_ten_thousand_images_get_the_best_of_all_classes_from_the_command_and_from_every_file(
+    kind: str, trained: Callable[[str], Config], tmp_path: Path
+) -> None:
+    """Every place of an answer has the score of that place in float64, but for rounding."""
+    k, run = 10, trained(kind).run.path  # with ten candidates the beam has all prefixes
+    shards = tiny.write_shards(tmp_path / "images", classes=-(-10_000 // tiny.IMAGES), first=1)
+    scores = class_scores(run, embed_all(run, shards)[0])
+    best, order = scores.topk(k)
+    assert len(best) >= 10_000
+    words = ["classify", run, "--images", shards, "--top", str(k), "--out", f"{tmp_path}/named"]
+    assert cli.run(words) == 0
+    formats = ["--to", "onnx", "--to", "torch-export", "--to", "mlflow"]
+    assert cli.run(["export", run, "--classify", str(k), *formats, "--out", str(tmp_path)]) == 0
+    pixels = images_of(shards)
+    inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    with (tmp_path / "named" / "classes.csv").open(newline="", encoding="utf-8") as stream:
+        named = [int(row["class"]) for row in csv.DictReader(stream)]
+    session = onnxruntime.InferenceSession(tmp_path / "classifier.onnx")
+    served = mlflow.pyfunc.load_model(f"{tmp_path}/mlflow-classifier")
+    answers = {
+        "mhe classify": torch.tensor(named).view(-1, k),
+        "onnx": torch.from_numpy(session.run(["classes"], {"images": inputs.numpy()})[0]),
+        "torch-export": torch.export.load(f"{tmp_path}/classifier.pt2").module()(inputs)[0],
+        "mlflow": torch.tensor(served.predict({"image": list(pixels)})["classes"].tolist()),
+    }
+    for name, found in answers.items():
+        assert (found.sort(dim=1).values.diff(dim=1) > 0).all(), f"{name}: a class twice"
+        torch.testing.assert_close(scores.gather(1, found), best, rtol=0, atol=1e-4, msg=name)
+        same = (found == order).all(dim=1).double().mean().item()
+        assert same > 0.999, f"{name}: {same:.4%} of the images get the same classes in order"
