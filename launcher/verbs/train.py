@@ -18,7 +18,7 @@ from launcher.terminal.summary import show_summary
 from launcher.verbs.options import ConfigFile, Overrides
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import Preempted
+from mhe_dist.errors import Preempted, RunError, UserError
 from pipelines.runs.folder import (
     logs_folder,
     make_run_folder,
@@ -87,8 +87,13 @@ def train_to_end(config: Config, dashboard: bool = False) -> dict[str, Any]:
 
 
 def _how_to_go_on(settings: Config) -> str:
-    newest = newest_checkpoint(settings.run.path)
-    start = f"goes on from {newest}" if newest else "starts again: no checkpoint was complete yet"
+    try:
+        newest = newest_checkpoint(settings.run.path)
+    except (UserError, RunError):  # a store that does not answer now
+        start = "goes on from its newest complete checkpoint, if there is one"
+    else:
+        none = "starts again: no checkpoint was complete yet"
+        start = f"goes on from {newest}" if newest else none
     return (
         f"[yellow]Stopped.[/] No process is left behind. The same command {escape(start)}:\n"
         f"  [cyan]{escape(invoked_command())}[/]"

@@ -115,7 +115,7 @@ class BadSamples:
         if self._topology.is_first and self.total.samples != self._written:
             try:
                 self._write()
-            except OSError as error:  # as of a full disk; the checkpoint has the names, too
+            except Exception as error:  # a full disk, a store; the checkpoint has the names, too
                 log.error("%s cannot be written, will go on trying: %s", self._url, error)
 
     def state(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mhe_dist.atomic_file import write_file
 from mhe_dist.backbone.model import restore_backbone
 from mhe_dist.config.schema import Config
-from mhe_dist.distributed.collectives import broadcast_from_first
+from mhe_dist.distributed.failures import decided_by_first
 from mhe_dist.errors import Preempted
 from mhe_dist.redact import masked
 from mhe_dist.tracking.environment import device_name
@@ -45,16 +45,10 @@ def finish_run(run: Run) -> dict[str, Any]:
     run.recorder.flush()
     evaluation = run.try_to_evaluate(with_pictures=True) or Evaluation({}, {})
     tensors = run.engine.state()
-    exports: dict[str, dict[str, Any]] | None = {}
     with local_copies() as copied:  # MLflow reads them until the tracker is closed
-        if run.topology.is_first:
-            with run.recorder.phase("export"):
-                exports = _export(run, tensors, evaluation, copied)
-            if exports is not None:
-                with run.recorder.phase("report"):
-                    _draw(run, evaluation, copied)
-                run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
-        exports = broadcast_from_first(exports, run.topology)
+        exports = decided_by_first(
+            lambda: _write_results(run, tensors, evaluation, copied), run.topology
+        )
         if exports is None:
             raise Preempted(f"told to stop while it exported; {run.standing()}")
         run.tracker.close()  # what does not arrive belongs in the summary
@@ -64,6 +58,19 @@ def finish_run(run: Run) -> dict[str, Any]:
         write_file(f"{run.config.run.path}/summary.json", json.dumps(summary, indent=2))
         run.recorder.emit("end", summary=summary)
     return summary
+
+
+def _write_results(
+    run: Run, tensors: dict[str, Tensor], evaluation: Evaluation, copied: Copied
+) -> dict[str, dict[str, Any]] | None:
+    """Exports, pictures and the note of the record; what `_export` gives."""
+    with run.recorder.phase("export"):
+        exports = _export(run, tensors, evaluation, copied)
+    if exports is not None:
+        with run.recorder.phase("report"):
+            _draw(run, evaluation, copied)
+        run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
+    return exports
 
 
 def _export(

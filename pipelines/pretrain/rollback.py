@@ -10,14 +10,14 @@ import json
 import logging
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from mhe_dist.atomic_file import write_file
-from mhe_dist.distributed.failures import decided_by_first
+from mhe_dist.distributed.failures import decided_by_first, failing_together
 from mhe_dist.train.divergence import Diverged, Divergence
 from pipelines.pretrain.restarts import SKIPPED_FILE, read_skipped_steps
 from pipelines.pretrain.run import Run
+from pipelines.storage.urls import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -53,15 +53,16 @@ def roll_back(run: Run, divergence: Divergence) -> None:
 def _write_bundle(run: Run, divergence: Divergence) -> str:
     """The bundle: norms per layer as they are now, and the batch of the step, read once more."""
     folder = f"{run.config.run.path}/divergence/step_{divergence.step:08d}"
-    (batch,) = run.open_loader(divergence.step, divergence.step + 1)
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    filesystem.makedirs(path, exist_ok=True)
-    for part in batch.micro_batches:
-        arrays: dict[str, Any] = {"images": part.images.numpy(), "labels": part.labels.numpy()}
-        with filesystem.open(f"{path}/micro_batch_{part.index:05d}.npz", "wb") as file:
-            np.savez_compressed(file, keys=np.array(part.keys), **arrays)
+    with failing_together(run.topology):
+        (batch,) = run.open_loader(divergence.step, divergence.step + 1)
+        for part in batch.micro_batches:
+            arrays: dict[str, Any] = {"images": part.images.numpy(), "labels": part.labels.numpy()}
+            with atomic_write(f"{folder}/micro_batch_{part.index:05d}.npz") as file:
+                np.savez_compressed(file, keys=np.array(part.keys), **arrays)
     tensors = run.engine.state()
-    if run.topology.is_first:
+
+    def write_report() -> None:
+        """With the norms of all layers."""
         report = {
             "step": divergence.step,
             "what": divergence.reason,
@@ -70,4 +71,6 @@ def _write_bundle(run: Run, divergence: Divergence) -> str:
             "norms": {name: float(tensor.float().norm()) for name, tensor in tensors.items()},
         }
         write_file(f"{folder}/report.json", json.dumps(report, indent=1))
+
+    decided_by_first(write_report, run.topology)
     return folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.failures import decided_by_first, failing_together
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted, RunError, StorageUnavailable, UserError
+from pipelines.pretrain import finish
 from pipelines.pretrain.restarts import read_skipped_steps
 
 KINDS = (UserError, StorageUnavailable, RunError, Preempted, TimeoutError, KeyError)
@@ -92,6 +94,24 @@ def test_all_ranks_leave_out_the_same_steps(run_distributed, tmp_path: Path) -> 
     (tmp_path / "skipped.json").write_text("[6, 7]")
     found = run_distributed(skipped_where_the_last_rank_reads_nothing, 2, str(tmp_path))
     assert found == [[6, 7], [6, 7]]
+
+
+def finish_where_the_first_cannot_write(topology: Topology) -> str:
+    def refuse(*_: object) -> None:
+        raise StorageUnavailable("the store is away")
+
+    finish._export = refuse
+    run = mock.MagicMock(topology=topology)
+    try:
+        finish.finish_run(run)
+    except StorageUnavailable as error:
+        return str(error)
+    return "it ended"
+
+
+def test_no_rank_waits_for_the_one_that_cannot_write_the_results(run_distributed) -> None:
+    said = run_distributed(finish_where_the_first_cannot_write, 2)
+    assert said == ["the store is away"] * 2
 
 
 @pytest.mark.parametrize("error", [UserError("a"), OSError(5, "b")])

@@ -21,7 +21,7 @@ from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.config.shipped import shipped_configs
 from mhe_dist.config.write import config_to_dict, save_config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, StorageUnavailable, UserError
 from pipelines.runs.folder import read_run_config
 from tests import tiny
 
@@ -376,7 +376,7 @@ def test_an_interrupted_run_says_how_to_go_on(
 ) -> None:
     def train(config: Config, handle: object, *_: bool) -> None:
         folder = Path(config.run.path, "checkpoints", "step_00000040")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").touch()
         raise Interrupted(2)
 
@@ -388,3 +388,9 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "goes on from runs/a/checkpoints/step_00000040" in said
     assert "mhe train a.yaml" in said
     assert not Path("runs/a/logs/run.log").exists()  # nothing happened in it
+
+    def no_answer(path: str) -> None:
+        raise StorageUnavailable(path)
+
+    monkeypatch.setattr("launcher.verbs.train.newest_checkpoint", no_answer)
+    assert cli.run(["train", "a.yaml"]) == 130, "how it ended is not how its store answers"

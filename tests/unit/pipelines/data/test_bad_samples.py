@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from mhe_dist import storage_retry
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
@@ -90,3 +93,23 @@ def test_a_disk_that_refuses_the_names_ends_no_run(tmp_path: Path) -> None:
     refusing.unlink()
     samples.gather(tally)
     assert (refusing / BAD_SAMPLES_FILE).exists(), "it is tried again"
+
+
+def test_a_store_that_refuses_the_names_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
+    url, left = "memory://names/run", [TimeoutError("slow") for _ in range(6)]
+    real = MemoryFileSystem.put_file
+
+    def failing(self: MemoryFileSystem, *paths: str) -> None:
+        if left:
+            raise left.pop()
+        real(self, *paths)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", failing)
+    samples = BadSamples(Topology(), url, None)
+    tally = BadSampleTally(seen=5, count=1, samples={"a": "damaged"})
+    samples.gather(tally)
+    store = fsspec.filesystem("memory")
+    assert not left and not store.exists(f"{url}/{BAD_SAMPLES_FILE}")
+    samples.gather(tally)
+    assert b"damaged" in store.cat_file(f"{url}/{BAD_SAMPLES_FILE}"), "it is tried again"
