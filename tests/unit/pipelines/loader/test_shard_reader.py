@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mhe_dist import storage_retry
 from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
@@ -21,7 +22,7 @@ from pipelines.loader.loader import Loader
 from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from pipelines.storage import ranges, retry
+from pipelines.storage import ranges
 from tests.stores import Counted, Synthetic, from_disk
 from tests.support.data.images import jpeg
 from tests.support.data.loading import loader_of
@@ -34,7 +35,7 @@ fork = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(ranges, "_BLOCK", 4096)
 
 
