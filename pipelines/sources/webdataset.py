@@ -32,7 +32,14 @@ from pipelines.sources.webdataset_tar import (
 )
 from pipelines.storage.staging import Journal, is_begun
 from pipelines.storage.unusable_path import explain_fault
-from pipelines.storage.urls import is_local, list_folder, protocol_names, resolve_url, to_url
+from pipelines.storage.urls import (
+    is_local,
+    list_folder,
+    protocol_names,
+    resolve_url,
+    to_url,
+    url_exists,
+)
 from pipelines.storage.worker_pool import HERE, Progress, Workers, no_progress, run_tasks
 
 Ints = npt.NDArray[np.int64]
@@ -112,8 +119,7 @@ def _journal(folder: str, recipe: Any) -> Journal:
     # An attempt writes the index last, so a table of classes may be its own.
     is_own = is_begun(f"{folder}/{_JOURNAL}", recipe)
     for name in (INDEX_FILE,) if is_own else (INDEX_FILE, CLASSES_FILE):
-        filesystem, path = resolve_url(f"{folder}/{name}")
-        if filesystem.exists(path):
+        if url_exists(f"{folder}/{name}"):
             raise UserError(f"{folder}/{name}: already exists; delete it or choose another --out")
     try:
         return Journal(f"{folder}/{_JOURNAL}", recipe)

@@ -26,7 +26,7 @@ from typing import Any, Final
 from mhe_dist.atomic_file import TEMPORARY_SUFFIX
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import masked
-from mhe_dist.storage_retry import with_retries
+from mhe_dist.storage_retry import path_exists, with_retries
 from pipelines.storage.urls import (
     atomic_write,
     is_local,
@@ -58,7 +58,7 @@ class Journal:
         self._known: set[int] = set()
         if ended_with_other_recipe(url, recipe):
             self._filesystem.rm(f"{self._path}/{_RECIPE}")
-        if not self._filesystem.exists(f"{self._path}/{_RECIPE}"):
+        if not path_exists(self._filesystem, f"{self._path}/{_RECIPE}"):
             self._clear()
             self._write(_RECIPE, {"digest": _digest(recipe), "recipe": masked(recipe)})
             return
@@ -93,7 +93,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete all results: the whole is done."""
-        if self._filesystem.exists(self._path):
+        if path_exists(self._filesystem, self._path):
             self._filesystem.rm(self._path, recursive=True)
 
     def _clear(self) -> None:
@@ -129,7 +129,7 @@ def _is_recipe(journal: str, recipe: Any) -> bool:
 def ended_with_other_recipe(journal: str, recipe: Any) -> bool:
     """Whether a journal is of another recipe's attempt that came to its end, and was refused."""
     filesystem, path = resolve_url(journal)
-    if not all(filesystem.exists(f"{path}/{name}") for name in (_RECIPE, _ENDED)):
+    if not all(path_exists(filesystem, f"{path}/{name}") for name in (_RECIPE, _ENDED)):
         return False
     return not _is_recipe(journal, recipe)
 
@@ -137,14 +137,14 @@ def ended_with_other_recipe(journal: str, recipe: Any) -> bool:
 def is_begun(journal: str, recipe: Any) -> bool:
     """Whether there is an attempt with a recipe, to go on with."""
     filesystem, path = resolve_url(journal)
-    return filesystem.exists(f"{path}/{_RECIPE}") and _is_recipe(journal, recipe)
+    return path_exists(filesystem, f"{path}/{_RECIPE}") and _is_recipe(journal, recipe)
 
 
 def require_absent_or_resumable(target: str) -> None:
     """Raise UserError if a path or URL exists, unless it is an attempt that can go on."""
     filesystem, path = resolve_url(target)
     filesystem.invalidate_cache()
-    if not is_local(filesystem) and filesystem.exists(f"{path}/{JOURNAL}/{_RECIPE}"):
+    if not is_local(filesystem) and path_exists(filesystem, f"{path}/{JOURNAL}/{_RECIPE}"):
         return
     names = [name.rpartition("/")[2] for name in list_folder(target)]
     # In a store, what is left of a journal without a recipe was being removed.
@@ -191,7 +191,7 @@ class Staging:
     def size(self, name: str) -> int:
         """Bytes of a file of the data set; -1 if it is not there."""
         filesystem, path = resolve_url(f"{self.folder}/{name}")
-        return int(filesystem.size(path)) if filesystem.exists(path) else -1
+        return int(filesystem.size(path)) if path_exists(filesystem, path) else -1
 
     def _remove_parts(self) -> None:
         """Remove what a refused attempt has made; its journal goes afterwards."""

@@ -18,7 +18,7 @@ from mhe_dist.atomic_file import whole_file
 from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from mhe_dist.storage_errors import ABSENT, truncated_read
-from mhe_dist.storage_retry import errors_naming, with_retries
+from mhe_dist.storage_retry import errors_naming, until_answered, with_retries
 from mhe_dist.web_address import is_web_address
 from pipelines.storage.unusable_path import explain_fault
 
@@ -87,9 +87,17 @@ def url_exists(url: str) -> bool:
 
 
 def require_absent(url: str) -> None:
-    """Raise UserError if there is anything at a path or URL, except an empty folder."""
+    """Raise UserError if there is anything at a path or URL, except an empty folder.
+
+    Raises:
+        StorageUnavailable: nobody knows now; what is there would be overwritten.
+    """
     filesystem, path = resolve_url(url)
-    if filesystem.isfile(path) or (filesystem.exists(path) and filesystem.ls(path, detail=False)):
+    try:
+        about = until_answered(lambda: filesystem.info(path), url)
+    except ABSENT:
+        return
+    if about["type"] != "directory" or list_folder(url):
         raise UserError(f"{url}: already exists; delete it or choose another output folder")
 
 

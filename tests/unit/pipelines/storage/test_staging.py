@@ -8,9 +8,11 @@ from pathlib import Path
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist.errors import UserError
+from mhe_dist.errors import StorageUnavailable, UserError
 from pipelines.storage.staging import JOURNAL, Journal, Staging
+from pipelines.storage.urls import require_absent
 
 PARTS = 5
 
@@ -66,3 +68,32 @@ def test_what_is_left_of_a_removal_in_a_store_stands_in_nobody_s_way() -> None:
 def test_an_ended_attempt_stays_for_its_own_recipe(tmp_path: Path) -> None:
     again = Journal(ended(tmp_path), "A")
     assert [again.get(number) for number in range(PARTS)] == [f"A{n}" for n in range(PARTS)]
+
+
+@pytest.mark.usefixtures("waits")
+def test_a_store_that_fails_neither_loses_parts_nor_is_written_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The journal of a conversion that was interrupted was emptied, and a data set written over."""
+    url = "memory://moment/journal"
+    Journal(url, "A").record(0, "A0")
+    fsspec.filesystem("memory").pipe_file("/moment/set/index.json", b"{}")
+    real, left = MemoryFileSystem.info, []
+
+    def failing(self: MemoryFileSystem, path: str, **more: object) -> object:
+        if left:
+            raise left.pop()
+        return real(self, path, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "info", failing)
+    left += [TimeoutError("slow")] * 2
+    assert Journal(url, "A").get(0) == "A0"
+    left += [TimeoutError("slow")] * 2
+    with pytest.raises(UserError, match="already exists"):
+        require_absent("memory://moment/set")
+    left += [TimeoutError("slow")] * 99
+    for call in (lambda: Journal(url, "A"), lambda: require_absent("memory://moment/set")):
+        with pytest.raises(StorageUnavailable):
+            call()
+    left.clear()
+    assert Journal(url, "A").get(0) == "A0"
