@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -23,10 +24,13 @@ from pipelines.embedding.embeddings import (
     normalize_in_place,
 )
 from pipelines.embedding.image_files import list_images
+from pipelines.embedding.made_by import MadeBy
 from pipelines.shards.index import UNLABELLED, ShardIndex, index_exists
+from pipelines.storage.csv_table import spell_out
 from pipelines.storage.urls import atomic_write, resolve_url, to_url
 
 _KEY, _CLASS, _VECTOR = "key", "class", "vector"  # columns of a Parquet file
+_MADE_BY: Final = "made_by"  # array of a .npz file, and key of a Parquet file's metadata
 _FORMATS: Final = (".npz", ".parquet")
 
 
@@ -40,6 +44,7 @@ class EmbeddedImages(NamedTuple):
         classes: name of the class of each; empty where it has none.
         labels: int64 `[N]` of shards; None: of a folder.
         skipped: paths of images that could not be read.
+        made_by: what a file says of their model; None: nothing, or they are of no file.
     """
 
     source: str
@@ -48,6 +53,7 @@ class EmbeddedImages(NamedTuple):
     classes: list[str]
     labels: npt.NDArray[np.int64] | None
     skipped: list[str]
+    made_by: MadeBy | None = None
 
 
 class EmbeddingsFile(NamedTuple):
@@ -132,19 +138,19 @@ def write_embeddings(
     source: str,
     out: str,
     topology: Topology,
-    image_size: int,
-    flip: bool = False,
+    made_by: MadeBy,
     normalize: bool = False,
 ) -> EmbeddingsFile | None:
     """Embed a folder of images, or a set of shards, into a file; all ranks must call.
 
     A `.npz` file holds `embeddings` float32 `[N, D]`, `classes` and `source`, and, of a folder,
     `paths` below it, sorted; of shards, `keys` and `labels` int64 in the order of the index. A
-    `.parquet` file has the columns `key`, `class` and `vector`.
+    `.parquet` file has the columns `key`, `class` and `vector`. Both say what they were made by.
 
     Args:
-        embed, source, topology, image_size, flip: see `embed_source`.
+        embed, source, topology: see `embed_source`.
         out: path or URL of the file.
+        made_by: whose `embed` is called, and how.
         normalize: scale the embeddings to length 1.
 
     Returns:
@@ -155,22 +161,23 @@ def write_embeddings(
     """
     if not out.endswith(_FORMATS):
         raise UserError(f"--out {out}: let the name end with {' or '.join(_FORMATS)}")
-    found = embed_source(embed, source, topology, image_size, flip)
+    found = embed_source(embed, source, topology, made_by.image_size, made_by.flip)
     if found is None:
         return None
     if normalize:
         normalize_in_place(found.rows)
     with atomic_write(out) as stream:
-        (_write_parquet if out.endswith(".parquet") else _write_npz)(found, stream)
+        (_write_parquet if out.endswith(".parquet") else _write_npz)(found, made_by, stream)
     count, dim = found.rows.shape
     return EmbeddingsFile(count, dim, found.skipped)
 
 
-def _write_npz(found: EmbeddedImages, stream: Any) -> None:
+def _write_npz(found: EmbeddedImages, made_by: MadeBy, stream: Any) -> None:
     arrays: dict[str, Any] = {
         "embeddings": found.rows,
         "classes": np.array(found.classes, str),
         "source": np.array(found.source),
+        _MADE_BY: np.array(json.dumps(made_by._asdict())),
     }
     if found.labels is None:
         arrays["paths"] = np.array(found.keys, str)
@@ -179,15 +186,19 @@ def _write_npz(found: EmbeddedImages, stream: Any) -> None:
     np.savez(stream, **arrays)
 
 
-def _write_parquet(found: EmbeddedImages, stream: Any) -> None:
+def _write_parquet(found: EmbeddedImages, made_by: MadeBy, stream: Any) -> None:
     from pyarrow import parquet
 
-    table = as_parquet_table(found.source, found.keys, found.classes, found.rows)
+    table = as_parquet_table(found.source, found.keys, found.classes, found.rows, made_by)
     parquet.write_table(table, stream)
 
 
 def as_parquet_table(
-    source: str, keys: Sequence[str], classes: Sequence[str], rows: npt.NDArray[Any]
+    source: str,
+    keys: Sequence[str],
+    classes: Sequence[str],
+    rows: npt.NDArray[Any],
+    made_by: MadeBy,
 ) -> Any:
     """The table that a Parquet file of embeddings holds; see `EmbeddedImages`.
 
@@ -197,15 +208,12 @@ def as_parquet_table(
 
     flat = pa.array(np.ascontiguousarray(rows).reshape(-1))
     columns = {
-        _KEY: pa.array(map(_as_utf8, keys), pa.string()),
-        _CLASS: pa.array([_as_utf8(name) or None for name in classes], pa.string()),
+        _KEY: pa.array(map(spell_out, keys), pa.string()),
+        _CLASS: pa.array([spell_out(name) or None for name in classes], pa.string()),
         _VECTOR: pa.FixedSizeListArray.from_arrays(flat, rows.shape[1]),
     }
-    return pa.table(columns).replace_schema_metadata({"source": _as_utf8(source)})
-
-
-def _as_utf8(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+    about = {"source": spell_out(source), _MADE_BY: json.dumps(made_by._asdict())}
+    return pa.table(columns).replace_schema_metadata(about)
 
 
 def read_embeddings(path: str) -> EmbeddedImages:
@@ -220,7 +228,7 @@ def read_embeddings(path: str) -> EmbeddedImages:
             return (_read_parquet if path.endswith(".parquet") else _read_npz)(stream)
     except FileNotFoundError:
         raise UserError(f"{path}: does not exist") from None
-    except (ValueError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
+    except (ValueError, TypeError, KeyError, OSError, EOFError, BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not a file that mhe embed wrote ({error})") from error
 
 
@@ -232,7 +240,8 @@ def _read_npz(stream: Any) -> EmbeddedImages:
         keys = arrays["keys" if "keys" in arrays else "paths"].tolist()
         labels = arrays.get("labels")
         source, classes = str(arrays["source"]), arrays["classes"].tolist()
-        return EmbeddedImages(source, arrays["embeddings"], keys, classes, labels, [])
+        made_by = _read_made_by(str(arrays[_MADE_BY]) if _MADE_BY in arrays else "")
+        return EmbeddedImages(source, arrays["embeddings"], keys, classes, labels, [], made_by)
 
 
 def _read_parquet(stream: Any) -> EmbeddedImages:
@@ -242,5 +251,12 @@ def _read_parquet(stream: Any) -> EmbeddedImages:
     vectors = table.column(_VECTOR).combine_chunks()
     rows = vectors.flatten().to_numpy().reshape(len(vectors), -1).astype(np.float32)
     classes = [name or "" for name in table.column(_CLASS).to_pylist()]
-    source = (table.schema.metadata or {}).get(b"source", b"").decode()
-    return EmbeddedImages(source, rows, table.column(_KEY).to_pylist(), classes, None, [])
+    about = table.schema.metadata or {}
+    source = about.get(b"source", b"").decode()
+    made_by = _read_made_by(about.get(_MADE_BY.encode(), b"").decode())
+    return EmbeddedImages(source, rows, table.column(_KEY).to_pylist(), classes, None, [], made_by)
+
+
+def _read_made_by(text: str) -> MadeBy | None:
+    """What a file says; None: it is of a version that said nothing."""
+    return MadeBy(**json.loads(text)) if text else None

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mhe_dist.errors import UserError
+from pipelines.embedding.made_by import MadeBy
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.shard import MappedShard
@@ -71,6 +72,11 @@ class EmbeddingsRecipe:
     dim: int
 
     @property
+    def made_by(self) -> MadeBy:
+        """Which model makes them, and how."""
+        return MadeBy(*(getattr(self, name) for name in MadeBy._fields))
+
+    @property
     def header(self) -> bytes:
         """How the file of the rows begins."""
         stream = io.BytesIO()
@@ -108,7 +114,7 @@ class EmbeddingsRecipe:
         """
         words = {
             "index_digest": ("data set", made.source, self.source),
-            "model_digest": ("model", _model_name(made), _model_name(self)),
+            "model_digest": ("model", made.made_by.model, self.made_by.model),
         }
         for key, before in asdict(made).items():
             now = getattr(self, key)
@@ -119,10 +125,6 @@ class EmbeddingsRecipe:
                 f"{folder}: holds embeddings with {name} {old}, not {new}; type what made it to go "
                 "on with it, delete it, or choose another --out"
             )
-
-
-def _model_name(recipe: EmbeddingsRecipe) -> str:
-    return f"{recipe.checkpoint} (step {recipe.step}, {recipe.model_digest[:19]})"
 
 
 class EmbeddingsPart(NamedTuple):

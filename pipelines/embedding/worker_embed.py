@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from pipelines.embedding.embeddings import Images, SpreadEmbed, map_images
-from pipelines.embedding.write_folder import digest_model, load_embedder
+from pipelines.embedding.made_by import digest_model
+from pipelines.embedding.write_folder import load_embedder
 from pipelines.runs.trained import TrainedBackbone
 from pipelines.storage.urls import resolve_url, to_url
 from pipelines.storage.worker_pool import LazyTasks, Workers, run_tasks
@@ -29,7 +30,7 @@ class WeightsName(NamedTuple):
 
     Attributes:
         checkpoint: URL, which all workers reach.
-        model_digest: `write_folder.digest_model` of what it holds.
+        model_digest: `made_by.digest_model` of what it holds.
         gpu: on the worker's GPU.
     """
 

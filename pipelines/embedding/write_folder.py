@@ -39,6 +39,7 @@ from pipelines.embedding.folder import (
     EmbeddingsRecipe,
     local_folder,
 )
+from pipelines.embedding.made_by import MadeBy, digest_model
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
 from pipelines.shards.index import INDEX_FILE, ShardIndex, index_exists
 from pipelines.storage.staging import JOURNAL, Journal, lock_folder, remove_temporary_files
@@ -146,30 +147,15 @@ def _load_shards(source: str) -> ShardIndex:
 def _recipe(
     backbone: TrainedBackbone, index: ShardIndex, source: str, options: FolderOptions
 ) -> EmbeddingsRecipe:
-    config = backbone.config
     return EmbeddingsRecipe(
         source=source,
         index_digest=index.digest,
-        checkpoint=to_url(*resolve_url(backbone.checkpoint)),
-        step=backbone.step,
-        model_digest=digest_model(backbone.model),
-        image_size=config.data.image_size,
-        flip=options.flip,
+        **MadeBy.of(backbone, options.flip)._asdict(),
         normalize=options.normalize,
         dtype=options.dtype,
         samples=index.samples,
-        dim=config.model.embedding_dim,
+        dim=backbone.config.model.embedding_dim,
     )
-
-
-def digest_model(model: torch.nn.Module) -> str:
-    """`sha256:...` of the names, types, shapes and values of a network's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def _row_groups(task: ParquetTask) -> Iterator[Any]:
         rows, labels, keys = zip(*blocks, strict=True)
         every = [key for each in keys for key in each]
         classes = names.of(np.concatenate(labels)) if task.is_labelled else [""] * len(every)
-        yield as_parquet_table(source, every, classes, np.concatenate(rows))
+        yield as_parquet_table(source, every, classes, np.concatenate(rows), recipe.made_by)
 
 
 class _PartNames:

@@ -31,8 +31,13 @@ def plain_text(cell: str) -> str:
     return _MARKED.sub(r"\1", cell, count=1)
 
 
+def spell_out(text: str) -> str:
+    """Text as UTF-8 can hold it: a byte of a name that is not UTF-8 becomes `\\udcff`."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def encode_rows(rows: Iterable[Iterable[object]]) -> bytes:
-    """Rows as UTF-8; bytes of file names that are not UTF-8 are spelled out.
+    """Rows as UTF-8, see `spell_out`.
 
     A carriage return becomes a line feed, as rows end with one.
     """

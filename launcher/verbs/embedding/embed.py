@@ -137,13 +137,14 @@ def _embed_file(
     run: str, images: str, out: str, flip: bool, normalize: bool, gpu: bool | None
 ) -> None:
     from pipelines.embedding.embed import write_embeddings
+    from pipelines.embedding.made_by import MadeBy
     from pipelines.runs.trained import load_trained_backbone
 
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology=topology)
-    side = backbone.config.data.image_size
+    made_by = MadeBy.of(backbone, flip)
     with spinner(topology, f"embedding {images}"):
-        written = write_embeddings(backbone.embed, images, out, topology, side, flip, normalize)
+        written = write_embeddings(backbone.embed, images, out, topology, made_by, normalize)
     if written is not None:
         _tell_file(run, out, written)
 

@@ -19,6 +19,7 @@ from pipelines.report.charts.numbers import format_share
 if TYPE_CHECKING:
     from pipelines.embedding.embed import EmbeddedImages
     from pipelines.evaluate.search import SearchResult
+    from pipelines.runs.trained import TrainedBackbone
 
 SHOWN = 20  # queries in the terminal
 FILES = (".npz", ".parquet")
@@ -53,7 +54,7 @@ def search(
 
     Example: mhe search quickstart --gallery photos/known --query photos/new
     """
-    from pipelines.embedding.embed import embed_source, read_embeddings
+    from pipelines.embedding.embed import embed_source
     from pipelines.evaluate.search import search as find
     from pipelines.report.sheets.search_page import write_search
     from pipelines.runs.trained import load_trained_backbone
@@ -65,7 +66,7 @@ def search(
     side, sets = backbone.config.data.image_size, []
     for source in (gallery.rstrip("/"), query.rstrip("/")):
         if source.endswith(FILES):
-            sets.append(read_embeddings(source) if topology.is_first else None)
+            sets.append(_read_gallery(source, backbone) if topology.is_first else None)
             continue
         with spinner(topology, f"embedding {source}"):
             sets.append(embed_source(backbone.embed, source, topology, side))
@@ -84,6 +85,26 @@ def search(
         console.say(f"The search was {found.describe()}. --exact compares every pair.")
     console.say("Written: " + ", ".join(escape(file) for file in files))
     console.list_next(viewing_steps(files[0]))
+
+
+def _read_gallery(path: str, backbone: TrainedBackbone) -> EmbeddedImages:
+    """The embeddings of a file.
+
+    Raises:
+        UserError: they are of another model, or made otherwise than those of the queries.
+    """
+    from pipelines.embedding.embed import read_embeddings
+    from pipelines.embedding.made_by import MadeBy
+
+    found = read_embeddings(path)
+    if found.made_by is None:
+        console.say(
+            f"[yellow]warning:[/] {escape(path)}: an older mhe embed wrote it, and it does not say "
+            "which model made it; scores mean nothing if that was not this one"
+        )
+    else:
+        MadeBy.of(backbone).refuse_other(found.made_by, f"--gallery {path}")
+    return found
 
 
 def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> None:

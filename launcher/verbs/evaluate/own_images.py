@@ -137,17 +137,13 @@ def _open_embeddings(backbone: TrainedBackbone, path: str, flip: bool | None) ->
         UserError: they are of another model, or with other flipping than is asked for.
     """
     from pipelines.embedding.folder import EmbeddingsFolder
-    from pipelines.embedding.write_folder import digest_model
+    from pipelines.embedding.made_by import MadeBy
 
     folder = EmbeddingsFolder.open(path)
-    recipe, digest = folder.recipe, digest_model(backbone.model)
-    if recipe.model_digest != digest:
-        raise UserError(
-            f"{path}: holds embeddings of {recipe.checkpoint} ({recipe.model_digest}), not of "
-            f"{backbone.checkpoint} ({digest}): name that checkpoint as RUN, or embed again"
-        )
-    if flip is not None and flip != recipe.flip:
-        raise UserError(f"{path}: was embedded with flip {recipe.flip}: leave --flip out")
+    made_by = folder.recipe.made_by
+    if flip is not None and flip != made_by.flip:
+        raise UserError(f"{path}: was embedded with flip {made_by.flip}: leave --flip out")
+    MadeBy.of(backbone, made_by.flip).refuse_other(made_by, path)
     return folder
 
 

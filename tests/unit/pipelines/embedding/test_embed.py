@@ -12,7 +12,10 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.embedding.embed import read_embeddings, write_embeddings
+from pipelines.embedding.made_by import MadeBy
 from tests import tiny
+
+MADE_BY = MadeBy("runs/a/checkpoints/step_00000001", 1, "sha256:0", tiny.SIDE, False)
 
 
 def embed(images: Tensor) -> Tensor:
@@ -22,7 +25,7 @@ def embed(images: Tensor) -> Tensor:
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     shards = tiny.write_shards(tmp_path / "shards", classes=2)
-    write_embeddings(embed, shards, f"{tmp_path}/a.npz", Topology(), tiny.SIDE)
+    write_embeddings(embed, shards, f"{tmp_path}/a.npz", Topology(), MADE_BY)
     return tmp_path / "a.npz"
 
 
@@ -46,5 +49,5 @@ def test_a_file_name_that_is_no_utf8_is_written_to_parquet(tmp_path: Path) -> No
     name = b"\xff.png".decode(errors="surrogateescape")
     Image.new("RGB", (tiny.SIDE, tiny.SIDE)).save(folder / name)
     out = str(tmp_path / "a.parquet")
-    write_embeddings(embed, str(folder), out, Topology(), tiny.SIDE)
+    write_embeddings(embed, str(folder), out, Topology(), MADE_BY)
     assert read_embeddings(out).keys == ["\\udcff.png"]
