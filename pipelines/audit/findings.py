@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.storage.buffered_file import open_buffered
-from pipelines.storage.csv_table import encode_rows, read_rows
+from pipelines.storage.csv_table import encode_rows, read_rows, spell_out
 from pipelines.storage.urls import atomic_write, resolve_url
 
 FINDINGS_FILE: Final = "findings.parquet"
+FIGURES_FILE: Final = "figures.json"
 DECISIONS_FILE: Final = "decisions.csv"
 DECISION: Final = "decision"
 ACCEPT, REJECT = "accept", "reject"
@@ -91,12 +92,18 @@ def join_findings(parts: Sequence[Findings]) -> Findings:
 
 
 def write_findings(folder: str, findings: Findings) -> None:
-    """Write `findings.parquet`, and `decisions.csv`, the same rows to be decided about."""
+    """Write `findings.parquet`, and `decisions.csv`, the same rows to be decided about.
+
+    Bytes of names that are not UTF-8 are spelled out in both, see `csv_table.spell_out`.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
-    types = {name: pa.type_for_alias(dtype) for name, (dtype, _) in COLUMNS.items()}
-    table = pa.table({name: pa.array(findings[name], types[name]) for name in COLUMNS})
+    columns = {}
+    for name, (dtype, _) in COLUMNS.items():
+        values = map(spell_out, findings[name]) if dtype == "string" else findings[name]
+        columns[name] = pa.array(values, pa.type_for_alias(dtype))
+    table = pa.table(columns)
     with atomic_write(f"{folder}/{FINDINGS_FILE}") as stream:
         parquet.write_table(table, stream)
     with atomic_write(f"{folder}/{DECISIONS_FILE}") as stream:

@@ -94,6 +94,22 @@ def test_findings_come_back_from_their_file(findings: Findings, tmp_path: Path) 
         read_findings(f"{tmp_path}/nowhere")
 
 
+def test_names_that_are_no_utf8_are_spelled_out_in_both_files(tmp_path: Path) -> None:
+    """Tars may hold any bytes; the audit failed after all its work."""
+    name = b"caf\xe9".decode(errors="surrogateescape")
+    texts = "key", "class_name", "neighbour_name", "neighbour_key", "neighbour_set"
+    write_findings(
+        str(tmp_path), make_findings("wrong_label", 1, sample=4, **dict.fromkeys(texts, name))
+    )
+    again = read_findings(str(tmp_path))
+    assert [again[text].tolist() for text in texts] == [["caf\\udce9"]] * len(texts)
+    with open(tmp_path / "decisions.csv", newline="", encoding="utf-8") as stream:
+        (row,) = csv.DictReader(stream)
+    assert [row[text] for text in texts] == ["caf\\udce9"] * len(texts)
+    decided = read_decisions(str(tmp_path / "decisions.csv")).match(again)
+    assert decided.tolist() == [""], "its rows are those of the findings"
+
+
 def decide(folder: Path, findings: Findings, **decisions: str) -> str:
     """decisions.csv with a decision for all rows of a kind."""
     write_findings(str(folder), findings)
