@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -38,6 +39,7 @@ from pipelines.storage.urls import (
 JOURNAL: Final = ".partial"
 _RECIPE: Final = "recipe.json"
 _ENDED: Final = "ended.json"
+_NAMED, _SHOWN = 4, 40  # differences that a message names, and letters of each value
 
 
 class Journal:
@@ -64,8 +66,9 @@ class Journal:
             return
         if not _is_recipe(url, recipe):
             raise UserError(
-                f"{url}: an interrupted attempt with another source or other settings; repeat that "
-                f"command to go on with it, or delete {url.removesuffix('/' + JOURNAL)}"
+                f"{url}: an interrupted attempt with another source or other settings"
+                f"{self._describe_other(recipe)}; repeat that command to go on with it, or delete "
+                f"{url.removesuffix('/' + JOURNAL)}"
             )
         self._filesystem.invalidate_cache()
         names = (name.rpartition("/")[2] for name in self._filesystem.ls(self._path, detail=False))
@@ -96,6 +99,13 @@ class Journal:
         if path_exists(self._filesystem, self._path):
             self._filesystem.rm(self._path, recursive=True)
 
+    def _describe_other(self, recipe: Any) -> str:
+        """In brackets, what differs between the recipe of an earlier attempt and this one."""
+        before = _parse(self._filesystem.cat_file(f"{self._path}/{_RECIPE}")).get("recipe")
+        now = json.loads(json.dumps(masked(recipe)))
+        named = "; ".join(islice(_differences(before, now), _NAMED))
+        return f" ({named})" if named else ""
+
     def _clear(self) -> None:
         """Remove what has no recipe: results of an attempt that was being removed when it ended."""
         for path in list_folder(self.url):
@@ -114,6 +124,18 @@ def _parse(text: bytes) -> dict[str, Any]:
     except ValueError:  # cut off when the machine crashed: treated as missing
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _differences(before: Any, now: Any, name: str = "it") -> Iterator[str]:
+    """Yield the name of each value that differs, and both of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            yield from _differences(before.get(key), now.get(key), str(key))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from _differences(*pair, f"{name}[{number}]")
+    elif before != now:
+        yield f"{name} was {str(before)[:_SHOWN]}, is {str(now)[:_SHOWN]}"
 
 
 def _digest(recipe: Any) -> str:

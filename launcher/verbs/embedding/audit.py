@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -16,20 +15,26 @@ from rich.table import Table
 from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
+from launcher.verbs.embedding.audit_task import (
+    MADE_OF,
+    MODEL,
+    AuditTask,
+    open_task,
+    read_figures,
+    require_same,
+    require_same_model,
+)
 from launcher.verbs.embedding.shared import (
-    MODEL_SUFFIX,
     EmbeddingOptions,
     EmbeddingsOption,
     embed_shards,
     embedded_by,
-    find_model,
     watch_stages,
 )
 from launcher.verbs.options import AddressOption, GpuOption
 from launcher.verbs.outputs import usable_folder_here
-from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
-from pipelines.runs.trained import read_trained_config
+from pipelines.audit.findings import FIGURES_FILE
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import atomic_write
@@ -38,10 +43,8 @@ if TYPE_CHECKING:
     from pipelines.audit.evaluation_sets import EvaluationSet
     from pipelines.audit.findings import Decisions, Findings
     from pipelines.audit.job import AuditResult
-    from pipelines.audit.settings import AuditSettings
 
-FIGURES_FILE, LABELS_FOLDER = "figures.json", "labels"
-MADE_OF = "made_of"  # key of the figures: what they are of
+LABELS_FOLDER = "labels"
 STAGES = 24  # of an audit, about
 
 Run = Annotated[
@@ -129,100 +132,12 @@ def audit(
     with resumable():
         task = open_task(run, shards, labels, against or [], out, settings)
         if Path(f"{out}/{FIGURES_FILE}").is_file():
+            if decided is None:  # else they are about these findings, whatever RUN is by now
+                require_same_model(task)
             console.say(f"[bold]{escape(out)}[/] is complete: its findings are used.")
         else:
             find_faults(task, how)
         show_audit(task, cure(task, actions, decided))
-
-
-@dataclass(frozen=True)
-class AuditTask:
-    """What is audited.
-
-    Attributes:
-        run: whose backbone embeds.
-        index: the data set.
-        labels: label set that is examined; None: the index's labels.
-        against: evaluation sets.
-        out: folder of the audit.
-        settings: what is asked for.
-    """
-
-    run: str
-    index: ShardIndex
-    labels: LabelSet | None
-    against: Sequence[str]
-    out: str
-    settings: AuditSettings
-
-    @property
-    def num_classes(self) -> int:
-        """C: classes of the labels."""
-        return self.index.num_classes if self.labels is None else self.labels.num_classes
-
-    @property
-    def made_of(self) -> dict[str, Any]:
-        """What tells this audit from others, without its embeddings: JSON-able."""
-        return {
-            "data": self.index.digest,
-            "labels": self.labels.digest if self.labels else "",
-            "against": [ShardIndex.load(url).digest for url in self.against],
-            "settings": self.settings.as_dict(),
-        }
-
-    def read_labels(self, start: int, stop: int) -> Any:
-        """int64 `[stop - start]`: classes of images; -1: none."""
-        if self.labels is not None:
-            return self.labels.single_labels(start, stop)
-        return self.index.labels_of(np.arange(start, stop))
-
-    def class_names(self, wanted: Any) -> dict[int, str]:
-        """Names of some classes; those without one are left out."""
-        from pipelines.data.mixture.class_list import names_of
-
-        return names_of(self.labels.folder if self.labels else self.index.folder, wanted)
-
-
-def open_task(
-    run: str,
-    shards: str,
-    labels: str,
-    against: Sequence[str],
-    out: str,
-    settings: AuditSettings,
-) -> AuditTask:
-    """Open what the options name; what is left out is what the run trained on.
-
-    Raises:
-        UserError: something is not there, or its labels cannot be examined.
-    """
-    run = find_model(run, f"{out}{MODEL_SUFFIX}", shards, option="")
-    if not shards:
-        data = read_trained_config(run).data
-        if data.mix or data.classes or data.images_per_class:
-            raise UserError(
-                f"{run}: was trained on a mixture or a choice of classes; name one data set with "
-                "--shards, and its label set, if it has one, with --labels"
-            )
-        shards, labels = data.shards, labels or data.labels
-    index = ShardIndex.load(shards.rstrip("/"))
-    found = LabelSet.load(labels) if labels else None
-    if found is not None:
-        found.require_index(index)
-        if found.max_labels > 1:
-            raise UserError(
-                f"{labels}: gives images up to {found.max_labels} classes, and an audit examines "
-                "one of each; give a label set with one class an image (--labels)"
-            )
-    elif not index.knows_labels:
-        raise UserError(
-            f"{index.folder}: its index holds no labels; make one that does (mhe data index), or "
-            "name a label set with --labels"
-        )
-    sets = [url.rstrip("/") for url in against]
-    for url in sets:  # before hours of embedding the data set, which comes first
-        ShardIndex.load(url)
-    return AuditTask(run, index, found, sets, out, settings)
 
 
 def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
@@ -255,12 +170,17 @@ def find_faults(task: AuditTask, how: EmbeddingOptions) -> None:
         with ProgressDisplay().counting("auditing") as progress:
             result = job.run(watch_stages(STAGES, progress), threads)
         if result is not None:
-            _write_down(job.folder, result, task, sets)
+            made_of = task.made_of | {MODEL: folder.recipe.made_by._asdict()}
+            _write_down(job.folder, result, task, sets, made_of)
         job.publish()
 
 
 def _write_down(
-    folder: str, result: AuditResult, task: AuditTask, sets: Sequence[EvaluationSet]
+    folder: str,
+    result: AuditResult,
+    task: AuditTask,
+    sets: Sequence[EvaluationSet],
+    made_of: dict[str, Any],
 ) -> None:
     """Write the findings, their figures and the page."""
     from pipelines.audit.findings import write_findings
@@ -268,7 +188,7 @@ def _write_down(
     from pipelines.report.audit.page import write_audit_page
 
     findings = list_findings(result, _names(task, sets))
-    figures = list_figures(result, findings) | {MADE_OF: task.made_of}
+    figures = list_figures(result, findings) | {MADE_OF: made_of}
     write_findings(folder, findings)
     with atomic_write(f"{folder}/{FIGURES_FILE}") as stream:
         stream.write(json.dumps(figures, indent=1).encode() + b"\n")
@@ -316,8 +236,7 @@ def cure(task: AuditTask, actions: Sequence[str], decisions: Decisions | None = 
     from pipelines.audit.findings import read_findings
 
     findings = read_findings(task.out)
-    figures = json.loads(Path(f"{task.out}/{FIGURES_FILE}").read_text())
-    _require_same(task, figures.get(MADE_OF, {}))
+    require_same(task)
     decided = decisions.match(findings) if decisions else None
     names = task.class_names(range(task.num_classes))
     labels = task.read_labels(0, task.index.samples)
@@ -332,22 +251,7 @@ def cure(task: AuditTask, actions: Sequence[str], decisions: Decisions | None = 
         [names.get(number, str(number)) for number in range(task.num_classes)],
         about,
     )
-    return CuredAudit(findings, figures, made)
-
-
-def _require_same(task: AuditTask, before: dict[str, Any]) -> None:
-    words = {
-        "data": f"the data set {task.index.folder}",
-        "labels": "the labels",
-        "against": "the sets of --against",
-        "settings": "--false-rate or --seed",
-    }
-    for key, value in task.made_of.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"--out {task.out}: is an audit of something else: {words[key]} differ; type what "
-                "made it, delete it, or choose another --out"
-            )
+    return CuredAudit(findings, read_figures(task), made)
 
 
 def show_audit(task: AuditTask, made: CuredAudit) -> None:

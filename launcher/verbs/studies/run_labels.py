@@ -14,9 +14,11 @@ from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import convert
 from launcher.verbs.embedding import audit
+from launcher.verbs.embedding.audit_task import open_task
 from launcher.verbs.embedding.cluster import make_label_set
 from launcher.verbs.embedding.shared import EmbeddingOptions
 from mhe_dist.config.schema import Config
+from pipelines.audit.findings import FIGURES_FILE, FINDINGS_FILE
 from pipelines.clustering.settings import ClusterSettings
 from pipelines.shards.label_set import label_set_exists
 from pipelines.storage.urls import atomic_write
@@ -80,7 +82,7 @@ def _audit_planted(plan: PlannedRun, clean: Config, out: str) -> None:
 
     planted = f"{out}/{plan.planted}"
     _audit(plan, plan.embedded_by, f"{planted}/train", f"{planted}/labels", clean, out)
-    findings = read_table(f"{out}/{plan.audit}/findings.parquet")
+    findings = read_table(f"{out}/{plan.audit}/{FINDINGS_FILE}")
     scores = score_findings(findings, read_table(f"{planted}/plan.parquet"))
     kinds = {kind: score.as_dict() for kind, score in scores.items()}
     _write_score(plan, out, {"kinds": kinds})
@@ -109,10 +111,8 @@ def _audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, o
     settings = AuditSettings(plan.study.false_rate, plan.seed)
     folder = f"{out}/{plan.audit}"
     with convert.resumable():
-        task = audit.open_task(
-            f"{out}/{by}", shards, labels, [clean.evaluate.shards], folder, settings
-        )
-        if not Path(f"{folder}/{audit.FIGURES_FILE}").is_file():
+        task = open_task(f"{out}/{by}", shards, labels, [clean.evaluate.shards], folder, settings)
+        if not Path(f"{folder}/{FIGURES_FILE}").is_file():
             audit.find_faults(task, EmbeddingOptions("", clean.scale.workers, None, ""))
         audit.cure(task, APPLICABLE)
 
@@ -120,7 +120,7 @@ def _audit(plan: PlannedRun, by: str, shards: str, labels: str, clean: Config, o
 def _write_score(plan: PlannedRun, out: str, score: dict[str, object]) -> None:
     """Keep what the page says of an audit."""
     folder = f"{out}/{plan.audit}"
-    figures = json.loads(Path(f"{folder}/{audit.FIGURES_FILE}").read_text())
+    figures = json.loads(Path(f"{folder}/{FIGURES_FILE}").read_text())
     about = {"false_rate": figures["false_rate"], "totals": figures["totals"]}
     with atomic_write(f"{folder}/{SCORE_FILE}") as stream:
         stream.write(json.dumps(about | score, indent=1).encode() + b"\n")

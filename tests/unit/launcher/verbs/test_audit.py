@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from launcher import cli
 from launcher.verbs.embedding import audit, shared
 from mhe_dist.config.write import save_config
+from mhe_dist.errors import RunError
 from pipelines.audit.findings import IDENTITY, read_findings
 from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.shards.index import ShardIndex
@@ -43,6 +45,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def killed(*_: object) -> None:
+    raise RunError("killed")
+
+
 def command(data: Path, out: str, *more: str) -> list[str]:
     words = ["audit", f"{data}/small.yaml", "--labels", f"{data}/labels", "--out", f"{data}/{out}"]
     return [*words, "--workers", "1", *more]
@@ -55,6 +61,12 @@ def made(data: Path) -> Path:
         patch.setattr(shared, "choose_workers", lambda *_: nullcontext(HERE))
         assert cli.run(command(data, "audit", "--against", f"{data}/shards")) == 0
     return data / "audit"
+
+
+@pytest.fixture(scope="module")
+def other_run(data: Path) -> str:
+    """A run with other weights."""
+    return tiny.trained_run(data / "runs", f"{data}/shards", run={"name": "other"}).run.path
 
 
 def test_findings_and_a_label_set_are_written(data: Path, made: Path) -> None:
@@ -93,6 +105,51 @@ def test_decisions_change_the_label_set_alone(
     assert (made / "findings.parquet").read_bytes() == before
     assert f"data.labels={made}/labels" in output
     assert not list(made.glob(".labels*"))
+
+
+def test_findings_of_another_model_are_refused_but_for_decisions_about_them(
+    data: Path, made: Path, other_run: str, capsys: Captured
+) -> None:
+    """They were used, without a word."""
+    words = command(data, "audit", "--shards", f"{data}/shards", "--against", f"{data}/shards")
+    words[1] = other_run
+    message = said(words, capsys, 2)
+    assert f"--out {made}: is an audit by {made}-model/checkpoints/step_00000000" in message
+    assert "(step 0, sha256:" in message and "name that checkpoint as RUN" in message
+    assert f", not by {other_run}/checkpoints/step_00000024 (step 24, sha256:" in message
+    decided = said([*words, "--decisions", f"{made}/decisions.csv"], capsys)
+    assert f"{made} is complete: its findings are used" in decided
+
+
+def test_findings_of_before_do_not_tell_their_model(
+    data: Path, made: Path, other_run: str, capsys: Captured
+) -> None:
+    shutil.copytree(made, data / "older")
+    figures = json.loads((made / "figures.json").read_text())
+    del figures["made_of"]["model"]
+    (data / "older" / "figures.json").write_text(json.dumps(figures))
+    words = command(data, "older", "--shards", f"{data}/shards", "--against", f"{data}/shards")
+    words[1] = other_run
+    shown = said(words, capsys)
+    assert f"warning: {data}/older: an older mhe audit made it" in shown
+    assert f"{data}/older is complete: its findings are used" in shown
+
+
+def test_a_begun_audit_does_not_go_on_with_another_model(
+    data: Path, other_run: str, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "choose_workers", lambda *_: nullcontext(HERE))
+    monkeypatch.setattr(audit, "_write_down", killed)
+    assert "killed" in said(command(data, "begun"), capsys, 1)
+    words = command(data, "begun", "--shards", f"{data}/shards")
+    words[1] = other_run
+    message = said(words, capsys, 2)
+    assert f"{data}/begun-embeddings: holds embeddings with model" in message
+    assert "(step 0, sha256:" in message and "(step 24, sha256:" in message
+    message = said([*words, "--embeddings", f"{data}/other-embeddings"], capsys, 2)
+    assert "an interrupted attempt with another source or other settings" in message
+    assert "model was sha256:" in message and "step was 0, is 24" in message
+    assert f"or delete {data}/.begun.partial" in message
 
 
 @pytest.mark.parametrize(

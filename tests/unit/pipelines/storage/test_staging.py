@@ -52,6 +52,17 @@ def test_results_of_a_recipe_are_never_those_of_another(
         Journal(url, "A")
 
 
+def test_the_refusal_of_another_recipe_names_what_differs_without_secrets(tmp_path: Path) -> None:
+    url = f"{tmp_path}/{JOURNAL}"
+    model = {"step": 24, "digest": "sha256:" + "a" * 64}
+    Journal(url, {"models": [model, {"dim": 8}], "api_key": "old", "seed": 1})
+    other = model | {"step": 30, "digest": "sha256:" + "b" * 64}
+    with pytest.raises(UserError) as refused:
+        Journal(url, {"models": [other, {"dim": 8}], "api_key": "new", "seed": 1, "flip": True})
+    differ = f"step was 24, is 30; digest was sha256:{'a' * 33}, is sha256:{'b' * 33}"
+    assert f"other settings ({differ}; flip was None, is True); repeat" in str(refused.value)
+
+
 def test_what_is_left_of_a_removal_in_a_store_stands_in_nobody_s_way() -> None:
     """It said that the target exists, and to delete it."""
     target = "memory://sets/new"
