@@ -6,14 +6,15 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Final, NamedTuple
 
+from pipelines.audit.findings import DUPLICATE, FOREIGN, LEAK, MIXED, WRONG_LABEL
 from pipelines.report.comparison import RANK1, VariantResult
 
 _TITLES: Final = {
-    "duplicate_classes": "split classes",
-    "mixed_class": "merged classes",
-    "wrong_label": "relabelled images",
-    "foreign": "foreign images",
-    "leak": "leaked images",
+    DUPLICATE: "split classes",
+    MIXED: "merged classes",
+    WRONG_LABEL: "relabelled images",
+    FOREIGN: "foreign images",
+    LEAK: "leaked images",
     "doubted": "all images with a wrong class",
 }
 

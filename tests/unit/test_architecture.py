@@ -59,7 +59,7 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "embedding": {"sources", "runs", "data", "shards", "storage"},
         "audit": {"clustering", "embedding", "sources", "data", "shards", "storage"},
         "evaluate": {"embedding", "sources", "data", "shards", "storage"},
-        "report": {"evaluate", "embedding", "data", "shards", "storage"},
+        "report": {"audit", "evaluate", "embedding", "data", "shards", "storage"},
         "serving": {"data", "shards", "storage"},
         "pretrain": {
             *(

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from pipelines.audit.findings import DUPLICATE, LEAK, MIXED, REPEATED, WRONG_LABEL
 from pipelines.report.audit.findings import (
-    MIXED,
     AuditFindings,
     ClassMembers,
     Kind,
@@ -97,12 +97,12 @@ class CardMaker:
             if kind.name == MIXED:
                 groups = list(self._parts(rows))
                 title = first["class_name"]
-            elif kind.name == "duplicate_classes":
+            elif kind.name == DUPLICATE:
                 groups = list(self._pair_of_classes(first))
                 title = f"{first['class_name']} and {first['neighbour_name']}"
             elif first["sample"] < 0:
                 groups, title = list(self._identity_leak(first)), first["class_name"]
-            elif kind.name in ("repeated", "leak"):
+            elif kind.name in (REPEATED, LEAK):
                 groups, title = list(self._pair_of_images(first)), first["key"]
             else:
                 groups, title = list(self._stray(first)), first["key"]
@@ -158,7 +158,7 @@ class CardMaker:
         yield PictureGroup("The image", "", [picture], "subject")
         yield self._class(row["class"], row["class_name"], _BESIDE, "Its class: ", [row["sample"]])
         if row["neighbour_class"] >= 0:
-            title = "Nearest class: " if row["kind"] != "wrong_label" else "Goes to: "
+            title = "Nearest class: " if row["kind"] != WRONG_LABEL else "Goes to: "
             yield self._class(row["neighbour_class"], row["neighbour_name"], _BESIDE, title)
 
     def _pair_of_images(self, row: Row) -> Iterator[PictureGroup]:
@@ -183,6 +183,6 @@ def _note(kind: Kind, rows: Sequence[Row]) -> str:
     """What the pictures do not say."""
     row = rows[0]
     said = f"score {row['score']:.3g}"
-    if kind.name == "duplicate_classes" and row["group"] >= 0:
+    if kind.name == DUPLICATE and row["group"] >= 0:
         said += f"; component {row['group']}"
     return said

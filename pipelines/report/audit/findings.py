@@ -14,6 +14,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mhe_dist.errors import UserError
+from pipelines.audit.findings import (
+    DUPLICATE,
+    FIGURES_FILE,
+    FINDINGS_FILE,
+    FOREIGN,
+    LEAK,
+    MIXED,
+    NO_ACTION,
+    REPEATED,
+    WRONG_LABEL,
+)
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.urls import resolve_url
@@ -21,10 +32,6 @@ from pipelines.storage.urls import resolve_url
 Ints = npt.NDArray[np.int64]
 Row = dict[str, Any]
 
-FINDINGS_FILE: Final = "findings.parquet"
-FIGURES_FILE: Final = "figures.json"
-MIXED: Final = "mixed_class"
-NO_ACTION: Final = "none"
 _PER_CHUNK: Final = 1 << 20  # labels that are looked at together
 
 
@@ -46,7 +53,7 @@ class KindText(NamedTuple):
 
 
 KINDS: Final[dict[str, KindText]] = {
-    "duplicate_classes": KindText(
+    DUPLICATE: KindText(
         "One class under two names",
         "The images of both classes are as near to one another as those of one class are.",
         "the two classes become one",
@@ -60,28 +67,28 @@ KINDS: Final[dict[str, KindText]] = {
         "class",
         "classes",
     ),
-    "wrong_label": KindText(
+    WRONG_LABEL: KindText(
         "Images under a wrong name",
         "The image is nearer to the images of another class than to those of its own.",
         "the image goes to the other class",
         "image",
         "images",
     ),
-    "foreign": KindText(
+    FOREIGN: KindText(
         "Images of no class",
         "The image is near to no class, not even to its own.",
         "the image is left out",
         "image",
         "images",
     ),
-    "repeated": KindText(
+    REPEATED: KindText(
         "Repeated images",
         "Two images of the data set are equal or nearly so.",
         "the later image is left out",
         "image",
         "images",
     ),
-    "leak": KindText(
+    LEAK: KindText(
         "Leaks into an evaluation set",
         "What is trained on is in an evaluation set, too, so figures on that set are too good.",
         "the image or class is left out of training",
@@ -162,7 +169,7 @@ def read_findings(folder: str, limit: int) -> AuditFindings:
             f"{folder}: no findings of an audit here ({error}); run `mhe audit`"
         ) from error
     kinds = [_kind(name, table, figures.get("kinds", {}).get(name, {}), limit) for name in KINDS]
-    images = table.filter(pc.is_in(table["kind"], pa.array(["wrong_label", "foreign"])))
+    images = table.filter(pc.is_in(table["kind"], pa.array([WRONG_LABEL, FOREIGN])))
     doubted = np.unique(images["sample"].to_numpy()).astype(np.int64)
     return AuditFindings(table.column_names, kinds, figures, doubted)
 

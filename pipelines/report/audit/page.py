@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipelines.audit.findings import LEAK, REPEATED
 from pipelines.report.audit.cards import CardMaker, FindingCard
 from pipelines.report.audit.findings import (
     AuditFindings,
@@ -92,7 +93,7 @@ def _tiles(findings: AuditFindings) -> Iterator[tuple[str, str]]:
         if doubted is not None and total:
             yield f"{what} doubted, {format_share(doubted / total)}", f"{doubted:,}"
     for kind in findings.kinds:
-        if kind.name in ("repeated", "leak"):
+        if kind.name in (REPEATED, LEAK):
             yield kind.text.title.lower(), f"{kind.total:,}"
     if "seconds" in totals:
         yield "minutes of the audit", f"{totals['seconds'] / 60:.1f}"
