@@ -12,7 +12,7 @@ from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import why_not_writable
 from pipelines.storage.unusable_path import require_usable
-from pipelines.storage.urls import is_local, is_web, resolve_url
+from pipelines.storage.urls import is_local, resolve_url
 
 
 def usable_folder(url: str) -> str:
@@ -20,7 +20,7 @@ def usable_folder(url: str) -> str:
 
     Raises:
         OSError: it cannot be made, or not be written.
-        UserError: it is that of a web server.
+        UserError: it is that of a web server, or of a store that takes no file there.
     """
     return _usable(url, is_folder=True)
 
@@ -30,14 +30,14 @@ def usable_file(url: str) -> str:
 
     Raises:
         OSError: it cannot be made, or not be written.
-        UserError: it is that of a web server.
+        UserError: it is that of a web server, or of a store that takes no file there.
     """
     return _usable(url, is_folder=False)
 
 
 def _usable(url: str, is_folder: bool) -> str:
     path = local_path(url)
-    if "://" in path and is_web(resolve_url(path)[0]):
+    if "://" in path:
         refuse_unwritable_store(path if is_folder else path.rpartition("/")[0])
     require_usable(path, is_folder=is_folder)
     return path

@@ -309,6 +309,7 @@ def local_folder(path: str) -> str:
     if not is_local(filesystem):
         raise UserError(
             f"{path}: a folder of embeddings is written in place and mapped, which a store cannot; "
-            "name a folder of this machine, or of a file system that all nodes mount"
+            "name a folder of this machine, or of a file system that all nodes mount; "
+            "mhe embed --format parquet can fill one in a store"
         )
     return str(Path(name))

@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from launcher import cli
+from launcher.verbs import outputs
 from mhe_dist.config.describe import all_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.shipped import shipped_configs
@@ -87,8 +88,9 @@ def inline_commands() -> list[Any]:
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The contexts of what would have been called."""
+    """The contexts of what would have been called; the stores of examples are not asked."""
     found: list[Any] = []
+    monkeypatch.setattr(outputs, "why_not_writable", lambda url: "")
     monkeypatch.setattr(BASE, "invoke", lambda self, context: found.append(context))
     return found
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from launcher.tasks.choose import choose_workers
 from launcher.tasks.resumable import resumable
 from launcher.terminal import console
-from launcher.terminal.commands import as_typed
+from launcher.terminal.commands import as_typed, is_in_store
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.evaluate.shared import join_ranks, say_left_out, spinner
 from launcher.verbs.options import AddressOption, GpuOption, RunName
@@ -153,6 +153,10 @@ def _tell_file(run: str, out: str, written: EmbeddingsFile) -> None:
     console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
     say_left_out(written.skipped)
     load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
+    if is_in_store(out):
+        load = (
+            f'import fsspec, numpy; numpy.load(fsspec.open({json.dumps(out)}).open())["embeddings"]'
+        )
     if out.endswith(".parquet"):
         load = f"import pandas; pandas.read_parquet({json.dumps(out)})"
     find = ["mhe", "search", run, "--gallery", out, "--query", "PHOTOS"]

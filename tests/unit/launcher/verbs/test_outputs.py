@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from launcher import cli
 from launcher.verbs.embedding import audit, cluster
@@ -67,8 +68,16 @@ def test_what_is_made_here_is_refused_before_the_work(
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS, ids=[name for name, _ in COMMANDS])
 def test_what_a_verb_writes_is_looked_at_first(
-    name: str, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    command: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
     (tmp_path / "file").touch()
     for option in (each for each in command.params if each.name in OUTPUTS):
         for target in (f"{tmp_path}/file/below", f"file://{tmp_path}/file/below"):
@@ -77,3 +86,5 @@ def test_what_a_verb_writes_is_looked_at_first(
         words = [*name.split(), option.opts[0], "http://127.0.0.1:9/below"]
         refusal = said(words, capsys, 2)
         assert "a web server takes no files" in refusal or "name a folder here" in refusal
+        refusal = said([*name.split(), option.opts[0], "memory://shelf/below"], capsys, 2)
+        assert "(The specified bucket does not exist)" in refusal or "a folder here" in refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mhe_dist.errors import UserError
 from pipelines.embedding.embed import read_embeddings, write_embeddings
 from pipelines.embedding.made_by import MadeBy
 from tests import tiny
+from tests.terminal import said
 
 MADE_BY = MadeBy("runs/a/checkpoints/step_00000001", 1, "sha256:0", tiny.SIDE, False)
 
@@ -40,6 +42,19 @@ def test_a_file_that_is_damaged_is_the_users_mistake(kind: str, written: Path) -
         written.write_bytes(damaged[kind])
     with pytest.raises(UserError, match=r"a\.npz: not a file that mhe embed wrote"):
         read_embeddings(str(written))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.parquet"])
+def test_a_file_in_a_store_is_used_as_the_command_says(
+    name: str, run: str, shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NumPy takes no URL."""
+    shown = said(["embed", run, "--images", shards, "--out", f"memory://shelf/{name}"], capsys)
+    code = shown.partition("python -c '")[2].partition("'")[0]
+    modules, _, expression = code.partition("; ")
+    names: dict[str, Any] = {}
+    exec(modules, names)
+    assert len(eval(expression, names)) == tiny.CLASSES * tiny.IMAGES
 
 
 def test_a_file_name_that_is_no_utf8_is_written_to_parquet(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from pyarrow import parquet
@@ -109,6 +110,36 @@ def test_what_was_broken_off_goes_on_and_a_damaged_file_is_made_again(
     write_parquet_folder(run, shards, str(out), OPTIONS)
     assert made[3:] == [f"part-{n:06d}.parquet" for n in (1, 2, 3)]
     assert contents(out) == contents(whole)
+
+
+def test_a_folder_in_a_store_goes_on_where_it_was_broken_off(
+    run: str, shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, filesystem = "memory://shelf/rows", fsspec.filesystem("memory")
+    write_parquet_folder(run, shards, str(tmp_path / "whole"), OPTIONS)
+    made: list[str] = []
+    make: Callable[[Any], int] = module.make_file
+
+    def _break_off(task: Any) -> int:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(task.path)
+        return make(task)
+
+    monkeypatch.setattr(module, "make_file", _break_off)
+    words = ["embed", run, "--images", shards, "--format", "parquet", "--workers", "1"]
+    words += ["--out", out]
+    assert cli.run(words) == 130
+    assert cli.run([*words, "--flip"]) == 2
+    made[:] = ["not counted"] * 3
+    assert cli.run(words) == 0
+    assert made[3:] == [f"{out}/part-{n:06d}.parquet" for n in (2, 3)]
+    found = {
+        name.rpartition("/")[2]: filesystem.cat_file(name)
+        for name in filesystem.find("/shelf/rows")
+    }
+    assert found == contents(tmp_path / "whole"), "no journal is left, nor a trial"
+    assert cli.run(words) == 2, "it is complete"
 
 
 def test_the_command_says_how_to_use_them(
