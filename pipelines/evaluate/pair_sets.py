@@ -82,8 +82,7 @@ def read_bin_sets(paths: Sequence[str]) -> list[PairSet]:
     """Read `.bin` files; each is named by its file.
 
     Raises:
-        UserError: see `read_verification_bin` and `refuse_unbalanced`; or two files have the same
-            name.
+        UserError: see `read_verification_bin`, `refuse_unbalanced` and `refuse_equal_names`.
     """
     sets = []
     for path in paths:
@@ -92,10 +91,15 @@ def read_bin_sets(paths: Sequence[str]) -> list[PairSet]:
         pairs = SamplePairs(first, first + 1, found.same)
         refuse_unbalanced(path, pairs)
         sets.append(PairSet(PurePosixPath(path).stem, found, pairs))
+    refuse_equal_names(sets)
+    return sets
+
+
+def refuse_equal_names(sets: Sequence[PairSet]) -> None:
+    """Raise UserError if the files of two sets have one name: so would their figures."""
     names = [each.name for each in sets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"two verification sets are called {twice[0]}: rename one of the files")
-    return sets
 
 
 def pair_figure_names(paths: Sequence[str]) -> list[str]:

@@ -152,12 +152,11 @@ def _embed_file(
 def _tell_file(run: str, out: str, written: EmbeddingsFile) -> None:
     console.say(f"{escape(out)}: {written.rows:,} embeddings of {written.dim}")
     say_left_out(written.skipped)
-    load = f'import numpy; numpy.load({json.dumps(out)})["embeddings"]'
+    file = json.dumps(out)
+    load = f'import numpy; numpy.load({file})["embeddings"]'
     if is_in_store(out):
-        load = (
-            f'import fsspec, numpy; numpy.load(fsspec.open({json.dumps(out)}).open())["embeddings"]'
-        )
+        load = f'import fsspec, numpy; numpy.load(fsspec.open({file}).open())["embeddings"]'
     if out.endswith(".parquet"):
-        load = f"import pandas; pandas.read_parquet({json.dumps(out)})"
+        load = f"import pandas; pandas.read_parquet({file})"
     find = ["mhe", "search", run, "--gallery", out, "--query", "PHOTOS"]
     console.list_next([("use them", ["python", "-c", load]), ("search in them", find)])

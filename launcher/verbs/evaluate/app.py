@@ -129,7 +129,12 @@ def verification(
 
     Example: mhe evaluate verification quickstart --pairs pairs.csv --images photos
     """
-    from pipelines.evaluate.pair_sets import read_bin_sets, read_table_set, verify_pair_sets
+    from pipelines.evaluate.pair_sets import (
+        read_bin_sets,
+        read_table_set,
+        refuse_equal_names,
+        verify_pair_sets,
+    )
 
     paths = [*(sets or []), *(more or [])]
     if not paths and not pairs:
@@ -137,6 +142,7 @@ def verification(
     pair_sets = read_bin_sets(paths)
     if pairs:
         pair_sets.append(read_table_set(pairs, images))
+        refuse_equal_names(pair_sets)
     what = f"embedding {sum(each.images.count for each in pair_sets):,} images"
     with EvaluatedBackbone.open(run, gpu, workers, address, mlflow=mlflow) as opened:
         backbone, topology = opened.backbone, opened.topology

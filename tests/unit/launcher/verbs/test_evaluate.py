@@ -139,6 +139,18 @@ def test_pairs_of_a_table(
     assert "has no column 'second'" in said(words, capsys, 2)
 
 
+def test_a_table_and_a_set_of_one_name_would_share_their_figures(
+    run: str, photos: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """Those of the table took the place of the set's."""
+    table, file = tmp_path / "pairs.csv", tiny.write_bin(tmp_path / "pairs.bin")
+    rows = [f"a/{i % 6}.jpg,{'a' if i % 2 else 'b'}/{i % 5}.jpg,{i % 2}" for i in range(30)]
+    table.write_text("\n".join(["first,second,same", *rows]))
+    words = ["evaluate", "verification", run, file, "--pairs", str(table), "--images", str(photos)]
+    message = "two verification sets are called pairs: rename one of the files"
+    assert message in said(words, capsys, 2)
+
+
 def test_embeddings_in_a_file(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
     bad = photos / "b" / "bad.jpg"
     bad.write_bytes(b"no image")
