@@ -49,7 +49,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     garbage collection that walks through all modules takes half a second.
     """
     heads_alone = all("unit" in i.path.parts or i.path.name in HEADS_ALONE for i in session.items)
-    preload = "tests.preload_heads" if heads_alone else "tests.preload"
+    preload = "tests.support.preload_heads" if heads_alone else "tests.support.preload"
     multiprocessing.set_forkserver_preload([preload])
     gc.collect()
     gc.freeze()

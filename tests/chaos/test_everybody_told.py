@@ -30,12 +30,12 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted
 from mhe_dist.tracking.jsonl import read_records
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
 from tests.conftest import run_ranks
-from tests.e2e.raylets import Raylets
 from tests.golden.record import train
-from tests.terminal import MHE
-from tests.waiting import WATCHDOG_S, ended, stretched, wait_for
+from tests.support import tiny
+from tests.support.servers.raylets import Raylets
+from tests.support.terminal import MHE
+from tests.support.waiting import WATCHDOG_S, ended, stretched, wait_for
 
 pytestmark = pytest.mark.chaos
 

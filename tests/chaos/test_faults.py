@@ -22,11 +22,11 @@ from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train as train_uninterrupted
-from tests.rank_processes import environment, free_port
-from tests.waiting import WATCHDOG_S, stretched
+from tests.support import tiny
+from tests.support.rank_processes import environment, free_port
+from tests.support.waiting import WATCHDOG_S, stretched
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 

@@ -10,9 +10,9 @@ import pytest
 from mhe_dist.config.schema import Config
 from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.spool import MetricRecord, Spool
-from tests.mlflow_server import server
-from tests.rank_processes import free_port
-from tests.waiting import stretched, wait_for
+from tests.support.rank_processes import free_port
+from tests.support.servers.mlflow_server import server
+from tests.support.waiting import stretched, wait_for
 
 pytestmark = pytest.mark.chaos
 

@@ -13,11 +13,11 @@ import pytest
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
 from mhe_dist.tracking.jsonl import read_records
-from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
-from tests.terminal import mhe, until
-from tests.waiting import ended, stretched
+from tests.support import tiny
+from tests.support.terminal import mhe, until
+from tests.support.waiting import ended, stretched
 
 pytestmark = [pytest.mark.chaos, pytest.mark.long]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
-from tests.waiting import WATCHDOG_S
+from tests.support.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.chaos
 

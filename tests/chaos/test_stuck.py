@@ -14,9 +14,9 @@ import pytest
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.watchdog import Stuck
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
-from tests.rank_processes import environment, free_port
-from tests.waiting import WATCHDOG_S
+from tests.support import tiny
+from tests.support.rank_processes import environment, free_port
+from tests.support.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.chaos
 

@@ -25,8 +25,8 @@ from mhe_dist.checkpoint.step_folder import MANIFEST
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, share_by_size
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
-from tests.checkpoint_damage import flip_a_byte_of, stored_range
-from tests.waiting import WATCHDOG_S, wait_for
+from tests.support.checkpoint_damage import flip_a_byte_of, stored_range
+from tests.support.waiting import WATCHDOG_S, wait_for
 
 GROUPS = 5
 

@@ -50,8 +50,8 @@ from pipelines.serving import classifier as serving
 from pipelines.serving.classifier import take_classifier, write_classifier
 from pipelines.serving.model_card import TrainedModel
 from pipelines.shards.index import ShardIndex
-from tests import tiny
 from tests.conftest import run_ranks
+from tests.support import tiny
 from tests.support.data.label_sets import write_labels
 
 HEADS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import pytest
 from mhe_dist.config.load import load_config
 from pipelines.pretrain.main import run_pretraining
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.label_sets import write_labels
 
 CONFIG = Path(__file__).parents[2] / "configs" / "glyphs_components.yaml"

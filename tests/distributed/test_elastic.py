@@ -19,7 +19,7 @@ from pipelines.pretrain.main import run_pretraining
 from pipelines.pretrain.recorder import ignore_event
 from pipelines.pretrain.run import Run
 from pipelines.runs.warm_start import HEAD_PREFIX
-from tests import tiny
+from tests.support import tiny
 
 STEPS = 16
 

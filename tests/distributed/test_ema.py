@@ -15,7 +15,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs.trained import load_trained_backbone
-from tests import tiny
+from tests.support import tiny
 
 
 def test_the_average_by_hand_and_where_it_is_applied() -> None:

@@ -19,7 +19,7 @@ from mhe_dist.heads.batch_invariant import LEAST_ROWS
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
 from tests.conftest import run_ranks
-from tests.distributed.head_runs import gathered_state
+from tests.support.heads.head_runs import gathered_state
 
 CLASSES, WIDTH, MICRO_BATCHES, BATCH, STEPS = 5000, 128, 6, 32, 3
 CONFIGS = {

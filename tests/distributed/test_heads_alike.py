@@ -12,7 +12,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
-from tests.distributed.head_runs import (
+from tests.support.heads.head_runs import (
     CLASSES,
     HEADS,
     LR,

@@ -12,7 +12,7 @@ import torch
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from tests.distributed.conftest import RANKS
-from tests.distributed.head_runs import (
+from tests.support.heads.head_runs import (
     HEADS,
     MARGINS,
     Found,

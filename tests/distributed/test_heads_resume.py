@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
-from tests.distributed.head_runs import HEADS, STEPS, Job, check_run, head_config, run, run_on
+from tests.support.heads.head_runs import HEADS, STEPS, Job, check_run, head_config, run, run_on
 
 SAVED = STEPS - 1
 VARIANTS: dict[str, dict] = {

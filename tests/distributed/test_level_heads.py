@@ -14,9 +14,9 @@ from mhe_dist.heads.base import LabelError
 from mhe_dist.heads.registry import build_head
 from tests.conftest import run_ranks
 from tests.distributed.conftest import RANKS
-from tests.distributed.head_runs import Found, Job, run, run_all, run_cases
-from tests.distributed.level_jobs import CASES, level_config
-from tests.distributed.level_runs import check_levels
+from tests.support.heads.head_runs import Found, Job, run, run_all, run_cases
+from tests.support.heads.level_jobs import CASES, level_config
+from tests.support.heads.level_runs import check_levels
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
 

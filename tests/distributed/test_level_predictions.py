@@ -14,9 +14,9 @@ from mhe_dist.bank.class_layout import digits
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.multilevel.base import MixedRadix
 from mhe_dist.heads.multilevel.product import best_products
-from tests.distributed.head_runs import CLASSES, STEPS, Found, Job, run_all, run_cases
-from tests.distributed.level_jobs import PREDICTIONS, level_config
-from tests.distributed.level_runs import LevelOutcome, define
+from tests.support.heads.head_runs import CLASSES, STEPS, Found, Job, run_all, run_cases
+from tests.support.heads.level_jobs import PREDICTIONS, level_config
+from tests.support.heads.level_runs import LevelOutcome, define
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda size: f"W={size}")

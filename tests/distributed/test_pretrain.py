@@ -28,7 +28,7 @@ from pipelines.pretrain.run import Run
 from pipelines.runs import lock
 from pipelines.runs.lock import FileLock, Holder
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.label_sets import write_labels
 from tests.support.data.loading import loader_of
 

@@ -8,7 +8,7 @@ from mhe_dist.distributed.topology import Topology
 from pipelines.evaluate.ijb import evaluate_ijb
 from pipelines.evaluate.pair_sets import read_bin_sets, verify_pair_sets
 from pipelines.evaluate.sets.ijb_files import load_ijb
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.ijb_set import write_ijb_set
 
 

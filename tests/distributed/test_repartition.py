@@ -11,7 +11,7 @@ from torch import Tensor
 from mhe_dist.bank.repartition import Permutations
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
-from tests.distributed.head_runs import (
+from tests.support.heads.head_runs import (
     CLASSES,
     STEPS,
     Job,

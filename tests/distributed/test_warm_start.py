@@ -25,8 +25,8 @@ from pipelines.pretrain.run import Run
 from pipelines.runs.trained import load_trained_backbone
 from pipelines.runs.warm_start import find_checkpoint, grow_checkpoint, refuse_other_num_classes
 from pipelines.shards.index import ShardIndex
-from tests import tiny
 from tests.conftest import run_ranks
+from tests.support import tiny
 
 GROWN = 40
 

@@ -23,10 +23,10 @@ from pipelines.embedding.folder import MANIFEST, ROWS_FILE
 from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.sources.webdataset import index_shards
-from tests import tiny
-from tests.e2e.raylets import ROOT, Raylets
-from tests.terminal import until
-from tests.waiting import ended, stretched
+from tests.support import tiny
+from tests.support.servers.raylets import ROOT, Raylets
+from tests.support.terminal import until
+from tests.support.waiting import ended, stretched
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 

@@ -11,9 +11,10 @@ import pytest
 
 from mhe_dist.tracking.mlflow import MlflowTracker
 from pipelines.pretrain.main import run_pretraining
-from tests import mlflow_server, tiny
-from tests.lossy_proxy import losing_answers
-from tests.rank_processes import free_port
+from tests.support import tiny
+from tests.support.rank_processes import free_port
+from tests.support.servers import mlflow_server
+from tests.support.servers.lossy_proxy import losing_answers
 
 pytestmark = pytest.mark.e2e
 

@@ -15,8 +15,8 @@ import pytest
 
 from mhe_dist.config.write import save_config
 from mhe_dist.tracking.jsonl import read_records
-from tests import tiny
-from tests.terminal import MHE
+from tests.support import tiny
+from tests.support.terminal import MHE
 
 pytestmark = pytest.mark.e2e
 

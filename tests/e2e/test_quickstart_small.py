@@ -12,9 +12,9 @@ import pytest
 from launcher import cli
 from mhe_dist.config.load import load_config
 from mhe_dist.config.write import save_config
-from tests import tiny
-from tests.terminal import mhe, until
-from tests.waiting import ended, processor_s, wait_for
+from tests.support import tiny
+from tests.support.terminal import mhe, until
+from tests.support.waiting import ended, processor_s, wait_for
 
 pytestmark = pytest.mark.e2e
 

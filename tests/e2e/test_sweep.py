@@ -11,9 +11,9 @@ import pytest
 
 from launcher import cli
 from mhe_dist.config.write import save_config
-from tests import tiny
-from tests.terminal import mhe, until
-from tests.waiting import ended
+from tests.support import tiny
+from tests.support.terminal import mhe, until
+from tests.support.waiting import ended
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1200)]
 

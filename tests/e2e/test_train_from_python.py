@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mhe_dist.config.write import save_config
-from tests import tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.e2e
 

@@ -10,8 +10,8 @@ from typing import Any
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.topology import Topology
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
 from tests.conftest import run_ranks
+from tests.support import tiny
 
 LOSSES = Path(__file__).with_name("losses.json")
 STEPS = 20

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from pipelines.runs.warm_start import find_checkpoint
-from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
+from tests.support import tiny
 
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 DIGESTS = CHECKPOINTS / "digests.json"

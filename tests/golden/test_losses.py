@@ -10,7 +10,7 @@ import pytest
 from tests.golden.record import LOSSES, STEPS, losses
 
 # Another processor alone changes rounding; up to here it makes less than 3e-6 of the losses, at
-# step 19 already 2e-4 (tests/tiny.py).
+# step 19 already 2e-4 (tests/support/tiny.py).
 COMPARED = 15
 
 

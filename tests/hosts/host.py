@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from tests.hosts.wire import TUN, Wire
-from tests.terminal import until
-from tests.waiting import WATCHDOG_S, ended
+from tests.support.terminal import until
+from tests.support.waiting import WATCHDOG_S, ended
 
 ROOT = Path(__file__).parents[2]
 NETWORK = "10.77.0"

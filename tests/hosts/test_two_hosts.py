@@ -17,13 +17,13 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from mhe_dist.config.write import save_config
-from tests import tiny
 from tests.conftest import run_ranks
 from tests.golden.record import train
 from tests.hosts.cluster import BUCKET, HostCluster, host_cluster
 from tests.hosts.host import why_not
-from tests.terminal import until
-from tests.waiting import ended
+from tests.support import tiny
+from tests.support.terminal import until
+from tests.support.waiting import ended
 
 pytestmark = [
     pytest.mark.chaos,

@@ -11,7 +11,7 @@ import pytest
 import mhe_dist
 import pipelines
 from launcher.reproduce.studies import STUDIES
-from tests.project_file import PROJECT
+from tests.support.project_file import PROJECT
 from tests.unit.test_architecture import ROOMS
 
 ROOT = Path(__file__).parents[2]

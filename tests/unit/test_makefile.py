@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.project_file import PROJECT
+from tests.support.project_file import PROJECT
 
 ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh

@@ -12,7 +12,7 @@ import yaml
 
 from launcher import cli
 from mhe_dist.config.describe import all_keys
-from tests.project_file import PROJECT
+from tests.support.project_file import PROJECT
 from tools import site_pages
 from tools.site_verbs import verbs_page
 

@@ -19,7 +19,7 @@ from launcher import api, execute
 from launcher.terminal.progress import is_live
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, UserError
-from tests import tiny
+from tests.support import tiny
 
 NAMES = ["Cluster", "Interrupted", "Job", "Preempted", "RunError", "UserError", "submit", "train"]
 IMPORT = """

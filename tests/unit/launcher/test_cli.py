@@ -23,7 +23,7 @@ from mhe_dist.config.shipped import shipped_configs
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import RunError, StorageUnavailable, UserError
 from pipelines.runs.folder import read_run_config
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

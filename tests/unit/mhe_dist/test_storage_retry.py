@@ -23,7 +23,7 @@ from mhe_dist.errors import RunError, UserError
 from mhe_dist.storage_errors import is_transient
 from mhe_dist.storage_retry import errors_naming, with_retries
 from pipelines.storage.ranges import locate_file, read_range
-from tests.stores import Counted, Faulty, files, served
+from tests.support.servers.stores import Counted, Faulty, files, served
 
 
 def from_s3(code: str, status: int) -> Exception:

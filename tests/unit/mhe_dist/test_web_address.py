@@ -11,7 +11,7 @@ from launcher.preflight.node_probe import _mlflow
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.mlflow import MlflowTracker
 from mhe_dist.web_address import is_web_address
-from tests import tiny
+from tests.support import tiny
 
 GOOD = ("http://host", "https://host:8265/", "http://[::1]:80/path", "http://me:secret@host:1")
 BAD = (

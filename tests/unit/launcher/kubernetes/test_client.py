@@ -20,8 +20,8 @@ from launcher.kubernetes.manifests import KubernetesTarget
 from launcher.terminal.event_log import EventLogWriter
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, UserError
-from tests import tiny
-from tests.stores import serving
+from tests.support import tiny
+from tests.support.servers.stores import serving
 
 JOBS = "/apis/ray.io/v1/namespaces/mhe/rayjobs"
 

@@ -13,9 +13,9 @@ import pytest
 from launcher.preflight.checks import check_data, check_names, check_selection
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from tests import tiny
+from tests.support import tiny
 from tests.support.config_sections import config
-from tests.waiting import WATCHDOG_S
+from tests.support.waiting import WATCHDOG_S
 
 
 def wrong_keys(shards: str, heldout: str, glyphs: bool) -> list[str]:

@@ -33,9 +33,9 @@ from mhe_dist.engine import settings
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.sizes import GIB
 from pipelines.pretrain.dry_run import dry_run
-from tests import tiny
+from tests.support import tiny
 from tests.support.config_sections import config
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
 

@@ -10,7 +10,7 @@ import pytest
 from launcher import cli
 from launcher.verbs import jobs
 from mhe_dist.config.write import save_config
-from tests import tiny
+from tests.support import tiny
 
 SERVER = "http://mlflow.there:5000"
 

@@ -30,7 +30,7 @@ from mhe_dist.config.section import path_keys
 from mhe_dist.config.shipped import SCHEMA, shipped_configs
 from mhe_dist.config.write import save_config
 from mhe_dist.errors import Preempted, RunError, UserError
-from tests import tiny
+from tests.support import tiny
 
 ROOT = Path(__file__).parents[4]
 DATA = "package_data"  # of setup.py

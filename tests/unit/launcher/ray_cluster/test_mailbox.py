@@ -13,7 +13,7 @@ from launcher.ray_cluster import ray_internals, worker
 from launcher.ray_cluster.mailbox import ControllerMailbox, Mailbox, watch_stop
 from mhe_dist.errors import Preempted
 from pipelines.pretrain import preemption
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 POLL = "watch stop"  # name of the thread
 

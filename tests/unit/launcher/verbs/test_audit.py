@@ -19,8 +19,8 @@ from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelLists, LabelSet, write_label_set
 from pipelines.storage.worker_pool import HERE
-from tests import tiny
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 WRONG = 12  # images of another class

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import cli
 from pipelines.bench.counted import run_costs
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(

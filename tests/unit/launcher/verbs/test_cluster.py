@@ -20,9 +20,9 @@ from pipelines.runs.trained import load_trained_backbone
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.label_set import LabelSet
 from pipelines.storage.worker_pool import HERE
-from tests import tiny
+from tests.support import tiny
 from tests.support.files import contents
-from tests.terminal import said
+from tests.support.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 IMAGES = tiny.CLASSES * tiny.IMAGES

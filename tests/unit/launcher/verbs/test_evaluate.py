@@ -21,9 +21,9 @@ from pipelines.embedding.folder import EmbeddingsFolder
 from pipelines.evaluate import approximate, search
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.runs.trained import load_trained_backbone
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.ijb_set import write_ijb_set
-from tests.terminal import said
+from tests.support.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 

@@ -15,7 +15,7 @@ from launcher.verbs.evaluate import shared
 from mhe_dist.errors import UserError
 from pipelines.report import evaluation
 from pipelines.storage.worker_pool import HERE, Workers
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

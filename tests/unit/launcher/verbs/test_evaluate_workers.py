@@ -18,7 +18,7 @@ from launcher.verbs.evaluate import shared
 from pipelines.embedding import worker_embed
 from pipelines.evaluate.metrics import bootstrap
 from pipelines.storage.worker_pool import Workers
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.ijb_set import write_ijb_set
 
 

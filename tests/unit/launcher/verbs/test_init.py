@@ -14,7 +14,7 @@ from launcher.preflight.own_data import survey_data
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.images import jpeg
 from tests.support.data.recordio_files import items, layout, save
 

@@ -13,7 +13,7 @@ from launcher import cli
 from launcher.verbs.embedding import audit, cluster
 from launcher.verbs.outputs import run_words
 from mhe_dist.config.load import load_config
-from tests.terminal import said
+from tests.support.terminal import said
 
 OUTPUTS = {"out", "page"}
 

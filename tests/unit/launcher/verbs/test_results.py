@@ -8,8 +8,8 @@ import pytest
 
 from launcher import cli
 from launcher.verbs.results import Format, _next_steps
-from tests import tiny
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.terminal import said
 
 
 def test_the_next_steps_name_the_files_that_were_written() -> None:

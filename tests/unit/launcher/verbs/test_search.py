@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from pyarrow import parquet
 
-from tests import tiny
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.terminal import said
 
 Captured = pytest.CaptureFixture[str]
 KINDS = ["npz", "parquet"]

@@ -25,7 +25,7 @@ from mhe_dist.backbone.model import Backbone, build_backbone
 from mhe_dist.backbone.normalization import SYMMETRIC
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

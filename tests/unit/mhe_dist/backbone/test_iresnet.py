@@ -19,7 +19,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.engine.batchnorm import RunningStatistics
 from mhe_dist.errors import UserError
 from pipelines.runs.first_model import initial_model
-from tests import tiny
+from tests.support import tiny
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
 DEPTHS[200] = (6, 26, 60, 6)

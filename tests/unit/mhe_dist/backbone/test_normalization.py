@@ -23,7 +23,7 @@ from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import load_trained_backbone
-from tests import tiny
+from tests.support import tiny
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PRETRAINED = {"pretrained": True}

@@ -16,7 +16,7 @@ from mhe_dist.bank.bank import Bank, round_stochastically
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.noise import normal_rows
 from tests.support.faults import disk_full
-from tests.waiting import stretched
+from tests.support.waiting import stretched
 
 MEMORIES = ("device", "host", "file")
 UNITS = range(100, 120)

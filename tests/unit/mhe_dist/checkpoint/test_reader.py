@@ -11,7 +11,7 @@ from mhe_dist import storage_retry
 from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.errors import RunError, StorageUnavailable
 from pipelines.runs.warm_start import find_checkpoint
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mhe_dist.distributed import collectives
 from mhe_dist.distributed.collectives import reduce_scatter, sum_small
 from mhe_dist.distributed.topology import Topology
 from tests.conftest import run_ranks
-from tests.waiting import WATCHDOG_S
+from tests.support.waiting import WATCHDOG_S
 
 
 class Wires:

@@ -17,7 +17,7 @@ from mhe_dist.distributed.device import choose_device, default_device, prepare_r
 from mhe_dist.distributed.spawn import run_ranks
 from mhe_dist.distributed.topology import Topology, connect
 from mhe_dist.errors import RunError, UserError
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from mhe_dist.backbone.model import Backbone, build_backbone
 from mhe_dist.config.schema import Config
 from mhe_dist.engine.first_pass import refuse_untrainable
 from mhe_dist.errors import UserError
-from tests import tiny
-from tests.waiting import stretched
+from tests.support import tiny
+from tests.support.waiting import stretched
 
 SIZE = 32
 NO_NORM = {"name": "vit_tiny_patch16_224", "neck": "none"}

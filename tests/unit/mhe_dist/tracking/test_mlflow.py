@@ -19,7 +19,7 @@ from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, Spool
-from tests.waiting import stretched
+from tests.support.waiting import stretched
 
 pytestmark = pytest.mark.usefixtures("hurry")
 

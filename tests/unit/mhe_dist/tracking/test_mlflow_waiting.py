@@ -17,7 +17,7 @@ from mhe_dist.tracking.mlflow import MlflowTracker
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, RunEnd, Spool
 from pipelines.runs.lock import FileLock, Holder
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("hurry")
 

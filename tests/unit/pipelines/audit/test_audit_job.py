@@ -20,7 +20,7 @@ from pipelines.audit.record import SampleNames, list_figures, list_findings
 from pipelines.audit.settings import AuditSettings
 from pipelines.clustering.rows import UnitRows
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.rows import unit
 
 CLASSES, IMAGES, DIM = 200, 12, 32

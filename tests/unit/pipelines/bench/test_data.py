@@ -10,7 +10,7 @@ from mhe_dist.errors import UserError
 from pipelines.bench.data import measure_loaders
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from pipelines.bench.gpu.findings import (
 )
 from pipelines.bench.gpu.sections import SECTIONS
 from pipelines.bench.gpu.waits import ATTEMPTS, waits_for_busy_device
-from tests.waiting import wait_for
+from tests.support.waiting import wait_for
 
 # Each of the others starts processes of its own; the command itself is a long test.
 ONE_PROCESS = [name for name in SECTIONS if name not in ("exchange", "runs")]

@@ -14,7 +14,7 @@ from mhe_dist.errors import UserError
 from pipelines.bench.counted.launches import CASES, count_step
 from pipelines.bench.counted.run_costs import RunCost, cost_of_run
 from pipelines.bench.fake_cuda.autograd import missing_driver
-from tests import tiny
+from tests.support import tiny
 
 GB = 1e9
 RINGS = "backbone: gradients and weights sent, by rings"

@@ -14,8 +14,8 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.embedding.embed import read_embeddings, write_embeddings
 from pipelines.embedding.made_by import MadeBy
-from tests import tiny
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.terminal import said
 
 MADE_BY = MadeBy("runs/a/checkpoints/step_00000001", 1, "sha256:0", tiny.SIDE, False)
 

@@ -27,7 +27,7 @@ from pipelines.embedding.write_folder import FolderOptions, part_bounds, write_f
 from pipelines.runs.trained import load_trained_backbone
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.worker_pool import Processes
-from tests import tiny
+from tests.support import tiny
 from tests.support.files import contents
 
 OPTIONS = FolderOptions()

@@ -20,7 +20,7 @@ from pipelines.embedding import write_parquet as module
 from pipelines.embedding.write_folder import FolderOptions, write_folder
 from pipelines.embedding.write_parquet import write_parquet_folder
 from pipelines.storage.worker_pool import Processes
-from tests import tiny
+from tests.support import tiny
 from tests.support.files import contents
 
 OPTIONS = FolderOptions()

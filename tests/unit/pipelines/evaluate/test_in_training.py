@@ -16,7 +16,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from pipelines.evaluate.in_training import evaluate_in_training, figure_names, refuse_unusable_sets
 from pipelines.shards.writer import Sample, ShardWriter
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.images import encoded
 
 FONTS = {"fonts": ["Song.ttf", "Brush.ttf"], "font": [0] * 24}

@@ -17,7 +17,7 @@ from pipelines.embedding.embeddings import refuse_one_class
 from pipelines.evaluate.own_images import identify_embeddings, identify_own_images
 from pipelines.evaluate.probe import probe_images
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 
 
 def never(images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pipelines.evaluate.metrics import bootstrap
 from pipelines.evaluate.metrics.pair_sampling import SamplePairs, squared_distances
 from pipelines.evaluate.metrics.verification import roc_curve, tar_at_far, ten_fold_accuracy
 from pipelines.evaluate.pair_sets import read_bin_sets, score_pairs, verify_pair_sets
-from tests import tiny
+from tests.support import tiny
 
 EXACT = 1e-12
 

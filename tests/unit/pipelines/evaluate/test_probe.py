@@ -12,7 +12,7 @@ from torch import Tensor
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.evaluate.probe import probe_embeddings, probe_images, split_by_class
-from tests import tiny
+from tests.support import tiny
 
 
 def test_probes_tell_a_good_embedding_from_a_bad_one() -> None:

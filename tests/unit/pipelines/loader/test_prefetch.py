@@ -20,9 +20,9 @@ from pipelines.loader.loader import Loader
 from pipelines.loader.prefetch import WindowReader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
-from tests.stores import Counted, Faulty, Synthetic, files, served
 from tests.support.data.images import jpeg
 from tests.support.data.loading import Loaded, assert_same, load, loader_of
+from tests.support.servers.stores import Counted, Faulty, Synthetic, files, served
 
 SIDE, CLASSES, STREAMS, STEP = 8, 10, 8, 16
 SIZES = [60, 40, 1, 99, 56]  # 256 samples: 16 steps are an epoch of every stream

@@ -23,11 +23,11 @@ from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
 from pipelines.storage import ranges
-from tests.stores import Counted, Synthetic, from_disk
 from tests.support.data.images import jpeg
 from tests.support.data.loading import loader_of
 from tests.support.faults import disk_full
-from tests.waiting import WATCHDOG_S
+from tests.support.servers.stores import Counted, Synthetic, from_disk
+from tests.support.waiting import WATCHDOG_S
 
 SHARDS, EACH, CLASSES = 6, 20, 4
 fork = multiprocessing.get_context("fork")

@@ -16,9 +16,9 @@ import pytest
 
 from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.loading import loader_of
-from tests.waiting import stretched
+from tests.support.waiting import stretched
 
 LOADERS = 2
 RANK = """

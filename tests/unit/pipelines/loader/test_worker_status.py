@@ -16,7 +16,7 @@ from mhe_dist.errors import RunError
 from pipelines.data import sample
 from pipelines.data.decode import Pixels
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.loading import loader_of
 
 VICTIM = "0000042"

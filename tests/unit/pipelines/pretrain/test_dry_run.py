@@ -22,7 +22,7 @@ from mhe_dist.heads.row_head import HeadSpec, RowHead
 from mhe_dist.train.batch import MicroBatch, StepBatch
 from pipelines.pretrain.dry_run import dry_run, fold_labels, share_of_head, share_of_run
 from pipelines.runs.auto_sizes import settle_sizes
-from tests import tiny
+from tests.support import tiny
 
 CLASSES, WORKERS, TRIED = 120_000, 32, 4
 WIDTH = 4

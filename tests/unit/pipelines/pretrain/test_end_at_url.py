@@ -14,8 +14,8 @@ from mhe_dist.config.schema import Config
 from pipelines.pretrain.main import run_pretraining
 from pipelines.report.html import write_run_page
 from pipelines.report.plots import load_details
-from tests import tiny
-from tests.stores import s3_bucket
+from tests.support import tiny
+from tests.support.servers.stores import s3_bucket
 
 
 @pytest.mark.slow

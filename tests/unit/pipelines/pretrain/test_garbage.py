@@ -15,7 +15,7 @@ from mhe_dist.tracking.base import NullTracker
 from pipelines.pretrain import garbage
 from pipelines.pretrain import run as run_module
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
+from tests.support import tiny
 
 
 class Circle:

@@ -15,7 +15,7 @@ from pipelines.report.html import write_run_page
 from pipelines.runs.folder import find_checkpoint_folder, newest_checkpoint
 from pipelines.sources.webdataset import expand_tars, index_shards
 from pipelines.storage.staging import Journal
-from tests import tiny
+from tests.support import tiny
 from tests.support.data.images import encoded
 from tests.support.data.tars import add_members
 

@@ -21,8 +21,8 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import UserError
 from pipelines.pretrain import __main__ as command
 from pipelines.pretrain.main import run_pretraining
-from tests import tiny
-from tests.waiting import WATCHDOG_S
+from tests.support import tiny
+from tests.support.waiting import WATCHDOG_S
 
 SENTENCE = "interrupted; the same command goes on from the newest complete checkpoint\n"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipelines.report.heldout_pictures import heldout_sections
-from tests import tiny
+from tests.support import tiny
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from mhe_dist.config.write import save_config
 from pipelines.report.evaluation import save_evaluation
 from pipelines.report.html import write_run_page
-from tests import tiny
+from tests.support import tiny
 
 NASTY = "<script>alert(1)</script>"
 

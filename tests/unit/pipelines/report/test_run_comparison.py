@@ -20,7 +20,7 @@ from pipelines.report.run_comparison import (
     _positions,
     write_comparison_page,
 )
-from tests import tiny
+from tests.support import tiny
 
 SUMMARY = {"world_size": 2, "samples": 60, "classes": 5}
 

@@ -15,7 +15,7 @@ from pipelines.runs.auto_sizes import explain_settled, settle_sizes
 from pipelines.runs.folder import read_run_config
 from pipelines.runs.resume import changed_keys, refuse_changed_config
 from pipelines.runs.warm_start import find_checkpoint
-from tests import tiny
+from tests.support import tiny
 
 AUTO = {"groups": "auto", "mhs": {"length": "auto", "extra_heads": "auto"}}
 

@@ -26,8 +26,8 @@ from pipelines.runs.warm_start import (
     load_head_state,
     trained_head,
 )
-from tests import tiny
-from tests.checkpoint_damage import flip_a_byte_of
+from tests.support import tiny
+from tests.support.checkpoint_damage import flip_a_byte_of
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "checkpoints"
 CLASSES = list(range(tiny.CLASSES))[::-1]

@@ -30,8 +30,8 @@ from pipelines.runs.folder import (
 )
 from pipelines.runs.warm_start import find_checkpoint
 from pipelines.storage.urls import url_exists
-from tests import tiny
-from tests.stores import s3_bucket
+from tests.support import tiny
+from tests.support.servers.stores import s3_bucket
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pipelines.pretrain.main import run_pretraining
 from pipelines.runs import lease, lock
 from pipelines.runs.lease import Lease
 from pipelines.runs.lock import FileLock, Holder, refuse_locked
-from tests import tiny
+from tests.support import tiny
 
 OTHER = Holder("theirs", "other-host", 4242, "2026-01-02T03:04:05+00:00")
 NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"

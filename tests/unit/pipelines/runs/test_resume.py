@@ -28,7 +28,7 @@ from pipelines.runs.resume import (
 )
 from pipelines.runs.warm_start import find_checkpoint
 from pipelines.shards.index import ShardIndex
-from tests import tiny
+from tests.support import tiny
 from tests.support.config_sections import config
 from tests.support.data.label_sets import write_labels
 

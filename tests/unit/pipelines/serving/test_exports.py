@@ -40,10 +40,10 @@ from pipelines.serving.exports import write_format
 from pipelines.serving.mlflow_model import standalone_script
 from pipelines.serving.model_card import TrainedModel, is_model_card, model_card
 from pipelines.serving.output_folder import refuse_overwriting
-from tests import tiny
-from tests.rank_processes import free_port
+from tests.support import tiny
 from tests.support.data.images import encoded
-from tests.waiting import WATCHDOG_S
+from tests.support.rank_processes import free_port
+from tests.support.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.slow  # each needs real exports, which take ten seconds
 

@@ -16,8 +16,8 @@ from pipelines.serving import exports, output_folder
 from pipelines.serving.exports import ExportFormat, write_format
 from pipelines.serving.model_card import TrainedModel, is_model_card, model_card
 from pipelines.serving.output_folder import refuse_overwriting
-from tests import tiny
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.terminal import said
 
 IMAGES = torch.randint(0, 256, (3, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
 ALL: list[ExportFormat] = ["timm", "onnx", "torch-export", "mlflow", "hub-folder"]

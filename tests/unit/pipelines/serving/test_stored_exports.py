@@ -19,9 +19,9 @@ from mhe_dist.backbone.normalization import normalize_images
 from mhe_dist.errors import RunError
 from pipelines.serving.exports import write_format
 from pipelines.serving.model_card import TrainedModel
-from tests import tiny
-from tests.stores import s3_bucket
-from tests.terminal import said
+from tests.support import tiny
+from tests.support.servers.stores import s3_bucket
+from tests.support.terminal import said
 
 IMAGES = torch.randint(0, 256, (3, 3, tiny.SIDE, tiny.SIDE), dtype=torch.uint8)
 

@@ -20,8 +20,8 @@ from pipelines.shards.columns import Column, default_cache_dir, smallest_dtype, 
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.shards.shard import Shard
-from tests.stores import Faulty, files, served
 from tests.support.data.shard_sets import write_set
+from tests.support.servers.stores import Faulty, files, served
 
 WALK = """
 import sys

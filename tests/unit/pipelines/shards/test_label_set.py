@@ -23,9 +23,9 @@ from pipelines.shards.label_set import (
     write_label_set,
 )
 from pipelines.shards.shard import Shard
-from tests.stores import Faulty, files, served
 from tests.support.data.label_sets import as_lists, write_labels
 from tests.support.data.shard_sets import write_set
+from tests.support.servers.stores import Faulty, files, served
 
 LISTS = [[2], [], [0, 1], [3], [1, 0, 3], [], [2], [2]]  # of the eight samples of `write_set`
 

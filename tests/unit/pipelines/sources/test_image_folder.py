@@ -28,9 +28,9 @@ from pipelines.sources.image_folder import (
     import_split_folder,
     path_below_root,
 )
-from tests.stores import Faulty, files, served
 from tests.support.data.images import encoded, jpeg
 from tests.support.data.recordio_files import content
+from tests.support.servers.stores import Faulty, files, served
 
 PNG = encoded(Image.new("L", (4, 4), 7), "png")
 FILES = {

@@ -15,10 +15,10 @@ from pipelines.sources.convert import ImportOptions
 from pipelines.sources.insightface import import_recordio
 from pipelines.sources.recordio import MAGIC
 from pipelines.storage.worker_pool import Processes
-from tests.stores import files, served
 from tests.support.data.images import jpeg
 from tests.support.data.recordio_files import Item, content, items, layout, save
 from tests.support.faults import interrupt_at
+from tests.support.servers.stores import files, served
 
 
 def images_of(url: str) -> list[tuple[int, bytes]]:

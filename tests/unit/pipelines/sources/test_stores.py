@@ -21,10 +21,10 @@ from pipelines.sources.webdataset import index_shards
 from pipelines.storage.file_listing import list_files
 from pipelines.storage.staging import Journal
 from pipelines.storage.worker_pool import Processes
-from tests.stores import s3_bucket, serving
 from tests.support.data.images import jpeg
 from tests.support.data.recordio_files import content, items, layout, save
 from tests.support.faults import interrupt_at
+from tests.support.servers.stores import s3_bucket, serving
 
 SMALL = ImportOptions(shard_bytes=50_000)
 

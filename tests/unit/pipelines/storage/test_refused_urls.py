@@ -22,7 +22,7 @@ from pipelines.sources.webdataset import index_shards
 from pipelines.storage.ranges import locate_file, read_range
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import RangeReader, list_folder, url_exists
-from tests.stores import serving
+from tests.support.servers.stores import serving
 
 REFUSED = {code: f"the server refuses it ({code}): its signature" for code in (401, 403)}
 MISSING = dict.fromkeys((404, 410), "there is no such file")

@@ -18,7 +18,7 @@ from pipelines.data.mixture import class_list
 from pipelines.sources.label_table.rows import TableLayout, read_rows
 from pipelines.storage.buffered_file import open_buffered
 from pipelines.storage.urls import RangeReader, open_stream
-from tests.stores import Counted, served
+from tests.support.servers.stores import Counted, served
 
 CONTENT = bytes(range(256)) * 40
 pytestmark = pytest.mark.usefixtures("waits")

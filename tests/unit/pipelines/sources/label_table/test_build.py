@@ -23,10 +23,10 @@ from pipelines.sources.label_table.keys import read_keys
 from pipelines.sources.label_table.rows import TableLayout
 from pipelines.sources.webdataset import index_shards
 from pipelines.storage.csv_table import encode_rows
-from tests.stores import files, served
 from tests.support.data.images import jpeg
 from tests.support.data.label_sets import lists_of
 from tests.support.data.tars import add_members
+from tests.support.servers.stores import files, served
 
 SIZES = (5, 0, 6, 2)
 KEYS = [f"a/{number:07d}" for number in range(sum(SIZES))]

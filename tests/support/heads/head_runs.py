@@ -18,7 +18,7 @@ from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
-from tests.distributed.reference import DenseHead
+from tests.support.heads.reference import DenseHead
 
 CLASSES = 46  # of 12 heads of 4, with two padding slots
 STEPS, MICRO_BATCHES, BATCH, WIDTH = 3, 6, 4, 5

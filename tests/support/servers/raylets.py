@@ -1,7 +1,7 @@
 """A Ray cluster of several raylets on this machine's loopback, with a token of its own.
 
 They live in a process of their own, because what Ray reads from the environment it reads once:
-`python -m tests.e2e.raylets` starts the head and then obeys the lines that it is sent.
+`python -m tests.support.servers.raylets` starts the head and then obeys the lines that it is sent.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from launcher.ray_cluster.environment import LOCAL_ENVIRONMENT, free_ports
 from launcher.ray_cluster.ray_internals import agents_not_awaited
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 END_S = 30.0
 AGENT_PORTS = (
     *("dashboard_agent_listen_port", "metrics_agent_port"),
@@ -53,7 +53,7 @@ class Raylets:
         }
         with Path(self._folder, "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.raylets"],
+                [sys.executable, "-m", "tests.support.servers.raylets"],
                 cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.stores import serving
+from tests.support.servers.stores import serving
 
 
 class _Handler(BaseHTTPRequestHandler):
