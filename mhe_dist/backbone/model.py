@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -248,3 +249,13 @@ def _refresh_embedding_layer(net: nn.Module) -> None:
 def embedding_layer(net: nn.Module) -> Any:
     """What timm calls the classifier: a layer, or several; None where the network knows none."""
     return net.get_classifier() if hasattr(net, "get_classifier") else None  # type: ignore[operator]
+
+
+def digest_model(model: nn.Module) -> str:
+    """`sha256:...` of the names, types, shapes and values of a network's parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

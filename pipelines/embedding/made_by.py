@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
-import torch
-
+from mhe_dist.backbone.model import digest_model
 from mhe_dist.errors import UserError
 from pipelines.runs.trained import TrainedBackbone
 from pipelines.storage.urls import resolve_url, to_url
@@ -59,13 +57,3 @@ class MadeBy(NamedTuple):
                 raise UserError(
                     f"{where}: was embedded with {name} {before}, not {now}: embed again so"
                 )
-
-
-def digest_model(model: torch.nn.Module) -> str:
-    """`sha256:...` of the names, types, shapes and values of a network's parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"

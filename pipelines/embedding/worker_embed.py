@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from mhe_dist.backbone.model import digest_model
 from mhe_dist.distributed.topology import Topology
 from pipelines.embedding.embeddings import Images, SpreadEmbed, map_images
-from pipelines.embedding.made_by import digest_model
 from pipelines.embedding.write_folder import load_embedder
 from pipelines.runs.trained import TrainedBackbone
 from pipelines.storage.urls import resolve_url, to_url
@@ -30,7 +30,7 @@ class WeightsName(NamedTuple):
 
     Attributes:
         checkpoint: URL, which all workers reach.
-        model_digest: `made_by.digest_model` of what it holds.
+        model_digest: `digest_model` of what it holds.
         gpu: on the worker's GPU.
     """
 

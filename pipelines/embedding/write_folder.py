@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mhe_dist.backbone.model import digest_model
 from mhe_dist.distributed.device import rank_device
 from mhe_dist.engine.settings import set_float_kernels
 from mhe_dist.errors import RunError, UserError
@@ -39,7 +40,7 @@ from pipelines.embedding.folder import (
     EmbeddingsRecipe,
     local_folder,
 )
-from pipelines.embedding.made_by import MadeBy, digest_model
+from pipelines.embedding.made_by import MadeBy
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone
 from pipelines.shards.index import INDEX_FILE, ShardIndex, index_exists
 from pipelines.storage.staging import JOURNAL, Journal, lock_folder, remove_temporary_files

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-import torch
 from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 
-from mhe_dist.backbone.model import Backbone
+from mhe_dist.backbone.model import Backbone, digest_model
 from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.config.schema import Config
 from pipelines.storage.urls import atomic_write
@@ -58,13 +56,10 @@ class TrainedModel(NamedTuple):
 
     def identity(self) -> dict[str, str]:
         """What tells it from every other trained model: run, origin and digest of the weights."""
-        digest = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         return {
             "run": self.config.run.name,
             **self.origin(),
-            "weights": f"sha256:{digest.hexdigest()}",
+            "weights": digest_model(self.model),
         }
 
 
