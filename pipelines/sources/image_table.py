@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from mhe_dist.errors import UserError
 from pipelines.storage.buffered_file import open_buffered
-from pipelines.storage.csv_table import read_rows, require_columns
+from pipelines.storage.csv_table import class_text, read_rows, require_columns
 
 PATH, CLASS = "path", "class"
 _PARQUET: Final = b"PAR1"
@@ -43,7 +43,7 @@ def read_image_table(table: str) -> Iterator[ListedRow]:
             if not path or not label:
                 yield ListedRow(location, problem=f"no {CLASS if path else PATH} in this row")
             else:
-                yield ListedRow(location, path, label)
+                yield ListedRow(location, path, class_text(label))
 
 
 def _csv_rows(table: str, stream: io.BufferedReader[Any]) -> Iterator[tuple[str, str, str]]:

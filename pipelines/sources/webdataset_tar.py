@@ -18,11 +18,11 @@ from pipelines.shards.image_format import (
 from pipelines.shards.index import Fault
 from pipelines.shards.packing import pack_labels, pack_offsets
 from pipelines.sources.tar import DamagedTarError, TarMember, read_members, rest_is_empty
+from pipelines.storage.csv_table import class_text
 from pipelines.storage.unusable_path import explain_fault
 from pipelines.storage.urls import RetryingStream, open_stream
 
 INTEGER: Final = re.compile(r"-?\d{1,18}")
-_WHOLE: Final = re.compile(r"\A(-?\d{1,18})\.0*\Z")
 # WebDataset's own rules: what is the key, what the extension, and what is no sample at all.
 _NAME: Final = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _META: Final = re.compile(r"__[^/]*__($|/)")
@@ -206,11 +206,11 @@ class _SampleMembers:
         data = self._members.get(extension)
         if data is None:
             raise ValueError(f"no {extension} among {self._found()}{self._label_advice()}")
-        # Some editors begin a file with a byte order mark, and some programs know floats alone.
+        # Some editors begin a file with a byte order mark.
         text = (
             data.decode("utf-8-sig").strip() if not path else _json_text_at(json.loads(data), path)
         )
-        text = _WHOLE.sub(r"\1", text)
+        text = class_text(text)
         if not text or len(text) > _LONGEST_LABEL:
             raise ValueError(f"its label {text[:20]!r} is no class")
         is_integer = bool(INTEGER.fullmatch(text))

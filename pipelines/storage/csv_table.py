@@ -11,8 +11,10 @@ from typing import IO, Any, Final
 from mhe_dist.errors import UserError
 
 MARKED: Final = r"^'('*[=+\-@\t\r])"  # a text that `as_cell` has marked; what follows is the text
+WHOLE: Final = r"^(-?[0-9]{1,18})\.0*$"  # a whole number, of a program that knows floats alone
 _DELIMITERS: Final = ",;\t"
 _MARKED: Final = re.compile(MARKED)
+_WHOLE: Final = re.compile(WHOLE)
 _FORMULA: Final = re.compile(r"'*[=+\-@\t\r]")
 _NUMBER: Final = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
@@ -34,6 +36,11 @@ def plain_text(cell: str) -> str:
 def spell_out(text: str) -> str:
     """Text as UTF-8 can hold it: a byte of a name that is not UTF-8 becomes `\\udcff`."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def class_text(text: str) -> str:
+    """The text of a class: `3` for `3.0`, as pandas writes a column that lacks a number."""
+    return _WHOLE.sub(r"\1", text)
 
 
 def encode_rows(rows: Iterable[Iterable[object]]) -> bytes:

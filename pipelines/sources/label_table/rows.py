@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from mhe_dist.errors import UserError
 from pipelines.storage.buffered_file import open_buffered
-from pipelines.storage.csv_table import MARKED, delimiter_of
+from pipelines.storage.csv_table import MARKED, WHOLE, delimiter_of
 
 Ints = npt.NDArray[np.int64]
 
@@ -204,7 +204,7 @@ def _integers(column: Any) -> Ints:
     if column.null_count:
         raise ValueError("a row names no sample")
     if pa.types.is_string(column.type):
-        column = pc.utf8_trim_whitespace(column)
+        column = _trimmed(column)
     return np.asarray(pc.cast(column, pa.int64()).to_numpy(zero_copy_only=False), np.int64)
 
 
@@ -221,7 +221,7 @@ def _classes(column: Any, separator: str) -> tuple[Ints, Any]:
     if pa.types.is_floating(column.type):
         column = pc.if_else(pc.is_nan(column), None, column)
     if pa.types.is_string(column.type):
-        column = pc.utf8_trim_whitespace(column)
+        column = _trimmed(column)
         there = pc.and_kleene(pc.is_valid(column), pc.not_equal(column, ""))
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
         column, there = pc.cast(column, pa.int64()), pc.is_valid(column)
@@ -229,6 +229,11 @@ def _classes(column: Any, separator: str) -> tuple[Ints, Any]:
         raise ValueError(f"classes are numbers, texts or lists of them, not {column.type}")
     there = pc.fill_null(there, False)
     return rows[there.to_numpy(zero_copy_only=False)], column.filter(there)
+
+
+def _trimmed(column: Any) -> Any:
+    """Texts without spaces around them; `3` for `3.0`, as `class_text` has it."""
+    return pc.replace_substring_regex(pc.utf8_trim_whitespace(column), WHOLE, r"\1")
 
 
 def _plain(column: Any) -> Any:

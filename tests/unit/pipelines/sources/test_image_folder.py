@@ -141,7 +141,12 @@ def write_table(path: Path, rows: list[tuple[str, object]]) -> str:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize(
-    ("labels", "names"), [(("ten", "two", "ten"), ["ten", "two"]), ((10, 9, 10), ["9", "10"])]
+    ("labels", "names"),
+    [
+        (("ten", "two", "ten"), ["ten", "two"]),
+        ((10, 9, 10), ["9", "10"]),
+        ((10.0, 9.0, 10.0), ["9", "10"]),
+    ],
 )
 def test_a_table_names_files_and_classes(
     root: Path, tmp_path: Path, kind: str, labels: tuple[object, ...], names: list[str]
@@ -153,11 +158,21 @@ def test_a_table_names_files_and_classes(
         str(root), str(tmp_path / "out"), table=table, options=ImportOptions(max_bad=0.5)
     )
     assert labels_of(tmp_path / "out") == {
-        FILES[path]: names.index(str(label)) for path, label in zip(paths, labels, strict=True)
+        FILES[path]: names.index(str(label).removesuffix(".0"))
+        for path, label in zip(paths, labels, strict=True)
     }
     (fault,) = made.faults
     assert fault.location == f"{table} {'line 5' if kind == 'csv' else 'row 4'}"
     assert "gone.jpg" in fault.reason
+
+
+def test_a_whole_number_is_one_class_however_a_table_has_it(root: Path, tmp_path: Path) -> None:
+    rows = [("cat/a.jpg", "3"), ("cat/deep/b.JPEG", "3.0"), ("zürich/a.jpg", "7.")]
+    table = write_table(tmp_path / "t.csv", rows)
+    import_folder(str(root), str(tmp_path / "out"), table=table)
+    assert labels_of(tmp_path / "out") == {
+        FILES[path]: int(label[0] == "7") for path, label in rows
+    }
 
 
 @pytest.mark.parametrize(

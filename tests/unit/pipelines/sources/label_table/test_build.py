@@ -226,6 +226,9 @@ def test_what_is_no_table(index: ShardIndex, tmp_path: Path, name: str) -> None:
         (pa.array(["b", None, "a", "b"]).dictionary_encode(), [["b"], [], ["a"], ["b"]]),
         (pa.array([3, 2, 1, 0], pa.uint8()), [["3"], ["2"], ["1"], ["0"]]),
         (pa.array(["a", "", " b", None], pa.large_string()), [["a"], [], ["b"], []]),
+        (pa.array(["1", "1.0", "0.0 ", "0"]), [["1"], ["1"], ["0"], ["0"]]),
+        (pa.array([["1.", "0"], ["0.00"], [], None]), [["1", "0"], ["0"], [], []]),
+        (pa.array(["a", "7", "7.0", "7.5"]), [["a"], ["7"], ["7"], ["7.5"]]),
     ],
 )
 def test_parquet_holds_numbers_texts_and_lists(
@@ -239,6 +242,27 @@ def test_parquet_holds_numbers_texts_and_lists(
         parquet.write_table(pa.table({"key": KEYS[:4], "class": wrong}), tmp_path / "t.parquet")
         with pytest.raises(UserError, match=r"t\.parquet: rows 1 to 4: "):
             import_labels([f"{tmp_path}/t.parquet"], index, f"{tmp_path}/other")
+
+
+def test_a_whole_number_is_one_class_in_whatever_table_it_stands(
+    index: ShardIndex, tmp_path: Path
+) -> None:
+    floats = pa.table({"key": KEYS[:2], "class": [3.0, None]})
+    parquet.write_table(floats, tmp_path / "one.parquet")
+    (tmp_path / "two.csv").write_text(f"key,class\n{KEYS[1]},3.0\n{KEYS[2]},3\n{KEYS[3]},1.0\n")
+    tables = [f"{tmp_path}/one.parquet", f"{tmp_path}/two.csv"]
+    made = import_labels(tables, index, f"{tmp_path}/out")
+    assert named_lists(made.labels)[:4] == [["3"], ["3"], ["3"], ["1"]]
+    (tmp_path / "three.csv").write_text(f"key,class\n{KEYS[1]},-3.0\n")
+    with pytest.raises(UserError, match="class '-3' is negative"):
+        import_labels([f"{tmp_path}/three.csv"], index, f"{tmp_path}/other")
+
+
+def test_numbers_of_samples_may_be_floats(index: ShardIndex, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("number,class\n1.0,b\n0.0,a\n")
+    options = LabelOptions(TableLayout(number="number"))
+    made = import_labels([f"{tmp_path}/t.csv"], index, f"{tmp_path}/out", options)
+    assert named_lists(made.labels)[:2] == [["a"], ["b"]]
 
 
 def test_several_tables_compressed_from_a_store(index: ShardIndex, tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_each_sample_has_what_the_table_gives_to_its_class(tmp_path: Path) -> No
     assert (again.unknown, again.missing, again.dropped) == (0, 0, 1)
 
 
+def test_a_whole_number_is_one_class_however_it_is_written(tmp_path: Path) -> None:
+    index = write(tmp_path / "set", ["a", "b", "c"], [0, 1, 2])
+    (tmp_path / "t.csv").write_text("name,parts\na,3.0\nb,3\nc,3. 4.5\n")
+    made = import_class_labels([f"{tmp_path}/t.csv"], index, f"{tmp_path}/out", LAYOUT)
+    assert read_class_names(made.labels) == ["3", "4.5"]
+    assert lists_of(made.labels) == [[0], [0], [0, 1]]
+
+
 def test_names_are_escaped_in_tables_alone(tmp_path: Path) -> None:
     names = ["a\\b", "a\tb", "plain"]
     index = write(tmp_path / "set", ["a\\\\b", "a\\tb", "plain"], [0, 1, 2])
