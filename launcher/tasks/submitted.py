@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Sequence
 from copy import copy
@@ -106,7 +107,12 @@ def prepare_command(
         folder: an empty folder, for what is sent.
     """
     copy_code(folder)
-    content = {"words": command.words, "results": command.results, "folder": str(Path.cwd())}
+    content = {
+        "words": command.words,
+        "results": command.results,
+        "folder": str(Path.cwd()),
+        "typed": sys.argv[1:],
+    }
     (folder / COMMAND_FILE).write_text(json.dumps(content), encoding="utf-8")
     return Submission(
         id=f"{command.name}-{attempt}",
@@ -128,6 +134,7 @@ def open_submitted(file: str) -> list[str]:
     if is_there := Path(given["folder"]).is_dir():
         os.chdir(given["folder"])
     refuse_unshared(given["results"], given["folder"], is_there)
+    sys.argv[1:] = given["typed"]  # what says how to go on names the command that was submitted
     return [*given["words"], "--address", OWN_CLUSTER]
 
 

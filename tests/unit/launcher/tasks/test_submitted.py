@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ def test_the_words_of_a_command_travel_with_the_code(
     typed_in.mkdir()
     folder.mkdir()
     monkeypatch.chdir(typed_in)
+    monkeypatch.setattr("sys.argv", ["/bin/mhe", "submit", *EMBED, "-f"])
     command = SpreadCommand.parse(cli.load_verb("embed"), EMBED)
     sent = prepare_command(command, "http://head:8265", 2, {"A": "b"}, 90, folder)
     assert sent.id == "embed-rows-2"
@@ -32,7 +36,12 @@ def test_the_words_of_a_command_travel_with_the_code(
     assert sent.environment == {"A": "b", "COLUMNS": "90", "RAY_JOB_STOP_WAIT_TIME_S": "130"}
     assert {"launcher/tasks/submitted.py", COMMAND_FILE} < {*sent.package.files}
     content = json.loads((folder / COMMAND_FILE).read_text())
-    assert content == {"words": EMBED, "results": "/shared/rows", "folder": str(typed_in)}
+    assert content == {
+        "words": EMBED,
+        "results": "/shared/rows",
+        "folder": str(typed_in),
+        "typed": ["submit", *EMBED, "-f"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,9 +105,15 @@ def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
     blind: list[str] = []
     monkeypatch.setattr(submitted, "_nodes_without", lambda path: blind)
+    monkeypatch.setattr("sys.argv", ["job.py", "command", COMMAND_FILE])
 
     def _send(results: str, folder: Path) -> list[str]:
-        content = {"words": ["data", "verify", "x"], "results": results, "folder": str(folder)}
+        content = {
+            "words": ["data", "verify", "x"],
+            "results": results,
+            "folder": str(folder),
+            "typed": ["submit", "data", "verify", "x", "--env", "A=b c"],
+        }
         (tmp_path / COMMAND_FILE).write_text(json.dumps(content))
         return blind
 
@@ -120,6 +135,22 @@ def test_the_driver_runs_the_command_where_it_was_typed_and_ends_as_it_does(
     assert job.main(["command", COMMAND_FILE]) == 1
     assert ran == [(["data", "verify", "x", "--address", "auto"], tmp_path / "typed")]
     assert not list((tmp_path / "typed").iterdir()), "no probe stays"
+
+
+def test_a_job_that_is_stopped_names_the_command_that_was_submitted(
+    sent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def _stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    index = SimpleNamespace(folder="x", digest="1")
+    monkeypatch.setattr("launcher.verbs.data.check.ShardIndex.load", lambda url: index)
+    monkeypatch.setattr("launcher.verbs.data.check.choose_workers", _stopped)
+    sent("report", tmp_path)
+    assert job.main(["command", COMMAND_FILE]) == 128 + signal.SIGTERM
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the same command goes on with it:" in said
+    assert said.endswith("mhe submit data verify x --env 'A=b c'")
 
 
 def test_results_that_would_end_with_a_node_are_refused(
