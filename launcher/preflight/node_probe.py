@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from fsspec.core import url_to_fs
 
 from launcher.preflight.checks import check_data
 from launcher.preflight.machine import PACKAGES, list_gpus
@@ -29,8 +28,9 @@ from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from mhe_dist.web_address import is_web_address
-from pipelines.runs.folder import absolute_path, is_local
+from pipelines.runs.folder import absolute_path
 from pipelines.storage.full_disk import existing_folder
+from pipelines.storage.urls import is_local, is_local_url, resolve_url
 
 DEADLINE_S = 30.0
 MLFLOW_S = 15.0
@@ -102,8 +102,8 @@ def _results(config: Config) -> Iterable[tuple[str, str]]:
     """Write a small file where the run's results will be, read it and remove it."""
     url = f"{config.run.dir.rstrip('/')}/{PROBE}-{uuid.uuid4().hex}"
     try:
-        filesystem, path = url_to_fs(url)
-        if is_local(url):
+        filesystem, path = resolve_url(url)
+        if is_local(filesystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         with fsspec.open(url, "wb") as file:
             file.write(b"mhe")
@@ -146,7 +146,7 @@ def _compiler(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _free(config: Config) -> int | None:
-    if not is_local(config.run.dir):
+    if not is_local_url(config.run.dir):
         return None
     return shutil.disk_usage(existing_folder(absolute_path(config.run.dir))).free
 

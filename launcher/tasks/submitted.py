@@ -17,7 +17,7 @@ from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes, existing_clu
 from launcher.ray_cluster.jobs import RUN_KEY, Submission, job_entrypoint, stop_environment
 from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
-from pipelines.runs.folder import is_local
+from pipelines.storage.urls import is_local_url
 
 COMMAND_FILE: Final = "command.json"
 _PROBE = ".mhe-probe"
@@ -149,7 +149,7 @@ def refuse_unshared(results: str, folder: str, is_there: bool) -> None:
     Raises:
         UserError: names the nodes, and the cure.
     """
-    if not is_local(results):
+    if not is_local_url(results):
         return
     host = socket.gethostname()
     if not is_there and not os.path.isabs(results):

@@ -24,7 +24,7 @@ from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores
 from mhe_dist.redact import scrub
-from pipelines.storage.urls import atomic_write, is_local, resolve_url
+from pipelines.storage.urls import atomic_write, is_local_url
 
 MOST_WORKERS = 8  # of a machine without GPUs, unless told otherwise
 MOST_CPUS = 8  # of a worker with a GPU
@@ -67,7 +67,7 @@ def init(
 
     Example: mhe init labels.csv --root photos --workers 8 --gpu
     """
-    if not is_local(resolve_url(out)[0]):
+    if not is_local_url(out):
         raise UserError(f"--out {out}: mhe train reads files of this machine; name one here")
     data = survey_data(source, root, classes)
     data = data._replace(heldout=heldout or data.heldout)

@@ -49,12 +49,11 @@ from mhe_dist.redact import scrub
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.runs.folder import (
     find_run,
-    is_local,
     logs_folder,
     newest_checkpoint,
     read_run_config,
 )
-from pipelines.storage.urls import url_exists
+from pipelines.storage.urls import is_local_url, url_exists
 
 STOP_NOW_S = 30.0
 _STYLES = {"running": "green", "succeeded": "green", "failed": "red", "stopped": "yellow"}
@@ -187,7 +186,7 @@ def _local_log(run: str) -> tuple[Path | None, str]:
     except UserError as error:
         return None, str(error)
     log = logs_folder(stored_config(read_run_config(path) or {})) / RUN_LOG
-    if is_local(path):  # also where the folder was moved since
+    if is_local_url(path):  # also where the folder was moved since
         log = Path(path, "logs", RUN_LOG)
     if log.exists():
         return log, ""
@@ -382,4 +381,4 @@ def _length(job: Job) -> str:
 
 
 def _is_visible(path: str) -> bool:
-    return not is_local(path) or url_exists(path)
+    return not is_local_url(path) or url_exists(path)

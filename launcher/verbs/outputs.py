@@ -12,7 +12,7 @@ from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from pipelines.runs.folder import why_not_writable
 from pipelines.storage.unusable_path import require_usable
-from pipelines.storage.urls import is_local, resolve_url
+from pipelines.storage.urls import is_local_url
 
 
 def usable_folder(url: str) -> str:
@@ -50,7 +50,7 @@ def usable_folder_here(url: str) -> str:
         OSError: it cannot be made, or not be written.
         UserError: it is in a store.
     """
-    if not is_local(resolve_url(url)[0]):
+    if not is_local_url(url):
         raise UserError(f"--out {url}: is made in files of this machine; name a folder here")
     return usable_folder(url)
 
@@ -95,7 +95,7 @@ def scratch_folder(parent: str) -> Iterator[Path]:
     Raises:
         UserError: it would not be on this machine.
     """
-    if not is_local(resolve_url(parent)[0]):
+    if not is_local_url(parent):
         raise UserError(f"--folder {parent}: is measured in files of this machine; name one here")
     path = Path(local_path(parent))
     made = [each for each in (path, *path.parents) if not each.exists()]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mhe_dist.errors import UserError
 from pipelines.shards.index import ShardIndex
-from pipelines.storage.urls import is_local, resolve_url
+from pipelines.storage.urls import is_local_url
 
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -99,7 +99,7 @@ def refuse_remote_target(target: str, made: str) -> None:
         target: what `--out` names.
         made: what is made there, in words.
     """
-    if not is_local(resolve_url(target)[0]):
+    if not is_local_url(target):
         raise UserError(
             f"--out {target}: {made} made in files of this machine; name a folder here, "
             "and copy it when it is finished"

@@ -29,7 +29,7 @@ from pipelines.embedding.write_folder import (
 )
 from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.storage.staging import Staging
-from pipelines.storage.urls import atomic_write, is_local, resolve_url
+from pipelines.storage.urls import atomic_write, is_local_url, resolve_url
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
 _GROUP: Final = 64  # blocks of a row group: 8,192 rows
@@ -87,7 +87,7 @@ def write_parquet_folder(
     made_of = {k: v for k, v in asdict(recipe).items() if k not in PLACES}
     staging, bounds = Staging(out, {"parquet": made_of}), part_bounds(index)
     try:
-        if is_local(resolve_url(out)[0]):
+        if is_local_url(out):
             written = sum(file.stat().st_size for file in Path(staging.folder).glob("*.parquet"))
             require_room(staging.folder, recipe.file_bytes - written)
         _write_parts(staging, index, bounds, recipe, options.gpu, workers, progress)

@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
-from fsspec.utils import get_protocol
-
 from mhe_dist.config.data import RemoteConfig
 from pipelines.data.order import SampleOrder, ShardSpan, Window
 from pipelines.data.sample import byte_range
 from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.ranges import FileLocation
+from pipelines.storage.urls import is_local_url
 
 _THREADS: Final = 4
 _PREFETCH_AT: Final = 4  # the next window is fetched when 1/4 of the present one is left
@@ -59,7 +58,8 @@ class WindowReader:
         self._index, self._order, self._positions = index, order, positions
         self._reader = ShardReader(index, remote)
         self._max_bytes = remote.read_ahead_mib << 20
-        is_remote = any(not _is_local(index.url(n)) for n in range(len(index.shards)))
+        folders = {index.url(n).rpartition("/")[0] for n in range(len(index.shards))}
+        is_remote = not all(map(is_local_url, folders))
         self._is_ahead = is_remote and self._max_bytes > 0
         self._pending: dict[Window, _PendingWindow] = {}
         self._last_read: dict[int, Window] = {}  # the last one of each stream
@@ -130,7 +130,3 @@ class WindowReader:
             if found.fault:
                 bad[file.url] = found.fault
         return WindowBytes(samples, bad)
-
-
-def _is_local(url: str) -> bool:
-    return get_protocol(url) in ("file", "local")

@@ -15,10 +15,11 @@ from mhe_dist.storage_errors import is_permanent
 from mhe_dist.storage_retry import with_retries
 from pipelines.pretrain import preemption
 from pipelines.pretrain.recorder import EventHandler
-from pipelines.runs.folder import absolute_path, is_local
+from pipelines.runs.folder import absolute_path
 from pipelines.runs.lease import Lease
 from pipelines.runs.lock import LOCK_FILE, FileLock, Holder
 from pipelines.storage.unusable_path import describe_unusable_path
+from pipelines.storage.urls import is_local_url
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _acquire(path: str, holder: Holder, on_event: EventHandler) -> RunLock:
 
 
 def _open(path: str, holder: Holder) -> tuple[RunLock, Holder | None]:
-    if is_local(path):
+    if is_local_url(path):
         file_lock = FileLock(absolute_path(path), holder)
         try:
             return file_lock, with_retries(lambda: file_lock.acquire(preemption.requested), path)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.checkpoint.step_folder import (
     MANIFEST,
@@ -26,7 +24,14 @@ from mhe_dist.errors import UserError, first_line
 from mhe_dist.storage_errors import ABSENT, is_transient
 from mhe_dist.storage_retry import until_answered
 from pipelines.runs.no_run import describe_what_is_there
-from pipelines.storage.urls import is_web, resolve_url, url_exists
+from pipelines.storage.urls import (
+    is_absolute_url,
+    is_local,
+    is_local_url,
+    is_web,
+    resolve_url,
+    url_exists,
+)
 
 RUNS_FOLDER = "runs"
 _WRITTEN = ".written"  # to see whether a store takes files
@@ -49,14 +54,10 @@ def read_if_exists(url: str) -> str | None:
         raise UserError(f"{url} cannot be read: {error}") from error
 
 
-def is_local(url: str) -> bool:
-    """Whether a path or URL lies on this machine."""
-    return isinstance(url_to_fs(url)[0], LocalFileSystem)
-
-
 def absolute_path(url: str) -> str:
     """The same place, whatever the working directory is."""
-    return str(Path(url_to_fs(url)[1]).absolute()) if is_local(url) else url
+    filesystem, path = resolve_url(url)
+    return str(Path(path).absolute()) if is_local(filesystem) else url
 
 
 def make_run_folder(config: Config) -> None:
@@ -65,11 +66,14 @@ def make_run_folder(config: Config) -> None:
     Raises:
         UserError: it cannot be made or written. A store that does not answer may do so later.
     """
-    filesystem, path = url_to_fs(config.run.path)
     cure = "name another folder with run.dir"
+    try:
+        filesystem, path = resolve_url(config.run.path)
+    except UserError as error:
+        raise UserError(f"run.dir={config.run.dir}: {error}; {cure}") from error
     if is_web(filesystem):
         raise UserError(f"run.dir={config.run.dir}: {_WEB}; {cure}")
-    if not isinstance(filesystem, LocalFileSystem):
+    if not is_local(filesystem):
         if reason := why_not_writable(config.run.path):
             raise UserError(
                 f"run.dir={config.run.dir}: {config.run.path} cannot be written ({reason}); {cure}"
@@ -90,7 +94,7 @@ def why_not_writable(url: str) -> str:
     A folder of this machine is not looked at.
     """
     filesystem, folder = resolve_url(url)
-    if isinstance(filesystem, LocalFileSystem):
+    if is_local(filesystem):
         return ""
     if is_web(filesystem):
         return _WEB
@@ -105,7 +109,7 @@ def why_not_writable(url: str) -> str:
 
 def logs_folder(config: Config) -> Path:
     """Local folder of a run's log files: `logs` in it, or a temporary one for a run at a URL."""
-    if is_local(config.run.path):
+    if is_local_url(config.run.path):
         return Path(absolute_path(config.run.path)) / "logs"
     return Path(tempfile.gettempdir()) / "mhe-logs" / config.run.name
 
@@ -185,7 +189,7 @@ def find_run(run: str) -> str:
         UserError: there is no run; the message says where it was looked for, and what is there.
     """
     folders = [local_path(run.rstrip("/"))]
-    if "://" not in run:
+    if not is_absolute_url(run):
         folders.append(f"{RUNS_FOLDER}/{run}")
     for folder in folders:
         if url_exists(f"{folder}/config.yaml"):

@@ -11,12 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from fsspec.core import url_to_fs
-
 from mhe_dist.errors import Preempted, RunError
 from mhe_dist.storage_retry import until_answered
 from pipelines.runs.lock import LOCK_FILE, POLL_S, Holder, refusal
-from pipelines.storage.urls import atomic_write, is_local
+from pipelines.storage.urls import atomic_write, is_local, resolve_url
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ class Lease:
         """
         self._path, self._holder = path, holder
         self._url = f"{path}/{LOCK_FILE}"
-        self._filesystem, self._object = url_to_fs(self._url)
+        self._filesystem, self._object = resolve_url(self._url)
         self._beat = 0
         self._ended = threading.Event()
         self._lost = ""

@@ -19,7 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from mhe_dist.errors import Preempted, UserError
-from pipelines.runs.folder import absolute_path, is_local
+from pipelines.runs.folder import absolute_path
+from pipelines.storage.urls import is_local_url
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def refuse_trained(path: str, instead: str) -> None:
 
 def is_locked(path: str) -> bool:
     """Whether a process trains the run at a path; not known, so False, of one in a store."""
-    if not is_local(path):
+    if not is_local_url(path):
         return False
     file = Path(absolute_path(path)) / LOCK_FILE
     try:

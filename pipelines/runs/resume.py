@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-from fsspec.core import url_to_fs
-
 from mhe_dist.atomic_file import write_file
 from mhe_dist.config.describe import all_keys, suggest
 from mhe_dist.config.head import AUTO, AUTO_KEYS
@@ -22,6 +20,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.redact import masked
 from mhe_dist.storage_retry import path_exists
 from pipelines.runs.folder import read_if_exists, read_run_config
+from pipelines.storage.urls import resolve_url
 
 CHANGES_FILE = "changes.json"  # in the run's folder
 
@@ -194,7 +193,7 @@ def record_changes(path: str, step: int, changes: list[Change]) -> None:
     values = {key: {"before": old, "now": new} for key, old, new in changes}
     entries.append({"time": time.time(), "step": step, "changes": values})
     write_file(f"{path}/{CHANGES_FILE}", json.dumps(entries, indent=1))
-    files, root = url_to_fs(path)
+    files, root = resolve_url(path)
     summary = f"{root}/summary.json"
     if path_exists(files, summary):  # it would say that the run is complete, as it was
         files.rm(summary)

@@ -27,7 +27,7 @@ from mhe_dist.errors import UserError
 from mhe_dist.storage_retry import RETRIES
 from pipelines.storage.cache import FileCache
 from pipelines.storage.ranges import CHECKSUM, WrongContentError, download, locate_file
-from pipelines.storage.urls import atomic_write, is_local, open_stream, resolve_url
+from pipelines.storage.urls import atomic_write, is_local_url, open_stream
 
 CACHE_VARIABLE: Final = "MHE_CACHE_DIR"
 _DTYPES: Final = ("uint16", "uint32", "int64")
@@ -103,7 +103,7 @@ class Column:
     @property
     def is_local(self) -> bool:
         """Whether its file is on this machine."""
-        return is_local(resolve_url(self.folder)[0])
+        return is_local_url(self.folder)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Column) and (self.url, self.entry) == (other.url, other.entry)

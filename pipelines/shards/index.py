@@ -32,9 +32,8 @@ from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
 from pipelines.storage.urls import (
     atomic_write,
     is_absolute_url,
-    is_local,
+    is_local_url,
     list_folder,
-    resolve_url,
     url_exists,
 )
 
@@ -224,7 +223,7 @@ class ShardIndex:
             UserError: there is none, or it is not an index, or a column is missing or damaged.
         """
         index = cls.read_table(url, cache_dir)
-        if is_local(resolve_url(index.folder)[0]):
+        if is_local_url(index.folder):
             index.map_columns()
         return index
 

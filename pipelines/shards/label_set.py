@@ -26,7 +26,7 @@ from pipelines.shards.index import ShardIndex
 from pipelines.shards.manifest import read_manifest
 from pipelines.shards.tables import CLASSES_FILE, Table, write_table
 from pipelines.storage.staging import Staging
-from pipelines.storage.urls import atomic_write, is_local, resolve_url, url_exists
+from pipelines.storage.urls import atomic_write, is_local_url, url_exists
 
 Ints = npt.NDArray[np.int64]
 
@@ -214,7 +214,7 @@ class LabelSet:
             raise UserError(
                 f"{folder}/{LABELS_FILE}: damaged ({error!r}); make the label set again"
             ) from None
-        if is_local(resolve_url(folder)[0]):
+        if is_local_url(folder):
             found.map_columns()
         return found
 

@@ -47,6 +47,11 @@ def is_local(filesystem: Any) -> bool:
     return isinstance(filesystem, LocalFileSystem)
 
 
+def is_local_url(url: str) -> bool:
+    """Whether a path or URL lies on this machine; raises as `resolve_url`."""
+    return is_local(resolve_url(url)[0])
+
+
 def protocol_names(filesystem: Any) -> tuple[str, ...]:
     """The names of a file system's protocol, e.g. `http` and `https`."""
     names = filesystem.protocol

@@ -16,8 +16,9 @@ from rich.markup import escape
 from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs.folder import config_at, is_local
+from pipelines.runs.folder import config_at
 from pipelines.runs.trained import TrainedBackbone, load_trained_backbone, read_trained_config
+from pipelines.storage.urls import is_local_url
 
 if TYPE_CHECKING:
     from mhe_dist.distributed.topology import Topology
@@ -153,7 +154,7 @@ def _shared_folder(folder: str, backbone: TrainedBackbone, address: str) -> Iter
     if folder:
         yield folder
         return
-    if address and not is_local(backbone.path):
+    if address and not is_local_url(backbone.path):
         raise UserError(
             f"{backbone.path}: is in a store, and the nodes of --address need a folder for what "
             "they compare: name a run in a folder that all nodes mount"

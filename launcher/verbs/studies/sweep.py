@@ -37,8 +37,7 @@ from launcher.verbs.studies.run_keys import mistakes_named, refuse_run_keys
 from mhe_dist.config.load import load_config
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError, UserError
-from pipelines.runs.folder import is_local
-from pipelines.storage.urls import atomic_write
+from pipelines.storage.urls import atomic_write, is_local_url
 
 RESULTS_FILE = "trials.csv"
 
@@ -101,7 +100,7 @@ def _check(plan: SweepPlan, file: str) -> Config:
         UserError: see the messages.
     """
     settings = plan.settings
-    if not is_local(settings.out):
+    if not is_local_url(settings.out):
         raise UserError(f"--out {settings.out}: a sweep keeps its state on this machine")
     if plan.samples > 1 and not has_ranges(plan.space):
         raise UserError(

@@ -25,11 +25,11 @@ from pipelines.runs.folder import (
     make_run_folder,
     newest_checkpoint,
     read_heldout_figures,
+    read_if_exists,
     read_run_config,
     read_summary,
 )
 from pipelines.runs.warm_start import find_checkpoint
-from pipelines.storage.urls import url_exists
 from tests.support import tiny
 from tests.support.servers.stores import s3_bucket
 
@@ -100,9 +100,46 @@ def test_absolute_leaves_urls_alone(run: Path) -> None:
     assert absolute_path("memory://bucket/a") == "memory://bucket/a"
 
 
-def test_a_place_that_nothing_can_read() -> None:
-    with pytest.raises(UserError, match="nosuch://a: Protocol not known"):
-        url_exists("nosuch://a")
+@pytest.mark.parametrize(
+    ("folder", "path"),
+    [
+        ("file://{here}/a", "{here}/a"),
+        ("file:a", "{here}/a"),
+        ("C:\\runs", "{here}/C:\\runs"),  # as a name of a file on Linux
+        ("C:/runs", "{here}/C:/runs"),
+    ],
+)
+def test_a_folder_of_this_machine_however_it_is_written(run: Path, folder: str, path: str) -> None:
+    here = Path.cwd()
+    assert absolute_path(folder.format(here=here)) == path.format(here=here)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("nosuch://a", "Protocol not known: nosuch"),
+        ("http://host:99999/a", "is no address of a server"),
+    ],
+)
+def test_a_place_that_nothing_can_reach(
+    url: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config.model_validate({"data": {"shards": "x"}, "run": {"dir": url}})
+    for function in (absolute_path, find_run, read_if_exists):
+        with pytest.raises(UserError, match=f"^{url}.*: {reason}"):
+            function(url)
+    with pytest.raises(UserError, match=f"^{url}/run: {reason}"):
+        logs_folder(config)
+    with pytest.raises(UserError, match=f"^run.dir={url}: {url}/run: {reason}.*another folder"):
+        make_run_folder(config)
+    assert cli.run(["report", url]) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_url_is_looked_for_where_it_says(run: Path) -> None:
+    for url in (f"file://{run.parent}/second", f"{run.parent}/second"):
+        with pytest.raises(UserError, match=f"^no run at {run.parent}/second "):
+            find_run(url)
 
 
 @pytest.mark.parametrize(
