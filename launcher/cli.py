@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from launcher.terminal import console
-from mhe_dist.errors import UserError
+from mhe_dist.errors import INTERRUPTED, UserError
 
 HELP = """Pretrain image backbones against label spaces of 10^5 to 10^9 classes.
 
@@ -134,8 +134,6 @@ def load_verb(name: str) -> Any:
         host.command(name)(found)
     return typer.main.get_group(host).commands[name]
 
-
-INTERRUPTED = 128 + signal.SIGINT  # an exit code
 
 SUBMITTED = ("embed", "cluster", "audit", "evaluate", "data")
 """Verbs that `mhe submit` takes with their own words, instead of a config."""

@@ -1,7 +1,12 @@
 """The kinds of trouble that the command line tells apart, and words that messages share."""
 
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Final
+
+INTERRUPTED: Final = 128 + signal.SIGINT
+"""The exit code that shells give to what Ctrl-C ended: 130."""
 
 
 class UserError(Exception):

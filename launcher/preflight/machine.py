@@ -6,8 +6,6 @@ import shutil
 import subprocess
 from contextlib import suppress
 
-PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "onnx")
-
 ANSWER_S = 20.0
 
 

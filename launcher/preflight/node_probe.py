@@ -20,12 +20,13 @@ from typing import Any
 import fsspec
 
 from launcher.preflight.checks import check_data
-from launcher.preflight.machine import PACKAGES, list_gpus
+from launcher.preflight.machine import list_gpus
 from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.redact import scrub
+from mhe_dist.tracking.environment import LIBRARIES
 from mhe_dist.tracking.factory import mlflow_uri
 from mhe_dist.web_address import is_web_address
 from pipelines.runs.folder import absolute_path
@@ -49,7 +50,7 @@ def probe_node(config: Config) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in LIBRARIES},
         "cpus": available_cores(),
         "gpus": list_gpus(),
         "memory": available_memory(),

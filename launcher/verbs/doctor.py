@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.preflight.machine import PACKAGES, ask_driver
+from launcher.preflight.machine import ask_driver
 from launcher.terminal import console
 from mhe_dist.limits import available_cores, available_memory
 from mhe_dist.sizes import GIB
-from mhe_dist.tracking.environment import device_name, processor_name
+from mhe_dist.tracking.environment import LIBRARIES, device_name, processor_name
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ def doctor() -> None:
 def findings() -> Iterator[Row]:
     """Everything that was checked."""
     yield "python", platform.python_version(), ""
-    for package in PACKAGES:
+    for package in LIBRARIES:
         yield _version(package)
     yield "cores", str(available_cores()), ""
     yield _free("memory", available_memory(), 4, "a run needs about 4 GiB")

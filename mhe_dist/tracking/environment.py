@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 COMMIT_VARIABLE = "MHE_GIT_COMMIT"
 """Names the commit of code that was sent to a cluster without its repository."""
 
-
-_VERSIONED = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "mhe")
+LIBRARIES = ("torch", "deepspeed", "ray", "webdataset", "timm", "torchmetrics", "mlflow", "onnx")
+"""Packages whose versions may explain what a run did."""
 
 
 def environment_tags() -> dict[str, str]:
@@ -59,7 +59,7 @@ def processor_name(info: Path = Path("/proc/cpuinfo")) -> str:
 @cache
 def _environment() -> dict[str, str]:
     tags = {}
-    for package in _VERSIONED:
+    for package in (*LIBRARIES, "mhe"):
         try:
             tags[f"version.{package}"] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from mhe_dist.errors import INTERRUPTED
 from pipelines.pretrain import garbage, preemption
-
-INTERRUPTED = 130  # the exit code that shells give to what Ctrl-C ended
 
 
 def main(arguments: list[str]) -> int:
