@@ -17,8 +17,9 @@ from rich.text import Text
 from launcher.terminal.commands import command_line
 from mhe_dist.redact import scrub
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Without emoji: rich takes `:100:` in the name of a file for one.
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def say(text: str) -> None:

@@ -9,6 +9,7 @@ out/labels      the label set with the faults; written last
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Final, NamedTuple
@@ -116,7 +117,7 @@ def _true_labels(index: ShardIndex) -> Ints:
     if any(part is None for part in labels):
         raise UserError(
             f"{index.folder}: its index holds no labels, so nobody knows what is true; make it "
-            f"again with `mhe data index {index.folder}`"
+            f"again with `mhe data index {shlex.quote(index.folder)}`"
         )
     return np.concatenate([part for part in labels if part is not None])
 

@@ -54,7 +54,7 @@ def test_a_folder_elsewhere_is_named_whole(environment: Path, monkeypatch, tmp_p
 
 
 def test_odd_characters_are_quoted(environment: Path, monkeypatch, capsys: Captured) -> None:
-    words = ["mhe", "report", "runs/my faces [1]; rm"]
+    words = ["mhe", "report", """runs/my 'faces' [1]; rm "$HOME" :100: [/red] {a,b}\\"""]
     console.list_next([("a page", words), ("a link", "http://x/#/runs/1")])
     page, link = capsys.readouterr().out.splitlines()[-2:]
     assert shlex.split(page.removeprefix("  a page  ")) == [".venv/bin/mhe", *words[1:]]
