@@ -42,6 +42,7 @@ def check_data(config: Config) -> Iterable[Mistake]:
         "evaluate.shards": heldout,
         "evaluate.classification": config.evaluate.classification.rstrip("/"),
         "evaluate.labels": config.evaluate.labels.rstrip("/"),
+        **{f"data.mix.{n}.shards": item.shards for n, item in enumerate(config.data.mix)},
     }
     for key, url in sets.items():
         if url and url not in made and (problem := _problem(url, index_exists, INDEX_FILE)):
@@ -164,6 +165,8 @@ def _is_image(name: str) -> bool:
 
 
 def _cure(key: str, glyphs: bool) -> str:
+    if key.startswith("data.mix"):
+        return "give a folder of indexed shards"
     if not glyphs:
         return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
     name = TRAIN if key == "data.shards" else HELDOUT

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from launcher.preflight.checks import check_data, check_names, check_selection
+from mhe_dist.config.load import load_config
+from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from tests.support import tiny
@@ -61,6 +63,19 @@ def test_label_sets_must_exist(tmp_path: Path) -> None:
     assert list(found) == ["data.mix.0.labels", "data.mix.1.labels"]
     assert "no labels.json in it; give a folder" in found["data.mix.0.labels"]
     assert "cannot be read" in found["data.mix.1.labels"]
+
+
+def test_each_set_of_a_mix_must_exist_and_is_named_with_its_line(tmp_path: Path) -> None:
+    there = make_shards(tmp_path / "a")
+    file = tmp_path / "run.yaml"
+    sets = f"    - shards: {there}\n    - shards: {tmp_path}/b\n      labels: {tmp_path}/c\n"
+    file.write_text(f"data:\n  shards: {there}\n  mix:\n{sets}")
+    with pytest.raises(ConfigErrors) as caught:
+        load_config(str(file), [], [check_data])
+    shards, labels = (line.strip() for line in str(caught.value).splitlines()[1:])
+    assert shards.startswith(f"data.mix[1].shards={tmp_path}/b ({file}:5): ")
+    assert shards.endswith("; give a folder of indexed shards")
+    assert labels.startswith(f"data.mix[1].labels={tmp_path}/c ({file}:6): ")
 
 
 def test_a_url_that_nothing_can_read_is_a_mistake() -> None:
