@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import fsspec
 
-from mhe_dist.storage_retry import path_exists, until_answered
+from mhe_dist.storage_retry import path_exists, until_answered, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class RemoteCopy:
     """Uploads what is new in the background, a minute apart at least, and once more at the end.
 
     An upload sends the last part and what was written since, so a minute costs `PART_BYTES` and its
-    own lines at most, however long the file is. An upload that fails is tried again with the next
-    one.
+    own lines at most, however long the file is. An upload that fails for longer than a moment is
+    tried again with the next one.
     """
 
     def __init__(self, path: Path, url: str) -> None:
@@ -124,6 +124,6 @@ class RemoteCopy:
             file.seek(self._begin)
             data = file.read()
         data = data[: data.rfind(b"\n") + 1]
-        filesystem.pipe_file(path, data)
+        with_retries(lambda: filesystem.pipe_file(path, data), self._url)
         if len(data) >= PART_BYTES:
             self._number, self._begin = self._number + 1, self._begin + len(data)

@@ -275,6 +275,26 @@ def test_a_store_that_fails_for_a_moment_is_no_record_without_lines(method, tmp_
         JsonlTracker(url).start({}, {}, step=3)
 
 
+def test_the_last_lines_wait_a_moment_out(tmp_path, monkeypatch):
+    """Whoever goes on with the run on another machine did not find them."""
+    url = "memory://last/metrics.jsonl"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
+    real, left = MemoryFileSystem.pipe_file, [TimeoutError(), ConnectionResetError()]
+
+    def failing(self, *args, **more):
+        if left:
+            raise left.pop()
+        real(self, *args, **more)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", failing)
+    tracker = JsonlTracker(url)
+    tracker.start({}, {})
+    tracker.log(0, {"loss": 1.0})
+    tracker.close()
+    assert steps(url) == [0] and list(tmp_path.iterdir()) == []
+
+
 def test_what_an_earlier_version_sent_in_one_piece_is_not_sent_again(tmp_path, monkeypatch):
     url = "memory://earlier/metrics.jsonl"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -1,0 +1,76 @@
+"""A run in a store that fails now and then is the same run."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from gcsfs.retry import HttpError
+
+from mhe_dist import storage_retry
+from mhe_dist.config.schema import Config
+from mhe_dist.errors import StorageUnavailable
+from pipelines.pretrain.main import run_pretraining
+from pipelines.runs import lease
+from tests.support import tiny
+
+SHARE = 0.25  # of the requests that fail
+METHODS = ("info", "ls", "cat_file", "pipe_file", "put_file")
+
+
+def fail(patch: pytest.MonkeyPatch, share: float) -> list[int]:
+    """Let requests to the store fail at random; a list of as many items as did."""
+    draws, failed = random.Random(0), []
+
+    def failing(call: Any) -> Any:
+        def attempt(self: MemoryFileSystem, *args: Any, **more: Any) -> Any:
+            if draws.random() < share:
+                failed.append(1)
+                raise draws.choice([TimeoutError("slow"), HttpError({"code": 503, "message": ""})])
+            return call(self, *args, **more)
+
+        return attempt
+
+    for method in METHODS:
+        patch.setattr(MemoryFileSystem, method, failing(getattr(MemoryFileSystem, method)))
+    return failed
+
+
+def run(folder: Path, where: str, steps: int) -> Config:
+    shards = tiny.write_shards(folder / "shards") if not (folder / "shards").exists() else ""
+    return tiny.config(
+        *(folder, shards or str(folder / "shards")),
+        run={"dir": where, "name": "run"},
+        train={"max_steps": steps, "log_every": 2},
+        checkpoint={"every_steps": 2},
+        resume={"allow": ["train.max_steps"]},
+    )
+
+
+@pytest.mark.slow
+def test_a_run_whose_store_fails_now_and_then_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began anew at step 0 where its checkpoints were not seen, and so did its record."""
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    reference = run(tmp_path, str(tmp_path / "runs"), 8)
+    run_pretraining(reference)
+    url = "memory://now-and-then"
+    with monkeypatch.context() as patch:
+        failed = fail(patch, SHARE)
+        run_pretraining(run(tmp_path, url, 4))
+        summary = run_pretraining(run(tmp_path, url, 8))
+        assert len(failed) > 20
+    stored = run(tmp_path, url, 8)
+    assert summary["resumed_from"].endswith(("step_00000004", "step_00000002"))  # a save may fail
+    assert tiny.per_step(stored) == tiny.per_step(reference)
+    assert tiny.differing(stored, reference) == []
+    with monkeypatch.context() as patch, pytest.raises(StorageUnavailable):
+        fail(patch, 1.0)
+        run_pretraining(stored)
+    fsspec.filesystem("memory").store.clear()
