@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.terminal.commands import command_line
 from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
+from mhe_dist.config.data import HELDOUT, TRAIN
 from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.errors import UserError, list_choices
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
@@ -22,7 +23,6 @@ from pipelines.storage.urls import url_exists
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
 
-TRAIN, HELDOUT = "train", "heldout"
 _LOOKED_INTO = 20  # class folders in which images are looked for
 
 
@@ -30,13 +30,13 @@ def check_data(config: Config) -> Iterable[Mistake]:
     """What is wrong with the paths of the data (a check of `mhe_dist.config.load.load_config`).
 
     Shards must exist; `data.glyphs` makes those that it is known to write: a folder `train`, and
-    the folder `heldout` beside it.
+    those beside it (`GlyphsConfig.set_names`).
     """
     glyphs = config.data.glyphs is not None
     train, heldout = config.data.shards.rstrip("/"), config.evaluate.shards.rstrip("/")
     made = set()
-    if glyphs and train.rpartition("/")[2] == TRAIN:
-        made = {train, train.removesuffix(TRAIN) + HELDOUT}
+    if config.data.glyphs and train.rpartition("/")[2] == TRAIN:
+        made = {train.removesuffix(TRAIN) + name for name in config.data.glyphs.set_names}
     sets = {
         "data.shards": train,
         "evaluate.shards": heldout,

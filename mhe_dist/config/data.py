@@ -10,6 +10,7 @@ from mhe_dist.config.section import ConfigSection, Fraction, PathText, PositiveF
 
 MAX_PIXELS: Final = 89_478_485
 """Most pixels of an image unless the config says otherwise: 256 MiB in RGB, Pillow's own bound."""
+TRAIN, HELDOUT, KNOWN = "train", "heldout", "known"  # the sets of glyphs, folders of these names
 
 
 class GlyphsConfig(ConfigSection):
@@ -26,7 +27,17 @@ class GlyphsConfig(ConfigSection):
     max_classes: int = Field(
         0, ge=0, description="Most classes for training, drawn at random; 0: all there are."
     )
+    known_classes: bool = Field(
+        False,
+        description="Also write the set `known`: the training classes in the held-out fonts, for "
+        "evaluate.classification.",
+    )
     image_size: PositiveInt = Field(32, description="Side of the written images in pixels.")
+
+    @property
+    def set_names(self) -> tuple[str, ...]:
+        """The data sets that are made, the training set first."""
+        return (TRAIN, HELDOUT, *((KNOWN,) if self.known_classes else ()))
 
 
 class AugmentConfig(ConfigSection):

@@ -27,6 +27,7 @@ class Measure(NamedTuple):
 
 
 RECOGNITION = (Measure(RANK1, "rank-1"), Measure(TAR, "TAR"))
+CLOSED_SET = Measure("classification/top1", "top-1 of the training's classes")
 LABEL_RANKING = tuple(
     Measure(name, name.upper(), f"frequent/{name}") for name in ("p@1", "p@5", "psp@5")
 )

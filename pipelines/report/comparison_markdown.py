@@ -24,6 +24,8 @@ complete runs than the section here.
 - TAR: share of the pairs of one class that score above the threshold which at most 1 in 10,000
   pairs of two classes exceed (FAR 1e-4); pairs of a probe and a gallery entry. Both figures are in
   percent: mean over the seeds (lowest to highest).
+- top-1 of the training's classes: share of other images of these classes whose best class of all,
+  by the head, is their own.
 - P@k and PSP@k, of several labels per image: docs/evaluation.md.
 - classes seen: number of classes in the softmax of a sample, mean over the run.
 - head, ms: time that a step spends in the head, median over the run. images/s: of all workers
@@ -164,7 +166,7 @@ def _section_lines(section: ComparisonSection, picture: str) -> Iterator[str]:
 
 def _sizes(section: ComparisonSection, first: VariantResult) -> str:
     """How many images were evaluated."""
-    is_search = section.measures == RECOGNITION
+    is_search = RECOGNITION[0] in section.measures
     counted = "probes" if is_search else "samples"
     sizes = ", ".join(
         f"{first.values(counted, name)[0]:,.0f} ({title})" for name, title in section.columns

@@ -6,14 +6,13 @@ from typing import Annotated
 
 import typer
 
-from launcher.preflight.checks import HELDOUT, TRAIN
 from launcher.tasks.choose import choose_workers
 from launcher.terminal import console
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.data import check, convert, labels
 from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_folder
-from mhe_dist.config.data import GlyphsConfig
+from mhe_dist.config.data import HELDOUT, KNOWN, TRAIN, GlyphsConfig
 from pipelines.shards.index import ShardIndex
 
 DEFAULTS = GlyphsConfig()
@@ -53,6 +52,10 @@ def glyphs(
     max_classes: Annotated[
         int, typer.Option(min=0, help="Most characters for training, drawn at random; 0: all.")
     ] = DEFAULTS.max_classes,
+    known_classes: Annotated[
+        bool,
+        typer.Option(help="Also make known/: the training's characters in the held-out fonts."),
+    ] = DEFAULTS.known_classes,
     image_size: Annotated[
         int, typer.Option(min=1, help="Side of the images in pixels.")
     ] = DEFAULTS.image_size,
@@ -74,6 +77,7 @@ def glyphs(
         heldout_classes=heldout_classes,
         min_fonts=min_fonts,
         max_classes=max_classes,
+        known_classes=known_classes,
         image_size=image_size,
     )
     with (
@@ -82,11 +86,17 @@ def glyphs(
         ProgressDisplay().counting("drawing the data set") as progress,
     ):
         write_glyphs(fonts, out, settings, progress, workers)
-    for name in (TRAIN, HELDOUT):
+    for name in settings.set_names:
         console.say(convert.describe(ShardIndex.load(f"{out}/{name}")))
-    words = ["run.name=glyphs", "data.glyphs=null", f"data.image_size={image_size}"]
+    console.list_next([("train on it", ["mhe", "train", "quickstart", *_overrides(out, settings)])])
+
+
+def _overrides(out: str, settings: GlyphsConfig) -> list[str]:
+    """What lets the quickstart train on these glyphs."""
+    words = ["run.name=glyphs", "data.glyphs=null", f"data.image_size={settings.image_size}"]
     words += [f"data.shards={out}/{TRAIN}", f"evaluate.shards={out}/{HELDOUT}"]
-    console.list_next([("train on it", ["mhe", "train", "quickstart", *words])])
+    known = [f"evaluate.classification={out}/{KNOWN}"] if settings.known_classes else []
+    return [*words, *known]
 
 
 app.command()(check.index)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import tarfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from typing import Any, Final
 import matplotlib
 import numpy as np
 
-from mhe_dist.config.data import DataConfig, GlyphsConfig
+from mhe_dist.config.data import HELDOUT, KNOWN, TRAIN, DataConfig, GlyphsConfig
 from mhe_dist.errors import UserError
 from mhe_dist.seeds import generator
 from pipelines.data.order import stable_permutation
@@ -43,8 +44,6 @@ from pipelines.storage.full_disk import explain_full_disk
 from pipelines.storage.staging import Journal, require_absent_or_resumable
 from pipelines.storage.worker_pool import HERE, LazyTasks, Progress, Workers, no_progress, run_tasks
 
-TRAIN: Final = "train"
-HELDOUT: Final = "heldout"
 _JOURNAL: Final = ".glyphs.partial"
 _SHARD: Final = 1000  # least samples per tar, about 3 MB at 32 pixels
 _SHARDS: Final = 256  # tars of a set so large that they hold more than that
@@ -87,15 +86,15 @@ def write_glyphs(
     progress: Progress = no_progress,
     workers: Workers = HERE,
 ) -> None:
-    """Render the fonts of a folder into `out/train` and `out/heldout`.
+    """Render the fonts of a folder into `out/train`, `out/heldout` and, if asked, `out/known`.
 
     The result depends on the fonts and the settings alone. The training samples are shuffled
-    globally; the held-out ones lie class by class, enrolment image first. An interrupted call goes
-    on when it is repeated.
+    globally; the others lie class by class, in the held-out set the enrolment image first. An
+    interrupted call goes on when it is repeated.
 
     Args:
         fonts: folder of font files, also in folders below; empty: those that matplotlib ships.
-        out: folder for the two data sets; neither may exist.
+        out: folder for the data sets; none of them may exist.
         settings: see `GlyphsConfig`; its `fonts` is not used.
         progress: called with the pictures drawn and the number in all; two passes over them.
         workers: who draws.
@@ -103,7 +102,7 @@ def write_glyphs(
     Raises:
         UserError: no fonts, a target that exists, or too few classes for the settings.
     """
-    for name in (TRAIN, HELDOUT):
+    for name in settings.set_names:
         require_absent_or_resumable(f"{out}/{name}")
     files = find_fonts(fonts or matplotlib_fonts())
     typefaces = open_typefaces(files)
@@ -127,22 +126,26 @@ def write_glyphs(
 def _write(
     out: str, plan: GlyphPlan, drawing: _GlyphDrawing, about: dict[str, Any], recipe: dict[str, Any]
 ) -> None:
-    """Write both sets; they appear together."""
-    rows, shuffled = _GlyphSamples(HELDOUT, plan.heldout), _GlyphSamples(TRAIN, plan.train)
-    with (
-        ShardWriter(f"{out}/{HELDOUT}", HELDOUT, recipe) as heldout,
-        ShardWriter(f"{out}/{TRAIN}", TRAIN, recipe) as train,
-    ):
-        with explain_full_disk(f"{out}/{HELDOUT}", heldout.folder, drawing.size(rows)):
-            drawing.write(heldout, rows, np.arange(len(rows.glyphs)))
-            _write_classes(heldout, plan.heldout)
-        order = stable_permutation(len(shuffled.glyphs), generator(0, "glyphs/shuffle"))
-        with explain_full_disk(f"{out}/{TRAIN}", train.folder, drawing.size(shuffled)):
-            drawing.write(train, shuffled, order)
-            _write_classes(train, plan.train)
-        # The training set last: its index is what `ensure_glyphs` looks for.
-        heldout.finish(len(plan.heldout), about | _roles(rows) | {"class_names": CLASSES_FILE})
-        train.finish(len(plan.train), about | {"class_names": CLASSES_FILE})
+    """Write the sets; they appear together, the training set last: `ensure_glyphs` looks for it."""
+    sets = {HELDOUT: plan.heldout, KNOWN: plan.known, TRAIN: plan.train}
+    named = {HELDOUT: plan.heldout, KNOWN: plan.train, TRAIN: plan.train}
+    with ExitStack() as stack:
+        finished = []
+        for name, classes in sets.items():
+            if not classes:
+                continue
+            writer = stack.enter_context(ShardWriter(f"{out}/{name}", name, recipe))
+            rows = _GlyphSamples(name, classes)
+            order = np.arange(len(rows.glyphs))
+            if name == TRAIN:
+                order = stable_permutation(len(order), generator(0, "glyphs/shuffle"))
+            with explain_full_disk(f"{out}/{name}", writer.folder, drawing.size(rows)):
+                drawing.write(writer, rows, order)
+                _write_classes(writer, named[name])
+            roles = _roles(rows) if name == HELDOUT else {}
+            finished.append((writer, len(classes), roles))
+        for writer, count, roles in finished:
+            writer.finish(count, about | roles | {"class_names": CLASSES_FILE})
 
 
 def matplotlib_fonts() -> str:
@@ -182,13 +185,14 @@ class _GlyphSamples:
         self.glyphs = [glyph for glyphs in classes for glyph in glyphs]
         self.firsts: Ints = np.cumsum([0, *sizes])[:-1].astype(np.int64)
         self._labels = np.repeat(np.arange(len(classes)), sizes)
-        self._is_heldout = name == HELDOUT
+        self._name = name
 
     def row(self, number: int) -> GlyphSample:
         """A sample; its role is `train`, `gallery` (the first of a held-out class) or `probe`."""
-        glyph, label, role = self.glyphs[number], int(self._labels[number]), "train"
-        if self._is_heldout:
-            role = "gallery" if self.firsts[label] == number else "probe"
+        glyph, label = self.glyphs[number], int(self._labels[number])
+        role = "train" if self._name == TRAIN else "probe"
+        if self._name == HELDOUT and self.firsts[label] == number:
+            role = "gallery"
         return GlyphSample(label, glyph.key, glyph.code, glyph.font, role)
 
 

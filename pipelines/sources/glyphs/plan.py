@@ -38,16 +38,18 @@ class Glyph(NamedTuple):
 class GlyphPlan(NamedTuple):
     """What is to be written: classes as lists of glyphs whose pictures are distinct.
 
-    A held-out class begins with its enrolment image, in a typeface that training knows.
+    A held-out class begins with its enrolment image, in a typeface that training knows. `known` has
+    the classes of `train` in the held-out typefaces, some without a glyph; empty: not asked for.
     """
 
     train: list[list[Glyph]]
     heldout: list[list[Glyph]]
+    known: list[list[Glyph]]
 
     @property
     def samples(self) -> int:
-        """Pictures in both sets."""
-        return sum(len(glyphs) for glyphs in [*self.train, *self.heldout])
+        """Pictures in all sets."""
+        return sum(len(glyphs) for glyphs in [*self.train, *self.heldout, *self.known])
 
 
 class FontCoverage(Protocol):
@@ -143,20 +145,24 @@ def plan_classes(
         )
     chosen = set(_draw_some(eligible, settings.heldout_classes, "glyphs/heldout"))
     heldout = [_enrol(groups[number], pictures, rank, held) for number in sorted(chosen)]
-    train = []
+    train, known_classes = [], []
     for number, group in enumerate(groups):
         glyphs = [glyph for glyph in group if glyph.font in rank]
         files = {_file_of(glyph.font) for glyph in glyphs}
         if number not in chosen and len(files) >= settings.min_fonts:
             train.append(_distinct(glyphs, pictures))
+            known_classes.append(_distinct([g for g in group if g.font in held], pictures))
     if not train:
         raise UserError(
             f"data.glyphs.min_fonts={settings.min_fonts}: no character is in so many of the "
             f"{len({_file_of(font) for font in known})} fonts for training; lower it"
         )
     count = settings.max_classes or len(train)
+    drawn = sorted(_draw_some(range(len(train)), count, "glyphs/train"))
     return GlyphPlan(
-        [train[n] for n in sorted(_draw_some(range(len(train)), count, "glyphs/train"))], heldout
+        [train[n] for n in drawn],
+        heldout,
+        [known_classes[n] for n in drawn] if settings.known_classes else [],
     )
 
 

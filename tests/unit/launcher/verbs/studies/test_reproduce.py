@@ -34,6 +34,7 @@ from pipelines.runs.folder import read_run_config
 Captured = pytest.CaptureFixture[str]
 
 HELDOUT = {"rank1": 0.9, "chance": 0.1, "accuracy": 0.9, "tar@far=1e-4": 0.5}
+HELDOUT |= {"classification/top1": 0.8}
 SIZES = {"gallery": 10.0, "probes": 20.0}
 SEEN = {  # of 6,000 classes, by 64 samples
     "full": 6000,
@@ -124,7 +125,10 @@ def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     return trainer
 
 
-DATA = ["data.glyphs=null", "data.shards=shards", "evaluate.shards=shards"]
+DATA = [
+    *("data.glyphs=null", "data.shards=shards"),
+    *("evaluate.shards=shards", "evaluate.classification="),
+]
 
 
 def mhe(*words: str) -> int:

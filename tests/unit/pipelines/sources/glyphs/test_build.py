@@ -445,3 +445,22 @@ def test_a_full_disk_says_what_is_missing(
     assert "the same command goes on" in said and "1 MiB are missing" in said
     write_glyphs(str(fonts), str(tmp_path / "out"), SETTINGS)
     assert ShardIndex.load(str(tmp_path / "out" / "train")).samples
+
+
+def test_the_training_classes_in_the_typefaces_that_are_held_out(
+    fonts: Path, made: Path, tmp_path: Path
+) -> None:
+    write_glyphs(str(fonts), str(tmp_path), SETTINGS.model_copy(update={"known_classes": True}))
+    assert not (made / "known").exists()
+    train, known = (ShardIndex.load(str(tmp_path / name)) for name in ("train", "known"))
+    assert names(tmp_path / "known") == names(tmp_path / "train") == names(made / "train")
+    assert known.num_classes == train.num_classes
+    of_class = {(int(s["cls"]), s["json"]["codepoint"]) for s in read(tmp_path / "train")}
+    heldout = {s["json"]["codepoint"] for s in read(tmp_path / "heldout")}
+    images = read(tmp_path / "known")
+    assert len(images) == known.samples > known.num_classes
+    for s in images:
+        code = s["json"]["codepoint"]
+        assert code not in heldout
+        assert (int(s["cls"]), code) in of_class or code in GREEK  # one class with a Latin letter
+        assert s["json"]["role"] == "probe" and s["json"]["font"].startswith("STIX")
