@@ -54,6 +54,7 @@ def search(
 
     Example: mhe search quickstart --gallery photos/known --query photos/new
     """
+    from mhe_dist.distributed.failures import failing_together
     from pipelines.embedding.embed import embed_source
     from pipelines.evaluate.search import search as find
     from pipelines.report.sheets.search_page import write_search
@@ -66,7 +67,8 @@ def search(
     side, sets = backbone.config.data.image_size, []
     for source in (gallery.rstrip("/"), query.rstrip("/")):
         if source.endswith(FILES):
-            sets.append(_read_gallery(source, backbone) if topology.is_first else None)
+            with failing_together(topology):  # the others would wait for the first one's queries
+                sets.append(_read_gallery(source, backbone) if topology.is_first else None)
             continue
         with spinner(topology, f"embedding {source}"):
             sets.append(embed_source(backbone.embed, source, topology, side))
