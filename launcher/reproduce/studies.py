@@ -251,7 +251,8 @@ PAPER = Study(
         "in matplotlib's typefaces, the probes 500 characters that no run saw, in typefaces that "
         "no run saw. MHS {4;5;5} has 20 heads of 5 classes; both MHS see their own head and three "
         "others. Top-1 is what the paper compares: the head names the training's own characters, "
-        "here in the typefaces that no run saw."
+        "here 198 images in the typefaces that no run saw (docs/choosing.md says how that agrees). "
+        "The runs kept in `results/` had other work beside them: their times say nothing."
     ),
     config="glyphs_100",
     variants=(
