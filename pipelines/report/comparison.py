@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mhe_dist.errors import UserError
 from pipelines.evaluate.metrics.roc import tar_name
 
 RANK1, TAR = "rank1", tar_name(1e-4)
@@ -144,8 +145,19 @@ class VariantResult:
         return f"{self.title}: seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
 
     def values(self, metric: str, typeface: str = "") -> list[float]:
-        """A held-out metric of each seed, over all probes or those in a typeface."""
+        """A held-out metric of each seed, over all probes or those in a typeface.
+
+        Raises:
+            UserError: a run has no such figure.
+        """
         key = f"{typeface}/{metric}" if typeface else metric
+        for outcome in self.outcomes:
+            if key not in outcome.heldout:
+                raise UserError(
+                    f"{self.title}: the run of seed {outcome.seed} has no figure {key}, which its "
+                    "study compares; train it anew in another --out, with the evaluations of the "
+                    "study's config"
+                )
         return [outcome.heldout[key] for outcome in self.outcomes]
 
     def spread(self, metric: str, typeface: str = "") -> Spread:

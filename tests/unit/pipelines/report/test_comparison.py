@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mhe_dist.errors import UserError
 from pipelines.report.comparison import LABEL_RANKING, Claim, Outcome, Spread, VariantResult
 from pipelines.report.comparison_markdown import ComparisonSection, write_comparison_page
 
@@ -60,6 +61,17 @@ def test_an_outcome_is_what_the_run_left_behind() -> None:
     assert np.isnan(Outcome.of(4, 64, summary, []).head_s)
     del summary["device"]
     assert Outcome.of(4, 64, summary, records) == found._replace(device="")
+
+
+def test_a_figure_that_a_run_lacks_is_named() -> None:
+    """A run whose evaluation was switched off, or that is older than the study's figure."""
+    with pytest.raises(
+        UserError, match=r"FULL: the run of seed 1 has no figure classification/top1"
+    ):
+        with_figure = outcome(0, 0.9, 0.5)
+        with_figure.heldout["classification/top1"] = 0.9
+        runs = [with_figure, outcome(1, 0.9, 0.5)]
+        VariantResult("full", "FULL", runs).values("classification/top1")
 
 
 def test_a_spread_is_the_mean_and_both_ends() -> None:
