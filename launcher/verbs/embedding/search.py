@@ -17,6 +17,7 @@ from mhe_dist.errors import UserError
 from pipelines.report.charts.numbers import format_share
 
 if TYPE_CHECKING:
+    from mhe_dist.distributed.topology import Topology
     from pipelines.embedding.embed import EmbeddedImages
     from pipelines.evaluate.search import SearchResult
     from pipelines.runs.trained import TrainedBackbone
@@ -54,7 +55,6 @@ def search(
 
     Example: mhe search quickstart --gallery photos/known --query photos/new
     """
-    from mhe_dist.distributed.failures import failing_together
     from pipelines.embedding.embed import embed_source
     from pipelines.evaluate.search import search as find
     from pipelines.report.sheets.search_page import write_search
@@ -67,8 +67,7 @@ def search(
     side, sets = backbone.config.data.image_size, []
     for source in (gallery.rstrip("/"), query.rstrip("/")):
         if source.endswith(FILES):
-            with failing_together(topology):  # the others would wait for the first one's queries
-                sets.append(_read_gallery(source, backbone) if topology.is_first else None)
+            sets.append(_read_gallery(source, backbone, topology))
             continue
         with spinner(topology, f"embedding {source}"):
             sets.append(embed_source(backbone.embed, source, topology, side))
@@ -89,7 +88,21 @@ def search(
     console.list_next(viewing_steps(files[0]))
 
 
-def _read_gallery(path: str, backbone: TrainedBackbone) -> EmbeddedImages:
+def _read_gallery(
+    path: str, backbone: TrainedBackbone, topology: Topology
+) -> EmbeddedImages | None:
+    """The gallery on the first rank, None on the others; all ranks must call.
+
+    Raises:
+        UserError, RunError: it cannot be searched; on all ranks, which would wait for the first.
+    """
+    from mhe_dist.distributed.failures import failing_together
+
+    with failing_together(topology):
+        return _open_gallery(path, backbone) if topology.is_first else None
+
+
+def _open_gallery(path: str, backbone: TrainedBackbone) -> EmbeddedImages:
     """The embeddings of a file.
 
     Raises:
