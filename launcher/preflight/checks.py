@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.terminal.commands import command_line
 from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
-from mhe_dist.config.data import HELDOUT, TRAIN
+from mhe_dist.config.data import HELDOUT, KNOWN, TRAIN
 from mhe_dist.config.schema import Config, EvaluateConfig
 from mhe_dist.errors import UserError, list_choices
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
@@ -169,8 +169,11 @@ def _cure(key: str, glyphs: bool) -> str:
         return "give a folder of indexed shards"
     if not glyphs:
         return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
-    name = TRAIN if key == "data.shards" else HELDOUT
-    return f"give a folder of indexed shards, or one named {name!r} for data.glyphs to make"
+    if key == "evaluate.classification":
+        name = f"{KNOWN!r} beside data.shards with data.glyphs.known_classes=true"
+    else:
+        name = repr(TRAIN if key == "data.shards" else HELDOUT)
+    return f"give a folder of indexed shards, or one named {name} for data.glyphs to make"
 
 
 def check_selection(config: Config) -> None:

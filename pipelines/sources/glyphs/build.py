@@ -128,7 +128,6 @@ def _write(
 ) -> None:
     """Write the sets; they appear together, the training set last: `ensure_glyphs` looks for it."""
     sets = {HELDOUT: plan.heldout, KNOWN: plan.known, TRAIN: plan.train}
-    named = {HELDOUT: plan.heldout, KNOWN: plan.train, TRAIN: plan.train}
     with ExitStack() as stack:
         finished = []
         for name, classes in sets.items():
@@ -141,7 +140,7 @@ def _write(
                 order = stable_permutation(len(order), generator(0, "glyphs/shuffle"))
             with explain_full_disk(f"{out}/{name}", writer.folder, drawing.size(rows)):
                 drawing.write(writer, rows, order)
-                _write_classes(writer, named[name])
+                _write_classes(writer, plan.train if name == KNOWN else classes)
             roles = _roles(rows) if name == HELDOUT else {}
             finished.append((writer, len(classes), roles))
         for writer, count, roles in finished:

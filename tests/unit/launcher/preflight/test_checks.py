@@ -48,6 +48,17 @@ def test_glyphs_make_train_and_heldout_side_by_side(root: str) -> None:
     assert wrong_keys(f"{root}train", f"{root}elsewhere", True) == ["evaluate.shards"]
 
 
+def test_glyphs_make_the_known_classes_if_they_are_asked_for() -> None:
+    """The cure named the folder of the held-out classes."""
+    evaluate = {"classification": "out/known"}
+    known = {"shards": "out/train", "glyphs": {"known_classes": True}}
+    assert not list(check_data(config(data=known, evaluate=evaluate)))
+    plain = {"shards": "out/train", "glyphs": {}}
+    ((key, problem),) = check_data(config(data=plain, evaluate=evaluate))
+    assert key == "evaluate.classification"
+    assert "one named 'known' beside data.shards with data.glyphs.known_classes=true" in problem
+
+
 def test_glyphs_do_not_excuse_a_folder_that_they_never_write() -> None:
     """And what follows from that mistake is not told as another."""
     assert wrong_keys("/nowhere", "data/glyphs/heldout", True) == ["data.shards"]
