@@ -37,7 +37,9 @@ def _noting_interrupts() -> Iterator[list[int]]:
     received: list[int] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        """Raise; should a finalizer or a library lose that, the run stops at its next step."""
         received.append(signum)
+        preemption.request()
         sys.unraisablehook = lambda _: None
         raise KeyboardInterrupt
 
@@ -48,6 +50,7 @@ def _noting_interrupts() -> Iterator[list[int]]:
         yield received
     finally:
         signal.signal(signal.SIGINT, before)
+        preemption.clear()
 
 
 def _train(arguments: list[str], interrupts: list[int]) -> int:
@@ -68,6 +71,8 @@ def _train(arguments: list[str], interrupts: list[int]) -> int:
         print(f"error: {scrub(str(error))}", file=sys.stderr)
         return 2
     except Preempted as stop:
+        if interrupts:
+            raise KeyboardInterrupt from None
         print(stop, file=sys.stderr)
         return stop.exit_code
     except Exception:  # told as Python would, but without secrets

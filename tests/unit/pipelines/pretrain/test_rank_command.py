@@ -69,6 +69,34 @@ def test_what_ctrl_c_makes_of_a_library_is_no_fault(
     assert capfd.readouterr().err == SENTENCE
 
 
+def test_ctrl_c_that_a_library_keeps_to_itself_ends_the_run_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Python loses what is raised in a finalizer; the run went on to its end."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def lose_the_interrupt(config: Config, on_event: Callable[[Any], None]) -> Any:
+        Finalized()
+        return run_pretraining(config, on_event)
+
+    file = tmp_path / "run.yaml"
+    config = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train"))
+    file.write_text(config_to_yaml(config))
+    monkeypatch.setattr("pipelines.pretrain.main.run_pretraining", lose_the_interrupt)
+    monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command.main([str(file)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capfd.readouterr().err.endswith(SENTENCE)
+    assert not Path(config.run.path, "summary.json").exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
     # Shells let what is in the background ignore SIGINT, and so would the process.
