@@ -16,7 +16,7 @@ from typing import Any
 from launcher import cli, execute
 from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.node_probe import probe_node
-from launcher.preflight.predict import as_it_would_run, find_obstacles, workers_per_node
+from launcher.preflight.predict import as_it_would_run, find_obstacles, workers_on_nodes
 from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
@@ -92,8 +92,13 @@ def preflight(file: str, trying: bool = True) -> None:
     if not trying or find_obstacles(config, found):
         return
     as_run = as_it_would_run(config, found)
-    workers = workers_per_node(as_run, found)
-    task = ray.remote(num_cpus=0, num_gpus=workers * int(config.scale.gpu))(_try)
+    crowds = workers_on_nodes(as_run, found)
+    workers = max(crowds)
+    fullest = answers[crowds.index(workers)][0]
+    # The head, where such a task goes by itself, may be smaller, or without the right cards.
+    here = {"ray.io/node-id": fullest["NodeID"]}
+    gpus = workers * int(config.scale.gpu)
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus, label_selector=here)(_try)
     needs: dict[str, Any] = {"env_vars": worker_environment(config)}
     measured = ray.get(task.options(runtime_env=needs).remote(file, workers, as_run.scale.workers))
     lines.handle({"event": "trial", "measured": measured})

@@ -6,7 +6,6 @@ But for one question, which needs torch (`_slow_precision`).
 from __future__ import annotations
 
 import platform
-import shutil
 import socket
 import urllib.request
 import uuid
@@ -24,14 +23,12 @@ from launcher.preflight.machine import list_gpus
 from mhe_dist.backbone.compiler import missing_compiler
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
-from mhe_dist.limits import available_cores, available_memory
+from mhe_dist.limits import available_memory
 from mhe_dist.redact import scrub
 from mhe_dist.tracking.environment import LIBRARIES
 from mhe_dist.tracking.factory import mlflow_uri
 from mhe_dist.web_address import is_web_address
-from pipelines.runs.folder import absolute_path
-from pipelines.storage.full_disk import existing_folder
-from pipelines.storage.urls import is_local, is_local_url, resolve_url
+from pipelines.storage.urls import is_local, resolve_url
 
 DEADLINE_S = 30.0
 MLFLOW_S = 15.0
@@ -43,18 +40,16 @@ def probe_node(config: Config) -> dict[str, Any]:
     """Probe this node for a run; plain values, which JSON can carry.
 
     Returns:
-        `host`, `python`, `versions` by package, `cpus`, `gpus` (names), `memory` (bytes available),
-        `disk` (bytes free in `run.dir`; None at a URL), `problems`: pairs of a key and what is
-        wrong with the path or URL that it names, and `slow`: what makes the run needlessly slow.
+        `host`, `python`, `versions` by package, `gpus` (names), `memory` (bytes available),
+        `problems`: pairs of a key and what is wrong with the path or URL that it names, and `slow`:
+        what makes the run needlessly slow.
     """
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in LIBRARIES},
-        "cpus": available_cores(),
         "gpus": list_gpus(),
         "memory": available_memory(),
-        "disk": _free(config),
         "problems": _problems(config),
         "slow": _slow_precision(config),
     }
@@ -144,12 +139,6 @@ def _compiler(config: Config) -> Iterable[tuple[str, str]]:
     """Whether the node can compile the network."""
     if config.model.compile and (missing := missing_compiler(config.scale.gpu)):
         yield "model.compile", missing.removeprefix("model.compile=true ")
-
-
-def _free(config: Config) -> int | None:
-    if not is_local_url(config.run.dir):
-        return None
-    return shutil.disk_usage(existing_folder(absolute_path(config.run.dir))).free
 
 
 def _version(package: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from launcher.ray_cluster.elastic import group_size
-from launcher.ray_cluster.environment import count_slots, placement_needs
+from launcher.ray_cluster.elastic import explain_no_room, group_size
+from launcher.ray_cluster.environment import count_room, count_slots, placement_needs
 from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
 from mhe_dist.sizes import GIB, MIB
@@ -41,7 +40,8 @@ class CostPrediction(NamedTuple):
 
 def find_obstacles(config: Config, nodes: list[NodeReport]) -> list[str]:
     """Every reason, in a sentence with its cure, why the run cannot work on these nodes."""
-    return [*_unreachable(nodes), *_disagreements(nodes), *_too_few(config, nodes)]
+    no_room = explain_no_room(config, _resources(nodes))
+    return [*_unreachable(nodes), *_disagreements(nodes), *([no_room] if no_room else [])]
 
 
 def as_it_would_run(config: Config, nodes: list[NodeReport]) -> Config:
@@ -53,22 +53,33 @@ def as_it_would_run(config: Config, nodes: list[NodeReport]) -> Config:
     """
     if not config.scale.elastic:
         return config
-    group = {"workers": group_size(_room(config, nodes), config), "min_workers": 0}
-    return config.model_copy(update={"scale": config.scale.model_copy(update=group)})
+    workers = group_size(count_room(config, _resources(nodes)), config)
+    return _with_scale(config, workers=workers, min_workers=0)
 
 
-def workers_per_node(config: Config, nodes: list[NodeReport]) -> int:
-    """Workers on the fullest node; packed, Ray fills a node before it goes to the next.
+def workers_on_nodes(config: Config, nodes: list[NodeReport]) -> list[int]:
+    """The most workers that each node may get; packed, Ray fills one before it goes to the next.
 
     Args:
         config: see `as_it_would_run`.
         nodes: all of them.
     """
-    scale = config.scale
-    spread = math.ceil(scale.workers / len(nodes))
-    if scale.placement in ("spread", "strict_spread"):
-        return spread
-    return max(spread, min(scale.workers, max(worker_slots(config, node) for node in nodes)))
+    needs, workers = placement_needs(config), config.scale.workers
+    slots = [min(workers, count_slots(node["resources"], needs)) for node in nodes]
+    if config.scale.placement == "strict_pack":
+        return [room if room == workers else 0 for room in slots]
+    if config.scale.placement == "strict_spread":
+        return [min(1, room) for room in slots]
+    return _spread(slots, workers) if config.scale.placement == "spread" else slots
+
+
+def _spread(slots: list[int], workers: int) -> list[int]:
+    """Workers on each node if they are on as many nodes as have room for them."""
+    for highest in range(1, workers + 1):
+        level = [min(highest, room) for room in slots]
+        if sum(level) >= workers:
+            return level
+    return slots
 
 
 def predict_cost(config: Config, measured: dict[str, Any]) -> CostPrediction:
@@ -119,12 +130,16 @@ def find_shortages(
         prediction: of that config.
         nodes: all of them.
     """
-    return [*_short_memory(config, prediction, nodes), *_small_cards(prediction, nodes)]
+    return [*_short_memory(config, prediction, nodes), *_small_cards(config, prediction, nodes)]
 
 
-def _small_cards(prediction: CostPrediction, nodes: list[NodeReport]) -> Iterable[str]:
+def _small_cards(
+    config: Config, prediction: CostPrediction, nodes: list[NodeReport]
+) -> Iterable[str]:
     """Cards that hold less than a worker needs; what a driver does not tell is not judged."""
-    sizes = {gpu: card_bytes(gpu) for node in nodes for gpu in node["gpus"]}
+    crowds = workers_on_nodes(config, nodes)
+    used = [node for node, crowd in zip(nodes, crowds, strict=True) if crowd]
+    sizes = {gpu: card_bytes(gpu) for node in used for gpu in node["gpus"]}
     small = [gpu for gpu, size in sizes.items() if size and size < prediction.device]
     if small:
         yield (
@@ -141,18 +156,24 @@ def card_bytes(gpu: str) -> int:
     return int(found[1]) * MIB if found else 0
 
 
-def _short_memory(config: Config, prediction: CostPrediction, nodes: list[NodeReport]) -> list[str]:
-    crowd = workers_per_node(config, nodes)
-    there = min(node["memory"] for node in nodes)
-    if crowd * prediction.memory <= there:
-        return []
-    spread = math.ceil(config.scale.workers / len(nodes)) < crowd
+def _short_memory(
+    config: Config, prediction: CostPrediction, nodes: list[NodeReport]
+) -> Iterable[str]:
+    crowds = workers_on_nodes(config, nodes)
+    crowd, node = max(
+        zip(crowds, nodes, strict=True),
+        key=lambda pair: pair[0] * prediction.memory - pair[1]["memory"],
+    )
+    if crowd * prediction.memory <= node["memory"]:
+        return
+    spread = max(workers_on_nodes(_with_scale(config, placement="spread"), nodes))
     largest = max(prediction.parts[1:], key=lambda part: part[1], default=("", 0))[0]
-    return [
-        f"{crowd} workers on a node need {_gib(crowd * prediction.memory)}, and "
-        f"{_gib(there)} are free. Most of a worker's own memory is {largest}: {_cure(largest)}"
-        f"{', or set scale.placement=spread' if spread else ''}."
-    ]
+    yield (
+        f"{crowd} worker{'s' * (crowd > 1)} on {node['host']} need{'s' * (crowd == 1)} "
+        f"{_gib(crowd * prediction.memory)}, and {_gib(node['memory'])} are free there. "
+        f"Most of a worker's own memory is {largest}: {_cure(largest)}"
+        f"{', or set scale.placement=spread' if spread < crowd else ''}."
+    )
 
 
 def prediction_rows(prediction: CostPrediction) -> Iterable[tuple[str, str]]:
@@ -196,28 +217,12 @@ def _disagreements(nodes: list[NodeReport]) -> Iterable[str]:
             yield f"{name} is not the same on all nodes ({listed}): install one version"
 
 
-def _too_few(config: Config, nodes: list[NodeReport]) -> Iterable[str]:
-    """Whether Ray would wait for ever for room."""
-    scale, room = config.scale, _room(config, nodes)
-    fewest = min(config.group_sizes()) if scale.elastic else scale.workers
-    if room < fewest:
-        wants = ", ".join(f"{name} {amount:g}" for name, amount in placement_needs(config).items())
-        key = "scale.min_workers" if scale.elastic else "scale.workers"
-        needs = f", and a step can be shared by {fewest} at least" if fewest > scale.fewest else ""
-        yield (
-            f"{key}={scale.fewest}: there is room for {room}, each with {wants}, "
-            f"on {len(nodes)} nodes{needs}. Lower {key}, scale.cpus_per_worker or "
-            "scale.resources, or add nodes."
-        )
+def _resources(nodes: list[NodeReport]) -> list[dict[str, float]]:
+    return [node["resources"] for node in nodes]
 
 
-def _room(config: Config, nodes: list[NodeReport]) -> int:
-    return sum(worker_slots(config, node) for node in nodes)
-
-
-def worker_slots(config: Config, node: NodeReport) -> int:
-    """How many workers have room on a node."""
-    return count_slots(node["resources"], placement_needs(config))
+def _with_scale(config: Config, **changes: Any) -> Config:
+    return config.model_copy(update={"scale": config.scale.model_copy(update=changes)})
 
 
 def _cure(part: str) -> str:

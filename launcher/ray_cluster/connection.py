@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from launcher.ray_cluster import ray_internals
+from launcher.ray_cluster.elastic import explain_no_room
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, LOCAL_ENVIRONMENT
 from launcher.ray_cluster.mailbox import NAMESPACE
 from launcher.signals import Interrupted, signals_deferred, signals_ignored
@@ -142,8 +143,8 @@ def local_cluster(config: Config, dashboard: bool = False) -> Iterator[str]:
         The link of the dashboard; empty without one.
 
     Raises:
-        UserError: this machine has fewer GPUs than the run needs, or this process is connected to
-            a cluster already.
+        UserError: this machine has no room for the workers, or this process is connected to a
+            cluster already.
         RunError: Ray does not start, as on a machine that is too busy.
     """
     os.environ.update(DRIVER_ENVIRONMENT | LOCAL_ENVIRONMENT)
@@ -161,7 +162,8 @@ def local_cluster(config: Config, dashboard: bool = False) -> Iterator[str]:
                 raise
             except Exception as error:
                 raise RunError(_start_failure(config, error)) from error
-        _check_gpus(config, ray.cluster_resources())
+        if reason := explain_no_room(config, [ray.cluster_resources()]):
+            raise UserError(reason)
         yield link
     finally:
         with signals_ignored():
@@ -197,16 +199,6 @@ def _refuse_second_connection() -> None:
     if ray.is_initialized():
         raise UserError(
             "this process is connected to a Ray cluster already: call ray.shutdown() first"
-        )
-
-
-def _check_gpus(config: Config, resources: dict[str, float]) -> None:
-    """Refuse what Ray would wait for without end."""
-    gpus = int(resources.get("GPU", 0))
-    if config.scale.gpu and gpus < config.scale.fewest:
-        raise UserError(
-            f"scale.workers={config.scale.workers} with scale.gpu=true needs a GPU for each one; "
-            f"this machine has {gpus}. Lower scale.workers or set scale.gpu=false."
         )
 
 

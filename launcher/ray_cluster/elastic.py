@@ -6,11 +6,11 @@ And what a run that has none yet waits for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from launcher.events import Event
-from launcher.ray_cluster.environment import count_slots, placement_needs
+from launcher.ray_cluster.environment import count_room, placement_needs
 from mhe_dist.config.schema import Config
 
 RESIZE_CHECK_S = 30.0  # how often a running group looks for room to grow into
@@ -82,8 +82,8 @@ class LongWait:
 def describe_wait(config: Config, nodes: list[NodeRoom]) -> str:
     """What a run without workers asks of the cluster, and what its nodes have free."""
     needs, fewest = placement_needs(config), min(config.group_sizes())
-    free = sum(count_slots(node.free, needs) for node in nodes)
-    ever = sum(count_slots(node.total, needs) for node in nodes)
+    free = count_room(config, (node.free for node in nodes))
+    ever = count_room(config, (node.total for node in nodes))
     workers = f"{'at least ' * config.scale.elastic}{fewest} worker{'s' * (fewest > 1)}"
     parts = [
         f"still waiting for {workers}, each with {_amounts(needs, needs)}: there is room for "
@@ -102,6 +102,33 @@ def describe_wait(config: Config, nodes: list[NodeRoom]) -> str:
     else:
         parts.append("lower scale.workers or what each needs, or add nodes")
     return "; ".join(parts)
+
+
+def explain_no_room(config: Config, nodes: Sequence[Mapping[str, float]]) -> str:
+    """Why Ray would wait for ever on these nodes, and the cure; empty: there is room.
+
+    Args:
+        config: of the run.
+        nodes: what each one has, by Ray's names.
+    """
+    scale, fewest, room = config.scale, min(config.group_sizes()), count_room(config, nodes)
+    if room >= fewest:
+        return ""
+    key = "scale.min_workers" if scale.elastic else "scale.workers"
+    needs, count = placement_needs(config), len(nodes)
+    placed = scale.placement.partition("strict_")[2]
+    return "".join(
+        (
+            f"{key}={scale.fewest}: there is room for {room}, each with {_amounts(needs, needs)}, ",
+            f"on {count} node{'s' * (count != 1)}",
+            f" with scale.placement=strict_{placed}" if placed else "",
+            f", and a step can be shared by {fewest} at least" if fewest > scale.fewest else "",
+            f". Lower {key}, scale.cpus_per_worker or scale.resources, ",
+            "set scale.gpu=false, " if scale.gpu else "",
+            f"set scale.placement={placed}, " if placed else "",
+            "or add nodes.",
+        )
+    )
 
 
 def _amounts(has: Mapping[str, float], names: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mhe_dist.config.schema import Config
 from mhe_dist.distributed.device import choose_device
@@ -91,6 +91,21 @@ def placement_needs(config: Config) -> dict[str, float]:
     if kind := config.scale.accelerator_type:
         needs[f"accelerator_type:{kind}"] = 0.001  # what Ray itself asks of such a node
     return needs
+
+
+def count_room(config: Config, nodes: Iterable[Mapping[str, float]]) -> int:
+    """How many workers have room together, placed as `scale.placement` says.
+
+    Args:
+        config: of the run.
+        nodes: what each one has, by Ray's names.
+    """
+    slots = [count_slots(has, placement_needs(config)) for has in nodes]
+    if config.scale.placement == "strict_pack":
+        return max(slots, default=0)
+    if config.scale.placement == "strict_spread":
+        return sum(map(bool, slots))
+    return sum(slots)
 
 
 def count_slots(has: Mapping[str, float], needs: Mapping[str, float]) -> int:

@@ -289,6 +289,13 @@ def validate_combinations(config: Config) -> list[str]:
     wrong += config.head.refuse_several_labels(data.labels_per_sample)
     workers = max(config.group_sizes(), default=scale.workers)
     wrong += config.head.validate_combinations(workers, config.run.dir)
+    if scale.elastic and scale.placement.startswith("strict_"):
+        wrong.append(
+            f"scale.placement={scale.placement} is for a fixed number of workers: of "
+            f"scale.min_workers={scale.min_workers} to {scale.workers} Ray takes as many as have "
+            "room, however they are placed; give scale.placement="
+            f"{scale.placement.removeprefix('strict_')}, or leave scale.min_workers out"
+        )
     if optim.ema and scale.zero_stage == 3:
         wrong.append(
             f"optim.ema={optim.ema} needs whole weights on each rank, but scale.zero_stage=3 cuts "

@@ -22,7 +22,7 @@ from launcher.preflight.predict import (
     find_shortages,
     predict_cost,
     prediction_rows,
-    workers_per_node,
+    workers_on_nodes,
 )
 from launcher.preflight.trial_process import measure_trial
 from launcher.ray_cluster.code_package import with_absolute_paths
@@ -46,10 +46,8 @@ def node(host: str = "a", cpus: int = 4, gpus: int = 0, **changes: Any) -> dict[
         "host": host,
         "python": "3.11.7",
         "versions": VERSIONS,
-        "cpus": cpus,
         "gpus": [],
         "memory": int(8 * GIB),
-        "disk": None,
         "problems": [],
         "slow": "",
         "resources": resources,
@@ -73,7 +71,7 @@ def test_every_reason_is_told_at_once() -> None:
     assert refusals[1].startswith("torch is not the same on all nodes (2.14.1 on")
     assert "2.13.0 on b" in refusals[1]
     assert refusals[2] == "ray is missing on c: install it there"
-    assert "scale.workers=4: there is room for 3, each with CPU 1, on 3 nodes" in refusals[3]
+    assert "scale.workers=4: there is room for 3, each with CPU 1, on 3 nodes." in refusals[3]
     assert len(refusals) == 4
 
 
@@ -96,6 +94,34 @@ def test_a_worker_needs_its_place_on_one_node(scale: dict[str, Any], room: int) 
     assert f"there is room for {room}," in refusals
 
 
+@pytest.mark.parametrize(
+    ("placement", "fits", "lacks"),
+    [("strict_pack", [4, 1], [3, 3]), ("strict_spread", [1, 1, 2, 1], [4, 4, 0])],
+)
+def test_a_strict_placement_needs_its_nodes(
+    placement: str, fits: list[int], lacks: list[int]
+) -> None:
+    """Ray would wait for ever where the sum over nodes is enough and no placement is."""
+    settings = config(scale={"workers": 4, "placement": placement})
+    assert find_obstacles(settings, [node(cpus=count) for count in fits]) == []
+    (refusal,) = find_obstacles(settings, [node(cpus=count) for count in lacks])
+    room, plain = {"strict_pack": 3, "strict_spread": 2}[placement], placement[len("strict_") :]
+    assert (
+        f"is room for {room}, each with CPU 1, on {len(lacks)} nodes with scale.placement=strict"
+        in refusal
+    )
+    assert refusal.endswith(f"or scale.resources, set scale.placement={plain}, or add nodes.")
+    settings.scale.placement = plain
+    assert find_obstacles(settings, [node(cpus=count) for count in lacks]) == []
+
+
+@pytest.mark.parametrize("placement", ["strict_pack", "strict_spread"])
+def test_a_strict_placement_is_for_a_fixed_number_of_workers(placement: str) -> None:
+    """Ray counts what has room on all nodes together, and would wait for ever to place that."""
+    with pytest.raises(ValueError, match=f"{placement} is for a fixed number of workers"):
+        config(scale={**ELASTIC, "placement": placement}, train=BATCH)
+
+
 ELASTIC = {"workers": {"min": 2, "max": 8}}
 BATCH = {"global_batch": 1024}  # 8 micro-batches
 
@@ -108,7 +134,7 @@ def test_an_elastic_run_has_the_workers_that_have_room(
     assert find_obstacles(settings, nodes) == []
     as_run = as_it_would_run(settings, nodes)
     assert as_run.group_sizes() == [workers]
-    assert workers_per_node(as_run, nodes) == min(workers, cpus - 1)
+    assert workers_on_nodes(as_run, nodes)[0] == min(workers, cpus - 1)
     assert survey.assess(settings, iter([{"nodes": nodes}]), trial=False) is None
     said = capsys.readouterr().err.replace("\n", " ")
     assert f"of 2 to 8 workers (scale.workers) the run would have {workers} there" in said
@@ -117,11 +143,11 @@ def test_an_elastic_run_has_the_workers_that_have_room(
 @pytest.mark.parametrize(
     ("scale", "cpus", "said"),
     [
-        (ELASTIC, 1, "scale.min_workers=2: there is room for 1, each with CPU 1, on 1 nodes. Lo"),
+        (ELASTIC, 1, "scale.min_workers=2: there is room for 1, each with CPU 1, on 1 node. Lo"),
         (
             {"workers": {"min": 3, "max": 8}},
             3,
-            "scale.min_workers=3: there is room for 3, each with CPU 1, on 1 nodes, and a step can "
+            "scale.min_workers=3: there is room for 3, each with CPU 1, on 1 node, and a step can "
             "be shared by 4 at least. Lower scale.min_workers, scale.cpus_per_worker or ",
         ),
     ],
@@ -206,23 +232,50 @@ def test_a_head_that_scores_the_embeddings_of_all_workers_takes_longer_than_in_t
 
 
 @pytest.mark.parametrize(
-    ("placement", "workers"), [("pack", 3), ("strict_pack", 3), ("spread", 2), ("strict_spread", 2)]
+    ("placement", "workers", "on_nodes"),
+    [
+        ("pack", 4, [4, 1, 0, 4]),
+        ("spread", 4, [2, 1, 0, 2]),
+        ("spread", 9, [4, 1, 0, 4]),
+        ("strict_pack", 4, [4, 0, 0, 4]),
+        ("strict_spread", 3, [1, 1, 0, 1]),
+    ],
 )
-def test_a_trial_has_as_many_workers_as_the_fullest_node(placement: str, workers: int) -> None:
-    settings = config(scale={"workers": 4, "placement": placement})
-    assert workers_per_node(settings, [node("a", 3), node("b", 2)]) == workers
+def test_a_node_may_get_as_many_workers_as_its_placement_lets_it(
+    placement: str, workers: int, on_nodes: list[int]
+) -> None:
+    """A head without CPUs gets none, so the others get more."""
+    settings = config(
+        scale={"workers": workers, "placement": placement},
+        train={"global_batch": workers * 128},
+        data={"shards": "x", "streams": workers * 2},
+    )
+    nodes = [node("a", 4), node("b", 1), node("head", 0), node("d", 5)]
+    assert workers_on_nodes(settings, nodes) == on_nodes
 
 
 def test_what_does_not_fit_is_refused_with_its_largest_part() -> None:
     settings = config(scale={"workers": 4})
     found = predict_cost(settings, MEASURED)
     (refusals,) = find_shortages(settings, found, [node()])
-    assert "4 workers on a node need 11.60 GiB, and 8.00 GiB are free" in refusals
+    assert "4 workers on a need 11.60 GiB, and 8.00 GiB are free there" in refusals
     assert "lower train.micro_batch" in refusals
     (refusals,) = find_shortages(settings, found, [node(), node("b")])
     assert refusals.endswith(", or set scale.placement=spread.")
     settings.scale.placement = "spread"
     assert find_shortages(settings, found, [node(), node("b")]) == []
+
+
+def test_memory_and_cards_are_those_of_the_nodes_that_workers_may_be_on() -> None:
+    """A small head without CPUs, and cards of another kind than is asked for, hold no worker."""
+    head, large = node("head", 0, memory=GIB), node("large", 4, memory=64 * GIB, gpus=4)
+    head["gpus"], large["gpus"] = ["NVIDIA T4, 15360 MiB"], ["NVIDIA H100, 81559 MiB"] * 4
+    settings = config(scale={"workers": 4})
+    found = predict_cost(settings, MEASURED)._replace(device=int(40 * GIB))
+    assert find_shortages(settings, found, [head, large]) == []
+    large["memory"] = 4 * GIB
+    (refusal,) = find_shortages(settings, found, [head, large])
+    assert refusal.startswith("4 workers on large need 11.60 GiB, and 4.00 GiB are free there")
 
 
 def test_a_card_that_is_too_small_is_named() -> None:

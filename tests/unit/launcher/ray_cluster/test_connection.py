@@ -12,7 +12,6 @@ import pytest
 
 from launcher.ray_cluster import connection, environment, ray_internals
 from launcher.ray_cluster.connection import (
-    _check_gpus,
     _move_logs,
     ask_nodes,
     existing_cluster,
@@ -22,11 +21,28 @@ from mhe_dist.errors import RunError, UserError
 from tests.support.config_sections import config
 
 
-def test_gpus_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UserError, match=r"scale.workers=2.*has 1.*scale.gpu=false"):
-        _check_gpus(config(scale={"workers": 2, "gpu": True}), {"GPU": 1.0})
-    _check_gpus(config(scale={"workers": 2, "gpu": True}), {"GPU": 2.0})
-    _check_gpus(config(scale={"workers": 2}), {})
+@pytest.mark.parametrize(
+    ("scale", "said"),
+    [
+        ({"gpu": True}, "room for 1, each with CPU 1, GPU 1, on 1 node. .*scale.gpu=false"),
+        ({"placement": "strict_spread"}, "room for 1, .*set scale.placement=spread, or add nodes"),
+        ({"resources": {"fast": 1}}, "room for 0, each with CPU 1, fast 1, on 1 node. .*resources"),
+        ({"accelerator_type": "H100"}, "room for 0, each with CPU 1, accelerator_type:H100 "),
+    ],
+)
+def test_a_run_that_this_machine_has_no_room_for_is_refused_before_it_waits(
+    scale: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(ray_internals, "start_local_ray", lambda *_: "")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 1.0})
+    run = {"dir": str(tmp_path)}
+    too_large = local_cluster(config(run=run, scale={"workers": 2, **scale}))
+    with pytest.raises(UserError, match=f"scale.workers=2: there is {said}"), too_large:
+        pytest.fail("Ray would wait")
+    with local_cluster(config(run=run, scale={"workers": 1, "gpu": True})):
+        pass
 
 
 TIMED_OUT = (
