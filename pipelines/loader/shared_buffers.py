@@ -7,14 +7,10 @@ decoding, and more of it where the batch is read.
 
 from __future__ import annotations
 
-import multiprocessing
-from ctypes import c_uint8
-from math import prod
-from typing import Final
-
 import numpy as np
 
 from pipelines.data.decode import Pixels
+from pipelines.loader.shared_array import SharedArray
 
 
 class SharedBuffers:
@@ -28,10 +24,9 @@ class SharedBuffers:
 
     def __init__(self, processes: int, prefetch: int, images: int, side: int) -> None:
         """Lay out memory for at most `images` images of `side` x `side` in a batch."""
-        self._shape: Final = (processes, prefetch + 1, images, side, side, 3)
-        self._memory = multiprocessing.RawArray(c_uint8, prod(self._shape))
+        self._memory = SharedArray((processes, prefetch + 1, images, side, side, 3), np.uint8)
 
     def images(self, process: int, batch_number: int) -> Pixels:
         """uint8 `[images, side, side, 3]`: the buffer of batch `batch_number` of a process."""
-        buffers = np.frombuffer(memoryview(self._memory), np.uint8).reshape(self._shape)
-        return buffers[process, batch_number % self._shape[1]]
+        buffers = self._memory.values[process]
+        return buffers[batch_number % len(buffers)]

@@ -9,12 +9,14 @@ import multiprocessing
 import multiprocessing.process
 import os
 import signal
-from ctypes import c_int64
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from mhe_dist.errors import RunError
 from pipelines.data.order import ShardSpan
 from pipelines.data.sample import BadSampleError, parse_members, read_span
+from pipelines.loader.shared_array import SharedArray
 from pipelines.shards.index import ShardIndex
 
 READING: Final = 1
@@ -49,7 +51,7 @@ class WorkerStatusTable:
     """A row for each loader process of a rank, which the process overwrites for each sample."""
 
     def __init__(self, processes: int) -> None:
-        self._table = multiprocessing.RawArray(c_int64, processes * _FIELDS)
+        self._table = SharedArray((processes, _FIELDS), np.int64)
         self._children: list[multiprocessing.process.BaseProcess] = []
 
     def remember_children(self) -> None:
@@ -58,20 +60,17 @@ class WorkerStatusTable:
 
     def register(self, process: int) -> None:
         """Record that the calling process is loader process number `process`."""
-        self._table[process * _FIELDS + _PID] = os.getpid()
+        self._table.values[process, _PID] = os.getpid()
 
     def update(self, process: int, activity: int, sample: int) -> None:
         """Record what loader process number `process` is about to do."""
-        row = process * _FIELDS
-        self._table[row + _SAMPLE] = sample
-        self._table[row + _ACTIVITY] = activity
+        row = self._table.values[process]
+        row[_SAMPLE], row[_ACTIVITY] = sample, activity
 
     def dead(self) -> list[WorkerStatus]:
         """The last entries of the children that ended with an error or by a signal."""
-        table = list(self._table)
-        rows = [table[start : start + _FIELDS] for start in range(0, len(table), _FIELDS)]
         dead = []
-        for process, row in enumerate(rows):
+        for process, row in enumerate(self._table.values.tolist()):
             for child in self._children:
                 code = child.exitcode if child.pid == row[_PID] else None
                 if code:
