@@ -12,6 +12,24 @@ import pytest
 WATCHDOG_S = 800.0  # ends what hangs, before pytest's own does; claims nothing of how long it takes
 
 
+class Clock:
+    """Stands in for the module `time`: a sleep takes no time and moves this clock on.
+
+    Attributes:
+        now: seconds.
+    """
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        """Seconds, as `time.monotonic` gives them."""
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        """Move on."""
+        self.now += seconds
+
+
 def stretched(seconds: float) -> float:
     """What takes so long on a quiet machine may take this long now: longer as it is busy."""
     return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))

@@ -6,8 +6,9 @@ import logging
 import os
 import subprocess
 import sys
-import time
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker, metric_name
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, Spool
-from tests.support.waiting import stretched
+from tests.support.waiting import WATCHDOG_S
 
 pytestmark = pytest.mark.usefixtures("hurry")
 
@@ -172,18 +173,20 @@ def test_a_lost_answer_makes_nothing_twice(store, monkeypatch, tmp_path):
 
 
 class Outage:
-    """Stands in for the store: fails `failures` times, then takes an entry in `delay` seconds."""
+    """Stands in for the store: fails `failures` times, and not before `begun`, then takes all."""
 
     uri = "http://user:password@server"
     run_id = None
 
-    def __init__(self, failures, delay=0.0):
-        self.failures, self.delay, self.sent = failures, delay, []
+    def __init__(self, failures):
+        self.failures, self.sent, self.begun = failures, [], threading.Event()
+        self.begun.set()
 
     def describe(self, params, tags):
         pass
 
     def open(self):
+        assert self.begun.wait(WATCHDOG_S)
         if self.failures > 0:
             self.failures -= 1
             raise ConnectionError("no route to http://user:password@server")
@@ -193,18 +196,17 @@ class Outage:
         return [(partial(self.take, entry), 1) for entry in entries]
 
     def take(self, entry):
-        time.sleep(self.delay)
         self.sent.append(entry)
 
 
 def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, caplog):
     mlflow = tracker(store)
-    mlflow._store = Outage(failures=4)
+    mlflow._store = outage = Outage(failures=4)
+    outage.begun.clear()
     mlflow.start({}, {})
-    begin = time.perf_counter()
     for step in range(1000):
         mlflow.log(step, {"loss": 0.0})
-    assert time.perf_counter() - begin < stretched(1.0)
+    outage.begun.set()  # the server gave no answer until here
     mlflow.close()
     assert [entry.step for entry in mlflow._store.sent[:-1]] == list(range(1000))
     assert mlflow.run_id == "abc"
@@ -235,12 +237,33 @@ def test_what_waits_is_said_with_the_command_that_sends_it(tmp_path, monkeypatch
     assert f"`mhe sync '{tmp_path}/my run'` sends them later" in mlflow.problem
 
 
+class Slow(Outage):
+    """Takes an entry in `seconds` of a clock of its own, so that whoever waits looks at each."""
+
+    def __init__(self, seconds):
+        super().__init__(failures=0)
+        self.seconds, self.now, self.looked = seconds, 0.0, threading.Event()
+
+    def monotonic(self):
+        if threading.current_thread() is threading.main_thread():
+            self.looked.set()
+        return self.now
+
+    def take(self, entry):
+        self.looked.clear()
+        self.now += self.seconds
+        assert self.looked.wait(WATCHDOG_S)
+        super().take(entry)
+
+
 def test_sync_waits_for_a_slow_server_and_sends_more_than_a_run_keeps(tmp_path, monkeypatch):
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 1.5)  # all takes 1.8 s, each 0.15 s
-    monkeypatch.setattr("mhe_dist.tracking.mlflow._QUEUE_LIMIT", 3)
-    server = Outage(failures=0, delay=0.15)
-    monkeypatch.setattr("mhe_dist.tracking.mlflow.MlflowStore", lambda *_: server)
+    server = Slow(seconds=0.015)
+    clock = SimpleNamespace(monotonic=server.monotonic)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow.time", clock)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._CLOSE_S", 0.02)
     monkeypatch.setattr("mhe_dist.tracking.mlflow._GRACE_S", 0.0)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow._QUEUE_LIMIT", 3)
+    monkeypatch.setattr("mhe_dist.tracking.mlflow.MlflowStore", lambda *_: server)
     values = {"run": {"dir": str(tmp_path)}, "data": {"shards": "x"}}
     config = Config.model_validate(values | {"tracking": {"uri": "http://server"}})
     spool = Spool(tmp_path / "run" / "mlflow")
@@ -340,8 +363,9 @@ def test_names_that_mlflow_takes():
 @pytest.mark.slow
 def test_no_noise_and_no_telemetry(tmp_path):
     code = f"""
-from mhe_dist.tracking.mlflow import MlflowTracker
-tracker = MlflowTracker("sqlite:///{tmp_path}/mlflow.db", "e", "n")
+from mhe_dist.tracking import mlflow
+mlflow._CLOSE_S = {WATCHDOG_S}
+tracker = mlflow.MlflowTracker("sqlite:///{tmp_path}/mlflow.db", "e", "n")
 tracker.start({{}}, {{}})
 tracker.log(0, {{"loss": 1.0}})
 tracker.close()

@@ -118,9 +118,11 @@ def test_nothing_is_read_twice_or_for_nothing(remote: ShardIndex) -> None:
 
 
 def test_local_shards_are_not_read_ahead(index: ShardIndex) -> None:
+    before = threading.enumerate()  # those of another test may be about to end
     loader = iter(loader_of(index, configure(), range(4), 0, 16))
     next(loader)
-    assert not [t for t in threading.enumerate() if t.name.startswith("read-ahead")]
+    begun = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert not [name for name in begun if name.startswith("read-ahead")]
 
 
 def test_what_is_read_ahead_is_bounded() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,11 +17,14 @@ from mhe_dist.config.schema import Config
 from pipelines.shards.index import ShardIndex
 from tests.support import tiny
 from tests.support.data.loading import loader_of
-from tests.support.waiting import stretched
+from tests.support.waiting import WATCHDOG_S, wait_for
 
 LOADERS = 2
+# torch's own processes look for their parent every 5 s: not in this test.
 RANK = """
 import sys
+from torch.utils.data import _utils
+_utils.worker.MP_STATUS_CHECK_INTERVAL = 10_000
 from mhe_dist.config.load import load_config
 from pipelines.shards.index import ShardIndex
 from tests.support.data.loading import loader_of
@@ -106,16 +108,14 @@ def test_ctrl_c_waits_until_the_loader_processes_have_begun_and_leaves_them_alon
 
 def test_the_rank_ends_them_at_once(config: Config) -> None:
     """Also those that are asked for nothing any more."""
-    begin = time.monotonic()
     steps = iter(loader_of(ShardIndex.load(config.data.shards), config, range(4), 0, 10_000))
     next(steps)
     started = multiprocessing.active_children()
     assert len(started) == LOADERS
     for child in started:
         child.terminate()  # what multiprocessing does when a process ends; it then waits for ever
-        child.join(20)
+        child.join(WATCHDOG_S)
     assert [child.exitcode for child in started] == [0] * LOADERS
-    assert time.monotonic() - begin < stretched(60)
 
 
 @pytest.mark.slow
@@ -134,5 +134,4 @@ def test_they_end_with_a_rank_that_is_killed(config: Config, tmp_path: Path) -> 
     assert len(loaders) >= LOADERS
     rank.kill()
     rank.wait()
-    time.sleep(stretched(2))  # torch looks for its parent every 5 s
-    assert [process.pid for process in loaders if is_alive(process)] == []
+    wait_for(lambda: not any(map(is_alive, loaders)))

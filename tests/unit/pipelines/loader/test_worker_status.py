@@ -18,6 +18,7 @@ from pipelines.data.decode import Pixels
 from pipelines.shards.index import ShardIndex
 from tests.support import tiny
 from tests.support.data.loading import loader_of
+from tests.support.waiting import wait_for
 
 VICTIM = "0000042"
 
@@ -109,8 +110,7 @@ def test_a_death_during_the_step_has_its_name_too(index: ShardIndex, config: Con
         for _ in loader:
             [child, *_] = _children()
             os.kill(child, signal.SIGKILL)
-            for _ in range(1000):  # the step; torch's signal handler ends it
-                time.sleep(0.01)
+            wait_for(lambda: False)  # the step; torch's signal handler ends it
 
 
 def test_another_failure_of_the_step_stays_what_it_is(index: ShardIndex, config: Config) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -23,6 +25,7 @@ from pipelines.runs import lease, lock
 from pipelines.runs.lease import Lease
 from pipelines.runs.lock import FileLock, Holder, refuse_locked
 from tests.support import tiny
+from tests.support.waiting import WATCHDOG_S, Clock, wait_for
 
 OTHER = Holder("theirs", "other-host", 4242, "2026-01-02T03:04:05+00:00")
 NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"
@@ -30,12 +33,19 @@ NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "WAIT_S", 0.2)
+    """A lease lives, since a pause of this machine must not look like a dead holder."""
     monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
-    for module in (lock, lease):
-        monkeypatch.setattr(module, "POLL_S", 0.01)
-    for name, seconds in {"BEAT_S": 0.05, "STALE_S": 0.4, "SETTLE_S": 0.1}.items():
+    for name, seconds in {"BEAT_S": 0.05, "STALE_S": WATCHDOG_S, "SETTLE_S": 0.0}.items():
         monkeypatch.setattr(lease, name, seconds)
+    monkeypatch.setattr(lease, "POLL_S", 0.01)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Of whoever waits for a lock."""
+    clock = Clock()
+    monkeypatch.setattr(lock, "time", clock)
+    return clock
 
 
 @pytest.fixture
@@ -64,13 +74,23 @@ def test_the_second_run_is_told_who_trains_the_first_and_what_to_do(tmp_path: Pa
 def test_it_waits_for_a_process_that_is_about_to_end(tmp_path: Path) -> None:
     first = FileLock(str(tmp_path), OTHER)
     first.acquire(not_told)
-    threading.Timer(0.1, first.release).start()
+    asked: list[int] = []
+
+    def end_at_the_third_look() -> bool:
+        asked.append(1)
+        if len(asked) == 3:
+            first.release()
+        return False
+
     second = FileLock(str(tmp_path), Holder())
-    assert second.acquire(not_told) is None, "given back, not taken over"
+    assert second.acquire(end_at_the_third_look) is None, "given back, not taken over"
+    assert len(asked) == 3
     second.release()
 
 
-def test_two_that_wait_for_one_never_both_have_it(tmp_path: Path) -> None:
+def test_two_that_wait_for_one_never_both_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside, together = 0, 0
 
     def work() -> None:
@@ -83,7 +103,9 @@ def test_two_that_wait_for_one_never_both_have_it(tmp_path: Path) -> None:
             inside -= 1
             own.release()
 
-    lock.WAIT_S, lock.POLL_S = 10.0, 0.0  # set back by the fixture
+    monkeypatch.setattr(lock, "time", time)
+    monkeypatch.setattr(lock, "WAIT_S", WATCHDOG_S)
+    monkeypatch.setattr(lock, "POLL_S", 0.0)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -96,28 +118,31 @@ def test_two_that_wait_for_one_never_both_have_it(tmp_path: Path) -> None:
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     first = FileLock(str(tmp_path), OTHER)
     first.acquire(not_told)
-    reading, writing = os.pipe()
+    here, there = socket.socketpair()
     child = os.fork()
     if child == 0:  # lives on while its parent dies
-        os.close(writing)
-        os.read(reading, 1)
+        here.close()
+        there.send(b"begun")
+        there.recv(1)
         os._exit(0)
+    there.close()
+    assert here.recv(5) == b"begun"
     first._close()  # as the kernel does it
     second = FileLock(str(tmp_path), Holder())
     assert second.acquire(not_told) == OTHER, "taken over"
     second.release()
-    os.close(writing)
-    os.close(reading)
+    here.close()
     os.waitpid(child, 0)
 
 
-def test_a_lost_worker_of_the_same_command_is_waited_for_and_then_replaced(tmp_path: Path) -> None:
+def test_a_lost_worker_of_the_same_command_is_waited_for_and_then_replaced(
+    tmp_path: Path, clock: Clock
+) -> None:
     lost = FileLock(str(tmp_path), Holder("ours", "lost-node", 1))
     lost.acquire(not_told)
     restarted = FileLock(str(tmp_path), Holder("ours"))
-    begin = time.monotonic()
     restarted.acquire(not_told)
-    assert time.monotonic() - begin >= lock.WAIT_S
+    assert lock.WAIT_S <= clock.now < lock.WAIT_S + 3 * lock.POLL_S
     with pytest.raises(UserError):
         FileLock(str(tmp_path), OTHER).acquire(not_told)
     lost.release()
@@ -193,56 +218,82 @@ def test_a_lease_is_kept_and_given_back(store: str) -> None:
     assert not fsspec.filesystem("memory").exists(f"{store}/run.lock")
 
 
-def test_a_lease_that_stays_the_same_is_taken_over_whatever_the_clocks_say(store: str) -> None:
+def test_a_lease_that_stays_the_same_is_taken_over_whatever_the_clocks_say(
+    store: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "time", clock)
+    monkeypatch.setattr(lease, "STALE_S", 30.0)
     future = Holder("theirs", "other-host", 4242, "2999-01-01T00:00:00+00:00")
     fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", future.to_line(beat=7))
     second = Lease(store, Holder())
-    begin = time.monotonic()
     assert second.acquire(not_told) == future
-    assert time.monotonic() - begin >= lease.STALE_S
+    assert lease.STALE_S <= clock.now < lease.STALE_S + 3 * lease.POLL_S
     second.release()
 
 
 def test_workers_that_ray_starts_again_do_not_wait_for_a_lease(
-    store: str, monkeypatch: pytest.MonkeyPatch
+    store: str, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "STALE_S", 60.0)
+    monkeypatch.setattr(lease, "time", clock)
     fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
     second = Lease(store, Holder("theirs"))
     assert second.acquire(not_told) == OTHER
+    assert clock.now == lease.SETTLE_S, "that of any lease"
     second.release()
 
 
 def test_who_lost_a_lease_stops_and_leaves_it(store: str) -> None:
     suspended = Lease(store, Holder())
     suspended.acquire(not_told)
-    fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
-    suspended._thread.join()
+
+    def has_noticed() -> bool:
+        """Written again, for a beat that had begun may follow it."""
+        fsspec.filesystem("memory").pipe_file(f"{store}/run.lock", OTHER.to_line(beat=1))
+        return not suspended._thread.is_alive()
+
+    wait_for(has_noticed)
     with pytest.raises(RunError, match=f"{NAMED}.*has taken the run over"):
         suspended.check()
     suspended.release()
     assert fsspec.filesystem("memory").exists(f"{store}/run.lock")
 
 
-def test_of_two_that_take_a_free_lease_at_once_one_gets_it(store: str) -> None:
-    results: list[object] = []
+def test_of_two_that_take_a_free_lease_at_once_one_gets_it(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find none, then both write, then both look whose stands."""
+    both, write, settled = threading.Barrier(2, timeout=WATCHDOG_S), Lease._write, []
+    got: list[Lease] = []
+    refused: list[UserError] = []
+
+    def write_together(own: Lease) -> None:
+        both.wait()
+        write(own)
+
+    def settle(seconds: float) -> None:
+        both.wait()
+        settled.append(seconds)
 
     def take() -> None:
         own = Lease(store, Holder())
         try:
-            results.append(own.acquire(not_told))
+            own.acquire(not_told)
+            got.append(own)
         except UserError as error:
-            results.append(error)
-        else:
-            time.sleep(0.3)
-            own.release()
+            refused.append(error)
 
+    monkeypatch.setattr(Lease, "_write", write_together)
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=settle))
+    monkeypatch.setattr(lease, "SETTLE_S", 1.0)
+    monkeypatch.setattr(lease, "BEAT_S", WATCHDOG_S)
     threads = [threading.Thread(target=take) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(result is None for result in results) == [False, True]
+    assert settled == [lease.SETTLE_S] * 2
+    assert (len(got), len(refused)) == (1, 1)
+    got[0].release()
 
 
 def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
@@ -250,10 +301,17 @@ def test_a_store_that_fails_for_a_moment_does_not_end_the_lease(
 ) -> None:
     own = Lease(store, Holder())
     own.acquire(not_told)
+    failed: list[str] = []
+
+    def fail(path: str) -> bytes:
+        failed.append(path)
+        raise ZeroDivisionError
+
     with monkeypatch.context() as patch:
-        patch.setattr(own._filesystem, "cat_file", lambda path: 1 / 0)
-        time.sleep(0.2)
-    time.sleep(0.2)
+        patch.setattr(own._filesystem, "cat_file", fail)
+        wait_for(lambda: len(failed) > 1)
+    beat = own._beat
+    wait_for(lambda: own._beat > beat)
     own.check()
     own.release()
     assert not fsspec.filesystem("memory").exists(f"{store}/run.lock")
