@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from mhe_dist.distributed import spawn as local_ranks
+from tests.support.waiting import WATCHDOG_S
 
 # What a node keeps between processes is no part of the user's own cache. Ranks import this file,
 # too, and end without tidying up: they have the folder of the process that started them.
@@ -63,6 +64,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
     ]
     return report
+
+
+@pytest.fixture
+def patient_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracker of this process waits for its MLflow however long that takes."""
+    for limit in ("_FIRST_ATTEMPT_S", "_CLOSE_S", "_GRACE_S"):
+        monkeypatch.setattr(f"mhe_dist.tracking.mlflow.{limit}", WATCHDOG_S)
 
 
 @pytest.fixture

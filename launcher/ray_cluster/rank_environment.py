@@ -7,10 +7,9 @@ Ray's own `TorchConfig` would import torch in two processes that start workers a
 from __future__ import annotations
 
 import os
-import socket
 from typing import Any
 
-_held: list[socket.socket] = []
+_held: list[Any] = []
 
 
 def rank_environment() -> Any:
@@ -22,7 +21,7 @@ def rank_environment() -> Any:
 
         def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
             """Tell each worker its rank and where rank 0 listens."""
-            address, port = worker_group.execute_single(0, hold_port)
+            address, port = worker_group.execute_single(0, choose_meeting_point)
             worker_group.execute(set_environment, address, port)
 
     class RankEnvironmentConfig(BackendConfig):
@@ -31,17 +30,18 @@ def rank_environment() -> Any:
     return RankEnvironmentConfig()
 
 
-def hold_port() -> tuple[str, int]:
-    """Address of this node and a free port of it, which nobody else gets while this process lives.
+def choose_meeting_point() -> tuple[str, int]:
+    """Address of this node and a free port of it, held for torch's store while this process lives.
 
-    The socket is bound and does not listen, so torch's store, which reuses addresses, can.
+    Returns:
+        MASTER_ADDR and MASTER_PORT.
     """
     import ray
 
+    from mhe_dist.distributed.interface import hold_port
+
     address = ray.util.get_node_ip_address()
-    holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    holder.bind(("", 0))
+    holder = hold_port(address)
     _held.append(holder)
     return address, holder.getsockname()[1]
 

@@ -1,7 +1,8 @@
-"""The network interface that ranks talk through: gloo alone would take that of the hostname.
+"""The network interface that ranks talk through, and the port at which they meet.
 
-Debian and its kin give the hostname an address of the loopback (`127.0.1.1 NAME` in /etc/hosts),
-and gloo then tells ranks of other hosts to connect to themselves.
+Gloo alone would take the interface of the hostname. Debian and its kin give that an address of the
+loopback (`127.0.1.1 NAME` in /etc/hosts), and gloo then tells ranks of other hosts to connect to
+themselves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,20 @@ def choose_gloo_interface() -> None:
         address = local_address(_ANY_OTHER_HOST)
     if name := interface_of(address):
         os.environ[VARIABLE] = name
+
+
+def hold_port(address: str = "127.0.0.1") -> socket.socket:
+    """A socket with a free port of this machine, which nobody else gets until it is closed.
+
+    It is bound and does not listen, so a server that reuses addresses, as torch's store does, can.
+
+    Args:
+        address: of this machine; the port is one of its version of IP.
+    """
+    holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
 
 
 def local_address(host: str) -> str:

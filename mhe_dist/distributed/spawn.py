@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 
 from mhe_dist.distributed.device import choose_device, prepare_rank, rank_device
+from mhe_dist.distributed.interface import hold_port
 from mhe_dist.distributed.topology import connect, disconnect
 from mhe_dist.errors import RunError, UserError
 
@@ -43,10 +43,8 @@ def run_ranks(
         UserError: a rank raised it.
         RunError: a rank failed otherwise; its cause holds the rank's traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
+    with hold_port() as holder, tempfile.TemporaryDirectory() as folder:
+        port = holder.getsockname()[1]
         settings = (folder, fn, world_size, port, gpu, shared, timeout_s, args)
         with _variables(choose_device(gpu).environment if start_method == "spawn" else {}):
             try:

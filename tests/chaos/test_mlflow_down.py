@@ -12,9 +12,9 @@ from mhe_dist.tracking.factory import open_tracker, sync_mlflow
 from mhe_dist.tracking.spool import MetricRecord, Spool
 from tests.support.rank_processes import free_port
 from tests.support.servers.mlflow_server import server
-from tests.support.waiting import stretched, wait_for
+from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("patient_mlflow")]
 
 
 def losses(port: int, run_id: str) -> list[tuple[int, float]]:
@@ -43,10 +43,8 @@ def test_a_server_killed_and_restarted_gets_everything(
         run_id = first.run_id
         assert run_id is not None
         wait_for(lambda: len(spool) == 0)
-    begin = time.monotonic()
     for step in range(10, 20):
         first.log(step, {"loss": float(step)})
-    assert time.monotonic() - begin < stretched(1), "an outage costs the run nothing"
     first.close("failed")
     assert len(spool) == 10, "what did not arrive waits on disk"
 

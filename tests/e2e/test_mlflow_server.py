@@ -16,7 +16,7 @@ from tests.support.rank_processes import free_port
 from tests.support.servers import mlflow_server
 from tests.support.servers.lossy_proxy import losing_answers
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("patient_mlflow")]
 
 SECRET = "planted-horse-battery"
 

@@ -7,12 +7,15 @@ import socket
 
 import torch
 
+from mhe_dist.distributed.interface import hold_port
+
+_held: list[socket.socket] = []
+
 
 def free_port() -> int:
-    """A port that the system gave."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port for a server, held for it as long as this process lives."""
+    _held.append(hold_port())
+    return int(_held[-1].getsockname()[1])
 
 
 def environment(rank: int, world_size: int, port: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from launcher.ray_cluster import rank_environment
+from tests.support.waiting import WATCHDOG_S
 
 
 class Group:
@@ -20,7 +21,7 @@ class Group:
         self.executed: list[Any] = []
 
     def execute_single(self, rank: int, function: Any) -> Any:
-        assert (rank, function) == (0, rank_environment.hold_port)
+        assert (rank, function) == (0, rank_environment.choose_meeting_point)
         return "10.0.0.7", 4242
 
     def execute(self, function: Any, *arguments: Any) -> None:
@@ -75,9 +76,9 @@ def test_the_port_is_held_for_torch_s_store_and_for_nobody_else(
     import ray
 
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    address, port = rank_environment.hold_port()
+    address, port = rank_environment.choose_meeting_point()
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("", port))
-    store = dist.TCPStore(address, port, is_master=True, timeout=timedelta(seconds=10))
+    store = dist.TCPStore(address, port, is_master=True, timeout=timedelta(seconds=WATCHDOG_S))
     assert dist.TCPStore(address, port, is_master=False).check([]) is store.check([])
     rank_environment._held.pop().close()

@@ -1,10 +1,13 @@
-"""Which interface gloo is told to use."""
+"""Which interface gloo is told to use, and at which port ranks meet."""
 
 from __future__ import annotations
 
+import socket
+from typing import Any
+
 import pytest
 
-from mhe_dist.distributed import interface
+from mhe_dist.distributed import interface, spawn
 from mhe_dist.distributed.interface import VARIABLE, choose_gloo_interface
 
 OTHER_HOST, OWN_ADDRESS = "10.77.0.9", "10.77.0.2"
@@ -57,3 +60,16 @@ def test_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interface.interface_of("127.0.0.1") == "lo"
     assert interface.local_address("no-such-host.invalid") == ""
     assert interface.interface_of("") == ""
+
+
+def test_the_port_of_ranks_that_start_is_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(function: Any, settings: tuple[Any, ...], **_: Any) -> None:
+        ports.append(settings[3])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", settings[3]))
+
+    ports: list[int] = []
+    monkeypatch.setattr(spawn.mp, "start_processes", start)
+    assert spawn.run_ranks(print, 0, start_method="forkserver") == []
+    with socket.socket() as other:
+        other.bind(("", ports[0]))

@@ -199,8 +199,8 @@ class Outage:
         self.sent.append(entry)
 
 
-def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, caplog):
-    mlflow = tracker(store)
+def test_an_outage_holds_up_nothing_and_what_waited_arrives_in_order(store, tmp_path, caplog):
+    mlflow = MlflowTracker(store[0], "experiment", "name", spool=Spool(tmp_path))
     mlflow._store = outage = Outage(failures=4)
     outage.begun.clear()
     mlflow.start({}, {})

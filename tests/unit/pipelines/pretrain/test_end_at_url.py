@@ -19,6 +19,7 @@ from tests.support.servers.stores import s3_bucket
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("patient_mlflow")
 def test_exports_and_pictures_lie_in_the_store_and_in_mlflow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

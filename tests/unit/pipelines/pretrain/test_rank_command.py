@@ -24,6 +24,14 @@ from pipelines.pretrain.main import run_pretraining
 from tests.support import tiny
 from tests.support.waiting import WATCHDOG_S
 
+# The command, but for how long it waits for MLflow at its end.
+COMMAND = """
+import sys
+from mhe_dist.tracking import mlflow
+from pipelines.pretrain.__main__ import main
+mlflow._CLOSE_S = mlflow._GRACE_S = 1.0
+sys.exit(main(sys.argv[1:]))
+"""
 SENTENCE = "interrupted; the same command goes on from the newest complete checkpoint\n"
 
 
@@ -112,7 +120,7 @@ def test_ctrl_c_while_mlflow_does_not_answer(tmp_path: Path) -> None:
         file = tmp_path / "run.yaml"
         file.write_text(config_to_yaml(config))
         process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.pretrain", str(file)],
+            [sys.executable, "-c", COMMAND, str(file)],
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
