@@ -74,17 +74,17 @@ def test_the_second_run_is_told_who_trains_the_first_and_what_to_do(tmp_path: Pa
 def test_it_waits_for_a_process_that_is_about_to_end(tmp_path: Path) -> None:
     first = FileLock(str(tmp_path), OTHER)
     first.acquire(not_told)
-    asked: list[int] = []
+    looks: list[int] = []
 
     def end_at_the_third_look() -> bool:
-        asked.append(1)
-        if len(asked) == 3:
+        looks.append(1)
+        if len(looks) == 3:
             first.release()
         return False
 
     second = FileLock(str(tmp_path), Holder())
     assert second.acquire(end_at_the_third_look) is None, "given back, not taken over"
-    assert len(asked) == 3
+    assert len(looks) == 3
     second.release()
 
 
@@ -270,7 +270,7 @@ def test_of_two_that_take_a_free_lease_at_once_one_gets_it(
         both.wait()
         write(own)
 
-    def settle(seconds: float) -> None:
+    def settling(seconds: float) -> None:
         both.wait()
         settled.append(seconds)
 
@@ -283,7 +283,7 @@ def test_of_two_that_take_a_free_lease_at_once_one_gets_it(
             refused.append(error)
 
     monkeypatch.setattr(Lease, "_write", write_together)
-    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=settle))
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=settling))
     monkeypatch.setattr(lease, "SETTLE_S", 1.0)
     monkeypatch.setattr(lease, "BEAT_S", WATCHDOG_S)
     threads = [threading.Thread(target=take) for _ in range(2)]
