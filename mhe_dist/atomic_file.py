@@ -21,16 +21,21 @@ def write_file(url: str, content: str | bytes) -> None:
     """Write a small file at a path or fsspec URL; a text as UTF-8.
 
     Raises:
-        StorageUnavailable: the store fails for longer than a moment.
+        StorageUnavailable: the disk or the store fails for longer than a moment.
         OSError: the disk refuses it; what was there stays.
     """
     filesystem, path = url_to_fs(url)
     data = content.encode() if isinstance(content, str) else content
-    if isinstance(filesystem, LocalFileSystem):
-        with whole_file(filesystem, path) as stream:
-            stream.write(data)
-    else:  # a store shows whole objects by itself
-        with_retries(lambda: filesystem.pipe_file(path, data), url)
+
+    def write() -> None:
+        """One attempt."""
+        if isinstance(filesystem, LocalFileSystem):
+            with whole_file(filesystem, path) as stream:
+                stream.write(data)
+        else:  # a store shows whole objects by itself
+            filesystem.pipe_file(path, data)
+
+    with_retries(write, url)
 
 
 @contextmanager

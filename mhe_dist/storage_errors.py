@@ -24,6 +24,7 @@ _TRANSIENT_ERRNO: Final = frozenset(
         errno.ECONNREFUSED,
         errno.ECONNRESET,
         errno.EHOSTUNREACH,
+        errno.EIO,  # what mounted stores and NFS say after a time-out; rarely a broken disk
         errno.ENETDOWN,
         errno.ENETUNREACH,
         errno.EPIPE,

@@ -11,7 +11,10 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import has_magic
 from typing import Any, Final, TypeVar
+
+from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.errors import (
     Preempted,
@@ -90,6 +93,30 @@ def path_exists(filesystem: Any, path: str) -> bool:
     return True
 
 
+def remove_if_exists(filesystem: Any, path: str) -> None:
+    """Delete a file, or a folder with all that is in it; that there is none is no fault.
+
+    To fsspec's `rm`, a path in a store with `[`, `*` or `?` is a pattern: it would delete what
+    that matches.
+
+    Raises:
+        StorageUnavailable, UserError, OSError: see `with_retries`.
+    """
+
+    def remove() -> None:
+        """One attempt; the answer to the one before may have been lost."""
+        filesystem.invalidate_cache()
+        if not path_exists(filesystem, path):
+            return
+        if isinstance(filesystem, LocalFileSystem) or not has_magic(path):
+            filesystem.rm(path, recursive=True)
+            return
+        for file in filesystem.find(path):
+            filesystem.rm_file(file)
+
+    with_retries(remove, filesystem.unstrip_protocol(path))
+
+
 def _repeat(
     call: Callable[[], T], url: str, retries: int, may_pass: Callable[[Exception], bool]
 ) -> T:
@@ -113,8 +140,7 @@ def _repeat(
                 raise known from error
             if attempt > retries:
                 raise StorageUnavailable(
-                    f"{url}: cannot be read: {attempt} attempts failed, the last with "
-                    f"{describe_error(error)}"
+                    f"{url}: {attempt} attempts failed, the last with {describe_error(error)}"
                 ) from error
             log.info("%s: attempt %d failed with %s", url, attempt, describe_error(error))
         time.sleep(wait * _jitter.uniform(0.5, 1))

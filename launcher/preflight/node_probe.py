@@ -105,7 +105,7 @@ def _results(config: Config) -> Iterable[tuple[str, str]]:
             file.write(b"mhe")
         with fsspec.open(url, "rb") as file:
             read = file.read()
-        filesystem.rm(path)
+        filesystem.rm_file(path)
     except Exception as error:  # every store has errors of its own
         yield "run.dir", f"{config.run.dir} cannot be written: {error}"
     else:

@@ -15,17 +15,22 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from mhe_dist.atomic_file import write_file
 from mhe_dist.checkpoint.step_folder import MANIFEST
 from mhe_dist.errors import describe_error
 from mhe_dist.storage_errors import ABSENT
-from mhe_dist.storage_retry import path_exists, until_answered
+from mhe_dist.storage_retry import remove_if_exists, until_answered, with_retries
 
 RUN = "run.json"
 SCORES = "scores.json"
@@ -45,6 +50,9 @@ class FileEntry:
 class ChecksumWriter(FsspecWriter):
     """torch.distributed.checkpoint's writer to any fsspec URL, which remembers what it wrote.
 
+    Where the disk or the store fails for the moment, a rank's file is written again from its
+    beginning; the other ranks wait for it as they do for a slow one.
+
     Attributes:
         entries: file name -> size and checksum, of the files that this rank wrote.
     """
@@ -54,11 +62,25 @@ class ChecksumWriter(FsspecWriter):
         super().__init__(path, sync_files=local)
         recording = _RecordingFileSystem()
         self.fs = recording  # type: ignore[assignment]
-        self.path = recording.init_path(path)
+        self.path = self._url = str(recording.init_path(path))
         self.entries: dict[str, FileEntry] = recording.entries
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Make the folder."""
+        return with_retries(partial(super().prepare_local_plan, plan), self._url)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's file."""
+        return with_retries(partial(super().write_data, plan, planner), self._url)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write `.metadata`."""
+        with_retries(partial(super().finish, metadata, results), self._url)
 
 
 class _RecordingFileSystem(FileSystem):
+    fs: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.entries: dict[str, FileEntry] = {}
@@ -71,26 +93,50 @@ class _RecordingFileSystem(FileSystem):
                 yield stream
                 return
             recorded = _ChecksumStream(stream)
-            yield recorded
+            try:
+                yield recorded
+            except Exception as error:
+                # `torch.save` tells where the file ends then, and not why.
+                cause = recorded.failure or error
+                raise cause from cause.__cause__
         self.entries[os.path.basename(path)] = recorded.entry
 
+    def rm_file(self, path: str | os.PathLike) -> None:
+        """Delete a file; to `rm`, what a base class calls, its name may be a pattern."""
+        self.fs.rm_file(path)
+
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
+        """Rename a file, whatever its name; a store copies it."""
+        if isinstance(self.fs, LocalFileSystem):
+            super().rename(path, new_path)
+        else:
+            self.fs.cp_file(path, new_path)
+            self.fs.rm_file(path)
         self.entries[os.path.basename(new_path)] = self.entries.pop(os.path.basename(path))
 
 
 class _ChecksumStream:
-    """A stream that is written from front to back, with the checksum of what went through it."""
+    """A stream that is written from front to back, with the checksum of what went through it.
+
+    Attributes:
+        failure: the first error of a write.
+    """
 
     def __init__(self, stream: Any) -> None:
+        self.failure: Exception | None = None
         self._stream = stream
         self._bytes = 0
         self._crc = 0
 
     def write(self, data: Any) -> int:
+        """Write bytes; how many were written."""
         self._crc = zlib.crc32(data, self._crc)
         self._bytes += memoryview(data).nbytes
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
 
     def tell(self) -> int:
         return self._bytes
@@ -258,13 +304,10 @@ class CheckpointFolder:
         """Delete the folder, its manifest first: half of it must not pass for a checkpoint.
 
         Raises:
-            StorageUnavailable: see `manifest`.
+            StorageUnavailable, UserError, OSError: see `with_retries`.
         """
-        self.fs.invalidate_cache()
-        if path_exists(self.fs, self._path_of(MANIFEST)):
-            self.fs.rm_file(self._path_of(MANIFEST))
-        if path_exists(self.fs, self._path):
-            self.fs.rm(self._path, recursive=True)
+        remove_if_exists(self.fs, self._path_of(MANIFEST))
+        remove_if_exists(self.fs, self._path)
 
 
 def _is_intact(stored: bytes) -> bool:

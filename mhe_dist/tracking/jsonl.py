@@ -11,14 +11,17 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from io import FileIO
+from functools import partial
+from io import BytesIO, FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.atomic_file import replaced_file
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_retry import until_answered
 from mhe_dist.tracking.base import Metrics, Status, TrackedDataset
 from mhe_dist.tracking.remote_file import RemoteCopy, iter_parts
 
@@ -164,14 +167,22 @@ def iter_records(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         UserError: see `read_records`.
+        StorageUnavailable: the disk or the store gives no answer.
     """
     filesystem, file = fsspec.core.url_to_fs(str(path))
     for part in iter_parts(filesystem, file):
         name = f"{path}".removesuffix(file.rpartition("/")[2]) + part.rpartition("/")[2]
-        with filesystem.open(part, "rb") as stream:
+        with until_answered(partial(_open, filesystem, part), name) as stream:
             for number, line in enumerate(stream, 1):
                 if line.endswith(b"\n"):
                     yield _record(name, number, line)
+
+
+def _open(filesystem: Any, part: str) -> IO[bytes]:
+    """A file of this machine; of one in a store all bytes, as a stream may fail at any of them."""
+    if isinstance(filesystem, LocalFileSystem):
+        return open(part, "rb")
+    return BytesIO(filesystem.cat_file(part))
 
 
 def _record(path: str, number: int, line: bytes) -> dict[str, Any]:

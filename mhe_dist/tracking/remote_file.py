@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 import fsspec
 
-from mhe_dist.storage_retry import path_exists, until_answered, with_retries
+from mhe_dist.storage_retry import path_exists, remove_if_exists, until_answered, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +107,11 @@ class RemoteCopy:
     def _upload(self) -> bool:
         filesystem, path = fsspec.core.url_to_fs(self._url)
         try:
-            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            folder = path.rpartition("/")[0]
+            with_retries(lambda: filesystem.makedirs(folder, exist_ok=True), self._url)
             # From the last one on, so that at any time the copy is the beginning of a record.
             while len(self._parts) > self._number + 1:
-                filesystem.rm_file(_part_path(path, len(self._parts) - 1))
+                remove_if_exists(filesystem, _part_path(path, len(self._parts) - 1))
                 self._parts.pop()
             self._send(filesystem, _part_path(path, self._number))
         except Exception as error:  # stores raise what they like, and no upload may end a run

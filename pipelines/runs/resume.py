@@ -18,7 +18,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.write import config_to_dict
 from mhe_dist.errors import UserError
 from mhe_dist.redact import masked
-from mhe_dist.storage_retry import path_exists
+from mhe_dist.storage_retry import remove_if_exists
 from pipelines.runs.folder import read_if_exists, read_run_config
 from pipelines.storage.urls import resolve_url
 
@@ -194,9 +194,7 @@ def record_changes(path: str, step: int, changes: list[Change]) -> None:
     entries.append({"time": time.time(), "step": step, "changes": values})
     write_file(f"{path}/{CHANGES_FILE}", json.dumps(entries, indent=1))
     files, root = resolve_url(path)
-    summary = f"{root}/summary.json"
-    if path_exists(files, summary):  # it would say that the run is complete, as it was
-        files.rm(summary)
+    remove_if_exists(files, f"{root}/summary.json")  # it says that the run is complete, as it was
 
 
 def _check_allowed(allowed: list[str]) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Final
 from mhe_dist.atomic_file import TEMPORARY_SUFFIX
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.redact import masked
-from mhe_dist.storage_retry import path_exists, with_retries
+from mhe_dist.storage_retry import path_exists, remove_if_exists, with_retries
 from pipelines.storage.urls import (
     atomic_write,
     is_local,
@@ -59,7 +59,7 @@ class Journal:
         self._filesystem, self._path = resolve_url(url)
         self._known: set[int] = set()
         if ended_with_other_recipe(url, recipe):
-            self._filesystem.rm(f"{self._path}/{_RECIPE}")
+            self._filesystem.rm_file(f"{self._path}/{_RECIPE}")
         if not path_exists(self._filesystem, f"{self._path}/{_RECIPE}"):
             self._clear()
             self._write(_RECIPE, {"digest": _digest(recipe), "recipe": masked(recipe)})
@@ -96,8 +96,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete all results: the whole is done."""
-        if path_exists(self._filesystem, self._path):
-            self._filesystem.rm(self._path, recursive=True)
+        remove_if_exists(self._filesystem, self._path)
 
     def _describe_other(self, recipe: Any) -> str:
         """In brackets, what differs between the recipe of an earlier attempt and this one."""
@@ -110,7 +109,7 @@ class Journal:
         """Remove what has no recipe: results of an attempt that was being removed when it ended."""
         for path in list_folder(self.url):
             if path.endswith(".json"):  # the lock of a `Staging` stays
-                self._filesystem.rm(path)
+                self._filesystem.rm_file(path)
         self._filesystem.invalidate_cache()
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -220,7 +219,7 @@ class Staging:
         filesystem, path = resolve_url(self.folder)
         for name in filesystem.ls(path, detail=False):
             if name.rstrip("/").rpartition("/")[2] != JOURNAL:
-                filesystem.rm(name, recursive=True)
+                remove_if_exists(filesystem, name)
 
     def publish(self) -> None:
         """Give the finished data set its final name."""
@@ -228,7 +227,7 @@ class Staging:
             Path(self.folder).rename(self._path)
             self.folder = self._path
         if self.journal is not None:
-            self._filesystem.rm(f"{self._path}/{JOURNAL}", recursive=True)
+            remove_if_exists(self._filesystem, f"{self._path}/{JOURNAL}")
         self._unlock()
 
     def abort(self) -> None:

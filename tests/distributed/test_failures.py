@@ -79,7 +79,35 @@ def test_a_file_that_one_rank_cannot_read_is_passed_over_by_none(
     store.save(1, {"weight": torch.ones(3)}, {}, {})
     store.wait()
     for said in run_distributed(look_where_the_last_rank_reads_nothing, 2, str(tmp_path)):
-        assert "__0_0.distcp: cannot be read: 6 attempts failed" in said and "Stale" in said
+        assert "__0_0.distcp: 6 attempts failed" in said and "Stale" in said
+
+
+def save_where_the_last_rank_fails_at_first(topology: Topology, root: str) -> list[Any]:
+    storage_retry.FIRST_WAIT_S = 0.0
+    failures, real = [OSError(116, "Stale file handle"), TimeoutError("slow")], LocalFileSystem.open
+
+    def failing(self: Any, path: str, *rest: Any, **more: Any) -> Any:
+        if path.endswith("__1_0.distcp") and failures:
+            raise failures.pop()
+        return real(self, path, *rest, **more)
+
+    store = CheckpointStore(root, topology)
+    LocalFileSystem.open = failing
+    try:
+        store.save(1, {}, {f"rows/{topology.rank}": torch.ones(3) * topology.rank}, {})
+        ended = store.wait()
+    finally:
+        LocalFileSystem.open = real
+    found = store.newest()
+    assert ended is not None and found is not None
+    return [ended.error, len(failures), found.load(lambda name: True)["rows/1"].tolist()]
+
+
+def test_all_ranks_complete_a_checkpoint_of_which_one_wrote_its_file_twice(
+    run_distributed, tmp_path: Path
+) -> None:
+    first, last = run_distributed(save_where_the_last_rank_fails_at_first, 2, str(tmp_path))
+    assert (first, last) == ([None, 2, [1.0] * 3], [None, 0, [1.0] * 3])
 
 
 def skipped_where_the_last_rank_reads_nothing(topology: Topology, path: str) -> list[int]:

@@ -121,9 +121,7 @@ def test_the_waits_double_up_to_half_a_minute(waits: list[float]) -> None:
 
 def test_giving_up_names_everything(waits: list[float]) -> None:
     call = Call(*[ConnectionResetError(f"number {n}") for n in range(9)])
-    words = (
-        "s3://b/x: cannot be read: 4 attempts failed, the last with ConnectionResetError: number 3"
-    )
+    words = "s3://b/x: 4 attempts failed, the last with ConnectionResetError: number 3"
     with pytest.raises(RunError, match=words):
         with_retries(call, "s3://b/x", 3)
     assert (call.calls, len(waits)) == (4, 3)
@@ -174,7 +172,7 @@ def test_the_end_of_a_file_is_no_fault(tar: Path, waits: list[float]) -> None:
 
 def test_a_server_that_always_fails_is_left(tar: Path, waits: list[float]) -> None:
     app = Faulty(files(tar.parent), share=1)
-    with served(app) as url, pytest.raises(RunError, match=r"a\.tar: cannot be read: 3 attempts"):
+    with served(app) as url, pytest.raises(RunError, match=r"a\.tar: 3 attempts"):
         read_range(locate_file(f"{url}/a.tar"), 0, 10, retries=2)
     assert app.requests == 3
 

@@ -91,7 +91,10 @@ def test_what_cannot_be_read_is_neither_absent_nor_passed_over(
 ) -> None:
     """The run began anew at step 0, or lost what it had done since the checkpoint before."""
     fail(name, *[error] * 99)
-    with pytest.raises(StorageUnavailable, match=r"memory://fails/run/checkpoints.*: cannot be re"):
+    with pytest.raises(
+        StorageUnavailable,
+        match=r"memory://fails/run/checkpoints.*: (6 attempts failed|cannot be read now)",
+    ):
         newest_step()
 
 

@@ -65,7 +65,7 @@ def test_of_many_parts_those_that_came_short_are_asked_for_again(file: Path) -> 
 @pytest.mark.parametrize("many", [False, True])
 def test_a_part_that_stays_short_is_an_error_that_says_which(file: Path, many: bool) -> None:
     Counted.begin(always_short)
-    words = f"counted://{file}: cannot be read: 6 attempts failed, the last with TruncatedRead: "
+    words = f"counted://{file}: 6 attempts failed, the last with TruncatedRead: "
     with RangeReader(f"counted://{file}") as reader:
         if many:
             words += "100 of 300 bytes came from byte 600 on"

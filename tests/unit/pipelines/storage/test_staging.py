@@ -32,15 +32,15 @@ def test_results_of_a_recipe_are_never_those_of_another(
 ) -> None:
     """Killed while it removes a refused attempt: what was left counted as results of the next."""
     url, count = ended(tmp_path), itertools.count()
-    remove = LocalFileSystem.rm
+    remove = LocalFileSystem.rm_file
 
-    def stop_after_some(self: LocalFileSystem, path: str, **options: bool) -> None:
+    def stop_after_some(self: LocalFileSystem, path: str) -> None:
         if next(count) == removals:
             raise KeyboardInterrupt
-        remove(self, path, **options)
+        remove(self, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFileSystem, "rm", stop_after_some)
+        patch.setattr(LocalFileSystem, "rm_file", stop_after_some)
         with pytest.raises(KeyboardInterrupt):
             Journal(url, "B")
     begun = Journal(url, "B")
@@ -108,3 +108,17 @@ def test_a_store_that_fails_neither_loses_parts_nor_is_written_over(
             call()
     left.clear()
     assert Journal(url, "A").get(0) == "A0"
+
+
+def test_a_name_in_a_store_is_no_pattern() -> None:
+    """The journal of what the name matched was deleted, and that of the data set stayed."""
+    store = fsspec.filesystem("memory")
+    for name in ("set1", "set[1]"):
+        staging = Staging(f"memory://patterns/{name}", "A")
+        assert staging.journal is not None
+        staging.journal.record(0, 1)
+        store.pipe_file(f"/patterns/{name}/part", b"1")
+    staging.publish()
+    assert [each for each in store.find("/patterns") if "[" in each] == ["/patterns/set[1]/part"]
+    begun = Staging("memory://patterns/set1", "A").journal
+    assert begun is not None and len(begun) == 1
