@@ -39,6 +39,7 @@ from pipelines.storage.urls import (
 JOURNAL: Final = ".partial"
 _RECIPE: Final = "recipe.json"
 _ENDED: Final = "ended.json"
+_BEFORE: Final = ".before"
 _NAMED, _SHOWN = 4, 40  # differences that a message names, and letters of each value
 
 
@@ -328,6 +329,7 @@ def _hidden_beside(folder: Path) -> Iterator[str]:
     for lock in folder.glob(f".*{TEMPORARY_SUFFIX}/lock"):
         with suppress(UserError):  # another process is making something in it
             if (descriptor := lock_folder(lock.parent, str(folder))) is not None:
+                _put_back(lock.parent, folder)
                 shutil.rmtree(lock.parent)
                 os.close(descriptor)
     with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as scratch:
@@ -335,8 +337,16 @@ def _hidden_beside(folder: Path) -> Iterator[str]:
         try:
             yield scratch
         finally:
+            _put_back(Path(scratch), folder)
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _put_back(scratch: Path, folder: Path) -> None:
+    """Give back its name to what was replaced, if that was broken off between the two renames."""
+    for before in scratch.glob(f"{_BEFORE}/*"):
+        if not (target := folder / before.name).exists():
+            before.rename(target)
 
 
 def _move_into_place(made: Path, target: Path, whole: bool) -> None:
@@ -348,20 +358,22 @@ def _move_into_place(made: Path, target: Path, whole: bool) -> None:
             file.replace(destination)
         return
     if whole and target.exists():
-        target.rename(made.with_name(".before"))  # which goes with the hidden folder
+        before = made.with_name(_BEFORE)  # which goes with the hidden folder
+        before.mkdir()
+        target.rename(before / target.name)
     made.replace(target)
 
 
 def _send(filesystem: Any, made: Path, target: str, whole: bool) -> None:
     """Send what was made; of before, files of other names go last."""
     filesystem.invalidate_cache()
-    old = set(filesystem.find(target)) if whole else set()
+    old = set(with_retries(lambda: filesystem.find(target), target)) if whole else set()
     for file in _files_below(made) if made.is_dir() else [made]:
         destination = f"{target}{str(file).removeprefix(str(made))}"
         with_retries(partial(filesystem.put_file, str(file), destination), destination)
         old.discard(destination)
     for file in old:
-        filesystem.rm_file(file)
+        remove_if_exists(filesystem, file)
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import IO, Any, Final
 
@@ -147,10 +148,10 @@ def local_copies() -> Iterator[Callable[[str], str]]:
                 return local_path(url)
             target = f"{mkdtemp(dir=scratch)}/{path.rpartition('/')[2]}"
             filesystem.invalidate_cache()
-            for file in filesystem.find(path):
+            for file in with_retries(lambda: filesystem.find(path), url):
                 copy = f"{target}{file.removeprefix(path)}"
                 os.makedirs(os.path.dirname(copy), exist_ok=True)
-                filesystem.get_file(file, copy)
+                with_retries(partial(filesystem.get_file, file, copy), file)
             return target
 
         yield copied

@@ -55,6 +55,7 @@ def run(folder: Path, where: str, steps: int) -> Config:
         run={"dir": where, "name": "run"},
         train={"max_steps": steps, "log_every": 2},
         checkpoint={"every_steps": 2},
+        export={"formats": ["timm"]},
         resume={"allow": ["train.max_steps"]},
     )
 

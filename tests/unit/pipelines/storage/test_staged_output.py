@@ -120,3 +120,35 @@ def test_what_lies_on_this_machine_is_not_copied(tmp_path: Path) -> None:
     for url in (f"{tmp_path}/export", f"file://{tmp_path}/export", "export"):
         with local_copies() as copied:
             assert copied(f"{url}/a") == f"{url.removeprefix('file://')}/a"
+
+
+BROKEN_OFF = """
+import os, sys
+from pathlib import Path
+from pipelines.storage.staging import staged_output
+
+def end(*_):
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+    raise {"interrupted": KeyboardInterrupt, "refused": OSError}[sys.argv[2]]
+
+Path.replace = end
+with staged_output(sys.argv[1], "hub", whole=True) as path:
+    Path(path).mkdir()
+    Path(path, "a").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted", "refused"])
+def test_what_is_broken_off_between_two_renames_leaves_what_was_there(
+    how: str, tmp_path: Path
+) -> None:
+    """It had no name then, and went with the hidden folder."""
+    write(str(tmp_path), "hub", {"a": b"old", "deep/b": b"old"})
+    command = [sys.executable, "-c", BROKEN_OFF, str(tmp_path), how]
+    assert subprocess.run(command, check=False, capture_output=True).returncode != 0
+    assert (tmp_path / "hub").exists() == (how != "killed")
+    write(str(tmp_path), "other", {"": b"of the next command"})
+    expected = {"hub/a": b"old", "hub/deep/b": b"old", "other": b"of the next command"}
+    assert contents(str(tmp_path)) == expected
+    assert len(list(tmp_path.iterdir())) == 2
