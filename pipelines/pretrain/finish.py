@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipelines.pretrain.run import Run
 from pipelines.serving.exports import MLFLOW_FOLDER, write_format
 from pipelines.serving.mlflow_model import write_mlflow_model
 from pipelines.serving.model_card import TrainedModel, write_model_card
-from pipelines.serving.output_folder import staged_export
+from pipelines.serving.output_folder import foreign_files, staged_export
 from pipelines.storage.urls import local_copies
 
 PARITY_IMAGES = 64
@@ -99,20 +100,39 @@ def _export(
     for name in config.export.formats:
         if preemption.requested():
             return None
+        if _is_taken(run, folder, name):
+            continue
         path, difference = write_format(name, trained, folder, images)
         exports[name] = {"path": path, "max_difference": difference}
         run.recorder.emit("export", format=name, path=path, max_difference=difference)
     if preemption.requested():
         return None
     if "onnx" in exports and config.tracking.mlflow:
-        if "mlflow" not in exports:
+        made = "mlflow" in exports
+        if not made and not _is_taken(run, folder, "mlflow"):
             example = images[0].permute(1, 2, 0).contiguous().numpy()
             with staged_export(folder, MLFLOW_FOLDER, "mlflow", trained, whole=True) as model:
                 onnx = copied(exports["onnx"]["path"])
                 write_mlflow_model(onnx, model, example, config.model.embedding_dim)
                 write_model_card(model, trained, {"mlflow": "."})
-        run.tracker.model(copied(f"{folder}/{MLFLOW_FOLDER}"), config.run.name)
+            made = True
+        if made:
+            run.tracker.model(copied(f"{folder}/{MLFLOW_FOLDER}"), config.run.name)
     return exports
+
+
+def _is_taken(run: Run, folder: str, name: str) -> bool:
+    """Whether an export is left out for files of somebody else; a warning says so."""
+    if not (found := foreign_files(folder, [name])):
+        return False
+    message = (
+        f"{folder}: {', '.join(found)} there was not written by mhe and stays, and the export "
+        f"{name} is left out; move it away, then: mhe export "
+        f"{shlex.quote(run.config.run.path)} --to {name}"
+    )
+    if message not in run.recorder.warnings:
+        run.recorder.warn(run.progress.step, message)
+    return True
 
 
 def _draw(run: Run, evaluation: Evaluation, copied: Copied) -> None:

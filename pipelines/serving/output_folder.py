@@ -9,6 +9,7 @@ from typing import Final
 
 from mhe_dist.backbone.export import DEFAULT_OPTIONS, ExportOptions
 from mhe_dist.errors import UserError
+from mhe_dist.storage_retry import remove_if_exists, with_retries
 from pipelines.serving.model_card import CARD, TrainedModel, is_model_card, write_model_card
 from pipelines.storage.staging import staged_output
 from pipelines.storage.urls import atomic_write, list_folder, resolve_url
@@ -73,9 +74,7 @@ def remove_other_names(folder: str, trained: TrainedModel) -> None:
     """Remove names of classes that an earlier export wrote, and that are not of this model."""
     about = (_read_record(folder) or {}).get(NAMES_FILE)
     if about is not None and not _is_of(about, trained.identity()):
-        filesystem, path = resolve_url(f"{folder}/{NAMES_FILE}")
-        if filesystem.exists(path):
-            filesystem.rm_file(path)
+        remove_if_exists(*resolve_url(f"{folder}/{NAMES_FILE}"))
 
 
 def _is_of(about: dict[str, str], identity: dict[str, str]) -> bool:
@@ -86,7 +85,7 @@ def _read_record(folder: str) -> Record | None:
     """What was written into a folder; None: the file is no such record."""
     filesystem, path = resolve_url(f"{folder}/{RECORD}")
     try:
-        record: Record = json.loads(filesystem.cat_file(path))
+        record: Record = json.loads(with_retries(lambda: filesystem.cat_file(path), folder))
         return record if all(_FORMAT in about for about in record.values()) else None
     except FileNotFoundError:
         return {}
@@ -121,12 +120,30 @@ def refuse_overwriting(
     Raises:
         UserError: it is the folder of a run, or names what would be replaced.
     """
-    there, record = _names(folder), _read_record(folder)
-    if _OF_A_RUN.issubset(there):
+    if _OF_A_RUN.issubset(_names(folder)):
         raise UserError(
             f"--out={folder}: is the folder of a run, whose own files an export could replace; "
             "give another folder, or leave --out out for export/ of the run"
         )
+    if found := foreign_files(folder, formats, with_head, options):
+        raise UserError(
+            f"--out={folder}: {', '.join(found)} there was not written by mhe export, which would "
+            "replace it; move it away, or give another folder"
+        )
+
+
+def foreign_files(
+    folder: str,
+    formats: Iterable[str],
+    with_head: bool = False,
+    options: ExportOptions = DEFAULT_OPTIONS,
+) -> list[str]:
+    """Files and folders that exports would replace, and that are not of an export.
+
+    Args:
+        folder, formats, with_head, options: see `refuse_overwriting`.
+    """
+    there, record = _names(folder), _read_record(folder)
     checks: dict[str, Callable[[str], bool]] = {
         "timm": _is_our_timm_folder,
         "hub": _is_our_hub_folder,
@@ -136,16 +153,15 @@ def refuse_overwriting(
     found = [CARD] if CARD in there and not _is_our_card(f"{folder}/{CARD}") else []
     found += [RECORD] if record is None else []
     names = [export_name(each, options, with_head) for each in formats]
+    broken_off = {name for name, about in (record or {}).items() if "run" not in about}
     for name in [*names, *([NAMES_FILE] if with_head else [])]:
+        if name in broken_off:  # in the middle, perhaps, with no card yet
+            continue
         if check := checks.get(name):
             found += [] if check(f"{folder}/{name}") else [f"{name}/"]
         elif name in there - set(record or {}):
             found.append(name)
-    if found:
-        raise UserError(
-            f"--out={folder}: {', '.join(found)} there was not written by mhe export, which would "
-            "replace it; move it away, or give another folder"
-        )
+    return found
 
 
 def _is_our_timm_folder(folder: str) -> bool:
@@ -173,7 +189,7 @@ def _is_our_card(url: str) -> bool:
     """Whether there is a card that `write_model_card` wrote; whoever publishes it may add to it."""
     filesystem, path = resolve_url(url)
     try:
-        text = filesystem.cat_file(path)
+        text: bytes = with_retries(lambda: filesystem.cat_file(path), url)
     except FileNotFoundError:
         return False
     return is_model_card(text.decode(errors="replace"))

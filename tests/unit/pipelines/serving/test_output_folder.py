@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,17 @@ def test_an_export_that_was_broken_off_may_be_repeated(
     with pytest.raises(KeyboardInterrupt):
         write_format(name, trained, str(tmp_path), IMAGES)
     refuse_overwriting(str(tmp_path), [name])
+
+
+def test_a_folder_that_was_broken_off_before_its_card_may_be_replaced(tmp_path: Path) -> None:
+    """In a store its files arrive one after the other."""
+    for name, folder in (("timm", "timm"), ("hub-folder", "hub"), ("mlflow", "mlflow")):
+        write(tmp_path, [f"{folder}/config.json", f"{folder}/model.safetensors"])
+        with pytest.raises(UserError, match=f": {folder}/ there was not written"):
+            refuse_overwriting(str(tmp_path), [name])
+        about = json.dumps({folder: {"format": name}})
+        (tmp_path / "exports.json").write_text(about)
+        refuse_overwriting(str(tmp_path), [name])
 
 
 def test_a_store_is_looked_into_too() -> None:
