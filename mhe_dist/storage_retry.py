@@ -148,8 +148,13 @@ def _repeat(
 
 
 @contextmanager
-def errors_naming(url: str) -> Iterator[None]:
+def errors_naming(url: str, failure: str = "cannot be read", cure: str = "") -> Iterator[None]:
     """Turn whatever a store raises into a RunError that names the URL.
+
+    Args:
+        url: what the block is about.
+        failure: what happens to it, in words.
+        cure: ends the message.
 
     Raises:
         StorageUnavailable: of what may pass; any other RunError of the rest.
@@ -157,13 +162,13 @@ def errors_naming(url: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RunError, UserError):
+    except (RunError, UserError, Preempted):
         raise
     except Exception as error:  # stores raise what they like
         _refuse_missing_credentials(error, url)
         known = describe_error(as_os_error(error))
         kind = StorageUnavailable if is_transient(error) else RunError
-        raise kind(f"{url}: cannot be read ({known})") from error
+        raise kind(f"{url}: {failure} ({known}){cure}") from error
 
 
 def _refuse_missing_credentials(error: Exception, url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.distributed.failures import decided_by_first
 from mhe_dist.errors import Preempted
 from mhe_dist.redact import masked
+from mhe_dist.storage_retry import errors_naming
 from mhe_dist.tracking.environment import device_name
 from mhe_dist.tracking.factory import mlflow_uri
 from pipelines.data import bad_samples
@@ -56,7 +58,8 @@ def finish_run(run: Run) -> dict[str, Any]:
     run.report_tracker()
     summary = _summary(run, evaluation, exports)
     if run.topology.is_first:
-        write_file(f"{run.config.run.path}/summary.json", json.dumps(summary, indent=2))
+        with _errors_naming_run(run):
+            write_file(f"{run.config.run.path}/summary.json", json.dumps(summary, indent=2))
         run.recorder.emit("end", summary=summary)
     return summary
 
@@ -65,13 +68,23 @@ def _write_results(
     run: Run, tensors: dict[str, Tensor], evaluation: Evaluation, copied: Copied
 ) -> dict[str, dict[str, Any]] | None:
     """Exports, pictures and the note of the record; what `_export` gives."""
-    with run.recorder.phase("export"):
-        exports = _export(run, tensors, evaluation, copied)
-    if exports is not None:
-        with run.recorder.phase("report"):
-            _draw(run, evaluation, copied)
-        run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
+    with _errors_naming_run(run):
+        with run.recorder.phase("export"):
+            exports = _export(run, tensors, evaluation, copied)
+        if exports is not None:
+            with run.recorder.phase("report"):
+                _draw(run, evaluation, copied)
+            run.tracker.note(run_note(run.config, run.progress.step, run.samples, evaluation))
     return exports
+
+
+def _errors_naming_run(run: Run) -> AbstractContextManager[None]:
+    """A disk or a store that refuses results says neither whose they are nor what is lost."""
+    return errors_naming(
+        run.config.run.path,
+        "its results cannot be written",
+        "; the run is trained: mend that, and the same command writes them",
+    )
 
 
 def _export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from gcsfs.retry import HttpError
 
 from mhe_dist import storage_retry
-from mhe_dist.config.schema import Config
-from mhe_dist.errors import StorageUnavailable
+from mhe_dist.config.schema import Config, ExportConfig
+from mhe_dist.errors import RunError, StorageUnavailable
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs import lease
 from tests.support import tiny
@@ -84,3 +85,29 @@ def test_a_run_whose_store_fails_now_and_then_goes_on_where_it_was(
         fail(patch, 1.0)
         run_pretraining(stored)
     fsspec.filesystem("memory").store.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "name"), [("put_file", "/export/"), ("pipe_file", "summary")])
+def test_results_that_a_store_refuses_are_named_with_their_run_and_the_cure(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was told as "Access Denied", of nobody knew what."""
+    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    url = f"memory://refused-{method}"
+    config = run(tmp_path, url, 2).model_copy(update={"export": ExportConfig(formats=["timm"])})
+    call = getattr(MemoryFileSystem, method)
+
+    def refuse(self: MemoryFileSystem, *args: Any, **more: Any) -> Any:
+        if any(name in word for word in args if isinstance(word, str)):
+            raise PermissionError("Access Denied")
+        return call(self, *args, **more)
+
+    said = (
+        f"{url}/run: its results cannot be written (PermissionError: Access Denied); the run is "
+        "trained: mend that, and the same command writes them"
+    )
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=re.escape(said)):
+        patch.setattr(MemoryFileSystem, method, refuse)
+        run_pretraining(config)
+    assert run_pretraining(config)["exports"]["timm"]["path"] == f"{url}/run/export/timm"
