@@ -7,6 +7,7 @@ Python runs signal handlers on the main thread and lets no other thread set one.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from mhe_dist.errors import Preempted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILLED_WITHIN_S = 5.0
+_SENT_AGAIN_S = 0.05
 REPEAT_S = 3.0
 """`timeout` and others tell a process and then its group: that is one request, not impatience."""
 
@@ -49,7 +51,9 @@ class Interrupted(KeyboardInterrupt):
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` in the main thread on SIGINT, SIGTERM and SIGHUP inside the block.
 
-    The same signal once more within `REPEAT_S` does nothing: what the first one began goes on.
+    The same signal once more within `REPEAT_S` does nothing: what the first one began goes on. One
+    that comes during a finalizer or a callback of the garbage collector, where Python keeps every
+    exception to itself, is sent again.
     """
     last: dict[int, float] = dict.fromkeys(SIGNALS, -REPEAT_S)
 
@@ -58,8 +62,20 @@ def interruptible() -> Iterator[None]:
         if last[signum] - before >= REPEAT_S:
             raise Interrupted(signum)
 
+    def _send_again(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, Interrupted):
+            hook(lost)
+            return
+        last[lost.exc_value.signum] = -REPEAT_S
+        to = (threading.main_thread().ident, lost.exc_value.signum)
+        threading.Timer(_SENT_AGAIN_S, signal.pthread_kill, to).start()  # not in the finalizer
+
     with signals_handled_by(interrupt):
-        yield
+        hook, sys.unraisablehook = sys.unraisablehook, _send_again
+        try:
+            yield
+        finally:
+            sys.unraisablehook = hook
 
 
 @contextmanager

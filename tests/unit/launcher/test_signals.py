@@ -20,7 +20,7 @@ from launcher.signals import (
     signals_ignored,
 )
 from pipelines.data.decode import decode_image
-from tests.support.waiting import Clock
+from tests.support.waiting import Clock, wait_for
 
 HANG_UP = """
 import signal
@@ -58,6 +58,36 @@ def test_a_signal_becomes_an_exception_with_the_exit_code(signum: signal.Signals
         signal.raise_signal(signum)
     assert caught.value.exit_code == 128 + signum
     assert signal.getsignal(signum) == before
+
+
+class Finalized:
+    """Something that a signal comes across while it is thrown away."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_during_a_finalizer_which_python_keeps_to_itself_comes_again() -> None:
+    """The command went on, and did not hear who asked once more within three seconds."""
+    before = sys.unraisablehook
+    with pytest.raises(Interrupted) as caught, interruptible():
+        Finalized()
+        wait_for(lambda: False)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert sys.unraisablehook is before
+
+
+def test_other_errors_of_finalizers_are_told_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError
+
+    with interruptible():
+        Broken()
+    assert len(shown) == 1
 
 
 def test_an_image_that_is_decoded_meanwhile_is_not_taken_for_a_damaged_one(
