@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from functools import partial
@@ -14,9 +13,9 @@ import numpy.typing as npt
 
 from mhe_dist.config.schema import EvaluateConfig
 from mhe_dist.distributed.collectives import broadcast_from_first
-from mhe_dist.distributed.failures import failing_together, raise_together
+from mhe_dist.distributed.failures import failing_together
 from mhe_dist.distributed.topology import Topology
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import UserError
 from pipelines.embedding.embeddings import (
     Embed,
     EmbeddedSet,
@@ -34,8 +33,6 @@ from pipelines.evaluate.metrics.verification import FOLDS, ten_fold_accuracy
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.urls import atomic_write
 from pipelines.storage.worker_pool import HERE, Workers
-
-log = logging.getLogger(__name__)
 
 RANKS: Final = (1, 5)
 
@@ -99,19 +96,15 @@ def evaluate_heldout(
         index = ShardIndex.load(settings.shards)
     embedded = embed_set(embed, index, topology, image_size, settings.flip)
     result = Evaluation({}, {})
-    failure: Exception | None = None
-    if embedded is not None:
-        try:
+    with failing_together(topology):
+        if embedded is not None:
             identify_rows = partial(identify, workers=workers, folder=folder)
-            result = _evaluate_embedded(
-                embedded, settings, seed, index, identify_rows, with_pictures
-            )
-        except UserError as error:
-            failure = UserError(f"{settings.shards}: {error}")
-        except Exception as error:  # the other ranks would wait for the metrics
-            log.exception("the figures of %s", settings.shards)
-            failure = RunError(f"{settings.shards}: {type(error).__name__}: {error}")
-    raise_together(failure, topology)
+            try:
+                result = _evaluate_embedded(
+                    embedded, settings, seed, index, identify_rows, with_pictures
+                )
+            except UserError as error:
+                raise UserError(f"{settings.shards}: {error}") from error
     metrics = broadcast_from_first(result.metrics, topology)
     return Evaluation(metrics, result.details, describe_protocol(index, settings.flip))
 
