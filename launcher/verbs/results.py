@@ -26,7 +26,7 @@ from mhe_dist.config.stored import stored_config
 from mhe_dist.errors import UserError
 from mhe_dist.tracking.factory import count_waiting, follow_moved_artifacts, sync_mlflow
 from pipelines.runs.folder import config_at, find_run, read_heldout_figures, read_run_config
-from pipelines.runs.lock import refuse_trained
+from pipelines.runs.lock import kept_from_training
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -280,9 +280,10 @@ def sync(run: RunName) -> None:
     """
     path = find_run(run)
     config = config_at(stored_config(read_run_config(path) or {}), path)
-    refuse_trained(path, "it sends what waits for MLflow by itself; mhe sync is for afterwards")
-    if moved := follow_moved_artifacts(config):
-        console.say(f"MLflow now has the new place of the artifacts of {moved:,} runs.")
-    sent = count_waiting(config)
-    sync_mlflow(config)
+    instead = "it sends what waits for MLflow by itself; mhe sync is for afterwards"
+    with kept_from_training(path, instead):
+        if moved := follow_moved_artifacts(config):
+            console.say(f"MLflow now has the new place of the artifacts of {moved:,} runs.")
+        sent = count_waiting(config)
+        sync_mlflow(config)
     console.say(f"{sent:,} records sent." if sent else "Nothing waits: MLflow has everything.")

@@ -17,6 +17,7 @@ import shlex
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
@@ -101,7 +102,12 @@ class MlflowTracker:
         self._spool = spool
         run_id = (None if spool is None else spool.run_id) or run_id
         self._store = MlflowStore(
-            uri, experiment, run_name, run_id, artifacts if scheme == "sqlite" else ""
+            uri,
+            experiment,
+            run_name,
+            run_id,
+            artifacts if scheme == "sqlite" else "",
+            uuid.uuid4().hex if spool is None else spool.request,
         )
         self._queue: queue.Queue[Entry] = queue.Queue(_QUEUE_LIMIT)
         self._attempted = threading.Event()

@@ -90,7 +90,13 @@ class MlflowStore:
     """The calls to MLflow; used by the tracker's thread alone once the run is being opened."""
 
     def __init__(
-        self, uri: str, experiment: str, run_name: str, run_id: str | None, artifacts: str
+        self,
+        uri: str,
+        experiment: str,
+        run_name: str,
+        run_id: str | None,
+        artifacts: str,
+        request: str,
     ):
         self.uri = uri
         self.run_id = run_id
@@ -103,7 +109,7 @@ class MlflowStore:
         self._client: Any = None
         self.step = 0  # first one that this process records
         self.as_found = False  # whether a run that exists stays as it is, but for its values
-        self._request = uuid.uuid4().hex
+        self._request, self._child_request = request, uuid.uuid4().hex
         self._is_ours = False  # whether this process made the run
         self._child_id: str | None = None  # of the child run of a process that goes on
         self._system: Any = None
@@ -128,7 +134,9 @@ class MlflowStore:
         logged = self._params_of_resumed()
         if logged is None:
             self.experiment_id = self._find_experiment()
-            self.run_id, logged = self._create_once(self._request, self._run_name, {}), {}
+            self.run_id = self._create_once(self._request, self._run_name, {})
+            # Some, if it was made by a process that was killed before it kept the id.
+            logged = dict(self._client.get_run(self.run_id).data.params)
             self._is_ours = True
         elif self.as_found and not self._is_ours:
             return
@@ -300,7 +308,7 @@ class MlflowStore:
         """A run below this one, for what this process does of it."""
         tags = {"mlflow.parentRunId": self.run_id, "step": str(self.step), **self._tags}
         name = f"{self._run_name} from step {self.step}"
-        return self._create_once(f"{self._request}-child", name, tags)
+        return self._create_once(self._child_request, name, tags)
 
     def _create_once(self, request: str, name: str, tags: dict[str, Any]) -> str:
         """The id of the run of a request, which is made unless an attempt before has made it."""

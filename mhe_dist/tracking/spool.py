@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import threading
+import uuid
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -49,7 +50,7 @@ class Spool:
         """Args: folder: made when it is missing."""
         self.folder, self.lock = folder, threading.RLock()
         self._file, self._id = folder / "waiting.jsonl", folder / "run_id"
-        self._end = folder / "end.json"
+        self._request, self._end = folder / "request", folder / "end.json"
         self._failed = False
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -65,6 +66,18 @@ class Spool:
             write_file(str(self._id), run_id)
         except OSError as error:  # the checkpoints know the id, too
             logger.warning("the id of MLflow's run cannot be kept in %s: %s", self._id, error)
+
+    @property
+    def request(self) -> str:
+        """What a run of MLflow is asked for by, so that it is made once.
+
+        Whoever follows a process that was killed before it kept the id finds by this what it made.
+        """
+        with suppress(OSError):
+            if not self._request.exists():
+                write_file(str(self._request), uuid.uuid4().hex)
+            return self._request.read_text()
+        return uuid.uuid4().hex
 
     @property
     def end(self) -> RunEnd | None:

@@ -13,7 +13,8 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -107,11 +108,12 @@ def refuse_locked(path: str, waiting: Callable[[str], None]) -> None:
         time.sleep(POLL_S)
 
 
-def refuse_trained(path: str, instead: str) -> None:
-    """Refuse what nobody may do to a run while a process trains it.
+@contextmanager
+def kept_from_training(path: str, instead: str) -> Iterator[None]:
+    """Hold the lock of a run for what nobody may do to it while a process trains it.
 
     Args:
-        path: of the run, any fsspec URL.
+        path: of the run, any fsspec URL; in a store, and where there are no locks, none is held.
         instead: what happens or helps instead; ends the message.
 
     Raises:
@@ -123,6 +125,13 @@ def refuse_trained(path: str, instead: str) -> None:
             f"{path} is being trained by {holder or 'another process'} ({LOCK_FILE} in it): "
             f"{instead}"
         )
+    with ExitStack() as stack:
+        if is_local_url(path):
+            lock = FileLock(absolute_path(path), Holder())
+            with suppress(OSError):
+                lock.acquire(lambda: False)
+                stack.callback(lock.release)
+        yield
 
 
 def is_locked(path: str) -> bool:

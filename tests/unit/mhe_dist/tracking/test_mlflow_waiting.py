@@ -16,7 +16,7 @@ from mhe_dist.tracking.factory import count_waiting, sync_mlflow
 from mhe_dist.tracking.mlflow import MlflowTracker
 from mhe_dist.tracking.mlflow_client import is_permanent
 from mhe_dist.tracking.spool import MetricRecord, RunEnd, Spool
-from pipelines.runs.lock import FileLock, Holder
+from pipelines.runs.lock import FileLock, Holder, is_locked
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("hurry")
@@ -256,6 +256,42 @@ def test_the_id_is_kept_before_anything_waits(run: Run) -> None:
     assert mlflow.run_id is not None
     wait_for(lambda: run.spool.run_id == mlflow.run_id)
     mlflow.close()
+
+
+def test_a_run_whose_id_was_not_kept_is_found_again(run: Run) -> None:
+    """Of a process that was killed in between; a second run began, and the first ran for ever."""
+    first = run.tracker()
+    first.start({"workers": 1}, {})
+    first.close("killed")
+    (run.spool.folder / "run_id").unlink()
+    again = run.tracker()
+    again.start({"workers": 2}, {})
+    again.log(0, {"loss": 0.0})
+    again.close()
+    assert again.problem == ""
+    (found,) = run.in_mlflow()
+    assert run.logged(found.info.run_id) == [0.0]
+    assert (found.data.params["workers"], found.data.tags["changed.workers"]) == ("1", "2")
+
+
+def test_sync_holds_the_lock_of_the_run_meanwhile(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at once made two runs; one that began to train lost what the other took for sent."""
+    folder = str(run.folder / "run")
+    save_config(run.config, f"{folder}/config.yaml")
+    codes: list[int] = []
+
+    def sync_both(config: Config) -> int:
+        codes.append(cli.run(["sync", folder]))
+        return sync_mlflow(config)
+
+    run.spool.add(MetricRecord(1, 1000, {"loss": 1.0}))
+    monkeypatch.setattr("launcher.verbs.results.sync_mlflow", sync_both)
+    assert cli.run(["sync", folder]) == 0
+    assert codes == [2] and len(run.in_mlflow()) == 1
+    assert "1 records sent." in capsys.readouterr().out
+    assert not is_locked(folder)
 
 
 def test_sync_refuses_a_run_that_is_being_trained(
