@@ -6,7 +6,7 @@ import base64
 import codecs
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -167,8 +167,8 @@ class KubernetesClient:
         """What a run prints, in pieces, from the beginning until the run is over.
 
         The end of a log is not that of its run: the operator says that seconds later, a connection
-        may end before, and a run that failed may begin again, in another pod. Where a connection
-        ends and the node has meanwhile rotated the log, lines are missing.
+        may end before, and a run that failed may begin again, in another pod. A log that is opened
+        again goes on by the time of its lines: the node may have begun a new file meanwhile.
 
         Args:
             name: of the RayJob.
@@ -177,43 +177,40 @@ class KubernetesClient:
         Raises:
             UserError: there is no output yet, or the RayJob is gone.
         """
-        return codecs.iterdecode(self._follow(name, wait), "utf-8", "replace")
-
-    def _follow(self, name: str, wait: Callable[[float], None]) -> Iterator[bytes]:
-        read: dict[str, int] = {}
+        last: dict[str, bytes] = {}
         while True:
             state = self.find(name, only_rayjob=True)  # before its log, which then is whole
-            yield from self._read_on(state, read)
+            for line in self._read_on(state, last):
+                yield line.decode("utf-8", "replace")
             if state.is_over:
                 return
             wait(POLL_S)
 
-    def _read_on(self, state: RayJobState, read: dict[str, int]) -> Iterator[bytes]:
-        """What the newest pod has printed that was not read, until its log or the connection ends.
+    def _read_on(self, state: RayJobState, last: dict[str, bytes]) -> Iterator[bytes]:
+        """Lines of the newest pod that were not read, until its log or the connection ends.
 
         Args:
             state: of the RayJob.
-            read: how many bytes were read of each pod; changed here.
+            last: time of the last line that was read of each pod; changed here.
         """
         from urllib3.exceptions import HTTPError
 
         try:
             pod = self._newest_pod(state.name)
-            if read and pod not in read and state.job in _CODES:
+            if last and pod not in last and state.job in _CODES:
                 return  # the operator submits what is over once more: it repeats the same output
-            stream = self._open_log(pod, follow=True)
+            stream = self._open_log(pod, follow=True, timestamps=True)
         except (UserError, RunError):
-            if read:
+            if last:
                 return  # a pod that goes or has not begun; the next look says what becomes of it
             raise
-        before, position = read.setdefault(pod, 0), 0
+        last.setdefault(pod, b"")
         with suppress(HTTPError):
-            for chunk in stream.stream():
-                fresh = chunk[max(0, before - position) :]
-                position += len(chunk)
-                read[pod] = max(before, position)
-                if fresh:
-                    yield fresh
+            for line in _split_lines(stream.stream()):
+                when, _, text = line.partition(b" ")
+                if when > last[pod]:  # of fixed width, to the nanosecond
+                    last[pod] = when
+                    yield text
 
     def _newest_pod(self, name: str) -> str:
         """The pod that prints what a RayJob does.
@@ -231,10 +228,10 @@ class KubernetesClient:
         newest = max(pods.items, key=lambda pod: str(pod.metadata.creation_timestamp))
         return str(newest.metadata.name)
 
-    def _open_log(self, pod: str, follow: bool = False) -> Any:
+    def _open_log(self, pod: str, **options: bool) -> Any:
         with self._translate_errors():
             return self._core.read_namespaced_pod_log(
-                pod, self.namespace, follow=follow, _preload_content=False
+                pod, self.namespace, _preload_content=False, **options
             )
 
     def stop(self, state: RayJobState, now: bool = False) -> None:
@@ -326,6 +323,16 @@ class KubernetesClient:
             raise kind(f"Kubernetes answers {text}") from error
         except HTTPError as error:
             raise UserError(f"Kubernetes does not answer: {error}") from error
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole lines, with their ends; what is after the last one comes when the chunks are over."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+    if rest:
+        yield rest
 
 
 def _age(item: dict[str, Any]) -> tuple[str, int]:

@@ -36,6 +36,7 @@ class Api(ThreadingHTTPServer):
         self.tokens: list[str] = []
         self.log = ""
         self.logs: dict[str, str] = {}  # of pods that print something of their own
+        self.dropped = 0  # lines at the begin of a log that its node has no longer
         self.cuts = 0  # of the connections that read a log
         self.later: list[Callable[[], None]] = []  # one for each time that RayJobs are listed
         self.pods = {"submitter": ""}
@@ -70,10 +71,17 @@ class Handler(BaseHTTPRequestHandler):
         elif path.endswith("/log") and (pod := path.split("/")[-2]) in self.server.pods:
             missing = 100 if self.server.cuts else 0
             self.server.cuts -= bool(missing)
-            log = self.server.logs.get(pod, self.server.log)
+            log = self._log(self.server.logs.get(pod, self.server.log))
             self._send(200, log.encode(), "text/plain", missing)
         else:
             self._answer({"message": "not found"}, 404)
+
+    def _log(self, text: str) -> str:
+        """The lines that the node still has, with their times in a kubelet's format if wanted."""
+        lines = text.splitlines(keepends=True)
+        if "timestamps=true" in self.path.lower():
+            lines = [f"2030-01-01T00:00:{n:02}.000000000Z {line}" for n, line in enumerate(lines)]
+        return "".join(lines[self.server.dropped :])
 
     def do_POST(self) -> None:
         path = urlsplit(self.path).path
@@ -219,10 +227,10 @@ def test_a_log_whose_connection_ends_before_its_run_is_followed_again(
 ) -> None:
     assert cli.run(["k8s", "submit", file]) == 0
     api.now("small-1", "RUNNING", "Running")
-    api.log, api.cuts = "one zw\u00f6lf ", cuts
+    api.log, api.cuts = "one\nzw\u00f6lf\n", cuts
 
     def goes_on() -> None:
-        api.log += "\u00fcber three "
+        api.log += "\u00fcber\nthree\n"
 
     def ends() -> None:
         api.log += "four"
@@ -231,8 +239,27 @@ def test_a_log_whose_connection_ends_before_its_run_is_followed_again(
     api.later = [nothing, nothing, goes_on, nothing, ends]
     waited: list[float] = []
     output = "".join(KubernetesClient("mhe").follow("small-1", waited.append))
-    assert output == "one zw\u00f6lf \u00fcber three four"
+    assert output == "one\nzw\u00f6lf\n\u00fcber\nthree\nfour"
     assert waited == [client_module.POLL_S] * 4
+
+
+def test_a_log_whose_node_has_begun_a_new_file_is_followed_in_that(api: Api, file: str) -> None:
+    """It was silent until the new file was longer than what had been read."""
+    assert cli.run(["k8s", "submit", file]) == 0
+    api.now("small-1", "RUNNING", "Running")
+    api.log = "a long first line\nsecond\n"
+
+    def begins_a_new_file() -> None:
+        api.log += "third\n"
+        api.dropped = 2
+
+    def ends() -> None:
+        api.log += "fourth\n"
+        api.now("small-1", "SUCCEEDED", "Complete")
+
+    api.later = [nothing, begins_a_new_file, ends]
+    output = "".join(KubernetesClient("mhe").follow("small-1", lambda seconds: None))
+    assert output == "a long first line\nsecond\nthird\nfourth\n"
 
 
 def test_a_run_that_failed_and_begins_again_is_followed_into_its_next_pod(
@@ -240,7 +267,7 @@ def test_a_run_that_failed_and_begins_again_is_followed_into_its_next_pod(
 ) -> None:
     assert cli.run(["k8s", "submit", file]) == 0
     api.now("small-1", "RUNNING", "Running")
-    api.log = "first "
+    api.log = "first\n"
 
     def submits_once_more() -> None:
         api.now("small-1", "FAILED", "Running")
@@ -259,7 +286,7 @@ def test_a_run_that_failed_and_begins_again_is_followed_into_its_next_pod(
 
     api.later = [nothing, submits_once_more, retries, begins_again, ends]
     output = "".join(KubernetesClient("mhe").follow("small-1", lambda seconds: None))
-    assert output == "first second"
+    assert output == "first\nsecond"
 
 
 def test_stop_asks_ray_and_now_deletes(api: Api, file: str, capsys) -> None:
