@@ -19,6 +19,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_S = 5.0
+ANSWER_S = 60.0  # that a busy dashboard may take
 _NOISY_LOGGERS = (  # of Ray; they report each upload and each lost connection
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -51,14 +52,21 @@ def create_client(address: str) -> Any:
 
     Raises:
         UserError: nothing answers there, or it wants another token.
+        RunError: it takes connections and does not answer.
     """
     _check_reachable(address)
     with translate_errors(address):
         from ray.job_submission import JobSubmissionClient
 
+        class Client(JobSubmissionClient):
+            """One that does not wait for ever (`_do_request`: checked with Ray 2.60.0)."""
+
+            def _do_request(self, *request: Any, **options: Any) -> Any:
+                return super()._do_request(*request, **{"timeout": ANSWER_S, **options})
+
         quiet_job_client()
         ray_internals.enable_token_auth()
-        return JobSubmissionClient(address)
+        return Client(address)
 
 
 def quiet_job_client() -> None:

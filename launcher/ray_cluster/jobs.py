@@ -158,7 +158,7 @@ class Cluster:
             UserError: somebody else has just started the same run.
         """
         with staging_folder() as folder:
-            attempt = self.attempts(config.run.name) + 1
+            attempt = self.next_attempt(config.run.name)
             submission = build_submission(config, self.address, attempt, variables, folder)
             self.submit(submission)
         return submission.id
@@ -202,9 +202,10 @@ class Cluster:
                     "another run: run.name=..."
                 )
 
-    def attempts(self, name: str) -> int:
-        """How many jobs there were for runs of that name."""
-        return sum(job.run == name for job in self.jobs())
+    def next_attempt(self, name: str) -> int:
+        """Number of the next job of that name; others of them may have been deleted."""
+        found = (re.fullmatch(rf"{re.escape(name)}-(\d+)", job.id) for job in self.jobs())
+        return 1 + max((int(match[1]) for match in found if match), default=0)
 
     def read_output(self, job_id: str) -> str:
         """What a job has printed so far."""

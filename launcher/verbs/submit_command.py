@@ -49,7 +49,7 @@ def submit_command(
         return
     cluster = Cluster(address)
     with staging_folder() as folder:
-        attempt = cluster.attempts(command.name) + 1
+        attempt = cluster.next_attempt(command.name)
         sent = prepare_command(command, cluster.address, attempt, variables, _width(), folder)
         cluster.submit(sent)
     console.say(f"Job [bold]{escape(sent.id)}[/] is submitted.")
