@@ -111,7 +111,9 @@ def explain_no_room(config: Config, nodes: Sequence[Mapping[str, float]]) -> str
         config: of the run.
         nodes: what each one has, by Ray's names.
     """
-    scale, fewest, room = config.scale, min(config.group_sizes()), count_room(config, nodes)
+    scale, room = config.scale, count_room(config, nodes)
+    # Of all trials of a sweep together, no step need be shared by so many.
+    fewest = min(config.group_sizes(), default=scale.fewest)
     if room >= fewest:
         return ""
     key = "scale.min_workers" if scale.elastic else "scale.workers"

@@ -45,6 +45,24 @@ def test_a_run_that_this_machine_has_no_room_for_is_refused_before_it_waits(
         pass
 
 
+def test_a_machine_holds_more_workers_than_can_share_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a sweep's trials, all together (`sweep.tuner.run_sweep`)."""
+    import ray
+
+    monkeypatch.setattr(ray_internals, "start_local_ray", lambda *_: "")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 3.0})
+    trials = config(run={"dir": str(tmp_path)})
+    trials.scale.workers = 3
+    assert trials.group_sizes() == []
+    with local_cluster(trials):
+        pass
+    trials.scale.workers = 5
+    with pytest.raises(UserError, match=r"scale\.workers=5: there is room for 3"):
+        local_cluster(trials).__enter__()
+
+
 TIMED_OUT = (
     "The current node timed out during startup. This could happen because some of the raylet "
     "failed to startup or the GCS has become overloaded."
