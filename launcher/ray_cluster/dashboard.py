@@ -58,11 +58,15 @@ def create_client(address: str) -> Any:
     with translate_errors(address):
         from ray.job_submission import JobSubmissionClient
 
+        # What has just been reached needs no proxy of the environment.
+        direct = {"no_proxy": urlsplit(address).hostname}
+
         class Client(JobSubmissionClient):
             """One that does not wait for ever (`_do_request`: checked with Ray 2.60.0)."""
 
             def _do_request(self, *request: Any, **options: Any) -> Any:
-                return super()._do_request(*request, **{"timeout": ANSWER_S, **options})
+                options = {"timeout": ANSWER_S, "proxies": direct, **options}
+                return super()._do_request(*request, **options)
 
         quiet_job_client()
         ray_internals.enable_token_auth()
