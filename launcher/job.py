@@ -17,7 +17,7 @@ from launcher import cli, execute
 from launcher.preflight.checks import check_data, check_names
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import as_it_would_run, find_obstacles, workers_on_nodes
-from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes
+from launcher.ray_cluster.connection import OWN_CLUSTER, ask_nodes, get_result
 from launcher.ray_cluster.environment import DRIVER_ENVIRONMENT, worker_environment
 from launcher.ray_cluster.mailbox import NAMESPACE, mailbox_name
 from launcher.signals import Interrupted, interruptible
@@ -99,8 +99,8 @@ def preflight(file: str, trying: bool = True) -> None:
     here = {"ray.io/node-id": fullest["NodeID"]}
     gpus = workers * int(config.scale.gpu)
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, label_selector=here)(_try)
-    needs: dict[str, Any] = {"env_vars": worker_environment(config)}
-    measured = ray.get(task.options(runtime_env=needs).remote(file, workers, as_run.scale.workers))
+    trial_task = task.options(runtime_env={"env_vars": worker_environment(config)})
+    measured = get_result(trial_task.remote(file, workers, as_run.scale.workers))
     lines.handle({"event": "trial", "measured": measured})
 
 

@@ -84,7 +84,21 @@ def ask_nodes(function: Callable[..., Answer], *arguments: Any) -> list[tuple[An
         if silent and time.monotonic() > deadline:
             names = _hosts(nodes, silent)
             raise UserError(f"these nodes do not answer within {NODES_S:.0f} s: {names}")
-    return [(node, ray.get(task)) for task, node in nodes.items()]
+    return [(node, get_result(task)) for task, node in nodes.items()]
+
+
+def get_result(task: Any) -> Any:
+    """What a task gives or raises: of an error Ray makes another one, whose message is a traceback.
+
+    Raises:
+        RayError: of Ray; the task was lost.
+    """
+    import ray
+
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def _hosts(nodes: dict[Any, Any], tasks: list[Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.code_package import copy_code
-from launcher.ray_cluster.connection import existing_cluster
+from launcher.ray_cluster.connection import existing_cluster, get_result
 from launcher.ray_cluster.environment import task_environment
 from launcher.ray_cluster.mailbox import errors_scrubbed
 from launcher.signals import signals_deferred
@@ -97,9 +97,7 @@ def _result(reference: Any) -> Any:
     import ray
 
     try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from None
+        return get_result(reference)
     except ray.exceptions.RayError as error:
         raise RunError(
             f"a task lost its worker {LOST_TIMES + 1} times ({describe_error(error)}), "

@@ -15,6 +15,7 @@ from launcher.ray_cluster.connection import (
     _move_logs,
     ask_nodes,
     existing_cluster,
+    get_result,
     local_cluster,
 )
 from mhe_dist.errors import RunError, UserError
@@ -222,6 +223,23 @@ def test_a_busy_node_has_time_to_answer_and_a_lost_one_is_named_at_once(
             (name, f"answer of {name}") for name in answers_at
         ]
     assert cluster.now <= after_s
+
+
+def test_an_error_of_a_task_has_its_own_words_and_not_ray_s_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a trial on a cluster refuses was shown with pages about processes of Ray."""
+    import ray
+
+    raised = ray.exceptions.RayTaskError("try", "Traceback (most recent ...", UserError("use 8"))
+
+    def get(task: object) -> None:
+        raise raised.as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(UserError) as failed:
+        get_result(object())
+    assert (type(failed.value), str(failed.value)) == (UserError, "use 8")
 
 
 WRONG = ("127.0.0.1:99999", "127.0.0.1:abc", "127.0.0.1:0", "127.0.0.1", "http://127.0.0.1:8265")
