@@ -16,6 +16,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from mhe_dist.checkpoint.files import RUN, SCORES, CheckpointFolder
 from mhe_dist.checkpoint.step_folder import describe_missing_step, describe_siblings, step_of
 from mhe_dist.checkpoint.tensor_reader import StoredTensor, read_tensors
+from mhe_dist.distributed.collectives import broadcast
+from mhe_dist.distributed.failures import failing_together
+from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError, UserError
 from mhe_dist.storage_retry import until_answered
 
@@ -113,6 +116,36 @@ class Checkpoint:
                 raise RunError(f"{self.path}: {name} is {found}, unlike the checkpoint says")
             tensors[name] = tensor
         return {name: tensors[name] for name in expected}
+
+    def load_together(self, select: Callable[[str], bool], topology: Topology) -> dict[str, Tensor]:
+        """What `load` gives, on all ranks, which must call with the same names.
+
+        Each reads a share of the bytes, as they follow one another in the files, and sends it to
+        the others: the store is asked once for each byte, not once by each rank.
+
+        Raises:
+            StorageUnavailable, RunError: see `load`; on all ranks.
+        """
+        with failing_together(topology):
+            readers = self._readers(select, topology.world_size)
+            mine = self.load(lambda name: readers.get(name) == topology.rank)
+        tensors: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self.names().items():
+            if name in readers:
+                own = mine.pop(name, None)
+                tensors[name] = torch.empty(shape, dtype=dtype) if own is None else own.contiguous()
+                broadcast(tensors[name], readers[name], topology)
+        return tensors
+
+    def _readers(self, select: Callable[[str], bool], ranks: int) -> dict[str, int]:
+        """Name -> the rank that reads it, such that the bytes are balanced."""
+        stored = sorted(self._stored[name] for name in self.names() if select(name))
+        total, before = sum(each.end - each.begin for each in stored), 0
+        readers: dict[str, int] = {}
+        for each in stored:
+            readers[each.name] = before * ranks // total
+            before += each.end - each.begin
+        return readers
 
 
 def open_step_folder(url: str) -> Checkpoint:

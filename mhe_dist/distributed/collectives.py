@@ -142,6 +142,14 @@ def broadcast_from_first(value: Any, topology: Topology) -> Any:
     return box[0]
 
 
+def broadcast(values: Tensor, source: int, topology: Topology) -> None:
+    """Fill a host tensor of any dtype with that of rank `source`, in place; all ranks must call."""
+    if topology.world_size > 1 and values.numel():
+        # gloo does not know every dtype, and all know bytes.
+        data = values.view(-1).view(torch.uint8)
+        dist.broadcast(data, src=source, group=topology.host_group)
+
+
 def sum_small(values: Tensor, topology: Topology) -> Tensor:
     """Sum a small host tensor over the ranks in place, in about log2(W) rounds.
 

@@ -370,8 +370,9 @@ class Run:
         return progress, found["run_id"], found.get("bad_samples")
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        with failing_together(self.topology):
-            backbone = checkpoint.load(lambda name: not name.startswith(HEAD_PREFIX))
+        backbone = checkpoint.load_together(
+            lambda name: not name.startswith(HEAD_PREFIX), self.topology
+        )
         self.engine.load_state(backbone)
         del backbone
         with failing_together(self.topology):

@@ -124,6 +124,38 @@ def test_any_fsspec_url() -> None:
     assert sorted(name.rsplit("/", 1)[1] for name in names) == ["step_00000002", "step_00000003"]
 
 
+def load_in_shares(topology: Topology, root: str) -> tuple[dict[str, Tensor], int]:
+    """The tensors of the backbone, and the bytes of them that this rank reads."""
+    read, count = checkpoint_files.CheckpointFolder.read_part, []
+
+    def counted(self: Any, name: str, begin: int, end: int) -> bytes:
+        count.append(end - begin)
+        return read(self, name, begin, end)
+
+    found = Checkpoint(f"{root}/step_00000007", 7)
+    checkpoint_files.CheckpointFolder.read_part = counted  # type: ignore[method-assign]
+    try:
+        tensors = found.load_together(lambda name: not name.startswith("head/"), topology)
+    finally:
+        checkpoint_files.CheckpointFolder.read_part = read  # type: ignore[method-assign]
+    return tensors, sum(count)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_all_ranks_want_is_read_once(ranks: int, run_distributed, tmp_path: Path) -> None:
+    """Each read all of it, from the files of all ranks."""
+    run_distributed(save, 2, str(tmp_path), [7])
+    alone, size = load_in_shares(ALONE, str(tmp_path))
+    assert alone.keys() == replicated(7).keys() and size > 0
+    results = run_distributed(load_in_shares, ranks, str(tmp_path))
+    for tensors, _ in results:
+        assert list(tensors) == list(alone)
+        for name, tensor in replicated(7).items():
+            assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
+    assert sum(count for _, count in results) == size
+    assert all(count > 0 for _, count in results)
+
+
 def test_an_empty_or_missing_folder_holds_none(tmp_path: Path) -> None:
     assert CheckpointStore(str(tmp_path), ALONE).newest() is None
     assert CheckpointStore(str(tmp_path / "none"), ALONE).newest() is None
