@@ -232,12 +232,15 @@ class CheckpointStore:
     def add_scores(self, step: int, scores: dict[str, float]) -> None:
         """Keep figures of a complete checkpoint's model that were not known when it was saved.
 
-        All ranks may call; rank 0 writes. A store that cannot be written is a warning in the log.
+        All ranks may call; rank 0 writes. Nothing happens where there is no such checkpoint. A
+        store that cannot be written is a warning in the log.
         """
         if not self._topology.is_first:
             return
+        path = self._path(step)
         try:
-            CheckpointFolder(self._path(step)).write_scores(scores)
+            if self._is_complete(path):
+                CheckpointFolder(path).write_scores(scores)
         except Exception as failure:  # stores raise what they like: gcsfs no OSError
             logger.warning("the scores of step %d cannot be stored: %s", step, failure)
 

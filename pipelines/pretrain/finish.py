@@ -47,6 +47,8 @@ def finish_run(run: Run) -> dict[str, Any]:
     run.check_lock()
     run.recorder.flush()
     evaluation = run.try_to_evaluate(with_pictures=True) or Evaluation({}, {})
+    if evaluation.metrics:  # whoever lets the run go on may keep this model as the best
+        run.store.add_scores(run.progress.step, evaluation.metrics)
     tensors = run.engine.state()
     with local_copies() as copied:  # MLflow reads them until the tracker is closed
         exports = decided_by_first(

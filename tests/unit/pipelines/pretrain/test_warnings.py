@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from mhe_dist.checkpoint.reader import Checkpoint
+from mhe_dist.checkpoint.step_folder import list_steps
 from mhe_dist.errors import Preempted, RunError
 from mhe_dist.tracking.base import NullTracker
+from pipelines.evaluate.heldout import Evaluation
 from pipelines.pretrain import run as run_module
 from pipelines.pretrain.main import run_pretraining
 from tests.support import tiny
@@ -72,3 +74,29 @@ def test_an_evaluation_done_again_gives_its_checkpoint_the_score(
     assert checkpoint.scores == {}
     run_pretraining(config)
     assert checkpoint.scores["lfw/accuracy"] > 0
+
+
+@pytest.mark.slow
+def test_the_last_model_may_stay_as_the_best_when_its_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint had no score: it is evaluated when it is written."""
+    figures = iter([0.1, 0.9, 0.2, 0.3])  # after 2 and 3 steps; after 4 and 5
+
+    def evaluate(*_: Any) -> Evaluation:
+        return Evaluation({"lfw/accuracy": next(figures)}, {})
+
+    monkeypatch.setattr(run_module, "evaluate_in_training", evaluate)
+    shards = tiny.write_shards(tmp_path / "two", classes=2)
+    for steps in (3, 5):
+        config = tiny.config(
+            *(tmp_path, shards),
+            head={"kind": "full", "groups": 1},
+            train={"max_steps": steps, "global_batch": 8, "micro_batch": 8},
+            evaluate={"verification": [tiny.write_bin(tmp_path / "lfw.bin")], "every_steps": 2},
+            checkpoint={"keep_best": "lfw/accuracy", "keep_last": 1},
+            resume={"allow": ["train.max_steps"]},
+            export={"formats": []},
+        )
+        run_pretraining(config)
+    assert list_steps(f"{config.run.path}/checkpoints") == [5, 3]
