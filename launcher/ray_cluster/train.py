@@ -152,8 +152,8 @@ class TrainTask:
             events: list[Event] = ray.get(self._mailbox.take.remote())
             return events + long_wait.events()
 
-        forward_events(has_ended, take, handle, stop_requested)
         try:
+            forward_events(has_ended, take, handle, stop_requested)
             ray.get(self._task)
         except ray.exceptions.RayError as failure:
             if stop_requested():
@@ -260,10 +260,14 @@ def _failure_message(failure: BaseException, logs: Path, command: str) -> str:
         logs: folder of the workers' logs, if this node has them.
         command: see `crash_log.find_crash`.
     """
+    from ray.exceptions import RayError
+
     failure = getattr(failure, "cause", None) or failure
     for rank, error in sorted(getattr(failure, "worker_failures", {}).items()):
         if crash := find_crash(logs / f"rank_{rank}.log", command):
             return f"worker {rank} was {crash}"
         cause = getattr(error, "cause", None) or error
         return f"worker {rank}: {describe_error(cause, last=True)}"
+    if isinstance(failure, RayError):
+        return f"Ray lost a process that the run needs ({describe_error(failure)}); {_RESUMABLE}"
     return str(failure)

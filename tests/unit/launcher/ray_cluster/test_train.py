@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from ray.train.v2._internal.util import count_required_parameters
@@ -12,7 +13,7 @@ from launcher.ray_cluster import ray_internals
 from launcher.ray_cluster.crash_log import begin_line
 from launcher.ray_cluster.elastic import group_size
 from launcher.ray_cluster.mailbox import Mailbox, mailbox_name
-from launcher.ray_cluster.train import _failure_message, _fit, forward_events
+from launcher.ray_cluster.train import TrainTask, _failure_message, _fit, forward_events
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import Preempted, RunError, UserError
 
@@ -86,6 +87,29 @@ class TaskFailed(Exception):
 def test_too_many_failures_are_reported_by_the_worker_that_failed_first(tmp_path: Path) -> None:
     assert _failure_message(TaskFailed(), tmp_path, "this") == "worker 0: ValueError: last line"
     assert _failure_message(RuntimeError("as it is"), tmp_path, "this") == "as it is"
+
+
+@pytest.mark.parametrize(
+    ("stopping", "kind", "said"),
+    [
+        (False, RunError, "Ray lost a process that the run needs .ActorDiedError: "),
+        (True, Preempted, "told to stop, and its workers ended; "),
+    ],
+)
+def test_a_process_that_ray_loses_ends_the_run_in_a_line_and_a_stop_in_order(
+    stopping: bool, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mailbox, killed for want of memory, was Ray's long text, and a fault of this code."""
+    import ray
+
+    def get(_: object) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(ray, "get", get)
+    task = TrainTask.__new__(TrainTask)
+    task._mailbox, task._task, task._settings = MagicMock(), None, {"logs": "", "command": ""}
+    with pytest.raises(kind, match=f"^{said}.*it goes on from its last checkpoint"):
+        task.watch(lambda: False, lambda event: None, lambda: stopping)
 
 
 def test_a_signal_that_ended_the_run_is_told_from_the_rank_s_log(tmp_path: Path) -> None:
