@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from mhe_dist import storage_retry
+
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -13,3 +15,9 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
     monkeypatch.setattr(time, "sleep", found.append)
     return found
+
+
+@pytest.fixture
+def prompt_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store or a disk that fails is asked again at once."""
+    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)

@@ -23,7 +23,7 @@ PYTHON = """#!/bin/sh
 [ "$2" = venv ] && { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit; }
 echo "pip was given $*"
 echo "no such package" >&2
-sleep ${PIP_SECONDS:-0}
+until [ -z "$PIP_WAITS_FOR" ] || [ -e "$PIP_WAITS_FOR" ]; do sleep 0.02; done
 exit $PIP_EXIT
 """
 
@@ -55,14 +55,16 @@ def test_in_a_terminal_a_mark_turns_while_pip_works_and_nothing_of_it_stays(
 ) -> None:
     command, variables = prepare(tmp_path, pip_exit, "install")
     ours, its = pty.openpty()
-    with subprocess.Popen(
-        command, cwd=tmp_path, env=variables | {"PIP_SECONDS": "0.5"}, stdout=its, stderr=its
-    ) as process:
+    turned = tmp_path / "turned"
+    variables["PIP_WAITS_FOR"] = str(turned)
+    with subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=its, stderr=its) as process:
         os.close(its)
         said = b""
         with suppress(OSError):  # the other end is closed: all has ended, the mark too
             while piece := os.read(ours, 4096):
                 said += piece
+                if re.search(rb"\r\|\r/", said):
+                    turned.touch()
     os.close(ours)
     assert process.returncode == (2 if pip_exit else 0), said
     turning = rb"GB\.\r\n(?:\r[|/\\-])+\r \r"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from launcher import cli
-from launcher.preflight import survey, trial_process
+from launcher.preflight import node_probe, survey, trial_process
 from launcher.preflight.node_probe import probe_node
 from launcher.preflight.predict import (
     as_it_would_run,
@@ -35,7 +34,7 @@ from mhe_dist.sizes import GIB
 from pipelines.pretrain.dry_run import dry_run
 from tests.support import tiny
 from tests.support.config_sections import config
-from tests.support.waiting import wait_for
+from tests.support.waiting import WATCHDOG_S, wait_for
 
 VERSIONS = {"torch": "2.14.1", "ray": "2.60.0"}
 
@@ -292,6 +291,7 @@ def test_a_card_that_is_too_small_is_named() -> None:
 
 def test_a_node_tries_what_the_run_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(node_probe, "DEADLINE_S", WATCHDOG_S)
     shards = tiny.write_shards(tmp_path / "train", classes=8)
     good = tiny.config(tmp_path / "runs", shards, tracking={"mlflow": False})
     said = probe_node(good)
@@ -409,8 +409,7 @@ def test_a_trial_that_takes_too_long_ends_with_its_workers(
     worker = tmp_path / "worker"
 
     def out_of_time(process: subprocess.Popen[str], timeout: float) -> None:
-        while not worker.exists() or not worker.read_text().strip():
-            time.sleep(0.01)
+        wait_for(lambda: worker.exists() and worker.read_text().strip())
         raise subprocess.TimeoutExpired(process.args, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "communicate", out_of_time)

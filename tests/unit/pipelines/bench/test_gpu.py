@@ -88,11 +88,22 @@ def test_an_error_is_a_failed_check_and_what_was_found_before_it_stays(tmp_path:
     assert "ZeroDivisionError" in read.failed[0].detail and "test_gpu.py" in read.failed[0].detail
 
 
-def test_a_section_that_takes_too_long_ends_with_all_that_it_started(tmp_path: Path) -> None:
-    script = f"sleep 10000 & echo $! > {tmp_path}/pid; wait"
-    end = command._run_for(["sh", "-c", script], {}, 0.5, tmp_path / "log")
-    assert end == "it was ended after 0 s"
-    child = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+def test_a_section_that_takes_too_long_ends_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, wait = tmp_path / "pid", subprocess.Popen.wait
+
+    def out_of_time(process: subprocess.Popen[str], timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(process)
+        wait_for(lambda: pid.exists() and pid.read_text().strip())
+        return wait(process, 0.0)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", out_of_time)
+    script = f"sleep 10000 & echo $! > {pid}; wait"
+    end = command._run_for(["sh", "-c", script], {}, 7.0, tmp_path / "log")
+    assert end == "it was ended after 7 s"
+    child = Path("/proc", pid.read_text().strip(), "stat")
     wait_for(lambda: not child.exists() or child.read_text().split()[2] == "Z")
 
 
