@@ -9,7 +9,7 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import LabelError
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
-from tests.support.heads.head_runs import HEADS, head_config
+from tests.support.heads.head_jobs import HEADS, head_config
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -12,7 +12,7 @@ from mhe_dist.config.head import HeadConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec
-from tests.support.heads.head_runs import (
+from tests.support.heads.head_jobs import (
     CLASSES,
     HEADS,
     LR,
@@ -20,10 +20,9 @@ from tests.support.heads.head_runs import (
     STEPS,
     WIDTH,
     Job,
-    gathered_state,
     head_config,
-    run,
 )
+from tests.support.heads.head_runs import gathered_state, run
 
 ALL = {"mhs": {"extra_heads": 50}}
 

@@ -12,18 +12,9 @@ import torch
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from tests.distributed.conftest import RANKS
-from tests.support.heads.head_runs import (
-    HEADS,
-    MARGINS,
-    Found,
-    Job,
-    check_run,
-    define,
-    gathered_state,
-    head_config,
-    run,
-    run_cases,
-)
+from tests.support.heads.head_jobs import HEADS, MARGINS, Job, head_config
+from tests.support.heads.head_outcomes import check_run, define
+from tests.support.heads.head_runs import Found, gathered_state, run, run_cases
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5}
 LABELS = ("random", "repeated", "one", "bad")

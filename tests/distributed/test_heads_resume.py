@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
-from tests.support.heads.head_runs import HEADS, STEPS, Job, check_run, head_config, run, run_on
+from tests.support.heads.head_jobs import HEADS, STEPS, Job, head_config
+from tests.support.heads.head_outcomes import check_run
+from tests.support.heads.head_runs import run, run_on
 
 SAVED = STEPS - 1
 VARIANTS: dict[str, dict] = {

@@ -14,7 +14,8 @@ from mhe_dist.heads.base import LabelError
 from mhe_dist.heads.registry import build_head
 from tests.conftest import run_ranks
 from tests.distributed.conftest import RANKS
-from tests.support.heads.head_runs import Found, Job, run, run_all, run_cases
+from tests.support.heads.head_jobs import Job
+from tests.support.heads.head_runs import Found, run, run_all, run_cases
 from tests.support.heads.level_jobs import CASES, level_config
 from tests.support.heads.level_runs import check_levels
 

@@ -14,7 +14,8 @@ from mhe_dist.bank.class_layout import digits
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.multilevel.base import MixedRadix
 from mhe_dist.heads.multilevel.product import best_products
-from tests.support.heads.head_runs import CLASSES, STEPS, Found, Job, run_all, run_cases
+from tests.support.heads.head_jobs import CLASSES, STEPS, Job
+from tests.support.heads.head_runs import Found, run_all, run_cases
 from tests.support.heads.level_jobs import PREDICTIONS, level_config
 from tests.support.heads.level_runs import LevelOutcome, define
 

@@ -18,7 +18,8 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
 from mhe_dist.heads.row_head import HeadSpec, RowHead
 from tests.conftest import run_ranks
-from tests.support.heads.head_runs import gathered_state, softmax_of
+from tests.support.heads.head_outcomes import softmax_of
+from tests.support.heads.head_runs import gathered_state
 from tests.support.heads.reference import DenseHead
 
 ROOT = Path(__file__).parents[2]

@@ -11,15 +11,8 @@ from torch import Tensor
 from mhe_dist.bank.repartition import Permutations
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.registry import build_head
-from tests.support.heads.head_runs import (
-    CLASSES,
-    STEPS,
-    Job,
-    gathered_state,
-    head_config,
-    run,
-    run_on,
-)
+from tests.support.heads.head_jobs import CLASSES, STEPS, Job, head_config
+from tests.support.heads.head_runs import gathered_state, run, run_on
 
 HEADS = ("route", "gather")
 VARIANTS: dict[str, dict] = {

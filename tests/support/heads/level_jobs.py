@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mhe_dist.config.head import HeadConfig
-from tests.support.heads.head_runs import CLASSES, MARGINS, Job
+from tests.support.heads.head_jobs import CLASSES, MARGINS, Job
 
 DTYPES = (torch.float64, torch.float32)
 LABELS = ("repeated", "one", "short", "bad")

@@ -15,7 +15,8 @@ from mhe_dist.distributed.topology import Topology
 from mhe_dist.heads.base import NO_SAMPLE
 from mhe_dist.heads.multilevel.base import LevelHead
 from mhe_dist.heads.registry import build_head
-from tests.support.heads.head_runs import LR, STEPS, Job, comparison
+from tests.support.heads.head_jobs import LR, STEPS, Job
+from tests.support.heads.head_outcomes import comparison
 from tests.support.heads.reference import DenseHead
 
 

@@ -9,7 +9,6 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist import storage_retry
 from mhe_dist.atomic_file import replaced_file, write_file
 from mhe_dist.errors import StorageUnavailable
 
@@ -42,8 +41,8 @@ def test_nothing_is_left_of_a_writer_that_fails(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.usefixtures("prompt_retries")
 def test_a_store_that_fails_for_a_moment_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     real, left = MemoryFileSystem.pipe_file, [TimeoutError(), ConnectionResetError()]
 
     def failing(self: MemoryFileSystem, path: str, value: bytes) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launcher.signals import Interrupted
-from mhe_dist import storage_retry
 from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.errors import RunError, StorageUnavailable
 from pipelines.runs.warm_start import find_checkpoint
@@ -23,6 +22,7 @@ from tests.support import tiny
         (FileNotFoundError(2), RunError),
     ],
 )
+@pytest.mark.usefixtures("prompt_retries")
 def test_ctrl_c_is_told_from_files_that_cannot_be_read(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -35,7 +35,6 @@ def test_ctrl_c_is_told_from_files_that_cannot_be_read(
         raise raised
 
     checkpoint.names()
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     monkeypatch.setattr(type(CheckpointFolder(checkpoint.path).fs), "cat_file", cat_file)
     with pytest.raises(expected):
         checkpoint.load(lambda name: True)

@@ -14,7 +14,6 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from gcsfs.retry import HttpError
 
-from mhe_dist import storage_retry
 from mhe_dist.backbone.model import Backbone
 from mhe_dist.backbone.pretrained import load_pretrained
 from mhe_dist.checkpoint.store import CheckpointStore
@@ -38,9 +37,8 @@ Fail = Callable[..., list[Exception]]
 
 
 @pytest.fixture(autouse=True)
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def run(prompt_retries: None) -> Iterator[None]:
     """A run with two checkpoints."""
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     save(f"{RUN}/checkpoints", 10, 20)
     fsspec.filesystem("memory").pipe_file(f"{RUN}/config.yaml", b"run: {name: run}")
     yield

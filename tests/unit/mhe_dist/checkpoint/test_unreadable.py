@@ -9,19 +9,15 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from mhe_dist import storage_retry
 from mhe_dist.checkpoint.files import CheckpointFolder
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import StorageUnavailable
 
+pytestmark = pytest.mark.usefixtures("prompt_retries")
+
 BEST = "heldout/rank1"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
 
 
 class StoreError(Exception):

@@ -17,6 +17,7 @@ from mhe_dist.config.schema import Config
 from mhe_dist.config.stored import stored_config
 from mhe_dist.config.write import config_to_dict, save_config
 from mhe_dist.errors import UserError
+from tests.support.config_sections import mistakes_of
 
 FILE = """\
 run:
@@ -40,10 +41,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def mistakes(
     path: str | None, *overrides: str, base: tuple[str, ...] = ("data.shards=x",)
 ) -> list[str]:
-    """The lines of the message, without the title."""
-    with pytest.raises(ConfigErrors) as caught:
-        load_config(path, [*(base if path is None else ()), *overrides])
-    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+    return mistakes_of(load_config, path, [*(base if path is None else ()), *overrides])
 
 
 def test_defaults_then_file_then_command_line(file: str) -> None:

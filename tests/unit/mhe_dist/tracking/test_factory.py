@@ -14,7 +14,6 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist import storage_retry
 from mhe_dist.errors import RunError, StorageUnavailable, UserError
 from mhe_dist.tracking import remote_file
 from mhe_dist.tracking.base import CombinedTrackers, NullTracker, Tracker
@@ -249,12 +248,12 @@ def test_a_long_record_at_a_url_is_cut_back_and_goes_on(cut, part_bytes, tmp_pat
     assert losses == [1.0] * cut + [2.0] * (420 - cut)
 
 
+@pytest.mark.usefixtures("prompt_retries")
 @pytest.mark.parametrize("method", ["info", "cat_file"])
 def test_a_store_that_fails_for_a_moment_is_no_record_without_lines(method, tmp_path, monkeypatch):
     """What was recorded before was lost: the new lines took the place of the first part."""
     url = "memory://moment/metrics.jsonl"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in range(3))
     fsspec.filesystem("memory").pipe_file("/moment/metrics.jsonl", lines.encode())
     real, left = getattr(MemoryFileSystem, method), [TimeoutError(), ConnectionResetError()]
@@ -275,11 +274,11 @@ def test_a_store_that_fails_for_a_moment_is_no_record_without_lines(method, tmp_
         JsonlTracker(url).start({}, {}, step=3)
 
 
+@pytest.mark.usefixtures("prompt_retries")
 def test_the_last_lines_wait_a_moment_out(tmp_path, monkeypatch):
     """Whoever goes on with the run on another machine did not find them."""
     url = "memory://last/metrics.jsonl"
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     real, left = MemoryFileSystem.pipe_file, [TimeoutError(), ConnectionResetError()]
 
     def failing(self, *args, **more):

@@ -9,7 +9,6 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from mhe_dist import storage_retry
 from mhe_dist.config.data import DataConfig
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import RunError
@@ -95,8 +94,8 @@ def test_a_disk_that_refuses_the_names_ends_no_run(tmp_path: Path) -> None:
     assert (refusing / BAD_SAMPLES_FILE).exists(), "it is tried again"
 
 
+@pytest.mark.usefixtures("prompt_retries")
 def test_a_store_that_refuses_the_names_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     url, left = "memory://names/run", [TimeoutError("slow") for _ in range(6)]
     real = MemoryFileSystem.put_file
 

@@ -12,7 +12,6 @@ import fsspec
 import psutil
 import pytest
 
-from mhe_dist import storage_retry as retry
 from mhe_dist.config.schema import Config
 from pipelines.data.order import SampleOrder
 from pipelines.data.sequential import read_in_order
@@ -24,14 +23,11 @@ from tests.support.data.images import jpeg
 from tests.support.data.loading import Loaded, assert_same, load, loader_of
 from tests.support.servers.stores import Counted, Faulty, Synthetic, files, served
 
+pytestmark = pytest.mark.usefixtures("prompt_retries")
+
 SIDE, CLASSES, STREAMS, STEP = 8, 10, 8, 16
 SIZES = [60, 40, 1, 99, 56]  # 256 samples: 16 steps are an epoch of every stream
 SAMPLES = sum(SIZES)
-
-
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from mhe_dist import storage_retry
 from mhe_dist.config.data import RemoteConfig
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import RunError
@@ -34,8 +33,7 @@ fork = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
-def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.001)
+def small_and_quick(prompt_retries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "_BLOCK", 4096)
 
 

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from mhe_dist import storage_retry
 from mhe_dist.distributed.topology import Topology
 from mhe_dist.errors import Preempted, RunError, StorageUnavailable, UserError
 from pipelines.pretrain import preemption
@@ -32,9 +31,8 @@ NAMED = "process 4242 on other-host, since 2026-01-02T03:04:05"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(prompt_retries: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease lives, since a pause of this machine must not look like a dead holder."""
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     for name, seconds in {"BEAT_S": 0.05, "STALE_S": WATCHDOG_S, "SETTLE_S": 0.0}.items():
         monkeypatch.setattr(lease, name, seconds)
     monkeypatch.setattr(lease, "POLL_S", 0.01)

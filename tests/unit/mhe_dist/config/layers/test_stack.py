@@ -9,8 +9,8 @@ import pytest
 
 from mhe_dist.config.describe import value_at
 from mhe_dist.config.load import ConfigLike, load_config, resolve_config
-from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.config.schema import Config
+from tests.support.config_sections import mistakes_of
 
 BASE = {"data": {"shards": "x"}, "head": {"kind": "mhs", "mhs": {"length": 7}}}
 MIX = """\
@@ -31,10 +31,7 @@ def mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def mistakes(base: ConfigLike, *overrides: str, **sections: Any) -> list[str]:
-    """The lines of the message, without the title."""
-    with pytest.raises(ConfigErrors) as caught:
-        resolve_config(base, overrides, **sections)
-    return [line.strip() for line in str(caught.value).splitlines()[1:]]
+    return mistakes_of(resolve_config, base, overrides, **sections)
 
 
 @pytest.mark.parametrize("base", [BASE, load_config(BASE)], ids=["dict", "Config"])
