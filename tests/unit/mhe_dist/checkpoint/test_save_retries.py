@@ -15,7 +15,6 @@ from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from gcsfs.retry import HttpError
 
-from mhe_dist import storage_retry
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, SaveResult
 from mhe_dist.distributed.topology import Topology
@@ -55,9 +54,8 @@ Fail = Callable[..., list[Exception]]
 
 
 @pytest.fixture(autouse=True)
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def store(prompt_retries: None) -> Iterator[None]:
     """Nobody waits, and the store is empty afterwards."""
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     yield
     fsspec.filesystem("memory").store.clear()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from gcsfs.retry import HttpError
 
-from mhe_dist import storage_retry
 from mhe_dist.config.schema import Config, ExportConfig
 from mhe_dist.errors import RunError, StorageUnavailable
 from pipelines.pretrain.main import run_pretraining
 from pipelines.runs import lease
 from tests.support import tiny
+from tests.support.waiting import WATCHDOG_S
 
 SHARE = 0.15  # of the requests that fail; six times in turn, one of 90,000
 READS = ("info", "ls", "cat_file", "open")
@@ -26,13 +27,20 @@ WRITES = ("makedirs", "pipe_file", "put_file", "cp_file", "rm_file")
 
 
 def fail(patch: pytest.MonkeyPatch, share: float) -> list[int]:
-    """Let requests to the store fail at random; a list of as many items as did."""
-    draws, failed, inside = random.Random(0), [], threading.local()
+    """Let requests to the store fail at random; a list of as many items as did.
+
+    Whether one fails depends on what it asks for, and how often that was asked for before, and not
+    on what other threads ask for meanwhile.
+    """
+    requests, failed, inside = Counter[str](), [], threading.local()
 
     def failing(call: Any) -> Any:
         def attempt(self: MemoryFileSystem, *args: Any, **more: Any) -> Any:
             if getattr(inside, "request", False):  # one of its methods calls another
                 return call(self, *args, **more)
+            request = f"{call.__name__} {args[call.__name__ == 'put_file']}"
+            requests[request] += 1
+            draws = random.Random(f"{request} {requests[request]}")
             if draws.random() < share:
                 failed.append(1)
                 raise draws.choice([TimeoutError("slow"), HttpError({"code": 503, "message": ""})])
@@ -62,12 +70,13 @@ def run(folder: Path, where: str, steps: int) -> Config:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("prompt_retries")
 def test_a_run_whose_store_fails_now_and_then_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It began anew at step 0 where its checkpoints were not seen, and so did its record."""
-    monkeypatch.setattr(storage_retry, "FIRST_WAIT_S", 0.0)
     monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    monkeypatch.setattr(lease, "BEAT_S", WATCHDOG_S)  # else it asks more often, the longer it takes
     reference = run(tmp_path, str(tmp_path / "runs"), 8)
     run_pretraining(reference)
     url = "memory://now-and-then"
