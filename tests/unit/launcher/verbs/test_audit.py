@@ -90,21 +90,22 @@ def test_decisions_change_the_label_set_alone(
     data: Path, made: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(shared, "choose_workers")  # nothing is embedded again
+    decided = Path(shutil.copytree(made, data / "decided"))
     before = (made / "findings.parquet").read_bytes()
     decisions = data / "decisions.csv"
-    text = (made / "decisions.csv").read_text().replace("\nleak,", "\nleak,", 1)
+    text = (decided / "decisions.csv").read_text()
     lines = [line + "reject" if line.startswith("leak,") else line for line in text.split("\n")]
     decisions.write_text("\n".join(lines))
     more = "--against", f"{data}/shards", "--decisions", str(decisions)
-    output = said(command(data, "audit", *more, "--apply", "relabel,drop"), capsys)
-    assert f"{made} is complete: its findings are used" in output
-    labels = LabelSet.load(str(made / "labels"))
+    output = said(command(data, "decided", *more, "--apply", "relabel,drop"), capsys)
+    assert f"{decided} is complete: its findings are used" in output
+    labels = LabelSet.load(str(decided / "labels"))
     dropped = labels.meta["applied"]["drop"]
     assert labels.labelled == labels.samples - dropped and dropped < 10
     assert labels.meta["decisions"] == str(decisions)
-    assert (made / "findings.parquet").read_bytes() == before
-    assert f"data.labels={made}/labels" in output
-    assert not list(made.glob(".labels*"))
+    assert (decided / "findings.parquet").read_bytes() == before
+    assert f"data.labels={decided}/labels" in output
+    assert not list(decided.glob(".labels*"))
 
 
 def test_findings_of_another_model_are_refused_but_for_decisions_about_them(

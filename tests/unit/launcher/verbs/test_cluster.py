@@ -121,7 +121,7 @@ def test_embeddings_of_other_shards_are_refused(
 
 
 def test_mistakes_say_what_to_type(
-    data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+    data: Path, made: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "set"
     assert "--model is missing" in said(command(data, out), capsys, 2)
@@ -131,7 +131,7 @@ def test_mistakes_say_what_to_type(
     many = [*command(data, out, "--model", f"{data}/small.yaml"), "--classes", "9999"]
     assert "--classes 9999: there are 360 images" in said(many, capsys, 2)
     monkeypatch.setattr(cluster, "_free_memory", lambda: 1 << 20)
-    words = command(data, out, "--embeddings", f"{data}/first-embeddings")
+    words = command(data, out, "--embeddings", f"{made}-embeddings")
     assert "GiB of memory are needed and 0.0 are free" in said(words, capsys, 2)
     monkeypatch.undo()
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
@@ -139,4 +139,4 @@ def test_mistakes_say_what_to_type(
     assert "make room, or name another folder" in said(words, capsys, 2)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
-    assert "already exists" in said(command(data, data / "first", "--model", "x"), capsys, 2)
+    assert "already exists" in said(command(data, made, "--model", "x"), capsys, 2)
