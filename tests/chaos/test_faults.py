@@ -34,7 +34,7 @@ FAULTS = int(os.environ.get("MHE_CHAOS_FAULTS", "4"))
 SEED = int(os.environ.get("MHE_CHAOS_SEED", str(random.SystemRandom().randrange(10**6))))
 RANKS, STEPS_PER_FAULT, SAVE_EVERY = 2, 8, 4
 # Of the ranks for each other: more than a busy machine makes one of them wait.
-TIMEOUT_S = stretched(12.0)
+TIMEOUT_S = max(12.0, stretched(4.0))
 DISK_BYTES = 250_000  # less than a checkpoint's largest file; metrics of a hundred faults fit
 
 
