@@ -56,13 +56,13 @@ def load_pretrained(model: Backbone, source: str, topology: Topology | None = No
         UserError: there is nothing of the kind, or its names or shapes are not those of the model,
             or its images were normalised in another way.
     """
-    source = source.rstrip("/")
-    checkpoint = _checkpoint(source, topology or Topology())
+    source, topology = source.rstrip("/"), topology or Topology()
+    checkpoint = _checkpoint(source, topology)
     if checkpoint is not None:
-        if values := checkpoint.run.get("config"):
+        if values := decided_by_first(lambda: checkpoint.run.get("config"), topology):
             found = normalization_of(stored_config(values).model)
             _refuse_other_normalization(model, found, source)
-        tensors = checkpoint.load(is_backbone_weight)
+        tensors = checkpoint.load_together(is_backbone_weight, topology)
         _fill(model, backbone_weights(tensors), source)
     else:
         _refuse_other_normalization(model, _normalization_of_folder(source), source)

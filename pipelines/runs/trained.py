@@ -71,12 +71,13 @@ def load_trained_backbone(
     """
     from mhe_dist.backbone.ema import is_backbone_weight
     from mhe_dist.backbone.model import restore_backbone
+    from mhe_dist.distributed.topology import Topology
 
     path, found = _checkpoint(run.rstrip("/"), topology)
     if device is None and topology is not None:
         device = topology.device
     config = stored_config(read_run_config(path) or {})
-    tensors = found.load(is_backbone_weight)
+    tensors = found.load_together(is_backbone_weight, topology or Topology())
     model: nn.Module = restore_backbone(config.model, config.data.image_size, tensors)
     about = {name: found.run.get(name) for name in ("data_digest", "classes", "samples")}
     return TrainedBackbone(

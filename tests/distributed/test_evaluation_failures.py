@@ -60,7 +60,7 @@ def test_a_set_that_one_rank_cannot_read_fails_on_all(run_distributed: Any, tmp_
     """That rank alone trained on, and the others waited for it until the run was called stuck."""
     folder = str(tmp_path / "set")
     write_set(folder)
-    said = "RunError: OSError: [Errno 5] Input/output error"
+    said = "StorageUnavailable: OSError: [Errno 5] Input/output error"
     expected = [f"{name}: {said}" for name in EVALUATIONS]
     assert run_distributed(heard, 2, folder) == [expected, expected]
 
