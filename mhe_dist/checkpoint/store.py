@@ -121,8 +121,10 @@ class CheckpointStore:
         begin = time.perf_counter()
         shares = share_by_size(replicated, self._topology.world_size)
         self._copy(replicated, set(shares[self._topology.rank]), owned)
+        # A daemon, for a rank that has failed must be able to end: others may never come to a save.
+        given = (step, self._copies, run, begin)
         self._thread = threading.Thread(
-            target=self._write, args=(step, self._copies, run, begin), name=f"checkpoint-{step}"
+            target=self._write, args=given, name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
         return before
@@ -147,13 +149,18 @@ class CheckpointStore:
             elif buffer is not None:
                 buffer.copy_(entry.detach())
 
-    def wait(self) -> SaveResult | None:
+    def wait(self, timeout_s: float | None = None) -> SaveResult | None:
         """Wait for the running save; return, once, how the last one ended.
 
         A failed save also raises a `CheckpointWarning` on rank 0.
+
+        Args:
+            timeout_s: seconds after which a save that still runs is left: None is returned.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                return None
             self._thread = None
         outcome, self._outcome = self._outcome, None
         if outcome is not None and outcome.error is not None and self._topology.is_first:

@@ -29,6 +29,9 @@ from pipelines.pretrain.recorder import EventHandler, ignore_event
 from pipelines.pretrain.rollback import roll_back
 from pipelines.pretrain.run import Run
 
+LAST_SAVE_S = 60.0
+"""For a save that runs when a rank fails; ranks that are stuck would never come to its end."""
+
 
 def run_pretraining(
     config: Config, on_event: EventHandler = ignore_event, command: str = ""
@@ -115,4 +118,6 @@ def _attempt(run: Run) -> dict[str, Any] | None:
         status = "killed"
         raise
     finally:
+        if status == "failed":
+            run.store.wait(LAST_SAVE_S)  # a save that runs saves what was done before the failure
         run.tracker.close(status)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 import pytest
@@ -18,6 +22,9 @@ from gcsfs.retry import HttpError
 from mhe_dist.checkpoint.retention import RetentionPolicy
 from mhe_dist.checkpoint.store import CheckpointStore, CheckpointWarning, SaveResult
 from mhe_dist.distributed.topology import Topology
+from mhe_dist.errors import RunError
+from pipelines.pretrain import main
+from tests.support.waiting import WATCHDOG_S
 
 MOMENTS = [
     TimeoutError("slow"),
@@ -160,3 +167,32 @@ def test_a_name_in_a_store_is_no_pattern() -> None:
     names = {name.split("/")[2] for name in filesystem.find("/names") if "manifest" in name}
     assert names == {"run1", "run[1]", "run*"}
     assert len(filesystem.find("/names")) == 3 * 4, "one checkpoint of each"
+
+
+HANGING = """
+import sys, time, torch
+from mhe_dist.checkpoint.store import CheckpointStore
+from mhe_dist.distributed.topology import Topology
+CheckpointStore._write = lambda *_: time.sleep(10_000)
+store = CheckpointStore(sys.argv[1], Topology())
+store.save(1, {"weight": torch.ones(3)}, {}, {})
+assert store.wait(0.1) is None
+raise ValueError("this rank fails")
+"""
+
+
+def test_a_rank_that_fails_ends_though_its_save_hangs(tmp_path: Path) -> None:
+    """It waited an hour for ranks that were stuck, and nothing started it again."""
+    command = [sys.executable, "-c", HANGING, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG_S, check=False)
+    assert ended.returncode == 1 and "this rank fails" in ended.stderr
+
+
+def test_a_rank_that_fails_lets_its_save_come_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = mock.MagicMock()
+    run.train.side_effect = RunError("a shard is missing")
+    monkeypatch.setattr(main, "watched", lambda *_: nullcontext())
+    with pytest.raises(RunError, match="a shard is missing"):
+        main._attempt(run)
+    run.store.wait.assert_called_once_with(main.LAST_SAVE_S)
+    run.tracker.close.assert_called_once_with("failed")
