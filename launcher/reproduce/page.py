@@ -66,7 +66,8 @@ def _describe_faults(study: Study, folder: str, results: list[VariantResult]) ->
         scores = [json.loads(text) for text in texts if text]
         if scores:
             audits.append(AuditScores(variant.title, scores))
-    return [*describe_recovery(results, study.typefaces), "", *describe_audits(audits)]
+    probes = (("", "All probes"), *study.typefaces)
+    return [*describe_recovery(results, probes), "", *describe_audits(audits)]
 
 
 def compare_variants(study: Study, folder: str, seeds: int) -> Iterator[VariantResult]:

@@ -51,12 +51,13 @@ def describe_audits(audits: Sequence[AuditScores]) -> Iterator[str]:
         if clean:
             rate = each.scores[0]["false_rate"]
             images, classes = (
-                _spread([total[f"{what}_doubted"] / total[what] for total in clean])
+                f"{_range([total[f'{what}_doubted'] for total in clean])} of {clean[0][what]:,} "
+                f"{what}"
                 for what in ("images", "classes")
             )
             yield (
-                f"On the clean data, at a false rate of {rate:g}, {images} % of the images and "
-                f"{classes} % of the classes are accused."
+                f"On the clean data, at a false rate of {rate:g}, {images} and {classes} are "
+                "accused."
             )
 
 
@@ -69,7 +70,7 @@ def describe_recovery(
 
     Args:
         results: among them `clean` and `dirty`.
-        typefaces: (name in the metrics, title).
+        typefaces: (name in the metrics, title); the name of all probes is empty.
     """
     known = [each for each in results if each.outcomes]
     for typeface, title in typefaces:
@@ -110,3 +111,8 @@ def _spread(shares: Sequence[float]) -> str:
         return "none"
     mean, low, high = (100 * f(shares) for f in (statistics.fmean, min, max))
     return f"{mean:.1f}" if len(shares) == 1 else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -35,10 +35,11 @@ def test_what_was_never_found_has_no_precision() -> None:
     assert "| once | split classes | 100 | 0 | none | 0.0 |" in lines
 
 
-def test_data_without_planted_faults_says_what_share_is_accused() -> None:
-    clean = {"false_rate": 0.01, "totals": TOTALS}
-    (line,) = describe_audits([AuditScores("clean", [clean])])
-    assert "at a false rate of 0.01, 0.9 % of the images and 2.0 % of the classes" in line
+def test_data_without_planted_faults_says_how_much_is_accused() -> None:
+    """Shares in percent were 0.0 for anything below one in 2,000."""
+    clean = [{"false_rate": 0.01, "totals": {**TOTALS, "images_doubted": n}} for n in (9, 0, 4)]
+    (line,) = describe_audits([AuditScores("clean", clean)])
+    assert "at a false rate of 0.01, 0 to 9 of 1,000 images and 1 of 50 classes are" in line
 
 
 def result(name: str, *rank1: float) -> VariantResult:

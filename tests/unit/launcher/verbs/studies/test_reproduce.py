@@ -245,7 +245,7 @@ def test_noise_plants_once_a_seed_and_audits_with_the_run_before(
     ]
     page = Path(out, "results.md").read_text()
     assert "| audited once | relabelled images | 2 | 1 | 100.0 | 50.0 |" in page
-    assert "1.0 % of the images and 0.0 % of the classes are accused" in page
+    assert "1 of 100 images and 0 of 10 classes are accused" in page
     assert "the faults cost 0.00 points of rank-1" in page
 
 
