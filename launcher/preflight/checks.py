@@ -14,11 +14,12 @@ from mhe_dist.backbone.names import is_iresnet
 from mhe_dist.checkpoint.step_folder import describe_siblings, step_of
 from mhe_dist.config.data import HELDOUT, KNOWN, TRAIN
 from mhe_dist.config.schema import Config, EvaluateConfig
+from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError, list_choices
 from pipelines.shards.image_format import IMAGE_EXTENSIONS
 from pipelines.shards.index import INDEX_FILE, index_exists, name_data_sets
 from pipelines.shards.label_set import LABELS_FILE, label_set_exists
-from pipelines.storage.urls import url_exists
+from pipelines.storage.urls import is_local_url, url_exists
 
 Mistake = tuple[str, str]
 """The dotted key and what is wrong with its value."""
@@ -124,9 +125,12 @@ def _defined_in_source(name: str) -> bool:
 def _problem(url: str, exists: Callable[[str], bool], file: str) -> str:
     """What is wrong with a folder that has to hold a file; `exists` says whether it does."""
     try:
-        return "" if exists(url) else f"there is no {file} in it"
+        if exists(url):
+            return ""
     except UserError as error:
         return f"cannot be read: {error}"
+    missing = is_local_url(url) and not os.path.exists(local_path(url))
+    return "there is no such folder" if missing else f"there is no {file} in it"
 
 
 def _cure_for_sources(key: str, url: str) -> str:
@@ -165,15 +169,19 @@ def _is_image(name: str) -> bool:
 
 
 def _cure(key: str, glyphs: bool) -> str:
+    shards = (
+        "give a folder of indexed shards, which `mhe data` makes (a file of mhe init names the "
+        "command at its top)"
+    )
     if key.startswith("data.mix"):
-        return "give a folder of indexed shards"
+        return shards
     if not glyphs:
-        return "give a folder of indexed shards, or set data.glyphs={} to make the glyph data set"
+        return f"{shards}, or set data.glyphs={{}} to make the glyph data set"
     if key == "evaluate.classification":
         name = f"{KNOWN!r} beside data.shards with data.glyphs.known_classes=true"
     else:
         name = repr(TRAIN if key == "data.shards" else HELDOUT)
-    return f"give a folder of indexed shards, or one named {name} for data.glyphs to make"
+    return f"{shards}, or one named {name} for data.glyphs to make"
 
 
 def check_selection(config: Config) -> None:

@@ -21,6 +21,8 @@ import fsspec
 from launcher.preflight.checks import check_data
 from launcher.preflight.machine import list_gpus
 from mhe_dist.backbone.compiler import missing_compiler
+from mhe_dist.config.describe import value_at
+from mhe_dist.config.mistakes import ConfigMistake
 from mhe_dist.config.schema import Config
 from mhe_dist.errors import UserError
 from mhe_dist.limits import available_memory
@@ -73,7 +75,7 @@ def _slow_precision(config: Config) -> str:
 def _problems(config: Config) -> Problems:
     """What is wrong with the paths and URLs of a run; one that does not answer in time counts."""
     probes: dict[str, Callable[[Config], Iterable[tuple[str, str]]]] = {
-        "data.shards": check_data,
+        "data.shards": _data,
         "run.dir": _results,
         "tracking.uri": _mlflow,
         "model.compile": _compiler,
@@ -92,6 +94,12 @@ def _problems(config: Config) -> Problems:
 
 def _listed(probe: Callable[[Config], Iterable[tuple[str, str]]], config: Config) -> Problems:
     return [(key, scrub(message)) for key, message in probe(config)]
+
+
+def _data(config: Config) -> Iterable[tuple[str, str]]:
+    """What is wrong with the paths of the data; each key with the path that it names."""
+    for key, message in check_data(config):
+        yield scrub(ConfigMistake(key, value_at(config, key), "").head), message
 
 
 def _results(config: Config) -> Iterable[tuple[str, str]]:

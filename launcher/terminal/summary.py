@@ -87,10 +87,22 @@ def next_steps(config: Config, summary: dict[str, Any]) -> Iterator[tuple[str, s
         yield "use the backbone", ["python", "-c", code]
     yield "see it on a page", ["mhe", "report", path]
     if summary["heldout"]:
-        yield "evaluate again", ["mhe", "evaluate", path]
+        yield "evaluate again", ["mhe", "evaluate", *_evaluation(config, path)]
     yield "export again", ["mhe", "export", path]
     if config.data.glyphs is not None:
         yield "other fonts as data", ["mhe", "data", "glyphs", "--fonts", "DIR", "--out", "DIR"]
+
+
+def _evaluation(config: Config, path: str) -> list[str]:
+    """Words after `mhe evaluate`: an evaluation that the run itself made."""
+    settings = config.evaluate
+    if settings.shards:
+        return [path]
+    if settings.verification:
+        return ["verification", path, "--sets", *settings.verification]
+    if settings.classification:
+        return ["classification", path, "--shards", settings.classification]
+    return ["labels", path, "--shards", settings.labels, "--labels", settings.label_set]
 
 
 def _curves(mlflow: dict[str, Any]) -> Iterator[tuple[str, str | list[str]]]:

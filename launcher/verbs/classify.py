@@ -56,13 +56,14 @@ def classify(
         return
     names = name_classes(data, found.classes)
     say_left_out(found.skipped)
-    _show(found, names)
     files = write_classes(out.rstrip("/"), found, names)
+    _show(found, names, files[-1])
     console.say("Written: " + ", ".join(escape(file) for file in files))
     console.list_next(viewing_steps(files[0]))
 
 
-def _show(found: ClassifiedImages, names: dict[int, str]) -> None:
+def _show(found: ClassifiedImages, names: dict[int, str], listing: str) -> None:
+    """The first images as a table; `listing` is the file that has all of them."""
     table = Table("image", "class", "score", "second", "score", box=None)
     for key, classes, scores in zip(
         found.keys[:SHOWN], found.classes.tolist(), found.scores, strict=False
@@ -72,7 +73,7 @@ def _show(found: ClassifiedImages, names: dict[int, str]) -> None:
             cells += [escape(names.get(number, str(number))), f"{score:.2f}"]
         table.add_row(*cells)
     console.print_table(table)
-    if len(found.keys) > SHOWN:
-        console.say(f"And {len(found.keys) - SHOWN:,} more images, in classes.csv.")
+    if (more := len(found.keys) - SHOWN) > 0:
+        console.say(f"And {more:,} more image{'s' if more > 1 else ''}, in {escape(listing)}.")
     if not names:
         console.say("Classes are numbers: the training set's classes.tsv cannot be read here.")

@@ -33,10 +33,14 @@ class ConfigMistake(NamedTuple):
 
     def __str__(self) -> str:
         """`path=value (source): message`, where the path is `data.mix[0].weight`."""
+        return f"{self.head}: {self.message}" if self.head else self.message
+
+    @property
+    def head(self) -> str:
+        """What the message is about: `path=value (source)`."""
         shown = "" if self.value is None or isinstance(self.value, dict) else f"={self.value}"
         where = f"({self.source})" if self.source and self.path else self.source
-        head = " ".join(part for part in (bracketed(self.path) + shown, where) if part)
-        return f"{head}: {self.message}" if head else self.message
+        return " ".join(part for part in (bracketed(self.path) + shown, where) if part)
 
 
 class ConfigErrors(UserError):

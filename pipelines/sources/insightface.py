@@ -8,6 +8,7 @@ image is no sample in either layout.
 from __future__ import annotations
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Final, NamedTuple
 import fsspec
 import numpy as np
 
+from mhe_dist.errors import UserError
 from mhe_dist.redact import scrub
 from pipelines.shards.image_format import image_extension
 from pipelines.shards.index import Fault
@@ -53,6 +55,7 @@ from pipelines.storage.worker_pool import Progress, no_progress
 
 _RECORDS_PER_REQUEST: Final = 256  # records that are asked for together
 _REPORT_EVERY: Final = 10_000  # records
+_RECORD_FILE: Final = "give the .rec file of the data set, such as train.rec"
 
 
 def import_recordio(
@@ -74,12 +77,15 @@ def import_recordio(
         writing: called with the finished tars and their number.
 
     Raises:
-        UserError: no such file, a damaged index, a single class, an output that exists.
+        UserError: no such file, none of RecordIO, a damaged index, a single class, an output that
+            exists.
         RunError: more bad records than the options allow.
     """
     require_absent_or_resumable(out)
+    _refuse_folder(rec)
     with RangeReader(rec) as reader:
         records = _scan(reader, _index_of(rec) if use_index else None, scanning)
+    records.require_any()
     distinct, classes = dense_classes(records.column("labels"))
     records.labels = array("q")  # they have become classes
     keys, starts, stops = (records.column(name) for name in ("keys", "starts", "stops"))
@@ -133,6 +139,21 @@ class _Records:
         row = (key, frame.start, frame.stop, label, size)
         for name, value in zip(("keys", "starts", "stops", "labels", "sizes"), row, strict=True):
             getattr(self, name).append(value)
+
+    def require_any(self) -> None:
+        """Refuse a file in which nothing was found but faults: it is of another kind."""
+        if self.faults and not self.keys and not self.header and not self.identities:
+            reason = self.faults[0].reason
+            raise UserError(f"{self.rec}: is no RecordIO file ({reason}); {_RECORD_FILE}")
+
+
+def _refuse_folder(rec: str) -> None:
+    """Name the file to give in place of its folder."""
+    if os.path.isdir(rec):
+        names = sorted(name for name in os.listdir(rec) if name.endswith(".rec"))
+        inside = [f"{rec.rstrip('/')}/{name}" for name in names]
+        cure = f"give the file in it: {', '.join(inside)}" if inside else _RECORD_FILE
+        raise UserError(f"{rec}: is a folder, and a file is needed; {cure}")
 
 
 def _scan(reader: RangeReader, index: tuple[Ints, Ints] | None, progress: Progress) -> _Records:

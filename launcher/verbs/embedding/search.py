@@ -81,7 +81,7 @@ def search(
         found = find(known, queries, top, exact)
     title = f"{backbone.config.run.name}: {query} in {gallery}"
     files = write_search(out.rstrip("/"), title, known, queries, found)
-    _show(known, queries, found)
+    _show(known, queries, found, files[-1])
     if found.recall is not None:
         console.say(f"The search was {found.describe()}. --exact compares every pair.")
     console.say("Written: " + ", ".join(escape(file) for file in files))
@@ -122,7 +122,10 @@ def _open_gallery(path: str, backbone: TrainedBackbone) -> EmbeddedImages:
     return found
 
 
-def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult) -> None:
+def _show(
+    gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult, listing: str
+) -> None:
+    """The first queries as a table; `listing` is the file that has all of them."""
     table = Table("query", "nearest", "score", "second", "score", box=None)
     for row in range(min(SHOWN, len(queries.keys))):
         cells = [escape(_name(queries, row))]
@@ -131,8 +134,9 @@ def _show(gallery: EmbeddedImages, queries: EmbeddedImages, found: SearchResult)
             cells += [escape(_name(gallery, number)), f"{score:.3f}"]
         table.add_row(*cells)
     console.print_table(table)
-    if len(queries.keys) > SHOWN:
-        console.say(f"And {len(queries.keys) - SHOWN:,} more queries, in results.csv.")
+    if (more := len(queries.keys) - SHOWN) > 0:
+        words = f"{more:,} more {'query' if more == 1 else 'queries'}"
+        console.say(f"And {words}, in {escape(listing)}.")
     known = set(gallery.classes)
     labelled = [
         gallery.classes[best] == own

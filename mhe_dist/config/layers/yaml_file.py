@@ -33,6 +33,8 @@ def read_yaml_file(name: str) -> tuple[dict[Any, Any], dict[str, str]]:
         values = OmegaConf.create(text)
     except FileNotFoundError:
         raise _alone(path, f"there is no such file{_similar_file(path)}") from None
+    except IsADirectoryError:
+        raise _alone(path, f"is a folder, no config{_similar_file(f'{path}.yaml')}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise _alone(path, f"cannot be read: {error}") from None
     except yaml.MarkedYAMLError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.preflight.checks import check_data, check_names, check_selection
+from launcher.preflight.node_probe import probe_node
 from mhe_dist.config.load import load_config
 from mhe_dist.config.mistakes import ConfigErrors
 from mhe_dist.config.schema import Config
@@ -39,6 +40,20 @@ def test_shards_must_exist(tmp_path: Path) -> None:
         "data.shards",
         "evaluate.shards",
     ]
+
+
+def test_a_folder_that_is_not_there_is_told_from_one_without_an_index(tmp_path: Path) -> None:
+    settings = config(data={"shards": str(tmp_path / "b")}, evaluate={"shards": str(tmp_path)})
+    missing, empty = (problem for _, problem in check_data(settings))
+    assert missing.startswith("there is no such folder; give a folder of indexed shards")
+    assert empty.startswith("there is no index.json in it; give a folder of indexed")
+
+
+def test_a_probe_names_the_path_beside_the_key(tmp_path: Path) -> None:
+    """Of a run with three data sets it was not said which folder is missing."""
+    data = {"shards": make_shards(tmp_path / "a"), "mix": [{"shards": "nowhere"}]}
+    found = probe_node(config(data=data, run={"name": "a", "dir": str(tmp_path)}))
+    assert [key for key, _ in found["problems"]] == ["data.mix[0].shards=nowhere"]
 
 
 @pytest.mark.parametrize("root", ["", "out/", "/out/", "s3-like/"])
@@ -85,7 +100,7 @@ def test_each_set_of_a_mix_must_exist_and_is_named_with_its_line(tmp_path: Path)
         load_config(str(file), [], [check_data])
     shards, labels = (line.strip() for line in str(caught.value).splitlines()[1:])
     assert shards.startswith(f"data.mix[1].shards={tmp_path}/b ({file}:5): ")
-    assert shards.endswith("; give a folder of indexed shards")
+    assert "; give a folder of indexed shards, which `mhe data` makes" in shards
     assert labels.startswith(f"data.mix[1].labels={tmp_path}/c ({file}:6): ")
 
 
@@ -130,7 +145,7 @@ def test_a_folder_around_data_sets_is_told_from_them(tmp_path: Path) -> None:
 
 def test_the_message_names_the_cure() -> None:
     ((_, message),) = check_data(config(data={"shards": "/nowhere"}))
-    assert "index.json" in message
+    assert "there is no such folder" in message
     assert "data.glyphs" in message
 
 

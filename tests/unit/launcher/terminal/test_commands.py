@@ -79,6 +79,27 @@ def test_next_fits_the_run() -> None:
     assert {"evaluate again", "other fonts as data"} <= set(glyphs)
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        ({"shards": "a", "verification": ["lfw.bin"]}, []),
+        ({"verification": ["lfw.bin", "b.bin"]}, ["verification", "--sets", "lfw.bin", "b.bin"]),
+        ({"classification": "known"}, ["classification", "--shards", "known"]),
+        (
+            {"labels": "a", "label_set": "b"},
+            ["labels", "--shards", "a", "--labels", "b"],
+        ),
+    ],
+)
+def test_the_evaluation_that_is_typed_again_is_one_of_the_run(
+    evaluate: dict[str, object], words: list[str]
+) -> None:
+    """Of a run without held-out shards it was one that was refused."""
+    config = run(evaluate=evaluate)
+    again = [*words[:1], config.run.path, *words[1:]]
+    assert steps(config, None, {"lfw": 1.0})["evaluate again"] == ["mhe", "evaluate", *again]
+
+
 def test_a_tracking_server_is_linked_and_a_local_store_is_served() -> None:
     assert steps(run(), HTTP, {})["see the curves"] == f"http://mlflow:5000/{PAGE}"
     assert steps(run(), HTTP | {"page": ""}, {})["see the curves"] == "http://mlflow:5000"

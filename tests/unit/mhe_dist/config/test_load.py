@@ -363,6 +363,11 @@ def test_a_missing_file_is_told_with_the_likely_one_and_with_wrong_overrides(fil
     ]
 
 
+def test_a_folder_in_place_of_the_file_is_told_with_the_likely_one(file: str) -> None:
+    Path("run").mkdir()
+    assert mistakes("run/") == ["run: is a folder, no config; did you mean run.yaml?"]
+
+
 def test_an_empty_file_is_a_configuration_of_defaults(file: str) -> None:
     Path(file).write_text("# nothing\n")
     assert load_config(file, ["data.shards=x"]) == load_config(None, ["data.shards=x"])
