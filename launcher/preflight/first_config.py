@@ -86,7 +86,13 @@ def choose_settings(data: OwnData, machine: Machine, name: str) -> Sections:
         "scale": _scale(machine),
     }
     every = max(50, 10 * round(steps / 80)) if steps else 500
-    if data.heldout:
+    if data.heldout and data.same_classes:
+        why = "Other images of the training's classes: the head names them, after so many steps."
+        sections["evaluate"] = [
+            Setting("classification", data.heldout, why),
+            Setting("every_steps", every),
+        ]
+    elif data.heldout:
         why = "Classes that training never sees, looked up after so many steps and at the end."
         sections["evaluate"] = [
             Setting("shards", data.heldout, why),
@@ -192,6 +198,7 @@ def _data(
     )
     settings = [
         Setting("shards", data.shards),
+        *_clustered(data.labels),
         Setting("image_size", side, why_side),
         Setting("streams", batch.streams, why_streams),
     ]
@@ -201,6 +208,15 @@ def _data(
             Setting("loader_workers", workers, "Processes that decode, for each worker.")
         )
     return [*settings, Setting("augment", augment, why_augment)]
+
+
+def _clustered(labels: str) -> list[Setting]:
+    """The classes that clustering makes of images that have none; nothing for other images."""
+    if not labels:
+        return []
+    why = "The classes that mhe cluster makes; name those of the next round here."
+    why_several = "An image between classes has several of them, 8 at most (docs/unlabelled.md)."
+    return [Setting("labels", labels, why), Setting("labels_per_sample", 8, why_several)]
 
 
 def _image_size(found: int, gpu: bool) -> tuple[int, str]:

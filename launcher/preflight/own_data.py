@@ -33,7 +33,9 @@ class OwnData(NamedTuple):
         side: usual shorter side of an image in pixels; 0: unknown.
         shards: where the training shards are, or will be.
         heldout: the same for held-out ones; empty: there are none.
-        command: words of the command that makes the shards; none: they are there.
+        command: words of the command that makes the shards, or `labels`; none: they are there.
+        same_classes: whether the held-out images are of the training's classes.
+        labels: label set that clustering will make of images in no class; empty: they have classes.
     """
 
     kind: str
@@ -43,6 +45,8 @@ class OwnData(NamedTuple):
     shards: str
     heldout: str = ""
     command: Sequence[str] = ()
+    same_classes: bool = False
+    labels: str = ""
 
 
 _WANTED = (
@@ -79,15 +83,20 @@ def survey_data(source: str, root: str = "", classes: int = 0) -> OwnData:
             f"--classes {classes}: {source} says its classes itself, {found.classes:,} to train "
             "on; leave it out"
         )
+    if "$" in found.shards:
+        raise UserError(
+            f"{found.shards}: in a config $ begins a variable; give the folder another "
+            "name, or give a symbolic link to it"
+        )
     return found
 
 
 def _find_data(source: str, root: str, classes: int) -> OwnData:
     if index_exists(source):
-        return _from_shards(source, "")
+        return _from_shards(source, "", classes)
     if index_exists(f"{source}/train"):
         heldout = f"{source}/heldout"
-        return _from_shards(f"{source}/train", heldout if index_exists(heldout) else "")
+        return _from_shards(f"{source}/train", heldout if index_exists(heldout) else "", classes)
     if source.lower().endswith(_TABLES):
         return _from_table(source, root or _parent(source))
     files = [path.rpartition("/")[2] for path in list_folder(source)]
@@ -108,14 +117,21 @@ def make_name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-") or "run"
 
 
-def _from_shards(shards: str, heldout: str) -> OwnData:
+def _from_shards(shards: str, heldout: str, classes: int) -> OwnData:
     index = ShardIndex.load(shards)
-    if index.meta.get(UNLABELLED):
-        raise UserError(
-            f"{shards}: its images are in no class (mhe data folder --no-classes); a run needs some"
-        )
     side = _usual_side(_images_of_shards(index))
-    return OwnData(SHARDS, index.num_classes, index.samples, side, shards, heldout)
+    if not index.meta.get(UNLABELLED):
+        same = bool(index.meta.get("split", {}).get("images"))  # of `mhe data folder`
+        return OwnData(SHARDS, index.num_classes, index.samples, side, shards, heldout, (), same)
+    if not classes:
+        raise UserError(
+            f"{shards}: its images are in no class (mhe data folder --no-classes); say with "
+            "--classes N how many mhe cluster shall make of them"
+        )
+    labels = f"{shards}-1"
+    command = ["mhe", "cluster", shards, "--classes", str(classes), "--out", labels]
+    kind = "shards without classes"
+    return OwnData(kind, classes, index.samples, side, shards, "", command, labels=labels)
 
 
 def _from_folder(root: str) -> OwnData:
@@ -129,10 +145,20 @@ def _from_folder(root: str) -> OwnData:
     inside = [path for path in found if "/" in path]
     if not inside:
         what = f"its {len(found):,} images lie in no class folder" if found else "holds no image"
-        raise UserError(f"{root}: {what}; {_WANTED}")
+        raise UserError(f"{root}: {what}; {_WANTED}{_without_classes(root) if found else ''}")
     counts = Counter(path.partition("/")[0] for path in inside)
     side = _usual_side(_images_of_files(root, inside))
     return _converted(FOLDER, root, ["--root", root], counts, side)
+
+
+def _without_classes(root: str) -> str:
+    """What to do where the images of a folder have no classes."""
+    from launcher.terminal.commands import command_line
+
+    out = f"data/{make_name(root)}"
+    folder = command_line(["mhe", "data", "folder", "--root", root, "--no-classes", "--out", out])
+    init = command_line(["mhe", "init", out, "--classes", "N"])
+    return f". Images without classes are clustered: {folder}, then {init}"
 
 
 def _from_table(table: str, root: str) -> OwnData:
@@ -153,7 +179,7 @@ def _converted(
     if len(counts) < 2:
         raise UserError(
             f"{source}: its images are all of one class, {next(iter(counts))!r}, and a classifier "
-            f"needs two; {_WANTED}"
+            f"needs two; {_WANTED}{_without_classes(source) if kind == FOLDER else ''}"
         )
     out = f"data/{make_name(source)}"
     command = ["mhe", "data", "folder", *words, "--out", out]

@@ -61,7 +61,8 @@ def init(
     """Write a first YAML for what you have, with the reason of each value beside it.
 
     Head, lengths, groups and batch follow from the number of classes and workers. Where the data
-    are no shards yet, the command that makes them stands in the file, too.
+    are no shards yet, the command that makes them stands in the file, too. Of shards without
+    classes, --classes says how many mhe cluster shall make.
 
     Example: mhe init photos
 
@@ -70,18 +71,18 @@ def init(
     if not is_local_url(out):
         raise UserError(f"--out {out}: mhe train reads files of this machine; name one here")
     data = survey_data(source, root, classes)
-    data = data._replace(heldout=heldout or data.heldout)
     name = name or make_name(source)
     target = out or f"{name}.yaml"
     if Path(target).exists():
         raise UserError(f"{target}: exists already; give another name with --out, or delete it")
+    data = _completed(data, heldout, target)
     machine = _machine(workers, gpu)
     text = write_first_config(data, machine, name, _header(data, machine, target))
     _refuse_mistakes(text, [check_names] if data.command else [check_names, check_data])
     with atomic_write(target) as stream:
         stream.write(text.encode())
     console.say(f"{escape(target)}: {escape(_describe(data, machine))}")
-    steps = [("make the shards", data.command)] if data.command else []
+    steps = [(f"make the {_made(data)}", data.command)] if data.command else []
     console.list_next(
         [
             *steps,
@@ -127,9 +128,21 @@ def _describe(data: OwnData, machine: Machine) -> str:
     )
 
 
+def _completed(data: OwnData, heldout: str, target: str) -> OwnData:
+    """With the held-out set that is named, and the file for the command that needs it."""
+    if data.labels:
+        data = data._replace(command=[*data.command, "--model", target])
+    return data._replace(heldout=heldout, same_classes=False) if heldout else data
+
+
+def _made(data: OwnData) -> str:
+    """What the command of some data makes."""
+    return "classes" if data.labels else "shards"
+
+
 def _header(data: OwnData, machine: Machine, target: str) -> list[str]:
     """The comment at the top; the file may go elsewhere, so programs have no path in it."""
-    rows = [("Written by", ["mhe", *sys.argv[1:]]), ("Shards", data.command)]
+    rows = [("Written by", ["mhe", *sys.argv[1:]]), (_made(data).title(), data.command)]
     rows += [("Command", ["mhe", "train", target]), ("Every key", ["mhe", "config", target])]
     about = textwrap.wrap(f"{_describe(data, machine)}.", 96)
     commands = [(what, shlex.join(words)) for what, words in rows if words]

@@ -14,11 +14,11 @@ from launcher.tasks.resumable import resumable
 from launcher.terminal import console
 from launcher.terminal.commands import viewing_steps
 from launcher.terminal.progress import ProgressDisplay
-from launcher.verbs.data.convert import MaxBad, describe, tell
+from launcher.verbs.data.convert import MaxBad, describe, first_config, tell
 from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_file, usable_folder
 from mhe_dist.errors import UserError
-from pipelines.shards.index import ShardIndex
+from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS
 from pipelines.sources.webdataset_tar import DEFAULT_LAYOUT, SampleLayout
 
@@ -132,7 +132,7 @@ def verify(
         good = good and report.is_good
     if not good:
         raise typer.Exit(1)
-    console.list_next([("a first config", ["mhe", "init", data[0]])])
+    console.list_next([first_config(sets[0])])
 
 
 def _names(data: list[str]) -> list[str]:
@@ -161,8 +161,9 @@ def _show(report: DatasetReport) -> None:
     table.add_section()
     table.add_row("usable images", f"{about['usable']:,}")
     table.add_row("images that their class has already", f"{report.repeated:,}")
-    for name, value in about["images_per_class"].items():
-        table.add_row(name.replace("_", " "), f"{value:,.6g}")
+    if not report.data.meta.get(UNLABELLED):
+        for name, value in about["images_per_class"].items():
+            table.add_row(name.replace("_", " "), f"{value:,.6g}")
     console.print_table(table)
     for kind in MEANINGS:
         named = [problem for problem in report.problems if problem.kind == kind]

@@ -19,8 +19,8 @@ from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_folder
 from mhe_dist.errors import UserError
-from mhe_dist.sizes import MIB
-from pipelines.shards.index import ShardIndex
+from mhe_dist.sizes import MIB, counted
+from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
 
 Out = Annotated[
@@ -155,16 +155,15 @@ def tell(*sets: ImportResult, can_train: bool = True) -> None:
             console.say(f"[yellow]warning:[/] {escape(warning)}")
         if made.faults:
             listing = f"{as_typed(made.index.folder)}/skipped.tsv"
-            count = f"{len(made.faults):,} bad samples"
+            count = counted(len(made.faults), "bad sample")
             console.say(f"[yellow]{count} left out[/], see {escape(listing)}")
     *heldout, folder = [as_typed(made.index.folder) for made in sets]
-    embed = ("embed it", ["mhe", "embed", "RUN", "--images", folder, "--out", "embeddings.npz"])
     source = folder.rpartition("/")[0] if heldout else folder
     console.list_next(
         [
             ("look at it", ["mhe", "data", "show", folder]),
             ("check it", ["mhe", "data", "verify", folder]),
-            _how_to_train(source, folder) if can_train else embed,
+            _how_to_train(source, folder) if can_train else first_config(sets[-1].index),
         ]
     )
 
@@ -185,10 +184,18 @@ def _how_to_train(source: str, folder: str) -> tuple[str, list[str]]:
     return "a config for it", ["mhe", "init", source]
 
 
+def first_config(index: ShardIndex) -> tuple[str, list[str]]:
+    """What to type for a config that trains on a data set alone."""
+    words = ["mhe", "init", as_typed(index.folder)]
+    return "a config for it", [*words, *(["--classes", "N"] if index.meta.get(UNLABELLED) else [])]
+
+
 def describe(index: ShardIndex) -> str:
     """A data set in a line of markup."""
     size = sum(shard.bytes for shard in index.shards) / MIB
+    classes = f"of {index.num_classes:,} class{'es' if index.num_classes != 1 else ''}"
     return (
-        f"[bold]{escape(as_typed(index.folder))}[/]: {index.samples:,} images of "
-        f"{index.num_classes:,} classes, {len(index.shards):,} tars, {size:,.1f} MiB"
+        f"[bold]{escape(as_typed(index.folder))}[/]: {counted(index.samples, 'image')} "
+        f"{'in no class' if index.meta.get(UNLABELLED) else classes}, "
+        f"{counted(len(index.shards), 'tar')}, {size:,.1f} MiB"
     )

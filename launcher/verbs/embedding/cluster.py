@@ -131,7 +131,8 @@ def cluster(
     how = EmbeddingOptions(embeddings.rstrip("/"), workers, gpu, address)
     with resumable():
         made = make_label_set(shards, model, out, settings, how)
-    show_next(shards, made, how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}")
+    config = model if model.endswith((".yaml", ".yml")) else "CONFIG"
+    show_next(shards, made, how.embeddings or f"{out}{EMBEDDINGS_SUFFIX}", config)
 
 
 def make_label_set(
@@ -274,9 +275,9 @@ def figures(made: LabelSet) -> Table:
     return table
 
 
-def show_next(shards: str, made: LabelSet, embeddings: str) -> None:
-    """What to type next, and what can be deleted."""
-    train = ["mhe", "train", "CONFIG", f"data.shards={shards}", f"data.labels={made.folder}"]
+def show_next(shards: str, made: LabelSet, embeddings: str, config: str = "CONFIG") -> None:
+    """What to type next, and what can be deleted; `config` is the file to train with."""
+    train = ["mhe", "train", config, f"data.shards={shards}", f"data.labels={made.folder}"]
     if made.max_labels > 1:
         train.append(f"data.labels_per_sample={made.max_labels}")
     console.list_next(

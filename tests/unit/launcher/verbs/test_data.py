@@ -38,7 +38,7 @@ def run(*words: str) -> int:
 def test_records_to_shards_to_a_clean_report(faces: str, capsys: Captured) -> None:
     assert run("data", "recordio", "--rec", faces, "--out", "made") == 0
     said = capsys.readouterr().out
-    assert "12 images of 3 classes, 1 tars" in said
+    assert "12 images of 3 classes, 1 tar," in said
     assert "mhe data verify" in said
     assert run("data", "verify", "made") == 0
     assert "Nothing is wrong." in capsys.readouterr().out
@@ -67,7 +67,7 @@ def test_a_folder_and_a_list(tmp_path: Path, faces: str, capsys: Captured) -> No
     assert ShardIndex.load("one").image_extensions == ("jpg", "png")
 
 
-def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
+def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_begin(
     faces: str, capsys: Captured
 ) -> None:
     for name in ("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg", "c/5.jpg"):
@@ -76,7 +76,7 @@ def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
     words = ["data", "folder", "--root", "photos", "--out"]
     assert run(*words, "made", "--heldout-classes", "1") == 0
     said = capsys.readouterr().out
-    assert "made/heldout: 2 images of 1 classes" in said
+    assert "made/heldout: 2 images of 1 class, 1 tar" in said
     assert "a config for it" in said and re.search(r"mhe init made$", said, re.MULTILINE)
     Path("made.yaml").write_text("data: {shards: made/train}\n")  # as `mhe init photos` names them
     shutil.rmtree("made")
@@ -88,7 +88,11 @@ def test_a_split_folder_says_how_to_train_and_a_classless_one_how_to_embed(
     assert re.search(r"mhe init made$", capsys.readouterr().out, re.MULTILINE)
     assert run(*words, "all", "--no-classes") == 0
     said = capsys.readouterr().out
-    assert "mhe embed RUN --images " in said and "mhe train" not in said
+    assert "all: 5 images in no class, 1 tar" in said and "mhe train" not in said
+    assert "mhe init all --classes N" in said
+    assert run("data", "verify", "all") == 0
+    said = capsys.readouterr().out
+    assert "mhe init all --classes N" in said and "median" not in said
 
 
 def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured) -> None:
@@ -125,6 +129,12 @@ def test_what_is_wrong_with_the_data_is_exit_code_1(faces: str, capsys: Captured
         ),
         ([*FOLDER, "--heldout-images", "1"], "--heldout-images 1: a class needs two"),
         (["recordio", "--rec", "nowhere.rec", "--out", "out"], "cannot be opened"),
+        (["recordio", "--rec", "faces/", "--out", "out"], "give the file in it: faces/train.rec"),
+        (["recordio", "--rec", "photos", "--out", "out"], "give the .rec file of the data set"),
+        (
+            ["recordio", "--rec", "faces/train.idx", "--out", "out"],
+            "faces/train.idx: is no RecordIO file (no record begins at byte 0); give the .rec file",
+        ),
     ],
 )
 def test_mistakes(faces: str, capsys: Captured, words: list[str], message: str) -> None:

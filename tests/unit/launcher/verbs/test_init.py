@@ -93,6 +93,32 @@ def test_recordio(photos: Path) -> None:
     assert load_config("photos.yaml", [], [check_data]).data.shards == "data/photos_rec"
 
 
+def test_images_without_classes(photos: Path, capsys: Captured) -> None:
+    """The first file of docs/unlabelled.md was one that nothing made."""
+    words = ["data", "folder", "--root", "photos", "--no-classes", "--out", "data/photos"]
+    assert cli.run([*words, "--processes", "1"]) == 0
+    assert cli.run(["init", "data/photos"]) == 2
+    assert "say with --classes N how many mhe cluster shall" in capsys.readouterr().err
+    config = init("data/photos", "--classes", "6")
+    assert (config.data.labels, config.data.labels_per_sample) == ("data/photos-1", 8)
+    assert "72 images of about 40 pixels in 6 classes" in capsys.readouterr().out
+    (line,) = [li for li in Path("photos.yaml").read_text().splitlines() if "# Classes:" in li]
+    command = shlex.split(line.partition(": ")[2])[1:]
+    assert cli.run([*command, "--workers", "1", "--no-gpu"]) == 0
+    assert "mhe train photos.yaml data.shards=data/photos" in capsys.readouterr().out
+    load_config("photos.yaml", [], [check_data, check_names])
+    assert cli.run(["preflight", "photos.yaml", "--no-trial"]) == 0
+
+
+def test_held_out_images_of_the_same_classes_are_classified(photos: Path) -> None:
+    """They were looked up as classes that training never sees."""
+    words = ["data", "folder", "--root", "photos", "--heldout-images", "2", "--out", "data/photos"]
+    assert cli.run([*words, "--processes", "1"]) == 0
+    config = init("data/photos")
+    assert config.evaluate.classification == "data/photos/heldout"
+    assert config.evaluate.shards == ""
+
+
 def test_tars_of_others(photos: Path) -> None:
     init("photos")
     make_shards()
@@ -112,7 +138,7 @@ def test_tars_of_others(photos: Path) -> None:
     [
         (
             ["--heldout", "nowhere"],
-            "evaluate.shards=nowhere (command line): there is no index.json",
+            "evaluate.shards=nowhere (command line): there is no such folder; give a",
         ),
         (["--name", "a/b", "--out", "photos.yaml"], "run.name=a/b (command line)"),
         (["--out", "/proc/photos.yaml"], "nothing can be made below /proc/; give another path"),
@@ -143,6 +169,8 @@ def test_the_folder_of_the_file_is_made(photos: Path) -> None:
         (["photos", "--out", "memory://b/x.yaml"], "--out memory://b/x.yaml: mhe train reads"),
         (["empty"], "empty: holds no image"),
         (["photos/c0"], "3 images lie in no class folder"),
+        (["photos/c0"], "--root photos/c0 --no-classes --out data/c0, then "),
+        (["$set"], "$set: in a config $ begins a variable; give the folder another name, or"),
         (["theirs"], "theirs: the number of classes is not known (only reading the tars"),
         (["bad.csv"], "has no column 'path'"),
         (
@@ -156,6 +184,9 @@ def test_the_folder_of_the_file_is_made(photos: Path) -> None:
 )
 def test_mistakes(photos: Path, capsys: Captured, words: list[str], message: str) -> None:
     Path("empty").mkdir()
+    Path("a $HOME").symlink_to("photos")
+    assert cli.run(["init", "a $HOME", "--out", "named.yaml"]) == 0  # its shards are data/a_HOME
+    tiny.write_shards("$set")
     Path("theirs").mkdir()
     Path("theirs/a.tar").write_bytes(b"")
     Path("bad.csv").write_text("a,b\n")
