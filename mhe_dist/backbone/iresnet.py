@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
@@ -19,6 +19,14 @@ from torch import Tensor, nn
 _EPS = 1e-5
 _WIDTHS = (64, 128, 256, 512)
 _STRIDES = (2, 2, 2, 2)  # a face of 112 pixels becomes 7x7
+BLOCKS: Final = {  # of the four stages
+    "iresnet10": (1, 1, 1, 1),
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
 
 
 class IBasicBlock(nn.Module):
@@ -158,45 +166,45 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"iresnet{n}": _cfg() for n in (10, 18, 34, 50, 100, 200)})
+default_cfgs = generate_default_cfgs({name: _cfg() for name in BLOCKS})
 
 
-def _create(name: str, layers: tuple[int, int, int, int], pretrained: bool, kwargs: Any) -> IResNet:
-    model: IResNet = build_model_with_cfg(IResNet, name, pretrained, layers=layers, **kwargs)
+def _create(name: str, pretrained: bool, kwargs: Any) -> IResNet:
+    model: IResNet = build_model_with_cfg(IResNet, name, pretrained, layers=BLOCKS[name], **kwargs)
     return model
 
 
 @register_model
 def iresnet10(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """One block in each stage, with `widths=(16, 32, 64, 128)` for small pictures."""
-    return _create("iresnet10", (1, 1, 1, 1), pretrained, kwargs)
+    return _create("iresnet10", pretrained, kwargs)
 
 
 @register_model
 def iresnet18(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """24 M parameters."""
-    return _create("iresnet18", (2, 2, 2, 2), pretrained, kwargs)
+    return _create("iresnet18", pretrained, kwargs)
 
 
 @register_model
 def iresnet34(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """34 M parameters."""
-    return _create("iresnet34", (3, 4, 6, 3), pretrained, kwargs)
+    return _create("iresnet34", pretrained, kwargs)
 
 
 @register_model
 def iresnet50(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """44 M parameters."""
-    return _create("iresnet50", (3, 4, 14, 3), pretrained, kwargs)
+    return _create("iresnet50", pretrained, kwargs)
 
 
 @register_model
 def iresnet100(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """65 M parameters."""
-    return _create("iresnet100", (3, 13, 30, 3), pretrained, kwargs)
+    return _create("iresnet100", pretrained, kwargs)
 
 
 @register_model
 def iresnet200(pretrained: bool = False, **kwargs: Any) -> IResNet:
     """119 M parameters."""
-    return _create("iresnet200", (6, 26, 60, 6), pretrained, kwargs)
+    return _create("iresnet200", pretrained, kwargs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import fsspec
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.backbone.ema import backbone_weights, is_backbone_weight
+from mhe_dist.backbone.iresnet import BLOCKS
 from mhe_dist.backbone.model import Backbone
 from mhe_dist.backbone.normalization import (
     Normalization,
@@ -132,10 +134,16 @@ def _file(source: str) -> dict[str, Tensor]:
         found = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"model.init_from={source}: not a file of weights alone ({first_line(error)}); "
+            f"model.init_from={source}: not a file of weights alone ({_reason(error)}); "
             f"nothing in it was run"
         ) from error
     return _state(found, source)
+
+
+def _reason(error: Exception) -> str:
+    """What torch found, without its advice to run what a file holds."""
+    reason = str(error).partition("WeightsUnpickler error: ")[2].strip()
+    return reason.partition("\n")[0] or first_line(error)
 
 
 def _is_folder(url: str) -> bool:
@@ -190,8 +198,27 @@ def _fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str) -> N
         tensor_shapes(fresh),
         tensor_shapes(tensors),
         f"model.init_from={source} is not of this model (model.name, model.kwargs, "
-        "model.embedding_dim, model.neck)",
+        f"model.embedding_dim, model.neck){_likely_model(fresh, tensors)}",
         ("the model", "the file"),
         limit=6,
     )
     module.load_state_dict(tensors)
+
+
+def _likely_model(fresh: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Of an IResNet, the one whose blocks a file has; empty: none, or that of the model itself."""
+
+    def blocks(names: Iterable[str]) -> tuple[int, ...]:
+        """How many each stage has."""
+        found = {match[0] for name in names if (match := re.match(r"layer[1-4]\.\d+\.prelu", name))}
+        return tuple(
+            sum(name.startswith(f"layer{stage}.") for name in found) for stage in range(1, 5)
+        )
+
+    there = blocks(tensors)
+    named = [name for name, layers in BLOCKS.items() if layers == there]
+    return (
+        f"; its blocks are those of model.name={named[0]}"
+        if named and there != blocks(fresh)
+        else ""
+    )

@@ -183,6 +183,17 @@ def test_weights_of_an_exported_folder_and_of_a_run(tmp_path: Path) -> None:
     torch.testing.assert_close(begun(inputs), trained(inputs))
 
 
+def test_weights_of_another_iresnet_are_refused_with_its_name(tmp_path: Path) -> None:
+    """The message listed six of hundreds of names, and left the cure to be guessed."""
+    path = tmp_path / "backbone.pth"
+    torch.save(build_backbone(config(name="iresnet18"), 32).net.state_dict(), path)
+    cure = r"model\.neck\); its blocks are those of model\.name=iresnet18:"
+    with pytest.raises(UserError, match=cure):
+        load_pretrained(build_backbone(config(name="iresnet34"), 32), str(path))
+    with pytest.raises(UserError, match=r"model\.neck\):"):
+        load_pretrained(build_backbone(config(name="iresnet18", embedding_dim=12), 32), str(path))
+
+
 def test_what_holds_no_weights_is_refused_and_does_not_run(tmp_path: Path) -> None:
     model = build_backbone(config(), 32)
     path = tmp_path / "evil.pth"
@@ -192,8 +203,10 @@ def test_what_holds_no_weights_is_refused_and_does_not_run(tmp_path: Path) -> No
             return Path.touch, (tmp_path / "ran",)
 
     torch.save({"a": Evil()}, path)
-    with pytest.raises(UserError, match=r"evil\.pth: not a file of weights alone"):
+    with pytest.raises(UserError, match=r"evil\.pth: not a file of weights alone") as refused:
         load_pretrained(model, str(path))
+    assert "Unsupported global" in str(refused.value)
+    assert "likely succeed" not in str(refused.value), "torch's advice to run what is in it"
     assert not (tmp_path / "ran").exists()
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds list, no state dict"):
