@@ -115,7 +115,7 @@ def _fill_folder(
         where = (run, images, out, options, workers, progress)
         if format == FolderFormat.PARQUET:
             return partial(_tell_parquet, write_parquet_folder(*where))
-        return partial(_tell_folder, write_folder(*where))
+        return partial(_tell_folder, run, write_folder(*where))
 
 
 def _tell_parquet(made: ParquetFolder) -> None:
@@ -126,11 +126,12 @@ def _tell_parquet(made: ParquetFolder) -> None:
     console.list_next([("use them", ["python", "-c", load])])
 
 
-def _tell_folder(made: EmbeddingsFolder) -> None:
+def _tell_folder(run: str, made: EmbeddingsFolder) -> None:
     rows, dim = made.rows.shape
     console.say(f"{escape(as_typed(made.path))}: {rows:,} embeddings of {dim}, {made.recipe.dtype}")
     load = f'import numpy; numpy.load({json.dumps(as_typed(made.rows_path))}, mmap_mode="r")'
-    console.list_next([("use them", ["python", "-c", load])])
+    compare = ["mhe", "evaluate", "identification", run, "--images", as_typed(made.path)]
+    console.list_next([("use them", ["python", "-c", load]), ("compare them", compare)])
 
 
 def _embed_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,8 +61,7 @@ def search(
     from pipelines.report.sheets.search_page import write_search
     from pipelines.runs.trained import load_trained_backbone
 
-    if query.endswith(FILES):
-        raise UserError(f"--query {query}: name the images themselves, a folder or shards")
+    _refuse_rows(gallery, query)
     topology = join_ranks(run, gpu)
     backbone = load_trained_backbone(run, topology=topology)
     side, sets = backbone.config.data.image_size, []
@@ -86,6 +86,19 @@ def search(
         console.say(f"The search was {found.describe()}. --exact compares every pair.")
     console.say("Written: " + ", ".join(escape(file) for file in files))
     console.list_next(viewing_steps(files[0]))
+
+
+def _refuse_rows(gallery: str, query: str) -> None:
+    """Refuse embeddings of which no images can be shown."""
+    from pipelines.embedding.folder import MANIFEST
+
+    if query.endswith(FILES):
+        raise UserError(f"--query {query}: name the images themselves, a folder or shards")
+    if Path(gallery, MANIFEST).exists():
+        raise UserError(
+            f"--gallery {gallery}: is a folder of rows; a search takes a file of mhe embed, --out "
+            "FILE.npz, or the images themselves"
+        )
 
 
 def _read_gallery(

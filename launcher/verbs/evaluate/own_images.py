@@ -123,11 +123,17 @@ def _as_table(result: OwnImagesResult) -> Table:
     table = Table("figure", "value")
     for name, value in result.metrics.items():
         share = name not in ("gallery", "probes", "genuine", "impostors")
-        table.add_row(name, f"{100 * value:.2f}" if share else f"{value:,.0f}")
+        table.add_row(_in_words(name), f"{100 * value:.2f}" if share else f"{value:,.0f}")
     for name in result.skipped:
-        table.add_row(name, "would take too much memory")
-    table.add_row("protocol of rank1, tar", result.protocol)
+        table.add_row(_in_words(name), "would take too much memory")
+    table.add_row("protocol of rank-1, TAR", result.protocol)
     return table
+
+
+def _in_words(name: str) -> str:
+    """A figure as the table of the held-out classes names it."""
+    name = name.replace("rank", "rank-").replace("all/", "all pairs: ")
+    return name.replace("tar@far=1e", "TAR@FAR=1E")
 
 
 def _open_embeddings(backbone: TrainedBackbone, path: str, flip: bool | None) -> EmbeddingsFolder:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +17,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 
+from launcher.verbs.evaluate.app import _pair_sets_table
 from pipelines.data.decode import decode_image
 from pipelines.embedding.embed import read_embeddings
 from pipelines.embedding.folder import EmbeddingsFolder
@@ -79,6 +84,20 @@ def test_verification_sets(
     assert Path(run, "evaluation", "verification.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_verification_sets_of_the_usual_names_fit_into_80_columns() -> None:
+    """Each row took three lines."""
+    figures = {key: 0.99 for key in ("accuracy", "tar@far=1e-2", "tar@far=1e-3")}
+    intervals = dict.fromkeys(figures, (0.98765, 0.99321))
+    sets: list[Any] = [
+        SimpleNamespace(name=name, pairs=7000, metrics=figures, intervals=intervals)
+        for name in ("lfw", "agedb_30")
+    ]
+    screen = io.StringIO()
+    Console(width=80, file=screen).print(_pair_sets_table(sets))
+    lines = screen.getvalue().splitlines()
+    assert len(lines) == 3 and lines[2].split()[:5] == ["agedb_30", "7,000", "99.00", "98.8", "to"]
+
+
 def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
     root = str(write_ijb_set(tmp_path / "IJBC"))
     shown = said(["evaluate", "ijb", run, "--root", root], capsys)
@@ -92,17 +111,23 @@ def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
 def test_own_images(run: str, photos: Path, tmp_path: Path, capsys: Captured) -> None:
     words = ["evaluate", "identification", run, "--images", str(photos), "--all-pairs"]
     shown = said(words, capsys)
-    parts = "rank1", "all/tar@far=1e-6", "genuine", "evaluation/identification.json"
+    parts = (
+        "rank-1",
+        "TAR@FAR=1E-2",
+        "all pairs: TAR@FAR=1E-6",
+        "genuine",
+        "evaluation/identification.json",
+    )
     for part in (*parts, f"mhe report {run}", f"mhe export {run}/checkpoints/step_"):
         assert part in shown
     found = json.loads(Path(run, "evaluation", "identification.json").read_text())["results"]
     assert (found["gallery"], found["probes"]) == (4, 20)
     by_name = "enrolled: the first image of each class by file name"
     assert found["protocol"] == by_name
-    assert f"protocol of rank1, tar {by_name}" in " ".join(shown.replace("│", " ").split())
+    assert f"protocol of rank-1, TAR {by_name}" in " ".join(shown.replace("│", " ").split())
     assert (found["genuine"], found["impostors"]) == (4 * 15, 6 * 36)
     shards = Path(run).parent / "heldout"
-    assert "rank1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)
+    assert "rank-1" in said(["evaluate", "identification", run, "--images", str(shards)], capsys)
 
 
 def test_an_image_that_is_none_is_a_mistake(run: str, photos: Path, capsys: Captured) -> None:

@@ -80,6 +80,17 @@ def test_a_file_of_before_is_searched_with_a_warning(
     assert f"warning: {gallery}: an older mhe embed wrote it" in shown
 
 
+def test_a_folder_of_rows_is_no_gallery_and_says_what_is(
+    runs: list[str], shards: str, tmp_path: Path, capsys: Captured
+) -> None:
+    """It was searched for images, of which it held none."""
+    words = ["embed", runs[0], "--images", shards, "--out", f"{tmp_path}/rows", "--workers", "1"]
+    compare = f"mhe evaluate identification {runs[0]} --images {tmp_path}/rows"
+    assert compare in said(words, capsys)
+    message = said(search(runs[0], f"{tmp_path}/rows", shards, tmp_path), capsys, 2)
+    assert f"--gallery {tmp_path}/rows: is a folder of rows; a search takes a file of" in message
+
+
 def test_files_of_a_folder_say_what_made_them(
     runs: list[str], shards: str, tmp_path: Path, capsys: Captured
 ) -> None:
