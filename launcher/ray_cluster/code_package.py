@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhe_dist.config.schema import Config
-from mhe_dist.config.section import ConfigSection, path_keys
+from mhe_dist.config.section import ConfigSection, has_variable, path_keys
 from mhe_dist.config.shipped import FOLDER
 from mhe_dist.config.write import config_to_yaml
+from mhe_dist.errors import UserError
 from pipelines.runs.folder import absolute_path
 
 PACKAGES = ("launcher", "mhe_dist", "pipelines")
@@ -74,8 +75,21 @@ def with_absolute_paths(config: Config) -> Config:
     """A copy whose local paths hold in any working directory.
 
     They mean the same file system on every node: a laptop's own, or one that all nodes mount.
+
+    Raises:
+        UserError: the working directory has a `$` in its name, which a config takes for a variable.
     """
-    return map_paths(config, lambda key, path: absolute_path(path))
+    return map_paths(config, _absolute)
+
+
+def _absolute(key: str, path: str) -> str:
+    found = absolute_path(path)
+    if has_variable(found):
+        raise UserError(
+            f"{key}={found}: `$` in the name of a folder stands for a variable in a config; call "
+            "the folder otherwise, or work in a link to it"
+        )
+    return found
 
 
 def map_paths(config: Config, change: Callable[[str, str], str]) -> Config:

@@ -72,10 +72,16 @@ def expand_path(path: str) -> str:
             lack = "is empty" if name in os.environ else "is not set"
             raise PydanticCustomError(
                 OWN_WORDS,
-                "the environment variable {name} {lack}",
+                "the environment variable {name} {lack}; a `$` that belongs to the name of a file "
+                "or folder cannot be given: call it otherwise, or name a link to it",
                 {"name": name, "lack": lack},
             )
     return os.path.expanduser(os.path.expandvars(path))
+
+
+def has_variable(path: str) -> bool:
+    """Whether `expand_path` would look for a variable in a path."""
+    return bool(_VARIABLE.search(path))
 
 
 def expand_paths(paths: list[str]) -> list[str]:

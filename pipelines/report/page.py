@@ -10,6 +10,8 @@ from typing import Any
 
 import jinja2
 
+from mhe_dist.storage_errors import ABSENT
+from mhe_dist.storage_retry import with_retries
 from pipelines.report.charts.chart import DrawnChart
 from pipelines.storage.urls import atomic_write, resolve_url
 
@@ -116,6 +118,14 @@ def picture(alt: str, content: bytes) -> Picture:
 
 
 def read_bytes(url: str) -> bytes | None:
-    """The file at a path or URL; None if there is none."""
+    """The file at a path or URL; None if there is none.
+
+    Raises:
+        OSError: it may not be read; the error is the store's own.
+        RunError: its server does not answer.
+    """
     filesystem, path = resolve_url(url)
-    return bytes(filesystem.cat_file(path)) if filesystem.exists(path) else None
+    try:
+        return bytes(with_retries(lambda: filesystem.cat_file(path), url))
+    except ABSENT:
+        return None

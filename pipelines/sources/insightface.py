@@ -50,7 +50,7 @@ from pipelines.sources.recordio import (
     unpack_record,
 )
 from pipelines.storage.staging import require_absent_or_resumable
-from pipelines.storage.urls import RangeReader, resolve_url
+from pipelines.storage.urls import RangeReader, url_exists
 from pipelines.storage.worker_pool import Progress, no_progress
 
 _RECORDS_PER_REQUEST: Final = 256  # records that are asked for together
@@ -222,8 +222,7 @@ def _sample(key: int, label: int, data: bytes) -> Sample:
 def _index_of(rec: str) -> tuple[Ints, Ints] | None:
     """The index beside a `.rec` file, if there is one."""
     url = f"{rec.removesuffix('.rec')}.idx"
-    filesystem, path = resolve_url(url)
-    return read_record_index(url) if filesystem.exists(path) else None
+    return read_record_index(url) if url_exists(url) else None
 
 
 def _announced_classes(rec: str) -> int | None:

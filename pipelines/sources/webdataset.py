@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
 
+from mhe_dist.config.section import local_path
 from mhe_dist.errors import UserError
 from pipelines.shards.index import INDEX_FILE, Fault, ShardIndex
 from pipelines.shards.packing import pack_labels, unpack_labels
@@ -147,7 +148,7 @@ def expand_tars(given: Sequence[str]) -> list[str]:
 
 def _unfold(pattern: str) -> list[str]:
     """What the braces of a pattern stand for; the name of a file or folder stands for itself."""
-    if os.path.exists(pattern):
+    if _is_name(pattern):
         return [pattern]
     try:
         return list(braceexpand(pattern))
@@ -155,10 +156,15 @@ def _unfold(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: {error}") from error
 
 
+def _is_name(url: str) -> bool:
+    """Whether something of this machine is called so, even a broken link."""
+    return os.path.lexists(local_path(url))
+
+
 def _matches(url: str) -> list[str]:
     filesystem, path = resolve_url(url)
     is_web = "http" in protocol_names(filesystem)
-    is_pattern = "*" in url and not os.path.exists(url)
+    is_pattern = "*" in url and not _is_name(url)
     if is_web or (url.endswith(".tar") and not is_pattern):
         return [_absolute(url)]
     found = sorted(filesystem.glob(path)) if is_pattern else _files_ending(url, ".tar")

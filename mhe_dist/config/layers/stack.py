@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -21,7 +22,7 @@ class Override(NamedTuple):
 
     Attributes:
         path: dotted, of a key or an item: `optim.lr`, `data.mix.0.weight`.
-        value: plain containers and scalars; a dict changes the keys that it has.
+        value: plain containers and scalars; a dict changes the keys that it has (see `_on_top`).
         source: "command line"; empty for a value of Python.
     """
 
@@ -127,10 +128,12 @@ def _is_text(path: str) -> bool:
 def _on_top(below: Any, layer: Any, path: str) -> Any:
     """A layer on top of what lies below it at a path: dicts by their keys, lists by numbers.
 
+    Of a dict whose names are the user's, such as `model.kwargs`, an empty one leaves none.
+
     Raises:
         IndexError: there is no such item.
     """
-    if not isinstance(layer, dict):
+    if not isinstance(layer, dict) or (not layer and path in _dicts()):
         return layer
     if layer and all(re.fullmatch(r"-?\d+", str(name)) for name in layer):
         items = _default_items(path) if below is None else below
@@ -143,6 +146,12 @@ def _on_top(below: Any, layer: Any, path: str) -> Any:
     prefix = f"{path}." if path else ""
     above = {name: _on_top(below.get(name), v, f"{prefix}{name}") for name, v in layer.items()}
     return {**below, **above}
+
+
+@cache
+def _dicts() -> frozenset[str]:
+    """The keys that hold a dict of the user's own names."""
+    return frozenset(key.path for key in all_keys() if get_origin(key.field.annotation) is dict)
 
 
 def _items_on_top(items: list[Any], layer: dict[Any, Any], path: str) -> list[Any]:

@@ -15,7 +15,7 @@ from pipelines.report.audit.findings import (
     short_name,
 )
 from pipelines.report.sheets.pictures import Pictures, as_data_url
-from pipelines.storage.csv_table import as_cell
+from pipelines.storage.csv_table import as_cell, spell_out
 
 _BESIDE: Final = 4  # images of a class beside a stray one
 _OF_PAIR: Final = 6  # images of each class of a pair, and of each part of a class
@@ -83,11 +83,11 @@ class CardMaker:
             findings: what was found.
             members: images of the classes that are shown.
             source: shards of the data set.
-            sets: shards of the evaluation sets, by the name in `neighbour_set`.
+            sets: shards of the evaluation sets, by the name that was given for `neighbour_set`.
         """
         self._columns, self._members = findings.columns, members
         self._own = Pictures(source, (), _SIDE)
-        self._sets = {name: Pictures(url, (), _SIDE) for name, url in sets.items()}
+        self._sets = {spell_out(name): Pictures(url, (), _SIDE) for name, url in sets.items()}
         self._made: dict[tuple[str, int], CardPicture] = {}
 
     def cards(self, kind: Kind) -> Iterator[FindingCard]:

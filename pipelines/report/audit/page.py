@@ -43,7 +43,7 @@ def write_audit_page(
         folder: path or URL, with `findings.parquet` and `figures.json`.
         index: the data set; its images are read by their rows.
         labels: the labels that were audited; None: those of the index.
-        sets: shards of the evaluation sets, by the name in `neighbour_set`.
+        sets: shards of the evaluation sets, by the name that was given for `neighbour_set`.
         limit: findings of each kind that are shown.
 
     Returns:

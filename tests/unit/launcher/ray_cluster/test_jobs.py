@@ -120,6 +120,16 @@ def test_a_database_is_a_path_whatever_its_driver(tmp_path: Path, monkeypatch) -
     assert with_absolute_paths(config).tracking.uri == there
 
 
+def test_a_dollar_in_the_name_of_the_working_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job read its settings, and took the name for a variable: the run began elsewhere."""
+    (tmp_path / "a$HOME").mkdir()
+    monkeypatch.chdir(tmp_path / "a$HOME")
+    with pytest.raises(UserError, match=r"run.dir=.*/a\$HOME/runs: `\$` in the name of a folder"):
+        with_absolute_paths(tiny.config(Path("runs"), "train"))
+
+
 def test_every_text_of_the_config_is_a_path_that_is_placed_or_none() -> None:
     """A new key belongs to `PathText`, or into the list here."""
     no_paths = {

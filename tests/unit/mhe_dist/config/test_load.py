@@ -58,6 +58,28 @@ def test_the_last_override_wins() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("model.kwargs", {"a": 1, "b": [2]}),
+        ("scale.resources", {"memory": 1e9, "mine": 2.0}),
+        ("evaluate.typefaces", {"serif": "Serif", "mono": "Mono"}),
+    ],
+)
+def test_an_empty_dict_removes_the_names_of_the_file_and_another_adds_to_them(
+    key: str, names: dict[str, Any]
+) -> None:
+    section, name = key.split(".")
+    file = {"data": {"shards": "x"}, section: {name: names}}
+    (first, value), *_ = names.items()
+    assert value_at(load_config(file, [f"{key}={{}}"]), key) == {}
+    assert value_at(load_config(file, (), (), {section: {name: {}}}), key) == {}
+    added = [f"{key}={{}}", f"{key}.{first}={value}"]
+    assert value_at(load_config(file, added), key) == {first: value}
+    assert value_at(load_config(file, [f"{key}={{new: {value}}}"]), key) == names | {"new": value}
+    assert value_at(load_config(file, [f"{section}={{}}"]), key) == names  # a section stays
+
+
+@pytest.mark.parametrize(
     "override, value",
     [
         ("optim.lr=1e-3", 1e-3),
@@ -609,7 +631,7 @@ def test_a_variable_that_is_not_set_is_a_mistake(
         load_config(None, ["data.shards=x", "run.dir=$NO_SUCH_PLACE/runs"])
     (mistake,) = caught.value.mistakes
     assert mistake.path == "run.dir"
-    assert mistake.message == f"the environment variable NO_SUCH_PLACE {lack}"
+    assert mistake.message.startswith(f"the environment variable NO_SUCH_PLACE {lack}; a `$` that")
 
 
 def test_a_number_as_a_name_says_quote_it(tmp_path: Path) -> None:

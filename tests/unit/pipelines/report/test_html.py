@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from mhe_dist.config.write import save_config
 from pipelines.report.evaluation import save_evaluation
@@ -124,6 +126,20 @@ def test_the_roc_of_an_earlier_version_is_shown_as_it_was_drawn(run: str, tmp_pa
     write_run_page(run, str(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png") == 1 and 'alt="ROC of verification"' in page
+
+
+def test_a_file_that_cannot_be_read_is_not_left_out(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page was written as if the run had no settings and no summary."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", run)
+
+    monkeypatch.setattr(LocalFileSystem, "info", refuse)
+    monkeypatch.setattr(LocalFileSystem, "cat_file", refuse)
+    with pytest.raises(PermissionError):
+        write_run_page(run, str(tmp_path / "page.html"))
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:

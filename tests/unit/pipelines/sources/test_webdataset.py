@@ -19,7 +19,7 @@ from pipelines.data.decode import decode_image
 from pipelines.data.sequential import read_in_order
 from pipelines.shards.index import ShardIndex
 from pipelines.sources import webdataset, webdataset_tar
-from pipelines.sources.webdataset import index_shards
+from pipelines.sources.webdataset import expand_tars, index_shards
 from pipelines.sources.webdataset_tar import SampleLayout
 from pipelines.storage.worker_pool import Processes
 from tests.support.data.images import jpeg
@@ -360,6 +360,16 @@ def test_tars_in_several_folders_and_patterns(tmp_path: Path) -> None:
     elsewhere = index_shards(given, "memory://indexed")
     assert elsewhere.index.shards[2].url == f"{b}/other-000.tar"
     assert read("memory://indexed") == {"k0": 0, "k1": 1, "k2": 0}
+
+
+@pytest.mark.parametrize("protocol", ["", "file://"])
+def test_the_name_of_a_file_stands_for_itself(tmp_path: Path, protocol: str) -> None:
+    """After `file://` braces and `*` in a name were a pattern that named other files, or none."""
+    for name in ("x{1..2}.tar", "x*.tar", "xy.tar"):
+        (tmp_path / name).symlink_to("nowhere")
+    for name in ("x{1..2}.tar", "x*.tar"):
+        assert expand_tars([f"{protocol}{tmp_path}/{name}"]) == [f"{tmp_path}/{name}"]
+    assert len(expand_tars([f"{protocol}{tmp_path}/xy*.tar"])) == 1
 
 
 def test_tars_behind_a_url() -> None:

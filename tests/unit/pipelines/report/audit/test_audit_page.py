@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipelines.report.audit.findings import KINDS, ClassMembers, read_findings
 from pipelines.report.audit.page import write_audit_page
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.writer import Sample, ShardWriter
+from pipelines.storage.csv_table import spell_out
 from tests.support.data.images import encoded
 from tests.support.data.label_sets import write_labels
 
@@ -179,6 +181,22 @@ def test_a_leak_shows_the_image_of_the_evaluation_set_and_escapes_names(page: st
     captions = re.findall(r"<figcaption[^>]*>(.*?)</figcaption>", card)
     assert captions == ["t11", "h1"]
     assert ">held</p>" in card and "t&lt;b&gt;" in card and "t<b>" not in page
+
+
+def test_a_set_whose_path_is_not_utf8_has_its_pictures_too(
+    tmp_path: Path, index: ShardIndex, heldout: ShardIndex
+) -> None:
+    """The findings spell out its bytes, and the page looked for the picture by the name itself."""
+    name = str(tmp_path / "h\udcff")
+    shutil.copytree(heldout.folder, name)
+    leak = finding("leak", key="t", sample=1, neighbour_sample=1, neighbour_set=spell_out(name))
+    pq.write_table(
+        pa.Table.from_pylist([leak], pa.schema(SCHEMA.items())), tmp_path / "findings.parquet"
+    )
+    (tmp_path / "figures.json").write_text(json.dumps(FIGURES))
+    write_audit_page(str(tmp_path), index, None, {name: name})
+    (card,) = articles((tmp_path / "audit.html").read_text())
+    assert re.findall(r"<img.*?<figcaption[^>]*>(.*?)</figcaption>", card) == ["t1", "h1"]
 
 
 def test_the_threshold_is_drawn_into_the_histogram(page: str) -> None:
