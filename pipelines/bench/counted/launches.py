@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,7 +210,8 @@ def _beam(zeros: Tensor, classes: int, random: torch.Generator) -> Tensor:
 
 
 def _mark_touched(head: Any) -> None:
-    """Let the banks take every row for used, without the time to make them."""
+    """Let the banks take every row for used, without the time or the memory to note each."""
     levels = [level.bank for level in getattr(head, "levels", {}).values()]
     for bank in levels or [head.bank]:
-        bank._touched[:] = True
+        shape = bank._touched.shape
+        bank._touched = np.lib.stride_tricks.as_strided(np.ones(1, bool), shape, (0,) * len(shape))
