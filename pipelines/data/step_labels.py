@@ -32,19 +32,13 @@ class StepLabels:
         """Prepare.
 
         Args:
-            index: the data set; its labels are in columns (`are_known`).
+            index: the data set; its labels are in columns (`has_label_columns`).
             order: of its samples.
             global_batch: samples per step, a multiple of the streams.
         """
         self._index, self._order = index, order
         self._per_stream = global_batch // order.streams
         self._open = [_OpenLabels(0, _NOTHING)] * order.streams
-
-    @staticmethod
-    def are_known(index: ShardIndex) -> bool:
-        """Whether every label is in a column; one sample of each shard is looked up."""
-        firsts = index.starts[:-1]
-        return index.labels_of(firsts[firsts < index.samples]) is not None
 
     def steps(self, steps: range) -> Iterator[Ints]:
         """The labels of each of these steps, those of the next one made in a thread.
@@ -86,7 +80,7 @@ class StepLabels:
                 numbers = self._numbers(self._order.spans(window))
                 shown = numbers[self._order.permutation(window)]
                 found = self._index.labels_in_epoch(shown, window.epoch)
-                assert found is not None, "the caller has asked `are_known`"
+                assert found is not None, "the caller has asked `has_label_columns`"
                 self._open[stream] = kept = _OpenLabels(position, found)
             parts.append(kept.labels[start:stop])
         return np.concatenate(parts)

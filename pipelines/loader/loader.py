@@ -83,7 +83,7 @@ class Loader:
         self.faults = BadSampleTally()
         # Alone, a rank has all labels of a step in its hands. Others look them up in a thread,
         # which shares no order with what reads the samples.
-        apart = len(self._local) < micro_batches and StepLabels.are_known(index)
+        apart = len(self._local) < micro_batches and index.has_label_columns
         self._step_labels = StepLabels(index, order(), global_batch) if apart else None
         self._micro_batches = micro_batches
         streams_each = data.streams // micro_batches

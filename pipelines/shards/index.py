@@ -166,6 +166,11 @@ class ShardIndex:
         return None if column is None else column.values
 
     @property
+    def has_label_columns(self) -> bool:
+        """Whether `labels_of` finds the labels of all samples; none is looked up."""
+        return self.label_column is not None
+
+    @property
     def knows_labels(self) -> bool:
         """Whether the images are in classes, and a column tells in which."""
         return not self.meta.get(UNLABELLED) and self.label_column is not None

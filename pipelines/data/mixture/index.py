@@ -88,6 +88,12 @@ class Mixture(ShardIndex):
         return labels
 
     @property
+    def has_label_columns(self) -> bool:
+        """See `ShardIndex.has_label_columns`."""
+        sources = [part.source for part in self.passes]
+        return all(each.labels is not None or each.index.has_label_columns for each in sources)
+
+    @property
     def label_shape(self) -> tuple[int, ...]:
         """See `ShardIndex.label_shape`."""
         return () if self.labels_per_sample == 1 else (self.labels_per_sample,)

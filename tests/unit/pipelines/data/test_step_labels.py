@@ -62,7 +62,7 @@ def test_each_sample_has_its_own_label(folders: list[str], data: st.DataObject) 
     sizes = [shard.samples for shard in index.shards]
     subset = index if isinstance(index, Mixture) else None
     order = SampleOrder(sizes, streams, data.draw(st.integers(1, 12)), 3, subset)
-    assert StepLabels.are_known(index)
+    assert index.has_label_columns
     found = StepLabels(index, order, global_batch)
     start = data.draw(st.integers(0, 20))
     steps = range(start, start + data.draw(st.integers(0, 8)))
@@ -80,7 +80,7 @@ def test_several_labels_of_a_step_are_those_of_its_epochs(folders: list[str], li
         shards=first, labels=several, labels_per_sample=limit, classes=classes, mix=mix
     )
     index = open_training_index(config, 3)
-    assert isinstance(index, Mixture) and StepLabels.are_known(index)
+    assert isinstance(index, Mixture) and index.has_label_columns
     order = SampleOrder(index.sizes, 4, 6, 3, index)
     length = [order.stream_length(stream) for stream in range(4)]
     steps, shape = range(5, 5 + 3 * min(length) // 2), index.label_shape
@@ -104,12 +104,12 @@ def test_a_sample_without_an_entry_has_any_label(folders: list[str]) -> None:
 
 
 def test_labels_that_are_in_no_column_are_not_known(folders: list[str], tmp_path: Path) -> None:
-    assert not StepLabels.are_known(ShardIndex.load(str(PACKED / "own")))
+    assert not ShardIndex.load(str(PACKED / "own")).has_label_columns
     alone = ShardIndex.load(folders[0])
     (tmp_path / "set").mkdir()
     unlabelled = [shard.columns._replace(labels=None) for shard in alone.shards]
-    assert unlabelled and StepLabels.are_known(alone)
+    assert unlabelled and alone.has_label_columns
     mixed = open_training_index(
         DataConfig(shards=str(PACKED / "own"), mix=[{"shards": folders[0]}]), 3
     )
-    assert not StepLabels.are_known(mixed)
+    assert not mixed.has_label_columns

@@ -115,6 +115,22 @@ def test_a_resume_is_the_tail_of_the_uninterrupted_run(index: ShardIndex) -> Non
         assert_same({position: v for position, v in whole.items() if position[0] >= start}, tail)
 
 
+def test_no_label_is_looked_up_before_the_first_step(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each shard was: of 100,000 shards that read the whole column, on every rank."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a label is looked up")
+
+    monkeypatch.setattr(ShardIndex, "labels_of", refuse)
+    config = configure(index)
+    half = {"global_batch": 16, "micro_batches": 4, "local_micro_batches": range(2)}
+    loader = Loader(ShardIndex.load(index.folder), config.data, stop_step=1, **half)
+    with pytest.raises(AssertionError, match="a label is looked up"):
+        next(iter(loader))
+
+
 def test_augmentation_changes_with_the_epoch(index: ShardIndex) -> None:
     config = configure(index, augment={"brightness": 0.5})
     seen: dict[str, list[torch.Tensor]] = {}
