@@ -18,7 +18,6 @@ from pipelines.data.sample import byte_range
 from pipelines.loader.shard_reader import ShardReader, group_nearby_spans
 from pipelines.shards.index import ShardIndex
 from pipelines.storage.ranges import FileLocation
-from pipelines.storage.urls import is_local_url
 
 _THREADS: Final = 4
 _PREFETCH_AT: Final = 4  # the next window is fetched when 1/4 of the present one is left
@@ -58,9 +57,7 @@ class WindowReader:
         self._index, self._order, self._positions = index, order, positions
         self._reader = ShardReader(index, remote)
         self._max_bytes = remote.read_ahead_mib << 20
-        folders = {index.url(n).rpartition("/")[0] for n in range(len(index.shards))}
-        is_remote = not all(map(is_local_url, folders))
-        self._is_ahead = is_remote and self._max_bytes > 0
+        self._is_ahead = self._max_bytes > 0 and not index.is_local
         self._pending: dict[Window, _PendingWindow] = {}
         self._last_read: dict[int, Window] = {}  # the last one of each stream
         self._pool = ThreadPoolExecutor(_THREADS, "read-ahead")  # without a thread until it is used

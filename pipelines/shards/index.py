@@ -28,7 +28,7 @@ from pipelines.shards.shard import (
     describe_shard,
     write_columns,
 )
-from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes
+from pipelines.shards.shard_list import ShardTable, digest_text, shard_sizes, shard_urls
 from pipelines.storage.urls import (
     atomic_write,
     is_absolute_url,
@@ -116,6 +116,13 @@ class ShardIndex:
         """Full URL of a shard, by its number."""
         url = self.shards[shard].url
         return url if is_absolute_url(url) else f"{self.folder}/{url}"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all its shards are on this machine; none of them is looked at."""
+        urls = shard_urls(self.shards)
+        folders = {url.rpartition("/")[0] if is_absolute_url(url) else self.folder for url in urls}
+        return all(map(is_local_url, folders))
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard of a sample by its number through all shards, and its position there."""

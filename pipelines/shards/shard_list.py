@@ -129,6 +129,11 @@ def shard_sizes(shards: Sequence[Shard]) -> Ints:
     return np.array([shard.samples for shard in shards], np.int64)
 
 
+def shard_urls(shards: Sequence[Shard]) -> Sequence[str]:
+    """`Shard.url` of each shard."""
+    return shards.urls if isinstance(shards, ShardTable) else [shard.url for shard in shards]
+
+
 def digest_text(shards: Sequence[Shard]) -> str:
     """URL, samples and checksum of each shard in JSON, as `json.dumps` writes it.
 

@@ -68,6 +68,11 @@ class Mixture(ShardIndex):
         content = [self.digest, self.passes[0].seed, epoch]
         return draw_samples([part.draw(epoch) for part in self.passes], content, self.draws_dir)
 
+    @property
+    def is_local(self) -> bool:
+        """See `ShardIndex.is_local`."""
+        return all(part.source.index.is_local for part in self.passes)
+
     def entry(self, shard: int, position: int) -> IndexEntry:
         """See `ShardIndex.entry`; here our own shards have an entry as well."""
         number = int(np.searchsorted(self._first_shards, shard, side="right")) - 1

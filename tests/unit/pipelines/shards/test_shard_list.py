@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhe_dist.config.data import DataConfig
+from mhe_dist.config.data import DataConfig, RemoteConfig
 from mhe_dist.errors import UserError
 from pipelines.bench.scale.index import write_synthetic_index
 from pipelines.data.mixture.index import open_training_index
+from pipelines.data.order import SampleOrder
+from pipelines.loader.prefetch import WindowReader
 from pipelines.shards.index import ShardIndex
 from pipelines.shards.shard import MappedShard, Shard
 from pipelines.shards.shard_list import digest_text
@@ -65,9 +68,24 @@ def test_no_shard_is_made_to_open_an_index(folder: str, made: list[str]) -> None
     assert (index.samples, index.is_packed, len(index.digest)) == (25, False, 71)
     mixed = open_training_index(DataConfig(shards=folder, mix=[{"shards": folder}]), 0)
     assert mixed.samples == 50
+    assert index.is_local and mixed.is_local
+    order = SampleOrder(mixed.sizes, 2, 4, 0)
+    with WindowReader(mixed, order, RemoteConfig(), range(9)):
+        pass
     assert len(made) <= 4, "one of each pass, to know the columns"
     assert mixed.shards[9].url == f"{folder}/synthetic-000002.tar"
     assert mixed.url(9) == mixed.shards[9].url
+
+
+def test_a_shard_of_a_store_is_not_local_whatever_the_folder_is(folder: str) -> None:
+    index = ShardIndex.load(folder)
+    for urls, is_local in (
+        (["a.tar", f"{folder}/b.tar"], True),
+        (["a.tar", "s3://b/c.tar"], False),
+    ):
+        shards = [Shard(url, 1, 512, "") for url in urls]
+        assert replace(index, shards=shards).is_local is is_local
+    assert not replace(index, folder="memory://set").is_local
 
 
 def test_those_that_were_asked_for_are_kept_but_not_all(
