@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhe_dist.errors import RunError, UserError
+from mhe_dist.storage_retry import with_retries
 from pipelines.data.decode import ImageDecodeError, decode_image
 from pipelines.embedding.stack import stack_images
 from pipelines.sources.image_folder import has_image_extension
@@ -73,7 +74,10 @@ class ImageFiles:
         path = self.paths[number]
         filesystem, root = resolve_url(self.root)
         try:
-            return decode_image(bytes(filesystem.cat_file(f"{root}/{path}")), image_size)
+            # Not left out: what a store does not give at this moment.
+            url = f"{self.root}/{path}"
+            data = with_retries(lambda: filesystem.cat_file(f"{root}/{path}"), url)
+            return decode_image(bytes(data), image_size)
         except (OSError, ImageDecodeError) as error:
             if not self.skip_bad:
                 what = f"{self.root}/{path}: cannot be read: {error}"
