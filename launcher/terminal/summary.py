@@ -102,7 +102,9 @@ def _evaluation(config: Config, path: str) -> list[str]:
         return ["verification", path, "--sets", *settings.verification]
     if settings.classification:
         return ["classification", path, "--shards", settings.classification]
-    return ["labels", path, "--shards", settings.labels, "--labels", settings.label_set]
+    if settings.labels:
+        return ["labels", path, "--shards", settings.labels, "--labels", settings.label_set]
+    return [path]
 
 
 def _curves(mlflow: dict[str, Any]) -> Iterator[tuple[str, str | list[str]]]:

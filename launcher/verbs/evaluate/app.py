@@ -227,8 +227,7 @@ def _pair_sets_table(results: Sequence[PairSetResult]) -> Table:
         for key in ("accuracy", *map(tar_name, FARS)):
             low, high = each.intervals[key]
             cells.append(
-                # With one digit, three of these fit into 80 columns.
-                f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.1f} to {100 * high:.1f}[/]"
+                f"{100 * each.metrics[key]:.2f} [dim]{100 * low:.2f} to {100 * high:.2f}[/]"
             )
         table.add_row(escape(each.name), f"{each.pairs:,}", *cells)
     return table

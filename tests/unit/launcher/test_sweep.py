@@ -216,7 +216,7 @@ def test_trials_are_compared_by_whatever_is_evaluated(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"nothing is evaluated.* evaluate\.shards, verif"):
         check()
-    with pytest.raises(UserError, match=r"evaluate\.classification=there .*: there is no index"):
+    with pytest.raises(UserError, match=r"evaluate\.classification=there .*: there is no such fol"):
         check("evaluate.classification=there")
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
 
-from launcher.verbs.evaluate.app import _pair_sets_table
 from pipelines.data.decode import decode_image
 from pipelines.embedding.embed import read_embeddings
 from pipelines.embedding.folder import EmbeddingsFolder
@@ -82,20 +77,6 @@ def test_verification_sets(
     assert found["results"]["lfw"] == found["results"]["cfp_fp"]
     assert found["results"]["lfw"]["pairs"] == 40
     assert Path(run, "evaluation", "verification.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_verification_sets_of_the_usual_names_fit_into_80_columns() -> None:
-    """Each row took three lines."""
-    figures = {key: 0.99 for key in ("accuracy", "tar@far=1e-2", "tar@far=1e-3")}
-    intervals = dict.fromkeys(figures, (0.98765, 0.99321))
-    sets: list[Any] = [
-        SimpleNamespace(name=name, pairs=7000, metrics=figures, intervals=intervals)
-        for name in ("lfw", "agedb_30")
-    ]
-    screen = io.StringIO()
-    Console(width=80, file=screen).print(_pair_sets_table(sets))
-    lines = screen.getvalue().splitlines()
-    assert len(lines) == 3 and lines[2].split()[:5] == ["agedb_30", "7,000", "99.00", "98.8", "to"]
 
 
 def test_ijb(run: str, tmp_path: Path, capsys: Captured) -> None:
