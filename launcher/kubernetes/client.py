@@ -6,7 +6,7 @@ import base64
 import codecs
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +206,7 @@ class KubernetesClient:
             raise
         last.setdefault(pod, b"")
         with suppress(HTTPError):
-            for line in _split_lines(stream.stream()):
+            for line in stream:  # whole ones, of whatever pieces come
                 when, _, text = line.partition(b" ")
                 if when > last[pod]:  # of fixed width, to the nanosecond
                     last[pod] = when
@@ -323,16 +323,6 @@ class KubernetesClient:
             raise kind(f"Kubernetes answers {text}") from error
         except HTTPError as error:
             raise UserError(f"Kubernetes does not answer: {error}") from error
-
-
-def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole lines, with their ends; what is after the last one comes when the chunks are over."""
-    rest = b""
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in whole)
-    if rest:
-        yield rest
 
 
 def _age(item: dict[str, Any]) -> tuple[str, int]:
