@@ -53,8 +53,29 @@ def test_ctrl_c_is_told_in_a_sentence(
     assert capfd.readouterr().err == SENTENCE
 
 
+@pytest.fixture
+def end_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The exit code of the command for a config, whose run is what is given."""
+
+    def command_that_runs(run: Callable[..., Any], config: Config) -> int:
+        file = tmp_path / "run.yaml"
+        file.write_text(config_to_yaml(config))
+        monkeypatch.setattr("pipelines.pretrain.main.run_pretraining", run)
+        monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            code = command.main([str(file)])
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return code
+
+    return command_that_runs
+
+
 def test_what_ctrl_c_makes_of_a_library_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, end_of: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It ends the loader's processes as well, and torch may tell of that before Python does."""
 
@@ -63,22 +84,12 @@ def test_what_ctrl_c_makes_of_a_library_is_no_fault(
             signal.raise_signal(signal.SIGINT)
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly")
 
-    file = tmp_path / "run.yaml"
-    file.write_text(config_to_yaml(tiny.config(tmp_path, "shards")))
-    monkeypatch.setattr("pipelines.pretrain.main.run_pretraining", lose_a_worker)
-    monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert command.main([str(file)]) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert end_of(lose_a_worker, tiny.config(tmp_path, "shards")) == 130
     assert capfd.readouterr().err == SENTENCE
 
 
 def test_ctrl_c_that_a_library_keeps_to_itself_ends_the_run_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, end_of: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Python loses what is raised in a finalizer; the run went on to its end."""
 
@@ -90,17 +101,8 @@ def test_ctrl_c_that_a_library_keeps_to_itself_ends_the_run_as_well(
         Finalized()
         return run_pretraining(config, on_event)
 
-    file = tmp_path / "run.yaml"
     config = tiny.config(tmp_path / "runs", tiny.write_shards(tmp_path / "train"))
-    file.write_text(config_to_yaml(config))
-    monkeypatch.setattr("pipelines.pretrain.main.run_pretraining", lose_the_interrupt)
-    monkeypatch.setattr(command.preemption, "listen_for_sigterm", lambda: None)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert command.main([str(file)]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert end_of(lose_the_interrupt, config) == 130
     assert capfd.readouterr().err.endswith(SENTENCE)
     assert not Path(config.run.path, "summary.json").exists()
 
