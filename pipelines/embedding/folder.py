@@ -299,6 +299,11 @@ class EmbeddingsFolder:
         return {name: getattr(self, name) for name in ("path", "recipe", "parts")}
 
 
+def holds_rows(path: str) -> bool:
+    """Whether a path is a folder that `mhe embed` has filled, or fills."""
+    return Path(path, MANIFEST).exists()
+
+
 def local_folder(path: str) -> str:
     """The absolute path of a folder of embeddings.
 

@@ -32,12 +32,12 @@ from pipelines.data.sequential import read_in_order
 from pipelines.embedding.embeddings import BLOCK, block_embedder, normalize_embeddings
 from pipelines.embedding.folder import (
     DTYPES,
-    MANIFEST,
     PART_ROWS,
     PLACES,
     EmbeddingsFolder,
     EmbeddingsPart,
     EmbeddingsRecipe,
+    holds_rows,
     local_folder,
 )
 from pipelines.embedding.made_by import MadeBy
@@ -169,7 +169,7 @@ def _claimed(out: str, recipe: EmbeddingsRecipe) -> Iterator[EmbeddingsFolder]:
     path = Path(out)
     if path.is_file():
         raise UserError(f"--out {out}: is a file; name a folder")
-    has_manifest = (path / MANIFEST).exists()
+    has_manifest = holds_rows(out)
     if not has_manifest and path.exists() and any(p.name[0] != "." for p in path.iterdir()):
         raise UserError(f"--out {out}: is a folder of something else; choose another one")
     try:

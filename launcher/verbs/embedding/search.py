@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,11 +89,11 @@ def search(
 
 def _refuse_rows(gallery: str, query: str) -> None:
     """Refuse embeddings of which no images can be shown."""
-    from pipelines.embedding.folder import MANIFEST
+    from pipelines.embedding.folder import holds_rows
 
     if query.endswith(FILES):
         raise UserError(f"--query {query}: name the images themselves, a folder or shards")
-    if Path(gallery, MANIFEST).exists():
+    if holds_rows(gallery):
         raise UserError(
             f"--gallery {gallery}: is a folder of rows; a search takes a file of mhe embed, --out "
             "FILE.npz, or the images themselves"

@@ -64,9 +64,9 @@ def identification(
 
     Example: mhe evaluate identification quickstart --images rows --all-pairs --workers 0
     """
-    from pipelines.embedding.folder import MANIFEST
+    from pipelines.embedding.folder import holds_rows
 
-    is_embedded = Path(images, MANIFEST).exists()
+    is_embedded = holds_rows(images)
     has_room = is_embedded and os.access(images, os.W_OK)
     folder = str(Path(images).absolute() / COMPARED) if has_room else ""
     what = "comparing" if is_embedded else "embedding"
