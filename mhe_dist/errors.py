@@ -40,6 +40,11 @@ def is_final(error: BaseException) -> bool:
     return isinstance(error, (UserError, RunError)) and not isinstance(error, StorageUnavailable)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: `1 tar`, `1,200 tars`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def list_choices(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is unknown: the one that is most like it, and all that there are."""
     names = list(known)

@@ -13,11 +13,6 @@ HOST_CHUNK_BYTES: Final = 4 * MIB
 DEVICE_CHUNK_BYTES: Final = 256 * MIB
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things: `1 tar`, `1,200 tars`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def format_mib(size: int) -> str:
     """Bytes as whole MiB, rounded up."""
     return f"{-(-size // MIB):,} MiB"

@@ -10,6 +10,7 @@ from launcher.ray_cluster.elastic import explain_no_room, group_size
 from launcher.ray_cluster.environment import count_room, count_slots, placement_needs
 from launcher.terminal.progress import format_duration
 from mhe_dist.config.schema import Config
+from mhe_dist.errors import counted
 from mhe_dist.sizes import GIB, MIB
 
 NodeReport = dict[str, Any]
@@ -169,7 +170,7 @@ def _short_memory(
     spread = max(workers_on_nodes(_with_scale(config, placement="spread"), nodes))
     largest = max(prediction.parts[1:], key=lambda part: part[1], default=("", 0))[0]
     yield (
-        f"{crowd} worker{'s' * (crowd > 1)} on {node['host']} need{'s' * (crowd == 1)} "
+        f"{counted(crowd, 'worker')} on {node['host']} need{'s' * (crowd == 1)} "
         f"{_gib(crowd * prediction.memory)}, and {_gib(node['memory'])} are free there. "
         f"Most of a worker's own memory is {largest}: {_cure(largest)}"
         f"{', or set scale.placement=spread' if spread < crowd else ''}."

@@ -21,7 +21,7 @@ from launcher.ray_cluster.jobs import POLL_S, Cluster, Job, build_submission, st
 from launcher.terminal import console
 from launcher.terminal.event_log import parse_error, parse_event
 from mhe_dist.config.schema import Config
-from mhe_dist.errors import RunError, UserError
+from mhe_dist.errors import RunError, UserError, counted
 
 START_S = 60.0  # of a job
 
@@ -122,5 +122,5 @@ def _failure(address: str, job: Job, output: str) -> UserError | RunError:
 
 def _refuse(found: list[str]) -> None:
     if found:
-        count = f"{len(found)} reason{'s' if len(found) > 1 else ''}"
+        count = counted(len(found), "reason")
         raise UserError("\n  ".join([f"this run cannot work there, for {count}:", *found]))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from launcher.events import Event
 from launcher.ray_cluster.environment import count_room, placement_needs
 from mhe_dist.config.schema import Config
+from mhe_dist.errors import counted
 
 RESIZE_CHECK_S = 30.0  # how often a running group looks for room to grow into
 RESIZE_EVERY_S = 300.0  # a group leaves for a larger one no more often: each has to start and load
@@ -117,12 +118,12 @@ def explain_no_room(config: Config, nodes: Sequence[Mapping[str, float]]) -> str
     if room >= fewest:
         return ""
     key = "scale.min_workers" if scale.elastic else "scale.workers"
-    needs, count = placement_needs(config), len(nodes)
+    needs = placement_needs(config)
     placed = scale.placement.partition("strict_")[2]
     return "".join(
         (
             f"{key}={scale.fewest}: there is room for {room}, each with {_amounts(needs, needs)}, ",
-            f"on {count} node{'s' * (count != 1)}",
+            f"on {counted(len(nodes), 'node')}",
             f" with scale.placement=strict_{placed}" if placed else "",
             f", and a step can be shared by {fewest} at least" if fewest > scale.fewest else "",
             f". Lower {key}, scale.cpus_per_worker or scale.resources, ",

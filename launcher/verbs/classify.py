@@ -13,6 +13,7 @@ from launcher.terminal.commands import viewing_steps
 from launcher.verbs.evaluate.shared import join_ranks, say_left_out, spinner
 from launcher.verbs.options import GpuOption, RunName
 from launcher.verbs.outputs import usable_folder
+from mhe_dist.errors import counted
 
 if TYPE_CHECKING:
     from pipelines.evaluate.classify import ClassifiedImages
@@ -74,6 +75,6 @@ def _show(found: ClassifiedImages, names: dict[int, str], listing: str) -> None:
         table.add_row(*cells)
     console.print_table(table)
     if (more := len(found.keys) - SHOWN) > 0:
-        console.say(f"And {more:,} more image{'s' if more > 1 else ''}, in {escape(listing)}.")
+        console.say(f"And {counted(more, 'more image')}, in {escape(listing)}.")
     if not names:
         console.say("Classes are numbers: the training set's classes.tsv cannot be read here.")

@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from mhe_dist.config.describe import all_keys, bracketed, describe_type, suggest, without_items
 from mhe_dist.config.section import INAPPLICABLE, OWN_WORDS, TRUTH_VALUE, Inapplicable
-from mhe_dist.errors import UserError
+from mhe_dist.errors import UserError, counted
 
 RENAMED: dict[str, str] = {}
 """Dotted path of each key that a release removed or renamed -> what takes its place."""
@@ -48,8 +48,7 @@ class ConfigErrors(UserError):
 
     def __init__(self, mistakes: Sequence[ConfigMistake]) -> None:
         self.mistakes = list(mistakes)
-        count = len(self.mistakes)
-        title = f"{count} mistake{'s' if count > 1 else ''} in the configuration"
+        title = f"{counted(len(self.mistakes), 'mistake')} in the configuration"
         super().__init__("\n  ".join([f"{title}:", *map(str, self.mistakes)]))
 
 

@@ -18,8 +18,8 @@ from launcher.terminal.commands import as_typed
 from launcher.terminal.progress import ProgressDisplay
 from launcher.verbs.options import AddressOption, Processes
 from launcher.verbs.outputs import usable_folder
-from mhe_dist.errors import UserError
-from mhe_dist.sizes import MIB, counted
+from mhe_dist.errors import UserError, counted
+from mhe_dist.sizes import MIB
 from pipelines.shards.index import UNLABELLED, ShardIndex
 from pipelines.sources.convert import DEFAULT_OPTIONS, ImportOptions, ImportResult
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mhe_dist.errors import counted
 from pipelines.report.charts.chart import BarChart, DrawnChart, Histogram, PointMap
 from pipelines.report.charts.frame import (
     HEIGHT,
@@ -87,7 +88,7 @@ def draw_points(chart: PointMap) -> DrawnChart:
         shape = number // _COLOURS % _SHAPES
         at = zip(columns(points[:, 0]).tolist(), rows(points[:, 1]).tolist(), strict=True)
         marks = "".join(_mark(x, y, shape) for x, y in at)
-        lines = [name, f"{len(points):,} image{'s' if len(points) > 1 else ''}"]
+        lines = [name, counted(len(points), "image")]
         middle = float(columns(points[:, 0]).mean())
         parts.append(draw_stop(marks, middle, lines, kind=f" group c{number % _COLOURS}"))
     names = ", ".join(name for name, _ in chart.groups)
